@@ -1,0 +1,27 @@
+"""Errors that a user can cause or must read. Each message is one line: the value at fault and the fix."""
+
+from __future__ import annotations
+
+
+class StagevarError(Exception):
+    """Base of every error raised on purpose by this project; command lines print it without a traceback."""
+
+    exit_code = 1
+
+
+class UsageError(StagevarError):
+    """Input that cannot be used: option, YAML key, budget, profile, weights file. Exit code 2."""
+
+    exit_code = 2
+
+
+class WeightsError(UsageError):
+    """A weights file that is missing, corrupt, or does not match the model key for key."""
+
+
+class ProfileError(UsageError):
+    """A deployment profile that is unreadable, foreign, hostile or made for another model."""
+
+
+class ScheduleError(UsageError):
+    """A schedule whose parameters do not fit the model's scales, or contradict each other."""
