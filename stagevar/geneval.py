@@ -1,0 +1,262 @@
+"""GenEval's scoring rules, from detections to verdicts to the score; no detector, no torch.
+
+Source: Ghosh et al. 2023 (GenEval) and github djghosh13/geneval, `evaluation/evaluate_images.py` (rules) and
+`evaluation/summary_scores.py` (arithmetic). What differs: `texture` is judged as colour is (our extension, used by the
+nano model), `Detection.color` carries the classifier's answer instead of a call to it, and where the published code
+raises on malformed metadata we raise `UsageError`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from stagevar.errors import UsageError
+
+TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+RELATIONS = ("left of", "right of", "above", "below")
+
+
+@dataclass(frozen=True)
+class Detection:
+    """One detected object. `box_xyxy` is (x0, y0, x1, y1) in pixels, y grows downwards; `color` and `texture` are what
+    a classifier calls this object, None if nothing classified it (then it matches no wanted colour)."""
+
+    class_name: str
+    score: float
+    box_xyxy: tuple[float, float, float, float]
+    color: str | None = None
+    texture: str | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether an image shows what its prompt asks for; `reason` has one line per failed clause, empty if correct."""
+
+    correct: bool
+    reason: str
+
+
+def judge(
+    metadata: Mapping,
+    detections: Sequence[Detection],
+    *,
+    threshold: float = 0.3,
+    counting_threshold: float = 0.9,
+    max_per_class: int = 16,
+    position_margin: float = 0.1,
+    max_overlap: float = 1.0,
+) -> Verdict:
+    """Judge one image.
+
+    metadata: a line of GenEval's `evaluation_metadata.jsonl`: tag, include [{class, count, color?, texture?,
+    position? [relation, index of an earlier include]}], exclude? [{class, count}].
+    Scores must lie strictly above `threshold` (`counting_threshold` for tag "counting"). Of each class the
+    `max_per_class` best are kept, and of those only the `count` best are asked for colour and position; an equal score
+    goes to the later detection, as in the published order. `max_overlap` below 1 turns on the published optional NMS.
+
+    Raises UsageError for metadata or detections that the rules cannot read.
+    """
+    check_metadata(metadata)
+    floor = counting_threshold if metadata["tag"] == "counting" else threshold
+    objects = _kept(detections, floor, max_per_class, max_overlap)
+    failures: list[str] = []
+    groups: list[list[Detection] | None] = []  # per include: its matched objects, None if it failed
+    for clause in metadata.get("include", ()):
+        failure, found = _judge_include(clause, objects, groups, position_margin)
+        if failure:
+            failures.append(failure)
+        groups.append(None if failure else found)
+    for clause in metadata.get("exclude", ()):
+        found_count = len(objects.get(clause["class"], ()))
+        if found_count >= clause["count"]:
+            failures.append(f"expected {clause['class']}<{clause['count']}, found {found_count}")
+    return Verdict(correct=not failures, reason="\n".join(failures))
+
+
+def relations(
+    box_a_xyxy: Sequence[float], box_b_xyxy: Sequence[float], *, position_margin: float = 0.1
+) -> tuple[str, ...]:
+    """Where A lies relative to B: a subset of `RELATIONS`, in their order.
+
+    Per axis the offset of the centres is shortened by `position_margin` times the sum of both sizes, never past 0, then
+    divided by the length of the raw offset; beyond 0.5 (strictly) it counts. Empty if both rests are below 1e-3 pixels.
+    Done in float64 with numpy's norm, so that ties at the boundary fall as in the published code.
+    """
+    corners_OPX = np.asarray([box_a_xyxy, box_b_xyxy], dtype=np.float64).reshape(2, 2, 2)  # object, corner, x|y
+    centre_OX = corners_OPX.mean(axis=1)
+    size_OX = np.abs(corners_OPX[:, 1] - corners_OPX[:, 0])
+    offset_X = centre_OX[0] - centre_OX[1]
+    rest_X = np.maximum(np.abs(offset_X) - position_margin * (size_OX[0] + size_OX[1]), 0.0) * np.sign(offset_X)
+    if (np.abs(rest_X) < 1e-3).all():
+        return ()
+    dx, dy = (rest_X / np.linalg.norm(offset_X)).tolist()
+    holds = (dx < -0.5, dx > 0.5, dy < -0.5, dy > 0.5)
+    return tuple(name for name, true in zip(RELATIONS, holds, strict=True) if true)
+
+
+def classify_color(scores: Sequence[float]) -> str:
+    """The colour with the greatest of ten scores (order of `COLORS`); the first of equals, as argmax does."""
+    if len(scores) != len(COLORS):
+        raise UsageError(f"{len(scores)} colour scores: GenEval has {len(COLORS)} colours ({', '.join(COLORS)})")
+    return COLORS[int(np.argmax(np.asarray(scores, dtype=np.float64)))]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """GenEval's figures over a set of judged images, each in 0..1.
+
+    `overall` is the published score: the unweighted mean of the tag means. `correct_images` is the plain mean,
+    `correct_prompts` the share of prompts with at least one correct image (both only informative).
+    """
+
+    overall: float
+    tags: dict[str, float]
+    images_per_tag: dict[str, int]
+    correct_images: float
+    correct_prompts: float
+    images: int
+    prompts: int
+
+
+def summarise(rows: Iterable[Mapping]) -> Summary:
+    """Rows are mappings with `tag` and `correct`; images of one prompt share `metadata` (else `prompt`, else each row
+    is its own prompt). Tags keep the order of first appearance. Raises UsageError if there is no row."""
+    correct_by_tag: dict[str, list[bool]] = {}
+    correct_by_prompt: dict[str, bool] = {}
+    for number, row in enumerate(rows):
+        correct = bool(row["correct"])
+        correct_by_tag.setdefault(row["tag"], []).append(correct)
+        prompt_key = row.get("metadata") or row.get("prompt") or f"row {number}"
+        if not isinstance(prompt_key, str):
+            prompt_key = json.dumps(prompt_key)
+        correct_by_prompt[prompt_key] = correct_by_prompt.get(prompt_key, False) or correct
+    if not correct_by_tag:
+        raise UsageError("no judged images: nothing to summarise")
+    tags = {tag: float(np.mean(values)) for tag, values in correct_by_tag.items()}
+    everything = [value for values in correct_by_tag.values() for value in values]
+    return Summary(
+        overall=float(np.mean(list(tags.values()))),
+        tags=tags,
+        images_per_tag={tag: len(values) for tag, values in correct_by_tag.items()},
+        correct_images=float(np.mean(everything)),
+        correct_prompts=float(np.mean(list(correct_by_prompt.values()))),
+        images=len(everything),
+        prompts=len(correct_by_prompt),
+    )
+
+
+def check_metadata(metadata: Mapping) -> None:
+    """Raise UsageError, naming the clause, unless `metadata` is a line that `judge` can follow."""
+    if not isinstance(metadata, Mapping):
+        raise UsageError(f"GenEval metadata is {metadata!r:.80}: expected an object with tag, include, prompt")
+    if not isinstance(metadata.get("tag"), str):
+        raise UsageError(f"GenEval metadata has tag {metadata.get('tag')!r}: expected one such as {', '.join(TAGS)}")
+    for key in ("include", "exclude"):
+        clauses = metadata.get(key, ())
+        if not isinstance(clauses, (list, tuple)):
+            raise UsageError(f"GenEval metadata: {key} is {clauses!r:.80}, expected a list of clauses")
+        for index, clause in enumerate(clauses):
+            _check_clause(clause, f"{key}[{index}]", groups_before=index if key == "include" else 0)
+
+
+def _check_clause(clause: Mapping, where: str, groups_before: int) -> None:
+    if not isinstance(clause, Mapping) or not isinstance(clause.get("class"), str):
+        raise UsageError(f"GenEval metadata: {where} is {clause!r:.80}, expected an object with class and count")
+    count = clause.get("count")
+    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+        raise UsageError(f"GenEval metadata: {where} has count {count!r}, expected a whole number of objects")
+    if "position" not in clause:
+        return
+    position = clause["position"]
+    if not (isinstance(position, (list, tuple)) and len(position) == 2 and position[0] in RELATIONS):
+        raise UsageError(f"GenEval metadata: {where} has position {position!r}, expected [relation, index] with "
+                         f"relation one of {', '.join(RELATIONS)}")
+    target = position[1]
+    if isinstance(target, bool) or not isinstance(target, int) or not -groups_before <= target < groups_before:
+        raise UsageError(f"GenEval metadata: {where} refers to include {target!r}, expected an earlier one")
+
+
+def _kept(
+    detections: Sequence[Detection], floor: float, max_per_class: int, max_overlap: float
+) -> dict[str, list[Detection]]:
+    """Detections per class: above the floor, best first (later first among equals), at most `max_per_class`."""
+    by_class: dict[str, list[Detection]] = {}
+    for detection in detections:
+        if not (math.isfinite(detection.score) and len(detection.box_xyxy) == 4
+                and all(map(math.isfinite, detection.box_xyxy))):
+            raise UsageError(f"detection of {detection.class_name!r} has score {detection.score} and box "
+                             f"{detection.box_xyxy}: expected finite numbers, four for the box")
+        by_class.setdefault(detection.class_name, []).append(detection)
+    kept = {}
+    for class_name, found in by_class.items():
+        # Ascending and stable, then reversed: this is where equal scores end up later-first.
+        ordered = sorted(found, key=lambda detection: detection.score)[::-1]
+        survivors = [detection for detection in ordered if detection.score > floor][:max_per_class]
+        if max_overlap != 1:
+            survivors = _suppress(survivors, max_overlap)
+        if survivors:
+            kept[class_name] = survivors
+    return kept
+
+
+def _suppress(ordered: list[Detection], max_overlap: float) -> list[Detection]:
+    """Greedy NMS on boxes with inclusive pixel corners, dropping overlaps of `max_overlap` or more."""
+    kept: list[Detection] = []
+    for candidate in ordered:
+        if all(_overlap(better.box_xyxy, candidate.box_xyxy) < max_overlap for better in kept):
+            kept.append(candidate)
+    return kept
+
+
+def _overlap(box_a: Sequence[float], box_b: Sequence[float]) -> float:
+    def area(x0: float, y0: float, x1: float, y1: float) -> float:
+        return max(x1 - x0 + 1, 0) * max(y1 - y0 + 1, 0)
+
+    shared = area(max(box_a[0], box_b[0]), max(box_a[1], box_b[1]), min(box_a[2], box_b[2]), min(box_a[3], box_b[3]))
+    union = area(*box_a) + area(*box_b) - shared
+    return shared / union if union else 0.0
+
+
+def _judge_include(
+    clause: Mapping,
+    objects: Mapping[str, list[Detection]],
+    groups: Sequence[list[Detection] | None],
+    position_margin: float,
+) -> tuple[str, list[Detection]]:
+    """(why the clause fails or "", the objects it matched)."""
+    class_name, count = clause["class"], clause["count"]
+    found = objects.get(class_name, [])[:count]
+    if len(found) < count:
+        return f"expected {class_name}>={count}, found {len(found)}", found
+    for attribute, order in (("color", COLORS), ("texture", ())):
+        if attribute in clause:
+            failure = _judge_attribute(clause, attribute, order, found)
+            if failure:
+                return failure, found
+    if "position" in clause:
+        relation, target = clause["position"]
+        if groups[target] is None:
+            return f"no target for {class_name} to be {relation}", found
+        for detection in found:
+            for anchor in groups[target]:
+                true_relations = relations(detection.box_xyxy, anchor.box_xyxy, position_margin=position_margin)
+                if relation not in true_relations:
+                    seen = " and ".join(true_relations)
+                    return f"expected {class_name} {relation} target, found {seen} target", found
+    return "", found
+
+
+def _judge_attribute(clause: Mapping, attribute: str, order: Sequence[str], found: Sequence[Detection]) -> str:
+    wanted, count = clause[attribute], clause["count"]
+    seen = [getattr(detection, attribute) or "unclassified" for detection in found]
+    if seen.count(wanted) >= count:
+        return ""
+    names = [name for name in order if name in seen] + sorted(set(seen) - set(order))
+    tally = ", ".join(f"{seen.count(name)} {name}" for name in names)
+    return f"expected {wanted} {clause['class']}>={count}, found {seen.count(wanted)} {wanted}; and {tally}"
