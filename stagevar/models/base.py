@@ -1,0 +1,166 @@
+"""What the sampler asks of a next-scale model, a tokenizer and a text encoder. Every family implements exactly this.
+
+Rows: a forward pass works on R rows. While guidance runs, R = 2B with the B conditional rows first and the B
+unconditional rows after them; after the cutoff R = B rows of the branch that was kept.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from stagevar.noise import ScaleNoise
+
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where an accelerator may reduce tokens: kind is trunk, chunk, attn, cross or mlp; index its chunk or layer."""
+
+    kind: str
+    index: int = 0
+
+
+#: run(x_RLC, positions) -> y_RLC: the computation that a site wraps. `positions` are raster positions inside the scale:
+#: None for all in order, (r,) shared by the rows, or (R, r) per row.
+SiteFn = Callable[[Tensor, "Tensor | None"], Tensor]
+#: around(site, x_RLC, positions, run) -> y_RLC
+Around = Callable[[Site, Tensor, "Tensor | None", SiteFn], Tensor]
+#: attend(layer, q_RHLc, k_RHLc, v_RHLc, softmax_scale) -> out_RHLc over everything cached, after appending k and v.
+Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
+
+
+def around_nothing(site: Site, x_RLC: Tensor, positions: Tensor | None, run: SiteFn) -> Tensor:
+    """The exact forward: every site runs on all its tokens."""
+    return run(x_RLC, positions)
+
+
+class Conditioning(ABC):
+    """What a prompt batch contributes to every scale, precomputed once. Rows as described in the module docstring."""
+
+    rows: int
+
+    @abstractmethod
+    def select(self, rows: slice) -> Conditioning:
+        """The same conditioning restricted to these rows (views, nothing copied)."""
+
+
+class Residual(Protocol):
+    """The multi-scale residual loop of a tokenizer (bits or vector-quantised)."""
+
+    grids: tuple[Grid, ...]
+
+    def zeros(self, batch: int, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Tensor: ...
+
+    def add(self, code_sum_BdHW: Tensor, tokens: Tensor, scale: int) -> Tensor: ...
+
+    def next_input(self, code_sum_BdHW: Tensor, scale: int) -> Tensor: ...
+
+
+class ImageTokenizer(Protocol):
+    """Turns a code sum into pixels and (where it has an encoder) an image into a latent."""
+
+    residual: Residual
+    latent_dim: int
+
+    def decode(self, code_sum_BdHW: Tensor) -> Tensor:
+        """Image (B, 3, H, W), nominally in [-1, 1], not clamped."""
+        ...
+
+
+class TextEncoder(Protocol):
+    """Prompts to whatever the family's `condition` reads."""
+
+    def encode(self, prompts: Sequence[str]) -> Any: ...
+
+
+class NextScaleModel(nn.Module, ABC):
+    """A transformer that predicts one whole scale at a time.
+
+    Attributes set by the family: depth, width, heads, head_dim, chunk_layers (layer range per chunk).
+    """
+
+    depth: int
+    width: int
+    heads: int
+    head_dim: int
+    chunk_layers: tuple[range, ...]
+
+    @abstractmethod
+    def condition(self, prompts: Any, negative: Any | None = None) -> Conditioning:
+        """Conditioning of 2B rows (conditional rows first) from a text encoder's output."""
+
+    @abstractmethod
+    def embed(self, features_BLt: Tensor | None, scale: int, conditioning: Conditioning) -> Tensor:
+        """Trunk input x_RLC of a scale; `features_BLt` is `Residual.next_input` (None at scale 0), repeated over branches."""
+
+    @abstractmethod
+    def trunk(
+        self,
+        x_RLC: Tensor,
+        scale: int,
+        conditioning: Conditioning,
+        attend: Attend,
+        around: Around = around_nothing,
+        inner_guidance: dict[int, float] | None = None,
+    ) -> Tensor:
+        """All blocks, in order. `inner_guidance[layer] = s` mixes the branches after that layer: u + s(c - u)."""
+
+    @abstractmethod
+    def logits(self, x_RLC: Tensor, conditioning: Conditioning) -> Tensor:
+        """Logits (R, L, V) in float32."""
+
+    @abstractmethod
+    def draw(self, logits_BLV: Tensor, noise: ScaleNoise, sampling: Sampling) -> Tensor:
+        """Tokens of one scale from guided, tempered logits; randomness only from `noise`."""
+
+    def set_grids(self, grids: Sequence[Grid]) -> None:
+        """Prepares position tables for a resolution and aspect ratio (called once, before the first `embed`)."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. Guidance convention: logits = u + s(c - u), s = 1 is off.
+
+    guidance, temperature: one value per scale (`per_scale` expands a number). Temperature divides the logits.
+    top_k 0 and top_p 0 mean off. inner_guidance_layers: blocks after which the branches are mixed (negative counts from the
+    end as in Infinity's cfg_insertion_layer); logits_guidance: whether the logits are mixed as well.
+    """
+
+    guidance: tuple[float, ...]
+    temperature: tuple[float, ...]
+    top_k: int = 0
+    top_p: float = 0.0
+    logits_guidance: bool = True
+    inner_guidance_layers: tuple[int, ...] = ()
+
+    @staticmethod
+    def per_scale(value: float | Sequence[float], scales: int) -> tuple[float, ...]:
+        """A number or a list as a tuple with one entry per scale (a short list repeats its last entry)."""
+        if isinstance(value, int | float):
+            return (float(value),) * scales
+        values = tuple(float(v) for v in value)
+        return (values + values[-1:] * scales)[:scales]
+
+
+@dataclass
+class LoadedModel:
+    """Everything needed to make images: what `registry.load_model` returns and the Sampler takes."""
+
+    name: str
+    transformer: NextScaleModel
+    tokenizer: ImageTokenizer
+    text: TextEncoder
+    sampling: Sampling
+    grids: tuple[Grid, ...]
+    pixels: tuple[int, int]
+    device: torch.device
+    dtype: torch.dtype
+    random_weights: bool = False
+    provenance: dict[str, Any] = field(default_factory=dict)
