@@ -1,0 +1,376 @@
+"""Procedural scenes: the world that nano is trained on and judged in.
+
+A scene is one to four objects (shape, colour, texture, place, size) on a dark shaded background, with the caption that
+asks for it and GenEval's metadata. Six tasks and their tags follow GenEval; `texture` is ours. Everything is drawn by
+numpy from a seed, a batch at a time, at any image size.
+
+Texture marks lie on a lattice fixed to the image (period size / 12), not to the object. The lattice beats against the
+tokenizer's patches, so only the last scale can carry it: that is what makes skipping late scales cost something.
+
+Five of the 48 shape-colour pairs (`UNSEEN_PAIRS`) are never drawn in training and are prompted in their own split.
+
+Source: GenEval (djghosh13/geneval), prompts/evaluation_metadata.jsonl, for tags, wording and metadata keys; worlds of
+coloured shapes are common property. Ours differ in that counting and position prompts name colours half of the time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from stagevar.errors import UsageError
+
+SHAPES = ("circle", "square", "triangle", "ring", "star", "cross")
+PLURALS = ("circles", "squares", "triangles", "rings", "stars", "crosses")
+COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
+COLOUR_RGB = np.array(
+    [
+        (0.87, 0.13, 0.13),
+        (0.96, 0.50, 0.08),
+        (0.94, 0.88, 0.16),
+        (0.20, 0.76, 0.28),
+        (0.18, 0.82, 0.88),
+        (0.16, 0.34, 0.94),
+        (0.56, 0.20, 0.90),
+        (0.96, 0.34, 0.74),
+    ],
+    dtype=np.float32,
+)
+TEXTURES = ("plain", "striped", "dotted")
+MARK_RGB = 0.96  # the white of stripes and dots
+GENEVAL_TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+TASKS = (*GENEVAL_TASKS, "texture")
+RELATIONS = ("left of", "right of", "above", "below")
+NUMBERS = {2: "two", 3: "three", 4: "four"}
+MAX_OBJECTS = 4
+UNSEEN_PAIRS = frozenset(
+    {("star", "red"), ("circle", "green"), ("triangle", "blue"), ("cross", "yellow"), ("square", "purple")}
+)
+SPLITS = ("train", "search", "heldout", "unseen")
+# Radius range (share of the image side) by number of objects.
+RADIUS = {1: (0.17, 0.27), 2: (0.14, 0.22), 3: (0.13, 0.18), 4: (0.125, 0.16)}
+# Positions and radii sit on this lattice of the image side; texture marks repeat every 4 of its steps.
+LATTICE = 48
+_GAP = 3.0 / LATTICE
+_PROPOSALS = 48
+
+Metadata = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SceneBatch:
+    """B scenes as numbers; `draw` turns them into pixels.
+
+    Attributes: `count_B` objects; `shape_BK`, `colour_BK`, `texture_BK` indices into the tables above; `centre_BK2`
+    (x, y) and `radius_BK` as shares of the image side; `background_B6` (top tone, tint, slope x, slope y, ...);
+    `metadata` one GenEval dict per scene, its caption under "prompt".
+    """
+
+    count_B: np.ndarray
+    shape_BK: np.ndarray
+    colour_BK: np.ndarray
+    texture_BK: np.ndarray
+    centre_BK2: np.ndarray
+    radius_BK: np.ndarray
+    background_B6: np.ndarray
+    metadata: list[Metadata]
+
+    @property
+    def captions(self) -> list[str]:
+        return [m["prompt"] for m in self.metadata]
+
+    def __len__(self) -> int:
+        return len(self.metadata)
+
+
+# ---------------------------------------------------------------------------------------------------------- captions
+
+
+def _article(words: str) -> str:
+    return ("an " if words[0] in "aeiou" else "a ") + words
+
+
+def _item(shape: str, count: int = 1, color: str | None = None, texture: str | None = None) -> dict[str, Any]:
+    item: dict[str, Any] = {"class": shape, "count": count}
+    if color is not None:
+        item["color"] = color
+    if texture is not None:
+        item["texture"] = texture
+    return item
+
+
+def _noun(item: dict[str, Any]) -> str:
+    shape = item["class"] if item["count"] == 1 else PLURALS[SHAPES.index(item["class"])]
+    return " ".join(w for w in (item.get("texture"), item.get("color"), shape) if w)
+
+
+def _metadata(tag: str, include: list[dict[str, Any]]) -> Metadata:
+    """GenEval's dict for a task: the reference object first, then the subject with its position."""
+    if tag == "counting":
+        item = include[0]
+        prompt = f"a photo of {NUMBERS[item['count']]} {_noun(item)}"
+        exclude = [{**item, "count": item["count"] + 1}]
+        return {"tag": tag, "include": include, "exclude": exclude, "prompt": prompt}
+    if tag == "position":
+        reference, subject = include
+        prompt = f"a photo of {_article(_noun(subject))} {subject['position'][0]} {_article(_noun(reference))}"
+    else:
+        prompt = "a photo of " + " and ".join(_article(_noun(i)) for i in include)
+    return {"tag": tag, "include": include, "prompt": prompt}
+
+
+def unseen_pairs(metadata: Metadata) -> bool:
+    """Whether the prompt names a shape-colour pair that training never shows."""
+    return any((i["class"], i.get("color")) in UNSEEN_PAIRS for i in metadata["include"])
+
+
+@cache
+def _family(tag: str, coloured: bool) -> tuple[Metadata, ...]:
+    """Every prompt of one task, with or without colour words, in a fixed order."""
+    colours: tuple[str | None, ...] = COLOURS if coloured else (None,)
+    items = [(s, c) for s in SHAPES for c in colours]
+    pairs = [(a, b) for a in items for b in items if a[0] != b[0] and (not coloured or a[1] != b[1])]
+    if tag in ("single_object", "colors"):
+        return tuple(_metadata(tag, [_item(s, 1, c)]) for s, c in items)
+    if tag in ("two_object", "color_attr"):
+        return tuple(_metadata(tag, [_item(a[0], 1, a[1]), _item(b[0], 1, b[1])]) for a, b in pairs)
+    if tag == "counting":
+        return tuple(_metadata(tag, [_item(s, n, c)]) for n in NUMBERS for s, c in items)
+    if tag == "texture":
+        return tuple(_metadata(tag, [_item(s, 1, c, t)]) for t in TEXTURES for s, c in items)
+    if tag == "position":
+        return tuple(
+            _metadata(tag, [_item(a[0], 1, a[1]), {**_item(b[0], 1, b[1]), "position": [relation, 0]}])
+            for relation, (a, b) in itertools.product(RELATIONS, pairs)
+        )
+    raise UsageError(f"unknown task {tag!r}; tasks are {', '.join(TASKS)}")
+
+
+def _share(text: str) -> float:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") / 2**32
+
+
+@cache
+def _pool(tag: str, coloured: bool, split: str) -> tuple[Metadata, ...]:
+    """The prompts of a family that a split may use.
+
+    Coloured families of counting, position, color_attr and texture are cut by a hash of the text: 80 % train, 10 %
+    search, 10 % heldout. The other families hold 6 to 48 texts, too few to cut; splits share those and differ in noise.
+    """
+    family = _family(tag, coloured)
+    if split == "unseen":
+        return tuple(m for m in family if unseen_pairs(m))
+    family = tuple(m for m in family if not unseen_pairs(m))
+    if not coloured or tag == "colors":
+        return family
+    low, high = {"train": (0.0, 0.8), "search": (0.8, 0.9), "heldout": (0.9, 1.0)}[split]
+    return tuple(m for m in family if low <= _share(m["prompt"]) < high)
+
+
+_COLOURING = {
+    "single_object": (False,),
+    "two_object": (False,),
+    "counting": (False, True),
+    "colors": (True,),
+    "position": (False, True),
+    "color_attr": (True,),
+    "texture": (False, True),
+}
+
+
+def prompts(split: str, n: int, seed: int = 0, tasks: tuple[str, ...] | None = None) -> list[Metadata]:
+    """`n` prompts of a split as GenEval metadata, taken from the tasks in turn, each family used up before it repeats.
+
+    Every dict also carries "index" (its place, 0-based), "split" and "unseen" (whether it names an unseen pair); split
+    "unseen" holds only tasks that name colours. Raises UsageError for an unknown split or task.
+    """
+    if split not in SPLITS:
+        raise UsageError(f"unknown prompt split {split!r}; use one of {', '.join(SPLITS)}")
+    for tag in tasks or ():
+        if tag not in TASKS:
+            raise UsageError(f"unknown task {tag!r}; tasks are {', '.join(TASKS)}")
+    rng = np.random.default_rng([seed, SPLITS.index(split), 0x70])
+    chosen = [t for t in (tasks or TASKS) if split != "unseen" or True in _COLOURING[t]]
+    if not chosen and n:
+        raise UsageError(f"tasks {', '.join(tasks or ())} name no colours, so split 'unseen' has none; add 'colors'")
+    streams = {tag: _endless(tag, split, rng) for tag in chosen}
+    found = (next(streams[chosen[i % len(chosen)]]) for i in range(n))
+    return [{**m, "index": i, "split": split, "unseen": unseen_pairs(m)} for i, m in enumerate(found)]
+
+
+def _endless(tag: str, split: str, rng: np.random.Generator):
+    colourings = [c for c in _COLOURING[tag] if split != "unseen" or c]
+    queues: dict[bool, list[int]] = {c: [] for c in colourings}
+    for turn in itertools.count():
+        coloured = colourings[turn % len(colourings)]
+        pool = _pool(tag, coloured, split)
+        if not queues[coloured]:
+            queues[coloured] = rng.permutation(len(pool)).tolist()
+        yield pool[queues[coloured].pop()]
+
+
+# -------------------------------------------------------------------------------------------------------------- scenes
+
+
+def sample(
+    batch: int,
+    rng: np.random.Generator,
+    split: str = "train",
+    task_weights: tuple[float, ...] | None = None,
+) -> SceneBatch:
+    """Draw prompts of a split and one matching scene for each. `task_weights` follow TASKS (equal when None)."""
+    weights = np.ones(len(TASKS)) if task_weights is None else np.asarray(task_weights, dtype=float)
+    if split == "unseen":
+        weights = weights * [True in _COLOURING[t] for t in TASKS]
+    tags = rng.choice(len(TASKS), size=batch, p=weights / weights.sum())
+    chosen = []
+    for tag in tags:
+        colourings = [c for c in _COLOURING[TASKS[tag]] if split != "unseen" or c]
+        pool = _pool(TASKS[tag], colourings[int(rng.integers(len(colourings)))], split)
+        chosen.append(pool[int(rng.integers(len(pool)))])
+    return arrange(chosen, rng)
+
+
+def arrange(metadata: list[Metadata], rng: np.random.Generator) -> SceneBatch:
+    """One scene per prompt that satisfies it and holds nothing else; what the prompt leaves open is drawn at random.
+
+    Colours left open never form an unseen pair.
+    """
+    batch = len(metadata)
+    count_B = np.zeros(batch, dtype=np.int64)
+    shape_BK = np.zeros((batch, MAX_OBJECTS), dtype=np.int64)
+    colour_BK = rng.integers(len(COLOURS), size=(batch, MAX_OBJECTS))
+    # Half of the textures left open are plain.
+    texture_BK = rng.choice(len(TEXTURES), size=(batch, MAX_OBJECTS), p=(0.5, 0.25, 0.25))
+    relation_B = np.full(batch, -1)
+    for b, meta in enumerate(metadata):
+        k = 0
+        for item in meta["include"]:
+            shape = SHAPES.index(item["class"])
+            for copy in range(item["count"]):
+                shape_BK[b, k] = shape
+                if "color" in item:
+                    colour_BK[b, k] = COLOURS.index(item["color"])
+                elif copy:
+                    colour_BK[b, k] = colour_BK[b, k - 1]
+                else:
+                    while (item["class"], COLOURS[colour_BK[b, k]]) in UNSEEN_PAIRS:
+                        colour_BK[b, k] = rng.integers(len(COLOURS))
+                if "texture" in item:
+                    texture_BK[b, k] = TEXTURES.index(item["texture"])
+                elif copy:
+                    texture_BK[b, k] = texture_BK[b, k - 1]
+                k += 1
+            if "position" in item:
+                relation_B[b] = RELATIONS.index(item["position"][0])
+        count_B[b] = k
+    centre_BK2, radius_BK = _place(count_B, relation_B, rng)
+    background_B6 = np.stack(
+        [
+            rng.uniform(0.10, 0.30, batch),  # tone at the centre
+            rng.choice([-0.12, 0.0, 0.12], batch),  # slope along x
+            rng.choice([-0.12, 0.0, 0.12], batch),  # slope along y
+            *(rng.choice([0.0, 0.05], (3, batch))),  # tint per channel
+        ],
+        axis=1,
+    ).astype(np.float32)
+    return SceneBatch(count_B, shape_BK, colour_BK, texture_BK, centre_BK2, radius_BK, background_B6, metadata)
+
+
+def _place(count_B: np.ndarray, relation_B: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Centres and radii without overlap; object 1 stands in relation `relation_B` (-1: none) to object 0."""
+    batch = len(count_B)
+    centre = np.zeros((batch, MAX_OBJECTS, 2))
+    radius = np.zeros((batch, MAX_OBJECTS))
+    low = np.array([RADIUS[int(c)][0] for c in count_B])
+    high = np.array([RADIUS[int(c)][1] for c in count_B])
+    open_B = np.arange(batch)
+    while len(open_B):
+        n = len(open_B)
+        r = rng.uniform(low[open_B, None, None], high[open_B, None, None], (n, _PROPOSALS, MAX_OBJECTS))
+        r = np.round(r * LATTICE * 2) / (LATTICE * 2)
+        margin = r + 1.0 / LATTICE
+        xy = rng.uniform(size=(n, _PROPOSALS, MAX_OBJECTS, 2)) * (1 - 2 * margin[..., None]) + margin[..., None]
+        xy = np.round(xy * LATTICE) / LATTICE
+        ok = np.ones((n, _PROPOSALS), dtype=bool)
+        count = count_B[open_B]
+        for i, j in itertools.combinations(range(MAX_OBJECTS), 2):
+            apart = np.abs(xy[:, :, i] - xy[:, :, j]).max(-1) >= r[:, :, i] + r[:, :, j] + _GAP
+            ok &= apart | (count <= j)[:, None]
+        offset = xy[:, :, 1] - xy[:, :, 0]
+        along = np.stack([-offset[..., 0], offset[..., 0], -offset[..., 1], offset[..., 1]], axis=-1)
+        relation = relation_B[open_B]
+        wanted = np.take_along_axis(along, np.maximum(relation, 0)[:, None, None], axis=-1)[..., 0]
+        # Well inside GenEval's 60 degree cone, so that the picture is not a borderline case.
+        ok &= (wanted > 0.78 * np.linalg.norm(offset, axis=-1)) | (relation < 0)[:, None]
+        found = ok.any(1)
+        first = ok.argmax(1)
+        rows = np.flatnonzero(found)
+        centre[open_B[rows]] = xy[rows, first[rows]]
+        radius[open_B[rows]] = r[rows, first[rows]]
+        open_B = open_B[~found]
+    return centre.astype(np.float32), radius.astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------------------------- drawing
+
+
+def shape_distance(shape: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Signed distance (negative inside) to a shape of radius 1, at local coordinates u (right) and v (down)."""
+    name = SHAPES[shape]
+    if name == "circle":
+        return np.hypot(u, v) - 1.0
+    if name == "square":
+        return np.maximum(np.abs(u), np.abs(v)) - 0.9
+    if name == "triangle":
+        return np.maximum((2.0 * np.abs(u) - v - 1.0) / 5.0**0.5, v - 0.95)
+    if name == "ring":
+        return np.abs(np.hypot(u, v) - 0.74) - 0.26
+    if name == "cross":
+        a, b = np.abs(u), np.abs(v)
+        return np.maximum(np.maximum(a, b) - 1.0, np.minimum(a, b) - 0.32)
+    # Star: fold the plane onto half a point, then the distance to the line from tip to notch.
+    length, sector = np.hypot(u, v), np.pi / 5
+    angle = np.abs(np.mod(np.arctan2(u, -v) + sector, 2 * sector) - sector)
+    notch = 0.42
+    dx, dy = notch * np.cos(sector) - 1.0, notch * np.sin(sector)
+    return ((length * np.cos(angle) - 1.0) * dy - length * np.sin(angle) * dx) / np.hypot(dx, dy)
+
+
+def marks(texture: int, size: int) -> np.ndarray:
+    """Where a texture puts white marks, (size, size) bool; the lattice is fixed to the image."""
+    unit = np.floor(np.arange(size) * LATTICE / size).astype(int)
+    on = (unit // 2) % 2 == 1
+    if TEXTURES[texture] == "striped":
+        return np.broadcast_to(on[:, None], (size, size))
+    if TEXTURES[texture] == "dotted":
+        return on[:, None] & on[None, :]
+    return np.zeros((size, size), dtype=bool)
+
+
+def draw(scenes: SceneBatch, size: int = 48) -> np.ndarray:
+    """Pixels (B, 3, size, size), float32 in [0, 1], edges antialiased."""
+    axis = (np.arange(size, dtype=np.float32) + 0.5) / size
+    tone, slope_x, slope_y = (scenes.background_B6[:, i, None, None] for i in range(3))
+    shade = tone + slope_x * (axis[None, None, :] - 0.5) + slope_y * (axis[None, :, None] - 0.5)
+    image = shade[:, None] + scenes.background_B6[:, 3:, None, None]
+    image = np.clip(image, 0.02, 1.0).astype(np.float32)
+    texture_marks = np.stack([marks(t, size) for t in range(len(TEXTURES))]).astype(np.float32)
+    for k in range(MAX_OBJECTS):
+        for shape in range(len(SHAPES)):
+            rows = np.flatnonzero((scenes.count_B > k) & (scenes.shape_BK[:, k] == shape))
+            if not len(rows):
+                continue
+            radius = scenes.radius_BK[rows, k, None, None]
+            u = (axis[None, None, :] - scenes.centre_BK2[rows, k, 0, None, None]) / radius
+            v = (axis[None, :, None] - scenes.centre_BK2[rows, k, 1, None, None]) / radius
+            cover = np.clip(0.5 - shape_distance(shape, u, v) * radius * size, 0.0, 1.0)[:, None]
+            mark = texture_marks[scenes.texture_BK[rows, k]][:, None]
+            colour = COLOUR_RGB[scenes.colour_BK[rows, k]][:, :, None, None]
+            image[rows] += cover * (colour + mark * (MARK_RGB - colour) - image[rows])
+    return image
