@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stagevar.models.base import (
     Around,
@@ -32,6 +33,7 @@ from stagevar.models.base import (
 from stagevar.noise import ScaleNoise
 
 MAX_SCALE_MUL = math.log(100.0)
+_ANY_SDPA = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -460,6 +462,13 @@ class Infinity(NextScaleModel):
             inputs: `BitResidual.quantise`'s inputs for scales 1..K-1.
             null_B: bool, rows whose caption is dropped (their text is replaced by cfg_uncond).
         """
+        # On CPU the fused attention kernel's backward costs several times the plain matrix products at these sizes.
+        with sdpa_kernel([SDPBackend.MATH] if text_BTD.device.type == "cpu" else _ANY_SDPA):
+            return self._forward_train(text_BTD, mask_B11T, inputs, null_B)
+
+    def _forward_train(
+        self, text_BTD: Tensor, mask_B11T: Tensor | None, inputs: Sequence[Tensor], null_B: Tensor | None
+    ) -> Tensor:
         if null_B is not None:
             text_BTD = torch.where(null_B[:, None, None], self.cfg_uncond[: text_BTD.shape[1]], text_BTD)
         conditioning = self.condition_padded(text_BTD, mask_B11T)
@@ -470,9 +479,7 @@ class Infinity(NextScaleModel):
         level_LC = self.lvl_embed(levels_L)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-            return F.scaled_dot_product_attention(
-                q.to(v.dtype), k.to(v.dtype), v, attn_mask=visible_LL, scale=scale
-            )
+            return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=visible_LL, scale=scale)
 
         x = x + level_LC
         for layer, block in enumerate(self.layers()):
