@@ -1,0 +1,138 @@
+"""Reads a nano scene back from its pixels: the object detector of this world, in GenEval's terms.
+
+Objects are connected bright regions on the dark background. A region's class is the shape whose drawing, in the same
+box, overlaps it best; its colour the nearest hue; its texture the mark lattice that explains its whiteness best. The
+verdict itself is GenEval's rule (`stagevar.geneval.judge`), so nothing here knows what a prompt asked for.
+
+Source: the rules are GenEval's (djghosh13/geneval), the detector is ours in place of Mask2Former and CLIP.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from stagevar.geneval import Detection, Verdict, judge
+from stagevar.nano.scenes import COLOUR_RGB, COLOURS, LATTICE, MARK_RGB, SHAPES, TEXTURES, marks, shape_distance
+
+_BRIGHT = 0.55  # every object colour has a channel above it, no background does
+_MIN_AREA = 10 / LATTICE**2  # share of the image; the smallest star covers three times as much
+_TEMPLATE = 24
+_IOU_SURE, _IOU_NONE = 0.62, 0.35  # overlap that counts as certain, and as nothing
+
+
+@cache
+def _templates() -> np.ndarray:
+    """Soft masks (shapes, T, T) of every shape stretched to its own bounding box."""
+    fine = (np.arange(_TEMPLATE * 4) + 0.5) / (_TEMPLATE * 4)
+    axis = np.linspace(-1.1, 1.1, 441)
+    masks = []
+    for shape in range(len(SHAPES)):
+        inside = shape_distance(shape, *np.meshgrid(axis, axis)) < 0
+        x, y = axis[inside.any(0)], axis[inside.any(1)]
+        u = x.min() + (x.max() - x.min()) * fine
+        v = y.min() + (y.max() - y.min()) * fine
+        mask = (shape_distance(shape, *np.meshgrid(u, v)) < 0).astype(np.float32)
+        masks.append(mask.reshape(_TEMPLATE, 4, _TEMPLATE, 4).mean((1, 3)))
+    return np.stack(masks)
+
+
+def _stretch(mask: np.ndarray, box: tuple[float, float, float, float]) -> np.ndarray:
+    """Bilinear samples of a soft mask on a T x T grid over a box in pixels."""
+    x0, y0, x1, y1 = box
+    grid = (np.arange(_TEMPLATE) + 0.5) / _TEMPLATE
+    padded = np.pad(mask, 1)
+    xs, ys = x0 + (x1 - x0) * grid + 0.5, y0 + (y1 - y0) * grid + 0.5
+    xi, yi = np.floor(xs).astype(int), np.floor(ys).astype(int)
+    fx, fy = (xs - xi)[None, :], (ys - yi)[:, None]
+    xi, yi = np.clip(xi, 0, padded.shape[1] - 2), np.clip(yi, 0, padded.shape[0] - 2)
+    top = padded[yi][:, xi] * (1 - fx) + padded[yi][:, xi + 1] * fx
+    low = padded[yi + 1][:, xi] * (1 - fx) + padded[yi + 1][:, xi + 1] * fx
+    return top * (1 - fy) + low * fy
+
+
+def _soft_edges(cover: np.ndarray) -> tuple[float, float]:
+    """First and last edge of a 1-D coverage profile, with the fraction of the border pixel."""
+    inside = np.flatnonzero(cover >= 0.5)
+    if not len(inside):
+        inside = np.array([int(cover.argmax())])
+    low, high = int(inside[0]), int(inside[-1])
+    before = float(cover[low - 1]) if low > 0 else 0.0
+    after = float(cover[high + 1]) if high + 1 < len(cover) else 0.0
+    return low - min(before, 0.5), high + 1 + min(after, 0.5)
+
+
+def _colour(pixels_N3: np.ndarray) -> int:
+    """Index of the nearest hue; white marks and dark edges carry little chroma and so little weight."""
+    chroma = pixels_N3 - pixels_N3.mean(1, keepdims=True)
+    weight = np.linalg.norm(chroma, axis=1) ** 2
+    mean = (chroma * weight[:, None]).sum(0)
+    reference = COLOUR_RGB - COLOUR_RGB.mean(1, keepdims=True)
+    cosine = reference @ mean / (np.linalg.norm(reference, axis=1) * np.linalg.norm(mean) + 1e-9)
+    return int(cosine.argmax())
+
+
+def _texture(image_HW3: np.ndarray, core_HW: np.ndarray, colour: int) -> int:
+    """Index of the mark lattice that fits the whiteness inside the region best."""
+    plain = float(COLOUR_RGB[colour].min())
+    white = np.clip((image_HW3[core_HW].min(1) - plain) / (MARK_RGB - plain), 0.0, 1.0)
+    size = len(image_HW3)
+    errors = [np.abs(white - marks(t, size)[core_HW]).mean() for t in range(len(TEXTURES))]
+    return int(np.argmin(errors))
+
+
+def detect(image_3HW: np.ndarray) -> list[Detection]:
+    """Objects of one image (3, H, W) in [0, 1], as GenEval detections with boxes in pixels (x0, y0, x1, y1).
+
+    The score is 1 for a clean shape and falls to 0 where no shape fits, so GenEval's own thresholds apply.
+    """
+    from scipy import ndimage  # here, so that the runtime imports without scipy
+
+    image = np.clip(np.asarray(image_3HW, dtype=np.float32).transpose(1, 2, 0), 0.0, 1.0)
+    brightness = image.max(2)
+    background = np.median(brightness[brightness < _BRIGHT]) if (brightness < _BRIGHT).any() else 0.2
+    labels, _ = ndimage.label(brightness > _BRIGHT, structure=np.ones((3, 3)))
+    size = len(image)
+    found = []
+    for index, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
+        region = labels == index
+        if region.sum() < _MIN_AREA * size * size:
+            continue
+        # Soft coverage: how far each pixel has left the background towards the region's own brightness.
+        near = ndimage.binary_dilation(region, structure=np.ones((3, 3)))
+        level = float(np.median(brightness[region]))
+        cover = np.where(near, np.clip((brightness - background) / max(level - background, 1e-3), 0.0, 1.0), 0.0)
+        x0, x1 = _soft_edges(cover.max(0))
+        y0, y1 = _soft_edges(cover.max(1))
+        view = _stretch(cover.astype(np.float32), (x0, y0, x1, y1))
+        templates = _templates()
+        overlap = np.minimum(view, templates).sum((1, 2)) / np.maximum(view, templates).sum((1, 2))
+        shape = int(overlap.argmax())
+        aspect = min((x1 - x0) / (y1 - y0), (y1 - y0) / (x1 - x0))
+        fit = float(overlap[shape]) * min(1.0, aspect / 0.75)
+        score = float(np.clip((fit - _IOU_NONE) / (_IOU_SURE - _IOU_NONE), 0.0, 1.0))
+        core = ndimage.binary_erosion(region)
+        core = core if core.sum() >= 8 else region
+        colour = _colour(image[region])
+        found.append(
+            Detection(
+                class_name=SHAPES[shape],
+                score=score,
+                box_xyxy=(x0, y0, x1, y1),
+                color=COLOURS[colour],
+                texture=TEXTURES[_texture(image, core, colour)],
+            )
+        )
+    return found
+
+
+def check(image_3HW: np.ndarray, metadata: dict[str, Any]) -> Verdict:
+    """GenEval's verdict on one image (3, H, W) in [0, 1] for a scene's metadata."""
+    return judge(metadata, detect(image_3HW))
+
+
+def check_batch(image_B3HW: np.ndarray, metadata: list[dict[str, Any]]) -> np.ndarray:
+    """Verdicts of a batch as booleans (B,)."""
+    return np.array([check(image, meta).correct for image, meta in zip(image_B3HW, metadata, strict=True)])

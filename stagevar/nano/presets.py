@@ -1,0 +1,64 @@
+"""Sizes of the nano world: `cpu` is trained and shipped from two cores, `gpu` needs a GPU to train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stagevar.errors import UsageError
+
+
+@dataclass(frozen=True)
+class NanoPreset:
+    """Everything that fixes nano's shapes.
+
+    Attributes: `image_size` pixels per side; `patch` pixels per latent cell; `scales` grid sides, coarse to fine;
+    `latent_dim` bits per token; `tokenizer_width` channels; transformer `depth`, `width`, `heads`, `chunks`,
+    `ffn_hidden`; `text_dim` channels and `text_maxlen` tokens of the text features.
+    """
+
+    name: str
+    image_size: int
+    patch: int
+    scales: tuple[int, ...]
+    latent_dim: int
+    tokenizer_width: int
+    depth: int
+    width: int
+    heads: int
+    chunks: int
+    ffn_hidden: int
+    text_dim: int = 128
+    text_maxlen: int = 24
+
+    @property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        return tuple((s, s) for s in self.scales)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one image over all scales."""
+        return sum(s * s for s in self.scales)
+
+
+PRESETS = {
+    "cpu": NanoPreset(
+        "cpu", image_size=48, patch=6, scales=(1, 2, 3, 4, 6, 8), latent_dim=24, tokenizer_width=160,
+        depth=6, width=192, heads=6, chunks=3, ffn_hidden=768,
+    ),
+    "gpu": NanoPreset(
+        "gpu", image_size=96, patch=6, scales=(1, 2, 3, 4, 5, 6, 8, 10, 12, 16), latent_dim=24, tokenizer_width=192,
+        depth=6, width=192, heads=6, chunks=3, ffn_hidden=768,
+    ),
+    # Small enough for a training test of a few seconds; learns nothing worth looking at.
+    "micro": NanoPreset(
+        "micro", image_size=48, patch=12, scales=(1, 2, 4), latent_dim=8, tokenizer_width=32,
+        depth=2, width=32, heads=2, chunks=1, ffn_hidden=64, text_dim=32,
+    ),
+}  # fmt: skip
+
+
+def preset(name: str) -> NanoPreset:
+    """A preset by name. Raises UsageError for an unknown one."""
+    if name not in PRESETS:
+        raise UsageError(f"unknown nano preset {name!r}; use one of {', '.join(PRESETS)}")
+    return PRESETS[name]

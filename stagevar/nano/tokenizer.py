@@ -1,0 +1,71 @@
+"""nano's tokenizer: a small patch autoencoder around the same bit residual loop as Infinity's BSQ-VAE.
+
+Interface shared with every tokenizer of the runtime: `residual`, `latent_dim`, `encode`, `decode`.
+
+Source: the residual loop is Infinity's (see stagevar/models/bits.py); encoder and decoder are our own. Straight-through
+sign quantisation follows BSQ (Zhao et al. 2024) without its entropy term.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stagevar.models.bits import BitResidual
+from stagevar.nano.presets import NanoPreset
+
+
+class _Mix(nn.Module):
+    """Residual 3x3 convolution and pointwise product, for context between neighbouring patches."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(1, width)
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.out = nn.Conv2d(width, width, 1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return x_BCHW + self.out(F.gelu(self.conv(self.norm(x_BCHW)), approximate="tanh"))
+
+
+class NanoTokenizer(nn.Module):
+    """Images of patch-sized cells to a latent on the final grid and back.
+
+    Attributes: `residual` the bit residual loop; `latent_dim` channels d of the latent (bits per cell).
+    """
+
+    def __init__(self, config: NanoPreset):
+        super().__init__()
+        width, pixels = config.tokenizer_width, 3 * config.patch**2
+        self.patch = config.patch
+        self.latent_dim = config.latent_dim
+        self.residual = BitResidual(config.grids, config.latent_dim)
+        self.encode_patches = nn.Conv2d(pixels, width, 1)
+        self.encode_mix = _Mix(width)
+        self.encode_out = nn.Conv2d(width, config.latent_dim, 1)
+        self.decode_in = nn.Conv2d(config.latent_dim, width, 1)
+        self.decode_mix = nn.Sequential(_Mix(width), _Mix(width))
+        self.decode_patches = nn.Conv2d(width, pixels, 1)
+
+    def encode(self, image_B3HW: Tensor) -> Tensor:
+        """Image in [-1, 1] to the latent (B, d, H / patch, W / patch), before quantisation."""
+        hidden = self.encode_patches(F.pixel_unshuffle(image_B3HW, self.patch))
+        return self.encode_out(F.gelu(self.encode_mix(hidden), approximate="tanh"))
+
+    def decode(self, code_sum_BdHW: Tensor) -> Tensor:
+        """Code sum (B, d, H, W) to an image (B, 3, H * patch, W * patch) in [-1, 1], not clamped."""
+        hidden = self.decode_mix(self.decode_in(code_sum_BdHW))
+        return F.pixel_shuffle(self.decode_patches(hidden), self.patch)
+
+    def partial_sums(self, latent_BdHW: Tensor, flip_probability: float = 0.0) -> Tensor:
+        """Code sums after every scale (K, B, d, H, W), without gradient; `flip_probability` of the bits are flipped."""
+        with torch.no_grad():
+            code_sum, sums = torch.zeros_like(latent_BdHW), []
+            for scale, grid in enumerate(self.residual.latent_grids):
+                bits = F.interpolate(latent_BdHW - code_sum, size=grid, mode="area") > 0
+                if flip_probability:
+                    bits ^= torch.rand(bits.shape, device=bits.device) < flip_probability
+                code_sum = self.residual.add(code_sum, bits.flatten(2).transpose(1, 2), scale)
+                sums.append(code_sum)
+            return torch.stack(sums)
