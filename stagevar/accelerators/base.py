@@ -1,0 +1,72 @@
+"""The interface of accelerators: what may happen around a site, with run state as a value.
+
+An accelerator acts at four places only: run or skip a scale, drop a branch (both are in the ScaleStep and belong to the
+sampler), reduce the tokens before a site, restore them after it (here). Its state is a mapping from site to tensor that is
+never changed in place: the sampler keeps one per scale, so rewinding is forgetting.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from stagevar.models.base import Around, Grid, Site, SiteFn
+from stagevar.noise import ScaleNoise
+from stagevar.schedule import Branch, ScaleStep
+
+
+@dataclass(frozen=True)
+class Cached:
+    """A full-grid output kept for later scales: y (R, h*w, C) of these branches."""
+
+    y_RLC: Tensor
+    grid: Grid
+    branches: tuple[Branch, ...]
+
+    def rows(self, branches: tuple[Branch, ...]) -> Tensor:
+        """Rows of the branches that still run."""
+        if branches == self.branches:
+            return self.y_RLC
+        batch = self.y_RLC.shape[0] // len(self.branches)
+        first = self.branches.index(branches[0])
+        return self.y_RLC[first * batch : (first + len(branches)) * batch]
+
+    def resized(self, grid: Grid, branches: tuple[Branch, ...]) -> Tensor:
+        """(R, h*w, C) on another grid by adaptive average pooling ('area')."""
+        y_RLC = self.rows(branches)
+        if grid == self.grid:
+            return y_RLC
+        y_RChw = y_RLC.transpose(1, 2).unflatten(2, self.grid)
+        return F.adaptive_avg_pool2d(y_RChw, grid).flatten(2).transpose(1, 2)
+
+
+State = Mapping[Site, Cached]
+
+
+@dataclass(frozen=True)
+class ScaleContext:
+    """What an accelerator may know at a scale: the step, its randomness and the state after the last run scale."""
+
+    step: ScaleStep
+    noise: ScaleNoise
+    state: State
+
+
+class Accelerator(ABC):
+    """Builds the `around` hook of one scale."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def around(self, context: ScaleContext, updates: dict[Site, Cached]) -> Around:
+        """The hook for this scale. Whatever later scales need is put into `updates`."""
+
+
+def plain(site: Site, x_RLC: Tensor, positions: Tensor | None, run: SiteFn) -> Tensor:
+    """A site that is left alone."""
+    return run(x_RLC, positions)

@@ -1,0 +1,17 @@
+"""No acceleration: every site runs on all tokens."""
+
+from __future__ import annotations
+
+from stagevar.accelerators.base import Accelerator, Cached, ScaleContext, plain
+from stagevar.models.base import Around, Site
+
+
+class Exact(Accelerator):
+    """The baseline. Steps with a reduction are refused: silently running them in full would falsify a comparison."""
+
+    name = "exact"
+
+    def around(self, context: ScaleContext, updates: dict[Site, Cached]) -> Around:
+        if context.step.reduction is not None:
+            raise ValueError(f"scale {context.step.scale} reduces tokens; the exact accelerator does not")
+        return plain

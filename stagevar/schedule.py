@@ -1,0 +1,281 @@
+"""Schedules are data: a few human parameters that expand to one fully decided step per scale. No torch here.
+
+A *scale* is one resolution step of the model; a *stage* groups scales. Only scales from `structure_end` on are accelerated.
+Two parameter sets that expand alike are the same schedule: compare `expand(...)` tuples, never parameters.
+
+Source: StageVAR (arXiv 2512.16483) for the stages, the branch cutoff and the ranks; sen-mao/FasterVAR for what its code
+decides where the paper is silent. Skipping, row selection, the trunk site and the conditional branch are knobs of ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from stagevar.errors import ScheduleError
+from stagevar.grids import Grid
+from stagevar.ranks import RankTable, rank, ratios_for_energy
+
+Branch = Literal["cond", "uncond"]
+BOTH: tuple[Branch, ...] = ("cond", "uncond")
+STAGES = ("semantic", "structure", "fidelity")
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Random projection of the token axis and representative token restoration.
+
+    ranks: one per chunk (site "chunk") or a single one (site "trunk"). projection: "gaussian" mixes tokens, "rows" keeps
+    the drawn ones. rope: positions of the r tokens, the scale's "first" r or the drawn "index".
+    """
+
+    ranks: tuple[int, ...]
+    projection: str = "gaussian"
+    rope: str = "first"
+    site: str = "chunk"
+
+
+@dataclass(frozen=True)
+class Pivotal:
+    """FastVAR's cached token pruning: each sublayer of these layers runs on its `kept` most deviating tokens.
+
+    The pruned tokens take the branch output of scale `cache_scale`, area-resized. Layers are [first, stop).
+    """
+
+    kept: int
+    layers: tuple[int, int]
+    cache_scale: int
+
+
+Reduction = LowRank | Pivotal
+
+
+@dataclass(frozen=True)
+class ScaleStep:
+    """What happens at one scale, fully decided and hashable. `stage` is a label and does not make steps differ."""
+
+    scale: int
+    grid: Grid
+    branches: tuple[Branch, ...] = BOTH
+    reduction: Reduction | None = None
+    skipped: bool = False
+    stage: str = field(default="fidelity", compare=False)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the full grid."""
+        return self.grid[0] * self.grid[1]
+
+    def processed_tokens(self, chunks: int = 1) -> float:
+        """Token rows through the trunk, averaged over chunks: the cost proxy when nothing was measured."""
+        if self.skipped:
+            return 0.0
+        tokens: float = self.tokens
+        if isinstance(self.reduction, LowRank):
+            tokens = sum(self.reduction.ranks) / len(self.reduction.ranks)
+        elif isinstance(self.reduction, Pivotal):
+            tokens = self.reduction.kept
+        return tokens * len(self.branches)
+
+
+Steps = tuple[ScaleStep, ...]
+_Choice = TypeVar("_Choice", bound=str)
+
+
+def _choose(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.0)[0]
+        raise ScheduleError(f"{name} {value!r} is not one of {', '.join(choices)} (nearest: {near})")
+
+
+def _integer(name: str, value: Any, low: int, high: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        span = f">= {low}" if high is None else f"from {low} to {high}"
+        raise ScheduleError(f"{name} {value!r} must be a whole number {span}")
+
+
+def _ratio(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ScheduleError(f"{name} {value!r} must be above 0 and at most 1 (1 keeps every token)")
+
+
+@dataclass(frozen=True)
+class StageSchedule:
+    """The human parameters.
+
+    structure_end: first accelerated scale (number of scales = nothing is accelerated).
+    semantic_end: first scale of the structure stage; a label from analysis that bounds structure_end from below.
+    cfg_delay: scales after structure_end at which one branch is dropped; None keeps guidance throughout.
+    branch: the branch that stays after the cutoff ("uncond" is the paper's null-prompt choice).
+    rank_ratios: kept share of the tokens per accelerated scale counted from structure_end (+ rank_delay); the last entry
+        repeats; an entry may hold one value per chunk; 1 keeps all tokens. energy: look the ratios up instead.
+    rank_delay: scales after structure_end at which tokens are first reduced.
+    skip: scale indices that are not run at all.
+    projection, rope, site: see LowRank.
+    """
+
+    structure_end: int
+    semantic_end: int = 0
+    cfg_delay: int | None = None
+    branch: Branch = "uncond"
+    rank_ratios: tuple[float | tuple[float, ...], ...] | None = None
+    energy: float | None = None
+    rank_delay: int = 0
+    projection: str = "gaussian"
+    rope: str = "first"
+    site: str = "chunk"
+    skip: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _integer("structure_end", self.structure_end, 0)
+        _integer("semantic_end", self.semantic_end, 0)
+        if self.semantic_end > self.structure_end:
+            raise ScheduleError(
+                f"structure_end {self.structure_end} lies before semantic_end {self.semantic_end}; raise structure_end"
+            )
+        if self.cfg_delay is not None:
+            _integer("cfg_delay", self.cfg_delay, 0)
+        _integer("rank_delay", self.rank_delay, 0)
+        _choose("branch", self.branch, BOTH)
+        _choose("projection", self.projection, ("gaussian", "rows"))
+        _choose("rope", self.rope, ("first", "index"))
+        _choose("site", self.site, ("chunk", "trunk"))
+        if self.rank_ratios is not None and self.energy is not None:
+            raise ScheduleError(f"rank_ratios and energy {self.energy} are both given; keep one")
+        if self.energy is not None:
+            _ratio("energy", self.energy)
+        if self.rank_ratios is not None:
+            if not isinstance(self.rank_ratios, list | tuple) or not self.rank_ratios:
+                raise ScheduleError(f"rank_ratios {self.rank_ratios!r} must be a list of numbers above 0 and at most 1")
+            entries = []
+            for entry in self.rank_ratios:
+                values = entry if isinstance(entry, list | tuple) else (entry,)
+                for value in values:
+                    _ratio("rank ratio", value)
+                entries.append(tuple(map(float, entry)) if isinstance(entry, list | tuple) else float(entry))
+            object.__setattr__(self, "rank_ratios", tuple(entries))
+        if not isinstance(self.skip, list | tuple):
+            raise ScheduleError(f"skip {self.skip!r} must be a list of scale indices")
+        for scale in self.skip:
+            _integer("skipped scale", scale, 0)
+        object.__setattr__(self, "skip", tuple(sorted(set(self.skip))))
+
+    @property
+    def cfg_cutoff(self) -> int | None:
+        """First scale that runs one branch only, None when guidance stays."""
+        return None if self.cfg_delay is None else self.structure_end + self.cfg_delay
+
+    def expand(self, grids: Sequence[Grid], chunks: int, rank_table: RankTable | None = None) -> Steps:
+        """One decided step per scale.
+
+        Args:
+            grids: token grid per scale. chunks: number of block chunks of the model.
+            rank_table: for `energy`; the published table by default.
+
+        Raises ScheduleError when a parameter does not fit this model's scales.
+        """
+        scales = len(grids)
+        if self.structure_end > scales:
+            raise ScheduleError(f"structure_end {self.structure_end} is beyond the model's {scales} scales")
+        if self.cfg_cutoff is not None and self.cfg_cutoff > scales:
+            raise ScheduleError(
+                f"cfg cutoff {self.cfg_cutoff} (structure_end + cfg_delay) is beyond the model's {scales} scales"
+            )
+        outside = [s for s in self.skip if s >= scales]
+        if outside:
+            raise ScheduleError(f"skipped scale {outside[0]} does not exist; the last of {scales} scales is {scales - 1}")
+        if 0 in self.skip:
+            raise ScheduleError("scale 0 cannot be skipped: nothing would start the image")
+        return tuple(self._step(scale, tuple(grid), chunks, rank_table) for scale, grid in enumerate(grids))
+
+    def _step(self, scale: int, grid: Grid, chunks: int, rank_table: RankTable | None) -> ScaleStep:
+        if scale < self.semantic_end:
+            stage = "semantic"
+        else:
+            stage = "structure" if scale < self.structure_end else "fidelity"
+        if scale in self.skip:
+            return ScaleStep(scale, grid, (), None, True, stage)
+        alone = self.cfg_cutoff is not None and scale >= self.cfg_cutoff
+        branches = (self.branch,) if alone else BOTH
+        return ScaleStep(scale, grid, branches, self._reduction(scale, grid, chunks, rank_table), False, stage)
+
+    def _reduction(self, scale: int, grid: Grid, chunks: int, rank_table: RankTable | None) -> Reduction | None:
+        start = self.structure_end + self.rank_delay
+        if scale < start or scale == 0 or (self.rank_ratios is None and self.energy is None):
+            return None
+        tokens = grid[0] * grid[1]
+        if self.energy is not None:
+            ratios = ratios_for_energy(self.energy, tokens, chunks, rank_table)
+        else:
+            assert self.rank_ratios is not None
+            entry = self.rank_ratios[min(scale - start, len(self.rank_ratios) - 1)]
+            ratios = entry if isinstance(entry, tuple) else (entry,) * chunks
+            if len(ratios) != chunks:
+                raise ScheduleError(f"{len(ratios)} rank ratios at scale {scale} do not fit the model's {chunks} chunks")
+        if all(ratio == 1 for ratio in ratios):
+            return None
+        if self.site == "trunk":
+            ratios = (sum(ratios) / len(ratios),)
+        return LowRank(tuple(rank(r, tokens) for r in ratios), self.projection, self.rope, self.site)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain YAML data, every parameter stated."""
+        return {k: _plain(v) for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> StageSchedule:
+        """The inverse of `to_dict`. Raises ScheduleError naming an unknown or missing key."""
+        if not isinstance(data, Mapping):
+            raise ScheduleError(f"a schedule must be a mapping, not {type(data).__name__}")
+        names = [f.name for f in dataclasses.fields(cls)]
+        for key in data:
+            if key not in names:
+                near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)[0]
+                raise ScheduleError(f"unknown schedule parameter {key!r} (nearest: {near})")
+        if "structure_end" not in data:
+            raise ScheduleError("structure_end is missing from the schedule")
+        return cls(**data)
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def exact(scales: int) -> StageSchedule:
+    """The full schedule: guidance and every token at every scale."""
+    return StageSchedule(structure_end=scales)
+
+
+def paper(grids: Sequence[Grid]) -> StageSchedule:
+    """StageVAR's published setting, carried to this model's scales.
+
+    Accelerated are the scales wider than half the last one (sides 40, 48, 64 of Infinity); null branch only, Gaussian
+    projection per chunk. Where the published table has no rows for the model, its mean ratios are used.
+    """
+    start = structure_boundary(grids)
+    if len(grids) == 13:
+        return StageSchedule(structure_end=start, semantic_end=min(7, start), cfg_delay=0, energy=0.96)
+    return StageSchedule(
+        structure_end=start, semantic_end=min(len(grids) // 2, start), cfg_delay=0, rank_ratios=(0.177, 0.157, 0.049)
+    )
+
+
+def released(grids: Sequence[Grid]) -> StageSchedule:
+    """The released code's setting: as `paper`, and the last scales (two of 13, one of fewer than ten) are not run."""
+    count = 2 if len(grids) >= 10 else 1
+    return dataclasses.replace(paper(grids), skip=tuple(range(len(grids) - count, len(grids))))
+
+
+def skip_only(grids: Sequence[Grid], count: int = 1) -> StageSchedule:
+    """Full guidance and tokens, the last `count` scales not run."""
+    scales = len(grids)
+    return StageSchedule(structure_end=scales - count, skip=tuple(range(scales - count, scales)))
+
+
+def structure_boundary(grids: Sequence[Grid]) -> int:
+    """First scale wider than half of the last one, by area: where the paper's fidelity stage starts on Infinity."""
+    final = grids[-1][0] * grids[-1][1]
+    return next(s for s, (h, w) in enumerate(grids) if 4 * h * w > final)
