@@ -1,0 +1,91 @@
+"""What a metric is: one value per image, in batches; set metrics also give one value for a whole set."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from stagevar.errors import UsageError
+
+Prompt = str | Mapping[str, Any]  # a caption, or GenEval metadata with its caption under "prompt"
+
+
+class Metric(ABC):
+    """Scores images one by one.
+
+    `name` is the registry's and the YAML's; `higher_is_better` the direction; `needs_reference` whether `score`
+    compares with the full schedule's image of the same prompt and seed; `needs_prompt` whether it reads the prompts.
+    """
+
+    name: ClassVar[str]
+    higher_is_better: ClassVar[bool] = True
+    needs_reference: ClassVar[bool] = False
+    needs_prompt: ClassVar[bool] = False
+
+    def score(
+        self,
+        images_uint8_BHW3: np.ndarray,
+        prompts: Sequence[Prompt],
+        reference_images_uint8_BHW3: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Values (B,) float64, one per image. Raises UsageError where shapes, prompts or references do not fit."""
+        check_images(self.name, images_uint8_BHW3)
+        if len(prompts) != len(images_uint8_BHW3):
+            raise UsageError(f"{self.name}: {len(images_uint8_BHW3)} images but {len(prompts)} prompts")
+        if self.needs_reference:
+            if reference_images_uint8_BHW3 is None:
+                raise UsageError(f"{self.name} compares with reference images: pass them (--reference)")
+            check_images(self.name, reference_images_uint8_BHW3)
+            if reference_images_uint8_BHW3.shape != images_uint8_BHW3.shape:
+                raise UsageError(f"{self.name}: images are {images_uint8_BHW3.shape}, references "
+                                 f"{reference_images_uint8_BHW3.shape}; sizes must agree")
+        if len(images_uint8_BHW3) == 0:
+            return np.zeros(0)
+        values_B = np.asarray(self._score(images_uint8_BHW3, prompts, reference_images_uint8_BHW3), dtype=np.float64)
+        assert values_B.shape == (len(images_uint8_BHW3),), f"{self.name} returned {values_B.shape}"
+        return values_B
+
+    @abstractmethod
+    def _score(
+        self, images_uint8_BHW3: np.ndarray, prompts: Sequence[Prompt], reference_images_uint8_BHW3: np.ndarray | None
+    ) -> np.ndarray:
+        """As `score`, with inputs already checked and B >= 1."""
+
+    def describe(self) -> dict[str, Any]:
+        """What makes the figure reproducible: model names, file hashes, rules. JSON values only."""
+        return {"name": self.name}
+
+
+class SetMetric(Metric):
+    """A metric of a whole set (FID, KID, IS).
+
+    `score` splits the set value of the images handed in into one contribution per image, whose mean is that value, so
+    that a set metric can serve as objective; `score_set` is the figure to publish.
+    """
+
+    @abstractmethod
+    def score_set(
+        self, batches: Iterable[np.ndarray], reference_batches: Iterable[np.ndarray] | None = None
+    ) -> float:
+        """Value of the set given as batches (B, H, W, 3) uint8, streamed."""
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """The caption of a prompt. Raises UsageError if its metadata has none."""
+    if isinstance(prompt, str):
+        return prompt
+    text = prompt.get("prompt") if isinstance(prompt, Mapping) else None
+    if not isinstance(text, str):
+        raise UsageError(f"prompt {prompt!r:.80} has no text under 'prompt'")
+    return text
+
+
+def check_images(name: str, images: np.ndarray) -> None:
+    """Raise UsageError unless `images` is uint8 (B, H, W, 3)."""
+    shape = getattr(images, "shape", None)
+    if getattr(images, "dtype", None) != np.uint8 or shape is None or len(shape) != 4 or shape[3] != 3:
+        kind = getattr(images, "dtype", type(images).__name__)
+        raise UsageError(f"{name}: images are {kind} {shape}, expected uint8 (B, H, W, 3)")

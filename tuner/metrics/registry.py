@@ -1,0 +1,114 @@
+"""Metrics by name, built only when asked for, and the weighted sum that a search maximises."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from stagevar.errors import UsageError
+from tuner.metrics.base import Metric, Prompt
+
+# name -> (module, class). Modules are imported on use: torch takes seconds, open_clip fifteen.
+_REGISTRY: dict[str, tuple[str, str]] = {
+    "clip_score": ("tuner.metrics.clip", "ClipScore"),
+    "clip_image_similarity": ("tuner.metrics.clip", "ClipImageSimilarity"),
+    "hpsv2": ("tuner.metrics.clip", "HumanPreferenceScore"),
+    "geneval": ("tuner.metrics.geneval", "GenEval"),
+    "geneval_nano": ("tuner.metrics.geneval_nano", "NanoGenEval"),
+    "dpg": ("tuner.metrics.vqa", "DpgBench"),
+    "psnr": ("tuner.metrics.pixels", "Psnr"),
+    "ssim": ("tuner.metrics.pixels", "Ssim"),
+    "lpips": ("tuner.metrics.perceptual", "Lpips"),
+    "dists": ("tuner.metrics.perceptual", "Dists"),
+    "dino": ("tuner.metrics.perceptual", "DinoSimilarity"),
+    "fid": ("tuner.metrics.distribution", "Fid"),
+    "kid": ("tuner.metrics.distribution", "Kid"),
+    "is": ("tuner.metrics.distribution", "InceptionScore"),
+}
+METRIC_NAMES: tuple[str, ...] = tuple(_REGISTRY)
+
+
+def metric_class(name: str) -> type[Metric]:
+    """The class behind a name. Raises UsageError naming the nearest one."""
+    if name not in _REGISTRY:
+        near = difflib.get_close_matches(str(name), METRIC_NAMES, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(METRIC_NAMES)}"
+        raise UsageError(f"unknown metric {name!r}: {hint}")
+    module, class_name = _REGISTRY[name]
+    return getattr(importlib.import_module(module), class_name)
+
+
+def create(name: str, *, device: str = "cpu", **options: Any) -> Metric:
+    """Build a metric with its models loaded on `device`.
+
+    `options` are the keyword arguments of its class (docs/metrics.md lists them). Raises UsageError for an unknown name
+    or option, or a model that cannot be had.
+    """
+    cls = metric_class(name)
+    known = [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "device")]
+    for option in options:
+        if option not in known:
+            raise UsageError(f"metric {name} has no option {option!r}: it takes {', '.join(known) or 'none'}")
+    return cls(device=device, **options)
+
+
+class CompositeQuality(Metric):
+    """Weighted sum of metrics, higher is better: a metric where lower is better enters with a minus sign."""
+
+    name = "quality"
+
+    def __init__(self, parts: Mapping[str, tuple[float, Metric]]) -> None:
+        if not parts:
+            raise UsageError("the quality has no metrics: name at least one, such as {geneval: 1.0}")
+        self.parts = dict(parts)
+        self.needs_reference = any(metric.needs_reference for _, metric in parts.values())
+        self.needs_prompt = any(metric.needs_prompt for _, metric in parts.values())
+
+    def score_parts(
+        self,
+        images_uint8_BHW3: np.ndarray,
+        prompts: Sequence[Prompt],
+        reference_images_uint8_BHW3: np.ndarray | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Values (B,) of every metric by name, unweighted."""
+        return {
+            name: metric.score(images_uint8_BHW3, prompts, reference_images_uint8_BHW3)
+            for name, (_, metric) in self.parts.items()
+        }
+
+    def combine(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The weighted sum (B,) of values by name."""
+        return sum(
+            weight * (1.0 if metric.higher_is_better else -1.0) * np.asarray(values[name], dtype=np.float64)
+            for name, (weight, metric) in self.parts.items()
+        )
+
+    def _score(
+        self, images_uint8_BHW3: np.ndarray, prompts: Sequence[Prompt], reference_images_uint8_BHW3: np.ndarray | None
+    ) -> np.ndarray:
+        return self.combine(self.score_parts(images_uint8_BHW3, prompts, reference_images_uint8_BHW3))
+
+    def describe(self) -> dict[str, Any]:
+        return {name: {"weight": weight, **metric.describe()} for name, (weight, metric) in self.parts.items()}
+
+
+def create_composite(quality: Mapping[str, float | Mapping[str, Any]], *, device: str = "cpu") -> CompositeQuality:
+    """The composite of a search-space YAML: `{clip_score: 0.1, lpips: {weight: 0.5, net: vgg}}`.
+
+    Raises UsageError for weights that are not positive numbers and for anything `create` refuses.
+    """
+    if not isinstance(quality, Mapping):
+        raise UsageError(f"quality is {quality!r:.60}: expected metrics and weights, such as {{geneval: 1.0}}")
+    parts = {}
+    for name, value in quality.items():
+        options = dict(value) if isinstance(value, Mapping) else {"weight": value}
+        weight = options.pop("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
+            raise UsageError(f"quality weight of {name} is {weight!r}: expected a number above 0")
+        parts[name] = (float(weight), create(name, device=device, **options))
+    return CompositeQuality(parts)
