@@ -1,0 +1,133 @@
+"""Latency that can be believed: warmed per schedule, interleaved, raw samples kept.
+
+One measurement is the wall time of one whole generation with the device synchronised at both ends; on CUDA the event time
+of the same span is kept beside it. Schedules are never timed one after the other but in turn, so that a drifting clock or a
+busy neighbour hits all of them, and comparisons are paired by round.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from stagevar.errors import UsageError
+
+#: Relative spread of the last three warm-up runs below which a schedule counts as warm.
+WARM_TOLERANCE = 0.02
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Raw samples of one schedule, in milliseconds, in the order of the rounds.
+
+    samples_ms: host clock. device_ms: CUDA events over the same span (empty on CPU). warm_up_runs: runs before the first
+    sample. warmed: whether the last three of them agreed within WARM_TOLERANCE.
+    """
+
+    samples_ms: tuple[float, ...]
+    device_ms: tuple[float, ...] = ()
+    warm_up_runs: int = 0
+    warmed: bool = True
+
+    @property
+    def median_ms(self) -> float:
+        return float(np.median(self.samples_ms))
+
+    @property
+    def p90_ms(self) -> float:
+        return float(np.percentile(self.samples_ms, 90))
+
+    def interval_ms(self, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
+        """Two-sided bootstrap interval of the median."""
+        samples = np.asarray(self.samples_ms)
+        draws = np.random.default_rng(seed).choice(samples, size=(resamples, samples.size))
+        low, high = np.quantile(np.median(draws, axis=1), [(1 - confidence) / 2, (1 + confidence) / 2])
+        return float(low), float(high)
+
+
+def time_once(run: Run, device: torch.device | str = "cpu") -> tuple[float, float | None]:
+    """(host milliseconds, CUDA event milliseconds or None) of one call."""
+    if torch.device(device).type != "cuda":
+        start = time.perf_counter()
+        run()
+        return (time.perf_counter() - start) * 1e3, None
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    first.record()
+    run()
+    last.record()
+    torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) * 1e3, first.elapsed_time(last)
+
+
+def warm_up(run: Run, device: torch.device | str = "cpu", at_most: int = 12) -> tuple[int, bool]:
+    """Runs until three runs in a row agree within WARM_TOLERANCE: (runs made, whether they agreed)."""
+    recent: list[float] = []
+    for count in range(1, at_most + 1):
+        recent = [*recent[-2:], time_once(run, device)[0]]
+        if len(recent) == 3 and max(recent) <= min(recent) * (1 + WARM_TOLERANCE):
+            return count, True
+    return at_most, False
+
+
+def measure(
+    runs: Mapping[str, Run], rounds: int, device: torch.device | str = "cpu", warm_up_at_most: int = 12
+) -> dict[str, Timing]:
+    """Times several schedules in turn, `rounds` times each; every other round goes backwards, which cancels a linear drift.
+
+    Args:
+        runs: name -> one whole generation. rounds: samples per name, at least 1.
+    """
+    if rounds < 1:
+        raise UsageError(f"rounds {rounds} must be at least 1")
+    warmth = {name: warm_up(run, device, warm_up_at_most) for name, run in runs.items()}
+    host: dict[str, list[float]] = {name: [] for name in runs}
+    events: dict[str, list[float]] = {name: [] for name in runs}
+    for index in range(rounds):
+        names = list(runs) if index % 2 == 0 else list(reversed(runs))
+        for name in names:
+            host_ms, event_ms = time_once(runs[name], device)
+            host[name].append(host_ms)
+            if event_ms is not None:
+                events[name].append(event_ms)
+    return {name: Timing(tuple(host[name]), tuple(events[name]), *warmth[name]) for name in runs}
+
+
+def paired_ratio(
+    numerator: Timing, denominator: Timing, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Median ratio of two timings of the same rounds, with a bootstrap interval over rounds: (ratio, low, high)."""
+    logs = np.log(np.asarray(numerator.samples_ms)) - np.log(np.asarray(denominator.samples_ms))
+    draws = np.random.default_rng(seed).choice(logs, size=(resamples, logs.size))
+    low, high = np.quantile(np.median(draws, axis=1), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(np.exp(np.median(logs))), float(np.exp(low)), float(np.exp(high))
+
+
+@contextmanager
+def pinned(threads: int = 1) -> Iterator[int]:
+    """Runs torch on `threads` threads pinned to as many processors, then restores both. Yields the thread count.
+
+    A second busy process makes unpinned multi-threaded timings several times worse; one pinned thread is the default for
+    CPU figures. Where the system has no affinity calls only the thread count is set.
+    """
+    available = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if threads < 1 or (available and threads > len(available)):
+        raise UsageError(f"threads {threads} must be between 1 and the {len(available)} processors this process may use")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    if available:
+        os.sched_setaffinity(0, available[-threads:])
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(before)
+        if available:
+            os.sched_setaffinity(0, available)

@@ -1,0 +1,280 @@
+"""The deployment profile: what tuning proved, in one YAML file that the runtime loads in production.
+
+A profile is data from outside: it is parsed with the safe loader, without aliases, every key is checked, and its expanded
+steps must equal what its parameters expand to on the model at hand. Loading it for another model is refused; loading it
+outside the envelope in which it was measured warns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from stagevar.errors import ProfileError, StagevarError
+from stagevar.schedule import LowRank, ScaleStep, StageSchedule, Steps
+
+if TYPE_CHECKING:
+    from stagevar.models.base import LoadedModel
+    from stagevar.sampler import Sampler
+
+SCHEMA = "stagevar-profile/1"
+MAX_BYTES = 1_000_000
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader without aliases: a few nested ones can stand for gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not allowed")
+        return super().compose_node(parent, index)
+
+
+def read_yaml(path: str | os.PathLike[str], what: str) -> Any:
+    """Plain data from a YAML file. Raises ProfileError with one line for whatever is wrong with it."""
+    path = Path(path)
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ProfileError(f"{what} {path} is larger than {MAX_BYTES} bytes; it was not written by this program")
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ProfileError(f"{what} {path} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise ProfileError(f"{what} {path} is not a text file") from None
+    try:
+        return yaml.load(text, _Loader)  # a subclass of SafeLoader
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ProfileError(f"{what} {path} is not plain YAML: {reason}") from None
+
+
+def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a file so that a crash leaves the old one or the new one, never a part."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """Where the figures were measured and hold."""
+
+    device: str
+    dtype: str
+    batch: int
+    engine: str
+    threads: int | None
+    torch: str
+
+    def differences(self, other: Envelope) -> list[str]:
+        """What differs between this (measured) and another (present) envelope, one phrase each."""
+        pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in dataclasses.fields(self))
+        return [f"{name} {there!r} instead of {here!r}" for name, here, there in pairs if here != there]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One schedule with its evidence.
+
+    Attributes:
+        model: name, pixels [h, w], weights (hash per file), random_weights.
+        schedule: the parameters; steps: their expansion as plain data, for readers and as a checksum.
+        sampling: guidance and temperature per scale, top_k, top_p, as used while measuring.
+        envelope: where it was measured. verified: whether every constraint was proved.
+        verdict: one sentence. latency, quality, baseline, constraints: measured figures with intervals, as exported.
+        reproduce: the command that produced it. provenance: versions, hashes, dates.
+    """
+
+    model: dict[str, Any]
+    schedule: StageSchedule
+    steps: list[dict[str, Any]]
+    sampling: dict[str, Any]
+    envelope: Envelope
+    verified: bool
+    verdict: str
+    latency: dict[str, Any] = field(default_factory=dict)
+    quality: dict[str, Any] = field(default_factory=dict)
+    baseline: dict[str, Any] = field(default_factory=dict)
+    constraints: dict[str, Any] = field(default_factory=dict)
+    reproduce: str = ""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    schema: str = SCHEMA
+
+    # ------------------------------------------------------------ files
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain YAML data, schema first."""
+        data = dataclasses.asdict(self)
+        data["schedule"] = self.schedule.to_dict()
+        return {"schema": data.pop("schema"), **data}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the profile atomically."""
+        text = yaml.safe_dump(plain(self.to_dict()), sort_keys=False, allow_unicode=True, width=120)
+        write_text_atomically(path, text)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Profile:
+        """Reads a profile. Raises ProfileError in one line when it is unreadable, foreign, hostile or inconsistent."""
+        try:
+            return cls.from_dict(read_yaml(path, "profile"))
+        except ProfileError as error:
+            raise ProfileError(str(error) if str(path) in str(error) else f"profile {path}: {error}") from None
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Profile:
+        """Checks plain data key by key and type by type."""
+        if not isinstance(data, dict) or not isinstance(data.get("schema"), str):
+            raise ProfileError("not a stagevar profile (no schema key)")
+        if data["schema"] != SCHEMA:
+            raise ProfileError(f"schema {data['schema']!r} is not supported; this version reads {SCHEMA!r}")
+        data = _checked(cls, data, "profile")
+        for name in ("model", "sampling", "envelope", "latency", "quality", "baseline", "constraints", "provenance"):
+            if not isinstance(data.get(name, {}), dict):
+                raise ProfileError(f"{name} must be a mapping, not {type(data[name]).__name__}")
+        if not isinstance(data["verified"], bool):
+            raise ProfileError(f"verified {data['verified']!r} must be true or false")
+        if not isinstance(data["steps"], list) or not all(isinstance(step, dict) for step in data["steps"]):
+            raise ProfileError("steps must be a list of mappings")
+        if not isinstance(data["model"].get("name"), str):
+            raise ProfileError("model.name is missing")
+        try:
+            schedule = StageSchedule.from_dict(data["schedule"])
+        except StagevarError as error:
+            raise ProfileError(str(error)) from None
+        envelope = Envelope(**_checked(Envelope, data["envelope"], "envelope"))
+        return cls(**{**data, "schedule": schedule, "envelope": envelope})
+
+    # ------------------------------------------------------------ use
+
+    def expand(self, model: LoadedModel) -> Steps:
+        """The decided steps on this model.
+
+        Raises ProfileError when the model is another one or the stored steps are not what the parameters give here.
+        """
+        if self.model["name"] != model.name:
+            raise ProfileError(f"the profile is for model {self.model['name']!r}, not {model.name!r}")
+        for file, digest in (self.model.get("weights") or {}).items():
+            here = (model.provenance.get("weights") or {}).get(file)
+            if here != digest:
+                raise ProfileError(f"the profile was made with other weights: {file} is {here}, not {digest}")
+        try:
+            steps = self.schedule.expand(model.grids, len(model.transformer.chunk_layers))
+        except StagevarError as error:
+            raise ProfileError(str(error)) from None
+        if steps_to_data(steps) != plain(self.steps):
+            raise ProfileError("its steps are not what its schedule expands to on this model; it was edited by hand")
+        return steps
+
+    def warnings_here(self, present: Envelope) -> list[str]:
+        """What of the measured envelope does not hold here, one line each."""
+        return [f"outside the measured envelope: {text}" for text in self.envelope.differences(present)]
+
+    def pipeline(self, device: str = "auto", **load_options: Any) -> Pipeline:
+        """Loads the model and returns something that makes images with this schedule.
+
+        Warns (UserWarning) about everything that differs from where the profile was measured.
+        """
+        from stagevar.models.registry import load_model
+        from stagevar.sampler import Sampler
+
+        model = load_model(self.model["name"], device=device, **{**self.model.get("load", {}), **load_options})
+        if model.random_weights:
+            raise ProfileError(
+                f"the profile of {model.name} was made on random weights, which draw noise; load trained weights instead"
+            )
+        return Pipeline(self, Sampler(model))
+
+
+@dataclass
+class Pipeline:
+    """A loaded model with the schedule of a profile."""
+
+    profile: Profile
+    sampler: Sampler
+
+    def __post_init__(self) -> None:
+        self.steps = self.profile.expand(self.sampler.model)
+        threads = self.profile.envelope.threads
+        present = present_envelope(self.sampler.model, batch=self.profile.envelope.batch, threads=threads)
+        for line in self.profile.warnings_here(present):
+            warnings.warn(line, stacklevel=3)
+
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int] | None = None, **options: Any) -> list[Any]:
+        """PIL images, one per prompt; seeds default to 0, 1, 2, ..."""
+        from PIL import Image
+
+        pixels = self.sampler.generate(list(prompts), list(seeds or range(len(prompts))), self.steps, **options)
+        return [Image.fromarray(image) for image in pixels]
+
+
+def present_envelope(model: LoadedModel, batch: int, threads: int | None, engine: str = "eager") -> Envelope:
+    """The envelope of this process for a model. `threads` is what latency was or will be measured with (CPU)."""
+    import torch
+
+    if model.device.type == "cuda":
+        device, threads = torch.cuda.get_device_name(model.device), None
+    else:
+        device = model.device.type
+    return Envelope(device, str(model.dtype).removeprefix("torch."), batch, engine, threads, torch.__version__)
+
+
+def steps_to_data(steps: Steps) -> list[dict[str, Any]]:
+    """Expanded steps as plain data: what a reader wants to see and what `expand` is checked against."""
+    return [plain(_step_data(step)) for step in steps]
+
+
+def _step_data(step: ScaleStep) -> dict[str, Any]:
+    data: dict[str, Any] = {"scale": step.scale, "grid": list(step.grid), "stage": step.stage}
+    if step.skipped:
+        return {**data, "skipped": True}
+    data["branches"] = list(step.branches)
+    if step.reduction is not None:
+        kind = "low_rank" if isinstance(step.reduction, LowRank) else type(step.reduction).__name__.lower()
+        data["reduction"] = {"kind": kind, **dataclasses.asdict(step.reduction)}
+    return data
+
+
+def plain(value: Any) -> Any:
+    """Data made of dict, list, str, int, float, bool and None only (tuples and numpy scalars converted, NaN to None)."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if hasattr(value, "item") and not isinstance(value, str | bytes):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _checked(cls: Any, data: dict[str, Any], what: str) -> dict[str, Any]:
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in data:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)[0]
+            raise ProfileError(f"unknown key {key!r} in {what} (nearest: {near})")
+    for name, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and name not in data:
+            raise ProfileError(f"{name} is missing from the {what}")
+    return dict(data)
