@@ -1,17 +1,23 @@
 """Schedules are data: a few human parameters that expand to one fully decided step per scale. No torch here.
 
-A *scale* is one resolution step of the model; a *stage* groups scales. Only scales from `structure_end` on are accelerated.
+A *scale* is one resolution step of the model; a *stage* groups scales. Only scales from `structure_end` on are
+accelerated.
 Two parameter sets that expand alike are the same schedule: compare `expand(...)` tuples, never parameters.
 
+A schedule may hold one decision point (SkipVAR): after that scale every image takes one of finitely many static
+continuations. Everything else is static.
+
 Source: StageVAR (arXiv 2512.16483) for the stages, the branch cutoff and the ranks; sen-mao/FasterVAR for what its code
-decides where the paper is silent. Skipping, row selection, the trunk site and the conditional branch are knobs of ours.
+decides where the paper is silent; FastVAR (arXiv 2503.23367, csguoh/FastVAR) and SkipVAR (arXiv 2506.08908,
+fakerone-li/SkipVAR) for their settings, carried here by position in the schedule instead of by grid width. Row
+selection, the trunk site, the conditional branch and mixing the methods are knobs of ours.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -22,14 +28,18 @@ from stagevar.ranks import RankTable, rank, ratios_for_energy
 Branch = Literal["cond", "uncond"]
 BOTH: tuple[Branch, ...] = ("cond", "uncond")
 STAGES = ("semantic", "structure", "fidelity")
+#: How tokens are reduced where a schedule keeps fewer than all: not at all, by projection, by pruning.
+ACCELERATORS = ("exact", "stagevar", "fastvar")
+#: Scales that a decision leaves open, at the end of the schedule (SkipVAR's published classes are 0 to 3).
+UNDECIDED_SCALES = 3
 
 
 @dataclass(frozen=True)
 class LowRank:
     """Random projection of the token axis and representative token restoration.
 
-    ranks: one per chunk (site "chunk") or a single one (site "trunk"). projection: "gaussian" mixes tokens, "rows" keeps
-    the drawn ones. rope: positions of the r tokens, the scale's "first" r or the drawn "index".
+    ranks: one per chunk (site "chunk") or a single one (site "trunk"). projection: "gaussian" mixes tokens, "rows"
+    keeps the drawn ones. rope: positions of the r tokens, the scale's "first" r or the drawn "index".
     """
 
     ranks: tuple[int, ...]
@@ -42,7 +52,8 @@ class LowRank:
 class Pivotal:
     """FastVAR's cached token pruning: each sublayer of these layers runs on its `kept` most deviating tokens.
 
-    The pruned tokens take the branch output of scale `cache_scale`, area-resized. Layers are [first, stop).
+    The pruned tokens take the branch output of scale `cache_scale`, area-resized. Layers are [first, stop); a stop
+    beyond the model's depth means its last layer.
     """
 
     kept: int
@@ -54,8 +65,28 @@ Reduction = LowRank | Pivotal
 
 
 @dataclass(frozen=True)
+class Decision:
+    """Every image's continuation is chosen after this scale, from the partial image before and after it.
+
+    rule: name of a packaged classifier or path of a refitted one. outcomes: (name, steps of all later scales) pairs;
+    the first is the fullest and is what the schedule states for those scales.
+    """
+
+    rule: str
+    outcomes: tuple[tuple[str, tuple[ScaleStep, ...]], ...]
+
+    def continuation(self, outcome: str) -> tuple[ScaleStep, ...]:
+        """Steps of one outcome. Raises KeyError for an unknown name."""
+        return dict(self.outcomes)[outcome]
+
+
+@dataclass(frozen=True)
 class ScaleStep:
-    """What happens at one scale, fully decided and hashable. `stage` is a label and does not make steps differ."""
+    """What happens at one scale, fully decided and hashable. `stage` is a label and does not make steps differ.
+
+    keeps: layers [first, stop) whose sublayer outputs a later Pivotal step restores from. decision: what follows this
+    scale is chosen per image.
+    """
 
     scale: int
     grid: Grid
@@ -63,6 +94,8 @@ class ScaleStep:
     reduction: Reduction | None = None
     skipped: bool = False
     stage: str = field(default="fidelity", compare=False)
+    keeps: tuple[int, int] | None = None
+    decision: Decision | None = None
 
     @property
     def tokens(self) -> int:
@@ -110,11 +143,15 @@ class StageSchedule:
     semantic_end: first scale of the structure stage; a label from analysis that bounds structure_end from below.
     cfg_delay: scales after structure_end at which one branch is dropped; None keeps guidance throughout.
     branch: the branch that stays after the cutoff ("uncond" is the paper's null-prompt choice).
-    rank_ratios: kept share of the tokens per accelerated scale counted from structure_end (+ rank_delay); the last entry
-        repeats; an entry may hold one value per chunk; 1 keeps all tokens. energy: look the ratios up instead.
+    rank_ratios: kept share of the tokens per accelerated scale counted from structure_end (+ rank_delay); the last
+        entry repeats; an entry may hold one value per chunk; 1 keeps all tokens. energy: look the ratios up instead.
     rank_delay: scales after structure_end at which tokens are first reduced.
     skip: scale indices that are not run at all.
     projection, rope, site: see LowRank.
+    accelerator: how tokens are reduced ("stagevar", "fastvar", or "exact" for not at all), one for all reduced scales
+        or a list, counted like rank_ratios. "fastvar" knows no chunks: it keeps the mean of their ratios.
+    layers: the [first, stop) layers that "fastvar" prunes; its cache is the last earlier scale that ran in full.
+    decision: classifier that chooses per image, three scales before the end, whether to skip or to drop guidance.
     """
 
     structure_end: int
@@ -128,6 +165,9 @@ class StageSchedule:
     rope: str = "first"
     site: str = "chunk"
     skip: tuple[int, ...] = ()
+    accelerator: str | tuple[str, ...] = "stagevar"
+    layers: tuple[int, int] = (3, 28)
+    decision: str | None = None
 
     def __post_init__(self) -> None:
         _integer("structure_end", self.structure_end, 0)
@@ -162,6 +202,25 @@ class StageSchedule:
         for scale in self.skip:
             _integer("skipped scale", scale, 0)
         object.__setattr__(self, "skip", tuple(sorted(set(self.skip))))
+        if isinstance(self.accelerator, list | tuple):
+            if not self.accelerator:
+                raise ScheduleError(f"accelerator [] must name at least one of {', '.join(ACCELERATORS)}")
+            object.__setattr__(self, "accelerator", tuple(self.accelerator))
+        for name in self.accelerator if isinstance(self.accelerator, tuple) else (self.accelerator,):
+            _choose("accelerator", name, ACCELERATORS)
+        if not isinstance(self.layers, list | tuple) or len(self.layers) != 2:
+            raise ScheduleError(f"layers {self.layers!r} must be two layer numbers, first and stop")
+        first, stop = self.layers
+        _integer("first layer", first, 0)
+        _integer("stop layer", stop, first + 1)
+        object.__setattr__(self, "layers", (first, stop))
+        if self.decision is not None:
+            if not isinstance(self.decision, str) or not self.decision:
+                raise ScheduleError(f"decision {self.decision!r} must be a classifier's name or path")
+            if self.cfg_delay is not None:
+                raise ScheduleError(
+                    f"decision {self.decision} and cfg_delay {self.cfg_delay} both drop a branch; keep one of them"
+                )
 
     @property
     def cfg_cutoff(self) -> int | None:
@@ -186,12 +245,42 @@ class StageSchedule:
             )
         outside = [s for s in self.skip if s >= scales]
         if outside:
-            raise ScheduleError(f"skipped scale {outside[0]} does not exist; the last of {scales} scales is {scales - 1}")
+            raise ScheduleError(f"skipped scale {outside[0]} does not exist; the last one is {scales - 1}")
         if 0 in self.skip:
             raise ScheduleError("scale 0 cannot be skipped: nothing would start the image")
-        return tuple(self._step(scale, tuple(grid), chunks, rank_table) for scale, grid in enumerate(grids))
+        steps: list[ScaleStep] = []
+        for scale, grid in enumerate(grids):
+            full = [s.scale for s in steps if s.reduction is None and not s.skipped]
+            step = self._step(scale, tuple(grid), chunks, rank_table, full[-1] if full else 0)
+            if isinstance(step.reduction, Pivotal):
+                cache = step.reduction.cache_scale
+                steps[cache] = dataclasses.replace(steps[cache], keeps=step.reduction.layers)
+            steps.append(step)
+        return tuple(steps) if self.decision is None else self._with_decision(steps)
 
-    def _step(self, scale: int, grid: Grid, chunks: int, rank_table: RankTable | None) -> ScaleStep:
+    def _with_decision(self, steps: list[ScaleStep]) -> Steps:
+        """The same steps, the one before the last three choosing between all continuations."""
+        point = len(steps) - 1 - UNDECIDED_SCALES
+        if point < 1:
+            raise ScheduleError(f"a decision needs at least {UNDECIDED_SCALES + 2} scales, the model has {len(steps)}")
+        if steps[point].skipped:
+            raise ScheduleError(f"skipped scale {point} is where the decision looks at the image; run it")
+        late = tuple(steps[point + 1 :])
+        outcomes = [("full", late)]
+        for count in range(1, UNDECIDED_SCALES + 1):
+            kept, last = late[:-count], late[-count:]
+            skipped = tuple(ScaleStep(s.scale, s.grid, (), None, True, s.stage) for s in last)
+            outcomes.append((f"skip{count}", kept + skipped))
+        for count in range(1, UNDECIDED_SCALES + 1):
+            kept, last = late[:-count], late[-count:]
+            alone = tuple(s if s.skipped else dataclasses.replace(s, branches=("cond",)) for s in last)
+            outcomes.append((f"cond{count}", kept + alone))
+        steps[point] = dataclasses.replace(steps[point], decision=Decision(self.decision or "", tuple(outcomes)))
+        return tuple(steps)
+
+    def _step(
+        self, scale: int, grid: Grid, chunks: int, rank_table: RankTable | None, last_full_scale: int
+    ) -> ScaleStep:
         if scale < self.semantic_end:
             stage = "semantic"
         else:
@@ -200,11 +289,22 @@ class StageSchedule:
             return ScaleStep(scale, grid, (), None, True, stage)
         alone = self.cfg_cutoff is not None and scale >= self.cfg_cutoff
         branches = (self.branch,) if alone else BOTH
-        return ScaleStep(scale, grid, branches, self._reduction(scale, grid, chunks, rank_table), False, stage)
+        reduction = self._reduction(scale, grid, chunks, rank_table, last_full_scale)
+        return ScaleStep(scale, grid, branches, reduction, False, stage)
 
-    def _reduction(self, scale: int, grid: Grid, chunks: int, rank_table: RankTable | None) -> Reduction | None:
+    def _accelerator(self, position: int) -> str:
+        if isinstance(self.accelerator, str):
+            return self.accelerator
+        return self.accelerator[min(position, len(self.accelerator) - 1)]
+
+    def _reduction(
+        self, scale: int, grid: Grid, chunks: int, rank_table: RankTable | None, last_full_scale: int
+    ) -> Reduction | None:
         start = self.structure_end + self.rank_delay
         if scale < start or scale == 0 or (self.rank_ratios is None and self.energy is None):
+            return None
+        accelerator = self._accelerator(scale - start)
+        if accelerator == "exact":
             return None
         tokens = grid[0] * grid[1]
         if self.energy is not None:
@@ -214,9 +314,13 @@ class StageSchedule:
             entry = self.rank_ratios[min(scale - start, len(self.rank_ratios) - 1)]
             ratios = entry if isinstance(entry, tuple) else (entry,) * chunks
             if len(ratios) != chunks:
-                raise ScheduleError(f"{len(ratios)} rank ratios at scale {scale} do not fit the model's {chunks} chunks")
+                raise ScheduleError(
+                    f"{len(ratios)} rank ratios at scale {scale} do not fit the model's {chunks} chunks"
+                )
         if all(ratio == 1 for ratio in ratios):
             return None
+        if accelerator == "fastvar":
+            return Pivotal(kept_tokens(sum(ratios) / len(ratios), tokens), self.layers, last_full_scale)
         if self.site == "trunk":
             ratios = (sum(ratios) / len(ratios),)
         return LowRank(tuple(rank(r, tokens) for r in ratios), self.projection, self.rope, self.site)
@@ -238,6 +342,12 @@ class StageSchedule:
         if "structure_end" not in data:
             raise ScheduleError("structure_end is missing from the schedule")
         return cls(**data)
+
+
+def kept_tokens(ratio: float, tokens: int) -> int:
+    """Tokens that FastVAR keeps: all but floor(tokens * pruned share), at least one."""
+    # Rounded first: 1 - 0.9 falls just short of 0.1, and floor would keep one token more than the stated share.
+    return max(1, tokens - int(round(tokens * (1 - ratio), 6)))
 
 
 def _plain(value: Any) -> Any:
@@ -269,6 +379,27 @@ def released(grids: Sequence[Grid]) -> StageSchedule:
     return dataclasses.replace(paper(grids), skip=tuple(range(len(grids) - count, len(grids))))
 
 
+def fastvar(grids: Sequence[Grid]) -> StageSchedule:
+    """FastVAR's released setting, by position: 60 %, then 50 % of the tokens on the two scales before the skipped ones.
+
+    Skipped are the last two of 13 scales, one of fewer than ten. On Infinity's square 1M grids these are the sides 32,
+    40 and 48, 64, with the cache at side 24.
+    """
+    scales = len(grids)
+    skipped = 2 if scales >= 10 else 1
+    return StageSchedule(
+        structure_end=max(1, scales - skipped - 2),
+        accelerator="fastvar",
+        rank_ratios=(0.6, 0.5),
+        skip=tuple(range(scales - skipped, scales)),
+    )
+
+
+def skipvar(grids: Sequence[Grid], decision: str = "ssim-0.84") -> StageSchedule:
+    """SkipVAR: everything in full up to the fourth last scale, then one of seven continuations per image."""
+    return StageSchedule(structure_end=len(grids), decision=decision)
+
+
 def skip_only(grids: Sequence[Grid], count: int = 1) -> StageSchedule:
     """Full guidance and tokens, the last `count` scales not run."""
     scales = len(grids)
@@ -279,3 +410,21 @@ def structure_boundary(grids: Sequence[Grid]) -> int:
     """First scale wider than half of the last one, by area: where the paper's fidelity stage starts on Infinity."""
     final = grids[-1][0] * grids[-1][1]
     return next(s for s, (h, w) in enumerate(grids) if 4 * h * w > final)
+
+
+#: Named schedules: what `bench --compare` and a study's first trials take.
+PRESETS: dict[str, Callable[[Sequence[Grid]], StageSchedule]] = {
+    "exact": lambda grids: exact(len(grids)),
+    "stagevar-paper": paper,
+    "stagevar-released": released,
+    "fastvar": fastvar,
+    "skipvar": skipvar,
+    "skip-1": skip_only,
+    "skip-2": lambda grids: skip_only(grids, 2),
+}
+
+
+def preset(name: str, grids: Sequence[Grid]) -> StageSchedule:
+    """A named schedule for a model's grids. Raises ScheduleError that names the nearest preset."""
+    _choose("schedule", name, tuple(PRESETS))
+    return PRESETS[name](grids)
