@@ -1,0 +1,205 @@
+"""Prompts to text features for the Infinity family: the flan-t5-xl encoder, a disk cache, and a stand-in.
+
+Features are ragged: one (tokens, 2048) float32 tensor per prompt, the end-of-sentence token included, no padding rows.
+They are cached on disk, so that tuning loads T5 once, encodes all its prompts, and frees it before the model needs the
+memory.
+
+Source: FoundationVision/Infinity tools/run_infinity.py `encode_prompt` and `load_tokenizer` (facts). Differs in that a
+batch is padded to its longest prompt instead of 512 tokens (masked, hence the same features), and longer prompts warn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import warnings
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stagevar.errors import WeightsError
+from stagevar.models.hub import HubFile, cache_dir, sha256_files
+
+_LOADED_FILES = ("*.safetensors", "pytorch_model*.bin", "*.json", "spiece.model")
+
+
+class FeatureCache:
+    """Named tensors per text on disk, keyed by text, encoder identity and dtype.
+
+    Args:
+        identity: what makes two encoders give different features (revision or file hashes, dtype, length limit).
+        folder: where to keep them (default: the user's cache).
+    """
+
+    def __init__(self, identity: str, folder: Path | None = None):
+        self._identity = identity
+        digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
+        self._folder = (folder or cache_dir() / "text") / digest
+
+    def _path(self, text: str) -> Path:
+        return self._folder / (hashlib.sha256(f"{self._identity}\0{text}".encode()).hexdigest() + ".safetensors")
+
+    def get(self, text: str) -> dict[str, Tensor] | None:
+        """The features of a text, None when they are not cached or not readable."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(self._path(text))
+        except (OSError, SafetensorError):
+            return None
+
+    def put(self, text: str, features: dict[str, Tensor]) -> None:
+        """Stores features; a cache that cannot be written is left alone."""
+        from safetensors.torch import save_file
+
+        path = self._path(text)
+        partial = path.with_suffix(f".{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({name: value.contiguous() for name, value in features.items()}, partial)
+            partial.replace(path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+
+
+class T5Text:
+    """The text encoder of Infinity. Nothing is loaded until a prompt is encoded that is not cached.
+
+    Args:
+        source: hub repository or a local folder with tokenizer and weights.
+        device: where T5 runs; features come back on the CPU.
+        dtype: of T5's weights. Default float16 on a GPU as in the reference, float32 elsewhere.
+        cache_folder: instead of the user's cache.
+        max_length: tokens kept of a prompt.
+
+    Raises WeightsError (on use) when transformers is missing or the encoder cannot be had.
+    """
+
+    def __init__(
+        self,
+        source: HubFile | Path | str,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        cache_folder: Path | None = None,
+        max_length: int = 512,
+    ):
+        self.source = source if isinstance(source, HubFile) else Path(source)
+        self.device = torch.device(device)
+        self.dtype = dtype or (torch.float16 if self.device.type == "cuda" else torch.float32)
+        self.max_length = max_length
+        self._cache_folder = cache_folder
+        self._cache: FeatureCache | None = None
+        self._loaded: tuple[Any, Any] | None = None
+        if isinstance(self.source, Path) and not (self.source / "config.json").is_file():
+            raise WeightsError(f"no text encoder at {self.source}: the folder needs config.json, tokenizer and weights")
+
+    @property
+    def loaded(self) -> bool:
+        """Whether T5 is in memory."""
+        return self._loaded is not None
+
+    def provenance(self) -> dict[str, Any]:
+        """What profiles record: repository and revision, or the hashes of the local files."""
+        if isinstance(self.source, HubFile):
+            return {"repo": self.source.repo, "revision": self.source.revision}
+        files = {path for pattern in _LOADED_FILES for path in self.source.glob(pattern)}
+        return {"path": str(self.source), "sha256": sha256_files(files)}
+
+    def encode(self, prompts: Sequence[str]) -> list[Tensor]:
+        """Features [(tokens_i, dim)] float32, one per prompt, in order; a prompt that repeats is encoded once."""
+        if self._cache is None:
+            known = self.provenance()
+            known.pop("path", None)
+            identity = json.dumps([known, str(self.dtype), self.max_length], sort_keys=True)
+            self._cache = FeatureCache(identity, self._cache_folder)
+        found: dict[str, Tensor] = {}
+        for prompt in dict.fromkeys(prompts):
+            cached = self._cache.get(prompt)
+            if cached is not None:
+                found[prompt] = cached["features"].float()
+        # Similar lengths together, so that little is padded.
+        todo = sorted((prompt for prompt in dict.fromkeys(prompts) if prompt not in found), key=len)
+        for start in range(0, len(todo), 16):
+            part = todo[start : start + 16]
+            for prompt, features in zip(part, self._run(part), strict=True):
+                self._cache.put(prompt, {"features": features})
+                found[prompt] = features.float()
+        return [found[prompt] for prompt in prompts]
+
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """Encodes prompts into the cache and frees T5; later `encode` calls for them load nothing."""
+        self.encode(prompts)
+        self.release()
+
+    def release(self) -> None:
+        """Frees T5's memory; it is loaded again when needed."""
+        self._loaded = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @torch.inference_mode()
+    def _run(self, prompts: Sequence[str]) -> list[Tensor]:
+        tokenizer, model = self._load()
+        whole = tokenizer(list(prompts), truncation=False, verbose=False)["input_ids"]
+        for prompt, ids in zip(prompts, whole, strict=True):
+            if len(ids) > self.max_length:
+                warnings.warn(
+                    f"prompt of {len(ids)} tokens is cut to {self.max_length}: {prompt[:40]!r}...", stacklevel=4
+                )
+        batch = tokenizer(
+            list(prompts), max_length=self.max_length, truncation=True, padding="longest", return_tensors="pt"
+        ).to(self.device)
+        hidden_BTD = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+        lengths = batch["attention_mask"].sum(1).tolist()
+        return [rows[:length].cpu() for rows, length in zip(hidden_BTD, lengths, strict=True)]
+
+    def _load(self) -> tuple[Any, Any]:
+        if self._loaded is None:
+            try:
+                from transformers import AutoTokenizer, T5EncoderModel
+            except ImportError:
+                raise WeightsError(
+                    "the T5 text encoder needs transformers: pip install 'stagevar-tune[infinity]'"
+                ) from None
+            on_hub = isinstance(self.source, HubFile)
+            name = self.source.repo if on_hub else str(self.source)
+            revision = {"revision": self.source.revision} if on_hub else {"local_files_only": True}
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(name, legacy=True, **revision)
+                model = T5EncoderModel.from_pretrained(name, dtype=self.dtype, **revision)
+            # transformers passes on its own, the hub's and the system's errors; all mean the same to the user.
+            except Exception as error:
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+                raise WeightsError(
+                    f"cannot load the text encoder {name} ({reason}); give a local folder, or --weights random"
+                ) from None
+            self._loaded = tokenizer, model.to(self.device).eval().requires_grad_(False)
+        return self._loaded
+
+
+class RandomText:
+    """Deterministic made-up features with T5-like lengths, for `--weights random`: no encoder, no meaning.
+
+    Lengths follow T5's rate of about four tokens per three words, plus one for the end of the sentence.
+    """
+
+    def __init__(self, dim: int, max_length: int = 512):
+        self.dim, self.max_length = dim, max_length
+
+    def encode(self, prompts: Sequence[str]) -> list[Tensor]:
+        """Features [(tokens_i, dim)] float32."""
+        return [self._features(prompt) for prompt in prompts]
+
+    def _features(self, prompt: str) -> Tensor:
+        length = min(math.ceil(len(prompt.split()) * 4 / 3) + 1, self.max_length)
+        noise = np.random.default_rng(zlib.crc32(prompt.encode())).standard_normal((length, self.dim), dtype=np.float32)
+        return torch.from_numpy(noise * 0.3)
