@@ -53,6 +53,7 @@ class LatencyStats:
     of the median. ratio: latency over the full schedule's, from runs interleaved with it; None for the full schedule.
     drift_corrected_ms: ratio x the full schedule's median, the figure that the search ranks on (equals median_ms for the
     full schedule). warmup_runs: discarded runs before it settled; settled: three runs in a row agreed within 2 %.
+    scale_ms: median of each scale's share, one per scale (0 where skipped), empty where scales were not timed.
     """
 
     samples_ms: tuple[float, ...]
@@ -64,6 +65,7 @@ class LatencyStats:
     ratio: Interval | None = None
     warmup_runs: int = 0
     settled: bool = True
+    scale_ms: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
