@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stagevar.errors import UsageError
+from stagevar.models.infinity import InfinityConfig
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,13 @@ class NanoPreset:
     def grids(self) -> tuple[tuple[int, int], ...]:
         return tuple((s, s) for s in self.scales)
 
+    def infinity(self) -> InfinityConfig:
+        """The transformer's configuration."""
+        return InfinityConfig(
+            depth=self.depth, width=self.width, heads=self.heads, chunks=self.chunks, token_bits=self.latent_dim,
+            text_dim=self.text_dim, text_maxlen=self.text_maxlen, ffn_hidden=self.ffn_hidden,
+        )  # fmt: skip
+
     @property
     def tokens(self) -> int:
         """Tokens of one image over all scales."""
@@ -52,7 +60,7 @@ PRESETS = {
     # Small enough for a training test of a few seconds; learns nothing worth looking at.
     "micro": NanoPreset(
         "micro", image_size=48, patch=12, scales=(1, 2, 4), latent_dim=8, tokenizer_width=32,
-        depth=2, width=32, heads=2, chunks=1, ffn_hidden=64, text_dim=32,
+        depth=2, width=32, heads=2, chunks=1, ffn_hidden=64,
     ),
 }  # fmt: skip
 

@@ -16,14 +16,29 @@ from stagevar.models.bits import BitResidual
 from stagevar.nano.presets import NanoPreset
 
 
+class _Conv(nn.Module):
+    """A convolution whose weight is stored as a matrix (out, in * k * k), the form that Muon can update."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int):
+        super().__init__()
+        self.kernel = kernel
+        bound = (inputs * kernel**2) ** -0.5
+        self.weight = nn.Parameter(torch.empty(outputs, inputs * kernel**2).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        weight = self.weight.unflatten(1, (-1, self.kernel, self.kernel))
+        return F.conv2d(x_BCHW, weight, self.bias, padding=self.kernel // 2)
+
+
 class _Mix(nn.Module):
     """Residual 3x3 convolution and pointwise product, for context between neighbouring patches."""
 
     def __init__(self, width: int):
         super().__init__()
         self.norm = nn.GroupNorm(1, width)
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-        self.out = nn.Conv2d(width, width, 1)
+        self.conv = _Conv(width, width, 3)
+        self.out = _Conv(width, width, 1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return x_BCHW + self.out(F.gelu(self.conv(self.norm(x_BCHW)), approximate="tanh"))
@@ -41,12 +56,12 @@ class NanoTokenizer(nn.Module):
         self.patch = config.patch
         self.latent_dim = config.latent_dim
         self.residual = BitResidual(config.grids, config.latent_dim)
-        self.encode_patches = nn.Conv2d(pixels, width, 1)
+        self.encode_patches = _Conv(pixels, width, 1)
         self.encode_mix = _Mix(width)
-        self.encode_out = nn.Conv2d(width, config.latent_dim, 1)
-        self.decode_in = nn.Conv2d(config.latent_dim, width, 1)
+        self.encode_out = _Conv(width, config.latent_dim, 1)
+        self.decode_in = _Conv(config.latent_dim, width, 1)
         self.decode_mix = nn.Sequential(_Mix(width), _Mix(width))
-        self.decode_patches = nn.Conv2d(width, pixels, 1)
+        self.decode_patches = _Conv(width, pixels, 1)
 
     def encode(self, image_B3HW: Tensor) -> Tensor:
         """Image in [-1, 1] to the latent (B, d, H / patch, W / patch), before quantisation."""
