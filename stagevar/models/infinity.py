@@ -123,15 +123,15 @@ class SelfAttention(nn.Module):
         self.scale_mul_1H11 = nn.Parameter(torch.full((1, self.heads, 1, 1), math.log(4.0)))
         self.proj = nn.Linear(width, width)
 
-    def qkv(self, x_RLC: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k (float32, normalised and rotated) and v, each (R, H, L, c)."""
+    def qkv(self, x_RLC: Tensor, cos_sin: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k (float32, normalised and rotated; None: not rotated) and v, each (R, H, L, c)."""
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
         weight = self.mat_qkv.weight
         qkv = F.linear(x_RLC.to(weight.dtype), weight, bias.to(weight.dtype))
         q, k, v = qkv.unflatten(-1, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
         q = F.normalize(q.float(), dim=-1, eps=1e-12) * self.scale_mul_1H11.float().clamp_max(MAX_SCALE_MUL).exp()
         k = F.normalize(k.float(), dim=-1, eps=1e-12)
-        return rotate(q, cos_sin), rotate(k, cos_sin), v
+        return (q, k, v) if cos_sin is None else (rotate(q, cos_sin), rotate(k, cos_sin), v)
 
 
 class CrossAttention(nn.Module):
