@@ -1,0 +1,145 @@
+"""From a load request to filled modules: where the files are, what fits, and what is recorded about them.
+
+Shared by every family whose models are a transformer file and a tokenizer file.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from stagevar.errors import UsageError, WeightsError
+from stagevar.models import hub, memory
+from stagevar.models.base import Grid, Sampling
+from stagevar.models.hub import HubFile
+from stagevar.models.registry import LoadRequest
+from stagevar.models.weights import KeyRules, Precision, load_into, randomise
+
+#: File that marks a folder written by `stagevar convert`.
+MARK = "stagevar.json"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One module that one file fills: built on the meta device, with the family's key rules and weight precision."""
+
+    module: nn.Module
+    rules: KeyRules
+    precision: Precision
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A model's modules and the grids they were built for. text_bytes: the text encoder's size while it is loaded."""
+
+    transformer: Part
+    tokenizer: Part
+    grids: tuple[Grid, ...]
+    pixels: tuple[int, int]
+    text_bytes: int = 0
+
+
+def default_sampling(request: LoadRequest, scales: int) -> Sampling:
+    """The model's sampling defaults with what the request changes."""
+    spec = request.spec
+    return Sampling(
+        guidance=Sampling.per_scale(spec.guidance if request.guidance is None else request.guidance, scales),
+        temperature=Sampling.per_scale(
+            spec.temperature if request.temperature is None else request.temperature, scales
+        ),
+        top_k=spec.top_k,
+        top_p=spec.top_p,
+    )
+
+
+def _first(folder: Path, *names: str) -> Path | None:
+    return next((folder / name for name in names if name and (folder / name).exists()), None)
+
+
+def _converted(folder: Path, stem: str) -> Path | None:
+    return _first(folder, f"{stem}.safetensors.index.json", f"{stem}.safetensors")
+
+
+def _tokenizer_names(file: HubFile | None) -> tuple[str, ...]:
+    # The reference's notebooks spell the d32 file with one underscore more than the hub does.
+    return () if file is None else (file.name, file.name.replace("d32reg", "d32_reg"))
+
+
+def locate(request: LoadRequest) -> tuple[Path, Path, dict[str, str]]:
+    """Paths of the transformer's and the tokenizer's weights, and where they came from. Fetches what is not local."""
+    spec, sources = request.spec, {}
+
+    def public(part: str, file: HubFile | None) -> Path:
+        if file is None:
+            raise UsageError(f"{spec.name} has no public {part}; give --weights PATH, or --weights random")
+        path, commit = hub.fetch(file)
+        sources[part] = f"{file.repo}/{file.path}@{commit}"
+        return path
+
+    if request.weights is None:
+        transformer, near = public("weights", spec.weights), None
+    else:
+        given = Path(request.weights)
+        if not given.exists():
+            raise WeightsError(f"no weights at {given}; give a file, a folder of shards, or 'random'")
+        near = given if given.is_dir() else given.parent
+        found = None
+        if given.is_dir():
+            _check_mark(given, spec.name)
+            found = _converted(given, "transformer") or (spec.weights and _first(given, spec.weights.name))
+        transformer = found or given
+    tokenizer = request.tokenizer
+    if tokenizer is None and near is not None:
+        # Shards lie in a folder of their own, so the tokenizer may be beside it.
+        for folder in (near, near.parent):
+            tokenizer = (
+                tokenizer or _converted(folder, "tokenizer") or _first(folder, *_tokenizer_names(spec.tokenizer))
+            )
+    if tokenizer is None:
+        tokenizer = public("tokenizer", spec.tokenizer)
+    return Path(transformer), Path(tokenizer), sources
+
+
+def _check_mark(folder: Path, name: str) -> None:
+    mark = folder / MARK
+    if not mark.is_file():
+        return
+    try:
+        made_for = json.loads(mark.read_text())["model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise WeightsError(f"{mark} cannot be read; convert the weights again") from None
+    if made_for != name:
+        raise WeightsError(f"folder {folder} holds {made_for}, not {name}")
+
+
+def fill(parts: Parts, request: LoadRequest) -> dict[str, Any]:
+    """Puts weights into a model's modules on the request's device, and returns what profiles record about them.
+
+    The record holds "weights" (SHA-256 per file), "sources" (hub files with their commits) and "load" (options that
+    load the same model again), and "random_seed" instead of files.
+
+    Raises UsageError when the model cannot fit, WeightsError for files that are missing, damaged or another model's.
+    """
+    spec = request.spec
+    files = None if request.random else locate(request)
+    memory.require(memory.estimate(parts, request), request.device, spec.name)
+    record: dict[str, Any] = {"weights": {}, "load": {"resolution": request.resolution, "ratio": request.ratio}}
+    if files is None:
+        for part in (parts.transformer, parts.tokenizer):
+            randomise(part.module, request.seed, device=request.device, precision=part.precision)
+        return {**record, "random_seed": request.seed}
+    read: list[Path] = []
+    for path, part, what in ((files[0], parts.transformer, ""), (files[1], parts.tokenizer, "'s tokenizer")):
+        read += load_into(
+            part.module,
+            path,
+            what=spec.name + what,
+            rules=part.rules,
+            device=request.device,
+            precision=part.precision,
+        )
+    return {**record, "weights": hub.sha256_files(read), "sources": files[2]}

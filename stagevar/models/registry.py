@@ -1,0 +1,296 @@
+"""Which models exist, and how each is loaded. Light data: importing this file imports no torch.
+
+A family is a module with a builder; a model is one `ModelSpec` row that names it. Add a row here (or call `register`)
+and the model works in every command.
+
+Source: FoundationVision/Infinity, FoundationVision/VAR, Davinci-XLab/STAR-T2I: sizes, file names and default sampling
+(facts; 1B is the reference's infinity_layer24, 125M its infinity_layer12 with the d16 tokenizer).
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stagevar.errors import UsageError
+from stagevar.models.hub import HubFile
+
+if TYPE_CHECKING:
+    import torch
+
+    from stagevar.models.base import LoadedModel
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One loadable model.
+
+    builder: "module:function" taking a LoadRequest and giving a LoadedModel; imported on use.
+    parts: "module:function" taking a LoadRequest and giving the modules that files fill (stagevar.models.loading);
+        empty for models that ship in the package. Conversion and memory estimates use it.
+    resolutions: accepted values of `resolution`, the default first.
+    guidance, temperature: defaults, a number or one per scale (guidance s as in u + s(c - u)).
+    weights, tokenizer, text: public files; None where there are none.
+    settings: what the family's constructors need.
+    """
+
+    name: str
+    family: str
+    builder: str
+    summary: str
+    resolutions: tuple[str, ...]
+    guidance: float | tuple[float, ...]
+    temperature: float | tuple[float, ...]
+    top_k: int = 0
+    top_p: float = 0.0
+    parts: str = ""
+    weights: HubFile | None = None
+    tokenizer: HubFile | None = None
+    text: HubFile | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LoadRequest:
+    """A model and everything asked of it, resolved: what a builder gets.
+
+    weights: None (public files), "random", or a path. tokenizer, text: paths instead of what belongs to the model.
+    batch: images per pass that the memory check reckons with.
+    """
+
+    spec: ModelSpec
+    resolution: str
+    ratio: float
+    device: torch.device
+    dtype: torch.dtype
+    weights: str | None = None
+    tokenizer: Path | None = None
+    text: Path | None = None
+    seed: int = 0
+    guidance: float | tuple[float, ...] | None = None
+    temperature: float | tuple[float, ...] | None = None
+    batch: int = 1
+
+    @property
+    def random(self) -> bool:
+        return self.weights == "random"
+
+
+# ------------------------------------------------------------------------------------------------ the table
+
+_INFINITY_REPO = "FoundationVision/Infinity"
+#: The commit that added the 125M model: it has the 2B model and all stride-16 tokenizers. The 8B files came later, and
+#: their commit is resolved at the first download and recorded.
+_INFINITY_2B_COMMIT = "d4c15777e41bd36eb8eef5a854b018d19962b6d9"
+FLAN_T5_XL = HubFile("google/flan-t5-xl", "", "7d6315df2c2fb742f0f5b556879d730926ca9001")
+_TOKENIZER_D16 = HubFile(_INFINITY_REPO, "infinity_vae_d16.pth", _INFINITY_2B_COMMIT)
+_TOKENIZER_D32 = HubFile(_INFINITY_REPO, "infinity_vae_d32reg.pth", _INFINITY_2B_COMMIT)
+_TOKENIZER_D14 = HubFile(_INFINITY_REPO, "infinity_vae_d56_f8_14_patchify.pth")
+
+#: Transformer sizes by the reference's model_type: depth, width, heads, chunks.
+INFINITY_SIZES: dict[str, tuple[int, int, int, int]] = {
+    "infinity_layer12": (12, 768, 8, 4),
+    "infinity_layer16": (16, 1152, 12, 4),
+    "infinity_layer24": (24, 1536, 16, 4),
+    "infinity_layer32": (32, 2080, 20, 4),
+    "infinity_layer40": (40, 2688, 24, 4),
+    "infinity_layer48": (48, 3360, 28, 4),
+    "infinity_2b": (32, 2048, 16, 8),
+    "infinity_8b": (40, 3584, 28, 8),
+    "infinity_20b": (58, 4608, 36, 2),
+}
+
+
+def infinity_settings(model_type: str, latent_dim: int = 32, patchify: bool = False) -> dict[str, Any]:
+    """Constructor arguments of a public size with one of the public tokenizers."""
+    depth, width, heads, chunks = INFINITY_SIZES[model_type]
+    transformer = {"depth": depth, "width": width, "heads": heads, "chunks": chunks}
+    return {"transformer": transformer, "latent_dim": latent_dim, "patchify": patchify}
+
+
+def _infinity(name: str, summary: str, settings: dict[str, Any], first: str, **fields: Any) -> ModelSpec:
+    resolutions = (first, *(r for r in ("1M", "0.60M", "0.25M", "0.06M") if r != first))
+    module = "stagevar.models.infinity_loader"
+    defaults = {"guidance": 3.0, "temperature": 0.5, "top_p": 0.97, "text": FLAN_T5_XL}
+    return ModelSpec(
+        name, "infinity", f"{module}:build", summary, resolutions, parts=f"{module}:parts", settings=settings,
+        **{**defaults, **fields},
+    )  # fmt: skip
+
+
+_SPECS = (
+    ModelSpec(
+        "nano", "nano", "stagevar.nano.load:build", "the shipped model: coloured shapes, made to run on two CPU cores",
+        ("default",), guidance=3.0, temperature=1.0,
+    ),
+    _infinity(
+        "infinity-tiny", "a few layers of Infinity on its real scales; random weights only, for trying the tools",
+        {
+            "transformer": {"depth": 4, "width": 128, "heads": 4, "chunks": 4, "text_dim": 256},
+            "latent_dim": 8, "patchify": False, "base_ch": 32,
+        },
+        "0.06M", text=None,
+    ),
+    _infinity(
+        "infinity-125m", "Infinity 125M, 256 px", infinity_settings("infinity_layer12", 16), "0.06M", guidance=4.0,
+        weights=HubFile(_INFINITY_REPO, "infinity_125M_256x256.pth", _INFINITY_2B_COMMIT), tokenizer=_TOKENIZER_D16,
+    ),
+    _infinity(
+        "infinity-1b", "Infinity 1B; architecture only, no public weights", infinity_settings("infinity_layer24"), "1M",
+        tokenizer=_TOKENIZER_D32,
+    ),
+    _infinity(
+        "infinity-2b", "Infinity 2B, 1024 px", infinity_settings("infinity_2b"), "1M",
+        weights=HubFile(_INFINITY_REPO, "infinity_2b_reg.pth", _INFINITY_2B_COMMIT), tokenizer=_TOKENIZER_D32,
+    ),
+    _infinity(
+        "infinity-8b", "Infinity 8B, 1024 px", infinity_settings("infinity_8b", 14, True), "1M", temperature=1.0,
+        weights=HubFile(_INFINITY_REPO, "infinity_8b_weights/"), tokenizer=_TOKENIZER_D14,
+    ),
+    _infinity(
+        "infinity-8b-512", "Infinity 8B, 512 px", infinity_settings("infinity_8b", 14, True), "0.25M", temperature=1.0,
+        weights=HubFile(_INFINITY_REPO, "infinity_8b_512x512_weights/"), tokenizer=_TOKENIZER_D14,
+    ),
+    _infinity(
+        "infinity-20b", "Infinity 20B; architecture only, no public weights", infinity_settings("infinity_20b"), "1M",
+        tokenizer=_TOKENIZER_D32,
+    ),
+)  # fmt: skip
+
+SPECS: dict[str, ModelSpec] = {spec.name: spec for spec in _SPECS}
+
+#: pixel budgets by image side, so that `--resolution 1024` works too
+_SIDES = {"1024": "1M", "768": "0.60M", "512": "0.25M", "256": "0.06M"}
+
+
+# ------------------------------------------------------------------------------------------------ using it
+
+
+def register(spec: ModelSpec) -> None:
+    """Adds a model; a name that is taken by another spec is an error."""
+    if SPECS.setdefault(spec.name, spec) != spec:
+        raise ValueError(f"model {spec.name} is registered twice")
+
+
+def list_models() -> tuple[ModelSpec, ...]:
+    """Every model, in the table's order."""
+    return tuple(SPECS.values())
+
+
+def find(name: str) -> ModelSpec:
+    """A model by name. Raises UsageError naming the nearest one."""
+    if name not in SPECS:
+        near = difflib.get_close_matches(name, SPECS, n=1, cutoff=0.0)[0]
+        raise UsageError(f"unknown model {name!r} (nearest: {near}); known: {', '.join(SPECS)}")
+    return SPECS[name]
+
+
+def resolve(
+    name: str,
+    *,
+    weights: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    text: str | Path | None = None,
+    resolution: str | int | None = None,
+    ratio: float = 1.0,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype | None = None,
+    seed: int = 0,
+    guidance: float | Sequence[float] | None = None,
+    temperature: float | Sequence[float] | None = None,
+    batch: int = 1,
+) -> LoadRequest:
+    """Checks a request and fills in defaults, without loading anything. Arguments and errors as for `load_model`."""
+    import torch
+
+    spec = find(name)
+    chosen = spec.resolutions[0] if resolution is None else str(resolution)
+    chosen = chosen if chosen in spec.resolutions else _SIDES.get(chosen, chosen)
+    if chosen not in spec.resolutions:
+        raise UsageError(f"{name} has no resolution {resolution!r}; it has {', '.join(spec.resolutions)}")
+    if not ratio > 0:
+        raise UsageError(f"aspect ratio {ratio!r} must be height / width, above 0")
+    if batch < 1:
+        raise UsageError(f"batch {batch} must be at least 1")
+    place = resolve_device(device)
+    return LoadRequest(
+        spec=spec,
+        resolution=chosen,
+        ratio=float(ratio),
+        device=place,
+        dtype=_resolve_dtype(dtype, place) if not isinstance(dtype, torch.dtype) else dtype,
+        weights=None if weights is None else str(weights),
+        tokenizer=None if tokenizer is None else Path(tokenizer),
+        text=None if text is None else Path(text),
+        seed=seed,
+        guidance=tuple(guidance) if isinstance(guidance, Sequence) else guidance,
+        temperature=tuple(temperature) if isinstance(temperature, Sequence) else temperature,
+        batch=batch,
+    )
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """ "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N". Raises UsageError for what is not here."""
+    import torch
+
+    if isinstance(device, torch.device):
+        return device
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:N") from None
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device {device!r} is not here: {torch.cuda.device_count()} CUDA devices; use auto or cpu")
+    return place
+
+
+def _resolve_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
+    import torch
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype is None or dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype not in known:
+        raise UsageError(f"unknown dtype {dtype!r}; use auto, {', '.join(known)}")
+    return known[dtype]
+
+
+def load_model(name: str, **options: Any) -> LoadedModel:
+    """A model ready for the sampler.
+
+    Args:
+        name: one of `list_models()`.
+        weights: None for the public (or shipped) files, fetched when needed; "random" for seeded random weights; else a
+            file, a folder of shards, a folder with the public files, or a converted folder.
+        tokenizer, text: a tokenizer file and a text encoder folder, instead of those that belong to the model.
+        resolution: one of the spec's, or an image side in pixels. ratio: height / width, snapped to a template.
+        device: "auto", "cpu", "cuda[:N]". dtype: of the transformer blocks and the tokenizer; default bfloat16 on a
+            GPU, float32 on the CPU.
+        seed: of random weights.
+        guidance, temperature: instead of the model's defaults; a number or one per scale.
+        batch: images per pass, for the memory check.
+
+    Raises:
+        UsageError: unknown name or option value, or a model that cannot fit on the device.
+        WeightsError: files that are missing, damaged or another model's.
+    """
+    request = resolve(name, **options)
+    return _function(request.spec.builder)(request)
+
+
+def _function(target: str) -> Any:
+    module, _, function = target.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def model_parts(request: LoadRequest) -> Any:
+    """The model's modules on the meta device (stagevar.models.loading.Parts). Raises UsageError where it has none."""
+    if not request.spec.parts:
+        raise UsageError(f"{request.spec.name} ships in the package: there are no files to convert or to reckon with")
+    return _function(request.spec.parts)(request)
