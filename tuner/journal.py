@@ -1,0 +1,108 @@
+"""Run directories that survive kill -9: one driver at a time, evidence written before it is told, torn lines cut off.
+
+Optuna's journal and our `trials.jsonl` are both append-only files of lines. A trial's evidence is on disk (fsync) before
+the sampler is told, so whatever the moment of a crash, the journal can be brought up to the evidence and never lacks it.
+Locks are POSIX file locks: the kernel drops them with the process, so a dead driver never blocks the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from stagevar.errors import UsageError
+
+JOURNAL_FILE = "journal.log"
+EVIDENCE_FILE = "trials.jsonl"
+LOCK_FILE = "driver.lock"
+
+
+@contextlib.contextmanager
+def driver_lock(run_dir: Path) -> Iterator[None]:
+    """Holds the run directory. Raises UsageError naming the process that holds it already."""
+    with open(run_dir / LOCK_FILE, "a+", encoding="utf-8") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            handle.seek(0)
+            holder = handle.read(200).strip() or "another process"
+            raise UsageError(f"run {run_dir} is being driven by {holder}; wait for it or choose another --out") from None
+        handle.seek(0)
+        handle.truncate()
+        handle.write(f"process {os.getpid()} on {socket.gethostname()}")
+        handle.flush()
+        yield
+
+
+def cut_torn_line(path: Path) -> int:
+    """Truncates a file to its last newline; returns the bytes cut. Call before appending, never beside another writer.
+
+    A torn last line is read over by Optuna, but the next append would glue to it and spoil the file for good.
+    """
+    if not path.exists():
+        return 0
+    with open(path, "rb+") as handle:
+        size = end = handle.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - 65536)
+            handle.seek(start)
+            newline = handle.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        if end < size:
+            handle.truncate(end)
+        return size - end
+
+
+def repair(run_dir: Path) -> list[str]:
+    """Makes the files of a dead driver appendable; call while holding the driver lock. Says what it did, a line each.
+
+    The journal's own lock file has no owner once we hold the driver lock: only its driver writes.
+    """
+    done = []
+    for name in (JOURNAL_FILE, EVIDENCE_FILE):
+        cut = cut_torn_line(run_dir / name)
+        if cut:
+            done.append(f"{name}: cut a torn last line of {cut} bytes")
+    for stale in run_dir.glob(f"{JOURNAL_FILE}.lock*"):
+        stale.unlink(missing_ok=True)
+        done.append(f"{stale.name}: removed the lock of a dead driver")
+    return done
+
+
+class Evidence:
+    """`trials.jsonl`: one JSON object per line, on disk before `append` returns."""
+
+    def __init__(self, run_dir: Path):
+        self.path = run_dir / EVIDENCE_FILE
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Adds one line and waits for the disk."""
+        line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
+        with open(self.path, "ab") as handle:
+            handle.write(line)
+            handle.flush()
+            os.fsync(handle.fileno())
+
+    def read(self) -> list[dict[str, Any]]:
+        """All whole lines; a torn last one is left out. Raises UsageError naming a damaged line."""
+        if not self.path.exists():
+            return []
+        records = []
+        for number, line in enumerate(self.path.read_bytes().split(b"\n")[:-1], start=1):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if not isinstance(record, dict) or "kind" not in record:
+                raise UsageError(f"{self.path} line {number} is damaged; start anew with another --out")
+            records.append(record)
+        return records

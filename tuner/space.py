@@ -1,0 +1,367 @@
+"""The search space: one commented YAML per model says what is searched, what counts as quality, and on which prompts.
+
+The space is fixed: every parameter has a value in every trial, whether or not it matters there. Parameter values become
+a StageSchedule here; schedules that expand alike are one schedule, named by `steps_key`. No torch, no optuna.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import importlib.resources
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stagevar.errors import StagevarError, UsageError
+from stagevar.grids import Grid
+from stagevar.profile import read_yaml
+from stagevar.schedule import ACCELERATORS, BOTH, PRESETS, StageSchedule, Steps
+
+NEVER = "never"
+Value = int | float | str
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """What values a parameter may take: numbers of a kind between two bounds, or words."""
+
+    kind: type
+    low: float = -math.inf
+    high: float = math.inf
+    words: tuple[str, ...] = ()
+
+
+_RULES = {
+    "structure_end": _Rule(int, 1),
+    "cfg_delay": _Rule(int, 0, words=(NEVER,)),
+    "branch": _Rule(str, words=BOTH),
+    "rank_ratio": _Rule(float, 0.001, 1),
+    "rank_decay": _Rule(float, 0.01, 1),
+    "rank_delay": _Rule(int, 0),
+    "projection": _Rule(str, words=("gaussian", "rows")),
+    "rope": _Rule(str, words=("first", "index")),
+    "site": _Rule(str, words=("chunk", "trunk")),
+    "skip_last": _Rule(int, 0),
+    "accelerator": _Rule(str, words=ACCELERATORS),
+}
+#: Values of the parameters that a space does not list.
+DEFAULTS: dict[str, Value] = {
+    "cfg_delay": NEVER,
+    "branch": "uncond",
+    "rank_ratio": 1.0,
+    "rank_decay": 1.0,
+    "rank_delay": 0,
+    "projection": "gaussian",
+    "rope": "first",
+    "site": "chunk",
+    "skip_last": 0,
+    "accelerator": "stagevar",
+}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One searched parameter.
+
+    kind: "int" or "float" between low and high (log: on a logarithmic axis); "ordered": numbers in rising order, maybe
+    with "never" last, searched by position; "choice": words without an order.
+    """
+
+    name: str
+    kind: str
+    low: float = 0
+    high: float = 0
+    log: bool = False
+    values: tuple[Value, ...] = ()
+
+    def encode(self, value: Value) -> Value:
+        """A value as the sampler sees it; the nearest possible one when it lies outside."""
+        if self.kind == "choice":
+            return value if value in self.values else self.values[0]
+        if self.kind == "ordered":
+            return min(range(len(self.values)), key=lambda i: abs(_number(self.values[i]) - _number(value)))
+        clipped = min(max(_number(value), self.low), self.high)
+        return round(clipped) if self.kind == "int" else clipped
+
+    def decode(self, raw: Value) -> Value:
+        """The value that the sampler's choice stands for."""
+        return self.values[int(raw)] if self.kind == "ordered" else raw
+
+
+@dataclass(frozen=True)
+class PromptSource:
+    """source: "nano" or a file (.txt one prompt a line, .jsonl GenEval metadata). search, heldout: how many of each.
+    micro_batch: images per batch in quality evaluation, fixed for the study."""
+
+    source: str = "nano"
+    search: int = 32
+    heldout: int = 256
+    micro_batch: int = 16
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """A checked search space.
+
+    model: name. quality: metric -> weight (or options with a weight). floors: metric -> smallest mean allowed.
+    parameters: what is searched. enqueue: presets of stagevar.schedule evaluated first. semantic_end: first scale of
+    the structure stage, from analysis; structure_end is never searched below it.
+    """
+
+    model: str
+    quality: Mapping[str, Any]
+    floors: Mapping[str, float]
+    parameters: tuple[Parameter, ...]
+    enqueue: tuple[str, ...]
+    prompts: PromptSource
+    semantic_end: int = 0
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything the space says."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def fit(self, grids: Sequence[Grid]) -> None:
+        """Raises UsageError when a range does not fit a model of these scales."""
+        scales = len(grids)
+        for parameter in self.parameters:
+            limit = {"structure_end": scales, "cfg_delay": scales, "rank_delay": scales, "skip_last": scales - 1}
+            high = max((v for v in parameter.values if v != NEVER), default=parameter.high, key=_number)
+            if parameter.name in limit and _number(high) > limit[parameter.name]:
+                raise UsageError(
+                    f"search space: {parameter.name} reaches {high:g}, but {self.model} has {scales} scales; "
+                    f"keep it at or below {limit[parameter.name]}"
+                )
+        for name in self.enqueue:
+            PRESETS[name](grids)
+
+    def schedule(self, values: Mapping[str, Value], grids: Sequence[Grid]) -> StageSchedule:
+        """The schedule of one set of values: the k-th accelerated scale keeps rank_ratio * rank_decay ** k."""
+        given = {**DEFAULTS, **values}
+        scales = len(grids)
+        start = int(given["structure_end"])
+        delay = None if given["cfg_delay"] == NEVER else int(given["cfg_delay"])
+        if delay is not None and start + delay >= scales:
+            delay = None
+        accelerated = max(1, scales - start - int(given["rank_delay"]))
+        ratios = tuple(float(given["rank_ratio"]) * float(given["rank_decay"]) ** k for k in range(accelerated))
+        return StageSchedule(
+            structure_end=start,
+            semantic_end=min(self.semantic_end, start),
+            cfg_delay=delay,
+            branch=given["branch"],
+            rank_ratios=None if all(r == 1 for r in ratios) else ratios,
+            rank_delay=int(given["rank_delay"]),
+            projection=given["projection"],
+            rope=given["rope"],
+            site=given["site"],
+            skip=tuple(range(scales - int(given["skip_last"]), scales)),
+            accelerator=given["accelerator"],
+        )
+
+    def nearest_values(self, schedule: StageSchedule, grids: Sequence[Grid]) -> dict[str, Value]:
+        """The point of the space nearest to any schedule: where the sampler files an enqueued preset."""
+        scales = len(grids)
+        ratios = schedule.rank_ratios or (1.0,)
+        means = [sum(r) / len(r) if isinstance(r, tuple) else r for r in ratios]
+        if schedule.energy is not None:
+            steps = schedule.expand(grids, 1)
+            means = [s.processed_tokens() / s.tokens / len(s.branches) for s in steps[schedule.structure_end :] if s.branches]
+        accelerator = schedule.accelerator
+        wanted = {
+            "structure_end": schedule.structure_end,
+            "cfg_delay": NEVER if schedule.cfg_delay is None else schedule.cfg_delay,
+            "branch": schedule.branch,
+            "rank_ratio": means[0] if means else 1.0,
+            "rank_decay": (means[-1] / means[0]) ** (1 / (len(means) - 1)) if len(means) > 1 else 1.0,
+            "rank_delay": schedule.rank_delay,
+            "projection": schedule.projection,
+            "rope": schedule.rope,
+            "site": schedule.site,
+            "skip_last": sum(1 for s in schedule.skip if s < scales),
+            "accelerator": accelerator[0] if isinstance(accelerator, tuple) else accelerator,
+        }
+        return {p.name: p.decode(p.encode(wanted[p.name])) for p in self.parameters}
+
+
+def steps_key(steps: Steps) -> str:
+    """Short name of an expansion; equal for schedules that do the same, whatever their parameters."""
+    text = repr([dataclasses.replace(step, stage="") for step in steps])
+    return hashlib.blake2b(text.encode(), digest_size=5).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def space_names() -> list[str]:
+    """Models that a search space is shipped for."""
+    folder = importlib.resources.files("search_spaces")
+    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+
+
+def load_space(model: str, path: Path | str | None = None) -> SearchSpace:
+    """The space of a file, or the shipped one of a model. Raises UsageError in one line for whatever is wrong with it."""
+    if path is None:
+        if model not in space_names():
+            raise UsageError(
+                f"no search space is shipped for {model}; write one and pass --space FILE (shipped: {', '.join(space_names())})"
+            )
+        with importlib.resources.as_file(importlib.resources.files("search_spaces") / f"{model}.yaml") as shipped:
+            return parse_space(read_yaml(shipped, "search space"))
+    space = parse_space(read_yaml(path, "search space"))
+    if space.model != model:
+        raise UsageError(f"search space {path} is for model {space.model!r}, not {model!r}")
+    return space
+
+
+def parse_space(data: Any) -> SearchSpace:
+    """Checked space from plain YAML data. Raises UsageError naming the key, the value and the nearest valid one."""
+    data = _mapping(data, "search space", ("model", "objectives", "constraints", "parameters", "enqueue", "prompts", "semantic_end"))
+    if not isinstance(data.get("model"), str):
+        raise UsageError("search space: model is missing; name it, such as model: nano")
+    objectives = _mapping(data.get("objectives"), "objectives", ("latency", "quality"))
+    if objectives.keys() != {"latency", "quality"}:
+        raise UsageError("search space: objectives must be latency and quality, such as {latency: ms, quality: {clip_score: 1}}")
+    if objectives["latency"] != "ms":
+        raise UsageError(f"search space: objective latency is {objectives['latency']!r}; write latency: ms")
+    floors = _mapping(data.get("constraints") or {}, "constraints", ("floors",)).get("floors") or {}
+    semantic_end = data.get("semantic_end", 0)
+    if isinstance(semantic_end, bool) or not isinstance(semantic_end, int) or semantic_end < 0:
+        raise UsageError(f"search space: semantic_end {semantic_end!r} must be a whole number of scales")
+    found = _mapping(data.get("parameters"), "parameters", tuple(_RULES))
+    parameters = tuple(_parameter(name, value) for name, value in found.items())
+    if "structure_end" not in found:
+        raise UsageError("search space: parameters lack structure_end, the first accelerated scale")
+    for parameter in parameters:
+        if parameter.name == "structure_end" and parameter.low < semantic_end:
+            raise UsageError(f"search space: structure_end starts at {parameter.low:g}, before semantic_end {semantic_end}")
+    enqueue = data.get("enqueue") or []
+    if not isinstance(enqueue, list):
+        raise UsageError(f"search space: enqueue {enqueue!r} must be a list of presets: {', '.join(PRESETS)}")
+    for name in enqueue:
+        if name not in PRESETS:
+            raise UsageError(f"search space: unknown preset {name!r} in enqueue (nearest: {_nearest(name, PRESETS)})")
+    return SearchSpace(
+        data["model"],
+        _quality(objectives["quality"]),
+        _floors(floors),
+        parameters,
+        tuple(enqueue),
+        _prompt_source(data.get("prompts") or {}),
+        semantic_end,
+    )
+
+
+def _nearest(word: Any, known: Sequence[str] | Mapping[str, Any]) -> str:
+    return difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.0)[0]
+
+
+def _mapping(data: Any, what: str, known: Sequence[str]) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise UsageError(f"search space: {what} must be a mapping of {', '.join(known)}, not {type(data).__name__}")
+    for key in data:
+        if key not in known:
+            raise UsageError(f"search space: unknown key {key!r} in {what} (nearest: {_nearest(key, known)})")
+    return data
+
+
+def _number(value: Any) -> float:
+    return math.inf if value == NEVER else float(value)
+
+
+def _check(name: str, value: Any) -> Value:
+    rule = _RULES[name]
+    if isinstance(value, str) and value in rule.words:
+        return value
+    valid = not isinstance(value, bool) and isinstance(value, int if rule.kind is int else int | float)
+    if rule.kind is str or not valid or not rule.low <= value <= rule.high:
+        words = ", ".join(rule.words)
+        span = "" if rule.kind is str else f"from {rule.low:g} to {rule.high:g}" if rule.high < math.inf else f">= {rule.low:g}"
+        nearest = f" (nearest: {_nearest(value, rule.words)})" if rule.kind is str else ""
+        kind = "" if rule.kind is str else "a whole number " if rule.kind is int else "a number "
+        raise UsageError(
+            f"search space: {name} {value!r} must be {kind}{span}{' or ' if words and span else ''}{words}{nearest}"
+        )
+    return rule.kind(value)
+
+
+def _parameter(name: str, data: Any) -> Parameter:
+    rule = _RULES[name]
+    if isinstance(data, list):
+        if not data:
+            raise UsageError(f"search space: {name} has an empty list; give at least one value")
+        values = tuple(_check(name, value) for value in data)
+        if len(set(values)) < len(values):
+            raise UsageError(f"search space: {name} lists a value twice")
+        if rule.kind is str:
+            return Parameter(name, "choice", values=values)
+        return Parameter(name, "ordered", values=tuple(sorted(values, key=_number)))
+    if isinstance(data, dict) and rule.kind is not str:
+        data = _mapping(data, name, ("low", "high", "log"))
+        for bound in ("low", "high"):
+            if bound not in data:
+                raise UsageError(f"search space: {name} has no {bound}; write {{low: ..., high: ...}} or a list")
+        low, high, log = _check(name, data["low"]), _check(name, data["high"]), data.get("log", False)
+        if isinstance(low, str) or isinstance(high, str) or low > high:
+            raise UsageError(f"search space: {name} runs from {low!r} to {high!r}; low must not exceed high")
+        if not isinstance(log, bool) or (log and low <= 0):
+            raise UsageError(f"search space: {name} log {log!r} must be true or false, and true needs low above 0")
+        return Parameter(name, "int" if rule.kind is int else "float", low, high, log)
+    shape = "a list of words" if rule.kind is str else "{low: ..., high: ...} or a list"
+    raise UsageError(f"search space: {name} {data!r:.60} must be {shape}")
+
+
+def _quality(data: Any) -> dict[str, Any]:
+    if not isinstance(data, dict) or not data:
+        raise UsageError(f"search space: quality {data!r:.60} must be metrics with weights, such as {{clip_score: 1.0}}")
+    from tuner.metrics.registry import METRIC_NAMES
+
+    for name, value in data.items():
+        _metric(name, METRIC_NAMES)
+        weight = value.get("weight", 1.0) if isinstance(value, dict) else value
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            raise UsageError(f"search space: quality weight of {name} is {weight!r}; it must be a number above 0")
+    return data
+
+
+def _floors(data: Any) -> dict[str, float]:
+    if not isinstance(data, dict):
+        raise UsageError(f"search space: floors {data!r:.60} must be metrics with their smallest mean, such as {{psnr: 20}}")
+    from tuner.metrics.registry import METRIC_NAMES
+
+    for name, value in data.items():
+        _metric(name, METRIC_NAMES)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise UsageError(f"search space: floor of {name} is {value!r}; it must be a number")
+    return {name: float(value) for name, value in data.items()}
+
+
+def _metric(name: Any, known: Sequence[str]) -> None:
+    if name not in known:
+        raise UsageError(f"search space: unknown metric {name!r} (nearest: {_nearest(name, known)})")
+
+
+def _prompt_source(data: Any) -> PromptSource:
+    data = _mapping(data, "prompts", tuple(f.name for f in dataclasses.fields(PromptSource)))
+    for name, value in data.items():
+        if name == "source":
+            if not isinstance(value, str):
+                raise UsageError(f"search space: prompts source {value!r} must be nano or a file")
+        elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UsageError(f"search space: prompts {name} {value!r} must be a whole number of at least 1")
+    return PromptSource(**data)
+
+
+def expand(schedule: StageSchedule, grids: Sequence[Grid], chunks: int) -> tuple[Steps, str]:
+    """The steps of a schedule and their key."""
+    try:
+        steps = schedule.expand(grids, chunks)
+    except StagevarError as error:
+        raise UsageError(f"search space: {error}") from None
+    return steps, steps_key(steps)
