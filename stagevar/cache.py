@@ -82,14 +82,19 @@ class KVCache:
 
     def fits(self, capacity: dict[Branch, list[int]]) -> bool:
         """Whether a schedule with these needs can run in this cache."""
-        return all(
-            have >= need for b in BOTH for have, need in zip(self.capacity[b], capacity[b], strict=True)
-        )
+        return all(have >= need for b in BOTH for have, need in zip(self.capacity[b], capacity[b], strict=True))
 
-    def poison(self, branch: Branch) -> None:
-        """Fills one branch with NaN (tests: a step that touches a dropped branch then shows it)."""
-        for tensor in self._store[branch]:
-            tensor.fill_(float("nan"))
+    def select(self, rows: Sequence[int]) -> KVCache:
+        """A cache of its own that holds a copy of these images' entries, with the same capacity and lengths."""
+        first = self._store[BOTH[0]][0]
+        _, _, heads, _, head_dim = first.shape
+        capacity = {branch: list(entries) for branch, entries in self.capacity.items()}
+        chosen = KVCache(len(rows), heads, head_dim, capacity, first.device, first.dtype)
+        chosen.rewind(self.lengths)
+        for branch in BOTH:
+            for layer in range(len(capacity[branch])):
+                chosen.storage(branch, layer).copy_(self.storage(branch, layer)[:, list(rows)])
+        return chosen
 
     def storage(self, branch: Branch, layer: int) -> Tensor:
         """The filled part (2, B, H, length, c) of one branch and layer, a view."""

@@ -1,0 +1,108 @@
+"""The walls of the house: who may import what, and what a bare machine can still do."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNTIME = {"torch", "numpy", "yaml", "safetensors", "PIL", "stagevar"}
+#: Each of these is imported in one module of the tuner only.
+ONE_PLACE = ("optuna", "ray", "open_clip", "pandas")
+
+
+def modules(package):
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def imports(path, top_level_only=False):
+    """Names of packages that a file imports."""
+    tree = ast.parse(path.read_text())
+    found = set()
+
+    def visit(node, depth):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            found.add(node.module.split(".")[0])
+        inner = depth + isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        if not (top_level_only and inner):
+            for child in ast.iter_child_nodes(node):
+                visit(child, inner)
+
+    visit(tree, 0)
+    return found
+
+
+def test_stagevar_never_imports_the_tuner():
+    assert [str(p) for p in modules("stagevar") if "tuner" in imports(p)] == []
+
+
+def test_stagevar_imports_only_its_own_packages_at_the_top():
+    strangers = {
+        str(path.relative_to(ROOT)): sorted(extra)
+        for path in modules("stagevar")
+        if (extra := imports(path, top_level_only=True) - RUNTIME - set(sys.stdlib_module_names))
+    }
+    assert strangers == {}
+
+
+@pytest.mark.parametrize("package", ONE_PLACE)
+def test_heavy_packages_have_one_door(package):
+    doors = [str(path.relative_to(ROOT)) for path in modules("tuner") if package in imports(path)]
+    assert len(doors) <= 1, doors
+    assert not [str(p) for p in modules("stagevar") if package in imports(p)]
+
+
+def run_without(packages, code):
+    """Runs code in a fresh interpreter in which these packages cannot be imported."""
+    block = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in {set(packages)!r}:
+            raise ModuleNotFoundError(f'No module named {{name!r}}', name=name)
+sys.meta_path.insert(0, Absent())
+"""
+    return subprocess.run([sys.executable, "-c", block + code], capture_output=True, text=True, cwd=ROOT, timeout=300)
+
+
+def test_runtime_imports_without_the_tuners_packages():
+    names = [".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for p in modules("stagevar")]
+    names = [name for name in names if not name.endswith("__main__")]
+    code = f"import importlib\nfor name in {names!r}: importlib.import_module(name)\nprint('fine')"
+    result = run_without((*ONE_PLACE, "transformers", "sklearn", "matplotlib", "rich"), code)
+    assert result.stdout.strip() == "fine", result.stderr[-2000:]
+
+
+def test_generate_works_without_the_tuners_packages(tmp_path):
+    target = tmp_path / "x.png"
+    code = f"from stagevar.cli import main; sys.exit(main(['generate', '--model', 'nano', 'a photo of a red circle', '-o', {str(target)!r}]))"
+    result = run_without((*ONE_PLACE, "transformers", "matplotlib", "rich", "scipy"), code)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert target.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("command", ["stagevar.cli", "tuner.cli", "tuner.eval_cli"])
+def test_help_is_cheap(command):
+    code = f"""
+import importlib, sys
+try:
+    importlib.import_module({command!r}).main(['--help'])
+except SystemExit as stop:
+    assert stop.code == 0
+heavy = {{'torch', 'optuna', 'ray', 'open_clip', 'pandas', 'transformers'}} & {{m.split('.')[0] for m in sys.modules}}
+assert not heavy, heavy
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "usage:" in result.stdout
+
+
+def test_no_file_names_this_machine_or_a_registry():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert not [name for name in tracked if name.endswith((".lock", "requirements.txt"))]
