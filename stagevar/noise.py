@@ -97,6 +97,10 @@ class NoiseSource(Protocol):
         """Draws of `scale` for rows ordered branch by branch, e.g. ("cond", "uncond")."""
         ...
 
+    def rows(self, indices: Sequence[int]) -> NoiseSource:
+        """The source of a sub-batch: the same draws for these images."""
+        ...
+
 
 class PromptNoise:
     """The production source: keyed by (seed, prompt) per batch row.

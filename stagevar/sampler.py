@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stagevar.accelerators.base import Accelerator, Cached, ScaleContext, State
-from stagevar.accelerators.stagevar import StageVAR
+from stagevar.accelerators.base import SUBLAYERS, Accelerator, Cached, ScaleContext, State
+from stagevar.accelerators.composite import Composite
 from stagevar.cache import KVCache, Lengths, step_lengths
 from stagevar.models.base import Conditioning, LoadedModel, Sampling, Site
 from stagevar.noise import NoiseSource, PromptNoise
-from stagevar.schedule import BOTH, Branch, ScaleStep, Steps, exact
+from stagevar.schedule import BOTH, Branch, Decision, LowRank, Pivotal, ScaleStep, Steps, exact
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,33 @@ class _Saved:
     branches: tuple[Branch, ...]
 
 
+class _Updates(dict[Site, Cached]):
+    """What a scale keeps for later ones; with a planned schedule only the kinds of site that it restores from."""
+
+    def __init__(self, plan: Steps | None, scale: int):
+        super().__init__()
+        self.kinds: set[str] | None = None
+        if plan is not None:
+            reductions = [step.reduction for step in plan[scale + 1 :]]
+            self.kinds = {reduction.site for reduction in reductions if isinstance(reduction, LowRank)}
+            if any(isinstance(reduction, Pivotal) for reduction in reductions):
+                self.kinds |= SUBLAYERS
+
+    def wanted(self, site: Site) -> bool:
+        return self.kinds is None or site.kind in self.kinds
+
+    def __setitem__(self, site: Site, cached: Cached) -> None:
+        if self.wanted(site):
+            super().__setitem__(site, cached)
+
+
 class Generation:
     """One batch on its way through the scales. Made by `Sampler.begin`.
 
     Attributes:
         scale: index of the next scale. code_sum_BdHW: codes of all scales so far at the final grid.
         steps: what was run. cache: the sampler's, shared with earlier generations (only the latest one is live).
+        outcomes: what the schedule's decision chose per image, None before it or without one.
     """
 
     def __init__(
@@ -48,12 +69,14 @@ class Generation:
         batch: int,
         cache: KVCache,
         code_sum_BdHW: Tensor,
+        plan: Steps | None = None,
     ):
-        self.conditioning, self.noise, self.sampling, self.batch, self.cache = (
-            conditioning, noise, sampling, batch, cache,
+        self.conditioning, self.noise, self.sampling, self.batch, self.cache, self.plan = (
+            conditioning, noise, sampling, batch, cache, plan,
         )  # fmt: skip
         self.live = True
         self.steps: list[ScaleStep] = []
+        self.outcomes: tuple[str, ...] | None = None
         self._saved = [_Saved(code_sum_BdHW, {}, cache.lengths, BOTH)]
 
     @property
@@ -79,12 +102,12 @@ class Sampler:
 
     Args:
         model: what `registry.load_model` returned.
-        accelerator: how reduced steps are carried out (StageVAR by default; it leaves unreduced steps exact).
+        accelerator: how reduced steps are carried out (by default each step by the method it names).
     """
 
     def __init__(self, model: LoadedModel, accelerator: Accelerator | None = None):
         self.model = model
-        self.accelerator = accelerator or StageVAR()
+        self.accelerator = accelerator or Composite()
         transformer = model.transformer
         self._full = exact(len(model.grids)).expand(model.grids, len(transformer.chunk_layers))
         self._cache: KVCache | None = None
@@ -112,7 +135,8 @@ class Sampler:
 
         Args:
             prompts, seeds: one per image; the pair decides the noise.
-            steps: the only schedule that will run (deployment: smaller cache). None leaves room for any schedule.
+            steps: the only schedule that will run (deployment: smaller cache, nothing kept that it does not restore
+                from). None leaves room for any schedule.
             negative: prompts for the unconditional branch (default: the model's null text).
             sampling: instead of the model's defaults. noise: instead of the keyed streams.
             encoded, encoded_negative: text features made earlier, instead of encoding here.
@@ -131,7 +155,7 @@ class Sampler:
         cache = self._allocate(batch, steps or self._full)
         code_sum = model.tokenizer.residual.zeros(batch, model.device)
         noise = noise or PromptNoise(prompts, seeds, model.device)
-        self._current = Generation(conditioning, noise, sampling or model.sampling, batch, cache, code_sum)
+        self._current = Generation(conditioning, noise, sampling or model.sampling, batch, cache, code_sum, steps)
         return self._current
 
     def _allocate(self, batch: int, steps: Steps) -> KVCache:
@@ -150,7 +174,8 @@ class Sampler:
     def advance(self, generation: Generation, step: ScaleStep) -> None:
         """Runs (or skips) the next scale.
 
-        Raises ValueError when the step is for another scale, wants a branch that was dropped, or the generation is over.
+        Raises ValueError when the step is for another scale, wants a branch that was dropped, or the generation is over
+        or waits for its decision.
         """
         if not generation.live:
             raise ValueError("this generation ended when the sampler began another one")
@@ -158,6 +183,8 @@ class Sampler:
             raise ValueError(
                 f"step for scale {step.scale} {step.grid} does not follow {generation.scale} scales of {self.model.name}"
             )
+        if generation.outcomes is None and any(done.decision for done in generation.steps):
+            raise ValueError(f"scale {step.scale} comes after an open decision; call `decide` or `finish`")
         before = generation._saved[-1]
         if step.skipped:
             after = before
@@ -176,7 +203,7 @@ class Sampler:
         start = BOTH.index(step.branches[0]) * batch
         conditioning = generation.conditioning.select(slice(start, start + len(step.branches) * batch))
         noise = generation.noise.at(scale, step.branches)
-        updates: dict[Site, Cached] = {}
+        updates = _Updates(generation.plan, scale)
         around = self.accelerator.around(ScaleContext(step, noise, before.state), updates)
 
         features = None if scale == 0 else residual.next_input(before.code_sum_BdHW, scale)
@@ -203,7 +230,8 @@ class Sampler:
         tokens = transformer.draw(logits, noise, sampling)
         self.on_scale(step, logits, tokens)
         code_sum = residual.add(before.code_sum_BdHW, tokens, scale)
-        return _Saved(code_sum, {**before.state, **updates}, cache.lengths, step.branches)
+        state = {site: cached for site, cached in before.state.items() if updates.wanted(site)}
+        return _Saved(code_sum, {**state, **updates}, cache.lengths, step.branches)
 
     def on_scale(self, step: ScaleStep, logits_BLV: Tensor, tokens: Tensor) -> None:
         """Called with every run scale's guided logits and drawn tokens; analysis and tests override it."""
@@ -215,6 +243,8 @@ class Sampler:
         del generation.steps[scale:]
         del generation._saved[scale + 1 :]
         generation.cache.rewind(generation._saved[scale].lengths)
+        if not any(step.decision for step in generation.steps):
+            generation.outcomes = None
 
     @torch.inference_mode()
     def decode(self, generation: Generation) -> np.ndarray:
@@ -223,10 +253,85 @@ class Sampler:
 
     def generate(self, prompts: Sequence[str], seeds: Sequence[int], steps: Steps, **options: Any) -> np.ndarray:
         """All scales of one schedule, then decode: uint8 (B, H, W, 3). Options as for `begin`."""
-        generation = self.begin(prompts, seeds, steps=steps, **options)
-        for step in steps:
+        return self.finish(self.begin(prompts, seeds, steps=steps, **options), steps)
+
+    def finish(self, generation: Generation, steps: Steps) -> np.ndarray:
+        """Runs what is left of a schedule, its decision included, then decodes: uint8 (B, H, W, 3), RGB.
+
+        Raises UsageError, before anything runs, for a decision that was not fitted for this model.
+        """
+        rest = steps[generation.scale :]
+        for step in rest:
+            if step.decision is not None:
+                self.accelerator.check(self.model, step.decision)
+        for step in rest:
             self.advance(generation, step)
+            if step.decision is not None:
+                return self._finish_decided(generation, step.decision)
         return self.decode(generation)
+
+    def _finish_decided(self, generation: Generation, decision: Decision) -> np.ndarray:
+        rows_of: dict[Steps, list[int]] = {}
+        for row, outcome in enumerate(self.decide(generation)):
+            rows_of.setdefault(decision.continuation(outcome), []).append(row)
+        if len(rows_of) == 1:
+            return self.finish(generation, (*generation.steps, *next(iter(rows_of))))
+        images: dict[int, np.ndarray] = {}
+        for steps, rows in rows_of.items():
+            part = self.split(generation, rows)
+            images.update(zip(rows, self.finish(part, (*part.steps, *steps)), strict=True))
+        return np.stack([images[row] for row in range(generation.batch)])
+
+    @torch.inference_mode()
+    def decide(self, generation: Generation) -> tuple[str, ...]:
+        """Takes the decision that follows the last scale: one outcome per image, kept in `generation.outcomes`.
+
+        Raises ValueError when that scale has none, UsageError when its classifier is not for this model.
+        """
+        step = generation.steps[-1] if generation.steps else None
+        if step is None or step.decision is None:
+            raise ValueError(f"no decision follows the {generation.scale} scales that were run")
+        before, after = generation.code_sum_before(step.scale), generation.code_sum_BdHW
+        generation.outcomes = tuple(self.accelerator.decide(self.model, step.decision, before, after))
+        return generation.outcomes
+
+    @torch.inference_mode()
+    def split(self, generation: Generation, rows: Sequence[int]) -> Generation:
+        """A generation of its own from some images of a batch, at the same scale, with its own copy of their cache.
+
+        It may be advanced, rewound and decoded independently, also after the sampler began another batch.
+        """
+        rows, batch = list(rows), generation.batch
+        both = [branch * batch + row for branch in range(len(BOTH)) for row in rows]
+        part = Generation(
+            generation.conditioning.select(both),
+            generation.noise.rows(rows),
+            generation.sampling,
+            len(rows),
+            generation.cache.select(rows),
+            generation.code_sum_BdHW[rows],
+            generation.plan,
+        )
+        part.steps = list(generation.steps)
+        if generation.outcomes is not None:
+            part.outcomes = tuple(generation.outcomes[row] for row in rows)
+        chosen: dict[int, Cached] = {}  # one tensor serves several scales; copy it once
+
+        def choose(cached: Cached) -> Cached:
+            if id(cached) not in chosen:
+                chosen[id(cached)] = cached.select(rows)
+            return chosen[id(cached)]
+
+        part._saved = [
+            _Saved(
+                saved.code_sum_BdHW[rows],
+                {site: choose(cached) for site, cached in saved.state.items()},
+                saved.lengths,
+                saved.branches,
+            )
+            for saved in generation._saved
+        ]
+        return part
 
 
 def to_uint8(image_B3HW: Tensor) -> np.ndarray:

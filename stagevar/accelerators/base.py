@@ -8,16 +8,19 @@ never changed in place: the sampler keeps one per scale, so rewinding is forgett
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from stagevar.models.base import Around, Grid, Site, SiteFn
+from stagevar.models.base import Around, Grid, LoadedModel, Site, SiteFn
 from stagevar.noise import ScaleNoise
-from stagevar.schedule import Branch, ScaleStep
+from stagevar.schedule import Branch, Decision, ScaleStep
+
+#: Kinds of site inside a layer; the others, chunk and trunk, wrap whole layers.
+SUBLAYERS = frozenset({"attn", "cross", "mlp"})
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,12 @@ class Cached:
         batch = self.y_RLC.shape[0] // len(self.branches)
         first = self.branches.index(branches[0])
         return self.y_RLC[first * batch : (first + len(branches)) * batch]
+
+    def select(self, rows: Sequence[int]) -> Cached:
+        """The rows of these images of the batch, all branches; a copy."""
+        batch = self.y_RLC.shape[0] // len(self.branches)
+        chosen = [branch * batch + row for branch in range(len(self.branches)) for row in rows]
+        return Cached(self.y_RLC[chosen], self.grid, self.branches)
 
     def resized(self, grid: Grid, branches: tuple[Branch, ...]) -> Tensor:
         """(R, h*w, C) on another grid by adaptive average pooling ('area')."""
@@ -58,13 +67,21 @@ class ScaleContext:
 
 
 class Accelerator(ABC):
-    """Builds the `around` hook of one scale."""
+    """Builds the `around` hook of one scale and, where the method has one, takes the schedule's decision."""
 
     name: ClassVar[str]
 
     @abstractmethod
     def around(self, context: ScaleContext, updates: dict[Site, Cached]) -> Around:
         """The hook for this scale. Whatever later scales need is put into `updates`."""
+
+    def check(self, model: LoadedModel, decision: Decision) -> None:
+        """Raises an error when this accelerator cannot take the decision on this model."""
+        raise ValueError(f"the {self.name} accelerator takes no decisions")
+
+    def decide(self, model: LoadedModel, decision: Decision, before_BdHW: Tensor, after_BdHW: Tensor) -> Sequence[str]:
+        """One of `decision.outcomes` per image, from the code sums before and after the scale it follows."""
+        raise ValueError(f"the {self.name} accelerator takes no decisions")
 
 
 def plain(site: Site, x_RLC: Tensor, positions: Tensor | None, run: SiteFn) -> Tensor:

@@ -87,5 +87,7 @@ class StageVAR(Accelerator):
         y = run(small, positions)
         cached = context.state.get(site)
         if cached is None:
-            raise ValueError(f"scale {step.scale} restores {site.kind} {site.index} but no earlier scale ran it in full")
+            raise ValueError(
+                f"scale {step.scale} restores {site.kind} {site.index} but no earlier scale ran it in full"
+            )
         return restore(y, index, cached.resized(step.grid, step.branches))

@@ -47,8 +47,8 @@ class Conditioning(ABC):
     rows: int
 
     @abstractmethod
-    def select(self, rows: slice) -> Conditioning:
-        """The same conditioning restricted to these rows (views, nothing copied)."""
+    def select(self, rows: slice | list[int]) -> Conditioning:
+        """The same conditioning restricted to these rows (views for a slice; a list of row numbers copies)."""
 
 
 class Residual(Protocol):

@@ -280,7 +280,7 @@ class InfinityConditioning(Conditioning):
     def rows(self) -> int:
         return self.pooled_RC.shape[0]
 
-    def select(self, rows: slice) -> InfinityConditioning:
+    def select(self, rows: slice | list[int]) -> InfinityConditioning:
         if rows == slice(0, self.rows):
             return self
         return InfinityConditioning(

@@ -1,0 +1,50 @@
+"""All methods at once: every step is carried out by the accelerator that it names, so a schedule is enough to run.
+
+One schedule may mix methods over its scales: drop a branch, then prune, then project, then skip. What each method needs
+from earlier scales is kept whoever ran them, as long as they ran in full at that site.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from stagevar.accelerators.base import SUBLAYERS, Accelerator, Cached, ScaleContext
+from stagevar.accelerators.fastvar import FastVAR
+from stagevar.accelerators.skipvar import SkipVAR
+from stagevar.accelerators.stagevar import StageVAR
+from stagevar.models.base import Around, LoadedModel, Site, SiteFn
+from stagevar.schedule import Decision, LowRank, Pivotal
+
+
+class Composite(Accelerator):
+    """StageVAR at chunks and trunk, FastVAR at sublayers, SkipVAR at the decision."""
+
+    name = "composite"
+
+    def __init__(self) -> None:
+        self.stagevar, self.fastvar, self.skipvar = StageVAR(), FastVAR(), SkipVAR()
+
+    def around(self, context: ScaleContext, updates: dict[Site, Cached]) -> Around:
+        wide = self.stagevar.around(_without(context, Pivotal), updates)
+        narrow = self.fastvar.around(_without(context, LowRank), updates)
+
+        def around(site: Site, x_RLC: Tensor, positions: Tensor | None, run: SiteFn) -> Tensor:
+            return (narrow if site.kind in SUBLAYERS else wide)(site, x_RLC, positions, run)
+
+        return around
+
+    def check(self, model: LoadedModel, decision: Decision) -> None:
+        self.skipvar.check(model, decision)
+
+    def decide(self, model: LoadedModel, decision: Decision, before_BdHW: Tensor, after_BdHW: Tensor) -> Sequence[str]:
+        return self.skipvar.decide(model, decision, before_BdHW, after_BdHW)
+
+
+def _without(context: ScaleContext, kind: type) -> ScaleContext:
+    """The same scale as one method sees it: without the other's reduction."""
+    if not isinstance(context.step.reduction, kind):
+        return context
+    return dataclasses.replace(context, step=dataclasses.replace(context.step, reduction=None))
