@@ -125,11 +125,11 @@ class Profile:
         """Plain YAML data, schema first."""
         data = dataclasses.asdict(self)
         data["schedule"] = self.schedule.to_dict()
-        return {"schema": data.pop("schema"), **data}
+        return plain({"schema": data.pop("schema"), **data})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the profile atomically."""
-        text = yaml.safe_dump(plain(self.to_dict()), sort_keys=False, allow_unicode=True, width=120)
+        text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
         write_text_atomically(path, text)
 
     @classmethod
@@ -235,7 +235,7 @@ def present_envelope(model: LoadedModel, batch: int, threads: int | None, engine
         device, threads = torch.cuda.get_device_name(model.device), None
     else:
         device = model.device.type
-    return Envelope(device, str(model.dtype).removeprefix("torch."), batch, engine, threads, torch.__version__)
+    return Envelope(device, str(model.dtype).removeprefix("torch."), batch, engine, threads, str(torch.__version__))
 
 
 def steps_to_data(steps: Steps) -> list[dict[str, Any]]:
@@ -260,7 +260,9 @@ def plain(value: Any) -> Any:
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
-    if hasattr(value, "item") and not isinstance(value, str | bytes):
+    if isinstance(value, str):
+        return str(value)  # torch's version is a subclass that YAML would tag
+    if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None
