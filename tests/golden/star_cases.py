@@ -1,0 +1,54 @@
+"""Golden cases of the official STAR code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from stagevar.grids import square
+from stagevar.models.star import STAR, STARConfig
+from stagevar.models.star_text import PromptText
+from tests.golden.checks import Check, difference, load_arrays, load_recipe, rand_in
+from tests.golden.var_cases import compare, read_shapes
+
+
+def run_case(json_path: Path) -> list[Check]:
+    """All checks of one STAR case, in the reference's literal batch behaviour; of one prompt also in ours."""
+    case, arrays = json.loads(json_path.read_text()), load_arrays(json_path)
+    c = case["config"]
+    batch = c["B"]
+    text = {key: torch.from_numpy(arrays[key]) for key in ("text", "pool", "mask")}
+    rows = [
+        PromptText(text["text"][i], text["mask"][i], text["pool"][i], text["pool"][batch + i]) for i in range(batch)
+    ]
+    checks = [
+        difference("text recipe", rand_in("star_text", tuple(text["text"].shape), 1.0), arrays["text"], 0),
+        difference("pool recipe", rand_in("star_pool", tuple(text["pool"].shape), 1.0), arrays["pool"], 0),
+    ]
+    for literal in (True, False) if batch == 1 else (True,):
+        config = STARConfig(
+            depth=c["depth"],
+            width=c["embed_dim"],
+            heads=c["num_heads"],
+            sides=tuple(c["patch_nums"]),
+            text_dim=c["in_dim_cross"],
+            vocabulary=c["V"],
+            code_dim=c["Cvae"],
+            rope_theta=c["rope_theta"],
+            rope_span=c["rope_norm"],
+            literal_cross_rows=literal,
+        )
+        transformer = STAR(config)
+        found = load_recipe(transformer, read_shapes(case["shapes"]))
+        transformer.set_grids(square(config.sides))
+        cos, sin = transformer._rope if transformer._rope is not None else (None, None)
+        found += [
+            difference("rope cos", cos, arrays["freqs_cis_re"], 1e-5),
+            difference("rope sin", sin, arrays["freqs_cis_im"], 1e-5),
+        ]
+        found += compare(case, arrays, transformer, rows)
+        label = "literal " if literal else ""
+        checks += [Check(label + check.name, check.value, check.limit) for check in found]
+    return checks
