@@ -54,6 +54,21 @@ class Metric(ABC):
     ) -> np.ndarray:
         """As `score`, with inputs already checked and B >= 1."""
 
+    def rows(
+        self,
+        images_uint8_BHW3: np.ndarray,
+        prompts: Sequence[Prompt],
+        reference_images_uint8_BHW3: np.ndarray | None = None,
+    ) -> list[dict[str, Any]]:
+        """As `score`, one JSON object per image with its "value" and whatever else `summary` needs."""
+        return [{"value": float(value)} for value in
+                self.score(images_uint8_BHW3, prompts, reference_images_uint8_BHW3)]
+
+    def summary(self, rows: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """The published figure of many images from their rows, in the benchmark's own arithmetic. JSON values only."""
+        values = [row["value"] for row in rows]
+        return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0}
+
     def describe(self) -> dict[str, Any]:
         """What makes the figure reproducible: model names, file hashes, rules. JSON values only."""
         return {"name": self.name}
@@ -62,8 +77,8 @@ class Metric(ABC):
 class SetMetric(Metric):
     """A metric of a whole set (FID, KID, IS).
 
-    `score` splits the set value of the images handed in into one contribution per image, whose mean is that value, so
-    that a set metric can serve as objective; `score_set` is the figure to publish.
+    `score_set` is the figure to publish. `score` splits the value of the images handed in into one contribution per
+    image, whose mean estimates it, so that a set metric can serve as objective; each class says how.
     """
 
     @abstractmethod

@@ -239,7 +239,10 @@ def _color_from_scores(scores: Any, class_name: str) -> str:
 def _number(value: Any, class_name: str, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise UsageError(f"detection of {class_name!r} has {what} {value!r:.40}, expected a number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise UsageError(f"detection of {class_name!r} has a {what} beyond floating point") from None
 
 
 def _first(row: Mapping[str, Any], keys: Sequence[str], *, default: Any) -> Any:

@@ -1,0 +1,250 @@
+"""Everything that needs a CLIP model: CLIP score, image similarity, HPSv2, GenEval's colour classifier.
+
+The only module that imports open_clip. A model is an open_clip architecture with a pretrained tag or a local file, an
+open_clip `hf-hub:` or `local-dir:` name, or "nano", the small model shipped for nano's scenes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import open_clip
+import torch
+from PIL import Image
+
+from stagevar.errors import UsageError
+from stagevar.geneval import COLORS, classify_color
+from tuner.metrics.base import Metric, Prompt, prompt_text
+from tuner.metrics.model_files import refuse_missing
+
+
+class ClipModel:
+    """An open_clip model with its own preprocessing and tokenizer, in fp32, evaluated in batches.
+
+    model: "ViT-L-14", "hf-hub:org/repo", "local-dir:/folder" or "nano". pretrained: a tag that open_clip knows for that
+    architecture or a path to weights (safetensors, or a pickle of tensors only); ignored for the other three.
+    resize_mode: "shortest", "longest" or "squash" where the model's own preprocessing is not wanted.
+    Raises UsageError if the architecture, tag or file is unknown or the weights cannot be had.
+    """
+
+    def __init__(
+        self,
+        model: str = "ViT-L-14",
+        pretrained: str = "openai",
+        *,
+        device: str = "cpu",
+        batch_size: int = 64,
+        resize_mode: str | None = None,
+    ) -> None:
+        self.device, self.batch_size = device, batch_size
+        if model == "nano":
+            self.source = "nano"
+            self.model, self.preprocess, self.tokenizer = _load_nano()
+        else:
+            self.source = model if ":" in model else f"{model}/{_short(pretrained)}"
+            self.model, self.preprocess, self.tokenizer = _load_open_clip(model, pretrained, resize_mode)
+        self.model.eval().requires_grad_(False).to(device)
+        self.logit_scale = float(self.model.logit_scale.exp())
+
+    @torch.inference_mode()
+    def image_features(self, images: np.ndarray | Sequence[Image.Image]) -> torch.Tensor:
+        """Unit features (B, D) on the CPU, of uint8 (B, H, W, 3) or of PIL images."""
+        pictures = [Image.fromarray(image) if isinstance(image, np.ndarray) else image for image in images]
+        parts = []
+        for start in range(0, len(pictures), self.batch_size):
+            batch = torch.stack([self.preprocess(picture) for picture in pictures[start:start + self.batch_size]])
+            parts.append(self.model.encode_image(batch.to(self.device), normalize=True).float().cpu())
+        return torch.cat(parts)
+
+    @torch.inference_mode()
+    def text_features(self, texts: Sequence[str]) -> torch.Tensor:
+        """Unit features (B, D) on the CPU; texts beyond the context length are cut, as open_clip does."""
+        parts = []
+        for start in range(0, len(texts), self.batch_size):
+            tokens = self.tokenizer(list(texts[start:start + self.batch_size]))
+            parts.append(self.model.encode_text(tokens.to(self.device), normalize=True).float().cpu())
+        return torch.cat(parts)
+
+    def describe(self) -> dict[str, Any]:
+        """Model name and a hash of its weights."""
+        digest = hashlib.sha256()
+        for key, value in sorted(self.model.state_dict().items()):
+            digest.update(key.encode())
+            digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+        return {"clip": self.source, "weights_sha256": digest.hexdigest(), "open_clip": open_clip.__version__}
+
+
+class ClipScore(Metric):
+    """100 x cosine of image and prompt, not below 0.
+
+    Source: Hessel et al. 2021 (CLIPScore, factor 2.5); the factor 100 is torchmetrics' and the VAR literature's.
+    """
+
+    name: ClassVar[str] = "clip_score"
+    needs_prompt: ClassVar[bool] = True
+
+    def __init__(
+        self, *, device: str = "cpu", model: str = "ViT-L-14", pretrained: str = "openai", batch_size: int = 64
+    ) -> None:
+        self.clip = ClipModel(model, pretrained, device=device, batch_size=batch_size)
+
+    def _score(
+        self, images_uint8_BHW3: np.ndarray, prompts: Sequence[Prompt], reference_images_uint8_BHW3: np.ndarray | None
+    ) -> np.ndarray:
+        image_BD = self.clip.image_features(images_uint8_BHW3)
+        text_BD = self.clip.text_features([prompt_text(prompt) for prompt in prompts])
+        return (100.0 * (image_BD * text_BD).sum(1)).clamp(min=0.0).numpy()
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | self.clip.describe()
+
+
+class ClipImageSimilarity(Metric):
+    """Cosine of the CLIP image features of the image and its reference, at most 1."""
+
+    name: ClassVar[str] = "clip_image_similarity"
+    needs_reference: ClassVar[bool] = True
+
+    def __init__(
+        self, *, device: str = "cpu", model: str = "ViT-L-14", pretrained: str = "openai", batch_size: int = 64
+    ) -> None:
+        self.clip = ClipModel(model, pretrained, device=device, batch_size=batch_size)
+
+    def _score(
+        self, images_uint8_BHW3: np.ndarray, prompts: Sequence[Prompt], reference_images_uint8_BHW3: np.ndarray | None
+    ) -> np.ndarray:
+        image_BD = self.clip.image_features(images_uint8_BHW3)
+        reference_BD = self.clip.image_features(reference_images_uint8_BHW3)
+        return (image_BD * reference_BD).sum(1).numpy()
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | self.clip.describe()
+
+
+class HumanPreferenceScore(Metric):
+    """HPSv2: cosine of image and prompt in a ViT-H-14 fine-tuned on human choices (about 0.2 to 0.35).
+
+    `weights` is the published checkpoint (HPS_v2.1_compressed.pt), a local path or the hub's copy by default.
+    Source: github tgxs002/HPSv2, hpsv2/img_score.py: plain open_clip ViT-H-14, no logit scale, the image shrunk to fit
+    and padded. Its own package is not used: it vendors an old open_clip; in place of its AMP we run fp32.
+    """
+
+    name: ClassVar[str] = "hpsv2"
+    needs_prompt: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        *,
+        device: str = "cpu",
+        weights: str = "hub:xswu/HPSv2/HPS_v2.1_compressed.pt",
+        model: str = "ViT-H-14",
+        batch_size: int = 16,
+    ) -> None:
+        self.clip = ClipModel(model, _hub_file(weights), device=device, batch_size=batch_size,
+                              resize_mode="longest")
+
+    def _score(
+        self, images_uint8_BHW3: np.ndarray, prompts: Sequence[Prompt], reference_images_uint8_BHW3: np.ndarray | None
+    ) -> np.ndarray:
+        image_BD = self.clip.image_features(images_uint8_BHW3)
+        text_BD = self.clip.text_features([prompt_text(prompt) for prompt in prompts])
+        return (image_BD * text_BD).sum(1).numpy()
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | self.clip.describe()
+
+
+class ColorClassifier:
+    """GenEval's zero-shot colour of one object: ten colours, three templates each, argmax of cosines.
+
+    Source: djghosh13/geneval evaluate_images.py. The object is cut out with its mask over #999, then cropped to its
+    box; the features of a colour's three sentences are averaged and normalised again (clip_benchmark's classifier).
+    """
+
+    def __init__(
+        self, *, device: str = "cpu", model: str = "ViT-L-14", pretrained: str = "openai", batch_size: int = 16
+    ) -> None:
+        self.clip = ClipModel(model, pretrained, device=device, batch_size=batch_size)
+        self._heads: dict[str, torch.Tensor] = {}
+
+    def __call__(
+        self,
+        image: Image.Image,
+        class_name: str,
+        boxes_xyxy: Sequence[Sequence[float]],
+        masks_HW: Sequence[np.ndarray] | None = None,
+    ) -> list[str]:
+        """Colour names of the objects given by boxes in pixels and, if there are any, masks (H, W) of booleans."""
+        if not boxes_xyxy:
+            return []
+        image = image.convert("RGB")
+        blank = Image.new("RGB", image.size, color="#999")
+        crops = []
+        for index, box in enumerate(boxes_xyxy):
+            picture = image
+            if masks_HW is not None:
+                mask = Image.fromarray(np.asarray(masks_HW[index], dtype=np.uint8) * 255)
+                picture = Image.composite(image, blank, mask)
+            crops.append(picture.crop(_pixel_box(box)))
+        scores_NC = self.clip.image_features(crops) @ self._head(class_name).T
+        return [classify_color(row) for row in scores_NC.tolist()]
+
+    def _head(self, class_name: str) -> torch.Tensor:
+        """Unit text features (10, D) for one class."""
+        if class_name not in self._heads:
+            sentences = [
+                template.format(color) for color in COLORS for template in
+                (f"a photo of a {{}} {class_name}", f"a photo of a {{}}-colored {class_name}", "a photo of a {} object")
+            ]
+            mean_CD = self.clip.text_features(sentences).unflatten(0, (len(COLORS), 3)).mean(1)
+            self._heads[class_name] = mean_CD / mean_CD.norm(dim=1, keepdim=True)
+        return self._heads[class_name]
+
+    def describe(self) -> dict[str, Any]:
+        return self.clip.describe()
+
+
+def _pixel_box(box_xyxy: Sequence[float]) -> tuple[int, int, int, int]:
+    """Whole pixels, as PIL's crop rounds them, at least one wide and high."""
+    x0, y0, x1, y1 = (round(value) for value in box_xyxy)
+    return x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)
+
+
+# Loading -----------------------------------------------------------------------------------------------------------
+
+
+def _load_open_clip(model: str, pretrained: str, resize_mode: str | None) -> tuple[torch.nn.Module, Any, Any]:
+    if ":" not in model:
+        if model not in open_clip.list_models():
+            raise UsageError(f"open_clip has no architecture {model!r}; see open_clip.list_models()")
+        tags = open_clip.list_pretrained_tags_by_model(model)
+        if not Path(pretrained).is_file() and pretrained not in tags:
+            raise UsageError(f"CLIP {model}: {pretrained!r} is neither a file nor a tag ({', '.join(tags) or 'none'})")
+    with refuse_missing(f"CLIP {model}/{_short(pretrained)}", option="pretrained"):
+        built, _, preprocess = open_clip.create_model_and_transforms(
+            model,
+            pretrained=None if ":" in model else pretrained,
+            image_resize_mode=resize_mode,
+            weights_only=True,
+            require_pretrained=True,
+        )
+        return built, preprocess, open_clip.get_tokenizer(model)
+
+
+def _hub_file(source: str) -> str:
+    """A local path as it is; `hub:org/repo/file` through the hub's cache."""
+    if not source.startswith("hub:"):
+        return source
+    organisation, repository, name = source.removeprefix("hub:").split("/", 2)
+    from huggingface_hub import hf_hub_download
+
+    with refuse_missing(name):
+        return hf_hub_download(f"{organisation}/{repository}", name)
+
+
+def _short(pretrained: str) -> str:
+    return Path(pretrained).name

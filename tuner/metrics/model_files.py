@@ -1,0 +1,60 @@
+"""Weights of outside models: local files or a hub, tensors only, and one clear refusal when they cannot be had."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stagevar.errors import UsageError, WeightsError
+
+
+def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
+    """Tensors of a safetensors file, or of a pickle that holds tensors only (also under "state_dict").
+
+    Raises WeightsError if the file is missing, damaged or would run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"weights file {path} does not exist; give the path of a .safetensors or .pt file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpicklers and readers raise anything on hostile bytes
+        raise WeightsError(f"weights file {path} cannot be read as tensors ({type(error).__name__})") from None
+    content = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise WeightsError(f"weights file {path} holds no dictionary of tensors")
+    return content
+
+
+def url_state_dict(url: str, what: str) -> dict[str, torch.Tensor]:
+    """Tensors from torch's own download cache, fetched if missing; tensors only."""
+    with refuse_missing(what):
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=False, weights_only=True)
+
+
+@contextlib.contextmanager
+def refuse_missing(what: str, option: str = "weights") -> Iterator[None]:
+    """Turn whatever a library raises when a model is not to be had into one line that says what to do."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:  # hubs raise OSError, URLError, HTTPError, ValueError, their own, by version
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(f"{what} cannot be loaded ({reason:.120}); fetch it where there is a network and give its "
+                         f"path as {option}") from None
+
+
+def from_pretrained(factory: Any, source: str, what: str, **options: Any) -> Any:
+    """A transformers object from a local folder or the hub; safetensors only where it holds weights."""
+    with refuse_missing(f"{what} {source}", option="model"):
+        return factory.from_pretrained(source, local_files_only=os.path.isdir(source), **options)

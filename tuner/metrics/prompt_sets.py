@@ -1,0 +1,219 @@
+"""Prompt sets: GenEval's and DPG's own files by path, a seeded generator of GenEval-style prompts, stratified subsets.
+
+Source: djghosh13/geneval prompts/ (tags, wording, metadata keys; its 553 prompts are read, not shipped) and ELLA's
+dpg_bench/prompts. The generator is our own: balanced over classes, colours, counts and relations, where the published
+one draws them independently, so a small set of ours covers more.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from stagevar.errors import UsageError
+from stagevar.geneval import COLORS, RELATIONS, TAGS
+from tuner.metrics.detections import read_metadata
+
+Metadata = dict[str, Any]
+
+# COCO's 80 classes in the order and wording of GenEval's object_names.txt ("computer mouse", not "mouse").
+COCO_CLASSES: tuple[str, ...] = (
+    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
+    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant",
+    "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard",
+    "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
+    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli",
+    "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet",
+    "tv", "laptop", "computer mouse", "tv remote", "computer keyboard", "cell phone", "microwave", "oven", "toaster",
+    "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
+)
+_COLORABLE = tuple(name for name in COCO_CLASSES if name != "person")  # GenEval asks for no coloured persons
+_NUMBERS = {2: "two", 3: "three", 4: "four"}
+
+
+def generate(count: int, seed: int = 0, tags: Sequence[str] = TAGS) -> list[Metadata]:
+    """`count` distinct GenEval-style prompts, spread evenly over `tags`, the same for the same seed.
+
+    A longer set starts with the shorter one. Raises UsageError for unknown tags or more prompts than there are.
+    """
+    unknown = [tag for tag in tags if tag not in _MAKERS]
+    if unknown or not tags:
+        raise UsageError(f"task {unknown[0] if unknown else tags!r}: expected some of {', '.join(TAGS)}")
+    if count < 0:
+        raise UsageError(f"{count} prompts: expected 0 or more")
+    streams = {tag: _distinct(_MAKERS[tag], random.Random(f"geneval-style/{seed}/{tag}")) for tag in tags}
+    prompts: list[Metadata] = []
+    while len(prompts) < count:
+        if not streams:
+            raise UsageError(f"{count} prompts: only {len(prompts)} distinct ones exist for {', '.join(tags)}")
+        for tag in list(streams):
+            metadata = next(streams[tag], None)
+            if metadata is None:
+                del streams[tag]
+            elif len(prompts) < count:
+                prompts.append(metadata)
+    return prompts
+
+
+def stratified_subset(prompts: Sequence[Mapping[str, Any]], count: int, seed: int = 0) -> list[int]:
+    """Indices, ascending, of `count` prompts with every tag in its share, within one (largest remainders).
+
+    Raises UsageError if `count` is not between 1 and the number of prompts.
+    """
+    if not 1 <= count <= len(prompts):
+        raise UsageError(f"a subset of {count} from {len(prompts)} prompts: give 1 to {len(prompts)}")
+    by_tag: dict[str, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        by_tag.setdefault(str(prompt.get("tag", "")), []).append(index)
+    exact = {tag: count * len(indices) / len(prompts) for tag, indices in by_tag.items()}
+    quota = {tag: int(share) for tag, share in exact.items()}
+    for tag in sorted(exact, key=lambda tag: quota[tag] - exact[tag])[: count - sum(quota.values())]:
+        quota[tag] += 1
+    rng = random.Random(f"subset/{seed}")
+    return sorted(index for tag, indices in by_tag.items() for index in rng.sample(indices, quota[tag]))
+
+
+def read_prompts(path: str | Path) -> list[Metadata]:
+    """Prompts of a file or folder, by its kind.
+
+    `*.jsonl`: GenEval metadata, or objects with "prompt". A folder of `*.txt`: DPG's, one prompt a file, item_id the
+    file's name. `*.txt`: one prompt a line. Raises UsageError for what is empty or unreadable.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(path.glob("*.txt"), key=lambda file: (len(file.stem), file.stem) if file.stem.isdigit() else (
+            0, file.stem))
+        prompts = [{"item_id": file.stem, "prompt": file.read_text(encoding="utf-8").strip()} for file in files]
+    else:
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"prompts {path}: cannot be read ({error}); give a .jsonl, a .txt or a folder of .txt"
+                             ) from None
+        if path.suffix == ".jsonl":
+            prompts = _json_prompts(path, text)
+        else:
+            prompts = [{"prompt": line.strip()} for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise UsageError(f"prompts {path}: none in it")
+    return prompts
+
+
+def write_metadata(prompts: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Write GenEval's evaluation_metadata.jsonl. Raises UsageError if the path cannot be written."""
+    try:
+        Path(path).write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def _json_prompts(path: Path, text: str) -> list[Metadata]:
+    lines = [line for line in text.splitlines() if line.strip()]
+    try:
+        prompts = [json.loads(line) for line in lines]
+    except json.JSONDecodeError as error:
+        raise UsageError(f"prompts {path}: not JSON lines ({error})") from None
+    if any(isinstance(prompt, dict) and "include" in prompt for prompt in prompts):
+        return [dict(prompt) for prompt in read_metadata(path)]
+    for number, prompt in enumerate(prompts, start=1):
+        if not isinstance(prompt, dict) or not isinstance(prompt.get("prompt"), str):
+            raise UsageError(f"prompts {path}: entry {number} has no text under 'prompt'")
+    return prompts
+
+
+# The generator ---------------------------------------------------------------------------------------------------
+
+
+def _distinct(make: Callable[[random.Random], Iterator[Metadata]], rng: random.Random) -> Iterator[Metadata]:
+    """What `make` yields, without repeats; ends when nothing new has come for long."""
+    seen: set[str] = set()
+    repeats = 0
+    for metadata in make(rng):
+        if metadata["prompt"] in seen:
+            repeats += 1
+            if repeats > 2000:
+                return
+            continue
+        repeats = 0
+        seen.add(metadata["prompt"])
+        yield metadata
+
+
+def _decks(rng: random.Random, values: Sequence[Any]) -> Iterator[Any]:
+    """Endless: the values in random order, then again in another."""
+    while True:
+        yield from rng.sample(list(values), len(values))
+
+
+def _pairs(rng: random.Random, values: Sequence[str]) -> Iterator[tuple[str, str]]:
+    deck = _decks(rng, values)
+    while True:
+        first, second = next(deck), next(deck)
+        if first != second:
+            yield first, second
+
+
+def _clause(name: str, **extra: Any) -> Metadata:
+    return {"class": name, "count": 1, **extra}
+
+
+def _article(words: str) -> str:
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def _plural(name: str) -> str:
+    """As GenEval spells them: an added s, or es after s ("two buses", "two skises")."""
+    return f"{name}es" if name.endswith("s") else f"{name}s"
+
+
+def _single(rng: random.Random) -> Iterator[Metadata]:
+    for name in _decks(rng, COCO_CLASSES):
+        yield {"tag": "single_object", "include": [_clause(name)], "prompt": f"a photo of {_article(name)}"}
+
+
+def _two(rng: random.Random) -> Iterator[Metadata]:
+    for first, second in _pairs(rng, COCO_CLASSES):
+        yield {"tag": "two_object", "include": [_clause(first), _clause(second)],
+               "prompt": f"a photo of {_article(first)} and {_article(second)}"}
+
+
+def _counting(rng: random.Random) -> Iterator[Metadata]:
+    numbers = _decks(rng, tuple(_NUMBERS))
+    for name in _decks(rng, COCO_CLASSES):
+        number = next(numbers)
+        yield {"tag": "counting", "include": [{"class": name, "count": number}],
+               "exclude": [{"class": name, "count": number + 1}],
+               "prompt": f"a photo of {_NUMBERS[number]} {_plural(name)}"}
+
+
+def _colors(rng: random.Random) -> Iterator[Metadata]:
+    colors = _decks(rng, COLORS)
+    for name in _decks(rng, _COLORABLE):
+        color = next(colors)
+        yield {"tag": "colors", "include": [_clause(name, color=color)],
+               "prompt": f"a photo of {_article(color)} {name}"}
+
+
+def _position(rng: random.Random) -> Iterator[Metadata]:
+    relations = _decks(rng, RELATIONS)
+    for subject, target in _pairs(rng, COCO_CLASSES):
+        relation = next(relations)
+        yield {"tag": "position", "include": [_clause(target), _clause(subject, position=[relation, 0])],
+               "prompt": f"a photo of {_article(subject)} {relation} {_article(target)}"}
+
+
+def _color_attr(rng: random.Random) -> Iterator[Metadata]:
+    colors = _pairs(rng, COLORS)
+    for first, second in _pairs(rng, _COLORABLE):
+        color_a, color_b = next(colors)
+        yield {"tag": "color_attr", "include": [_clause(first, color=color_a), _clause(second, color=color_b)],
+               "prompt": f"a photo of {_article(color_a)} {first} and {_article(color_b)} {second}"}
+
+
+_MAKERS: dict[str, Callable[[random.Random], Iterator[Metadata]]] = {
+    "single_object": _single, "two_object": _two, "counting": _counting,
+    "colors": _colors, "position": _position, "color_attr": _color_attr,
+}
