@@ -1,7 +1,7 @@
 """Reads a nano scene back from its pixels: the object detector of this world, in GenEval's terms.
 
-Objects are connected bright regions on the dark background. A region's class is the shape whose drawing, in the same
-box, overlaps it best; its colour the nearest hue; its texture the mark lattice that explains its whiteness best. The
+Objects are connected bright regions on the dark background. A region's class is the shape whose drawing, at the
+same centre and area, overlaps it best; its colour the nearest hue; its texture the mark lattice that explains its whiteness best. The
 verdict itself is GenEval's rule (`stagevar.geneval.judge`), so nothing here knows what a prompt asked for.
 
 Source: the rules are GenEval's (djghosh13/geneval), the detector is ours in place of Mask2Former and CLIP.
@@ -19,38 +19,44 @@ from stagevar.nano.scenes import COLOUR_RGB, COLOURS, LATTICE, MARK_RGB, SHAPES,
 
 _BRIGHT = 0.55  # every object colour has a channel above it, no background does
 _MIN_AREA = 10 / LATTICE**2  # share of the image; the smallest star covers three times as much
-_TEMPLATE = 24
-_IOU_SURE, _IOU_NONE = 0.62, 0.35  # overlap that counts as certain, and as nothing
+_FIT_SURE, _FIT_NONE = 0.70, 0.45  # agreement that counts as certain, and as nothing
+_STRETCHES = (0.9, 0.97, 1.04, 1.12)
 
 
 @cache
-def _templates() -> np.ndarray:
-    """Soft masks (shapes, T, T) of every shape stretched to its own bounding box."""
-    fine = (np.arange(_TEMPLATE * 4) + 0.5) / (_TEMPLATE * 4)
+def _unit_shapes() -> tuple[np.ndarray, np.ndarray]:
+    """Area of every shape of radius 1, and its centroid (x, y) relative to its own centre."""
     axis = np.linspace(-1.1, 1.1, 441)
-    masks = []
+    u, v = np.meshgrid(axis, axis)
+    areas, centroids = [], []
     for shape in range(len(SHAPES)):
-        inside = shape_distance(shape, *np.meshgrid(axis, axis)) < 0
-        x, y = axis[inside.any(0)], axis[inside.any(1)]
-        u = x.min() + (x.max() - x.min()) * fine
-        v = y.min() + (y.max() - y.min()) * fine
-        mask = (shape_distance(shape, *np.meshgrid(u, v)) < 0).astype(np.float32)
-        masks.append(mask.reshape(_TEMPLATE, 4, _TEMPLATE, 4).mean((1, 3)))
-    return np.stack(masks)
+        inside = shape_distance(shape, u, v) < 0
+        areas.append(inside.mean() * 2.2**2)
+        centroids.append((u[inside].mean(), v[inside].mean()))
+    return np.array(areas), np.array(centroids)
 
 
-def _stretch(mask: np.ndarray, box: tuple[float, float, float, float]) -> np.ndarray:
-    """Bilinear samples of a soft mask on a T x T grid over a box in pixels."""
-    x0, y0, x1, y1 = box
-    grid = (np.arange(_TEMPLATE) + 0.5) / _TEMPLATE
-    padded = np.pad(mask, 1)
-    xs, ys = x0 + (x1 - x0) * grid + 0.5, y0 + (y1 - y0) * grid + 0.5
-    xi, yi = np.floor(xs).astype(int), np.floor(ys).astype(int)
-    fx, fy = (xs - xi)[None, :], (ys - yi)[:, None]
-    xi, yi = np.clip(xi, 0, padded.shape[1] - 2), np.clip(yi, 0, padded.shape[0] - 2)
-    top = padded[yi][:, xi] * (1 - fx) + padded[yi][:, xi + 1] * fx
-    low = padded[yi + 1][:, xi] * (1 - fx) + padded[yi + 1][:, xi + 1] * fx
-    return top * (1 - fy) + low * fy
+def _fit(cover_HW: np.ndarray) -> tuple[int, float]:
+    """The shape that explains a soft mask best, and how well (1 = exactly).
+
+    Every shape is drawn with the mask's own centroid and about its area, edges a little soft, and compared by soft overlap.
+    Faded tips of a small star therefore cost little, where a bounding box would shrink.
+    """
+    height, width = cover_HW.shape
+    total = float(cover_HW.sum())
+    y, x = np.mgrid[:height, :width] + 0.5
+    centre_x, centre_y = float((cover_HW * x).sum()) / total, float((cover_HW * y).sum()) / total
+    areas, centroids = _unit_shapes()
+    agreement = np.zeros((len(SHAPES), len(_STRETCHES)))
+    for shape in range(len(SHAPES)):
+        for index, stretch in enumerate(_STRETCHES):
+            radius = stretch * (total / areas[shape]) ** 0.5
+            u = (x - centre_x) / radius + centroids[shape][0]
+            v = (y - centre_y) / radius + centroids[shape][1]
+            drawn = np.clip(0.5 - shape_distance(shape, u, v) * radius / 1.5, 0.0, 1.0)
+            agreement[shape, index] = np.minimum(cover_HW, drawn).sum() / np.maximum(cover_HW, drawn).sum()
+    best = agreement.max(1)
+    return int(best.argmax()), float(best.max())
 
 
 def _soft_edges(cover: np.ndarray) -> tuple[float, float]:
@@ -106,13 +112,9 @@ def detect(image_3HW: np.ndarray) -> list[Detection]:
         cover = np.where(near, np.clip((brightness - background) / max(level - background, 1e-3), 0.0, 1.0), 0.0)
         x0, x1 = _soft_edges(cover.max(0))
         y0, y1 = _soft_edges(cover.max(1))
-        view = _stretch(cover.astype(np.float32), (x0, y0, x1, y1))
-        templates = _templates()
-        overlap = np.minimum(view, templates).sum((1, 2)) / np.maximum(view, templates).sum((1, 2))
-        shape = int(overlap.argmax())
-        aspect = min((x1 - x0) / (y1 - y0), (y1 - y0) / (x1 - x0))
-        fit = float(overlap[shape]) * min(1.0, aspect / 0.75)
-        score = float(np.clip((fit - _IOU_NONE) / (_IOU_SURE - _IOU_NONE), 0.0, 1.0))
+        pad = slice(max(rows.start - 1, 0), rows.stop + 1), slice(max(columns.start - 1, 0), columns.stop + 1)
+        shape, fit = _fit(cover[pad])
+        score = float(np.clip((fit - _FIT_NONE) / (_FIT_SURE - _FIT_NONE), 0.0, 1.0))
         core = ndimage.binary_erosion(region)
         core = core if core.sum() >= 8 else region
         colour = _colour(image[region])

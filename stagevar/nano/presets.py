@@ -51,11 +51,11 @@ class NanoPreset:
 PRESETS = {
     "cpu": NanoPreset(
         "cpu", image_size=48, patch=6, scales=(1, 2, 3, 4, 6, 8), latent_dim=24, tokenizer_width=160,
-        depth=6, width=192, heads=6, chunks=3, ffn_hidden=768,
+        depth=6, width=192, heads=6, chunks=3, ffn_hidden=704,
     ),
     "gpu": NanoPreset(
         "gpu", image_size=96, patch=6, scales=(1, 2, 3, 4, 5, 6, 8, 10, 12, 16), latent_dim=24, tokenizer_width=192,
-        depth=6, width=192, heads=6, chunks=3, ffn_hidden=768,
+        depth=6, width=192, heads=6, chunks=3, ffn_hidden=704,
     ),
     # Small enough for a training test of a few seconds; learns nothing worth looking at.
     "micro": NanoPreset(

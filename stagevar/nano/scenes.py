@@ -56,6 +56,7 @@ SPLITS = ("train", "search", "heldout", "unseen")
 RADIUS = {1: (0.17, 0.27), 2: (0.14, 0.22), 3: (0.13, 0.18), 4: (0.125, 0.16)}
 # Positions and radii sit on this lattice of the image side; texture marks repeat every 4 of its steps.
 LATTICE = 48
+LONGEST_CAPTION = 11  # words: "a photo of a red ring left of a blue star"
 _GAP = 3.0 / LATTICE
 _PROPOSALS = 48
 

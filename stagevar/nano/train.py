@@ -140,7 +140,9 @@ class TransformerJob(Job):
     # Share of the tasks in the data, in the order of scenes.TASKS: the harder ones more often.
     task_weights = (0.7, 1.2, 1.4, 0.8, 1.6, 1.4, 0.9)
 
-    def __init__(self, config: NanoPreset, device: torch.device, dtype: torch.dtype, tokenizer: Path):
+    def __init__(
+        self, config: NanoPreset, device: torch.device, dtype: torch.dtype, tokenizer: Path, compiled: bool = False
+    ):
         self.config, self.device, self.dtype = config, device, dtype
         self.tokenizer = NanoTokenizer(config).to(device).requires_grad_(False)
         self.tokenizer.load_state_dict(read_weights(tokenizer, "run `python -m stagevar.nano.train tokenizer` first"))
@@ -148,6 +150,7 @@ class TransformerJob(Job):
         transformer.init_weights()
         self.model = nn.ModuleDict({"transformer": transformer, "text": NanoTextEncoder(config)}).to(device)
         transformer.set_grids(config.grids)
+        self.forward = torch.compile(transformer.forward_train) if compiled else transformer.forward_train
         weights = torch.cat([torch.full((s * s,), 1.0 / s) for s in config.scales])
         self.weight_L = (weights / weights.mean()).to(device)
 
@@ -159,6 +162,7 @@ class TransformerJob(Job):
         world = scenes.sample(batch, rng, task_weights=self.task_weights)
         image = draw_images(world, self.config, self.device)
         ids_BT, _ = self.model["text"].tokenize(world.captions)
+        ids_BT = F.pad(ids_BT, (0, scenes.LONGEST_CAPTION + 1 - ids_BT.shape[1]))  # one shape for the compiler
         flips = rng.uniform(0.0, self.max_flip, len(self.config.scales)).tolist()
         null_B = torch.from_numpy(rng.random(batch) < self.caption_drop).to(self.device)
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
@@ -166,7 +170,7 @@ class TransformerJob(Job):
                 latent = self.tokenizer.encode(image).float()
                 targets, inputs, _ = self.tokenizer.residual.quantise(latent, flips)
             text_BTD, mask_B11T = self.model["text"](ids_BT.to(self.device))
-            logits = self.model["transformer"].forward_train(text_BTD, mask_B11T, inputs, null_B)
+            logits = self.forward(text_BTD, mask_B11T, inputs, null_B)
         pairs = logits.float().unflatten(-1, (-1, 2))
         target_BLt = torch.cat(targets, dim=1).float()
         entropy_BLt = F.binary_cross_entropy_with_logits(pairs[..., 1] - pairs[..., 0], target_BLt, reduction="none")
@@ -196,13 +200,21 @@ def read_weights(path: Path, remedy: str) -> dict[str, Tensor]:
     return {name: tensor.float() for name, tensor in load_file(path).items()}
 
 
-def build_job(part: str, config: NanoPreset, out: Path, device: torch.device, dtype: torch.dtype, seed: int) -> Job:
+def build_job(
+    part: str,
+    config: NanoPreset,
+    out: Path,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    compiled: bool = False,
+) -> Job:
     """The job of a part, initialised from the seed. The transformer reads `out`/tokenizer.safetensors."""
     torch.manual_seed(seed)
     if part == "tokenizer":
         return TokenizerJob(config, device, dtype)
     if part == "transformer":
-        return TransformerJob(config, device, dtype, out / "tokenizer.safetensors")
+        return TransformerJob(config, device, dtype, out / "tokenizer.safetensors", compiled)
     from stagevar.nano.clip import ClipJob
 
     return ClipJob(config, device, dtype)
@@ -325,6 +337,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--save-minutes", type=float, default=8.0, help="minutes between checkpoints")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--compile", action="store_true", help="torch.compile the transformer: twice as fast, needs a C++ compiler")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return p
 
@@ -342,8 +355,8 @@ def main(argv: list[str] | None = None) -> int:
         deadline = time.monotonic() + args.minutes * 60
         for part in ("tokenizer", "transformer", "clip") if args.part == "all" else (args.part,):
             changes = {k: getattr(args, k) for k in ("steps", "batch", "seed") if getattr(args, k) is not None}
-            trainer = Trainer(build_job(part, config, args.out, device, dtype, args.seed),
-                              replace(RECIPES[part], **changes), args.out)  # fmt: skip
+            job = build_job(part, config, args.out, device, dtype, args.seed, args.compile)
+            trainer = Trainer(job, replace(RECIPES[part], **changes), args.out)
             if args.resume and trainer.folder.exists():
                 trainer.restore()
             count = sum(p.numel() for p in trainer.parameters.values())
