@@ -44,6 +44,8 @@ def ratios_for_energy(energy: float, tokens: int, chunks: int, table: RankTable 
     row = rows[side]
     if chunks == len(row):
         return tuple(row)
+    if chunks == 1:  # resampling to one point would take the first chunk's, by far the smallest
+        return (float(np.mean(row)),)
     return tuple(np.interp(np.linspace(0, 1, chunks), np.linspace(0, 1, len(row)), row).tolist())
 
 
