@@ -9,7 +9,7 @@ this the rule for every prompt of a batch: its unconditional row receives what i
 by token. Where the two rows hold different tokens (a reduced site that draws per row) they are matched by position, and
 an unconditional token whose position its conditional row does not hold queries the prompt's text itself. After the
 cutoff whichever branch stays does the same: its own queries, the prompt's text. `STARConfig.literal_cross_rows` gives
-the reference's literal behaviour, where the prompts of a batch all receive the first one's output; it exists for parity.
+the reference's literal behaviour, where the prompts of a batch all receive the first one's output, for parity only.
 
 Source: Davinci-XLab/STAR-T2I, models/var_drop.py and models/basic_var.py (facts only). Differs, besides the above, in
 that text K/V are projected once per prompt, and that q and k are normalised before they are rotated (the same, since a
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stagevar.errors import UsageError
-from stagevar.grids import STAR_SIDES, Grid, square
+from stagevar.grids import Grid, square
 from stagevar.models.base import (
     Around,
     Attend,
@@ -71,16 +71,6 @@ class STARConfig:
     def hidden(self) -> int:
         """Feed-forward width."""
         return 4 * self.width
-
-
-def public_config(pixels: int = 1024, depth: int = 30) -> STARConfig:
-    """STAR-1.7B (depth 30) at 256, 512 or 1024 pixels. Raises UsageError for another size."""
-    if pixels not in STAR_SIDES:
-        near = min(STAR_SIDES, key=lambda known: abs(known - pixels))
-        raise UsageError(
-            f"STAR has no {pixels}-pixel model; use one of {', '.join(map(str, STAR_SIDES))} (nearest: {near})"
-        )
-    return STARConfig(depth, 64 * depth, depth, STAR_SIDES[pixels])
 
 
 def rope_table(grids: Sequence[Grid], head_dim: int, theta: float, span: float) -> Tensor:

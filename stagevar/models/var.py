@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stagevar.errors import UsageError
-from stagevar.grids import VAR_SIDES, Grid, square
+from stagevar.grids import Grid, square
 from stagevar.models.base import (
     Around,
     Attend,
@@ -127,20 +128,6 @@ class VARConfig:
     def hidden(self) -> int:
         """Feed-forward width."""
         return 4 * self.width
-
-
-#: depth -> pixels of the released models.
-VAR_PIXELS = {16: 256, 20: 256, 24: 256, 30: 256, 36: 512}
-
-
-def public_config(depth: int) -> VARConfig:
-    """The released model of this depth. Raises UsageError for a depth that was not released."""
-    if depth not in VAR_PIXELS:
-        near = min(VAR_PIXELS, key=lambda known: abs(known - depth))
-        raise UsageError(
-            f"VAR depth {depth} was not released; use one of {', '.join(map(str, VAR_PIXELS))} (nearest: {near})"
-        )
-    return VARConfig(depth, 64 * depth, depth, VAR_SIDES[VAR_PIXELS[depth]], shared_adaln=depth == 36)
 
 
 class Block(nn.Module):
@@ -340,3 +327,20 @@ class ClassLabels:
             return plain.index(_plain(prompt))
         near = difflib.get_close_matches(_plain(prompt), plain, n=1, cutoff=0.0)[0]
         raise UsageError(f"prompt {prompt!r} is not an ImageNet class name or index {span} (nearest: {near})")
+
+
+class RandomLabels:
+    """For `--weights random`: an index as it is, any other prompt as a class of its own choosing; no meaning."""
+
+    def __init__(self, classes: int = 1000):
+        self.labels = ClassLabels(classes)
+
+    def encode(self, prompts: Sequence[str]) -> list[int]:
+        """Class indices, a pure function of each prompt."""
+        return [self._label(prompt) for prompt in prompts]
+
+    def _label(self, prompt: str) -> int:
+        try:
+            return self.labels.encode([prompt])[0]
+        except UsageError:
+            return zlib.crc32(prompt.encode()) % self.labels.classes

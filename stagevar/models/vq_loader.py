@@ -1,0 +1,97 @@
+"""Builds VAR and STAR models: modules on the meta device, then weights and prompts, then a LoadedModel."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from stagevar.grids import square
+from stagevar.models.base import LoadedModel, NextScaleModel, Sampling, TextEncoder
+from stagevar.models.loading import Part, Parts, default_sampling, fill
+from stagevar.models.registry import LoadRequest
+from stagevar.models.star import STAR, STARConfig
+from stagevar.models.star_text import ClipText, RandomClipText
+from stagevar.models.var import VAR, ClassLabels, RandomLabels, VARConfig, guidance_ramp
+from stagevar.models.vqvae import VQVAE, VQVAE_RULES
+from stagevar.models.weights import STAR_RULES, VAR_RULES, block_precision
+
+#: Parameters of Stable Diffusion 2.1's text model: embeddings and 23 layers of width 1024; it runs in float32.
+_CLIP_PARAMETERS = (49408 + 77) * 1024 + 23 * 12 * 1024 * 1024
+#: The tokenizer's weights that turn pixels into latents and back, as opposed to its codebook.
+_PIXEL_SIDE = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+
+
+def parts(request: LoadRequest) -> Parts:
+    """The modules on the meta device. Codebook and smoothing convolutions stay float32: the code sum adds up in it."""
+    settings, star = request.spec.settings, request.spec.family == "star"
+    sides = settings["sides"][request.resolution]
+    grids, codebook = square(sides), settings.get("codebook", {})
+    with torch.device("meta"):
+        transformer: NextScaleModel
+        if star:
+            transformer = STAR(STARConfig(sides=sides, **codebook, **settings["transformer"]))
+        else:
+            transformer = VAR(VARConfig(sides=sides, **codebook, **settings["transformer"]))
+        tokenizer = VQVAE(grids, **codebook, base_ch=settings.get("base_ch", 160))
+    return Parts(
+        Part(transformer, STAR_RULES if star else VAR_RULES, block_precision(request.dtype)),
+        Part(tokenizer, VQVAE_RULES, block_precision(request.dtype, _PIXEL_SIDE)),
+        grids,
+        (tokenizer.stride * sides[-1], tokenizer.stride * sides[-1]),
+        4 * _CLIP_PARAMETERS if request.spec.text and not request.random else 0,
+    )
+
+
+def build(request: LoadRequest) -> LoadedModel:
+    """See `stagevar.models.registry.load_model`."""
+    made = parts(request)
+    text = _text(request, made)
+    record = fill(made, request)
+    transformer = made.transformer.module
+    assert isinstance(transformer, NextScaleModel)
+    transformer.set_grids(made.grids)
+    if isinstance(text, ClipText):
+        record["text"] = text.provenance()
+    return LoadedModel(
+        name=request.spec.name,
+        transformer=transformer,
+        tokenizer=made.tokenizer.module,
+        text=text,
+        sampling=_sampling(request, len(made.grids)),
+        grids=made.grids,
+        pixels=made.pixels,
+        device=request.device,
+        dtype=request.dtype,
+        random_weights=request.random,
+        provenance=record,
+    )
+
+
+def _sampling(request: LoadRequest, scales: int) -> Sampling:
+    """The defaults; one guidance number is that of the last scale, reached along the families' ramp."""
+    sampling = default_sampling(request, scales)
+    asked = request.spec.guidance if request.guidance is None else request.guidance
+    if isinstance(asked, int | float):
+        sampling = dataclasses.replace(sampling, guidance=guidance_ramp(asked - 1, scales))
+    return sampling
+
+
+def _text(request: LoadRequest, made: Parts) -> TextEncoder:
+    config = made.transformer.module.config
+    if isinstance(config, VARConfig):
+        return RandomLabels(config.classes) if request.random else ClassLabels(config.classes)
+    assert isinstance(config, STARConfig)
+    if request.text is not None:
+        return ClipText(request.text, device=request.device)
+    if request.random or request.spec.text is None:
+        return RandomClipText(config.text_dim)
+    if request.weights is not None:
+        # A local copy of the public files has the encoder beside them.
+        folder = Path(request.weights)
+        for base in (folder, folder.parent):
+            for name in (request.spec.text.name, "stable-diffusion-2-1", "text"):
+                if (base / name / "text_encoder").is_dir():
+                    return ClipText(base / name, device=request.device)
+    return ClipText(request.spec.text, device=request.device)
