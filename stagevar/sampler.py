@@ -170,6 +170,12 @@ class Sampler:
         cache.rewind(tuple((0,) * transformer.depth for _ in BOTH))
         return cache
 
+    def release(self) -> None:
+        """Frees the cache; the generation that used it ends."""
+        if self._current is not None:
+            self._current.live = False
+        self._current = self._cache = None
+
     @torch.inference_mode()
     def advance(self, generation: Generation, step: ScaleStep) -> None:
         """Runs (or skips) the next scale.

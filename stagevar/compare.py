@@ -1,0 +1,199 @@
+"""Schedules side by side in one run: latency ratios, tokens, memory, and quality against the full schedule.
+
+Every schedule makes the same images from the same prompts and seeds. They are timed in turn, so a drifting clock hits
+all of them, and a ratio pairs the same prompt in the same round. A schedule with a decision takes its own way with each
+batch, so its latency is a mixture over prompts: read its mean and p90, and make the batch 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from stagevar.errors import UsageError
+from stagevar.latency import Timing, paired_ratio, pinned, time_once, warm_up
+from stagevar.models.base import LoadedModel
+from stagevar.sampler import Sampler
+from stagevar.schedule import Steps, preset
+from stagevar.similarity import psnr_db, ssim
+
+BASELINE = "exact"
+#: score(images, prompts) -> (B,), higher is better; uint8 (B, H, W, 3)
+Score = Callable[[np.ndarray, Sequence[str]], np.ndarray]
+
+
+def compare(
+    model: LoadedModel,
+    names: Sequence[str],
+    *,
+    extra_steps: Mapping[str, Steps] | None = None,
+    rounds: int = 10,
+    batch: int = 1,
+    prompts: int | Sequence[str] = 32,
+    threads: int = 1,
+    scores: Mapping[str, Score] | None = None,
+) -> list[dict[str, Any]]:
+    """One row per schedule, the full one first, as plain data.
+
+    Args:
+        names: presets. extra_steps: further schedules by name, already expanded.
+        rounds: timed passes; each times every schedule on the next `batch` prompts.
+        prompts: how many of the model's own bench prompts, or the prompts themselves, for the quality columns.
+        threads: on CPU, pinned. scores: further quality columns, as mean paired difference to the full schedule.
+
+    Columns: tokens (per image, both branches), latency_ms (median), mean_ms, p90_ms, samples_ms, ratio to the full
+    schedule with its interval, memory_mib (CUDA: peak allocated above the weights; CPU: KV cache), and unless the
+    weights are random: psnr_db, ssim (means) and `scores`. outcomes: how often a decision went which way.
+    """
+    sampler = Sampler(model)
+    plans = {name: preset(name, model.grids).expand(model.grids, sampler.chunks) for name in (BASELINE, *names)}
+    plans.update(extra_steps or {})
+    texts = bench_prompts(model, prompts) if isinstance(prompts, int) else list(prompts)
+    if batch > len(texts):
+        raise UsageError(f"batch {batch} is larger than the {len(texts)} prompts; give more prompts")
+    batches = [(texts[i : i + batch], list(range(i, i + batch))) for i in range(0, len(texts) - batch + 1, batch)]
+    for step in (step for steps in plans.values() for step in steps if step.decision is not None):
+        sampler.accelerator.check(model, step.decision)  # refused before anything is measured
+    with pinned(threads) if model.device.type == "cpu" else contextlib.nullcontext():
+        made = {name: _observe(sampler, steps, batches) for name, steps in plans.items()}
+        timings = _time(sampler, plans, batches, rounds)
+    full = made[BASELINE]
+    rows = []
+    for name, steps in plans.items():
+        timing, images = timings[name], made[name].images
+        ratio, low, high = paired_ratio(timing, timings[BASELINE])
+        row = {
+            "name": name,
+            "tokens": round(made[name].tokens, 1),
+            "latency_ms": timing.median_ms,
+            "mean_ms": float(np.mean(timing.samples_ms)),
+            "p90_ms": timing.p90_ms,
+            "ratio": ratio,
+            "ratio_interval": [low, high],
+            "memory_mib": made[name].memory_mib,
+            "samples_ms": list(timing.samples_ms),
+            "warmed": timing.warmed,
+        }
+        if made[name].outcomes:
+            row["outcomes"] = dict(sorted(made[name].outcomes.items()))
+        if not model.random_weights:
+            row["psnr_db"] = float(psnr_db(images, full.images).mean())
+            row["ssim"] = float(ssim(images, full.images).mean())
+            shown = texts[: len(images)]
+            for label, score in (scores or {}).items():
+                row[label] = float(np.mean(score(images, shown) - score(full.images, shown)))
+        rows.append(row)
+    return rows
+
+
+@dataclasses.dataclass
+class _Made:
+    """What one schedule made: images of all batches, decisions, tokens per image, memory."""
+
+    images: np.ndarray
+    outcomes: Counter[str]
+    tokens: float
+    memory_mib: float
+
+
+def _observe(sampler: Sampler, steps: Steps, batches: Sequence[tuple[list[str], list[int]]]) -> _Made:
+    device, chunks = sampler.model.device, sampler.chunks
+    cuda = device.type == "cuda"
+    images, outcomes, tokens = [], Counter[str](), []
+    sampler.release()
+    before = torch.cuda.memory_allocated(device) if cuda else 0
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    for prompts, seeds in batches:
+        generation = sampler.begin(prompts, seeds, steps=steps)
+        images.append(sampler.finish(generation, steps))
+        chosen = generation.outcomes or ()
+        outcomes.update(chosen)
+        tokens += [sum(s.processed_tokens(chunks) for s in way) for way in _ways(steps, chosen, len(prompts))]
+    used = torch.cuda.max_memory_allocated(device) - before if cuda else generation.cache.memory_bytes
+    return _Made(np.concatenate(images), outcomes, float(np.mean(tokens)), used / 2**20)
+
+
+def _ways(steps: Steps, outcomes: Sequence[str], batch: int) -> Iterator[Steps]:
+    """The steps that each image really took."""
+    decided = next((step for step in steps if step.decision is not None), None)
+    if decided is None or decided.decision is None:
+        yield from [steps] * batch
+        return
+    for outcome in outcomes:
+        yield (*steps[: decided.scale + 1], *decided.decision.continuation(outcome))
+
+
+def _time(
+    sampler: Sampler, plans: Mapping[str, Steps], batches: Sequence[tuple[list[str], list[int]]], rounds: int
+) -> dict[str, Timing]:
+    """Every schedule on the same batch in turn, the order reversed every other round."""
+    if rounds < 1:
+        raise UsageError(f"rounds {rounds} must be at least 1")
+    device = sampler.model.device
+    # One sampler each, so that no schedule pays for another one's cache.
+    samplers = {name: Sampler(sampler.model, sampler.accelerator) for name in plans}
+    warmth = {}
+    for name, steps in plans.items():
+        warmth[name] = warm_up(lambda name=name, steps=steps: samplers[name].generate(*batches[0], steps), device)
+    host: dict[str, list[float]] = {name: [] for name in plans}
+    events: dict[str, list[float]] = {name: [] for name in plans}
+    for index in range(rounds):
+        prompts, seeds = batches[index % len(batches)]
+        for name in list(plans) if index % 2 == 0 else list(reversed(plans)):
+            host_ms, event_ms = time_once(
+                lambda name=name: samplers[name].generate(prompts, seeds, plans[name]),  # noqa: B023
+                device,
+            )
+            host[name].append(host_ms)
+            if event_ms is not None:
+                events[name].append(event_ms)
+    return {name: Timing(tuple(host[name]), tuple(events[name]), *warmth[name]) for name in plans}
+
+
+def bench_prompts(model: LoadedModel, count: int) -> list[str]:
+    """`count` prompts that this model understands: class indices for VAR, nano's held-out captions for the others."""
+    if model.name.startswith("var"):
+        return [str(37 * i % 1000) for i in range(count)]
+    from stagevar.nano.scenes import prompts
+
+    return [metadata["prompt"] for metadata in prompts("heldout", count)]
+
+
+def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Plain text, one line per row, the columns that the rows have."""
+    titles = {
+        "name": ("schedule", "{}"),
+        "tokens": ("tokens", "{:.0f}"),
+        "latency_ms": ("median ms", "{:.1f}"),
+        "mean_ms": ("mean ms", "{:.1f}"),
+        "p90_ms": ("p90 ms", "{:.1f}"),
+        "ratio": ("ratio", "{:.3f}"),
+        "ratio_interval": ("95 % of ratio", "{0[0]:.3f}-{0[1]:.3f}"),
+        "memory_mib": ("MiB", "{:.1f}"),
+    }
+    hidden = {"samples_ms", "warmed", "outcomes"}
+    further = {key: (key.replace("_", " "), "{:.3f}") for row in rows for key in row if key not in hidden}
+    columns = {**titles, **{key: value for key, value in further.items() if key not in titles}}
+    table = [[title for title, _ in columns.values()]]
+    for row in rows:
+        table.append([form.format(row[key]) if key in row else "" for key, (_, form) in columns.items()])
+    widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
+    lines = [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in table
+    ]
+    for row in rows:
+        if row.get("outcomes"):
+            lines.append(f"{row['name']} decided: " + ", ".join(f"{k} {v}" for k, v in row["outcomes"].items()))
+        if not row["warmed"]:
+            lines.append(f"{row['name']} did not settle while warming up; run it on a quieter machine")
+    return "\n".join(lines)
