@@ -1,0 +1,255 @@
+"""report.html: did tuning help, which schedule, how much to trust it. One file, rebuilt from a run directory alone.
+
+Everything comes from study.json and the images beside it. Drawings are inline SVG, images are embedded, styles are
+inline; there is no script and nothing is fetched, so the file can be mailed and opened anywhere. Whatever a user typed
+(prompts, commands, error texts) is escaped.
+"""
+
+from __future__ import annotations
+
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+
+from stagevar.errors import UsageError
+from stagevar.profile import write_text_atomically
+from tuner.report_sections import (
+    failures_section,
+    history_section,
+    images_section,
+    importances_section,
+    published_section,
+    run_section,
+    scales_section,
+    schedules_section,
+    table_section,
+    tradeoff_section,
+)
+from tuner.report_words import (
+    find,
+    has_quality,
+    interval_text,
+    latency_span_ms,
+    measured,
+    ms,
+    quality_change,
+    signed,
+    speedup,
+)
+from tuner.result import StudyResult, Verdict
+
+REPORT_FILE = "report.html"
+MAX_BYTES = 5_000_000
+_IMAGE_ROWS = 8
+_BADGES = {
+    "verified": ("Verified", "good"),
+    "baseline_meets_budget": ("Nothing to gain", "good"),
+    "latency_only": ("Latency only", "neutral"),
+    "dry_run": ("Dry run", "neutral"),
+    "infeasible": ("Infeasible", "poor"),
+    "failed": ("Failed", "poor"),
+    "inconclusive": ("Inconclusive", "fair"),
+    "partial": ("Stopped early", "fair"),
+}
+
+
+def write_report(result: StudyResult, run_dir: Path | str) -> Path:
+    """Writes report.html into the run directory and returns its path.
+
+    Raises UsageError when the folder cannot be written. Images that are missing or unreadable are left out and counted.
+    """
+    path = Path(run_dir) / REPORT_FILE
+    try:
+        write_text_atomically(path, render(result, Path(run_dir)))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}; choose another --out") from None
+    return path
+
+
+def render(result: StudyResult, run_dir: Path) -> str:
+    """The whole page. Shrinks the images until it fits MAX_BYTES."""
+    style = (files("tuner") / "report.css").read_text(encoding="utf-8")
+    for side, rows in ((384, _IMAGE_ROWS), (256, _IMAGE_ROWS), (192, 4), (0, 0)):
+        sections = [
+            ("Schedule", schedules_section(result)),
+            ("Trade-off", tradeoff_section(result)),
+            ("Images", images_section(result, run_dir, side, rows)),
+            ("Time per scale", scales_section(result)),
+            ("Candidates", table_section(result)),
+            ("Search", history_section(result)),
+            ("Parameters", importances_section(result)),
+            ("Published figures", published_section(result)),
+            ("Failures", failures_section(result)),
+            ("Run", run_section(result)),
+        ]
+        shown = [(name, body) for name, body in sections if body]
+        menu = "".join(f'<a href="#{_slug(name)}">{name}</a>' for name, _ in shown)
+        body = "".join(f'<section id="{_slug(name)}"><h2>{name}</h2>{html}</section>' for name, html in shown)
+        page = (
+            '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            '<meta name="color-scheme" content="light dark">'
+            f"<title>{escape(result.model)} under {escape(result.budget)}: stagevar-tune</title>"
+            f"<style>{style}</style></head>"
+            f"<body><main>{_head(result)}<nav>{menu}</nav>{body}</main></body></html>\n"
+        )
+        if len(page.encode()) <= MAX_BYTES:
+            return page
+    return page
+
+
+def _slug(name: str) -> str:
+    return name.lower().replace(" ", "-")
+
+
+def _answer(result: StudyResult) -> str:
+    """Did tuning help, which schedule, how sure: one sentence, plain text."""
+    pick, full = result.pick, result.baseline.best_latency
+    full_ms = full.median_ms if full else None
+    model, budget = result.model, ms(result.budget_ms)
+    if result.verdict == "dry_run":
+        return f"Nothing was run: this is the plan of a study of {model} under {result.budget}."
+    if result.verdict == "failed":
+        return f"No answer: none of the {result.trials} trials of {model} could be evaluated; see the failures below."
+    if result.verdict == "baseline_meets_budget":
+        shown = f" at {ms(full_ms)}" if full_ms is not None else ""
+        return (
+            f"No tuning is needed: the full schedule of {model} meets the budget of {budget}{shown}, so it is the pick."
+        )
+    if result.verdict == "infeasible" or pick is None or pick.best_latency is None:
+        quality = f" within a quality drop of {result.max_drop:g}" if has_quality(result) else ""
+        if result.smallest_budget_ms is not None:
+            share = f" ({result.smallest_budget_ms / full_ms:.0%} of the full schedule)" if full_ms else ""
+            return (
+                f"No: none of {len(measured(result))} measured schedules of {model} meets {budget}{quality}; "
+                f"the smallest budget that can be kept is {ms(result.smallest_budget_ms)}{share}."
+            )
+        return f"No schedule of {model} was found that meets {budget}{quality}: {result.reason}."
+    speed = speedup(pick.best_latency)
+    faster = (
+        f"{speed[0]:.2f}× faster (95 % interval {speed[1]:.2f} to {speed[2]:.2f})"
+        if speed
+        else f"{ms(pick.best_latency.drift_corrected_ms)} per image"
+    )
+    times = (
+        f", {ms(pick.best_latency.drift_corrected_ms)} instead of {ms(full_ms)} per image" if full_ms and speed else ""
+    )
+    difference = quality_change(pick)
+    if result.random_weights or difference is None:
+        return f"{model} runs {faster}{times}; the weights are random, so this says nothing about quality."
+    held = pick.verification is not None and bool(pick.verification.values)
+    where = f"{difference.n} {'held-out' if held else 'search'} prompts"
+    change = f"{signed(difference.mean)} ({interval_text(difference)})"
+    sentence = f"{model} runs {faster}{times}, with quality changed by {change} on {where}"
+    if result.verdict == "verified":
+        return f"Tuning helped: {sentence}; both limits are proved."
+    if result.verdict == "partial":
+        return f"Stopped before verification: so far {sentence}; nothing is proved yet."
+    return f"Promising, not proved: {sentence}; an interval still straddles a limit."
+
+
+def _head(result: StudyResult) -> str:
+    label, css = _BADGES.get(result.verdict, (result.verdict, "neutral"))
+    device = escape(str(result.device.get("name", "unknown device")))
+    date = escape(result.created.replace("T", " ").rstrip("Z")[:16]) + " UTC"
+    warning = ""
+    if result.random_weights:
+        warning = (
+            '<p class="banner">Random weights: the real architecture with seeded noise for parameters. '
+            "Latencies are real, images are not, and no quality figure is given anywhere.</p>"
+        )
+    where = f"{escape(result.model)} · {device} · {escape(result.engine)} · {date}"
+    return (
+        f'<header><p class="over"><b>stagevar-tune</b> {where}</p>'
+        f'<h1><span class="badge {css}">{escape(label)}</span> {escape(_answer(result))}</h1>{warning}'
+        f"{_tiles(result)}{_trust(result)}</header>"
+    )
+
+
+def _tiles(result: StudyResult) -> str:
+    pick = result.pick
+    shown = pick or (find(result, result.nearest[0]) if result.nearest else None)
+    tiles: list[tuple[str, str, str]] = []
+    full = result.baseline.best_latency
+    if shown is not None and shown.best_latency is not None:
+        latency = shown.best_latency
+        prefix = "" if pick else "Nearest: "
+        speed = speedup(latency)
+        if speed:
+            tiles.append((f"{prefix}speed-up", f"{speed[0]:.2f}×", f"{speed[1]:.2f} to {speed[2]:.2f}"))
+        low, high = latency_span_ms(latency)
+        tiles.append((f"{prefix}latency", ms(latency.drift_corrected_ms), f"{ms(low)} to {ms(high)}"))
+    elif full is not None:
+        tiles.append(("Full schedule", ms(full.median_ms), f"p90 {ms(full.p90_ms)}"))
+    typed = f"{result.budget} as asked" if result.budget.strip() != f"{result.budget_ms:g}ms" else "as asked"
+    tiles.append(("Budget", ms(result.budget_ms), escape(typed)))
+    difference = quality_change(shown) if shown is not None and not result.random_weights else None
+    if difference is not None:
+        tiles.append(
+            ("Quality change", signed(difference.mean), f"{interval_text(difference)}; limit −{result.max_drop:g}")
+        )
+    elif not result.random_weights and shown is result.baseline:
+        tiles.append(("Quality change", "none", "the full schedule is the pick"))
+    body = "".join(f"<div><dt>{name}</dt><dd>{value}</dd><dd>{note}</dd></div>" for name, value, note in tiles)
+    return f'<dl class="tiles">{body}</dl>'
+
+
+def _trust(result: StudyResult) -> str:
+    """What supports the answer and what weakens it, one line each."""
+    lines: list[tuple[str, str]] = []
+    pick = result.pick
+    if pick is not None and pick.best_latency is not None:
+        check = pick.verification
+        for verdict in check.verdicts if check else pick.verdicts:
+            lines.append(_verdict_line(verdict, proved=check is not None))
+        if check and check.values:
+            held = f"Quality was judged on {check.prompts} held-out prompts that the search never saw, image by image"
+            lines.append(("yes", f"{held} against the full schedule with the same seed."))
+        elif has_quality(result):
+            lines.append(
+                (
+                    "no",
+                    "Quality was judged on the search prompts only, where the winner looks better than it is.",
+                )
+            )
+        latency = pick.best_latency
+        runs = (
+            f"{len(latency.samples_ms)} runs interleaved with the full schedule"
+            if latency.ratio
+            else f"{len(latency.samples_ms)} runs"
+        )
+        spread = latency.p90_ms / latency.median_ms - 1 if latency.median_ms else 0.0
+        settled = "" if latency.settled else "; warm-up never settled within 2 %"
+        lines.append(("yes" if latency.settled and spread < 0.15 else "no",
+                      f"Latency is the median of {runs}, p90 {spread:.0%} above it{settled}."))  # fmt: skip
+        if pick.skipped_scales:
+            count = f"{pick.skipped_scales} scale{'s' if pick.skipped_scales > 1 else ''}"
+            lines.append(
+                ("no", f"The pick does not run {count}: fine detail is lost, which prompt-following scores hardly see. "
+                       "Look at the images.")
+            )  # fmt: skip
+    elif result.reason:
+        lines.append(("no", escape(result.reason[0].upper() + result.reason[1:]) + "."))
+    device = [str(result.device.get(key, "?")) for key in ("name", "dtype")]
+    where = escape(", ".join([*device, f"{result.engine} engine"]))
+    threads = result.device.get("threads")
+    where += (
+        f", {threads} thread{'s' if threads != 1 else ''}" if threads and result.device.get("kind") == "cpu" else ""
+    )
+    lines.append(("info", f"Valid for {where}, one image at a time; a figure covers {escape(result.includes)}."))
+    items = "".join(f'<li class="{css}">{text}</li>' for css, text in lines)
+    return f'<ul class="trust">{items}</ul>'
+
+
+def _verdict_line(verdict: Verdict, proved: bool) -> tuple[str, str]:
+    word = {"met": "met", "broken": "broken", "open": "not decided"}.get(verdict.status, verdict.status)
+    if verdict.unit == "ms":
+        value, limit, bound = ms(verdict.value), ms(verdict.limit), ms(verdict.bound)
+    else:
+        value, limit, bound = f"{verdict.value:.3f}", f"{verdict.limit:.3f}", f"{verdict.bound:.3f}"
+        value, limit, bound = (v.replace("-", "−") for v in (value, limit, bound))
+    name = {"latency": "Latency budget", "drop": "Allowed quality drop"}.get(
+        verdict.name, f"Floor of {verdict.name.partition(':')[2]}"
+    )
+    how = f"95 % bound {bound}, estimate {value}" if proved else f"estimate {value} only"
+    return {"met": "yes" if proved else "info"}.get(verdict.status, "no"), f"{escape(name)} of {limit} {word}: {how}."
