@@ -51,9 +51,9 @@ class Recipe:
 
 
 RECIPES = {
-    "tokenizer": Recipe(steps=7000, batch=64, muon_rate=0.02, adam_rate=2e-3, cooldown=0.5),
-    "transformer": Recipe(steps=6000, batch=64, muon_rate=0.02, adam_rate=2e-3, warmup=100, clip_norm=1.0),
-    "clip": Recipe(steps=3000, batch=128, muon_rate=0.01, adam_rate=1e-3, warmup=100, cooldown=0.5),
+    "tokenizer": Recipe(steps=5500, batch=64, muon_rate=0.02, adam_rate=2e-3, cooldown=0.5),
+    "transformer": Recipe(steps=7000, batch=32, muon_rate=0.02, adam_rate=2e-3, warmup=100, clip_norm=1.0),
+    "clip": Recipe(steps=1300, batch=128, muon_rate=0.01, adam_rate=1e-3, warmup=100, cooldown=0.5),
 }
 
 
