@@ -238,7 +238,7 @@ class StudyResult:
 
     def to_json(self) -> str:
         """Strict JSON, one line per top-level key. Non-finite numbers are the strings "inf", "-inf" and "nan"."""
-        plain = _plain(dataclasses.asdict(self))
+        plain = to_plain(dataclasses.asdict(self))
         lines = (f"{json.dumps(k)}: {json.dumps(v, allow_nan=False)}" for k, v in plain.items())
         return "{\n" + ",\n".join(lines) + "\n}\n"
 
@@ -277,11 +277,12 @@ class StudyResult:
         return cls.from_json(text)
 
 
-def _plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
+    """JSON data: tuples become lists, keys strings, non-finite numbers the strings "inf", "-inf" and "nan"."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): to_plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [to_plain(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value

@@ -84,7 +84,9 @@ class Parameter:
         if self.kind == "choice":
             return value if value in self.values else self.values[0]
         if self.kind == "ordered":
-            return min(range(len(self.values)), key=lambda i: abs(_number(self.values[i]) - _number(value)))
+            if value == NEVER:
+                return len(self.values) - 1
+            return min(range(len(self.values)), key=lambda i: abs(_number(self.values[i]) - value))
         clipped = min(max(_number(value), self.low), self.high)
         return round(clipped) if self.kind == "int" else clipped
 
@@ -132,8 +134,10 @@ class SearchSpace:
         scales = len(grids)
         for parameter in self.parameters:
             limit = {"structure_end": scales, "cfg_delay": scales, "rank_delay": scales, "skip_last": scales - 1}
-            high = max((v for v in parameter.values if v != NEVER), default=parameter.high, key=_number)
-            if parameter.name in limit and _number(high) > limit[parameter.name]:
+            if parameter.name not in limit:
+                continue
+            high = max((v for v in parameter.values if v != NEVER), default=parameter.high)
+            if high > limit[parameter.name]:
                 raise UsageError(
                     f"search space: {parameter.name} reaches {high:g}, but {self.model} has {scales} scales; "
                     f"keep it at or below {limit[parameter.name]}"

@@ -1,0 +1,147 @@
+"""A make-believe model for the tuner's logic: latency and quality are formulas of the steps, noise is seeded.
+
+Nothing is slept or measured: timings are numbers. `python -m tests.fakes RUN_DIR TRIALS` drives a study on it.
+"""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from stagevar.grids import square
+from stagevar.schedule import Steps
+from tuner.evaluate import Facts, Values
+from tuner.prompts import PromptSet
+
+GRIDS = square((1, 2, 3, 4, 6, 8))
+CHUNKS = 3
+FULL_TOKENS = 2 * sum(h * w for h, w in GRIDS)
+
+SPACE = {
+    "model": "fake",
+    "objectives": {"latency": "ms", "quality": {"geneval_nano": 1.0}},
+    "parameters": {
+        "structure_end": {"low": 2, "high": 5},
+        "cfg_delay": [0, 1, 2, "never"],
+        "branch": ["uncond", "cond"],
+        "rank_ratio": [0.05, 0.2, 0.5, 1],
+        "projection": ["gaussian", "rows"],
+        "skip_last": {"low": 0, "high": 1},
+    },
+    "enqueue": ["stagevar-paper", "skip-1"],
+    "prompts": {"source": "nano", "search": 16, "heldout": 64, "micro_batch": 8},
+}
+
+
+class FakeTiming:
+    """The part of stagevar.latency.Timing that the tuner reads, without torch."""
+
+    def __init__(self, samples_ms: Sequence[float]):
+        self.samples_ms, self.warm_up_runs, self.warmed = tuple(samples_ms), 3, True
+
+
+def tokens(steps: Steps) -> float:
+    """Token rows through the trunk."""
+    return sum(step.processed_tokens(CHUNKS) for step in steps)
+
+
+class FakeEvaluator:
+    """Quality and latency by formula.
+
+    Args:
+        drop: mean drop of a schedule (share of prompts that the full schedule gets right and it does not); the default
+            grows with what is left out. ratio: latency over the full schedule's. noise: relative spread of timings.
+        discordance: share of prompts on which schedules differ from the full one at random, both ways alike.
+        broken: schedules for which quality raises.
+    """
+
+    def __init__(
+        self,
+        prompts: Mapping[str, PromptSet],
+        drop: Callable[[Steps], float] | None = None,
+        ratio: Callable[[Steps], float] | None = None,
+        noise: float = 0.01,
+        seed: int = 0,
+        discordance: float = 0.0,
+        broken: Callable[[Steps], bool] = lambda steps: False,
+        random_weights: bool = False,
+        full_ms: float = 100.0,
+    ):
+        self.prompts, self.noise, self.seed, self.discordance, self.broken = prompts, noise, seed, discordance, broken
+        self.drop = drop or (lambda steps: 0.1 * (1 - tokens(steps) / FULL_TOKENS))
+        self.ratio = ratio or (lambda steps: 0.2 + 0.8 * tokens(steps) / FULL_TOKENS)
+        self.full_ms = full_ms
+        self.clock = np.random.default_rng([seed, 7])
+        self.quality_calls = 0
+        self.facts = Facts(
+            "fake", GRIDS, CHUNKS, (48, 48), {"name": "fake", "kind": "cpu", "threads": 1, "dtype": "float32"},
+            random_weights=random_weights, higher_is_better={"geneval_nano": True}, provenance={"weights": {"w": "00"}},
+        )  # fmt: skip
+
+    def quality(self, schedules: Sequence[Steps], split: str, batch: int) -> list[Values]:
+        self.quality_calls += 1
+        found = []
+        for steps in schedules:
+            if self.broken(steps):
+                raise RuntimeError("this schedule is broken")
+            accelerated = tokens(steps) < FULL_TOKENS or self.drop(steps) > 0
+            rows = []
+            for prompt, seed in zip(*self.prompts[split].batch(batch), strict=True):
+                base = np.random.default_rng([self.seed, seed, zlib.crc32(repr(prompt).encode())])
+                right = base.random() < 0.7
+                own = np.random.default_rng([self.seed, seed, zlib.crc32(repr(steps).encode())])
+                lost, flip = own.random() < self.drop(steps) / 0.7, own.random() < self.discordance
+                if accelerated:
+                    right = (right and not lost) ^ flip
+                rows.append(float(right))
+            found.append({"geneval_nano": np.array(rows), "quality": np.array(rows)})
+        return found
+
+    def latency(self, schedules: Mapping[str, Steps], rounds: int) -> Mapping[str, FakeTiming]:
+        drift = 1 + 0.05 * np.abs(self.clock.standard_normal(rounds))
+        return {
+            name: FakeTiming(
+                self.full_ms * self.ratio(steps) * drift * (1 + self.noise * np.abs(self.clock.standard_normal(rounds)))
+            )
+            for name, steps in schedules.items()
+        }
+
+    def images(self, steps: Steps, split: str, batch: int) -> np.ndarray:
+        count = len(self.prompts[split].batch(batch)[0])
+        shade = zlib.crc32(repr(steps).encode()) % 200
+        return np.full((count, 8, 8, 3), shade, dtype=np.uint8)
+
+
+def study(run_dir: Path, evaluator_options: Mapping = {}, space: Mapping = {}, **options):
+    """A Study on a fake in `run_dir`."""
+    from tuner.budget import parse_budget
+    from tuner.prompts import load_prompts
+    from tuner.space import parse_space
+    from tuner.study import Options, Study
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    checked = parse_space({**SPACE, **space})
+    prompts = load_prompts(checked.prompts, options.get("seed", 0))
+    budget = parse_budget(options.pop("budget", "60%"))
+    stop = options.pop("stop", lambda: False)
+    evaluator = FakeEvaluator(prompts, **evaluator_options)
+    return Study(run_dir, checked, Options(budget, **{"sampler": "random", **options}), evaluator, prompts, stop=stop)
+
+
+def drive(run_dir: str | Path, trials: int = 30) -> None:
+    """What a driver process does: lock, repair, run."""
+    from tuner.journal import driver_lock, repair
+
+    run_dir = Path(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with driver_lock(run_dir):
+        repair(run_dir)
+        study(run_dir, trials=trials).run()
+
+
+if __name__ == "__main__":
+    drive(sys.argv[1], int(sys.argv[2]))

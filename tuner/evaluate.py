@@ -1,0 +1,242 @@
+"""Evaluating schedules: quality by a walk over the tree of their steps, latency by timing whole images in turn.
+
+The steps of several schedules form a tree, because early scales are the same in nearly all of them. One depth-first walk
+per micro-batch runs each distinct (prefix of steps) once and rewinds on the way back; rewinding is resetting a length, so
+the values are bit for bit those of evaluating each schedule alone.
+
+Importing this module imports no torch; building a ModelEvaluator does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from stagevar.grids import Grid
+from stagevar.schedule import ScaleStep, Steps, exact
+from tuner.prompts import PromptSet
+
+if TYPE_CHECKING:
+    from stagevar.latency import Timing
+    from stagevar.models.base import LoadedModel
+    from stagevar.sampler import Generation, Sampler
+
+Values = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is being tuned, for records and for refusing to resume on something else.
+
+    model: name; load: options that loaded it. grids, chunks, pixels: of the model. device: name, kind, threads, dtype.
+    engine: how steps run, the one that deployment uses. includes: what a latency figure covers. sampling: guidance and
+    temperature. provenance: weights' hashes and the like. higher_is_better: per metric.
+    """
+
+    model: str
+    grids: tuple[Grid, ...]
+    chunks: int
+    pixels: tuple[int, int]
+    device: dict[str, Any]
+    engine: str = "eager"
+    includes: str = "text encoding, all scales and decoding of one image (batch 1)"
+    random_weights: bool = False
+    sampling: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    higher_is_better: dict[str, bool] = field(default_factory=dict)
+
+
+class Evaluator(Protocol):
+    """What a study needs to know about schedules; tests put fakes here."""
+
+    facts: Facts
+
+    def quality(self, schedules: Sequence[Steps], split: str, batch: int) -> list[Values]:
+        """Per schedule: value per metric and "quality", one per prompt of that micro-batch."""
+        ...
+
+    def latency(self, schedules: Mapping[str, Steps], rounds: int) -> Mapping[str, Timing]:
+        """Round-robin timings of whole images, batch 1, warmed per schedule."""
+        ...
+
+    def images(self, steps: Steps, split: str, batch: int) -> np.ndarray:
+        """uint8 (B, H, W, 3) of one micro-batch."""
+        ...
+
+
+def walk(
+    sampler: Sampler, generation: Generation, schedules: Sequence[Steps], leaf: Callable[[list[int], np.ndarray], None]
+) -> int:
+    """Runs all schedules on one generation, each distinct prefix of steps once; returns the number of scales run.
+
+    leaf(indices, images): called once per distinct schedule with the indices that share it; uint8 images (B, H, W, 3).
+    """
+    runs = 0
+
+    def visit(members: list[int], depth: int) -> None:
+        nonlocal runs
+        if depth == len(sampler.model.grids):
+            leaf(members, sampler.decode(generation))
+            return
+        children: dict[ScaleStep, list[int]] = {}
+        for index in members:
+            children.setdefault(schedules[index][depth], []).append(index)
+        for step, group in children.items():
+            sampler.rewind(generation, depth)
+            if step.decision is not None:
+                # All continuations are part of the step, so whoever shares it shares the images.
+                runs += len(sampler.model.grids) - depth
+                leaf(group, sampler.finish(generation, schedules[group[0]]))
+                continue
+            sampler.advance(generation, step)
+            runs += not step.skipped
+            visit(group, depth + 1)
+
+    visit(list(range(len(schedules))), generation.scale)
+    return runs
+
+
+class ModelEvaluator:
+    """Evaluates on a loaded model, in this process.
+
+    Args:
+        model: what `load_model` returned. prompts: "search" and "heldout" sets.
+        quality: metric -> weight, as in the search space; ignored for random weights. floors: further metrics to compute.
+        threads: CPU threads of every figure, pinned while timing.
+        references_dir: where the full schedule's images are kept between batches; memory when None.
+        load: the options that loaded the model, for the record.
+
+    Attributes: scales_run, scales_alone: scales run by the walks, and what running each schedule alone had needed.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        prompts: Mapping[str, PromptSet],
+        quality: Mapping[str, Any],
+        floors: Mapping[str, float] | None = None,
+        *,
+        threads: int = 1,
+        references_dir: Path | None = None,
+        load: Mapping[str, Any] | None = None,
+    ):
+        import torch
+
+        from stagevar.sampler import Sampler
+
+        self.model, self.prompts, self.threads, self.references_dir = model, prompts, threads, references_dir
+        self.sampler = Sampler(model)
+        if model.device.type == "cpu":
+            torch.set_num_threads(threads)
+        self.composite, self.extra = None, {}
+        directions: dict[str, bool] = {}
+        if not model.random_weights:
+            from tuner.metrics.registry import create, create_composite
+
+            self.composite = create_composite(quality, device=str(model.device))
+            self.extra = {n: create(n, device=str(model.device)) for n in floors or {} if n not in quality}
+            metrics = {**{name: metric for name, (_, metric) in self.composite.parts.items()}, **self.extra}
+            directions = {name: metric.higher_is_better for name, metric in metrics.items()}
+        self.scales_run = self.scales_alone = 0
+        self._encoded: dict[tuple[str, int], Any] = {}
+        self._references: dict[tuple[str, int], np.ndarray] = {}
+        self.full = exact(len(model.grids)).expand(model.grids, self.sampler.chunks)
+        cuda = model.device.type == "cuda"
+        self.facts = Facts(
+            model.name,
+            tuple(model.grids),
+            self.sampler.chunks,
+            model.pixels,
+            {
+                "name": torch.cuda.get_device_name(model.device) if cuda else "cpu",
+                "kind": model.device.type,
+                "threads": None if cuda else threads,
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "torch": torch.__version__,
+            },
+            random_weights=model.random_weights,
+            sampling={
+                "guidance": list(model.sampling.guidance),
+                "temperature": list(model.sampling.temperature),
+                "top_k": model.sampling.top_k,
+                "top_p": model.sampling.top_p,
+            },
+            provenance={**model.provenance, "load": dict(load or {})},
+            higher_is_better=directions,
+        )
+
+    # ------------------------------------------------------------------------------------------------ quality
+
+    def quality(self, schedules: Sequence[Steps], split: str, batch: int) -> list[Values]:
+        """See `Evaluator`. Raises RuntimeError for random weights, which draw noise that no metric should judge."""
+        if self.composite is None:
+            raise RuntimeError(f"{self.model.name} has random weights: there is no quality to measure")
+        prompts, _ = self.prompts[split].batch(batch)
+        reference = self._reference(split, batch) if self._needs_reference else None
+        found: dict[int, Values] = {}
+
+        def score(indices: list[int], images: np.ndarray) -> None:
+            values = self.composite.score_parts(images, prompts, reference)
+            values |= {name: metric.score(images, prompts, reference) for name, metric in self.extra.items()}
+            values["quality"] = np.asarray(self.composite.combine(values))
+            found.update(dict.fromkeys(indices, values))
+
+        self.scales_run += walk(self.sampler, self._begin(split, batch), schedules, score)
+        self.scales_alone += sum(not step.skipped for steps in schedules for step in steps)
+        return [found[index] for index in range(len(schedules))]
+
+    def images(self, steps: Steps, split: str, batch: int) -> np.ndarray:
+        found: list[np.ndarray] = []
+        walk(self.sampler, self._begin(split, batch), [steps], lambda _, images: found.append(images))
+        return found[0]
+
+    @property
+    def _needs_reference(self) -> bool:
+        return self.composite.needs_reference or any(metric.needs_reference for metric in self.extra.values())
+
+    def _begin(self, split: str, batch: int) -> Generation:
+        from tuner.metrics.base import prompt_text
+
+        prompts, seeds = self.prompts[split].batch(batch)
+        texts = [prompt_text(prompt) for prompt in prompts]
+        if (split, batch) not in self._encoded:
+            self._encoded[split, batch] = self.model.text.encode(texts)
+        return self.sampler.begin(texts, list(seeds), encoded=self._encoded[split, batch])
+
+    def _reference(self, split: str, batch: int) -> np.ndarray:
+        """The full schedule's images of a micro-batch, made once per study."""
+        if self.references_dir is None:
+            if (split, batch) not in self._references:
+                self._references[split, batch] = self.images(self.full, split, batch)
+            return self._references[split, batch]
+        path = self.references_dir / f"{split}-{batch:04d}.npy"
+        if not path.exists():
+            self.references_dir.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".tmp")
+            with open(partial, "wb") as handle:
+                np.save(handle, self.images(self.full, split, batch))
+            partial.replace(path)
+        return np.load(path)
+
+    # ------------------------------------------------------------------------------------------------ latency
+
+    def latency(self, schedules: Mapping[str, Steps], rounds: int) -> Mapping[str, Timing]:
+        """See `Evaluator`. Each schedule has a sampler of its own, so that each keeps the cache it is deployed with."""
+        from stagevar.latency import measure, pinned
+        from stagevar.sampler import Sampler
+
+        prompts = self.prompts["search"]
+        texts, seeds = [prompts.texts[0]], [prompts.seeds[0]]
+        samplers = {name: Sampler(self.model) for name in schedules}
+        runs = {
+            name: lambda sampler=samplers[name], steps=steps: sampler.generate(texts, seeds, steps)
+            for name, steps in schedules.items()
+        }
+        if self.model.device.type == "cuda":
+            return measure(runs, rounds, self.model.device)
+        with pinned(self.threads):
+            return measure(runs, rounds, self.model.device)

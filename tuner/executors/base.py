@@ -1,0 +1,45 @@
+"""What an executor is: it runs quality tasks, wherever, and hands each result back once."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from stagevar.schedule import Steps
+
+
+@dataclass(frozen=True)
+class QualityTask:
+    """Several schedules on one micro-batch of one prompt set ("search" or "heldout"): walked together as a tree."""
+
+    schedules: tuple[Steps, ...]
+    split: str
+    batch: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Why a schedule gave no values: one line."""
+
+    error: str
+
+
+#: Values per metric (and "quality"), one per prompt of the micro-batch; or why there are none.
+Outcome = Mapping[str, np.ndarray] | Failed
+
+
+class Executor(ABC):
+    """Runs tasks. One result per task, in any order; a schedule that fails takes no other with it."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def run(self, tasks: Sequence[QualityTask]) -> Iterator[tuple[QualityTask, list[Outcome]]]:
+        """Yields every task once with one outcome per schedule."""
+
+    def close(self) -> None:
+        """Frees what the executor holds; it cannot be used afterwards."""

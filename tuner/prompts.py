@@ -1,0 +1,105 @@
+"""The prompts of a study: a search set that ranks schedules and a disjoint held-out set that verifies them.
+
+Both are cut once into fixed micro-batches, the unit of work: whoever evaluates one runs the same shapes, so results do not
+depend on who does. Each prompt has its own seed; a (prompt, seed) pair never appears in both sets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from stagevar.errors import UsageError
+from tuner.metrics.base import Prompt, prompt_text
+from tuner.space import PromptSource
+
+#: Seeds of the held-out set start here, so that a text that both sets hold is drawn with other noise.
+HELDOUT_SEED = 1_000_000
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts (captions or GenEval metadata), one seed each, cut into batches of `micro_batch`."""
+
+    items: tuple[Prompt, ...]
+    seeds: tuple[int, ...]
+    micro_batch: int
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return tuple(prompt_text(item) for item in self.items)
+
+    @property
+    def batches(self) -> int:
+        return -(-len(self.items) // self.micro_batch)
+
+    def batch(self, index: int) -> tuple[tuple[Prompt, ...], tuple[int, ...]]:
+        """Prompts and seeds of one micro-batch; the last may be smaller."""
+        part = slice(index * self.micro_batch, (index + 1) * self.micro_batch)
+        return self.items[part], self.seeds[part]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of texts, metadata, seeds and the cut."""
+        text = json.dumps([self.items, self.seeds, self.micro_batch], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_prompts(source: PromptSource, seed: int = 0) -> dict[str, PromptSet]:
+    """{"search": ..., "heldout": ...} of a source.
+
+    A file is shuffled by `seed` and cut; fewer prompts than asked for make a smaller held-out set, never a shared one.
+    Raises UsageError for a file that cannot be read, is empty, or leaves nothing to hold out.
+    """
+    if source.source == "nano":
+        from stagevar.nano.scenes import prompts
+
+        search, heldout = prompts("search", source.search, seed), prompts("heldout", source.heldout, seed)
+    else:
+        items = read_prompts(source.source)
+        random.Random(seed).shuffle(items)
+        search, heldout = items[: source.search], items[source.search : source.search + source.heldout]
+        if not heldout:
+            raise UsageError(
+                f"{source.source} holds {len(items)} prompts: {source.search} for the search leave none to verify on; "
+                "lower --prompts or add prompts"
+            )
+    return {
+        "search": _seeded(search, seed, source.micro_batch),
+        "heldout": _seeded(heldout, seed + HELDOUT_SEED, source.micro_batch),
+    }
+
+
+def _seeded(items: list[Prompt], first: int, micro_batch: int) -> PromptSet:
+    return PromptSet(tuple(items), tuple(range(first, first + len(items))), micro_batch)
+
+
+def read_prompts(path: str | Path) -> list[Prompt]:
+    """Distinct prompts of a .txt (one a line) or .jsonl (GenEval metadata, text under "prompt") file."""
+    path = Path(path)
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise UsageError(f"prompts {path} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"prompts {path} is not UTF-8 text") from None
+    found: dict[str, Prompt] = {}
+    for number, line in enumerate(lines, start=1):
+        item: Prompt = line
+        if path.suffix == ".jsonl":
+            try:
+                item = json.loads(line)
+            except ValueError:
+                raise UsageError(f"prompts {path} line {number} is not JSON") from None
+            if not isinstance(item, dict) or not isinstance(item.get("prompt"), str):
+                raise UsageError(f"prompts {path} line {number} has no text under 'prompt'")
+        found.setdefault(prompt_text(item), item)
+    if not found:
+        raise UsageError(f"prompts {path} holds no prompt")
+    return list(found.values())

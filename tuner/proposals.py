@@ -1,0 +1,181 @@
+"""What to try next: Optuna by ask and tell, with a journal on local disk. The only module that imports optuna.
+
+Every completed trial carries all constraints (the Gaussian process refuses a mixture). Trials that a dead driver left
+running are told from the evidence where there is some, else failed and enqueued again, at most twice.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import Trial, TrialState
+
+from tuner.journal import JOURNAL_FILE
+from tuner.space import Parameter, SearchSpace, Value
+
+SAMPLERS = ("auto", "gp", "tpe", "random")
+#: A trial that took its driver down is tried this often in all.
+ATTEMPTS = 3
+STARTUP_TRIALS = 8
+#: Trials after which the Gaussian process, whose cost grows with their cube, hands over to TPE.
+GP_TRIALS = 200
+_STUDY = "stagevar"
+_PRESET, _ATTEMPT = "preset", "attempt"
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Values to try under a trial number. preset: the enqueued schedule that it stands for, else None."""
+
+    trial: int
+    values: dict[str, Value]
+    preset: str | None = None
+
+
+@dataclass(frozen=True)
+class Told:
+    """A finished trial: latency_ms (less is better), quality (more is better) and every constraint (<= 0 is kept)."""
+
+    latency_ms: float
+    quality: float
+    constraints: Mapping[str, float]
+
+
+class Proposer:
+    """One study's asks and tells.
+
+    Args:
+        run_dir: where the journal is, or will be. constraints: names that every tell must bring.
+        sampler: "auto" (Gaussian process, then TPE), or one of SAMPLERS throughout.
+
+    Attributes: ask_seconds: one entry per ask.
+    """
+
+    def __init__(self, run_dir: Path, space: SearchSpace, seed: int, constraints: Sequence[str], sampler: str = "auto"):
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+        self.space, self.seed, self.constraints, self.kind = space, seed, tuple(constraints), sampler
+        self.ask_seconds: list[float] = []
+        storage = JournalStorage(JournalFileBackend(str(run_dir / JOURNAL_FILE)))
+        self._distributions = {p.name: _distribution(p) for p in space.parameters}
+        self.study = optuna.create_study(
+            storage=storage, study_name=_STUDY, directions=["minimize", "maximize"], load_if_exists=True
+        )
+        # A resumed sampler starts its random numbers elsewhere, else it would propose its first trials again.
+        self._rng_seed = seed + 1_000_003 * len(self.study.get_trials(deepcopy=False))
+        self._samplers = {
+            "gp": lambda: optuna.samplers.GPSampler(seed=self._rng_seed, n_startup_trials=STARTUP_TRIALS),
+            "tpe": lambda: optuna.samplers.TPESampler(
+                seed=self._rng_seed, n_startup_trials=STARTUP_TRIALS, multivariate=True, constant_liar=True
+            ),
+            "random": lambda: optuna.samplers.RandomSampler(seed=self._rng_seed),
+        }
+        self._current: tuple[str, Any] | None = None
+
+    # ------------------------------------------------------------------------------------------------ start and resume
+
+    def enqueue(self, presets: Mapping[str, Mapping[str, Value]]) -> None:
+        """Queues presets at their nearest values, except those that an earlier driver queued."""
+        known = {t.user_attrs.get(_PRESET) for t in self.study.get_trials(deepcopy=False)}
+        for name, values in presets.items():
+            if name not in known:
+                self.study.enqueue_trial(self._raw(values), user_attrs={_PRESET: name, _ATTEMPT: 1})
+
+    def recover(self, evidence: Mapping[int, Told | None]) -> list[Proposal]:
+        """Settles what a dead driver left running; returns the trials that were given up after ATTEMPTS.
+
+        evidence: by trial number, what `trials.jsonl` holds; None for a trial recorded as failed.
+        """
+        given_up = []
+        for frozen in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if frozen.number in evidence:
+                told = evidence[frozen.number]
+                trial = Trial(self.study, frozen._trial_id)
+                if told is None:
+                    self.study.tell(trial, state=TrialState.FAIL)
+                else:
+                    self._tell(trial, told)
+                continue
+            self.study.tell(frozen.number, state=TrialState.FAIL)
+            attempt = frozen.user_attrs.get(_ATTEMPT, 1)
+            preset = frozen.user_attrs.get(_PRESET)
+            # Killed between creating the trial and drawing all its values: nothing was tried yet.
+            fixed = frozen.system_attrs.get("fixed_params", {})
+            if frozen.params.keys() != self._distributions.keys() and not fixed:
+                continue
+            if attempt >= ATTEMPTS:
+                given_up.append(Proposal(frozen.number, self._values(frozen.params), preset))
+                continue
+            attrs = {_ATTEMPT: attempt + 1, **({_PRESET: preset} if preset else {})}
+            self.study.enqueue_trial(fixed or frozen.params, user_attrs=attrs)
+        return given_up
+
+    # ------------------------------------------------------------------------------------------------ ask and tell
+
+    def ask(self, random: bool = False) -> Proposal:
+        """The next trial: a queued one first, else the sampler's, which knows the trials still running.
+
+        random: a uniform draw instead, for when the sampler repeats itself.
+        """
+        start = time.perf_counter()
+        self.study.sampler = self._sampler("random" if random else self.kind)
+        trial = self.study.ask(self._distributions)
+        self.ask_seconds.append(time.perf_counter() - start)
+        return Proposal(trial.number, self._values(trial.params), trial.user_attrs.get(_PRESET))
+
+    def tell(self, number: int, told: Told) -> None:
+        """Finishes a trial. Raises ValueError when a constraint is missing: one trial without it would spoil the model."""
+        self._tell(Trial(self.study, self._id(number)), told)
+
+    def fail(self, number: int) -> None:
+        """Finishes a trial that gave no values."""
+        self.study.tell(number, state=TrialState.FAIL)
+
+    def completed(self) -> set[int]:
+        """Numbers of the trials that were told."""
+        return {t.number for t in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))}
+
+    def _tell(self, trial: Trial, told: Told) -> None:
+        if set(told.constraints) != set(self.constraints):
+            raise ValueError(f"constraints {sorted(told.constraints)} told, {sorted(self.constraints)} expected")
+        known = trial.storage.get_trial_system_attrs(trial._trial_id)
+        for name, value in told.constraints.items():
+            if f"constraints:{name}" not in known:
+                trial.set_constraint(name, value)
+        self.study.tell(trial, [told.latency_ms, told.quality])
+
+    def _id(self, number: int) -> int:
+        return self.study._storage.get_trial_id_from_study_id_trial_number(self.study._study_id, number)
+
+    def _sampler(self, kind: str) -> Any:
+        if kind == "auto":
+            done = len(self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+            kind = "gp" if done < GP_TRIALS else "tpe"
+        if self._current is None or self._current[0] != kind:
+            self._current = (kind, self._samplers[kind]())
+        return self._current[1]
+
+    def _raw(self, values: Mapping[str, Value]) -> dict[str, Any]:
+        return {p.name: p.encode(values[p.name]) for p in self.space.parameters}
+
+    def _values(self, raw: Mapping[str, Any]) -> dict[str, Value]:
+        return {p.name: p.decode(raw[p.name]) for p in self.space.parameters if p.name in raw}
+
+
+def _distribution(parameter: Parameter) -> BaseDistribution:
+    if parameter.kind == "choice":
+        return CategoricalDistribution(parameter.values)
+    if parameter.kind == "ordered":
+        return IntDistribution(0, len(parameter.values) - 1)
+    if parameter.kind == "int":
+        return IntDistribution(int(parameter.low), int(parameter.high), log=parameter.log)
+    return FloatDistribution(parameter.low, parameter.high, log=parameter.log)

@@ -1,0 +1,271 @@
+"""Verification: finalists against the full schedule on held-out prompts and in one round-robin of timings.
+
+Verified means that every bound is on the right side: the upper bound of latency within the budget, the upper bound of the
+latency ratio at most 0.98 (a gain under 2 % is no acceleration), the one-sided 95 % upper bound of the paired drop within the
+allowed one, every floor kept. The bounds hold for all finalists together, so choosing among them afterwards is fair.
+Prompts and rounds are added in steps until each finalist is decided or the limit is reached; giving up early on a bad
+one costs nothing, while claims are made at few looks only, which share the 5 %.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from stagevar.schedule import Steps
+from tuner.budget import Budget
+from tuner.evaluate import Evaluator
+from tuner.executors.base import Executor, Failed, QualityTask
+from tuner.prompts import PromptSet
+from tuner.result import Interval, LatencyStats, Verdict, Verification
+from tuner.stats import ALPHA, drop_bounds, mean_interval, median_interval, ratio_interval, spread
+
+#: No schedule above this ratio to the full one is an acceleration.
+LEAST_GAIN = 0.98
+#: Timing rounds after which decisions are taken, and held-out prompts before which none is verified (or the limit).
+ROUNDS = (15, 30, 60)
+FIRST_CLAIM = 256
+EARLY_ALPHA = 0.005
+BASELINE = "baseline"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a schedule must keep.
+
+    budget: as typed. baseline_ms: the study's figure for the full schedule, which a share refers to. max_drop: of the
+    composite. floors: smallest mean per metric. weight_total: sum of the composite's weights. quality: False for random
+    weights, where only latency is judged.
+    """
+
+    budget: Budget
+    baseline_ms: float
+    max_drop: float
+    floors: Mapping[str, float] = field(default_factory=dict)
+    weight_total: float = 1.0
+    quality: bool = True
+
+    @property
+    def budget_ms(self) -> float:
+        return self.budget.resolve(self.baseline_ms)
+
+
+def decide(limit: float, lower: float, upper: float) -> str:
+    """ "met", "broken" or "open" for a value that must stay at or below a limit."""
+    return "met" if upper <= limit else "broken" if lower > limit else "open"
+
+
+def latency_stats(
+    samples_ms: Sequence[float],
+    baseline_samples_ms: Sequence[float] | None,
+    baseline_ms: float | None,
+    warm_up_runs: int = 0,
+    warmed: bool = True,
+) -> LatencyStats:
+    """Figures of one schedule; with the baseline's samples of the same rounds also the ratio.
+
+    baseline_ms: what the ratio is scaled to; None takes the schedule's own median.
+    """
+    median = median_interval(samples_ms)
+    ratio = None if baseline_samples_ms is None else ratio_interval(samples_ms, baseline_samples_ms)
+    corrected = median.mean if ratio is None or baseline_ms is None else ratio.mean * baseline_ms
+    return LatencyStats(
+        samples_ms=tuple(samples_ms),
+        median_ms=median.mean,
+        p90_ms=float(np.percentile(samples_ms, 90)),
+        low_ms=median.low,
+        high_ms=median.high,
+        drift_corrected_ms=corrected,
+        ratio=ratio,
+        warmup_runs=warm_up_runs,
+        settled=warmed,
+    )
+
+
+def paired_differences(
+    values: Mapping[str, Sequence[float]], baseline: Mapping[str, Sequence[float]], directions: Mapping[str, bool]
+) -> dict[str, Interval]:
+    """Interval of the paired difference per metric, signed so that positive is better for the candidate."""
+    return {
+        name: mean_interval((np.asarray(own) - np.asarray(baseline[name])) * (1 if directions.get(name, True) else -1))
+        for name, own in values.items()
+    }
+
+
+class Verifier:
+    """One verification of several finalists.
+
+    Args:
+        finalists: key -> steps. full: the full schedule's steps. heldout: prompts to verify on, all of them at most.
+        note: called with a line of progress and the share done. stop: asked between steps whether to end early.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        executor: Executor,
+        finalists: Mapping[str, Steps],
+        full: Steps,
+        heldout: PromptSet | None,
+        limits: Limits,
+        note: Callable[[str, float], None] = lambda line, share: None,
+        stop: Callable[[], bool] = lambda: False,
+    ):
+        self.evaluator, self.executor, self.finalists, self.full = evaluator, executor, dict(finalists), full
+        self.heldout, self.limits, self.note, self.stop = heldout, limits, note, stop
+        self.samples: dict[str, list[float]] = {name: [] for name in (BASELINE, *finalists)}
+        self.warmth: dict[str, tuple[int, bool]] = {}
+        self.values: dict[str, dict[str, list[float]]] = {name: {} for name in (BASELINE, *finalists)}
+        self.errors: dict[str, str] = {}
+
+    def run(self) -> dict[str, Verification]:
+        """Verifications by key, the full schedule's under BASELINE."""
+        self._time()
+        if self.limits.quality and self.heldout is not None:
+            self._judge()
+        return {name: self.verification(name) for name in (BASELINE, *self.finalists)}
+
+    # ------------------------------------------------------------------------------------------------ latency
+
+    def _time(self) -> None:
+        for rounds in ROUNDS:
+            missing = rounds - len(self.samples[BASELINE])
+            self.note(f"timing {len(self.finalists)} finalists and the full schedule, {rounds} rounds", 0.0)
+            timings = self.evaluator.latency({BASELINE: self.full, **self.finalists}, missing)
+            for name, timing in timings.items():
+                self.samples[name] += timing.samples_ms
+                runs, _ = self.warmth.get(name, (0, True))
+                self.warmth[name] = (runs + timing.warm_up_runs, timing.warmed)
+            undecided = [v for n in self.finalists for v in self._latency_verdicts(n) if v.status == "open"]
+            if not undecided or self.stop():
+                break
+
+    def _latency_verdicts(self, name: str) -> list[Verdict]:
+        # One-sided 95 % for all finalists together (Bonferroni): timings are cheap, so the price is a few rounds.
+        level = 1 - 2 * ALPHA / max(1, len(self.finalists))
+        own = median_interval(self.samples[name], level)
+        budget_ms = self.limits.budget_ms
+        if name == BASELINE:
+            if self.limits.budget.fraction is not None:
+                own = Interval(self.limits.baseline_ms, self.limits.baseline_ms, self.limits.baseline_ms, own.n)
+            return [Verdict("latency", budget_ms, "ms", own.mean, own.high, decide(budget_ms, own.low, own.high))]
+        ratio = ratio_interval(self.samples[name], self.samples[BASELINE], level)
+        if self.limits.budget.fraction is not None:
+            scale = self.limits.baseline_ms
+            own = Interval(ratio.mean * scale, ratio.low * scale, ratio.high * scale, own.n)
+        return [
+            Verdict("latency", budget_ms, "ms", own.mean, own.high, decide(budget_ms, own.low, own.high)),
+            Verdict("gain", LEAST_GAIN, "ratio", ratio.mean, ratio.high, decide(LEAST_GAIN, ratio.low, ratio.high)),
+        ]
+
+    # ------------------------------------------------------------------------------------------------ quality
+
+    def _looks(self) -> list[int]:
+        """Numbers of held-out prompts at which finalists are looked at, multiples of the micro-batch up to the limit."""
+        step, count = self.heldout.micro_batch, len(self.heldout)
+        sizes = {count, *(-(-(FIRST_CLAIM // 4 << k) // step) * step for k in range(14))}
+        return sorted(size for size in sizes if size <= count)
+
+    def _alpha(self, count: int) -> float | None:
+        """Error that a claim at this look may make; None where none is made."""
+        claims = [n for n in self._looks() if n >= min(FIRST_CLAIM, len(self.heldout))]
+        if count not in claims:
+            return None
+        return EARLY_ALPHA if count < claims[-1] else ALPHA - EARLY_ALPHA * (len(claims) - 1)
+
+    def _judge(self) -> None:
+        running = [n for n in self.finalists if all(v.status != "broken" for v in self._latency_verdicts(n))]
+        done = 0
+        for count in self._looks():
+            if not running:
+                break
+            first, last = done // self.heldout.micro_batch, -(-count // self.heldout.micro_batch)
+            keys = [BASELINE, *running]
+            tasks = [
+                QualityTask(tuple(self.full if k == BASELINE else self.finalists[k] for k in keys), "heldout", batch)
+                for batch in range(first, last)
+            ]
+            gathered = {}
+            for task, outcomes in self.executor.run(tasks):
+                gathered[task.batch] = outcomes
+                self.note(
+                    f"verifying {len(running)} finalists on held-out prompts",
+                    (done + len(gathered) * self.heldout.micro_batch) / len(self.heldout),
+                )
+            for batch in sorted(gathered):  # executors may answer in any order; prompts keep theirs
+                for key, outcome in zip(keys, gathered[batch], strict=True):
+                    if isinstance(outcome, Failed):
+                        self.errors[key] = outcome.error
+                        continue
+                    for metric, values in outcome.items():
+                        self.values[key].setdefault(metric, []).extend(map(float, values))
+            done = count
+            if BASELINE in self.errors:
+                raise RuntimeError(f"the full schedule failed on held-out prompts: {self.errors[BASELINE]}")
+            running = [k for k in running if k not in self.errors]
+            # A finalist that is decided either way needs no more prompts.
+            running = [k for k in running if self._status(self._quality_verdicts(k)) == "open"]
+            if self.stop():
+                break
+
+    def _quality_verdicts(self, name: str) -> list[Verdict]:
+        own = self.values[name].get("quality", [])
+        count = len(own)
+        if not count:
+            return [Verdict("drop", self.limits.max_drop, "quality", float("nan"), float("inf"), "open")]
+        base = np.asarray(self.values[BASELINE]["quality"])
+        # All finalists that reached this number of prompts, also those decided here, take part in the joint bound.
+        peers = [k for k in self.finalists if len(self.values[k].get("quality", [])) >= count]
+        matrix = np.stack([np.asarray(self.values[k]["quality"][:count]) - base[:count] for k in peers])
+        alpha = self._alpha(count)
+        wide = spread(base[:count], self.limits.weight_total)
+        uppers, lowers = drop_bounds(matrix, wide, alpha or ALPHA)
+        upper, lower = float(uppers[peers.index(name)]), float(lowers[peers.index(name)])
+        status = decide(self.limits.max_drop, lower, upper)
+        if status == "met" and alpha is None:
+            status = "open"  # promising, but claims wait for the next look
+        drop = -float(matrix[peers.index(name)].mean())
+        verdicts = [Verdict("drop", self.limits.max_drop, "quality", drop, upper, status)]
+        for metric, floor in self.limits.floors.items():
+            interval = mean_interval(self.values[name][metric], level=1 - 2 * (alpha or ALPHA))
+            state = decide(-floor, -interval.high, -interval.low)
+            state = "open" if state == "met" and alpha is None else state
+            verdicts.append(Verdict(f"floor:{metric}", floor, metric, interval.mean, interval.low, state))
+        return verdicts
+
+    # ------------------------------------------------------------------------------------------------ result
+
+    @staticmethod
+    def _status(verdicts: Sequence[Verdict]) -> str:
+        states = {verdict.status for verdict in verdicts}
+        return "broken" if "broken" in states else "open" if "open" in states else "met"
+
+    def verification(self, name: str) -> Verification:
+        """Everything known about a finalist, or the full schedule, at this moment."""
+        share = self.limits.budget.fraction is not None
+        latency = latency_stats(
+            self.samples[name],
+            None if name == BASELINE else self.samples[BASELINE],
+            self.limits.baseline_ms if share else None,
+            *self.warmth[name],
+        )
+        verdicts = self._latency_verdicts(name)
+        upper_ms = verdicts[0].bound
+        values = {metric: tuple(v) for metric, v in self.values[name].items()}
+        count = len(values.get("quality", ()))
+        if name == BASELINE:
+            return Verification(count, values, {}, None, latency, upper_ms, tuple(verdicts), "baseline")
+        differences, drop_upper = {}, None
+        if self.limits.quality:
+            verdicts += self._quality_verdicts(name)
+            if count:
+                base = {metric: v[:count] for metric, v in self.values[BASELINE].items()}
+                differences = paired_differences(values, base, self.evaluator.facts.higher_is_better)
+                drop_upper = next(v.bound for v in verdicts if v.name == "drop")
+        status = "broken" if name in self.errors else self._status(verdicts)
+        return Verification(
+            count, values, differences, drop_upper, latency, upper_ms, tuple(verdicts),
+            "verified" if status == "met" else status,
+        )  # fmt: skip
