@@ -32,6 +32,21 @@ class Metric(ABC):
         reference_images_uint8_BHW3: np.ndarray | None = None,
     ) -> np.ndarray:
         """Values (B,) float64, one per image. Raises UsageError where shapes, prompts or references do not fit."""
+        self.check(images_uint8_BHW3, prompts, reference_images_uint8_BHW3)
+        if len(images_uint8_BHW3) == 0:
+            return np.zeros(0)
+        values_B = np.asarray(self._score(images_uint8_BHW3, prompts, reference_images_uint8_BHW3), dtype=np.float64)
+        if values_B.shape != (len(images_uint8_BHW3),):
+            raise AssertionError(f"{self.name} returned {values_B.shape} for {len(images_uint8_BHW3)} images")
+        return values_B
+
+    def check(
+        self,
+        images_uint8_BHW3: np.ndarray,
+        prompts: Sequence[Prompt],
+        reference_images_uint8_BHW3: np.ndarray | None = None,
+    ) -> None:
+        """Raise UsageError where shapes, prompts or references do not fit."""
         check_images(self.name, images_uint8_BHW3)
         if len(prompts) != len(images_uint8_BHW3):
             raise UsageError(f"{self.name}: {len(images_uint8_BHW3)} images but {len(prompts)} prompts")
@@ -42,11 +57,6 @@ class Metric(ABC):
             if reference_images_uint8_BHW3.shape != images_uint8_BHW3.shape:
                 raise UsageError(f"{self.name}: images are {images_uint8_BHW3.shape}, references "
                                  f"{reference_images_uint8_BHW3.shape}; sizes must agree")
-        if len(images_uint8_BHW3) == 0:
-            return np.zeros(0)
-        values_B = np.asarray(self._score(images_uint8_BHW3, prompts, reference_images_uint8_BHW3), dtype=np.float64)
-        assert values_B.shape == (len(images_uint8_BHW3),), f"{self.name} returned {values_B.shape}"
-        return values_B
 
     @abstractmethod
     def _score(
@@ -72,6 +82,30 @@ class Metric(ABC):
     def describe(self) -> dict[str, Any]:
         """What makes the figure reproducible: model names, file hashes, rules. JSON values only."""
         return {"name": self.name}
+
+
+class BenchmarkMetric(Metric):
+    """A metric that keeps more than a value of each image: reasons, detections, answers."""
+
+    needs_prompt: ClassVar[bool] = True
+
+    @abstractmethod
+    def _rows(self, images_uint8_BHW3: np.ndarray, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+        """As `rows`, with inputs already checked."""
+
+    def rows(
+        self,
+        images_uint8_BHW3: np.ndarray,
+        prompts: Sequence[Prompt],
+        reference_images_uint8_BHW3: np.ndarray | None = None,
+    ) -> list[dict[str, Any]]:
+        self.check(images_uint8_BHW3, prompts, reference_images_uint8_BHW3)
+        return self._rows(images_uint8_BHW3, prompts)
+
+    def _score(
+        self, images_uint8_BHW3: np.ndarray, prompts: Sequence[Prompt], reference_images_uint8_BHW3: np.ndarray | None
+    ) -> np.ndarray:
+        return np.array([row["value"] for row in self._rows(images_uint8_BHW3, prompts)], dtype=np.float64)
 
 
 class SetMetric(Metric):

@@ -235,6 +235,10 @@ def _load_open_clip(model: str, pretrained: str, resize_mode: str | None) -> tup
         return built, preprocess, open_clip.get_tokenizer(model)
 
 
+def _load_nano() -> tuple[torch.nn.Module, Any, Any]:
+    raise UsageError("no nano clip yet")
+
+
 def _hub_file(source: str) -> str:
     """A local path as it is; `hub:org/repo/file` through the hub's cache."""
     if not source.startswith("hub:"):

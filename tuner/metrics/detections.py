@@ -14,6 +14,7 @@ from typing import Any
 
 from stagevar.errors import UsageError
 from stagevar.geneval import COLORS, Detection, Summary, Verdict, check_metadata, classify_color, judge, summarise
+from tuner.metrics.base import Prompt
 
 _NAME_KEYS = ("name", "filename", "file_name", "image", "image_id", "id", "path")
 _CLASS_KEYS = ("class", "class_name", "label", "category", "name")
@@ -94,6 +95,23 @@ def score_detections(images: Sequence[DetectedImage], **rules: float) -> GenEval
         for image, verdict in zip(images, verdicts, strict=True)
     ]
     return GenEvalReport(tuple(images), tuple(verdicts), summarise(rows))
+
+
+def geneval_metadata(metric: str, prompt: Prompt) -> Mapping[str, Any]:
+    """The GenEval metadata that a prompt is. Raises UsageError if it is a bare caption."""
+    if not isinstance(prompt, Mapping) or "include" not in prompt:
+        raise UsageError(f"{metric}: prompt {prompt!r:.60} carries no GenEval metadata (tag, include)")
+    return prompt
+
+
+def geneval_summary(rows: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """GenEval's score of judged images (rows with "value" 0 or 1): the mean of the tag means, and what goes with it."""
+    summary = summarise(
+        {"tag": prompt["tag"], "metadata": json.dumps(prompt), "correct": row["value"] > 0.5}
+        for row, prompt in zip(rows, prompts, strict=True)
+    )
+    return {"overall": summary.overall, "tags": summary.tags, "images_per_tag": summary.images_per_tag,
+            "correct_images": summary.correct_images, "correct_prompts": summary.correct_prompts}
 
 
 def _read_text(path: Path) -> str:

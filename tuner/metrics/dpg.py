@@ -31,13 +31,15 @@ MODES: tuple[Mode, ...] = ("published", "corrected")
 
 @dataclass(frozen=True)
 class Question:
-    """One yes/no question. `parents` are proposition ids of the same item; `category` is "entity - whole" or ""."""
+    """One yes/no question. `parents` are proposition ids of the same item; `category` is "entity - whole" or "";
+    `text` the question, `prompt` the item's caption, both "" if the file does not say."""
 
     item_id: str
     proposition_id: int
     parents: tuple[int, ...] = ()
     category: str = ""
     text: str = ""
+    prompt: str = ""
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,7 @@ _ALIASES = {
     "score": ("score", "correct"),
     "tuple": ("tuple", "category"),
     "text": ("question_natural_language", "question"),
+    "prompt": ("text", "prompt"),
 }
 
 
@@ -280,8 +283,8 @@ def _question(path: Path, number: int, row: Mapping[str, str], columns: _Columns
         category = f"{row['category_broad'].strip()} - {row['category_detailed'].strip()}"
     else:
         category = ""
-    text = row[columns.get("text")].strip() if columns.get("text") else ""
-    return Question(item_id, proposition_id, parents, category, text)
+    text, prompt = (row[name].strip() if (name := columns.get(wanted)) else "" for wanted in ("text", "prompt"))
+    return Question(item_id, proposition_id, parents, category, text, prompt)
 
 
 def _whole(path: Path, number: int, column: str, cell: str) -> int:

@@ -55,6 +55,24 @@ def refuse_missing(what: str, option: str = "weights") -> Iterator[None]:
 
 
 def from_pretrained(factory: Any, source: str, what: str, **options: Any) -> Any:
-    """A transformers object from a local folder or the hub; safetensors only where it holds weights."""
+    """A transformers processor, tokenizer or config from a local folder or the hub."""
     with refuse_missing(f"{what} {source}", option="model"):
         return factory.from_pretrained(source, local_files_only=os.path.isdir(source), **options)
+
+
+def pretrained_model(factory: Any, source: str, what: str, *, device: str, optional: tuple[str, ...] = ()) -> Any:
+    """A transformers model in fp32, frozen, on `device`, from a local folder or the hub.
+
+    Strict: transformers fills missing weights with noise and goes on; here that is a WeightsError, except for names
+    that start with one of `optional`.
+    """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model, info = from_pretrained(factory, source, what, output_loading_info=True, dtype=torch.float32)
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith(optional or "\0"))
+    mismatched = sorted(str(key) for key in info["mismatched_keys"])
+    if missing or mismatched:
+        raise WeightsError(f"{what} {source} lacks {len(missing + mismatched)} weights of {type(model).__name__}, such "
+                           f"as {(missing + mismatched)[0]}; give a complete checkpoint of that architecture")
+    return model.eval().requires_grad_(False).to(device)

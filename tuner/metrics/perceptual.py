@@ -13,7 +13,7 @@ from torch import nn
 
 from stagevar.errors import UsageError, WeightsError
 from tuner.metrics.base import Metric, Prompt
-from tuner.metrics.model_files import from_pretrained, read_state_dict, url_state_dict
+from tuner.metrics.model_files import from_pretrained, pretrained_model, read_state_dict, url_state_dict
 from tuner.metrics.pixels import to_unit_range
 
 # Trunks as LPIPS and DISTS were calibrated on them: torchvision's first ImageNet weights.
@@ -99,7 +99,8 @@ class DinoSimilarity(Metric):
 
         self.device, self.batch_size, self.source = device, batch_size, model
         self.processor = from_pretrained(AutoImageProcessor, model, "DINO")
-        self.model = from_pretrained(AutoModel, model, "DINO").eval().requires_grad_(False).to(device)
+        # The class token is read before the pooler, which published DINO checkpoints lack.
+        self.model = pretrained_model(AutoModel, model, "DINO", device=device, optional=("pooler.",))
 
     @torch.inference_mode()
     def features(self, images_uint8_BHW3: np.ndarray) -> torch.Tensor:
@@ -129,14 +130,22 @@ def _pairs(
 
 
 def _trunk(net: str, weights: str | None) -> nn.Module:
-    """A torchvision classifier with weights from a file or torch's cache. Strict: a key out of place is an error."""
+    """A torchvision classifier with real `features` from a file or torch's cache; its classifier stays empty.
+
+    Strict: a key of `features` out of place is an error.
+    """
     if net not in _TRUNKS:
         raise UsageError(f"LPIPS net {net!r}: expected one of {', '.join(_TRUNKS)}")
     build, default = _TRUNKS[net]
     state = read_state_dict(weights) if weights else url_state_dict(default.url, f"ImageNet weights of {net}")
-    model = build(weights=None)
+    with torch.device("meta"):  # the classifier is most of VGG's half gigabyte, and unused
+        model = build(weights=None)
     try:
-        model.load_state_dict(state)
+        model.features.load_state_dict(
+            {key.removeprefix("features."): value.float() for key, value in state.items()
+             if key.startswith("features.")},
+            assign=True,
+        )
     except RuntimeError as error:
         line = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise WeightsError(f"{weights or default.url} does not fit {net}: {line:.150}") from None

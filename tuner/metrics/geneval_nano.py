@@ -1,0 +1,33 @@
+"""GenEval's verdict on nano's scenes, with nano's pixel checker as detector: exact rules, no model needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from stagevar.geneval import judge
+from stagevar.nano.checker import detect
+from tuner.metrics.base import BenchmarkMetric, Prompt
+from tuner.metrics.detections import geneval_metadata, geneval_summary
+
+
+class NanoGenEval(BenchmarkMetric):
+    """1 if the image shows what the prompt's metadata asks for, else 0."""
+
+    name: ClassVar[str] = "geneval_nano"
+
+    def __init__(self, *, device: str = "cpu") -> None:
+        """`device` is taken for the interface's sake; the checker runs on the CPU."""
+
+    def _rows(self, images_uint8_BHW3: np.ndarray, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+        rows = []
+        for image_uint8_HW3, prompt in zip(images_uint8_BHW3, prompts, strict=True):
+            found = detect(image_uint8_HW3.transpose(2, 0, 1).astype(np.float32) / 255.0)
+            verdict = judge(geneval_metadata(self.name, prompt), found)
+            rows.append({"value": float(verdict.correct), "reason": verdict.reason})
+        return rows
+
+    def summary(self, rows: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt]) -> dict[str, Any]:
+        return geneval_summary(rows, prompts)
