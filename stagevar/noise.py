@@ -1,9 +1,10 @@
 """Randomness that belongs to (seed, prompt, scale, site), never to call order, batch layout or device.
 
-Every draw is a pure function of a 64-bit key, made from those four and the purpose of the draw, and of a counter: the
-Philox4x32-10 bijection, written in integer tensor operations so that CPU and GPU give the same bits and a whole batch of
-keys is one call. The same prompt therefore gives the same image in any batch, and two schedules that agree up to a scale
-are identical up to it.
+Every draw is a pure function of a key, made from seed and prompt, and of a counter, made from what is drawn (purpose,
+scale, site, branch) and the position in the draw: the Philox4x32-10 bijection, written in integer tensor operations so that
+CPU and GPU give the same bits and a whole batch is one call. The same prompt therefore gives the same image in any batch,
+and two schedules that agree up to a scale are identical up to it. Only the keys change from image to image, so a recorded
+graph of a scale needs nothing else refreshed.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011); checked against the known-answer vectors
 of Random123.
@@ -24,6 +25,8 @@ _MASK32 = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+#: 0 is for draws that belong to the image, whatever branches run.
+_BRANCH_WORDS = {"cond": 1, "uncond": 2}
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -41,10 +44,15 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor
     return c0, c1, c2, c3
 
 
-def stream_key(*parts: object) -> tuple[int, int]:
-    """Two 32-bit key words from any printable parts (BLAKE2b, so keys of neighbouring parts are unrelated)."""
+def hash_words(*parts: object) -> tuple[int, int]:
+    """Two 32-bit words from any printable parts (BLAKE2b, so words of neighbouring parts are unrelated)."""
     digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+def key_tensor(identities: Sequence[tuple[int, str]], device: torch.device | str = "cpu") -> Tensor:
+    """Philox keys (B, 2), int64, of (seed, prompt) pairs."""
+    return torch.tensor([hash_words(*identity) for identity in identities], dtype=torch.int64).to(device)
 
 
 @lru_cache(maxsize=64)
@@ -52,23 +60,32 @@ def _counters(blocks: int, device: str) -> Tensor:
     return torch.arange(blocks, device=device, dtype=torch.int64)[None]
 
 
-def uniform(keys: Sequence[tuple[int, int]], count: int, device: torch.device | str = "cpu") -> Tensor:
-    """Uniform draws in the open interval (0, 1), float32, shape (rows, count): row i depends on keys[i] alone."""
-    blocks = -(-count // 4)
-    key_R2 = torch.tensor(keys, dtype=torch.int64).to(device, non_blocking=True)
+@lru_cache(maxsize=64)
+def _branch_words(branches: tuple[str, ...], batch: int, device: str) -> Tensor:
+    """A word per row (R, 1) that tells the branches apart; rows are ordered branch by branch."""
+    words = torch.tensor([_BRANCH_WORDS[branch] for branch in branches], dtype=torch.int64)
+    return words.repeat_interleave(batch)[:, None].to(device)
+
+
+def uniform(key_R2: Tensor, count: int, draw: tuple[int, int], word_R1: Tensor | int = 0) -> Tensor:
+    """Uniform draws in the open interval (0, 1), float32, shape (R, count): row i depends on its key and word alone.
+
+    Args:
+        key_R2: `key_tensor`. draw: `hash_words` of what is drawn. word_R1: a further word per row.
+    """
+    device = key_R2.device
+    counter = _counters(-(-count // 4), str(device))
     zero = torch.zeros((), dtype=torch.int64, device=device)
-    words = philox4x32(
-        (_counters(blocks, str(device)), zero, zero, zero), (key_R2[:, :1].clone(), key_R2[:, 1:].clone())
-    )
+    words = philox4x32((counter, zero + word_R1, zero + draw[0], zero + draw[1]), (key_R2[:, :1], key_R2[:, 1:]))
     # 23 bits plus a half, so that the nearest float32 never rounds to 0 or 1.
     words_RN = torch.stack(words, dim=-1).flatten(1)[:, :count]
     return ((words_RN >> 9).to(torch.float32) + 0.5) * 2.0**-23
 
 
-def normal(keys: Sequence[tuple[int, int]], count: int, device: torch.device | str = "cpu") -> Tensor:
-    """Standard normal draws, float32, shape (rows, count), by Box-Muller on pairs of uniforms."""
+def normal(key_R2: Tensor, count: int, draw: tuple[int, int], word_R1: Tensor | int = 0) -> Tensor:
+    """Standard normal draws, float32, shape (R, count), by Box-Muller on pairs of uniforms; arguments as `uniform`."""
     pairs = -(-count // 2)
-    u_R2N = uniform(keys, 2 * pairs, device)
+    u_R2N = uniform(key_R2, 2 * pairs, draw, word_R1)
     radius = torch.sqrt(-2.0 * torch.log(u_R2N[:, :pairs]))
     angle = (2.0 * math.pi) * u_R2N[:, pairs:]
     return torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)[:, :count]
@@ -108,11 +125,14 @@ class PromptNoise:
     Args:
         prompts, seeds: one per image of the batch, any order.
         device: where the draws are made and used.
+
+    Attributes: keys_B2, which a recorded graph reads and `refresh` overwrites.
     """
 
     def __init__(self, prompts: Sequence[str], seeds: Sequence[int], device: torch.device | str):
         self.identities = tuple(zip(map(int, seeds), prompts, strict=True))
         self.device = device
+        self.keys_B2 = key_tensor(self.identities, device)
 
     def at(self, scale: int, branches: Sequence[str]) -> ScaleNoise:
         return _PromptScaleNoise(self, scale, tuple(branches))
@@ -123,26 +143,31 @@ class PromptNoise:
             [self.identities[i][1] for i in indices], [self.identities[i][0] for i in indices], self.device
         )
 
+    def refresh(self, other: PromptNoise) -> None:
+        """Becomes the other source, of the same batch size, in place."""
+        self.identities = other.identities
+        self.keys_B2.copy_(other.keys_B2)
+
 
 class _PromptScaleNoise:
     def __init__(self, source: PromptNoise, scale: int, branches: tuple[str, ...]):
         self.source, self.scale, self.branches = source, scale, branches
 
     def uniform(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
-        keys = [stream_key(*identity, purpose, self.scale) for identity in self.source.identities]
-        return uniform(keys, math.prod(shape), self.source.device).reshape(len(keys), *shape)
+        keys_B2 = self.source.keys_B2
+        return uniform(keys_B2, math.prod(shape), hash_words(purpose, self.scale)).reshape(len(keys_B2), *shape)
 
-    def _site_keys(self, purpose: str, site: object) -> list[tuple[int, int]]:
-        return [
-            stream_key(*identity, purpose, self.scale, site, branch)
-            for branch in self.branches
-            for identity in self.source.identities
-        ]
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        keys_B2 = self.source.keys_B2
+        words = _branch_words(self.branches, len(keys_B2), str(keys_B2.device))
+        return keys_B2.repeat(len(self.branches), 1), words
 
     def site_uniform(self, purpose: str, site: object, shape: tuple[int, ...]) -> Tensor:
-        keys = self._site_keys(purpose, site)
-        return uniform(keys, math.prod(shape), self.source.device).reshape(len(keys), *shape)
+        keys_R2, words_R1 = self._rows()
+        draw = hash_words(purpose, self.scale, site)
+        return uniform(keys_R2, math.prod(shape), draw, words_R1).reshape(len(keys_R2), *shape)
 
     def site_normal(self, purpose: str, site: object, shape: tuple[int, ...]) -> Tensor:
-        keys = self._site_keys(purpose, site)
-        return normal(keys, math.prod(shape), self.source.device).reshape(len(keys), *shape)
+        keys_R2, words_R1 = self._rows()
+        draw = hash_words(purpose, self.scale, site)
+        return normal(keys_R2, math.prod(shape), draw, words_R1).reshape(len(keys_R2), *shape)

@@ -3,7 +3,9 @@
 import torch
 
 from stagevar.models.base import Site
-from stagevar.noise import PromptNoise, normal, philox4x32, stream_key, uniform
+from stagevar.noise import PromptNoise, hash_words, key_tensor, normal, philox4x32, uniform
+
+KEY = key_tensor([(0, "a prompt")])
 
 
 def _words(counter, key):
@@ -20,7 +22,7 @@ def test_philox_known_answers():
 
 
 def test_uniform_is_open_and_flat():
-    draws = uniform([stream_key("a")], 400_000)[0].double()
+    draws = uniform(KEY, 400_000, hash_words("a"))[0].double()
     assert 0 < draws.min() and draws.max() < 1
     assert abs(draws.mean() - 0.5) < 4 * (1 / 12) ** 0.5 / 400_000**0.5
     counts = torch.histc(draws, 20, 0, 1)
@@ -29,7 +31,7 @@ def test_uniform_is_open_and_flat():
 
 
 def test_normal_moments():
-    draws = normal([stream_key("b")], 300_001)[0].double()
+    draws = normal(KEY, 300_001, hash_words("b"))[0].double()
     assert draws.shape == (300_001,)
     assert abs(draws.mean()) < 4 / 300_000**0.5
     assert abs(draws.var() - 1) < 4 * (2 / 300_000) ** 0.5
@@ -60,6 +62,14 @@ def test_every_part_of_the_key_matters():
         base.uniform("index", (8,)),
     ]
     assert not any(torch.equal(first, other) for other in others)
+
+
+def test_refresh_overwrites_the_keys_in_place():
+    source, other = PromptNoise(["a"], [1], "cpu"), PromptNoise(["b"], [2], "cpu")
+    keys = source.keys_B2
+    source.refresh(other)
+    assert source.keys_B2 is keys
+    assert torch.equal(source.at(0, ("cond",)).uniform("bits", (4,)), other.at(0, ("cond",)).uniform("bits", (4,)))
 
 
 def test_sub_batch_keeps_its_streams():

@@ -11,7 +11,7 @@ from stagevar.accelerators.stagevar import draw_indices, project
 from stagevar.cache import KVCache, step_lengths
 from stagevar.models.base import Sampling
 from stagevar.models.infinity import draw_bits
-from stagevar.noise import stream_key, uniform
+from stagevar.noise import hash_words, key_tensor, uniform
 from stagevar.sampler import Sampler
 from stagevar.schedule import BOTH, LowRank, StageSchedule, exact
 from tests.tiny import GRIDS, TinyText, tiny_infinity
@@ -94,7 +94,7 @@ def test_gaussian_projection_against_float64():
 
 def test_index_draw_is_distinct_and_follows_the_norms():
     x = torch.ones(1, 4, 1) * torch.tensor([1.0, 2.0, 3.0, 0.0]).view(1, 4, 1)
-    draws = uniform([stream_key(i) for i in range(20_000)], 4)
+    draws = uniform(key_tensor([(i, "") for i in range(20_000)]), 4, hash_words("index"))
     index = draw_indices(x.expand(20_000, -1, -1), 3, draws)
     assert (index.sort(dim=1).values == torch.tensor([0, 1, 2])).all(), "distinct, and norm 0 is never drawn"
     first = torch.bincount(index[:, 0], minlength=4) / 20_000
@@ -282,7 +282,7 @@ class _Draws:
     """Uniforms for 60,000 independent bits."""
 
     def uniform(self, purpose, shape):
-        return uniform([stream_key("bits", 0)], int(np.prod(shape)))
+        return uniform(key_tensor([(0, "")]), int(np.prod(shape)), hash_words("bits"))
 
 
 @pytest.mark.parametrize("p", [0.01, 0.03, 0.031, 0.2, 0.5, 0.8, 0.985])
