@@ -1,0 +1,469 @@
+"""`stagevar-tune`: parsing, the run directory, signals and what is printed. The work is in tuner.study.
+
+No torch, optuna or open_clip is imported before all input was checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from stagevar import __version__
+from stagevar.cli import positive_int, report_errors
+from stagevar.errors import UsageError
+from stagevar.models import registry
+from tuner.budget import parse_budget, parse_share, parse_time
+from tuner.journal import LOCK_FILE, driver_lock, repair
+from tuner.space import SearchSpace, load_space
+
+if TYPE_CHECKING:
+    from tuner.result import StudyResult
+    from tuner.study import Study
+
+PROG = "stagevar-tune"
+VERBS = ("resume", "report", "verify", "doctor")
+#: Everything that a study writes into its directory, and so all that --fresh may remove.
+RUN_FILES = ("config.json", "trials.jsonl", "journal.log*", "study.json", "profile.yaml", "pareto.yaml", "trials.csv")
+RUN_FILES += ("report.html", "images", "references")
+STOPPED = 130
+
+_EPILOG = """\
+verbs:
+  stagevar-tune resume RUN           continue a run to its original target (the same command does it too)
+  stagevar-tune report RUN           write report.html, pareto.yaml and trials.csv again from study.json
+  stagevar-tune verify PROFILE       measure a profile again on this machine (--max-regression 3% as a CI gate)
+  stagevar-tune doctor               check this machine
+
+exit codes: 0 verified, or the full schedule already meets the budget; 2 unusable input; 3 no schedule meets the budget;
+4 all trials failed; 5 the data cannot tell.
+
+example: stagevar-tune --model nano --budget 60%"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with one-line errors that name the nearest option; exit code 2."""
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        args, rest = self.parse_known_args(argv)
+        if rest:
+            known = [option for action in self._actions for option in action.option_strings]
+            near = difflib.get_close_matches(rest[0].split("=")[0], known, n=1, cutoff=0.4)
+            self.error(f"unknown option {rest[0]!r}" + (f", did you mean {near[0]}?" if near else ""))
+        return args
+
+
+def _tune_parser() -> _Parser:
+    parser = _Parser(
+        prog=PROG,
+        description="Find, prove and write down the acceleration schedule with the best quality within a latency budget.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
+    _add_study_options(parser, required=True)
+    parser.add_argument("--trials", type=positive_int, default=30, help="distinct schedules to evaluate (default: 30)")
+    parser.add_argument("--time-budget", metavar="TIME", help="tuning time, such as 10m; verification included")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="run directory (default: outputs/MODEL-BUDGET-sSEED)")
+    parser.add_argument("--fresh", action="store_true", help="discard what an earlier run left in --out")
+    parser.add_argument("--sampler", choices=("auto", "gp", "tpe", "random"), default="auto", help="default: auto (GP, then TPE)")
+    parser.add_argument("--executor", choices=("local",), default="local", help="where trials run (default: local)")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, run nothing")
+    _add_output_options(parser)
+    return parser
+
+
+def _add_study_options(parser: _Parser, required: bool) -> None:
+    """Options that decide what is measured against what."""
+    budget_help = "latency of one image: 2s, 800ms, or 60%% of the measured full schedule"
+    parser.add_argument("--model", required=required, help=f"one of {', '.join(m.name for m in registry.list_models())}")
+    parser.add_argument("--budget", "--latency-budget", required=required, metavar="LATENCY", help=budget_help)
+    parser.add_argument("--max-drop", default="0.05", metavar="SHARE", help="allowed drop of the composite quality (default: 0.05)")
+    parser.add_argument("--prompts", metavar="N|FILE", help="search prompts: how many, or a file of prompts (.txt, .jsonl)")
+    parser.add_argument("--heldout", type=positive_int, metavar="N", help="held-out prompts that verify (default: the space's)")
+    parser.add_argument("--seed", type=int, default=0, help="of prompts, noise and sampler (default: 0)")
+    parser.add_argument("--space", type=Path, metavar="FILE", help="search space (default: the one shipped for the model)")
+    parser.add_argument("--weights", help="path, or 'random' for seeded random weights (latency only)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
+    parser.add_argument("--threads", type=positive_int, default=1, help="CPU threads, pinned while timing (default: 1)")
+
+
+def _add_output_options(parser: _Parser) -> None:
+    parser.add_argument("--quiet", action="store_true", help="no progress; the result only")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _verb_parser(verb: str) -> _Parser:
+    parser = _Parser(prog=f"{PROG} {verb}")
+    if verb in ("resume", "report"):
+        parser.add_argument("run_dir", type=Path, metavar="RUN", help="run directory")
+    if verb == "verify":
+        parser.add_argument("profile", type=Path, help="profile.yaml of a run")
+        parser.add_argument("--max-regression", metavar="SHARE", help="also fail when it became this much slower, such as 3%%")
+        _add_study_options(parser, required=False)
+        parser.set_defaults(max_drop=None, seed=None)
+    if verb == "doctor":
+        parser.add_argument("--out", type=Path, default=Path("outputs"), help="where runs would go (default: outputs)")
+    _add_output_options(parser)
+    return parser
+
+
+# ------------------------------------------------------------------------------------------------ entry
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Exit codes as in --help; 130 when stopped at once by a second Ctrl-C."""
+    return report_errors(PROG, lambda: _main(list(sys.argv[1:] if argv is None else argv)))
+
+
+def _main(argv: list[str]) -> int:
+    if argv and not argv[0].startswith("-"):
+        if argv[0] not in VERBS:
+            near = difflib.get_close_matches(argv[0], VERBS, n=1, cutoff=0.0)[0]
+            raise UsageError(f"unknown verb {argv[0]!r} (nearest: {near}); tuning needs none: {PROG} --model nano --budget 60%")
+        args = _verb_parser(argv[0]).parse(argv[1:])
+        return {"resume": run_resume, "report": run_report, "verify": run_verify, "doctor": run_doctor}[argv[0]](args)
+    return run_tune(_tune_parser().parse(argv), argv)
+
+
+class Interrupts:
+    """Ctrl-C once asks the study to finish its round and write everything; twice stops now."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self.asked, self._say = False, say
+
+    def __enter__(self) -> Interrupts:
+        self._before = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _handle(self, *_: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        self._say("finishing this round and writing everything; Ctrl-C again stops now")
+
+    def __call__(self) -> bool:
+        return self.asked
+
+
+# ------------------------------------------------------------------------------------------------ tune
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A checked command line."""
+
+    args: argparse.Namespace
+    space: SearchSpace
+    run_dir: Path
+    command: str
+
+
+def plan(args: argparse.Namespace, argv: Sequence[str]) -> Plan:
+    """Checks everything that can be checked without loading a model. Raises UsageError."""
+    args.budget = parse_budget(args.budget)
+    args.max_drop = parse_share(args.max_drop, "max-drop")
+    args.time_budget = parse_time(args.time_budget) if args.time_budget else None
+    registry.find(args.model)
+    space = with_prompts(load_space(args.model, args.space), args.prompts, args.heldout)
+    name = f"{args.model}-{args.budget.text.replace('%', 'pct')}-s{args.seed}"
+    run_dir = args.out or Path("outputs") / name
+    command = shlex.join([PROG, *(a for a in argv if a not in ("--fresh", "--quiet", "--json"))])
+    return Plan(args, space, run_dir, command)
+
+
+def with_prompts(space: SearchSpace, prompts: str | None, heldout: int | None) -> SearchSpace:
+    """The space with the prompts that the command line asks for: a number or a file, and how many to hold out."""
+    source = space.prompts
+    if prompts is not None:
+        if prompts.isdecimal():
+            if int(prompts) < 1:
+                raise UsageError(f"prompts {prompts!r} must be a number of at least 1, or a file")
+            source = dataclasses.replace(source, search=int(prompts))
+        else:
+            if not Path(prompts).is_file():
+                raise UsageError(f"prompts {prompts!r} is neither a number nor a file that exists")
+            source = dataclasses.replace(source, source=prompts)
+    if heldout is not None:
+        source = dataclasses.replace(source, heldout=heldout)
+    return dataclasses.replace(space, prompts=source)
+
+
+def prepare(run_dir: Path) -> None:
+    """Makes the run directory. Raises UsageError when it cannot be written or holds something else."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / f".probe{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"output {run_dir} cannot be written: {error.strerror or error}; choose another --out") from None
+    strangers = [p.name for p in run_dir.iterdir() if p.name not in (LOCK_FILE, ".gitkeep")]
+    if strangers and not (run_dir / "config.json").exists():
+        raise UsageError(f"output {run_dir} is not empty and holds no run ({strangers[0]}); choose another --out")
+
+
+def discard(run_dir: Path) -> None:
+    """Removes what an earlier study wrote, nothing else."""
+    for pattern in RUN_FILES:
+        for path in run_dir.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def run_tune(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Runs or continues a study and prints its verdict."""
+    checked = plan(args, argv)
+    if args.dry_run:
+        return _print_plan(checked)
+    prepare(checked.run_dir)
+    with driver_lock(checked.run_dir):
+        if args.fresh:
+            discard(checked.run_dir)
+        finished = _finished(checked)
+        if finished is not None:
+            return _announce(finished, _write(finished, checked.run_dir), args)
+        return _drive(checked)
+
+
+def _finished(checked: Plan) -> StudyResult | None:
+    """The stored result when this very command already ran to its end."""
+    from tuner.result import STUDY_FILE, StudyResult
+
+    if not (checked.run_dir / STUDY_FILE).exists():
+        return None
+    result = StudyResult.load(checked.run_dir)
+    return result if result.command == checked.command and result.verdict != "partial" else None
+
+
+def _drive(checked: Plan) -> int:
+    from tuner.progress import Progress
+
+    args = checked.args
+    progress = Progress(args.quiet)
+    with Interrupts(progress.say) as interrupts:
+        try:
+            for line in repair(checked.run_dir):
+                progress.say(line)
+            progress.phase("load")
+            study = build_study(checked, progress, interrupts)
+            result = study.run()
+            progress.phase("report")
+            written = _write(result, checked.run_dir)
+            progress.close()
+        except KeyboardInterrupt:
+            progress.close()
+            print(f"{PROG}: stopped; the same command continues", file=sys.stderr)
+            return STOPPED
+        except BaseException:
+            progress.close()
+            raise
+    result = dataclasses.replace(result, phases_s=dict(progress.seconds))
+    result.save(checked.run_dir)
+    return _announce(result, written, args)
+
+
+def build_study(checked: Plan, progress: Any, stop: Callable[[], bool]) -> Study:
+    """Loads model, prompts and metrics."""
+    from tuner.evaluate import ModelEvaluator
+    from tuner.prompts import load_prompts
+    from tuner.study import Options, Study
+
+    args, space = checked.args, checked.space
+    model = registry.load_model(args.model, weights=args.weights, device=args.device)
+    prompts = load_prompts(space.prompts, args.seed)
+    evaluator = ModelEvaluator(
+        model, prompts, space.quality, space.floors, threads=args.threads, references_dir=checked.run_dir / "references"
+    )
+    options = Options(
+        args.budget,
+        max_drop=args.max_drop,
+        trials=args.trials,
+        time_budget_s=args.time_budget,
+        seed=args.seed,
+        sampler=args.sampler,
+        command=checked.command,
+        versions=versions(),
+    )
+    return Study(checked.run_dir, space, options, evaluator, prompts, progress=progress, stop=stop)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the figures, and the commit when run from a checkout."""
+    found = {"python": platform.python_version(), "stagevar": __version__}
+    for name in ("torch", "numpy", "optuna", "open_clip_torch"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    root = Path(__file__).resolve().parents[1]
+    if (root / ".git").exists():
+        shown = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+        if shown.returncode == 0:
+            found["commit"] = shown.stdout.strip()
+    return found
+
+
+def _write(result: StudyResult, run_dir: Path) -> list[Path]:
+    """Everything that is derived from study.json."""
+    from tuner.export import write_exports
+    from tuner.report import write_report
+
+    return [*write_exports(result, run_dir), write_report(result, run_dir)]
+
+
+def _print_plan(checked: Plan) -> int:
+    space, args = checked.space, checked.args
+    plan_data = {
+        "model": args.model,
+        "budget": args.budget.text,
+        "max_drop": args.max_drop,
+        "run_directory": str(checked.run_dir),
+        "schedules": args.trials,
+        "enqueued": ["the full schedule", *space.enqueue],
+        "searched": [p.name for p in space.parameters],
+        "quality": dict(space.quality),
+        "floors": dict(space.floors),
+        "search_prompts": space.prompts.search,
+        "heldout_prompts": space.prompts.heldout,
+        "micro_batch": space.prompts.micro_batch,
+    }
+    if args.json:
+        print(json.dumps(plan_data, indent=2))
+    else:
+        for key, value in plan_data.items():
+            text = ", ".join(map(str, value)) if isinstance(value, list) else value
+            print(f"{key.replace('_', ' '):<16} {text}")
+        print("dry run: nothing was loaded, measured or written")
+    return 0
+
+
+def _announce(result: StudyResult, written: Sequence[Path], args: argparse.Namespace) -> int:
+    """Prints the verdict: one line each for speed, quality, time and files."""
+    from tuner.report_words import quality_change, speedup
+
+    pick = result.pick
+    if args.json:
+        summary = {
+            "verdict": result.verdict,
+            "exit_code": result.exit_code,
+            "reason": result.reason,
+            "picks": result.picks,
+            "baseline_ms": result.baseline.best_latency.median_ms if result.baseline.best_latency else None,
+            "budget_ms": None if result.budget_ms != result.budget_ms else result.budget_ms,
+            "schedules": len(result.candidates),
+            "sampled": result.sampled,
+            "phases_s": result.phases_s,
+            "files": [str(path) for path in written],
+        }
+        print(json.dumps(summary, indent=2))
+        return result.exit_code
+    print(f"{result.verdict.replace('_', ' ')}: {result.reason}")
+    if result.baseline.best_latency:
+        full_ms = result.baseline.best_latency.median_ms
+        print(f"full schedule    {full_ms:.1f} ms, budget {result.budget} = {result.budget_ms:.1f} ms ({result.engine} engine)")
+    if pick is not None and pick is not result.baseline:
+        print(f"speed-up         {speedup(pick)}")
+        if not result.random_weights:
+            print(f"quality change   {quality_change(pick)}")
+    whole = result.picks.get("no_skip")
+    if whole and whole != result.picks.get("pick"):
+        best = result.candidate(whole)
+        print(f"without skips    {speedup(best)}, quality {quality_change(best)}")
+    print(f"schedules        {len(result.candidates)} besides the full one, {result.sampled} of them not enqueued; {result.stop_reason}")
+    print("seconds          " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.phases_s.items()))
+    for path in written:
+        print(f"file             {path}")
+    return result.exit_code
+
+
+# ------------------------------------------------------------------------------------------------ verbs
+
+
+def run_resume(args: argparse.Namespace) -> int:
+    """Runs the command that a run directory was started with."""
+    path = args.run_dir / "config.json"
+    try:
+        words = shlex.split(json.loads(path.read_text())["command"])[1:]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UsageError(f"{args.run_dir} holds no run that could be resumed (no readable config.json)") from None
+    parsed = _tune_parser().parse(words)
+    parsed.out, parsed.quiet, parsed.json = args.run_dir, args.quiet, args.json
+    return run_tune(parsed, words)
+
+
+def run_report(args: argparse.Namespace) -> int:
+    """Writes the derived files of a run again."""
+    from tuner.result import StudyResult
+
+    result = StudyResult.load(args.run_dir)
+    written = _write(result, args.run_dir)
+    _announce(result, written, args)
+    return 0
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """Measures a profile again here, against the full schedule in the same run."""
+    from stagevar.profile import Profile
+
+    profile = Profile.load(args.profile)
+    words = shlex.split(profile.reproduce)[1:]
+    given = _tune_parser().parse(words) if words else None
+    for name in ("model", "budget", "max_drop", "prompts", "heldout", "seed", "space", "weights"):
+        if getattr(args, name) is None and given is not None:
+            setattr(args, name, getattr(given, name))
+    args.model = args.model or profile.model["name"]
+    if args.budget is None or args.max_drop is None:
+        raise UsageError(f"profile {args.profile} does not say how it was made; give --budget and --max-drop")
+    from tuner.recheck import recheck
+
+    share = parse_share(args.max_regression, "max-regression") if args.max_regression else None
+    budget, max_drop = parse_budget(args.budget), parse_share(args.max_drop, "max-drop")
+    registry.find(args.model)
+    space = with_prompts(load_space(args.model, args.space), args.prompts, args.heldout)
+    outcome = recheck(
+        profile, space, budget, max_drop, share, args.seed or 0, args.weights, args.device, args.threads, args.quiet
+    )
+    if args.json:
+        print(json.dumps(outcome.to_dict(), indent=2))
+    else:
+        for line in outcome.lines:
+            print(line)
+    return outcome.exit_code
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    """Prints one line per check; exit code 1 when a study cannot run here."""
+    from tuner.doctor import examine
+
+    findings = examine(args.out)
+    if args.json:
+        print(json.dumps([dataclasses.asdict(f) for f in findings], indent=2))
+    else:
+        for finding in findings:
+            print(f"{finding.state:<5}{finding.text}")
+    return 1 if any(f.state == "fail" for f in findings) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""`stagevar-tune doctor`: is this machine fit to tune on, and how much can its timings be trusted."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from stagevar.errors import StagevarError
+
+_REQUIRED = {"torch": (2, 11), "numpy": (2, 0), "optuna": (5, 0), "scipy": (1, 13), "pandas": (2, 2), "rich": (13, 7)}
+_OPTIONAL = {
+    "open_clip_torch": "CLIP score",
+    "ray": "--executor ray",
+    "transformers": "Infinity's text encoder",
+    "torchmetrics": "LPIPS, DISTS, PSNR, SSIM",
+    "huggingface_hub": "fetching public weights",
+}
+#: Spread of timings (p90 over median) above which a comparison needs many rounds.
+NOISY = 1.15
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check. state: "ok", "warn" (works, with a cost) or "fail" (a study cannot run)."""
+
+    state: str
+    text: str
+
+
+def examine(out: Path) -> list[Finding]:
+    """All checks, in the order a user wants to read them. out: where runs would be written."""
+    return [*_python(), *_packages(), *_device(), _timings(), _disk(out), *_models()]
+
+
+def _python() -> list[Finding]:
+    version = platform.python_version()
+    state = "ok" if sys.version_info >= (3, 11) else "fail"
+    return [Finding(state, f"Python {version} on {platform.system()} {platform.machine()}")]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _packages() -> list[Finding]:
+    findings = []
+    for name, least in _REQUIRED.items():
+        version = _version(name)
+        wanted = ".".join(map(str, least))
+        if version is None:
+            findings.append(Finding("fail", f"{name} is missing; pip install '{name}>={wanted}'"))
+            continue
+        numbers = tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in version.split(".")[:2])
+        old = numbers < least
+        findings.append(Finding("fail" if old else "ok", f"{name} {version}" + (f", {wanted} is needed" if old else "")))
+    for name, use in _OPTIONAL.items():
+        version = _version(name)
+        findings.append(Finding("ok" if version else "warn", f"{name} {version or 'is missing'} ({use})"))
+    return findings
+
+
+def _device() -> list[Finding]:
+    import torch
+
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    findings = [Finding("ok", f"{usable} processors usable, {torch.get_num_threads()} torch threads")]
+    if hasattr(os, "getloadavg"):
+        load = os.getloadavg()[0]
+        state = "warn" if load > 0.5 * usable else "ok"
+        findings.append(Finding(state, f"load {load:.1f}" + (": other work will disturb timings" if state == "warn" else "")))
+    if not torch.cuda.is_available():
+        return [*findings, Finding("ok", "no CUDA device: figures are for one pinned CPU thread")]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        findings.append(Finding("ok", f"cuda:{index} {properties.name}, {properties.total_memory / 2**30:.0f} GiB"))
+    return findings
+
+
+def _timings() -> Finding:
+    """How much a fixed computation's time varies on one pinned thread."""
+    import torch
+
+    from stagevar.latency import pinned
+
+    a = torch.rand(384, 384)
+    samples = []
+    with pinned(1):
+        for _ in range(40):
+            start = time.perf_counter()
+            for _ in range(4):
+                a @ a
+            samples.append(time.perf_counter() - start)
+    middle = statistics.median(samples)
+    spread = sorted(samples)[int(0.9 * len(samples))] / middle
+    text = f"timing spread p90/median {spread:.2f} on one pinned thread"
+    return Finding("warn", text + ": noisy, expect more rounds") if spread > NOISY else Finding("ok", text)
+
+
+def _disk(out: Path) -> Finding:
+    folder = next((p for p in (out, *out.resolve().parents) if p.is_dir()), Path("."))
+    try:
+        with tempfile.TemporaryFile(dir=folder) as handle:
+            start = time.perf_counter()
+            for _ in range(5):
+                handle.write(b"x" * 100)
+                handle.flush()
+                os.fsync(handle.fileno())
+            each_ms = (time.perf_counter() - start) * 200
+    except OSError as error:
+        return Finding("fail", f"{folder} cannot be written: {error.strerror or error}")
+    return Finding("warn" if each_ms > 50 else "ok", f"{folder} is writable, {each_ms:.1f} ms per durable line")
+
+
+def _models() -> list[Finding]:
+    from tuner.space import load_space, space_names
+
+    findings = []
+    for name in space_names():
+        try:
+            load_space(name)
+            findings.append(Finding("ok", f"search space {name}"))
+        except StagevarError as error:
+            findings.append(Finding("fail", f"search space {name}: {error}"))
+    try:
+        from stagevar.models.registry import load_model
+
+        model = load_model("nano", device="cpu")
+        findings.append(Finding("ok", f"nano loads: {len(model.grids)} scales, {model.pixels[0]} pixels"))
+    except StagevarError as error:
+        findings.append(Finding("fail", f"nano does not load: {error}"))
+    return findings
