@@ -65,7 +65,7 @@ def compare(
         timings = _time(sampler, plans, batches, rounds)
     full = made[BASELINE]
     rows = []
-    for name, steps in plans.items():
+    for name in plans:
         timing, images = timings[name], made[name].images
         ratio, low, high = paired_ratio(timing, timings[BASELINE])
         row = {
