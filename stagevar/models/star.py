@@ -113,7 +113,7 @@ class CrossAttention(nn.Module):
         k, v = kv.unflatten(-1, (2, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
         return F.normalize(k.float(), dim=-1, eps=1e-12).to(v.dtype), v
 
-    def forward(self, x_BLC: Tensor, text_kv: tuple[Tensor, Tensor], mask_B11T: Tensor | None) -> Tensor:
+    def forward(self, x_BLC: Tensor, text_kv: tuple[Tensor, Tensor], mask_B11T: Tensor) -> Tensor:
         k, v = text_kv
         weight = self.mat_q.weight
         q = F.linear(x_BLC.to(weight.dtype), weight, self.q_bias.to(weight.dtype))
@@ -126,11 +126,11 @@ class CrossAttention(nn.Module):
 @dataclass
 class STARConditioning(Conditioning):
     """first_RC: embedded pooled text. text_kv per layer: two (B, H, T, c) of the B prompts, which both branches read;
-    mask_B11T: bool, True where a text row is real, None when all are."""
+    mask_B11T: bool, True where a text row is real."""
 
     first_RC: Tensor
     text_kv: list[tuple[Tensor, Tensor]]
-    mask_B11T: Tensor | None
+    mask_B11T: Tensor
 
     @property
     def rows(self) -> int:
@@ -155,7 +155,7 @@ class STARConditioning(Conditioning):
         return STARConditioning(
             self.first_RC[rows],
             [(k[text], v[text]) for k, v in self.text_kv],
-            None if self.mask_B11T is None else self.mask_B11T[text],
+            self.mask_B11T[text],
         )
 
 
@@ -215,7 +215,7 @@ class Block(nn.Module):
     ) -> Tensor:
         (k, v), mask = conditioning.text_kv[layer], conditioning.mask_B11T
         if self.literal_cross_rows:
-            first = self.cross_attn(plain_norm(x[:1]), (k[:1], v[:1]), None if mask is None else mask[:1])
+            first = self.cross_attn(plain_norm(x[:1]), (k[:1], v[:1]), mask[:1])
             return first.expand(x.shape[0], -1, -1)
         batch = conditioning.prompts
         cond = self.cross_attn(plain_norm(x[:batch]), (k, v), mask)
@@ -277,8 +277,7 @@ class STAR(NextScaleModel):
         null = [text.null_pooled_D for text in prompts] if negative is None else [text.pooled_D for text in negative]
         pooled_RD = torch.stack([*(text.pooled_D for text in prompts), *null]).to(device, torch.float32)
         text_BTD = torch.stack([text.features_TD for text in prompts]).to(device, torch.float32)
-        mask_BT = torch.stack([text.mask_T for text in prompts]).bool()
-        mask_B11T = None if bool(mask_BT.all()) else mask_BT.to(device)[:, None, None]
+        mask_B11T = torch.stack([text.mask_T for text in prompts]).bool().to(device)[:, None, None]
         kv = [block.cross_attn.text_kv(text_BTD) for block in self.blocks]
         return STARConditioning(linear(pooled_RD, self.encoder_proj).float(), kv, mask_B11T)
 
