@@ -14,7 +14,7 @@ from stagevar.models.base import LoadedModel, Sampling, around_nothing
 from stagevar.models.registry import load_model, model_parts, resolve
 from stagevar.models.var import VAR, ClassLabels, RandomLabels, VARConfig, class_names, draw_index, guidance_ramp
 from stagevar.models.vqvae import VQVAE
-from stagevar.noise import PromptNoise, key_tensor, uniform
+from stagevar.noise import PromptNoise, hash_words, key_tensor, uniform
 from stagevar.sampler import Sampler
 from stagevar.schedule import BOTH, exact
 from tests.golden.var_cases import run_case
