@@ -33,7 +33,7 @@ def model():
 
 
 class Probe(Accelerator):
-    """Passes everything on; keeps shapes in and out of every site, and how many outermost runs were on reduced tokens."""
+    """Passes everything on; keeps shapes in and out of every site, and how many outermost runs were reduced."""
 
     name = "probe"
 
