@@ -1,8 +1,9 @@
 """Reads a nano scene back from its pixels: the object detector of this world, in GenEval's terms.
 
 Objects are connected bright regions on the dark background. A region's class is the shape whose drawing, at the
-same centre and area, overlaps it best; its colour the nearest hue; its texture the mark lattice that explains its whiteness best. The
-verdict itself is GenEval's rule (`stagevar.geneval.judge`), so nothing here knows what a prompt asked for.
+same centre and area, overlaps it best; its colour the nearest hue; its texture the mark lattice that explains
+its whiteness best. The verdict itself is GenEval's rule (`stagevar.geneval.judge`), so nothing here knows what a prompt
+asked for.
 
 Source: the rules are GenEval's (djghosh13/geneval), the detector is ours in place of Mask2Former and CLIP.
 """
@@ -39,8 +40,8 @@ def _unit_shapes() -> tuple[np.ndarray, np.ndarray]:
 def _fit(cover_HW: np.ndarray) -> tuple[int, float]:
     """The shape that explains a soft mask best, and how well (1 = exactly).
 
-    Every shape is drawn with the mask's own centroid and about its area, edges a little soft, and compared by soft overlap.
-    Faded tips of a small star therefore cost little, where a bounding box would shrink.
+    Every shape is drawn with the mask's own centroid and about its area, edges a little soft, and compared by soft
+    overlap. Faded tips of a small star therefore cost little, where a bounding box would shrink.
     """
     height, width = cover_HW.shape
     total = float(cover_HW.sum())

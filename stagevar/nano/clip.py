@@ -1,11 +1,11 @@
 """A small CLIP for nano's scenes, trained here with torch alone and loaded elsewhere through open_clip.
 
-`NanoClip` names its weights as open_clip's CLIP class does and computes the same features (tested), so a training machine
-needs no open_clip. Only the BPE tokens that scene captions use have trained rows; the published embedding has all of
-open_clip's 49,408 rows, the others zero.
+`NanoClip` names its weights as open_clip's CLIP class does and computes the same features (tested), so a training
+machine needs no open_clip. Only the BPE tokens that scene captions use have trained rows; the published embedding has
+all of open_clip's 49,408 rows, the others zero.
 
-Source: open_clip (mlfoundations/open_clip) for key names, pre-norm blocks, pooling and BPE ids, in our own code; Radford et
-al. 2021 for the loss. Captions that occur twice in a batch share the target.
+Source: open_clip (mlfoundations/open_clip) for key names, pre-norm blocks, pooling and BPE ids, in our own code;
+Radford et al. 2021 for the loss. Captions that occur twice in a batch share the target.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ BPE = {
     "triangles": (924, 18627), "rings": (5751,), "stars": (2895,), "crosses": (20473,),
 }  # fmt: skip
 # Row of every used id in the compact table. Order is kept, so the end token still has the highest number.
-ROWS = {token: row for row, token in enumerate(sorted({PADDING, START, END, *(i for ids in BPE.values() for i in ids)}))}
+_USED = {PADDING, START, END, *(i for ids in BPE.values() for i in ids)}
+ROWS = {token: row for row, token in enumerate(sorted(_USED))}
 
 
 def tokenize(captions: Sequence[str]) -> Tensor:

@@ -1,8 +1,9 @@
 """Measures nano: `python -m stagevar.nano.evaluate [--weights DIR] [--pictures DIR] [--json FILE]`.
 
 With fixed prompts and seeds and the full schedule: GenEval's six scores, their mean first, and our texture score on
-held-out prompts; the same on shape-colour pairs never trained; without guidance; and with the last scale skipped. Also how
-far images lie from the nearest of the scenes they were trained on, and pictures: samples, partial images, neighbours.
+held-out prompts; the same on shape-colour pairs never trained; without guidance; and with the last scale skipped.
+Also how far images lie from the nearest of the scenes they were trained on, and pictures: samples, partial images,
+neighbours.
 
 Source: scoring is stagevar.geneval; the nearest-neighbour look follows common practice for generative models.
 """
@@ -188,7 +189,9 @@ def save_pictures(evaluation: Evaluation, folder: Path, training_images: int, st
     similarity = evaluation.image_features(images) @ evaluation.image_features(known).T
     nearest = similarity.argmax(1)
     pairs = np.stack([images, known[nearest.numpy()]], axis=1).reshape(-1, *images.shape[1:])
-    words = [w for m, k in zip(prompts, nearest.tolist(), strict=True) for w in (m["prompt"], "trained: " + captions[k])]
+    words = []
+    for meta, k in zip(prompts, nearest.tolist(), strict=True):
+        words += [meta["prompt"], "trained: " + captions[k]]
     sheet(pairs, words, 16, zoom=2).save(folder / "nano_nearest.png")
     fresh = scenes.draw(scenes.sample(64, np.random.default_rng(99), split="heldout"), evaluation.config.image_size)
     reference = evaluation.image_features((fresh * 255).astype(np.uint8).transpose(0, 2, 3, 1))

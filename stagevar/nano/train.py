@@ -337,7 +337,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--save-minutes", type=float, default=8.0, help="minutes between checkpoints")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--compile", action="store_true", help="torch.compile the transformer: twice as fast, needs a C++ compiler")
+    p.add_argument("--compile", action="store_true", help="torch.compile: twice as fast, needs a C++ compiler")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return p
 
@@ -360,7 +360,8 @@ def main(argv: list[str] | None = None) -> int:
             if args.resume and trainer.folder.exists():
                 trainer.restore()
             count = sum(p.numel() for p in trainer.parameters.values())
-            print(f"{part}: {count} parameters, {dtype}, from step {trainer.step} of {trainer.recipe.steps}", flush=True)
+            where = f"from step {trainer.step} of {trainer.recipe.steps}"
+            print(f"{part}: {count} parameters, {dtype}, {where}", flush=True)
             run(trainer, (deadline - time.monotonic()) / 60, args.save_minutes)
     except StagevarError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,0 +1,81 @@
+"""The shipped tokenizer keeps what the checker reads, and its scales refine each other."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stagevar.nano import scenes
+from stagevar.nano.checker import check_batch
+from stagevar.nano.load import read_preset, shipped_folder
+from stagevar.nano.presets import preset
+from stagevar.nano.tokenizer import NanoTokenizer
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    tokenizer = NanoTokenizer(read_preset(shipped_folder())).eval()
+    tokenizer.load_state_dict(load_file(shipped_folder() / "tokenizer.safetensors"))
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def partial(shipped):
+    """Metadata of 300 fresh scenes, their pixels, and what every partial sum of scales decodes to."""
+    world = scenes.sample(300, np.random.default_rng(123), split="heldout")
+    pixels = scenes.draw(world, 48)
+    with torch.inference_mode():
+        sums = shipped.partial_sums(shipped.encode(torch.from_numpy(pixels) * 2 - 1))
+        decoded = [(shipped.decode(s) / 2 + 0.5).clamp(0, 1).numpy() for s in sums]
+    return world.metadata, pixels, decoded
+
+
+def test_reconstructions_keep_the_scene(partial):
+    metadata, _, decoded = partial
+    assert check_batch(decoded[-1], metadata).mean() >= 0.95
+
+
+def test_the_last_scale_matters(partial):
+    metadata, pixels, decoded = partial
+    assert check_batch(decoded[-2], metadata).mean() < 0.5
+    errors = [((image - pixels) ** 2).mean() for image in decoded]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < errors[-2] / 4
+
+
+def test_partial_sums_are_the_residual_loop(shipped):
+    """The tokenizer's training path and the runtime's quantiser agree on bits and sums."""
+    pixels = torch.from_numpy(scenes.draw(scenes.sample(4, np.random.default_rng(0)))) * 2 - 1
+    with torch.inference_mode():
+        latent = shipped.encode(pixels)
+        targets, _, code_sum = shipped.residual.quantise(latent)
+        sums = shipped.partial_sums(latent)
+    assert torch.allclose(sums[-1], code_sum, atol=1e-6)
+    rebuilt = shipped.residual.zeros(4, "cpu")
+    for scale, bits in enumerate(targets):
+        rebuilt = shipped.residual.add(rebuilt, bits, scale)
+        assert torch.allclose(rebuilt, sums[scale], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu", "micro"])
+def test_shapes_of_every_preset(name):
+    config = preset(name)
+    tokenizer = NanoTokenizer(config)
+    side = config.image_size // config.patch
+    assert config.scales[-1] == side
+    assert tokenizer.residual.final_grid == (side, side)
+    image = torch.zeros(2, 3, config.image_size, config.image_size)
+    latent = tokenizer.encode(image)
+    assert latent.shape == (2, tokenizer.latent_dim, side, side)
+    assert tokenizer.decode(latent).shape == image.shape
+
+
+def test_presets_meet_their_bounds():
+    from stagevar.models.infinity import Infinity
+
+    cpu, gpu = preset("cpu"), preset("gpu")
+    assert len(cpu.scales) >= 6 and cpu.image_size >= 48
+    assert len(gpu.scales) >= 9 and gpu.image_size >= 96
+    assert sum(s * s for s in cpu.scales[-2:]) / cpu.tokens >= 0.55
+    with torch.device("meta"):
+        assert sum(p.numel() for p in Infinity(gpu.infinity()).parameters()) <= 3.9e6

@@ -1,0 +1,108 @@
+"""Training resumes where it stopped, publishes what the runtime loads, and learns."""
+
+import numpy as np
+import pytest
+import torch
+
+from stagevar.errors import WeightsError
+from stagevar.nano import train
+from stagevar.nano.checkpoints import MAX_SHARD_BYTES, load_checkpoint, save_checkpoint
+from stagevar.nano.presets import preset
+
+PARTS = ("tokenizer", "transformer", "clip")
+
+
+def trainer(part, out, steps=4, **changes):
+    recipe = train.Recipe(steps=steps, batch=4, muon_rate=0.02, adam_rate=1e-3, warmup=2, **changes)
+    return train.Trainer(train.build_job(part, preset("micro"), out, torch.device("cpu")), recipe, out)
+
+
+@pytest.fixture
+def out(tmp_path):
+    trainer("tokenizer", tmp_path).publish()  # the transformer reads it
+    return tmp_path
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_resumed_equals_uninterrupted(part, out):
+    whole = trainer(part, out, clip_norm=1.0)
+    for _ in range(4):
+        whole.advance()
+    first = trainer(part, out, clip_norm=1.0)
+    first.advance()
+    first.advance()
+    first.save()
+    second = trainer(part, out, clip_norm=1.0)
+    second.restore()
+    assert second.step == 2
+    second.advance()
+    second.advance()
+    for name, tensor in whole.job.model.state_dict().items():
+        assert torch.equal(tensor, second.job.model.state_dict()[name]), name
+        assert torch.equal(whole.average[name], second.average[name]), name
+
+
+def test_command_line_stops_resumes_and_publishes(tmp_path, capsys):
+    arguments = ["tokenizer", "--preset", "micro", "--batch", "4", "--device", "cpu", "--out", str(tmp_path)]
+    assert train.main([*arguments, "--steps", "3"]) == 0
+    assert train.main([*arguments, "--steps", "5", "--resume"]) == 0
+    assert "from step 3 of 5" in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "tokenizer.checkpoint")[1]["step"] == 5
+    assert train.main(["transformer", *arguments[1:], "--steps", "2"]) == 0
+    assert {f.name for f in tmp_path.glob("*.safetensors")} == {
+        "tokenizer.safetensors", "transformer.safetensors", "text_encoder.safetensors",
+    }  # fmt: skip
+
+
+def test_command_line_refuses_in_one_line(tmp_path, capsys):
+    assert train.main(["transformer", "--preset", "micro", "--out", str(tmp_path), "--device", "cpu"]) == 2
+    assert train.main(["tokenizer", "--steps", "0", "--out", str(tmp_path), "--device", "cpu"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert "tokenizer.safetensors" in said[0] and "--steps 0" in said[1]
+
+
+def test_losses_fall(out):
+    for part in ("tokenizer", "transformer"):
+        run = trainer(part, out, steps=40)
+        losses = [run.advance()[0] for _ in range(25)]
+        assert np.mean(losses[-5:]) < np.mean(losses[:5]), part
+
+
+def test_rate_warms_up_stays_and_falls(out):
+    run = trainer("tokenizer", out, steps=100, cooldown=0.5)
+    factors = []
+    for run.step in (0, 1, 10, 50, 75, 99):
+        factors.append(run._factor())
+    assert factors == [0.5, 1.0, 1.0, 1.0, 0.5, 0.02]
+
+
+def test_checkpoint_shards_stay_small_and_survive_a_torn_write(tmp_path):
+    tensors = {f"t{i}": torch.full((2**20,), float(i)) for i in range(9)}
+    save_checkpoint(tmp_path / "c", tensors, {"step": 1})
+    save_checkpoint(tmp_path / "c", tensors, {"step": 2})
+    files = list((tmp_path / "c").glob("*.safetensors"))
+    assert len(files) == 3
+    assert all(f.stat().st_size < MAX_SHARD_BYTES + 2**20 for f in files)
+    (tmp_path / "c").rename(tmp_path / "c.old")  # as if killed between the two renames
+    found, state = load_checkpoint(tmp_path / "c")
+    assert state["step"] == 2
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    with pytest.raises(WeightsError, match="nowhere"):
+        load_checkpoint(tmp_path / "nowhere")
+
+
+def test_dropped_captions_and_flips_reach_the_loss(out):
+    """Without captions dropped or bits flipped the loss of the same batch differs."""
+    job = train.build_job("transformer", preset("micro"), out, torch.device("cpu"))
+
+    def loss():
+        torch.manual_seed(0)
+        return job.loss(np.random.default_rng(1), 16, 0.0)[0].item()
+
+    base = loss()
+    assert base == loss()
+    job.max_flip = 0.0
+    unflipped = loss()
+    job.caption_drop = 1.0
+    assert len({base, unflipped, loss()}) == 3
