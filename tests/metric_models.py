@@ -166,7 +166,7 @@ def blip_folder(folder: Path) -> str:
     from transformers import BertTokenizerFast, BlipConfig, BlipForQuestionAnswering, BlipImageProcessor, BlipProcessor
 
     torch.manual_seed(0)
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]", "yes", "no", "is", "there", "a", "cat", "?"]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]", "yes", "no", "is", "there", "a", "?"]
     (folder / "vocab.txt").write_text("\n".join(words))
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = BlipConfig(
@@ -211,7 +211,7 @@ class AnswersYes:
         return {"kind": "bright"}
 
 
-QUESTIONS = """item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,question_natural_language
+QUESTIONS = """item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,question
 a,a photo of a dog,k,1,0,entity,whole,entity - whole (dog),is there a dog?
 a,a photo of a dog,k,2,1,attribute,color,attribute - color (dog),is there a cat?
 """

@@ -42,6 +42,22 @@ counts; a column of 0/1 is taken as scores. Questions keep the file's order, whi
 docs/metrics.md has all spellings."""
 
 
+_IMAGES_HELP = """\
+layouts: GenEval's (DIR/00000/metadata.jsonl, DIR/00000/samples/0000.png), or images anywhere below DIR with --prompts:
+a .jsonl of {"file": "a.png", "prompt": "..."} or GenEval metadata in order of name, a .txt with one prompt a line, or a
+folder of item_id.txt (DPG). With --out RESULT.json every finished row is kept in RESULT.json.rows.jsonl; the same
+command goes on from there. metrics and their options: docs/metrics.md."""
+
+_PROMPTS_HELP = """\
+Without --from: COCO classes, GenEval's six tasks, the same for the same seed. With --from: every tag keeps its share.
+--check RESULT.json ... (three or more systems on the prompts of --from, one image each) says how well subsets of
+--count prompts rank the systems as all prompts do (Spearman)."""
+
+_PAIRS_HELP = """\
+Send the page, keep the key. Voters press 1, 2 or T and save their answers to a file, which
+`stagevar-eval preference --key KEY.json --answers ANSWERS.json ...` reads."""
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse with errors on one line; the exit code stays 2."""
 
@@ -88,6 +104,46 @@ def _build_parser() -> argparse.ArgumentParser:
     dpg.add_argument("--mode", choices=("both", "published", "corrected"), default="both",
                      help="published keeps the released script's bugs (default %(default)s)")
     dpg.set_defaults(run=_run_dpg)
+
+    images = _add(verbs, "images", "score a folder of images with metrics by name", _IMAGES_HELP)
+    images.add_argument("--images", required=True, metavar="DIR", help="GenEval's layout, or any folder of images")
+    images.add_argument("--metric", required=True, action="append", metavar="NAME", help="repeatable; --metric list")
+    images.add_argument("--option", action="append", default=[], metavar="METRIC.NAME=VALUE",
+                        help="option of a metric, such as clip_score.model=ViT-B-32; repeatable")
+    images.add_argument("--reference", metavar="DIR", help="images to compare with, same names (fid, kid: any)")
+    images.add_argument("--prompts", metavar="FILE", help="prompts, if the folder has none")
+    images.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
+    images.add_argument("--batch-size", type=int, default=16, help="images at once (default %(default)s)")
+    images.set_defaults(run=_run_images)
+
+    prompts = _add(verbs, "prompts", "make a GenEval-style prompt set, or a stratified subset of one", _PROMPTS_HELP)
+    prompts.add_argument("--count", type=int, required=True, help="number of prompts")
+    prompts.add_argument("--from", dest="source", metavar="FILE", help="take a stratified subset of these prompts")
+    prompts.add_argument("--tags", metavar="TAG,...", help="tasks to generate (default: all six)")
+    prompts.add_argument("--seed", type=int, default=0, help="seed (default %(default)s)")
+    prompts.add_argument("--to", metavar="FILE.jsonl", help="write the prompts here, as GenEval metadata")
+    prompts.add_argument("--check", nargs="+", metavar="RESULT.json", help="results of `images`, one per system")
+    prompts.add_argument("--metric", default="geneval", help="metric of --check (default %(default)s)")
+    prompts.set_defaults(run=_run_prompts)
+
+    pairs = _add(verbs, "pairs", "make a blind A/B page from two folders of images", _PAIRS_HELP)
+    pairs.add_argument("--a", required=True, metavar="DIR", help="images of A, with prompts if it has GenEval's layout")
+    pairs.add_argument("--b", required=True, metavar="DIR", help="images of B, same names")
+    pairs.add_argument("--page", required=True, metavar="FILE.html", help="the page to write")
+    pairs.add_argument("--key", metavar="FILE.json", help="the key to write (default: beside the page, .key.json)")
+    pairs.add_argument("--prompts", metavar="FILE", help="prompts, if A's folder has none")
+    pairs.add_argument("--count", type=int, help="number of pairs (default: all)")
+    pairs.add_argument("--seed", type=int, default=0, help="seed of choice, order and sides (default %(default)s)")
+    pairs.add_argument("--question", default="Which image is better?", help="heading of the page")
+    pairs.set_defaults(run=_run_pairs)
+
+    preference = _add(verbs, "preference", "win rate of a study, and whether no preference is supported")
+    preference.add_argument("--key", required=True, metavar="FILE.json", help="the key that `pairs` wrote")
+    preference.add_argument("--answers", required=True, nargs="+", metavar="FILE.json", help="answers, all voters")
+    preference.add_argument("--margin", type=float, default=0.1,
+                            help="win rates within 0.5 -+ this count as no preference (default %(default)s)")
+    preference.add_argument("--level", type=float, default=0.95, help="confidence (default %(default)s)")
+    preference.set_defaults(run=_run_preference)
     return parser
 
 
@@ -154,11 +210,171 @@ def _run_dpg(options: argparse.Namespace) -> int:
     return _deliver(options, "dpg", results, lines, [options.answers, options.questions])
 
 
+# Image folders and prompt sets -------------------------------------------------------------------------------------
+
+
+def _run_images(options: argparse.Namespace) -> int:
+    from tuner.metrics.image_folder import evaluate_folder, match_references, read_folder, reference_set
+    from tuner.metrics.registry import METRIC_NAMES, create, metric_class
+
+    if options.metric == ["list"]:
+        print("\n".join(METRIC_NAMES))
+        return 0
+    if options.batch_size < 1:
+        raise UsageError(f"--batch-size {options.batch_size}: expected 1 or more")
+    given = _metric_options(options.option, options.metric)
+    classes = {name: metric_class(name) for name in options.metric}
+    images = read_folder(options.images, options.prompts)
+    paired = any(cls.needs_reference for name, cls in classes.items() if name not in ("fid", "kid"))
+    references = None
+    if options.reference is not None:
+        references = match_references(images, options.reference) if paired else reference_set(options.reference)
+    metrics = {name: create(name, device=options.device, **given[name]) for name in classes}
+    results = evaluate_folder(
+        images, metrics, references=references, batch_size=options.batch_size,
+        progress=Path(options.out + ".rows.jsonl") if options.out else None,
+    )
+    lines = []
+    for name, result in results.items():
+        lines.append(f"{name}  ({result['images']} images)")
+        lines += [f"  {label:<28} {value}" for label, value in _flat(result["summary"])]
+    versions = ("torch", "transformers", "open_clip_torch", "torchmetrics", "torch-fidelity", "lpips")
+    document = {"metrics": results, "images_sha256": _files_digest([image.path for image in images])}
+    return _deliver(options, "images", document, lines, [], versions)
+
+
+def _metric_options(assignments: Sequence[str], metrics: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """`metric.name=value` by metric; values are read as YAML, so numbers and true/false are what they look like."""
+    import yaml
+
+    options: dict[str, dict[str, Any]] = {name: {} for name in metrics}
+    for assignment in assignments:
+        target, equals, value = assignment.partition("=")
+        metric, dot, name = target.partition(".")
+        if not (equals and dot and name) or metric not in options:
+            raise UsageError(f"--option {assignment}: expected METRIC.NAME=VALUE with a metric of --metric")
+        try:
+            options[metric][name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            options[metric][name] = value
+    return options
+
+
+def _flat(summary: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows = []
+    for name, value in summary.items():
+        if isinstance(value, dict):
+            rows += _flat(value, f"{prefix}{name}.")
+        else:
+            rows.append((f"{prefix}{name}", f"{value:.5f}" if isinstance(value, float) else str(value)))
+    return rows
+
+
+def _files_digest(paths: Sequence[Path]) -> str:
+    """One hash over the bytes of files, in order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(bytes.fromhex(_sha256(path)))
+    return digest.hexdigest()
+
+
+def _run_prompts(options: argparse.Namespace) -> int:
+    from stagevar.geneval import TAGS
+    from tuner.metrics.prompt_sets import (
+        generate,
+        read_prompts,
+        stratified_subset,
+        subset_rank_correlation,
+        write_metadata,
+    )
+
+    results: dict[str, Any] = {}
+    if options.source is None:
+        prompts = generate(options.count, options.seed, options.tags.split(",") if options.tags else TAGS)
+    else:
+        whole = read_prompts(options.source)
+        indices = stratified_subset(whole, options.count, options.seed)
+        prompts = [whole[index] for index in indices]
+        results["indices"] = indices
+        if options.check:
+            results["subset"] = subset_rank_correlation(
+                _values_of(options.check, options.metric, len(whole)), whole, options.count, seed=options.seed)
+    if options.check and options.source is None:
+        raise UsageError("--check needs --from: the prompts that the results were made with")
+    if options.to:
+        write_metadata(prompts, options.to)
+    by_tag: dict[str, int] = {}
+    for prompt in prompts:
+        by_tag[prompt.get("tag", "")] = by_tag.get(prompt.get("tag", ""), 0) + 1
+    results |= {"count": len(prompts), "tags": by_tag, "prompts": prompts}
+    lines = [prompt["prompt"] for prompt in prompts] if not options.to and not options.check else []
+    lines += [f"{name:<16} {value:.4f}" for name, value in results.get("subset", {}).items()]
+    lines += [f"{tag or 'prompts':<16} {count}" for tag, count in by_tag.items()]
+    return _deliver(options, "prompts", results, lines, [options.source, *(options.check or [])])
+
+
+def _values_of(paths: Sequence[str], metric: str, count: int) -> list[list[float]]:
+    """One row per result file: the metric's value per image, which must be one per prompt."""
+    from tuner.metrics.user_study import read_json
+
+    rows = []
+    for path in paths:
+        try:
+            values = [float(row["value"]) for row in read_json(path)["results"]["metrics"][metric]["rows"]]
+        except (KeyError, TypeError, ValueError):
+            raise UsageError(f"{path}: no rows of {metric} in it; make it with stagevar-eval images --out") from None
+        if len(values) != count:
+            raise UsageError(f"{path}: {len(values)} rows of {metric} for {count} prompts; one image per prompt needed")
+        rows.append(values)
+    return rows
+
+
+# User study --------------------------------------------------------------------------------------------------------
+
+
+def _run_pairs(options: argparse.Namespace) -> int:
+    from tuner.metrics.image_folder import match_references, read_folder
+    from tuner.metrics.user_study import build_study
+
+    images = read_folder(options.a, options.prompts)
+    study = build_study(images, match_references(images, options.b), count=options.count, seed=options.seed,
+                        question=options.question)
+    page = Path(options.page)
+    key = Path(options.key) if options.key else page.with_suffix(".key.json")
+    for path, text in ((page, study.page), (key, json.dumps(study.key, indent=2) + "\n")):
+        try:
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"{path}: cannot be written ({error.strerror})") from None
+    results = {"page": str(page), "key": str(key), "pairs": len(study.key["pairs"]), "study": study.key["study"]}
+    lines = [f"{results['pairs']} pairs: send {page}, keep {key}"]
+    return _deliver(options, "pairs", results, lines, [str(page), str(key)])
+
+
+def _run_preference(options: argparse.Namespace) -> int:
+    from tuner.metrics.user_study import judge_preference, read_json, read_votes
+
+    votes = read_votes(read_json(options.key), options.answers)
+    result = judge_preference(votes, margin=options.margin, level=options.level)
+    lines = [
+        f"votes: A {result.votes['A']}, B {result.votes['B']}, no difference {result.votes['tie']} "
+        f"({result.voters} voters, {result.pairs} pairs)",
+        f"win rate of A {result.win_rate:.1%}, {result.level:.0%} interval {result.low:.1%} to {result.high:.1%}",
+        f"preference: p = {result.p_preference:.4f}",
+        f"no preference within 50 % -+ {result.margin:.0%}: p = {result.p_equivalence:.4f}",
+        f"verdict: {result.verdict}",
+    ]
+    if result.verdict == "undecided":
+        lines.append(f"about {result.pairs_needed} pairs would support no preference, if there is none")
+    return _deliver(options, "preference", dataclasses.asdict(result), lines, [options.key, *options.answers])
+
+
 # Output -----------------------------------------------------------------------------------------------------------
 
 
 def _deliver(
-    options: argparse.Namespace, command: str, results: Any, lines: Sequence[str], inputs: Sequence[str | None]
+    options: argparse.Namespace, command: str, results: Any, lines: Sequence[str], inputs: Sequence[str | None],
+    packages: Sequence[str] = (),
 ) -> int:
     """Print the table (or JSON) and write `--out`; the JSON states versions and the hashes of the inputs."""
     document = {
@@ -166,7 +382,7 @@ def _deliver(
         "command": command,
         "inputs": {str(path): _sha256(Path(path)) for path in inputs if path is not None},
         "versions": {"stagevar-tune": _version("stagevar-tune"), "python": platform.python_version(),
-                     "numpy": _version("numpy")},
+                     **{package: _version(package) for package in ("numpy", *packages)}},
         "results": results,
     }
     text = json.dumps(document, indent=2, allow_nan=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -236,7 +237,11 @@ def _load_open_clip(model: str, pretrained: str, resize_mode: str | None) -> tup
 
 
 def _load_nano() -> tuple[torch.nn.Module, Any, Any]:
-    raise UsageError("no nano clip yet")
+    """The package's own CLIP; nano's weights folder is an open_clip local folder."""
+    folder = Path(str(files("stagevar") / "nano" / "weights"))
+    if not (folder / "open_clip_model.safetensors").is_file():
+        raise UsageError("nano's CLIP is not in this installation; train it with python -m stagevar.nano.train clip")
+    return _load_open_clip(f"local-dir:{folder}", "", None)
 
 
 def _hub_file(source: str) -> str:

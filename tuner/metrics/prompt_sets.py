@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from stagevar.errors import UsageError
 from stagevar.geneval import COLORS, RELATIONS, TAGS
 from tuner.metrics.detections import read_metadata
@@ -74,6 +76,33 @@ def stratified_subset(prompts: Sequence[Mapping[str, Any]], count: int, seed: in
         quota[tag] += 1
     rng = random.Random(f"subset/{seed}")
     return sorted(index for tag, indices in by_tag.items() for index in rng.sample(indices, quota[tag]))
+
+
+def subset_rank_correlation(
+    values_SP: np.ndarray, prompts: Sequence[Mapping[str, Any]], count: int, *, draws: int = 200, seed: int = 0
+) -> dict[str, float]:
+    """How well stratified subsets of `count` prompts rank systems as all prompts do.
+
+    values_SP: one value per system and prompt. Over `draws` subsets: Spearman's correlation of the systems' means
+    (mean, and the 5th percentile), and how often a subset finds the whole's best system.
+    Raises UsageError for fewer than 3 systems, or if all systems are equal.
+    """
+    from scipy.stats import spearmanr
+
+    values_SP = np.asarray(values_SP, dtype=np.float64)
+    if values_SP.ndim != 2 or len(values_SP) < 3 or values_SP.shape[1] != len(prompts):
+        raise UsageError(f"values of shape {values_SP.shape}: expected at least 3 systems by {len(prompts)} prompts")
+    whole_S = values_SP.mean(1)
+    if np.ptp(whole_S) == 0:
+        raise UsageError("all systems have the same mean: there is no ranking to predict")
+    correlations, hits = [], 0
+    for draw in range(draws):
+        means_S = values_SP[:, stratified_subset(prompts, count, seed=seed + draw)].mean(1)
+        # A subset on which all systems tie predicts nothing.
+        correlations.append(float(spearmanr(whole_S, means_S).statistic) if np.ptp(means_S) else 0.0)
+        hits += int(means_S.argmax() == whole_S.argmax())
+    return {"spearman_mean": float(np.mean(correlations)), "spearman_p5": float(np.percentile(correlations, 5)),
+            "best_found": hits / draws, "count": count, "draws": draws}
 
 
 def read_prompts(path: str | Path) -> list[Metadata]:

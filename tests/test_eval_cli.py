@@ -1,0 +1,185 @@
+"""`stagevar-eval` from the outside: figures, files, exit codes, one line for every wrong input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tuner.eval_cli import main
+
+DOGS = {"tag": "counting", "include": [{"class": "dog", "count": 2}], "exclude": [{"class": "dog", "count": 3}],
+        "prompt": "a photo of two dogs"}
+RED = {"tag": "colors", "include": [{"class": "cup", "count": 1, "color": "red"}], "prompt": "a photo of a red cup"}
+
+
+def dog(score):
+    return {"class": "dog", "score": score, "box": [0, 0, 10, 10]}
+
+
+@pytest.fixture
+def detections(tmp_path):
+    path = tmp_path / "found.json"
+    path.write_text(json.dumps([
+        {"name": "two", "metadata": DOGS, "detections": [dog(0.95), dog(0.91)]},
+        {"name": "unsure", "metadata": DOGS, "detections": [dog(0.95), dog(0.9)]},
+        {"name": "three", "metadata": DOGS, "detections": [dog(0.95)] * 3},
+        {"name": "cup", "metadata": RED,
+         "detections": [{"class": "cup", "score": 0.4, "box": [0, 0, 9, 9], "color": "red"}]},
+    ]))
+    return path
+
+
+@pytest.fixture
+def answers(tmp_path):
+    path = tmp_path / "answers.csv"
+    path.write_text("item_id,proposition_id,dependency,tuple,tile,answer\n"
+                    "z,1,0,entity - whole (z),0,yes\n"
+                    "a,1,0,entity - whole (cat),0,no\na,2,1,attribute - color (cat),0,yes\n"
+                    "a,1,0,entity - whole (cat),1,yes\na,2,1,attribute - color (cat),1,yes\n")
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """GenEval's layout with one nano-like image per prompt, and a copy with noise as reference."""
+    rng = np.random.default_rng(0)
+    for name in ("images", "reference"):
+        for index in range(3):
+            samples = tmp_path / name / f"{index:05d}" / "samples"
+            samples.mkdir(parents=True)
+            (samples.parent / "metadata.jsonl").write_text(json.dumps(DOGS if index else RED))
+            pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(samples / "0000.png")
+    return tmp_path
+
+
+def run(capsys, *arguments):
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def results(capsys, *arguments):
+    code, out, err = run(capsys, *arguments, "--json")
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_geneval_from_detections(capsys, detections):
+    document = results(capsys, "geneval", "--detections", detections)
+    found = document["results"]
+    assert [verdict["correct"] for verdict in found["verdicts"]] == [True, False, False, True]
+    assert [verdict["reason"] for verdict in found["verdicts"]] == [
+        "", "expected dog>=2, found 1", "expected dog<3, found 3", ""]
+    assert found["tags"] == {"counting": pytest.approx(1 / 3), "colors": 1.0}
+    assert found["overall"] == pytest.approx(2 / 3) and found["correct_images"] == 0.5
+    assert len(next(iter(document["inputs"].values()))) == 64 and document["versions"]["numpy"]
+
+
+def test_geneval_prints_a_table_and_takes_thresholds(capsys, detections, tmp_path):
+    code, out, _ = run(capsys, "geneval", "--detections", detections, "--counting-threshold", "0.89",
+                       "--out", tmp_path / "result.json")
+    assert code == 0 and "counting" in out and "66.67%" in out and "0.83333" in out
+    saved = json.loads((tmp_path / "result.json").read_text())
+    assert saved["results"]["overall"] == pytest.approx(5 / 6) and saved["schema"] == "stagevar-eval/1"
+
+
+def test_dpg_from_answers_both_ways(capsys, answers):
+    found = results(capsys, "dpg", "--answers", answers)["results"]
+    assert found["published"]["score"] == 50.0  # a alone: tiles 0 and 1; z's only question is the lost line
+    assert found["corrected"]["score"] == 75.0
+    assert found["published"]["l2"]["attribute - color"] == 100.0  # last tile
+    assert found["corrected"]["l2"]["attribute - color"] == 50.0
+    code, out, _ = run(capsys, "dpg", "--answers", answers, "--mode", "published")
+    assert code == 0 and "50.0000" in out and "corrected" not in out and "dropped z" in out
+
+
+def test_a_folder_needs_no_verb(capsys, folder):
+    document = results(capsys, "--images", folder / "images", "--metric", "psnr", "--metric", "geneval_nano",
+                       "--reference", folder / "reference", "--out", folder / "result.json")
+    metrics = document["results"]["metrics"]
+    assert metrics["psnr"]["images"] == 3 and 5 < metrics["psnr"]["summary"]["mean"] < 15
+    assert set(metrics["geneval_nano"]["summary"]["tags"]) == {"colors", "counting"}
+    assert metrics["psnr"]["rows"][0]["image"].startswith("00000")
+    assert (folder / "result.json.rows.jsonl").is_file()
+    assert document["versions"]["torch"]
+    code, out, _ = run(capsys, "--images", folder / "images", "--metric", "psnr", "--reference", folder / "images")
+    assert code == 0 and "100.00000" in out
+
+
+def test_prompts_are_generated_and_subset(capsys, tmp_path):
+    found = results(capsys, "prompts", "--count", 30, "--seed", 4, "--to", tmp_path / "p.jsonl")["results"]
+    assert set(found["tags"].values()) == {5}
+    assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 30
+    subset = results(capsys, "prompts", "--from", tmp_path / "p.jsonl", "--count", 12)["results"]
+    assert set(subset["tags"].values()) == {2} and len(subset["indices"]) == 12
+
+
+def test_prompts_check_ranks_systems(capsys, tmp_path):
+    prompts = results(capsys, "prompts", "--count", 30, "--to", tmp_path / "p.jsonl")["results"]["prompts"]
+    paths = []
+    for system in range(4):
+        rows = [{"value": float(index % 4 >= system)} for index in range(len(prompts))]
+        paths.append(tmp_path / f"{system}.json")
+        paths[-1].write_text(json.dumps({"results": {"metrics": {"geneval": {"rows": rows}}}}))
+    found = results(capsys, "prompts", "--from", tmp_path / "p.jsonl", "--count", 24, "--check", *paths)["results"]
+    assert 0.8 < found["subset"]["spearman_mean"] <= 1.0 and found["subset"]["best_found"] > 0.9
+
+
+def test_a_study_from_page_to_verdict(capsys, folder):
+    page = folder / "study.html"
+    code, out, _ = run(capsys, "pairs", "--a", folder / "images", "--b", folder / "reference", "--page", page)
+    assert code == 0 and "3 pairs" in out
+    key = json.loads((folder / "study.key.json").read_text())
+    given = [{"pair": pair, "choice": entry["a"], "seconds": 1} for pair, entry in key["pairs"].items()]
+    (folder / "answers.json").write_text(json.dumps({"study": key["study"], "voter": "x", "answers": given}))
+    found = results(capsys, "preference", "--key", folder / "study.key.json", "--answers", folder / "answers.json")
+    assert found["results"]["win_rate"] == 1.0 and found["results"]["votes"] == {"A": 3, "B": 0, "tie": 0}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["geneval"],
+        ["geneval", "--detections", "none.json"],
+        ["geneval", "--detections", "{detections}", "--threshold", "high"],
+        ["geneval", "--detections", "{detections}", "--out", "/no/such/folder/x.json"],
+        ["dpg", "--answers", "none.csv"],
+        ["dpg", "--answers", "{detections}"],
+        ["dpg", "--answers", "{answers}", "--mode", "right"],
+        ["--images", "none", "--metric", "psnr"],
+        ["--images", "{folder}/images"],
+        ["--images", "{folder}/images", "--metric", "pnsr"],
+        ["--images", "{folder}/images", "--metric", "psnr"],
+        ["--images", "{folder}/images", "--metric", "psnr", "--option", "ssim.x=1"],
+        ["--images", "{folder}/images", "--metric", "psnr", "--reference", "{folder}"],
+        ["prompts", "--count", "-1"],
+        ["prompts", "--count", "81", "--tags", "single_object"],
+        ["prompts", "--count", "5", "--tags", "poetry"],
+        ["prompts", "--count", "5", "--from", "none.jsonl"],
+        ["pairs", "--a", "{folder}/images", "--b", "{folder}", "--page", "{folder}/x.html"],
+        ["preference", "--key", "{detections}", "--answers", "{detections}"],
+        ["frobnicate"],
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_2(capsys, detections, answers, folder, arguments):
+    filled = [argument.format(detections=detections, answers=answers, folder=folder) for argument in arguments]
+    code, out, err = run(capsys, *filled)
+    assert code == 2 and out == ""
+    assert err.startswith("stagevar-eval: ") and err.count("\n") == 1
+
+
+def test_help_loads_no_model_library():
+    code = ("import sys, tuner.eval_cli as cli\n"
+            "for arguments in (['--help'], ['geneval', '--help'], ['dpg', '--help'], ['images', '--help']):\n"
+            "    try: cli.main(arguments)\n"
+            "    except SystemExit as stop: assert stop.code == 0\n"
+            "print('torch' in sys.modules, 'open_clip' in sys.modules, 'pandas' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False False False"
+    assert "box_xywh" in done.stdout and "proposition_id" in done.stdout
