@@ -7,6 +7,7 @@ inline; there is no script and nothing is fetched, so the file can be mailed and
 
 from __future__ import annotations
 
+import math
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -26,6 +27,7 @@ from tuner.report_sections import (
     tradeoff_section,
 )
 from tuner.report_words import (
+    budget_text,
     find,
     has_quality,
     interval_text,
@@ -105,8 +107,10 @@ def _slug(name: str) -> str:
 def _answer(result: StudyResult) -> str:
     """Did tuning help, which schedule, how sure: one sentence, plain text."""
     pick, full = result.pick, result.baseline.best_latency
+    if pick is None and result.verdict in ("inconclusive", "partial") and result.nearest:
+        pick = find(result, result.nearest[0])
     full_ms = full.median_ms if full else None
-    model, budget = result.model, ms(result.budget_ms)
+    model, budget = result.model, budget_text(result)
     if result.verdict == "dry_run":
         return f"Nothing was run: this is the plan of a study of {model} under {result.budget}."
     if result.verdict == "failed":
@@ -182,7 +186,8 @@ def _tiles(result: StudyResult) -> str:
     elif full is not None:
         tiles.append(("Full schedule", ms(full.median_ms), f"p90 {ms(full.p90_ms)}"))
     typed = f"{result.budget} as asked" if result.budget.strip() != f"{result.budget_ms:g}ms" else "as asked"
-    tiles.append(("Budget", ms(result.budget_ms), escape(typed)))
+    if math.isfinite(result.budget_ms):
+        tiles.append(("Budget", ms(result.budget_ms), escape(typed)))
     difference = quality_change(shown) if shown is not None and not result.random_weights else None
     if difference is not None:
         tiles.append(
@@ -197,15 +202,17 @@ def _tiles(result: StudyResult) -> str:
 def _trust(result: StudyResult) -> str:
     """What supports the answer and what weakens it, one line each."""
     lines: list[tuple[str, str]] = []
-    pick = result.pick
+    pick = result.pick or (find(result, result.nearest[0]) if result.nearest else None)
+    if result.pick is None and result.reason:
+        lines.append(("no", escape(result.reason[0].upper() + result.reason[1:]) + "."))
     if pick is not None and pick.best_latency is not None:
         check = pick.verification
         for verdict in check.verdicts if check else pick.verdicts:
             lines.append(_verdict_line(verdict, proved=check is not None))
-        if check and check.values:
+        if check and check.values and pick.key != result.baseline.key:
             held = f"Quality was judged on {check.prompts} held-out prompts that the search never saw, image by image"
             lines.append(("yes", f"{held} against the full schedule with the same seed."))
-        elif has_quality(result):
+        elif not check and has_quality(result):
             lines.append(
                 (
                     "no",
@@ -228,8 +235,6 @@ def _trust(result: StudyResult) -> str:
                 ("no", f"The pick does not run {count}: fine detail is lost, which prompt-following scores hardly see. "
                        "Look at the images.")
             )  # fmt: skip
-    elif result.reason:
-        lines.append(("no", escape(result.reason[0].upper() + result.reason[1:]) + "."))
     device = [str(result.device.get(key, "?")) for key in ("name", "dtype")]
     where = escape(", ".join([*device, f"{result.engine} engine"]))
     threads = result.device.get("threads")
@@ -248,8 +253,11 @@ def _verdict_line(verdict: Verdict, proved: bool) -> tuple[str, str]:
     else:
         value, limit, bound = f"{verdict.value:.3f}", f"{verdict.limit:.3f}", f"{verdict.bound:.3f}"
         value, limit, bound = (v.replace("-", "−") for v in (value, limit, bound))
-    name = {"latency": "Latency budget", "drop": "Allowed quality drop"}.get(
-        verdict.name, f"Floor of {verdict.name.partition(':')[2]}"
-    )
+    names = {
+        "latency": "Latency budget",
+        "drop": "Allowed quality drop",
+        "gain": "Largest latency ratio that counts as a gain",
+    }
+    name = names.get(verdict.name, f"Floor of {verdict.name.partition(':')[2]}")
     how = f"95 % bound {bound}, estimate {value}" if proved else f"estimate {value} only"
     return {"met": "yes" if proved else "info"}.get(verdict.status, "no"), f"{escape(name)} of {limit} {word}: {how}."

@@ -93,7 +93,7 @@ def marker(shape: str, x: float, y: float, css: str, size: float = 4.5, title: s
     if shape == "cross":
         s = size * 0.8
         return (
-            f'<path d="M{x - s:.1f} {y - s:.1f}l{2 * s:.1f} {2 * s:.1f}M{x + s:.1f} {y - s:.1f}l{-2 * s:.1f} {2 * s:.1f}" '
+            f'<path d="M{x - s:.1f} {y - s:.1f}l{2 * s:.1f} {2 * s:.1f}m0 {-2 * s:.1f}l{-2 * s:.1f} {2 * s:.1f}" '
             f'class="{css}">{tip}</path>'
         )
     if shape == "diamond":
@@ -110,11 +110,15 @@ def _free(box: Box, taken: Sequence[Box]) -> bool:
 
 
 def place_labels(
-    anchors: Sequence[tuple[float, float, str]], avoid: Sequence[Box], frame: Box
-) -> list[tuple[float, float]]:
-    """Left-baseline positions for labels near their anchors, clear of each other, of `avoid` and the frame's edge."""
-    taken, placed = list(avoid), []
-    for x, y, label in anchors:
+    anchors: Sequence[tuple[float, float, str, bool]], avoid: Sequence[Box], frame: Box
+) -> list[tuple[float, float] | None]:
+    """Left-baseline positions near their anchors (x, y, label, needed), clear of each other, of `avoid` and the frame.
+
+    Where there is no room a needed label is put down all the same, another is left out (its mark has a tooltip).
+    """
+    taken: list[Box] = list(avoid)
+    placed: list[tuple[float, float] | None] = []
+    for x, y, label, needed in anchors:
         width, height = len(label) * CHARACTER, 13
         spots: list[tuple[float, float]] = []
         for gap in (10, 18, 30, 44, 60):
@@ -128,6 +132,9 @@ def place_labels(
             if s[0] >= frame[0] and s[0] + width <= frame[2] and s[1] - height >= frame[1] and s[1] <= frame[3]
         ]  # fmt: skip
         best = next((s for s in inside if _free((s[0], s[1] - height + 2, s[0] + width, s[1] + 3), taken)), None)
+        if best is None and not needed:
+            placed.append(None)
+            continue
         best = best or (inside or spots)[0]
         taken.append((best[0], best[1] - height + 2, best[0] + width, best[1] + 3))
         placed.append(best)
@@ -242,9 +249,12 @@ def scatter(
         else:
             out.append(f'<path d="M{x - 5:.1f} {y - 7:.1f}h10l-5 7Z" class="mark {point.kind}">'
                        f"<title>{escape('off the scale: ' + point.title)}</title></path>")  # fmt: skip
-    labelled = [p for p in points if p.label]
-    anchors = [(px(p.x), py(clamp(p.y, *y_range)), p.label) for p in labelled]
-    for (x, y), (ax, ay, name), point in zip(place_labels(anchors, avoid, frame), anchors, labelled, strict=True):
+    labelled = sorted((p for p in points if p.label), key=lambda p: p.kind not in ("pick", "baseline"))
+    anchors = [(px(p.x), py(clamp(p.y, *y_range)), p.label, p.kind in ("pick", "baseline")) for p in labelled]
+    for place, (ax, ay, name, _), point in zip(place_labels(anchors, avoid, frame), anchors, labelled, strict=True):
+        if place is None:
+            continue
+        x, y = place
         nearest = min(max(ax, x), x + len(name) * CHARACTER)
         if math.hypot(nearest - ax, y - 4 - ay) > 22:
             out.append(line(ax, ay, nearest, y - 4, "leader"))
@@ -348,6 +358,7 @@ def strip(width: float, cells: Sequence[StripCell], weights: Sequence[float], la
         out.append(text(x + wide / 2, height + 14, cell.side, "tick", "middle"))
         if wide >= 30:
             share = "skip" if cell.skipped else ("" if cell.kept > 0.995 else f"{cell.kept:.0%}")
-            out.append(text(x + wide / 2, height + 27, share, "value", "middle"))
+            if share:
+                out.append(text(x + wide / 2, height + 27, share, "value", "middle"))
         x += wide + gap
     return figure(width, height + 32, label, "".join(out))

@@ -18,6 +18,7 @@ from tuner.importance import LEAST, Importance, importance
 from tuner.report_charts import Point, Rule, StripCell, bars, paired_bars, scatter, strip
 from tuner.report_words import (
     PICK_ORDER,
+    budget_text,
     describe,
     find,
     has_quality,
@@ -105,9 +106,9 @@ def schedules_section(result: StudyResult) -> str:
         )
     legend = _legend(("semantic", "semantic stage"), ("structure", "structure stage"), ("fidelity", "fidelity stage"))
     note = (
-        '<p class="note">One cell per scale, labelled with its side in tokens. The upper half is the conditional '
-        "branch, the lower half the null-prompt branch; colour is work done, pale is work saved, a slash is a scale that "
-        "is not run.</p>"
+        '<p class="note">One cell per scale, labelled with its side in tokens. The upper half is the '
+        "conditional branch, the lower half the null-prompt branch; colour is work done, pale is "
+        "work saved, a slash is a scale that is not run.</p>"
     )
     return legend + "".join(out) + note
 
@@ -506,9 +507,9 @@ def published_section(result: StudyResult) -> str:
         table.append([name, "", seconds, f"{speed[0]:.2f}×", "", ""])
     table += [cells(row, False) for row in published.GENERATORS]
     return _rows(["Method", "Parameters", "Latency, s", "Speed-up", "GenEval", "DPG"], table, [1, 2, 3, 4, 5]) + (
-        f'<p class="note">Rows of {escape(published.SOURCE)}, except the one measured here. The paper does not name its '
-        "GPU, so only speed-ups compare across rows; its other generators are listed for orientation. Whether its 3.4× "
-        "skipped the last two scales, as the released code does, is not stated.</p>"
+        f'<p class="note">Rows of {escape(published.SOURCE)}, except the one measured here. The paper does not name '
+        "its GPU, so only speed-ups compare across rows; its other generators are listed for orientation. Whether "
+        "its 3.4× skipped the last two scales, as the released code does, is not stated.</p>"
     )
 
 
@@ -537,7 +538,7 @@ def run_section(result: StudyResult) -> str:
         ("command", result.command),
         ("made", result.created),
         ("verdict", f"{result.verdict} (exit code {result.exit_code}): {result.reason}"),
-        ("limits", f"budget {result.budget} = {ms(result.budget_ms)}, quality drop at most {result.max_drop:g}"
+        ("limits", f"budget {result.budget} = {budget_text(result)}, quality drop at most {result.max_drop:g}"
                    + "".join(f", {m} at least {v:g}" for m, v in result.floors.items())),
         ("quality", " + ".join(f"{w:g} × {m}" for m, w in result.quality_weights.items()) or "not measured"),
         ("seed", result.seed),

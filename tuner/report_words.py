@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,11 @@ PICK_ORDER = ("pick", "fastest", "balanced", "best_quality", "no_skip")
 def ms(value: float) -> str:
     """Milliseconds with a unit that a line break cannot tear off."""
     return f"{value:,.0f}\u00a0ms" if value >= 100 else f"{value:.1f}\u00a0ms"
+
+
+def budget_text(result: StudyResult) -> str:
+    """The budget as a time; as typed where a share could not be resolved because nothing was measured."""
+    return ms(result.budget_ms) if math.isfinite(result.budget_ms) else f"{result.budget} of the full schedule"
 
 
 def ms_span(low: float, high: float) -> str:
