@@ -71,10 +71,13 @@ def test_the_reference_is_met_literally_and_by_default():
     assert [check for check in checks if not check.ok] == []
 
 
-@pytest.mark.parametrize(("pixels", "scales", "tokens"), [(256, 10, 680), (512, 10, 2240), (1024, 14, 9451)])
-def test_released_sizes(pixels, scales, tokens):
-    request = resolve("star-1.7b", resolution=pixels, device="cpu")
-    assert str(pixels) in request.spec.weights.path
+@pytest.mark.parametrize(
+    ("name", "pixels", "scales", "tokens"),
+    [("star-1.7b-256", 256, 10, 680), ("star-1.7b-512", 512, 10, 2240), ("star-1.7b", 1024, 14, 9451)],
+)
+def test_released_sizes(name, pixels, scales, tokens):
+    request = resolve(name, device="cpu")
+    assert request.spec.weights.path.startswith(f"star_rope_d30_{pixels}")
     parts = model_parts(request)
     transformer = parts.transformer.module
     assert sum(p.numel() for p in transformer.parameters()) / 1e9 == pytest.approx(1.6787, abs=1e-4)

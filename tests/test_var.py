@@ -238,6 +238,11 @@ def test_other_scales_than_the_learned_ones_are_refused():
 # ------------------------------------------------------------------------------------------------ loading
 
 
+def test_an_aspect_ratio_is_refused():
+    with pytest.raises(UsageError, match="var-tiny makes square images only; aspect ratio 1.5"):
+        load_model("var-tiny", weights="random", device="cpu", ratio=1.5)
+
+
 def official_files(folder: Path, model: LoadedModel) -> None:
     """A model's weights in the reference's layout: plain state dicts with its mask buffers and code statistics."""
     state = model.transformer.state_dict()

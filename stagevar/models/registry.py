@@ -9,7 +9,6 @@ Source: FoundationVision/Infinity, FoundationVision/VAR, Davinci-XLab/STAR-T2I: 
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import importlib
 from collections.abc import Mapping, Sequence
@@ -37,7 +36,7 @@ class ModelSpec:
     resolutions: accepted values of `resolution`, the default first.
     guidance, temperature: defaults, a number or one per scale (guidance s as in u + s(c - u); VAR and STAR ramp up to
         a single number over their scales).
-    weights, tokenizer, text: public files; None where there are none. weights_at: where each resolution has its own.
+    weights, tokenizer, text: public files; None where there are none.
     settings: what the family's constructors need.
     """
 
@@ -54,7 +53,6 @@ class ModelSpec:
     weights: HubFile | None = None
     tokenizer: HubFile | None = None
     text: HubFile | None = None
-    weights_at: Mapping[str, HubFile] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -131,38 +129,35 @@ _TOKENIZER_VQ = HubFile(_VAR_REPO, "vae_ch160v4096z32.pth")
 _STAR_REPO, _STAR_COMMIT = "taocrayon/STAR", "23fab671cb225c27a85321309129994498185338"
 #: Stable Diffusion 2.1's text model and tokenizer, as STAR's repository keeps them.
 _STAR_CLIP = HubFile(_STAR_REPO, "CLIP/", _STAR_COMMIT)
-_STAR_FILES = {
-    "1024": "star_rope_d30_1024_drop_3-ar-ckpt-ep1-iter21000.pth",
-    "512": "star_rope_d30_512-ar-ckpt-ep1-iter30000.pth",
-    "256": "star_rope_d30_256-ar-ckpt-ep3-iter20000.pth",
-}
 #: What `var-tiny` and `star-tiny` make small.
 _TINY_VQ = {"codebook": {"vocabulary": 256, "code_dim": 8}, "base_ch": 32}
 _TINY = {"depth": 4, "width": 128, "heads": 4}
 
 
-def _vq(
-    name: str, family: str, summary: str, sides: dict[int, tuple[int, ...]], transformer: dict[str, Any], **fields: Any
-) -> ModelSpec:
+def _vq(name: str, family: str, summary: str, pixels: int, transformer: dict[str, Any], **fields: Any) -> ModelSpec:
     """A row of VAR or STAR, with the references' sampling: VAR's cfg 1.5 as for its FID, STAR's 4 as for GenEval."""
     module = "stagevar.models.vq_loader"
-    settings = {
-        "transformer": transformer,
-        "sides": {str(r): s for r, s in sides.items()},
-        **fields.pop("settings", {}),
-    }
-    guidance, top_k, top_p = (1 + 1.5, 900, 0.96) if family == "var" else (1 + 4.0, 600, 0.8)
+    sides = (STAR_SIDES if family == "star" else VAR_SIDES)[pixels]
+    guidance, top_k, top_p = (1 + 4.0, 600, 0.8) if family == "star" else (1 + 1.5, 900, 0.96)
     return ModelSpec(
-        name, family, f"{module}:build", summary, tuple(settings["sides"]), guidance=guidance, temperature=1.0,
-        top_k=top_k, top_p=top_p, parts=f"{module}:parts", tokenizer=_TOKENIZER_VQ, settings=settings, **fields,
+        name, family, f"{module}:build", summary, (str(pixels),), guidance=guidance, temperature=1.0,
+        top_k=top_k, top_p=top_p, parts=f"{module}:parts", tokenizer=_TOKENIZER_VQ,
+        settings={"transformer": transformer, "sides": sides, **fields.pop("settings", {})}, **fields,
     )  # fmt: skip
 
 
 def _var(depth: int, pixels: int, parameters: str) -> ModelSpec:
     transformer = {"depth": depth, "width": 64 * depth, "heads": depth, "shared_adaln": depth == 36}
     return _vq(
-        f"var-d{depth}", "var", f"VAR {parameters}, {pixels} px, class-conditional", {pixels: VAR_SIDES[pixels]},
-        transformer, weights=HubFile(_VAR_REPO, f"var_d{depth}.pth"),
+        f"var-d{depth}", "var", f"VAR {parameters}, {pixels} px, class-conditional", pixels, transformer,
+        weights=HubFile(_VAR_REPO, f"var_d{depth}.pth"),
+    )  # fmt: skip
+
+
+def _star(name: str, pixels: int, file: str) -> ModelSpec:
+    return _vq(
+        name, "star", f"STAR 1.7B, {pixels} px", pixels, {"depth": 30, "width": 1920, "heads": 30},
+        weights=HubFile(_STAR_REPO, f"star_rope_d30_{file}.pth", _STAR_COMMIT), text=_STAR_CLIP,
     )  # fmt: skip
 
 
@@ -203,14 +198,12 @@ _SPECS = (
         "infinity-20b", "Infinity 20B; architecture only, no public weights", infinity_settings("infinity_20b"), "1M",
         tokenizer=_TOKENIZER_D32,
     ),
-    _vq(
-        "star-1.7b", "star", "STAR 1.7B, 1024, 512 or 256 px", dict(sorted(STAR_SIDES.items(), reverse=True)),
-        {"depth": 30, "width": 1920, "heads": 30}, text=_STAR_CLIP,
-        weights_at={pixels: HubFile(_STAR_REPO, name, _STAR_COMMIT) for pixels, name in _STAR_FILES.items()},
-    ),
+    _star("star-1.7b", 1024, "1024_drop_3-ar-ckpt-ep1-iter21000"),
+    _star("star-1.7b-512", 512, "512-ar-ckpt-ep1-iter30000"),
+    _star("star-1.7b-256", 256, "256-ar-ckpt-ep3-iter20000"),
     _vq(
         "star-tiny", "star", "a few layers of STAR on its 256 px scales; random weights only, for trying the tools",
-        {256: STAR_SIDES[256]}, {**_TINY, "text_dim": 64}, settings=_TINY_VQ,
+        256, {**_TINY, "text_dim": 64}, settings=_TINY_VQ,
     ),
     _var(16, 256, "310M"),
     _var(20, 256, "600M"),
@@ -219,7 +212,7 @@ _SPECS = (
     _var(36, 512, "2.3B"),
     _vq(
         "var-tiny", "var", "a few layers of VAR on its 256 px scales; random weights only, for trying the tools",
-        {256: VAR_SIDES[256]}, _TINY, settings=_TINY_VQ,
+        256, _TINY, settings=_TINY_VQ,
     ),
 )  # fmt: skip
 
@@ -280,7 +273,7 @@ def resolve(
         raise UsageError(f"batch {batch} must be at least 1")
     place = resolve_device(device)
     return LoadRequest(
-        spec=dataclasses.replace(spec, weights=spec.weights_at.get(chosen, spec.weights)),
+        spec=spec,
         resolution=chosen,
         ratio=float(ratio),
         device=place,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from stagevar.errors import UsageError
 from stagevar.grids import square
 from stagevar.models.base import LoadedModel, NextScaleModel, Sampling, TextEncoder
 from stagevar.models.loading import Part, Parts, default_sampling, fill
@@ -24,10 +25,15 @@ _PIXEL_SIDE = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 
 
 def parts(request: LoadRequest) -> Parts:
-    """The modules on the meta device. Codebook and smoothing convolutions stay float32: the code sum adds up in it."""
+    """The modules on the meta device. Codebook and smoothing convolutions stay float32: the code sum adds up in it.
+
+    Raises UsageError for an aspect ratio: these families are square.
+    """
     settings, star = request.spec.settings, request.spec.family == "star"
-    sides = settings["sides"][request.resolution]
-    grids, codebook = square(sides), settings.get("codebook", {})
+    if request.ratio != 1:
+        raise UsageError(f"{request.spec.name} makes square images only; aspect ratio {request.ratio:g} must be 1")
+    sides, codebook = settings["sides"], settings.get("codebook", {})
+    grids = square(sides)
     with torch.device("meta"):
         transformer: NextScaleModel
         if star:
