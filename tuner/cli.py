@@ -30,7 +30,7 @@ from tuner.journal import LOCK_FILE, driver_lock, repair
 from tuner.space import SearchSpace, load_space
 
 if TYPE_CHECKING:
-    from tuner.result import StudyResult
+    from tuner.result import Candidate, StudyResult
     from tuner.study import Study
 
 PROG = "stagevar-tune"
@@ -74,7 +74,7 @@ class _Parser(argparse.ArgumentParser):
 def _tune_parser() -> _Parser:
     parser = _Parser(
         prog=PROG,
-        description="Find, prove and write down the acceleration schedule with the best quality within a latency budget.",
+        description="Find, prove and write down the schedule with the best quality within a latency budget.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -84,7 +84,7 @@ def _tune_parser() -> _Parser:
     parser.add_argument("--time-budget", metavar="TIME", help="tuning time, such as 10m; verification included")
     parser.add_argument("--out", type=Path, metavar="DIR", help="run directory (default: outputs/MODEL-BUDGET-sSEED)")
     parser.add_argument("--fresh", action="store_true", help="discard what an earlier run left in --out")
-    parser.add_argument("--sampler", choices=("auto", "gp", "tpe", "random"), default="auto", help="default: auto (GP, then TPE)")
+    parser.add_argument("--sampler", choices=("auto", "gp", "tpe", "random"), default="auto", help="default: auto")
     parser.add_argument("--executor", choices=("local",), default="local", help="where trials run (default: local)")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, run nothing")
     _add_output_options(parser)
@@ -94,13 +94,14 @@ def _tune_parser() -> _Parser:
 def _add_study_options(parser: _Parser, required: bool) -> None:
     """Options that decide what is measured against what."""
     budget_help = "latency of one image: 2s, 800ms, or 60%% of the measured full schedule"
-    parser.add_argument("--model", required=required, help=f"one of {', '.join(m.name for m in registry.list_models())}")
+    models = ", ".join(model.name for model in registry.list_models())
+    parser.add_argument("--model", required=required, help=f"one of {models}")
     parser.add_argument("--budget", "--latency-budget", required=required, metavar="LATENCY", help=budget_help)
-    parser.add_argument("--max-drop", default="0.05", metavar="SHARE", help="allowed drop of the composite quality (default: 0.05)")
-    parser.add_argument("--prompts", metavar="N|FILE", help="search prompts: how many, or a file of prompts (.txt, .jsonl)")
-    parser.add_argument("--heldout", type=positive_int, metavar="N", help="held-out prompts that verify (default: the space's)")
+    parser.add_argument("--max-drop", default="0.05", metavar="SHARE", help="allowed drop of quality (default: 0.05)")
+    parser.add_argument("--prompts", metavar="N|FILE", help="search prompts: how many, or a file (.txt, .jsonl)")
+    parser.add_argument("--heldout", type=positive_int, metavar="N", help="held-out prompts that verify at most")
     parser.add_argument("--seed", type=int, default=0, help="of prompts, noise and sampler (default: 0)")
-    parser.add_argument("--space", type=Path, metavar="FILE", help="search space (default: the one shipped for the model)")
+    parser.add_argument("--space", type=Path, metavar="FILE", help="search space (default: the one shipped)")
     parser.add_argument("--weights", help="path, or 'random' for seeded random weights (latency only)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
     parser.add_argument("--threads", type=positive_int, default=1, help="CPU threads, pinned while timing (default: 1)")
@@ -117,7 +118,7 @@ def _verb_parser(verb: str) -> _Parser:
         parser.add_argument("run_dir", type=Path, metavar="RUN", help="run directory")
     if verb == "verify":
         parser.add_argument("profile", type=Path, help="profile.yaml of a run")
-        parser.add_argument("--max-regression", metavar="SHARE", help="also fail when it became this much slower, such as 3%%")
+        parser.add_argument("--max-regression", metavar="SHARE", help="fail when this much slower than recorded, as 3%%")
         _add_study_options(parser, required=False)
         parser.set_defaults(max_drop=None, seed=None)
     if verb == "doctor":
@@ -138,7 +139,7 @@ def _main(argv: list[str]) -> int:
     if argv and not argv[0].startswith("-"):
         if argv[0] not in VERBS:
             near = difflib.get_close_matches(argv[0], VERBS, n=1, cutoff=0.0)[0]
-            raise UsageError(f"unknown verb {argv[0]!r} (nearest: {near}); tuning needs none: {PROG} --model nano --budget 60%")
+            raise UsageError(f"unknown verb {argv[0]!r} (nearest: {near}); tuning needs none: {PROG} --model ...")
         args = _verb_parser(argv[0]).parse(argv[1:])
         return {"resume": run_resume, "report": run_report, "verify": run_verify, "doctor": run_doctor}[argv[0]](args)
     return run_tune(_tune_parser().parse(argv), argv)
@@ -218,7 +219,8 @@ def prepare(run_dir: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UsageError(f"output {run_dir} cannot be written: {error.strerror or error}; choose another --out") from None
+        reason = error.strerror or error
+        raise UsageError(f"output {run_dir} cannot be written: {reason}; choose another --out") from None
     strangers = [p.name for p in run_dir.iterdir() if p.name not in (LOCK_FILE, ".gitkeep")]
     if strangers and not (run_dir / "config.json").exists():
         raise UsageError(f"output {run_dir} is not empty and holds no run ({strangers[0]}); choose another --out")
@@ -278,7 +280,7 @@ def _drive(checked: Plan) -> int:
         except BaseException:
             progress.close()
             raise
-    result = dataclasses.replace(result, phases_s=dict(progress.seconds))
+    result = dataclasses.replace(result, phases_s={**progress.seconds, **progress.parts})
     result.save(checked.run_dir)
     return _announce(result, written, args)
 
@@ -326,10 +328,10 @@ def versions() -> dict[str, str]:
 
 def _write(result: StudyResult, run_dir: Path) -> list[Path]:
     """Everything that is derived from study.json."""
-    from tuner.export import write_exports
+    from tuner.export import export
     from tuner.report import write_report
 
-    return [*write_exports(result, run_dir), write_report(result, run_dir)]
+    return [*export(result, run_dir), write_report(result, run_dir)]
 
 
 def _print_plan(checked: Plan) -> int:
@@ -360,8 +362,6 @@ def _print_plan(checked: Plan) -> int:
 
 def _announce(result: StudyResult, written: Sequence[Path], args: argparse.Namespace) -> int:
     """Prints the verdict: one line each for speed, quality, time and files."""
-    from tuner.report_words import quality_change, speedup
-
     pick = result.pick
     if args.json:
         summary = {
@@ -381,20 +381,34 @@ def _announce(result: StudyResult, written: Sequence[Path], args: argparse.Names
     print(f"{result.verdict.replace('_', ' ')}: {result.reason}")
     if result.baseline.best_latency:
         full_ms = result.baseline.best_latency.median_ms
-        print(f"full schedule    {full_ms:.1f} ms, budget {result.budget} = {result.budget_ms:.1f} ms ({result.engine} engine)")
+        budget = f"budget {result.budget} = {result.budget_ms:.1f} ms"
+        print(f"full schedule    {full_ms:.1f} ms, {budget} ({result.engine} engine)")
     if pick is not None and pick is not result.baseline:
-        print(f"speed-up         {speedup(pick)}")
+        print(f"speed-up         {_speedup(pick)}")
         if not result.random_weights:
-            print(f"quality change   {quality_change(pick)}")
+            print(f"quality change   {_change(pick)}")
     whole = result.picks.get("no_skip")
     if whole and whole != result.picks.get("pick"):
         best = result.candidate(whole)
-        print(f"without skips    {speedup(best)}, quality {quality_change(best)}")
-    print(f"schedules        {len(result.candidates)} besides the full one, {result.sampled} of them not enqueued; {result.stop_reason}")
+        print(f"without skips    {_speedup(best)}, quality {_change(best)}")
+    tried = f"{len(result.candidates)} besides the full one, {result.sampled} of them not enqueued"
+    print(f"schedules        {tried}; {result.stop_reason}")
     print("seconds          " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.phases_s.items()))
     for path in written:
         print(f"file             {path}")
     return result.exit_code
+
+
+def _speedup(candidate: Candidate) -> str:
+    ratio = candidate.best_latency.ratio
+    return f"{1 / ratio.mean:.2f}x [{1 / ratio.high:.2f}, {1 / ratio.low:.2f}]"
+
+
+def _change(candidate: Candidate) -> str:
+    change = candidate.best_differences.get("quality")
+    return "not measured" if change is None else (
+        f"{change.mean:+.4f} [{change.low:+.4f}, {change.high:+.4f}] on {change.n} prompts"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ verbs
@@ -435,6 +449,7 @@ def run_verify(args: argparse.Namespace) -> int:
     args.model = args.model or profile.model["name"]
     if args.budget is None or args.max_drop is None:
         raise UsageError(f"profile {args.profile} does not say how it was made; give --budget and --max-drop")
+    from tuner.progress import Progress
     from tuner.recheck import recheck
 
     share = parse_share(args.max_regression, "max-regression") if args.max_regression else None
@@ -442,7 +457,7 @@ def run_verify(args: argparse.Namespace) -> int:
     registry.find(args.model)
     space = with_prompts(load_space(args.model, args.space), args.prompts, args.heldout)
     outcome = recheck(
-        profile, space, budget, max_drop, share, args.seed or 0, args.weights, args.device, args.threads, args.quiet
+        profile, space, budget, max_drop, share, args.seed or 0, args.device, args.threads, Progress(args.quiet)
     )
     if args.json:
         print(json.dumps(outcome.to_dict(), indent=2))

@@ -32,7 +32,7 @@ Values = dict[str, np.ndarray]
 class Facts:
     """What is being tuned, for records and for refusing to resume on something else.
 
-    model: name; load: options that loaded it. grids, chunks, pixels: of the model. device: name, kind, threads, dtype.
+    model: name. grids, chunks, pixels: of the model. device: name, kind, threads, dtype.
     engine: how steps run, the one that deployment uses. includes: what a latency figure covers. sampling: guidance and
     temperature. provenance: weights' hashes and the like. higher_is_better: per metric.
     """
@@ -59,7 +59,7 @@ class Evaluator(Protocol):
         """Per schedule: value per metric and "quality", one per prompt of that micro-batch."""
         ...
 
-    def latency(self, schedules: Mapping[str, Steps], rounds: int) -> Mapping[str, Timing]:
+    def latency(self, schedules: Mapping[str, Steps], rounds: int, warm_up_at_most: int = 12) -> Mapping[str, Timing]:
         """Round-robin timings of whole images, batch 1, warmed per schedule."""
         ...
 
@@ -108,7 +108,6 @@ class ModelEvaluator:
         quality: metric -> weight, as in the search space; ignored for random weights. floors: further metrics to compute.
         threads: CPU threads of every figure, pinned while timing.
         references_dir: where the full schedule's images are kept between batches; memory when None.
-        load: the options that loaded the model, for the record.
 
     Attributes: scales_run, scales_alone: scales run by the walks, and what running each schedule alone had needed.
     """
@@ -122,7 +121,6 @@ class ModelEvaluator:
         *,
         threads: int = 1,
         references_dir: Path | None = None,
-        load: Mapping[str, Any] | None = None,
     ):
         import torch
 
@@ -165,7 +163,7 @@ class ModelEvaluator:
                 "top_k": model.sampling.top_k,
                 "top_p": model.sampling.top_p,
             },
-            provenance={**model.provenance, "load": dict(load or {})},
+            provenance=dict(model.provenance),
             higher_is_better=directions,
         )
 
@@ -224,7 +222,7 @@ class ModelEvaluator:
 
     # ------------------------------------------------------------------------------------------------ latency
 
-    def latency(self, schedules: Mapping[str, Steps], rounds: int) -> Mapping[str, Timing]:
+    def latency(self, schedules: Mapping[str, Steps], rounds: int, warm_up_at_most: int = 12) -> Mapping[str, Timing]:
         """See `Evaluator`. Each schedule has a sampler of its own, so that each keeps the cache it is deployed with."""
         from stagevar.latency import measure, pinned
         from stagevar.sampler import Sampler
@@ -237,6 +235,6 @@ class ModelEvaluator:
             for name, steps in schedules.items()
         }
         if self.model.device.type == "cuda":
-            return measure(runs, rounds, self.model.device)
+            return measure(runs, rounds, self.model.device, warm_up_at_most)
         with pinned(self.threads):
-            return measure(runs, rounds, self.model.device)
+            return measure(runs, rounds, self.model.device, warm_up_at_most)

@@ -5,8 +5,10 @@ The only module that imports rich.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 #: Plain lines come at most this often, except at the end of a phase.
@@ -14,11 +16,12 @@ _PLAIN_SECONDS = 5.0
 
 
 class Progress:
-    """One bar that phases take turns on. Attributes: seconds: per phase, in order."""
+    """One bar that phases take turns on. Attributes: seconds: per phase, in order. parts: of them, where it is told."""
 
     def __init__(self, quiet: bool = False, stream: Any = None):
         self.quiet, self.stream = quiet, stream or sys.stderr
         self.seconds: dict[str, float] = {}
+        self.parts: dict[str, float] = {}
         self._phase: str | None = None
         self._began = self._printed = 0.0
         self._bar: Any = None
@@ -54,6 +57,16 @@ class Progress:
             self._printed = time.perf_counter()
             print(f"{self._phase}: {line}", file=self.stream, flush=True)
 
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Books seconds under "<phase>: <name>" as well."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            key = f"{self._phase}: {name}"
+            self.parts[key] = self.parts.get(key, 0.0) + time.perf_counter() - start
+
     def say(self, line: str) -> None:
         """A line that stays."""
         if self.quiet:
@@ -71,7 +84,8 @@ class Progress:
         self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + spent
         if self._bar is not None:
             self._bar.remove_task(self._task)
-        self.say(f"{self._phase}: {spent:.1f} s")
+        parts = [f"{k.split(': ')[1]} {v:.1f}" for k, v in self.parts.items() if k.startswith(f"{self._phase}: ")]
+        self.say(f"{self._phase}: {spent:.1f} s" + (f" ({', '.join(parts)})" if parts else ""))
         self._phase = None
 
     def close(self) -> None:

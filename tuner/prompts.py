@@ -54,7 +54,8 @@ class PromptSet:
 def load_prompts(source: PromptSource, seed: int = 0) -> dict[str, PromptSet]:
     """{"search": ..., "heldout": ...} of a source.
 
-    A file is shuffled by `seed` and cut; fewer prompts than asked for make a smaller held-out set, never a shared one.
+    A file, or the 1000 class indices of "imagenet", is shuffled by `seed` and cut; fewer prompts than asked for make a
+    smaller held-out set, never a shared one.
     Raises UsageError for a file that cannot be read, is empty, or leaves nothing to hold out.
     """
     if source.source == "nano":
@@ -62,7 +63,7 @@ def load_prompts(source: PromptSource, seed: int = 0) -> dict[str, PromptSet]:
 
         search, heldout = prompts("search", source.search, seed), prompts("heldout", source.heldout, seed)
     else:
-        items = read_prompts(source.source)
+        items = [str(i) for i in range(1000)] if source.source == "imagenet" else read_prompts(source.source)
         random.Random(seed).shuffle(items)
         search, heldout = items[: source.search], items[source.search : source.search + source.heldout]
         if not heldout:

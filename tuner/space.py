@@ -97,8 +97,8 @@ class Parameter:
 
 @dataclass(frozen=True)
 class PromptSource:
-    """source: "nano" or a file (.txt one prompt a line, .jsonl GenEval metadata). search, heldout: how many of each.
-    micro_batch: images per batch in quality evaluation, fixed for the study."""
+    """source: "nano", "imagenet" (class indices, for VAR) or a file (.txt one prompt a line, .jsonl GenEval metadata).
+    search, heldout: how many of each. micro_batch: images per batch in quality evaluation, fixed for the study."""
 
     source: str = "nano"
     search: int = 32
@@ -356,7 +356,7 @@ def _prompt_source(data: Any) -> PromptSource:
     for name, value in data.items():
         if name == "source":
             if not isinstance(value, str):
-                raise UsageError(f"search space: prompts source {value!r} must be nano or a file")
+                raise UsageError(f"search space: prompts source {value!r} must be nano, imagenet or a file")
         elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UsageError(f"search space: prompts {name} {value!r} must be a whole number of at least 1")
     return PromptSource(**data)

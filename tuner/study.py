@@ -48,6 +48,8 @@ CONFIG_FILE = "config.json"
 #: Schedules proposed and walked together.
 ROUND = 5
 SEARCH_ROUNDS, BASELINE_ROUNDS = 7, 15
+#: Warm-up runs per schedule in the search at most; a noisy machine never settles, and finalists are measured again.
+SEARCH_WARM_UP = 4
 #: Finalists with and without a skipped scale.
 FINALISTS_PER_KIND = 3
 _MOST_DUPLICATES = 200
@@ -277,7 +279,8 @@ class Study:
         self._show()
         exhausted = False
         while not (exhausted or self._reason_to_stop()):
-            pending, repeated, exhausted = self._propose(proposer)
+            with self.progress.part("asking"):
+                pending, repeated, exhausted = self._propose(proposer)
             if pending:
                 self._evaluate(pending, proposer)
             for trial, key in repeated:
@@ -338,12 +341,14 @@ class Study:
         """Measures a round, writes the evidence, tells the sampler."""
         baseline = self.baseline
         schedules = {p.key: p.steps for p in pending}
-        timings, broken = self._timings(schedules)
+        with self.progress.part("timing"):
+            timings, broken = self._timings(schedules)
         alive = [p for p in pending if p.key not in broken]
         values: list[dict[str, tuple[float, ...]]] = [{} for _ in alive]
         errors: list[str | None] = [None for _ in alive]
         if self.quality and alive:
-            values, errors = self._values([p.steps for p in alive])
+            with self.progress.part("quality"):
+                values, errors = self._values([p.steps for p in alive])
         broken |= {p.key: e for p, e in zip(alive, errors, strict=True) if e is not None}
         by_key = {p.key: v for p, v in zip(alive, values, strict=True)}
         for p in pending:
@@ -374,7 +379,7 @@ class Study:
     def _timings(self, schedules: Mapping[str, Steps]) -> tuple[dict[str, tuple[Any, Any]], dict[str, str]]:
         """Timing and the full schedule's in the same rounds, by key; and the error of those that cannot run."""
         try:
-            found = self.evaluator.latency({BASELINE: self.full, **schedules}, SEARCH_ROUNDS)
+            found = self.evaluator.latency({BASELINE: self.full, **schedules}, SEARCH_ROUNDS, SEARCH_WARM_UP)
             return {key: (found[key], found[BASELINE]) for key in schedules}, {}
         except Exception as error:
             if len(schedules) == 1:
@@ -478,14 +483,15 @@ class Study:
         """Whom to verify: the best within the limits by point estimate, with and without skipped scales; where there
         are none, those nearest to the limits whose intervals still reach them."""
         pool: list[Candidate] = [c for c in self.candidates.values() if c.feasible and c.latency.ratio.mean <= LEAST_GAIN]
-        key: Callable[[Candidate], Any] = self._preference
+        # Those that meet the budget by their whole interval first: a borderline one would only be undecided.
+        key: Callable[[Candidate], Any] = lambda c: (c.verdicts[0].bound <= c.verdicts[0].limit, self._preference(c))  # noqa: E731
         if not pool:
             pool = [c for c in self.candidates.values() if self._reaches(c)]
             key = lambda c: -self._excess(c)  # noqa: E731
         chosen: list[Candidate] = []
         for skips in (False, True):
             kind = sorted((c for c in pool if (c.skipped_scales > 0) == skips), key=key, reverse=True)
-            chosen += kind[: FINALISTS_PER_KIND if self.quality else 1]
+            chosen += kind[:FINALISTS_PER_KIND]
         return chosen
 
     def _reaches(self, candidate: Candidate) -> bool:
@@ -573,6 +579,8 @@ class Study:
         nearest = sorted(self.candidates.values(), key=self._excess)[:3]
         if smallest is None:
             reason = f"no schedule of {len(self.candidates)} keeps the quality; raise --max-drop"
+        elif not self.quality and smallest <= limits.budget_ms:
+            reason = f"no schedule of {len(self.candidates)} is within {budget} by its upper bound; raise --budget"
         elif smallest <= limits.budget_ms:
             reason = f"no schedule within {budget} kept the quality on the held-out prompts; raise --budget or --max-drop"
             smallest = None
@@ -670,7 +678,7 @@ class Study:
             model=facts.model,
             random_weights=facts.random_weights,
             provenance={**facts.provenance, "sampling": facts.sampling},
-            versions=options.versions,
+            versions={**options.versions, **({"torch": facts.device["torch"]} if "torch" in facts.device else {})},
             hashes={
                 "space": space.digest,
                 "search_prompts": search.digest,

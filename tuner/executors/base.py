@@ -9,7 +9,14 @@ from typing import ClassVar
 
 import numpy as np
 
+from stagevar.errors import StagevarError
 from stagevar.schedule import Steps
+
+
+class WorkersLost(StagevarError):
+    """Nothing is left to evaluate on. No trial's fault, so none is failed; the same command continues later."""
+
+    exit_code = 5
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,116 @@
+"""Measures a deployment profile again on this machine: latency, quality on held-out prompts, and what has regressed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from stagevar.errors import UsageError
+from stagevar.profile import Profile, present_envelope
+from tuner.budget import Budget
+from tuner.result import Verdict, Verification
+from tuner.space import SearchSpace
+from tuner.verify import BASELINE, Limits, Verifier, decide
+
+_STATES = {"met": "kept", "broken": "BROKEN", "open": "undecided"}
+
+
+@dataclass(frozen=True)
+class Recheck:
+    """verdicts: per limit, the regression among them. exit_code: 0 all kept, 3 one broken, 5 one undecided."""
+
+    verdicts: tuple[Verdict, ...]
+    verification: Verification
+    warnings: tuple[str, ...]
+
+    @property
+    def exit_code(self) -> int:
+        states = {verdict.status for verdict in self.verdicts}
+        return 3 if "broken" in states else 5 if "open" in states else 0
+
+    @property
+    def lines(self) -> list[str]:
+        """What to print."""
+        latency, change = self.verification.latency, self.verification.differences.get("quality")
+        lines = [f"warning: {text}" for text in self.warnings]
+        ratio = latency.ratio
+        if ratio is not None:
+            lines.append(f"speed-up {1 / ratio.mean:.2f}x [{1 / ratio.high:.2f}, {1 / ratio.low:.2f}], {latency.median_ms:.1f} ms")
+        if change is not None:
+            lines.append(
+                f"quality change {change.mean:+.4f} [{change.low:+.4f}, {change.high:+.4f}] on {change.n} held-out prompts"
+            )
+        for v in self.verdicts:
+            lines.append(f"{_STATES[v.status]}: {v.name} {v.value:.4g} (bound {v.bound:.4g}, limit {v.limit:.4g} {v.unit})")
+        return lines
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for --json."""
+        return {
+            "exit_code": self.exit_code,
+            "verdicts": [asdict(v) for v in self.verdicts],
+            "ratio": asdict(self.verification.latency.ratio) if self.verification.latency.ratio else None,
+            "median_ms": self.verification.latency.median_ms,
+            "warnings": list(self.warnings),
+        }
+
+
+def regression_verdict(recorded_ratio: float, verification: Verification, allowed: float) -> Verdict:
+    """Whether the latency ratio to the full schedule grew by more than `allowed` (a share) since it was recorded."""
+    limit, now = recorded_ratio * (1 + allowed), verification.latency.ratio
+    return Verdict("regression", limit, "ratio", now.mean, now.high, decide(limit, now.low, now.high))
+
+
+def recheck(
+    profile: Profile,
+    space: SearchSpace,
+    budget: Budget,
+    max_drop: float,
+    max_regression: float | None,
+    seed: int,
+    device: str,
+    threads: int,
+    progress: Any,
+) -> Recheck:
+    """Verifies a profile's schedule against the full one, both measured here and now.
+
+    Raises ProfileError when the model is another one, UsageError when a regression is asked about but the profile records
+    no ratio, or when it was made on random weights.
+    """
+    from stagevar.models.registry import load_model
+    from tuner.evaluate import ModelEvaluator
+    from tuner.executors.local import LocalExecutor
+    from tuner.prompts import load_prompts
+
+    recorded = (profile.latency.get("ratio") or {}).get("mean")
+    full_profile = "ratio" not in profile.latency
+    if max_regression is not None and not full_profile and not isinstance(recorded, int | float):
+        raise UsageError("the profile records no latency ratio to compare with; leave out --max-regression")
+    progress.phase("load")
+    model = load_model(profile.model["name"], device=device, **(profile.model.get("load") or {}))
+    steps = profile.expand(model)
+    prompts = load_prompts(space.prompts, seed)
+    evaluator = ModelEvaluator(model, prompts, space.quality, space.floors, threads=threads)
+    warnings = profile.warnings_here(present_envelope(model, profile.envelope.batch, threads))
+    progress.phase("verification", 100)
+    timing = evaluator.latency({BASELINE: evaluator.full}, 9)[BASELINE]
+    weights = sum(w.get("weight", 1.0) if isinstance(w, dict) else w for w in space.quality.values())
+    limits = Limits(budget, timing.median_ms, max_drop, space.floors, float(weights), not model.random_weights)
+    verifier = Verifier(
+        evaluator,
+        LocalExecutor(evaluator),
+        {"profile": steps},
+        evaluator.full,
+        prompts["heldout"],
+        limits,
+        lambda line, share: progress.update(100 * share, line),
+    )
+    verification = verifier.run()["profile"]
+    progress.close()
+    verdicts = list(verification.verdicts)
+    if full_profile:
+        # The full schedule is its own baseline: there is no gain to keep.
+        verdicts = [v for v in verdicts if v.name != "gain"]
+    if max_regression is not None:
+        verdicts.append(regression_verdict(1.0 if full_profile else float(recorded), verification, max_regression))
+    return Recheck(tuple(verdicts), verification, tuple(warnings))
