@@ -168,10 +168,12 @@ def sheet(images_NHW3: np.ndarray, captions: list[str], columns: int, zoom: int 
     return canvas
 
 
-def save_pictures(evaluation: Evaluation, folder: Path, training_images: int, steps: int | None) -> dict[str, Any]:
+def save_pictures(
+    evaluation: Evaluation, folder: Path, samples: int, training_images: int, steps: int | None
+) -> dict[str, Any]:
     """Writes the sheets and returns the nearest-neighbour figures."""
     folder.mkdir(parents=True, exist_ok=True)
-    prompts = scenes.prompts("heldout", 64)
+    prompts = scenes.prompts("heldout", samples)
     images = evaluation.images(prompts)
     sheet(images, [m["prompt"] for m in prompts], 8).save(folder / "nano_samples.png")
     first = scenes.prompts("heldout", 14, seed=1)
@@ -256,6 +258,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--guidance", type=float)
     p.add_argument("--temperature", type=float)
     p.add_argument("--pictures", type=Path, help="folder for the sheets of images")
+    p.add_argument("--samples", type=int, default=64, help="images on the sheet of samples")
     p.add_argument("--training-images", type=int, default=20000, help="trained scenes searched for neighbours")
     p.add_argument("--training-steps", type=int, help="steps the weights were trained for (default: the recipe's)")
     p.add_argument("--json", type=Path, help="file for the figures")
@@ -268,7 +271,9 @@ def main(argv: list[str] | None = None) -> int:
         report = evaluate(evaluation, args.prompts, args.unseen, args.clip_images)
         print(table(report))
         if args.pictures:
-            report["neighbours"] = save_pictures(evaluation, args.pictures, args.training_images, args.training_steps)
+            report["neighbours"] = save_pictures(
+                evaluation, args.pictures, args.samples, args.training_images, args.training_steps
+            )
         text = json.dumps(report, indent=1)
         print(text)
         if args.json:

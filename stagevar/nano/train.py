@@ -138,7 +138,7 @@ class TransformerJob(Job):
     name = "transformer"
     max_flip, caption_drop = 0.25, 0.1
     # Share of the tasks in the data, in the order of scenes.TASKS: the harder ones more often.
-    task_weights = (0.7, 1.2, 1.4, 0.8, 1.6, 1.4, 0.9)
+    task_weights = (0.7, 1.2, 1.4, 0.8, 1.6, 1.5, 1.2)
 
     def __init__(
         self, config: NanoPreset, device: torch.device, dtype: torch.dtype, tokenizer: Path, compiled: bool = False
