@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from stagevar.accelerators import Accelerator
 from stagevar.errors import UsageError
 from stagevar.latency import Timing, paired_ratio, pinned, time_once, warm_up
 from stagevar.models.base import LoadedModel
@@ -33,6 +34,7 @@ def compare(
     names: Sequence[str],
     *,
     extra_steps: Mapping[str, Steps] | None = None,
+    accelerators: Mapping[str, Accelerator] | None = None,
     rounds: int = 10,
     batch: int = 1,
     prompts: int | Sequence[str] = 32,
@@ -42,16 +44,18 @@ def compare(
     """One row per schedule, the full one first, as plain data.
 
     Args:
-        names: presets. extra_steps: further schedules by name, already expanded.
+        names: presets. extra_steps: further schedules by name, already expanded. accelerators: for rows that are not run
+            by the default one.
         rounds: timed passes; each times every schedule on the next `batch` prompts.
         prompts: how many of the model's own bench prompts, or the prompts themselves, for the quality columns.
-        threads: on CPU, pinned. scores: further quality columns, as mean paired difference to the full schedule.
+        threads: on CPU, pinned. scores: further quality columns, as mean paired difference to the full schedule with a
+            bootstrap interval over prompts.
 
     Columns: tokens (per image, both branches), latency_ms (median), mean_ms, p90_ms, samples_ms, ratio to the full
     schedule with its interval, memory_mib (CUDA: peak allocated above the weights; CPU: KV cache), and unless the
     weights are random: psnr_db, ssim (means) and `scores`. outcomes: how often a decision went which way.
     """
-    sampler = Sampler(model)
+    sampler, accelerators = Sampler(model), accelerators or {}
     plans = {name: preset(name, model.grids).expand(model.grids, sampler.chunks) for name in (BASELINE, *names)}
     plans.update(extra_steps or {})
     texts = bench_prompts(model, prompts) if isinstance(prompts, int) else list(prompts)
@@ -61,8 +65,9 @@ def compare(
     for step in (step for steps in plans.values() for step in steps if step.decision is not None):
         sampler.accelerator.check(model, step.decision)  # refused before anything is measured
     with pinned(threads) if model.device.type == "cpu" else contextlib.nullcontext():
-        made = {name: _observe(sampler, steps, batches) for name, steps in plans.items()}
-        timings = _time(sampler, plans, batches, rounds)
+        made = {name: _observe(Sampler(model, accelerators.get(name)), plans[name], batches) for name in plans}
+        samplers = {name: Sampler(model, accelerators.get(name)) for name in plans}
+        timings = _time(samplers, plans, batches, rounds)
     full = made[BASELINE]
     rows = []
     for name in plans:
@@ -87,7 +92,8 @@ def compare(
             row["ssim"] = float(ssim(images, full.images).mean())
             shown = texts[: len(images)]
             for label, score in (scores or {}).items():
-                row[label] = float(np.mean(score(images, shown) - score(full.images, shown)))
+                difference_B = np.asarray(score(images, shown), float) - np.asarray(score(full.images, shown), float)
+                row[label], row[f"{label}_interval"] = float(difference_B.mean()), _mean_interval(difference_B)
         rows.append(row)
     return rows
 
@@ -106,7 +112,6 @@ def _observe(sampler: Sampler, steps: Steps, batches: Sequence[tuple[list[str], 
     device, chunks = sampler.model.device, sampler.chunks
     cuda = device.type == "cuda"
     images, outcomes, tokens = [], Counter[str](), []
-    sampler.release()
     before = torch.cuda.memory_allocated(device) if cuda else 0
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
@@ -130,16 +135,25 @@ def _ways(steps: Steps, outcomes: Sequence[str], batch: int) -> Iterator[Steps]:
         yield (*steps[: decided.scale + 1], *decided.decision.continuation(outcome))
 
 
+def _mean_interval(values_B: np.ndarray, confidence: float = 0.95, resamples: int = 2000) -> list[float]:
+    """Two-sided bootstrap interval of the mean."""
+    means = np.random.default_rng(0).choice(values_B, size=(resamples, len(values_B))).mean(axis=1)
+    return np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2]).tolist()
+
+
 def _time(
-    sampler: Sampler, plans: Mapping[str, Steps], batches: Sequence[tuple[list[str], list[int]]], rounds: int
+    samplers: Mapping[str, Sampler],
+    plans: Mapping[str, Steps],
+    batches: Sequence[tuple[list[str], list[int]]],
+    rounds: int,
 ) -> dict[str, Timing]:
-    """Every schedule on the same batch in turn, the order reversed every other round."""
+    """Every schedule on the same batch in turn, the order reversed every other round.
+
+    Each has a sampler of its own, so that none pays for another one's cache.
+    """
     if rounds < 1:
         raise UsageError(f"rounds {rounds} must be at least 1")
-    device = sampler.model.device
-    # One sampler each, so that no schedule pays for another one's cache.
-    samplers = {name: Sampler(sampler.model, sampler.accelerator) for name in plans}
-    warmth = {}
+    device, warmth = samplers[BASELINE].model.device, {}
     for name, steps in plans.items():
         warmth[name] = warm_up(lambda name=name, steps=steps: samplers[name].generate(*batches[0], steps), device)
     host: dict[str, list[float]] = {name: [] for name in plans}
@@ -179,7 +193,12 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
         "memory_mib": ("MiB", "{:.1f}"),
     }
     hidden = {"samples_ms", "warmed", "outcomes"}
-    further = {key: (key.replace("_", " "), "{:.3f}") for row in rows for key in row if key not in hidden}
+    further = {
+        key: (key.replace("_", " "), "[{0[0]:.3f}, {0[1]:.3f}]" if key.endswith("_interval") else "{:.3f}")
+        for row in rows
+        for key in row
+        if key not in hidden
+    }
     columns = {**titles, **{key: value for key, value in further.items() if key not in titles}}
     table = [[title for title, _ in columns.values()]]
     for row in rows:

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from stagevar.accelerators import Exact
 from stagevar.compare import bench_prompts, compare, format_table
 from stagevar.errors import ScheduleError, UsageError
 from stagevar.schedule import StageSchedule, exact, skipvar
@@ -40,7 +41,8 @@ def test_quality_is_against_the_full_schedule_of_the_same_prompts(rows):
     by_name = {row["name"]: row for row in rows}
     assert by_name["same"]["psnr_db"] == 100
     assert by_name["fastvar"]["psnr_db"] < 100 and by_name["skip-2"]["ssim"] < 1
-    assert by_name["skip-2"]["brightness"] != 0
+    low, high = by_name["skip-2"]["brightness_interval"]
+    assert low <= by_name["skip-2"]["brightness"] <= high and by_name["skip-2"]["brightness"] != 0
 
 
 def test_tokens_and_cache_follow_the_schedule(rows):
@@ -61,6 +63,12 @@ def test_table_shows_every_row_and_the_decisions(rows):
     lines = text.splitlines()
     assert len(lines) >= 1 + len(rows) and len({len(line) for line in lines[: 1 + len(rows)]}) == 1
     assert "mine decided: cond1" in text and "ssim" in lines[0] and "samples" not in text
+
+
+def test_a_row_may_bring_its_own_accelerator(model):
+    steps = StageSchedule(4, rank_ratios=(0.5,)).expand(GRIDS, 2)
+    with pytest.raises(ValueError, match="exact accelerator does not"):
+        compare(model, [], extra_steps={"mine": steps}, accelerators={"mine": Exact()}, prompts=PROMPTS)
 
 
 def test_random_weights_report_no_quality(model):
