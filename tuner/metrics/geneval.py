@@ -34,12 +34,15 @@ _COCO_ALIASES = {
 
 @dataclass(frozen=True)
 class Found:
-    """A detected object before its colour is known; `mask_HW` is boolean, at image size, None from box detectors."""
+    """A detected object; `mask_HW` is boolean, at image size, None from box detectors. A detector that knows `color`
+    or `texture` itself sets them; then no classifier is asked."""
 
     class_name: str
     score: float
     box_xyxy: tuple[float, float, float, float]
     mask_HW: np.ndarray | None = None
+    color: str | None = None
+    texture: str | None = None
 
 
 class Detector(Protocol):
@@ -103,7 +106,8 @@ class GenEval(BenchmarkMetric):
         wanted = {clause["class"] for clause in prompt.get("include", ()) if "color" in clause}
         colors: dict[int, str] = {}
         for class_name in sorted(wanted):
-            indices = [index for index, item in enumerate(found) if item.class_name == class_name]
+            indices = [index for index, item in enumerate(found)
+                       if item.class_name == class_name and item.color is None]
             if not indices:
                 continue
             masks = [found[index].mask_HW for index in indices]
@@ -112,7 +116,7 @@ class GenEval(BenchmarkMetric):
                 None if masks[0] is None else masks,
             )
             colors.update(zip(indices, named, strict=True))
-        return [Detection(item.class_name, item.score, item.box_xyxy, colors.get(index))
+        return [Detection(item.class_name, item.score, item.box_xyxy, item.color or colors.get(index), item.texture)
                 for index, item in enumerate(found)]
 
     def _rows(self, images_uint8_BHW3: np.ndarray, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
