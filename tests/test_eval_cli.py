@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from tuner.eval_cli import main
+from tuner.metrics import METRIC_NAMES
 
 DOGS = {"tag": "counting", "include": [{"class": "dog", "count": 2}], "exclude": [{"class": "dog", "count": 3}],
         "prompt": "a photo of two dogs"}
@@ -97,6 +100,16 @@ def test_dpg_from_answers_both_ways(capsys, answers):
     assert found["corrected"]["l2"]["attribute - color"] == 50.0
     code, out, _ = run(capsys, "dpg", "--answers", answers, "--mode", "published")
     assert code == 0 and "50.0000" in out and "corrected" not in out and "dropped z" in out
+
+
+def test_the_documented_examples_run_as_they_stand(capsys, tmp_path):
+    text = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
+    for language, suffix, arguments in (("json", "json", ["geneval", "--detections"]), ("csv", "csv", ["dpg", "--answers"])):
+        (tmp_path / f"example.{suffix}").write_text(re.search(rf"```{language}\n(.*?)```", text, re.DOTALL)[1])
+        found = results(capsys, *arguments, tmp_path / f"example.{suffix}")["results"]
+        assert found["overall"] == 1.0 if language == "json" else found["corrected"]["score"] == 50.0
+    names = set(re.findall(r"^\| `(\w+)` \| (?:prompt|reference|\| higher)", text, re.MULTILINE))
+    assert names == set(METRIC_NAMES)
 
 
 def test_a_folder_needs_no_verb(capsys, folder):

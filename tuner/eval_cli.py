@@ -35,7 +35,7 @@ _ANSWERS_HELP = """\
 answers file: CSV with a header, one line per question and tile:
   item_id,proposition_id,dependency,tuple,tile,answer
   partiprompts97,1,0,entity - whole (cat),0,yes
-  partiprompts97,2,"1",attribute - color (cat, black),0,no
+  partiprompts97,2,"1","attribute - color (cat, black)",0,no
 "dependency" lists parent propositions of the item ("1,2", 0 or empty for none). Without "tile", the k-th line of a
 question is tile k; instead of tile and answer there may be columns answer_0 ... answer_3. Only the exact answer "yes"
 counts; a column of 0/1 is taken as scores. Questions keep the file's order, which the dependency walk follows.

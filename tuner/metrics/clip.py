@@ -6,6 +6,7 @@ open_clip `hf-hub:` or `local-dir:` name, or "nano", the small model shipped for
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from importlib.resources import files
@@ -79,6 +80,12 @@ class ClipModel:
         return {"clip": self.source, "weights_sha256": digest.hexdigest(), "open_clip": open_clip.__version__}
 
 
+@functools.cache
+def shared_clip(model: str, pretrained: str, device: str, batch_size: int) -> ClipModel:
+    """The one ClipModel of these arguments: a score and a similarity by the same CLIP load it once."""
+    return ClipModel(model, pretrained, device=device, batch_size=batch_size)
+
+
 class ClipScore(Metric):
     """100 x cosine of image and prompt, not below 0.
 
@@ -91,7 +98,7 @@ class ClipScore(Metric):
     def __init__(
         self, *, device: str = "cpu", model: str = "ViT-L-14", pretrained: str = "openai", batch_size: int = 64
     ) -> None:
-        self.clip = ClipModel(model, pretrained, device=device, batch_size=batch_size)
+        self.clip = shared_clip(model, pretrained, device, batch_size)
 
     def _score(
         self, images_uint8_BHW3: np.ndarray, prompts: Sequence[Prompt], reference_images_uint8_BHW3: np.ndarray | None
@@ -113,7 +120,7 @@ class ClipImageSimilarity(Metric):
     def __init__(
         self, *, device: str = "cpu", model: str = "ViT-L-14", pretrained: str = "openai", batch_size: int = 64
     ) -> None:
-        self.clip = ClipModel(model, pretrained, device=device, batch_size=batch_size)
+        self.clip = shared_clip(model, pretrained, device, batch_size)
 
     def _score(
         self, images_uint8_BHW3: np.ndarray, prompts: Sequence[Prompt], reference_images_uint8_BHW3: np.ndarray | None
@@ -169,7 +176,7 @@ class ColorClassifier:
     def __init__(
         self, *, device: str = "cpu", model: str = "ViT-L-14", pretrained: str = "openai", batch_size: int = 16
     ) -> None:
-        self.clip = ClipModel(model, pretrained, device=device, batch_size=batch_size)
+        self.clip = shared_clip(model, pretrained, device, batch_size)
         self._heads: dict[str, torch.Tensor] = {}
 
     def __call__(
