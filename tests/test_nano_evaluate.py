@@ -39,11 +39,13 @@ def test_trained_scenes_are_the_training_stream():
 
 def test_command_line_measures_the_shipped_model(tmp_path, capsys):
     arguments = ["--prompts", "7", "--unseen", "7", "--clip-images", "5", "--training-images", "32", "--samples", "8"]
+    arguments += ["--checker-scenes", "60"]
     code = evaluate.main([*arguments, "--pictures", str(tmp_path), "--json", str(tmp_path / "figures.json")])
     assert code == 0
     report = json.loads((tmp_path / "figures.json").read_text())
     assert report["full"]["images"] == 7 and report["unseen_pairs"]["images"] == 7
     assert report["skip_last_scale"]["psnr_db_to_full"] < 40
+    assert report["checker"]["drawn"] >= 0.95 and report["checker"]["another_prompt"] <= 0.2
     assert report["neighbours"]["training_images"] == 32
     for name in ("nano_samples", "nano_scales", "nano_nearest"):
         assert Image.open(tmp_path / f"{name}.png").size[0] > 500

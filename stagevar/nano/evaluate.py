@@ -28,7 +28,7 @@ from stagevar.geneval import judge, summarise
 from stagevar.models.base import LoadedModel, Sampling
 from stagevar.models.registry import load_model
 from stagevar.nano import scenes
-from stagevar.nano.checker import detect
+from stagevar.nano.checker import check_batch, detect
 from stagevar.nano.clip import NanoClip, compacted
 from stagevar.nano.load import read_preset, shipped_folder
 from stagevar.nano.train import RECIPES, TransformerJob
@@ -115,6 +115,33 @@ def trained_scenes(folder: Path, count: int, steps: int | None = None) -> tuple[
         images.append((scenes.draw(world, config.image_size) * 255).astype(np.uint8).transpose(0, 2, 3, 1))
         captions += world.captions
     return np.concatenate(images)[:count], captions[:count]
+
+
+def checker_accuracy(evaluation: Evaluation, count: int, seed: int = 5) -> dict[str, float]:
+    """Share of fresh scenes that the checker accepts: as drawn, through the tokenizer, and against another prompt.
+
+    "last_scale_skipped" are reconstructions without the last scale, "another_prompt" drawn scenes judged by a different
+    prompt of the same task (some of which they happen to satisfy).
+    """
+    rng = np.random.default_rng(seed)
+    world = scenes.sample(count, rng, split="heldout")
+    drawn = scenes.draw(world, evaluation.config.image_size)
+    tokenizer = evaluation.model.tokenizer
+    with torch.inference_mode():
+        parts = [tokenizer.partial_sums(tokenizer.encode(x * 2 - 1))[-2:] for x in torch.from_numpy(drawn).split(250)]
+        skipped, whole = ((tokenizer.decode(s) / 2 + 0.5).clamp(0, 1).numpy() for s in torch.cat(parts, dim=1))
+    metadata = world.metadata
+    others = []
+    for meta in metadata:
+        rivals = [m for m in metadata if m["tag"] == meta["tag"] and m["prompt"] != meta["prompt"]]
+        others.append(rivals[int(rng.integers(len(rivals)))])
+    return {
+        "drawn": float(check_batch(drawn, metadata).mean()),
+        "reconstructed": float(check_batch(whole, metadata).mean()),
+        "last_scale_skipped": float(check_batch(skipped, metadata).mean()),
+        "another_prompt": float(check_batch(drawn, others).mean()),
+        "reconstruction_psnr_db": float(-10 * np.log10(((whole - drawn) ** 2).mean((1, 2, 3))).mean()),
+    }
 
 
 def clip_accuracy(evaluation: Evaluation, images: int, seed: int = 11) -> float:
@@ -209,7 +236,7 @@ def save_pictures(
 # ----------------------------------------------------------------------------------------------------------- the report
 
 
-def evaluate(evaluation: Evaluation, count: int, unseen: int, clip_images: int) -> dict[str, Any]:
+def evaluate(evaluation: Evaluation, count: int, unseen: int, clip_images: int, checker_scenes: int) -> dict[str, Any]:
     """All figures but the pictures'."""
     model = evaluation.model
     report: dict[str, Any] = {
@@ -235,6 +262,7 @@ def evaluate(evaluation: Evaluation, count: int, unseen: int, clip_images: int) 
         similarity = (evaluation.image_features(skipped) * evaluation.image_features(full)).sum(1)
         report["skip_last_scale"]["clip_image_similarity_to_full"] = float(similarity.mean())
         report["clip_right_of_64"] = clip_accuracy(evaluation, clip_images)
+    report["checker"] = checker_accuracy(evaluation, checker_scenes)
     return report
 
 
@@ -255,6 +283,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--prompts", type=int, default=512, help="held-out prompts")
     p.add_argument("--unseen", type=int, default=200, help="prompts that name an unseen pair")
     p.add_argument("--clip-images", type=int, default=300, help="fresh scenes for CLIP's accuracy")
+    p.add_argument("--checker-scenes", type=int, default=1000, help="fresh scenes for the checker's accuracy")
     p.add_argument("--guidance", type=float)
     p.add_argument("--temperature", type=float)
     p.add_argument("--pictures", type=Path, help="folder for the sheets of images")
@@ -268,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
             if getattr(args, name) < len(scenes.TASKS):
                 raise UsageError(f"--{name} {getattr(args, name)} must be at least {len(scenes.TASKS)}, one per task")
         evaluation = Evaluation(args.weights or shipped_folder(), args.guidance, args.temperature)
-        report = evaluate(evaluation, args.prompts, args.unseen, args.clip_images)
+        report = evaluate(evaluation, args.prompts, args.unseen, args.clip_images, args.checker_scenes)
         print(table(report))
         if args.pictures:
             report["neighbours"] = save_pictures(
