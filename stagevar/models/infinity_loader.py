@@ -51,6 +51,7 @@ def build(request: LoadRequest) -> LoadedModel:
     transformer = made.transformer.module
     assert isinstance(transformer, Infinity)
     transformer.set_grids(*infinity_grids(request.resolution, request.ratio))
+    made.tokenizer.module.to(memory_format=torch.channels_last)
     if isinstance(text, T5Text):
         record["text"] = text.provenance()
     return LoadedModel(
