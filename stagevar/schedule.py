@@ -363,18 +363,26 @@ def paper(grids: Sequence[Grid]) -> StageSchedule:
     """StageVAR's published setting, carried to this model's scales.
 
     Accelerated are the scales wider than half the last one (sides 40, 48, 64 of Infinity); null branch only, Gaussian
-    projection per chunk. Where the published table has no rows for the model, its mean ratios are used.
+    projection per chunk. Where the published table has no rows for the model, its mean ratios are used. STAR at 1024 px
+    (14 scales) has a setting of its own: null branch from side 48, only side 64 reduced, to 5.3 % of its tokens.
     """
     start = structure_boundary(grids)
     if len(grids) == 13:
         return StageSchedule(structure_end=start, semantic_end=min(7, start), cfg_delay=0, energy=0.96)
+    if len(grids) == 14:
+        return StageSchedule(12, semantic_end=7, cfg_delay=0, rank_delay=1, rank_ratios=(0.053,), rope="index")
     return StageSchedule(
         structure_end=start, semantic_end=min(len(grids) // 2, start), cfg_delay=0, rank_ratios=(0.177, 0.157, 0.049)
     )
 
 
 def released(grids: Sequence[Grid]) -> StageSchedule:
-    """The released code's setting: as `paper`, and the last scales (two of 13, one of fewer than ten) are not run."""
+    """The released code's setting: as `paper`, and the last scales (two of 13, one of fewer than ten) are not run.
+
+    On STAR at 1024 px (14 scales) the released code skips nothing.
+    """
+    if len(grids) == 14:
+        return paper(grids)
     count = 2 if len(grids) >= 10 else 1
     return dataclasses.replace(paper(grids), skip=tuple(range(len(grids) - count, len(grids))))
 

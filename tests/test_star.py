@@ -20,9 +20,11 @@ from stagevar.models.star_text import ClipText, PromptText, RandomClipText
 from stagevar.models.var import guidance_ramp
 from stagevar.models.vqvae import VQVAE
 from stagevar.sampler import Sampler
-from stagevar.schedule import StageSchedule, exact
+from stagevar.schedule import PRESETS, StageSchedule, exact, paper, released
 from tests.golden.star_cases import run_case
 from tests.model_contract import SEEDS, ModelContract, Recorder, largest_difference, masked_attend
+from tuner.prompts import load_prompts
+from tuner.space import PromptSource, load_space
 
 SIDES = (1, 2, 3, 4)
 GRIDS = square(SIDES)
@@ -364,3 +366,41 @@ def test_prompt_text_is_plain_data():
     text = RandomClipText(4).encode(["a"])[0]
     assert [f.name for f in dataclasses.fields(PromptText)] == ["features_TD", "mask_T", "pooled_D", "null_pooled_D"]
     assert text.pooled_D.shape == text.null_pooled_D.shape == (4,)
+
+
+# ------------------------------------------------------------------------------------------------ schedules
+
+
+def test_the_papers_setting_on_star_is_what_its_code_runs():
+    """Null branch at sides 48 and 64, reduction at 64 alone, positions of the drawn tokens, nothing skipped."""
+    grids = square(STAR_SIDES[1024])
+    steps = paper(grids).expand(grids, 30)
+    assert [s.grid[0] for s in steps if s.branches == ("uncond",)] == [48, 64]
+    assert [s.grid[0] for s in steps if s.reduction] == [64]
+    reduction = steps[-1].reduction
+    assert set(reduction.ranks) == {218} and (reduction.site, reduction.rope) == ("chunk", "index")
+    assert released(grids) == paper(grids) and not any(s.skipped for s in steps)
+
+
+@pytest.mark.parametrize("name", ["star-1.7b", "star-tiny", "var-d30", "var-tiny"])
+def test_shipped_search_spaces_fit_their_models(name):
+    parts = model_parts(resolve(name, device="cpu"))
+    space = load_space(name)
+    space.fit(parts.grids)
+    chunks = len(parts.transformer.module.chunk_layers)
+    presets = [PRESETS[preset](parts.grids).expand(parts.grids, chunks) for preset in space.enqueue]
+    assert len(set(presets)) == len(presets) >= 4
+    start = paper(parts.grids)
+    values = space.nearest_values(start, parts.grids)
+    assert values["structure_end"] == start.structure_end and values["rank_ratio"] == start.rank_ratios[0]
+    assert values["cfg_delay"] == 0 and values["branch"] == "uncond" and values["rank_delay"] == start.rank_delay
+    assert ("rope" in values) == name.startswith("star")
+    assert space.prompts.source == ("nano" if name.startswith("star") else "imagenet")
+
+
+def test_class_indices_are_a_prompt_source():
+    sets = load_prompts(PromptSource("imagenet", 8, 16, 4), seed=3)
+    search, heldout = sets["search"].texts, sets["heldout"].texts
+    assert len(search) == 8 and len(heldout) == 16 and not set(search) & set(heldout)
+    assert set(search) | set(heldout) <= {str(i) for i in range(1000)}
+    assert load_prompts(PromptSource("imagenet", 8, 16, 4), seed=3)["search"].texts == search

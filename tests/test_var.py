@@ -239,7 +239,7 @@ def test_other_scales_than_the_learned_ones_are_refused():
 
 
 def test_an_aspect_ratio_is_refused():
-    with pytest.raises(UsageError, match="var-tiny makes square images only; aspect ratio 1.5"):
+    with pytest.raises(UsageError, match=r"var-tiny makes square images only; aspect ratio 1\.5"):
         load_model("var-tiny", weights="random", device="cpu", ratio=1.5)
 
 
