@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+from urllib.parse import urlsplit
 
 from stagevar import __version__
 from stagevar.cli import positive_int, report_errors
@@ -30,6 +31,7 @@ from tuner.journal import LOCK_FILE, driver_lock, repair
 from tuner.space import SearchSpace, load_space
 
 if TYPE_CHECKING:
+    from tuner.executors.ray import RayExecutor
     from tuner.result import Candidate, StudyResult
     from tuner.study import Study
 
@@ -37,7 +39,7 @@ PROG = "stagevar-tune"
 VERBS = ("resume", "report", "verify", "doctor")
 #: Everything that a study writes into its directory, and so all that --fresh may remove.
 RUN_FILES = ("config.json", "trials.jsonl", "journal.log*", "study.json", "profile.yaml", "pareto.yaml", "trials.csv")
-RUN_FILES += ("report.html", "images", "references")
+RUN_FILES += ("report.html", "images", "references", "study.name", "measurements.jsonl")
 STOPPED = 130
 
 _EPILOG = """\
@@ -85,7 +87,17 @@ def _tune_parser() -> _Parser:
     parser.add_argument("--out", type=Path, metavar="DIR", help="run directory (default: outputs/MODEL-BUDGET-sSEED)")
     parser.add_argument("--fresh", action="store_true", help="discard what an earlier run left in --out")
     parser.add_argument("--sampler", choices=("auto", "gp", "tpe", "random"), default="auto", help="default: auto")
-    parser.add_argument("--executor", choices=("local",), default="local", help="where trials run (default: local)")
+    parser.add_argument("--executor", choices=("local", "ray"), default="local", help="where it runs (default: local)")
+    parser.add_argument(
+        "--ray-address", metavar="ADDRESS", help="cluster to join, such as auto (default: start one here)"
+    )
+    parser.add_argument("--gpu-kind", metavar="NAME", help="the GPUs to use where a Ray cluster has several kinds")
+    parser.add_argument(
+        "--task-timeout", default="30m", metavar="TIME", help="a Ray worker is stuck after (default: 30m)"
+    )
+    parser.add_argument(
+        "--storage", metavar="URL", help="database for the trials, as postgresql://HOST/DB (default: a file)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, run nothing")
     _add_output_options(parser)
     return parser
@@ -118,11 +130,16 @@ def _verb_parser(verb: str) -> _Parser:
         parser.add_argument("run_dir", type=Path, metavar="RUN", help="run directory")
     if verb == "verify":
         parser.add_argument("profile", type=Path, help="profile.yaml of a run")
-        parser.add_argument("--max-regression", metavar="SHARE", help="fail when this much slower than recorded, as 3%%")
+        parser.add_argument(
+            "--max-regression", metavar="SHARE", help="fail when this much slower than recorded, as 3%%"
+        )
         _add_study_options(parser, required=False)
         parser.set_defaults(max_drop=None, seed=None)
     if verb == "doctor":
         parser.add_argument("--out", type=Path, default=Path("outputs"), help="where runs would go (default: outputs)")
+        parser.add_argument("--model", help="also the memory and files that this model needs")
+        parser.add_argument("--weights", help="with --model: path, or 'random'")
+        parser.add_argument("--device", default="auto", help="with --model: auto, cpu, cuda, cuda:N (default: auto)")
     _add_output_options(parser)
     return parser
 
@@ -188,10 +205,28 @@ def plan(args: argparse.Namespace, argv: Sequence[str]) -> Plan:
     args.time_budget = parse_time(args.time_budget) if args.time_budget else None
     registry.find(args.model)
     space = with_prompts(load_space(args.model, args.space), args.prompts, args.heldout)
+    check_placement(args)
     name = f"{args.model}-{args.budget.text.replace('%', 'pct')}-s{args.seed}"
     run_dir = args.out or Path("outputs") / name
     command = shlex.join([PROG, *(a for a in argv if a not in ("--fresh", "--quiet", "--json"))])
     return Plan(args, space, run_dir, command)
+
+
+def check_placement(args: argparse.Namespace) -> None:
+    """Checks the options that say where work runs and where trials are kept. Raises UsageError."""
+    args.task_timeout = parse_time(args.task_timeout)
+    if args.executor == "ray":
+        from tuner.executors.ray import require
+
+        require()
+    elif args.ray_address or args.gpu_kind:
+        raise UsageError("--ray-address and --gpu-kind need --executor ray")
+    if args.storage is not None:
+        parts = urlsplit(args.storage)
+        if not parts.scheme or "://" not in args.storage:
+            raise UsageError(f"storage {args.storage!r} must be a database URL, such as postgresql://HOST/DB")
+        if parts.password is not None:
+            raise UsageError("--storage holds a password, which would end up in the run's files; use ~/.pgpass")
 
 
 def with_prompts(space: SearchSpace, prompts: str | None, heldout: int | None) -> SearchSpace:
@@ -269,7 +304,10 @@ def _drive(checked: Plan) -> int:
                 progress.say(line)
             progress.phase("load")
             study = build_study(checked, progress, interrupts)
-            result = study.run()
+            try:
+                result = study.run()
+            finally:
+                study.executor.close()
             progress.phase("report")
             written = _write(result, checked.run_dir)
             progress.close()
@@ -287,16 +325,19 @@ def _drive(checked: Plan) -> int:
 
 def build_study(checked: Plan, progress: Any, stop: Callable[[], bool]) -> Study:
     """Loads model, prompts and metrics."""
-    from tuner.evaluate import ModelEvaluator
+    from tuner.evaluate import load_evaluator
     from tuner.prompts import load_prompts
     from tuner.study import Options, Study
 
     args, space = checked.args, checked.space
-    model = registry.load_model(args.model, weights=args.weights, device=args.device)
     prompts = load_prompts(space.prompts, args.seed)
-    evaluator = ModelEvaluator(
-        model, prompts, space.quality, space.floors, threads=args.threads, references_dir=checked.run_dir / "references"
-    )
+    parts = {"model": args.model, "prompts": prompts, "quality": space.quality, "floors": space.floors}
+    parts |= {"weights": args.weights, "device": args.device, "threads": args.threads}
+    if args.executor == "ray":
+        executor = _ray_executor(checked, parts, progress)
+        evaluator = executor.evaluator
+    else:
+        executor, evaluator = None, load_evaluator(**parts, references_dir=checked.run_dir / "references")
     options = Options(
         args.budget,
         max_drop=args.max_drop,
@@ -304,10 +345,29 @@ def build_study(checked: Plan, progress: Any, stop: Callable[[], bool]) -> Study
         time_budget_s=args.time_budget,
         seed=args.seed,
         sampler=args.sampler,
+        storage=args.storage,
         command=checked.command,
         versions=versions(),
     )
-    return Study(checked.run_dir, space, options, evaluator, prompts, progress=progress, stop=stop)
+    return Study(checked.run_dir, space, options, evaluator, prompts, executor, progress, stop)
+
+
+def _ray_executor(checked: Plan, parts: dict[str, Any], progress: Any) -> RayExecutor:
+    """Workers that load the same model; paths must exist on every node."""
+    from tuner.executors.ray import RayExecutor, Recipe
+
+    args = checked.args
+    if args.weights and Path(args.weights).exists():
+        parts["weights"] = str(Path(args.weights).resolve())
+    return RayExecutor(
+        Recipe("tuner.evaluate:load_evaluator", parts),
+        args.ray_address,
+        gpu_kind=args.gpu_kind,
+        task_timeout_s=args.task_timeout,
+        threads=args.threads,
+        run_dir=checked.run_dir,
+        say=progress.say,
+    )
 
 
 def versions() -> dict[str, str]:
@@ -406,8 +466,10 @@ def _speedup(candidate: Candidate) -> str:
 
 def _change(candidate: Candidate) -> str:
     change = candidate.best_differences.get("quality")
-    return "not measured" if change is None else (
-        f"{change.mean:+.4f} [{change.low:+.4f}, {change.high:+.4f}] on {change.n} prompts"
+    return (
+        "not measured"
+        if change is None
+        else (f"{change.mean:+.4f} [{change.low:+.4f}, {change.high:+.4f}] on {change.n} prompts")
     )
 
 
@@ -471,7 +533,7 @@ def run_doctor(args: argparse.Namespace) -> int:
     """Prints one line per check; exit code 1 when a study cannot run here."""
     from tuner.doctor import examine
 
-    findings = examine(args.out)
+    findings = examine(args.out, args.model, args.weights, args.device)
     if args.json:
         print(json.dumps([dataclasses.asdict(f) for f in findings], indent=2))
     else:

@@ -100,6 +100,24 @@ def walk(
     return runs
 
 
+def load_evaluator(
+    model: str,
+    prompts: Mapping[str, PromptSet],
+    quality: Mapping[str, Any],
+    floors: Mapping[str, float],
+    *,
+    weights: str | None = None,
+    device: str = "auto",
+    threads: int = 1,
+    references_dir: Path | None = None,
+) -> ModelEvaluator:
+    """Loads a model by name and the metrics: what a study evaluates with, in its own process or in a cluster's workers."""
+    from stagevar.models import registry
+
+    loaded = registry.load_model(model, weights=weights, device=device)
+    return ModelEvaluator(loaded, prompts, quality, floors, threads=threads, references_dir=references_dir)
+
+
 class ModelEvaluator:
     """Evaluates on a loaded model, in this process.
 

@@ -7,6 +7,7 @@ running are told from the evidence where there is some, else failed and enqueued
 from __future__ import annotations
 
 import time
+import uuid
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import Trial, TrialState
 
+from stagevar.errors import UsageError
+from stagevar.profile import write_text_atomically
 from tuner.journal import JOURNAL_FILE
 from tuner.space import Parameter, SearchSpace, Value
 
@@ -28,6 +31,8 @@ ATTEMPTS = 3
 STARTUP_TRIALS = 8
 #: Trials after which the Gaussian process, whose cost grows with their cube, hands over to TPE.
 GP_TRIALS = 200
+#: Holds the study's name where a database keeps it.
+STUDY_NAME_FILE = "study.name"
 _STUDY = "stagevar"
 _PRESET, _ATTEMPT = "preset", "attempt"
 
@@ -56,19 +61,30 @@ class Proposer:
     Args:
         run_dir: where the journal is, or will be. constraints: names that every tell must bring.
         sampler: "auto" (Gaussian process, then TPE), or one of SAMPLERS throughout.
+        storage: URL of a database instead of the journal; each run directory is a study of its own there.
 
     Attributes: ask_seconds: one entry per ask.
     """
 
-    def __init__(self, run_dir: Path, space: SearchSpace, seed: int, constraints: Sequence[str], sampler: str = "auto"):
+    def __init__(
+        self,
+        run_dir: Path,
+        space: SearchSpace,
+        seed: int,
+        constraints: Sequence[str],
+        sampler: str = "auto",
+        storage: str | None = None,
+    ):
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         self.space, self.seed, self.constraints, self.kind = space, seed, tuple(constraints), sampler
         self.ask_seconds: list[float] = []
-        storage = JournalStorage(JournalFileBackend(str(run_dir / JOURNAL_FILE)))
         self._distributions = {p.name: _distribution(p) for p in space.parameters}
         self.study = optuna.create_study(
-            storage=storage, study_name=_STUDY, directions=["minimize", "maximize"], load_if_exists=True
+            storage=_database(storage) if storage else JournalStorage(JournalFileBackend(str(run_dir / JOURNAL_FILE))),
+            study_name=_name_in_database(run_dir, space) if storage else _STUDY,
+            directions=["minimize", "maximize"],
+            load_if_exists=True,
         )
         # A resumed sampler starts its random numbers elsewhere, else it would propose its first trials again.
         self._rng_seed = seed + 1_000_003 * len(self.study.get_trials(deepcopy=False))
@@ -169,6 +185,27 @@ class Proposer:
 
     def _values(self, raw: Mapping[str, Any]) -> dict[str, Value]:
         return {p.name: p.decode(raw[p.name]) for p in self.space.parameters if p.name in raw}
+
+
+def _database(url: str) -> optuna.storages.RDBStorage:
+    """A database of studies. Raises UsageError that says what is missing."""
+    try:
+        return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+    except ImportError as error:
+        raise UsageError(
+            f"--storage {url} needs a driver ({error}); for PostgreSQL: pip install psycopg2-binary"
+        ) from None
+    except Exception as error:  # SQLAlchemy, its drivers and Optuna have no common base
+        line = str(error).strip().splitlines()[0]
+        raise UsageError(f"--storage {url} cannot be opened: {line}; example: sqlite:////data/studies.db") from None
+
+
+def _name_in_database(run_dir: Path, space: SearchSpace) -> str:
+    """The run's name among the studies of a team, made once and kept in the run directory."""
+    path = run_dir / STUDY_NAME_FILE
+    if not path.exists():
+        write_text_atomically(path, f"{space.model} {run_dir.name} {uuid.uuid4().hex[:8]}\n")
+    return path.read_text(encoding="utf-8").strip()
 
 
 def _distribution(parameter: Parameter) -> BaseDistribution:

@@ -24,7 +24,7 @@ from stagevar.schedule import StageSchedule, Steps, exact, preset
 from tuner import pareto
 from tuner.budget import Budget
 from tuner.evaluate import Evaluator
-from tuner.executors.base import Executor, Failed, QualityTask
+from tuner.executors.base import Executor, Failed, QualityTask, WorkersLost
 from tuner.executors.local import LocalExecutor, first_line
 from tuner.journal import Evidence
 from tuner.progress import Progress
@@ -60,7 +60,7 @@ class Options:
     """What a user asks of a study.
 
     trials: distinct schedules to evaluate, the full one not counted. time_budget_s: tuning time, verification included.
-    sampler: see Proposer. command: what reproduces the study. versions: for the record. samples: prompts whose images
+    sampler, storage: see Proposer. command: what reproduces the study. versions: for the record. samples: prompts whose images
     are kept for the report.
     """
 
@@ -70,6 +70,7 @@ class Options:
     time_budget_s: float | None = None
     seed: int = 0
     sampler: str = "auto"
+    storage: str | None = None
     command: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     samples: int = 6
@@ -144,6 +145,7 @@ class Study:
             "budget": self.options.budget.text,
             "max_drop": self.options.max_drop,
             "seed": self.options.seed,
+            "storage": self.options.storage,
         }
 
     def check_identity(self) -> bool:
@@ -218,6 +220,8 @@ class Study:
             timing = self.evaluator.latency({BASELINE: self.full}, BASELINE_ROUNDS)[BASELINE]
             latency = latency_stats(timing.samples_ms, None, None, timing.warm_up_runs, timing.warmed)
             self.baseline = dataclasses.replace(blank, latency=latency)
+        except WorkersLost:
+            raise
         except Exception as error:
             self.baseline = dataclasses.replace(blank, state="failed", error=first_line(error))
             return
@@ -241,6 +245,8 @@ class Study:
         for task, outcomes in self.executor.run(tasks):
             found[task.batch] = outcomes
             note(len(found))
+            if all(isinstance(outcome, Failed) for outcome in outcomes):
+                break  # no prompt could mend it
         values: list[dict[str, tuple[float, ...]]] = []
         errors: list[str | None] = []
         for index in range(len(schedules)):
@@ -255,7 +261,14 @@ class Study:
 
     def _search(self, records: Sequence[Mapping[str, Any]]) -> None:
         self.progress.phase("search", self.options.trials)
-        proposer = Proposer(self.run_dir, self.space, self.options.seed, self.constraint_names, self.options.sampler)
+        proposer = Proposer(
+            self.run_dir,
+            self.space,
+            self.options.seed,
+            self.constraint_names,
+            self.options.sampler,
+            self.options.storage,
+        )
         known: dict[int, Told | None] = {}
         for record in records:
             if record["kind"] != "trial":
@@ -381,6 +394,8 @@ class Study:
         try:
             found = self.evaluator.latency({BASELINE: self.full, **schedules}, SEARCH_ROUNDS, SEARCH_WARM_UP)
             return {key: (found[key], found[BASELINE]) for key in schedules}, {}
+        except WorkersLost:
+            raise
         except Exception as error:
             if len(schedules) == 1:
                 return {}, dict.fromkeys(schedules, first_line(error))
@@ -482,7 +497,9 @@ class Study:
     def _finalists(self) -> list[Candidate]:
         """Whom to verify: the best within the limits by point estimate, with and without skipped scales; where there
         are none, those nearest to the limits whose intervals still reach them."""
-        pool: list[Candidate] = [c for c in self.candidates.values() if c.feasible and c.latency.ratio.mean <= LEAST_GAIN]
+        pool: list[Candidate] = [
+            c for c in self.candidates.values() if c.feasible and c.latency.ratio.mean <= LEAST_GAIN
+        ]
         # Those that meet the budget by their whole interval first: a borderline one would only be undecided.
         key: Callable[[Candidate], Any] = lambda c: (c.verdicts[0].bound <= c.verdicts[0].limit, self._preference(c))  # noqa: E731
         if not pool:
@@ -571,7 +588,9 @@ class Study:
         if waiting:
             best = max(waiting, key=self._preference)
             undecided = [v for v in best.verification.verdicts if v.status == "open"]
-            texts = ", ".join(f"{v.name} {v.value:.4g} with bound {v.bound:.4g} around {v.limit:.4g}" for v in undecided)
+            texts = ", ".join(
+                f"{v.name} {v.value:.4g} with bound {v.bound:.4g} around {v.limit:.4g}" for v in undecided
+            )
             reason = f"the data cannot tell: {texts}; add held-out prompts or loosen the limit"
             return self._result("inconclusive", reason, picks, nearest=[c.key for c in waiting])
         kept = [c for c in self.candidates.values() if self._keeps_quality(c)]
@@ -582,7 +601,9 @@ class Study:
         elif not self.quality and smallest <= limits.budget_ms:
             reason = f"no schedule of {len(self.candidates)} is within {budget} by its upper bound; raise --budget"
         elif smallest <= limits.budget_ms:
-            reason = f"no schedule within {budget} kept the quality on the held-out prompts; raise --budget or --max-drop"
+            reason = (
+                f"no schedule within {budget} kept the quality on the held-out prompts; raise --budget or --max-drop"
+            )
             smallest = None
         else:
             reason = (

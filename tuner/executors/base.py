@@ -48,5 +48,5 @@ class Executor(ABC):
     def run(self, tasks: Sequence[QualityTask]) -> Iterator[tuple[QualityTask, list[Outcome]]]:
         """Yields every task once with one outcome per schedule."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  nothing to free is the common case
         """Frees what the executor holds; it cannot be used afterwards."""

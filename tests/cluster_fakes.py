@@ -1,0 +1,139 @@
+"""Make-believe evaluators for workers in other processes, which misbehave where a file tells them to.
+
+Files in `directory`: `die-N` ends the process at micro-batch N, once (the first to see it removes it); `hang-N` waits
+for ever there, once; `hold-NODE` waits for ever on that node as long as it exists. `calls/` gets one file per evaluated
+micro-batch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import uuid
+from pathlib import Path
+
+import numpy as np
+
+from stagevar.errors import UsageError
+from tests.fakes import SPACE, FakeEvaluator
+from tuner.executors.ray import Recipe
+from tuner.prompts import load_prompts
+from tuner.space import parse_space
+
+#: 8 micro-batches of 4 search prompts.
+PROMPTS = {"source": "nano", "search": 32, "heldout": 64, "micro_batch": 4}
+
+
+class Troublemaker(FakeEvaluator):
+    """Dies of poisoned schedules, always; of batches where files say so, once."""
+
+    def __init__(self, prompts, directory: Path, poison=lambda steps: False, **options):
+        super().__init__(prompts, **options)
+        self.directory, self.poison = directory, poison
+        (directory / "calls").mkdir(exist_ok=True)
+
+    def quality(self, schedules, split, batch):
+        self.misbehave(str(batch))
+        if any(self.poison(steps) for steps in schedules):
+            os.kill(os.getpid(), signal.SIGKILL)
+        values = super().quality(schedules, split, batch)
+        record = {"split": split, "batch": batch, "schedules": len(schedules), "process": os.getpid()}
+        (self.directory / "calls" / uuid.uuid4().hex).write_text(json.dumps(record))
+        return values
+
+    def latency(self, schedules, rounds, warm_up_at_most=12):
+        self.misbehave("latency")
+        return super().latency(schedules, rounds, warm_up_at_most)
+
+    def misbehave(self, where: str) -> None:
+        if taken(self.directory / f"die-{where}"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if taken(self.directory / f"driver-{where}"):
+            os.kill(int((self.directory / "driver").read_text()), signal.SIGKILL)
+        if taken(self.directory / f"hang-{where}"):
+            threading.Event().wait()
+        if list(self.directory.glob("hold-*")):
+            import ray
+
+            if (self.directory / f"hold-{ray.get_runtime_context().get_node_id()}").exists():
+                threading.Event().wait()
+
+
+def taken(path: Path) -> bool:
+    """Whether this process was the one to remove the file."""
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def skips(steps) -> bool:
+    return any(step.skipped for step in steps)
+
+
+def build(directory: str, seed: int = 0, broken_skips: bool = False, poison_skips: bool = False, noise: float = 0.01):
+    """What workers build: the fake of tests.fakes on the prompts above."""
+    space = parse_space({**SPACE, "prompts": PROMPTS})
+    prompts = load_prompts(space.prompts, seed)
+    never = lambda steps: False  # noqa: E731
+    return Troublemaker(
+        prompts,
+        Path(directory),
+        poison=skips if poison_skips else never,
+        broken=skips if broken_skips else never,
+        seed=seed,
+        noise=noise,
+    )
+
+
+def refuse(reason: str):
+    """What cannot be built because of what the user asked for."""
+    raise UsageError(reason)
+
+
+def collapse():
+    """What ends its process while it is built."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class TinyModel(FakeEvaluator):
+    """A real model, small enough for a test: quality is the mean brightness of the images it draws."""
+
+    def __init__(self, prompts):
+        import torch
+
+        from stagevar.sampler import Sampler
+        from tests.tiny import GRIDS, tiny_infinity
+
+        super().__init__(prompts)
+        torch.set_num_threads(1)
+        self.sampler = Sampler(tiny_infinity(GRIDS))
+
+    def quality(self, schedules, split, batch):
+        from tuner.evaluate import walk
+
+        texts, seeds = self.prompts[split].batch(batch)
+        generation = self.sampler.begin([str(text) for text in texts], list(seeds))
+        found = {}
+
+        def score(indices, images):
+            values = {"quality": images.astype(np.float64).mean(axis=(1, 2, 3))}
+            found.update(dict.fromkeys(indices, values))
+
+        walk(self.sampler, generation, schedules, score)
+        return [found[index] for index in range(len(schedules))]
+
+
+def tiny_model() -> TinyModel:
+    return TinyModel(load_prompts(parse_space({**SPACE, "prompts": PROMPTS}).prompts))
+
+
+def recipe(directory: Path, **arguments) -> Recipe:
+    return Recipe("tests.cluster_fakes:build", {"directory": str(directory), **arguments})
+
+
+def calls(directory: Path) -> list[dict]:
+    return [json.loads(path.read_text()) for path in (directory / "calls").iterdir()]

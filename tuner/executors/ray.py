@@ -1,0 +1,622 @@
+"""The executor on a Ray cluster: one resident worker per GPU, micro-batches handed out by the driver.
+
+The driver decides everything: which worker gets which job, when one is stuck, when it is rebuilt, when it has failed too
+often. Ray only places processes and carries values. Workers get a `Recipe` (a function by name and plain arguments), so
+paths travel, never weights. A job's values depend on the job alone: whoever evaluates it, once or again after a crash,
+the merged values are those of the executor in this process, bit for bit on the same kind of device.
+
+The only module that imports ray, inside functions: without it everything else works.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import socket
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from stagevar.errors import StagevarError, UsageError
+from stagevar.schedule import Steps
+from tuner.evaluate import Evaluator, Facts
+from tuner.executors.base import Executor, Failed, Outcome, QualityTask, WorkersLost
+from tuner.executors.local import evaluate_task, first_line
+
+if TYPE_CHECKING:
+    from stagevar.latency import Timing
+
+#: Where each latency figure was measured, one JSON object per line.
+MEASUREMENTS_FILE = "measurements.jsonl"
+#: Failures in a row after which a worker gets no more jobs.
+QUARANTINE_AFTER = 3
+#: Workers that a tree of schedules may take down before each is tried alone, and that a single one may before it fails.
+TREE_ATTEMPTS, SINGLE_ATTEMPTS = 2, 3
+#: How often the list of nodes is read while jobs run.
+NODES_EVERY_S = 3.0
+#: Exit status of a worker whose CUDA context is broken beyond repair.
+BROKEN_CUDA = 86
+_KIND_PREFIX = "accelerator_type:"
+
+
+def require(name: str = "ray") -> Any:
+    """The module `ray`, or one of its parts such as "ray.tune". Raises UsageError that names the extra."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
+    try:
+        import ray
+    except ModuleNotFoundError:
+        raise UsageError("ray is not installed; pip install 'stagevar-tune[ray]'") from None
+    try:
+        return ray if name == "ray" else importlib.import_module(name)
+    except ImportError as error:
+        raise UsageError(f"{name} cannot be imported ({error}); pip install 'stagevar-tune[ray]'") from None
+
+
+def connect(address: str | None = None) -> Callable[[], None]:
+    """Joins the cluster at `address` ("auto": this machine's), or starts one here that only this machine can reach.
+
+    Returns what disconnects; it does nothing where this process was connected already. Raises UsageError.
+    """
+    ray = require()
+    if ray.is_initialized():
+        return lambda: None
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address is None:
+        # Ray listens on all interfaces unless the node's address is the loopback.
+        options |= {"address": "local", "_node_ip_address": "127.0.0.1", "include_dashboard": False}
+    else:
+        options["address"] = address
+    try:
+        ray.init(**options)
+    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+        raise UsageError(f"no Ray cluster at {address!r} ({first_line(error)}); start one: docs/cluster.md") from None
+    return ray.shutdown
+
+
+# ---------------------------------------------------------------------------------------------------- in the worker
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a worker builds its evaluator.
+
+    function: "module:function". arguments: its keywords, plain data; paths absolute.
+    """
+
+    function: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self) -> Evaluator:
+        module, _, name = self.function.partition(":")
+        return getattr(importlib.import_module(module), name)(**self.arguments)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a worker runs. node: Ray's id. gpu: UUID of the GPU, empty on CPU."""
+
+    node: str
+    host: str
+    process: int
+    gpu: str = ""
+
+
+class Worker:
+    """One evaluator in one process, built once; Ray runs its calls one at a time."""
+
+    def __init__(self, recipe: Recipe, node: str):
+        self.recipe, self.node = recipe, node
+        self.evaluator: Evaluator | None = None
+
+    def load(self) -> tuple[Facts, Place]:
+        """Builds the evaluator, which takes model and metric models from disk."""
+        self.evaluator = self.recipe.build()
+        return self.evaluator.facts, self._place()
+
+    def quality(self, task: QualityTask) -> list[Outcome]:
+        outcomes = evaluate_task(self.evaluator, task)
+        if any(isinstance(outcome, Failed) for outcome in outcomes):
+            leave_if_cuda_is_broken()
+        return outcomes
+
+    def latency(
+        self, schedules: Mapping[str, Steps], rounds: int, warm_up_at_most: int
+    ) -> tuple[Mapping[str, Timing], Place]:
+        try:
+            return self.evaluator.latency(schedules, rounds, warm_up_at_most), self._place()
+        except Exception:
+            leave_if_cuda_is_broken()
+            raise
+
+    def images(self, steps: Steps, split: str, batch: int) -> np.ndarray:
+        try:
+            return self.evaluator.images(steps, split, batch)
+        except Exception:
+            leave_if_cuda_is_broken()
+            raise
+
+    def _place(self) -> Place:
+        gpu = ""
+        if self.evaluator.facts.device.get("kind") == "cuda":
+            import torch
+
+            gpu = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+        return Place(self.node, socket.gethostname(), os.getpid(), gpu)
+
+
+def leave_if_cuda_is_broken() -> None:
+    """Ends this process when no kernel can run in it any more.
+
+    After an illegal access or a device-side assert every CUDA call of the process fails; only a new process helps.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return
+    try:
+        torch.zeros(1, device="cuda").add_(1).item()
+    except torch.cuda.OutOfMemoryError:
+        return
+    except RuntimeError:
+        os._exit(BROKEN_CUDA)
+
+
+# ---------------------------------------------------------------------------------------------------- in the driver
+
+
+@dataclass(eq=False)
+class _Seat:
+    """A GPU (or a share of CPUs) and the worker on it. state: "loading", "ready", "quarantined" or "gone"."""
+
+    id: str
+    node: str
+    state: str = "loading"
+    actor: Any = None
+    ref: Any = None
+    job: _Job | None = None
+    deadline: float = 0.0
+    place: Place | None = None
+    #: What each failure since the last success was about.
+    failures: list[Any] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class _Job:
+    """One call of a worker's method.
+
+    blame: what is suspected when workers die of it. task, number, members: of a quality job: the task, its place in the
+    call, and which of its schedules.
+    alone: no other worker of the node may be busy meanwhile.
+    """
+
+    method: str
+    arguments: tuple[Any, ...]
+    blame: Any
+    task: QualityTask | None = None
+    number: int = 0
+    members: tuple[int, ...] = ()
+    alone: bool = False
+    failed_on: set[str] = field(default_factory=set)
+
+
+def _quality_job(task: QualityTask, number: int, members: Sequence[int]) -> _Job:
+    part = QualityTask(tuple(task.schedules[i] for i in members), task.split, task.batch)
+    return _Job("quality", (part,), frozenset(part.schedules), task, number, tuple(members))
+
+
+def cut(task: QualityTask, pieces: int) -> list[tuple[int, ...]]:
+    """Indices of a task's schedules in at most `pieces` groups of like size; those with a long common past together."""
+    order = sorted(range(len(task.schedules)), key=lambda i: [repr(step) for step in task.schedules[i]])
+    return [tuple(int(i) for i in part) for part in np.array_split(order, min(pieces, len(order))) if len(part)]
+
+
+class RayExecutor(Executor):
+    """Workers on every GPU of one kind; on a cluster without GPUs, one worker per `threads` CPUs.
+
+    Args:
+        recipe: what each worker builds. address: of the cluster; None starts one on this machine.
+        gpu_kind: which kind of GPU, by Ray's accelerator type; needed where there are several.
+        task_timeout_s: after which a worker counts as stuck. load_timeout_s: the same for building its evaluator.
+        patience_s: how long to wait for nodes to (re)join when none is left.
+        threads: CPUs per worker where there are no GPUs.
+        run_dir: where `measurements.jsonl` goes; nothing is written when None.
+        say: told a line whenever a worker comes, goes or is rebuilt.
+
+    Attributes: evaluator: the study's view of the workers. counts: rebuilds, timeouts, lost nodes, quarantined workers.
+
+    Raises UsageError for an unusable cluster or recipe, WorkersLost when no worker could be built.
+    """
+
+    name: ClassVar[str] = "ray"
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        address: str | None = None,
+        *,
+        gpu_kind: str | None = None,
+        task_timeout_s: float = 1800.0,
+        load_timeout_s: float = 1800.0,
+        patience_s: float = 300.0,
+        threads: int = 1,
+        run_dir: Path | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ):
+        self.recipe, self.gpu_kind, self.threads, self.run_dir, self.say = recipe, gpu_kind, threads, run_dir, say
+        self.task_timeout_s, self.load_timeout_s, self.patience_s = task_timeout_s, load_timeout_s, patience_s
+        self.seats: dict[str, _Seat] = {}
+        self.facts: Facts | None = None
+        self.counts: Counter[str] = Counter()
+        self._deaths: dict[Any, list[str]] = {}
+        self._owners: dict[tuple[str, int], str] = {}
+        self._timer: str | None = None
+        self._reasons: list[str] = []
+        self._nodes_read = -float("inf")
+        self._known_nodes: set[str] = set()
+        self._left_out: set[str] = set()
+        self._disconnect = connect(address)
+        self._ray = require()
+        self._actor_class = self._ray.remote(Worker)
+        try:
+            self._resource = "GPU" if self._ray.cluster_resources().get("GPU") else "CPU"
+            self._read_nodes(grow=True)
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+        self.evaluator = RemoteEvaluator(self, self.facts)
+
+    # ------------------------------------------------------------------------------------------------ interface
+
+    def run(self, tasks: Sequence[QualityTask]) -> Iterator[tuple[QualityTask, list[Outcome]]]:
+        # Fewer micro-batches than workers: trees are cut, which repeats shared scales and leaves no worker idle.
+        ready = sum(seat.state in ("ready", "loading") for seat in self.seats.values())
+        pieces = max(1, ready // max(1, len(tasks)))
+        jobs = [_quality_job(task, i, members) for i, task in enumerate(tasks) for members in cut(task, pieces)]
+        found: list[dict[int, Outcome]] = [{} for _ in tasks]
+        for job, result in self._drive(jobs):
+            outcomes = found[job.number]
+            if isinstance(result, BaseException):
+                result = [Failed(first_line(result)) for _ in job.members]
+            outcomes.update(zip(job.members, result, strict=True))
+            if len(outcomes) == len(job.task.schedules):
+                yield job.task, [outcomes[i] for i in range(len(job.task.schedules))]
+
+    def call(self, method: str, *arguments: Any, blame: Any, alone: bool = False) -> Any:
+        """One call of a worker's method; raises what it raised, or RuntimeError when it takes workers down."""
+        [(_, result)] = self._drive([_Job(method, arguments, blame, alone=alone)])
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    def close(self) -> None:
+        for seat in self.seats.values():
+            if seat.actor is not None:
+                self._stop(seat)
+            seat.state = "gone"
+        self._disconnect()
+
+    # ------------------------------------------------------------------------------------------------ the loop
+
+    def _start(self) -> None:
+        """Waits for the first worker that is ready."""
+        while self.facts is None:
+            self._advance(deque(), set(), grow=True)
+
+    def _drive(self, jobs: Sequence[_Job]) -> Iterator[tuple[_Job, Any]]:
+        """Every job once with its result or its error."""
+        queue, pending = deque(jobs), set(jobs)
+        # Workers that join while one is being timed would disturb it on their node.
+        grow = not any(job.alone for job in jobs)
+        while pending:
+            for job, result in self._advance(queue, pending, grow):
+                pending.discard(job)
+                yield job, result
+
+    def _advance(self, queue: deque[_Job], pending: set[_Job], grow: bool) -> list[tuple[_Job, Any]]:
+        """One turn: hand out, wait for something to happen, book it. Returns jobs that ended."""
+        self._read_nodes(grow)
+        self._hand_out(queue)
+        busy = {seat.ref: seat for seat in self.seats.values() if seat.ref is not None}
+        if not busy:
+            self._wait_for_nodes()
+            return []
+        now = time.monotonic()
+        wait_s = min(NODES_EVERY_S, max(0.0, min(seat.deadline for seat in busy.values()) - now))
+        ready, _ = self._ray.wait(list(busy), num_returns=1, timeout=wait_s)
+        ended: list[tuple[_Job, Any]] = []
+        for ref in ready:
+            ended += self._book(busy[ref], queue, pending)
+        now = time.monotonic()
+        for seat in busy.values():
+            if seat.ref is not None and seat.ref not in ready and now >= seat.deadline:
+                self.counts["timeouts"] += 1
+                limit = self.load_timeout_s if seat.state == "loading" else self.task_timeout_s
+                ended += self._fail(seat, f"no answer within {limit:g} s", queue, pending)
+        return ended
+
+    def _hand_out(self, queue: deque[_Job]) -> None:
+        idle = [s for s in self.seats.values() if s.state == "ready" and s.ref is None]
+        for seat in idle:
+            job = self._choose(queue, seat)
+            if job is None:
+                continue
+            queue.remove(job)
+            if job.task is not None:
+                self._owners.setdefault((job.task.split, job.task.batch), seat.id)
+            if job.alone:
+                self._timer = seat.id
+            seat.job, seat.deadline = job, time.monotonic() + self.task_timeout_s
+            seat.ref = getattr(seat.actor, job.method).remote(*job.arguments)
+
+    def _choose(self, queue: deque[_Job], seat: _Seat) -> _Job | None:
+        """The job for an idle worker: its own micro-batches first (their text and references are there), then others'.
+
+        A job avoids workers that it failed on as long as there are others.
+        """
+        alive = [s for s in self.seats.values() if s.state in ("ready", "loading")]
+
+        def fits(job: _Job) -> bool:
+            if seat.id in job.failed_on and any(s.id not in job.failed_on for s in alive):
+                return False
+            if not job.alone:
+                return True
+            mine = self._timer in (None, seat.id) or self.seats[self._timer] not in alive
+            return mine and all(s.ref is None for s in alive if s.node == seat.node and s is not seat)
+
+        fitting = [job for job in queue if fits(job)]
+
+        def rank(job: _Job) -> int:
+            owner = self._owners.get((job.task.split, job.task.batch)) if job.task else None
+            return 0 if owner == seat.id else 1 if owner is None or self.seats[owner] not in alive else 2
+
+        return min(fitting, key=rank, default=None)
+
+    def _book(self, seat: _Seat, queue: deque[_Job], pending: set[_Job]) -> list[tuple[_Job, Any]]:
+        """Takes what a worker answered. A job of an earlier, abandoned call is dropped."""
+        errors = self._ray.exceptions
+        try:
+            value = self._ray.get(seat.ref)
+        except errors.RayTaskError as error:
+            cause = error.cause if isinstance(error.cause, Exception) else RuntimeError(first_line(error))
+            if seat.state == "loading":
+                if isinstance(cause, StagevarError) and self.facts is None:
+                    raise cause from None
+                return self._fail(seat, first_line(cause), queue, pending)
+            value = cause
+        except errors.RayError as error:
+            return self._fail(seat, _why(error), queue, pending)
+        job, seat.ref, seat.job = seat.job, None, None
+        if job is None:
+            if seat.state == "loading":
+                self._welcome(seat, *value)
+            return []
+        seat.failures.clear()
+        return [(job, value)] if job in pending else []
+
+    def _welcome(self, seat: _Seat, facts: Facts, place: Place) -> None:
+        """A worker is loaded: it joins if it measures what the others measure."""
+        seat.state, seat.place = "ready", place
+        if self.facts is None:
+            self.facts = facts
+        elif facts != self.facts:
+            differing = [n for n in vars(facts) if getattr(facts, n) != getattr(self.facts, n)]
+            theirs = {n: getattr(facts, n) for n in differing}
+            self._stop(seat)
+            seat.state = "gone"
+            self.say(
+                f"worker {seat.id} on {place.host} is left out: its {', '.join(differing)} differ ({theirs!s:.160})"
+            )
+            return
+        self.say(f"worker {seat.id} ready on {place.host}" + (f", GPU {place.gpu}" if place.gpu else ""))
+
+    # ------------------------------------------------------------------------------------------------ failures
+
+    def _fail(self, seat: _Seat, why: str, queue: deque[_Job], pending: set[_Job]) -> list[tuple[_Job, Any]]:
+        """A worker died or hangs: rebuild or quarantine it, and decide what becomes of its job."""
+        job = seat.job
+        self._stop(seat)
+        self._nodes_read = -float("inf")
+        self._read_nodes(grow=False)
+        again = job is not None and job in pending
+        if seat.state == "gone":
+            if again:
+                queue.appendleft(job)
+            return []
+        blame = "load" if job is None else job.blame
+        seat.failures.append(blame)
+        self._reasons = [*self._reasons[-4:], f"worker {seat.id}: {why}"]
+        ended = self._judge(job, why, seat, queue, pending) if again else []
+        if len(seat.failures) >= QUARANTINE_AFTER:
+            seat.state = "quarantined"
+            self.counts["quarantined"] += 1
+            self.say(f"worker {seat.id} quarantined after {QUARANTINE_AFTER} failures in a row, the last: {why}")
+        else:
+            self.counts["rebuilds"] += 1
+            self.say(f"worker {seat.id} is rebuilt: {why}")
+            self._build(seat)
+        return ended
+
+    def _judge(
+        self, job: _Job, why: str, seat: _Seat, queue: deque[_Job], pending: set[_Job]
+    ) -> list[tuple[_Job, Any]]:
+        """Whether the job goes again, in parts, or is given up; what turns out to be its fault, workers are forgiven."""
+        job.failed_on.add(seat.id)
+        if job.alone:
+            self._timer = None
+        deaths = self._deaths.setdefault(job.blame, [])
+        deaths.append(seat.id)
+        single = job.task is None or len(job.members) == 1
+        limit = SINGLE_ATTEMPTS if job.task is not None and single else TREE_ATTEMPTS
+        if len(deaths) < limit:
+            queue.append(job)
+            return []
+        for other in self.seats.values():
+            other.failures = [f for f in other.failures if f != job.blame]
+        alike = [job, *(other for other in queue if other.blame == job.blame)]
+        for other in alike[1:]:
+            queue.remove(other)
+        if single:
+            error = RuntimeError(f"took {len(deaths)} workers down, the last: {why}")
+            return [(other, error) for other in alike]
+        for other in alike:
+            pending.discard(other)
+            parts = [_quality_job(other.task, other.number, (member,)) for member in other.members]
+            pending.update(parts)
+            queue.extend(parts)
+        return []
+
+    def _stop(self, seat: _Seat) -> None:
+        """Kills a worker's process, stuck or not. Ray must not restart it: the driver builds a new one and loads it."""
+        if seat.actor is not None:
+            self._ray.kill(seat.actor, no_restart=True)
+        seat.actor = seat.ref = seat.job = None
+
+    # ------------------------------------------------------------------------------------------------ nodes
+
+    def _read_nodes(self, grow: bool) -> None:
+        """Takes in nodes that joined and drops those that died; reads Ray's list every few seconds at most."""
+        now = time.monotonic()
+        if now - self._nodes_read < NODES_EVERY_S:
+            return
+        self._nodes_read = now
+        nodes = {n["NodeID"]: n["Resources"] for n in self._ray.nodes() if n["Alive"]}
+        for seat in self.seats.values():
+            if seat.node not in nodes and seat.state != "gone":
+                self._lose(seat)
+        if not grow:
+            return
+        for node, resources in self._chosen(nodes).items():
+            if node in self._known_nodes:
+                continue
+            self._known_nodes.add(node)
+            size = 1 if self._resource == "GPU" else self.threads
+            for index in range(int(resources.get(self._resource, 0)) // size):
+                seat = _Seat(f"{node[:8]}:{index}", node)
+                self.seats[seat.id] = seat
+                self._build(seat)
+
+    def _lose(self, seat: _Seat) -> None:
+        """A node died under a worker; its job is handed out again and nobody is blamed.
+
+        A running call stays to be booked: Ray ends it with an error.
+        """
+        if seat.state != "quarantined":
+            self.say(f"worker {seat.id} is lost with its node")
+        self.counts["lost"] += 1
+        self._reasons = [*self._reasons[-4:], f"worker {seat.id}: its node died"]
+        seat.state = "gone"
+        for deaths in self._deaths.values():
+            deaths[:] = [other for other in deaths if other != seat.id]
+
+    def _chosen(self, nodes: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[str, float]]:
+        """Nodes to use. Raises UsageError when they have several kinds of GPU and none was chosen."""
+        if self._resource == "CPU":
+            return dict(nodes)
+        kinds: dict[str, str] = {}
+        for node, resources in nodes.items():
+            if resources.get("GPU"):
+                names = [name.removeprefix(_KIND_PREFIX) for name in resources if name.startswith(_KIND_PREFIX)]
+                kinds[node] = names[0] if names else "unnamed"
+        totals = Counter(dict.fromkeys(kinds.values(), 0))
+        for node, kind in kinds.items():
+            totals[kind] += int(nodes[node]["GPU"])
+        listed = ", ".join(f"{count} x {kind}" for kind, count in sorted(totals.items()))
+        if self.gpu_kind is None:
+            if len(totals) > 1:
+                raise UsageError(f"the cluster mixes kinds of GPU ({listed}); choose one with --gpu-kind")
+            [self.gpu_kind] = totals
+        chosen = {n for n, kind in kinds.items() if kind.lower() == self.gpu_kind.lower()}
+        if not chosen and not self.seats:
+            raise UsageError(f"no GPU of kind {self.gpu_kind!r} in the cluster ({listed})")
+        # Rounding differs between kinds of GPU, and differences between schedules are paired by prompt.
+        for node in kinds.keys() - chosen - self._left_out:
+            self._left_out.add(node)
+            self.say(f"node {node[:8]} ({kinds[node]}) is left out: this study runs on {self.gpu_kind}")
+        return {n: nodes[n] for n in chosen}
+
+    def _build(self, seat: _Seat) -> None:
+        """Starts a worker on its node and has it load. At most one call is ever in flight, none is repeated by Ray."""
+        strategies = importlib.import_module("ray.util.scheduling_strategies")
+        wanted = {"num_gpus": 1, "num_cpus": 0} if self._resource == "GPU" else {"num_cpus": self.threads}
+        seat.actor = self._actor_class.options(
+            **wanted,
+            max_restarts=0,
+            max_task_retries=0,
+            scheduling_strategy=strategies.NodeAffinitySchedulingStrategy(seat.node, soft=False),
+        ).remote(self.recipe, seat.node)
+        seat.state, seat.job, seat.deadline = "loading", None, time.monotonic() + self.load_timeout_s
+        seat.ref = seat.actor.load.remote()
+
+    def _wait_for_nodes(self) -> None:
+        """No worker is left: waits for nodes to join. Raises WorkersLost when none does."""
+        reasons = "; ".join(dict.fromkeys(self._reasons)) or "the cluster has no free " + self._resource
+        if any(seat.state == "quarantined" for seat in self.seats.values()):
+            raise WorkersLost(f"no worker is left ({reasons}); mend the cluster, the same command continues")
+        until = time.monotonic() + self.patience_s
+        self.say(f"no worker is left, waiting up to {self.patience_s:g} s for nodes to join")
+        while time.monotonic() < until:
+            self._nodes_read = -float("inf")
+            self._read_nodes(grow=True)
+            if any(seat.state == "loading" for seat in self.seats.values()):
+                return
+            time.sleep(min(1.0, self.patience_s))
+        raise WorkersLost(f"no worker is left ({reasons}); mend the cluster, the same command continues")
+
+
+class RemoteEvaluator:
+    """An Evaluator whose work is done by the workers of a RayExecutor.
+
+    Latency is timed by one worker, always the same while it lives, with the full schedule in the same rounds as
+    sentinel: a figure from another GPU of the kind is still comparable as a ratio. The GPU belongs to the worker alone,
+    and no other worker of its node is busy meanwhile.
+    """
+
+    def __init__(self, executor: RayExecutor, facts: Facts):
+        self.executor, self.facts = executor, facts
+
+    def quality(self, schedules: Sequence[Steps], split: str, batch: int) -> list[Mapping[str, np.ndarray]]:
+        [(_, outcomes)] = self.executor.run([QualityTask(tuple(schedules), split, batch)])
+        failed = [outcome.error for outcome in outcomes if isinstance(outcome, Failed)]
+        if failed:
+            raise RuntimeError(failed[0])
+        return outcomes
+
+    def latency(self, schedules: Mapping[str, Steps], rounds: int, warm_up_at_most: int = 12) -> Mapping[str, Timing]:
+        blame = ("latency", frozenset(schedules.values()))
+        arguments = (dict(schedules), rounds, warm_up_at_most)
+        timings, place = self.executor.call("latency", *arguments, blame=blame, alone=True)
+        self._record(timings, place)
+        return timings
+
+    def images(self, steps: Steps, split: str, batch: int) -> np.ndarray:
+        return self.executor.call("images", steps, split, batch, blame=("images", steps))
+
+    def _record(self, timings: Mapping[str, Timing], place: Place) -> None:
+        if self.executor.run_dir is None:
+            return
+        record = {
+            "measured": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            **vars(place),
+            "device": self.facts.device["name"],
+            "median_ms": {name: float(np.median(timing.samples_ms)) for name, timing in timings.items()},
+            "rounds": max(len(timing.samples_ms) for timing in timings.values()),
+        }
+        with open(self.executor.run_dir / MEASUREMENTS_FILE, "a", encoding="utf-8") as handle:
+            handle.write(json.dumps(record) + "\n")
+
+
+def _why(error: Exception) -> str:
+    """The telling line of one of Ray's errors, which are pages long."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "killed" in line or "died" in line or "cause" in line.lower()]
+    return (telling or lines or [type(error).__name__])[0][:200]
