@@ -17,7 +17,8 @@ from torch import Tensor
 from stagevar.accelerators.base import SUBLAYERS, Accelerator, Cached, ScaleContext, State
 from stagevar.accelerators.composite import Composite
 from stagevar.cache import KVCache, Lengths, step_lengths
-from stagevar.models.base import Conditioning, LoadedModel, Sampling, Site
+from stagevar.engine import Engine, Start, build_engine
+from stagevar.models.base import LoadedModel, Sampling, Site
 from stagevar.noise import NoiseSource, PromptNoise
 from stagevar.schedule import BOTH, Branch, Decision, LowRank, Pivotal, ScaleStep, Steps, exact
 
@@ -63,21 +64,18 @@ class Generation:
 
     def __init__(
         self,
-        conditioning: Conditioning,
-        noise: NoiseSource,
+        start: Start,
         sampling: Sampling,
         batch: int,
         cache: KVCache,
-        code_sum_BdHW: Tensor,
         plan: Steps | None = None,
     ):
-        self.conditioning, self.noise, self.sampling, self.batch, self.cache, self.plan = (
-            conditioning, noise, sampling, batch, cache, plan,
-        )  # fmt: skip
+        self.conditioning, self.noise, self.resident = start.conditioning, start.noise, start.resident
+        self.sampling, self.batch, self.cache, self.plan = sampling, batch, cache, plan
         self.live = True
         self.steps: list[ScaleStep] = []
         self.outcomes: tuple[str, ...] | None = None
-        self._saved = [_Saved(code_sum_BdHW, {}, cache.lengths, BOTH)]
+        self._saved = [_Saved(start.code_sum_BdHW, {}, cache.lengths, BOTH)]
 
     @property
     def scale(self) -> int:
@@ -103,14 +101,16 @@ class Sampler:
     Args:
         model: what `registry.load_model` returned.
         accelerator: how reduced steps are carried out (by default each step by the method it names).
+        engine: how they reach the device, "eager" or "graph" (stagevar.engine), or an engine itself.
     """
 
-    def __init__(self, model: LoadedModel, accelerator: Accelerator | None = None):
+    def __init__(self, model: LoadedModel, accelerator: Accelerator | None = None, engine: str | Engine = "eager"):
         self.model = model
         self.accelerator = accelerator or Composite()
+        self.engine = build_engine(engine, model.device) if isinstance(engine, str) else engine
         transformer = model.transformer
         self._full = exact(len(model.grids)).expand(model.grids, len(transformer.chunk_layers))
-        self._cache: KVCache | None = None
+        self._caches: list[KVCache] = []
         self._current: Generation | None = None
 
     @property
@@ -155,26 +155,33 @@ class Sampler:
         cache = self._allocate(batch, steps or self._full)
         code_sum = model.tokenizer.residual.zeros(batch, model.device)
         noise = noise or PromptNoise(prompts, seeds, model.device)
-        self._current = Generation(conditioning, noise, sampling or model.sampling, batch, cache, code_sum, steps)
+        sampling = sampling or model.sampling
+        start = self.engine.start(Start(conditioning, noise, code_sum), cache, (sampling, steps))
+        self._current = Generation(start, sampling, batch, cache, steps)
         return self._current
 
     def _allocate(self, batch: int, steps: Steps) -> KVCache:
         transformer = self.model.transformer
         capacity = step_lengths(steps, transformer.chunk_layers)
-        cache = self._cache
-        if cache is None or cache.batch != batch or cache.capacity != {b: tuple(e) for b, e in capacity.items()}:
-            self._cache = None  # freed before the next one is allocated
-            self._cache = cache = KVCache(
+        wanted = {branch: tuple(entries) for branch, entries in capacity.items()}
+        cache = next((c for c in self._caches if c.batch == batch and c.capacity == wanted), None)
+        if cache is None:
+            while len(self._caches) >= self.engine.max_caches:  # freed before the next one is allocated
+                self.engine.forget(self._caches.pop(0))
+            cache = KVCache(
                 batch, transformer.heads, transformer.head_dim, capacity, self.model.device, self.model.dtype
             )
+            self._caches.append(cache)
         cache.rewind(tuple((0,) * transformer.depth for _ in BOTH))
         return cache
 
     def release(self) -> None:
-        """Frees the cache; the generation that used it ends."""
+        """Frees the caches; the generation that used one ends."""
         if self._current is not None:
             self._current.live = False
-        self._current = self._cache = None
+        self._current = None
+        while self._caches:
+            self.engine.forget(self._caches.pop())
 
     @torch.inference_mode()
     def advance(self, generation: Generation, step: ScaleStep) -> None:
@@ -198,7 +205,10 @@ class Sampler:
             missing = [branch for branch in step.branches if branch not in before.branches]
             if missing:
                 raise ValueError(f"scale {step.scale} wants the {missing[0]} branch, which an earlier scale dropped")
-            after = self._run(generation, step, before)
+            steps = (*generation.steps, step)
+            after = self.engine.run(
+                generation.resident, steps, generation.cache, lambda: self._run(generation, step, before)
+            )
         generation.steps.append(step)
         generation._saved.append(after)
 
@@ -240,7 +250,10 @@ class Sampler:
         return _Saved(code_sum, {**state, **updates}, cache.lengths, step.branches)
 
     def on_scale(self, step: ScaleStep, logits_BLV: Tensor, tokens: Tensor) -> None:
-        """Called with every run scale's guided logits and drawn tokens; analysis and tests override it."""
+        """Called with every run scale's guided logits and drawn tokens; analysis and tests override it.
+
+        The graph engine calls it while recording only, so whoever overrides it needs the eager one.
+        """
 
     def rewind(self, generation: Generation, scale: int) -> None:
         """Forgets `scale` and everything after it; the next `advance` runs `scale`."""
@@ -255,7 +268,7 @@ class Sampler:
     @torch.inference_mode()
     def decode(self, generation: Generation) -> np.ndarray:
         """Pixels of the code sum as it stands: uint8 (B, H, W, 3), RGB; truncation as in the reference."""
-        return to_uint8(self.model.tokenizer.decode(generation.code_sum_BdHW))
+        return to_uint8(self.engine.decode(generation.code_sum_BdHW, self.model.tokenizer.decode))
 
     def generate(self, prompts: Sequence[str], seeds: Sequence[int], steps: Steps, **options: Any) -> np.ndarray:
         """All scales of one schedule, then decode: uint8 (B, H, W, 3). Options as for `begin`."""
@@ -310,12 +323,10 @@ class Sampler:
         rows, batch = list(rows), generation.batch
         both = [branch * batch + row for branch in range(len(BOTH)) for row in rows]
         part = Generation(
-            generation.conditioning.select(both),
-            generation.noise.rows(rows),
+            Start(generation.conditioning.select(both), generation.noise.rows(rows), generation.code_sum_BdHW[rows]),
             generation.sampling,
             len(rows),
             generation.cache.select(rows),
-            generation.code_sum_BdHW[rows],
             generation.plan,
         )
         part.steps = list(generation.steps)

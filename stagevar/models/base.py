@@ -6,8 +6,9 @@ unconditional rows after them; after the cutoff R = B rows of the branch that wa
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -49,6 +50,34 @@ class Conditioning(ABC):
     @abstractmethod
     def select(self, rows: slice | list[int]) -> Conditioning:
         """The same conditioning restricted to these rows (views for a slice; a list of row numbers copies)."""
+
+    def padded(self, multiple: int) -> Conditioning:
+        """The same conditioning with masked text rows added up to a multiple, where it has text rows."""
+        return self
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor of the conditioning, in a fixed order."""
+        return list(_leaves(vars(self)))
+
+    def clone(self) -> Conditioning:
+        """A copy with tensors of its own."""
+        return dataclasses.replace(self, **_cloned(vars(self)))  # type: ignore[type-var]
+
+
+def _leaves(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(part)
+
+
+def _cloned(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _cloned(part) for key, part in value.items()}
+    return type(value)(_cloned(part) for part in value) if isinstance(value, list | tuple) else value
 
 
 class Residual(Protocol):

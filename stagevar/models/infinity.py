@@ -11,6 +11,7 @@ loop lives in stagevar.sampler.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -290,6 +291,16 @@ class InfinityConditioning(Conditioning):
             None if self.mask_R11T is None else self.mask_R11T[rows],
             (self.head_modulation[0][rows], self.head_modulation[1][rows]),
         )
+
+
+    def padded(self, multiple: int) -> InfinityConditioning:
+        length = self.text_kv[0][0].shape[2]
+        extra = -length % multiple
+        mask = self.mask_R11T
+        if mask is None:
+            mask = torch.ones(self.rows, 1, 1, length, dtype=torch.bool, device=self.pooled_RC.device)
+        text_kv = [(F.pad(k, (0, 0, 0, extra)), F.pad(v, (0, 0, 0, extra))) for k, v in self.text_kv]
+        return dataclasses.replace(self, text_kv=text_kv, mask_R11T=F.pad(mask, (0, extra)))
 
 
 def pad_text(features: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
