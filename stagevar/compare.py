@@ -25,6 +25,7 @@ from stagevar.schedule import Steps, preset
 from stagevar.similarity import psnr_db, ssim
 
 BASELINE = "exact"
+IMAGES_AT_ONCE = 4  # of the quality columns; a prompt's image does not depend on its batch
 #: score(images, prompts) -> (B,), higher is better; uint8 (B, H, W, 3)
 Score = Callable[[np.ndarray, Sequence[str]], np.ndarray]
 
@@ -65,7 +66,7 @@ def compare(
     for step in (step for steps in plans.values() for step in steps if step.decision is not None):
         sampler.accelerator.check(model, step.decision)  # refused before anything is measured
     with pinned(threads) if model.device.type == "cpu" else contextlib.nullcontext():
-        made = {name: _observe(Sampler(model, accelerators.get(name)), plans[name], batches) for name in plans}
+        made = {name: _observe(Sampler(model, accelerators.get(name)), plans[name], texts, batch) for name in plans}
         samplers = {name: Sampler(model, accelerators.get(name)) for name in plans}
         timings = _time(samplers, plans, batches, rounds)
     full = made[BASELINE]
@@ -90,9 +91,8 @@ def compare(
         if not model.random_weights:
             row["psnr_db"] = float(psnr_db(images, full.images).mean())
             row["ssim"] = float(ssim(images, full.images).mean())
-            shown = texts[: len(images)]
             for label, score in (scores or {}).items():
-                difference_B = np.asarray(score(images, shown), float) - np.asarray(score(full.images, shown), float)
+                difference_B = np.asarray(score(images, texts), float) - np.asarray(score(full.images, texts), float)
                 row[label], row[f"{label}_interval"] = float(difference_B.mean()), _mean_interval(difference_B)
         rows.append(row)
     return rows
@@ -108,20 +108,24 @@ class _Made:
     memory_mib: float
 
 
-def _observe(sampler: Sampler, steps: Steps, batches: Sequence[tuple[list[str], list[int]]]) -> _Made:
+def _observe(sampler: Sampler, steps: Steps, texts: Sequence[str], batch: int) -> _Made:
+    """Memory from one run of `batch` images; the images from larger runs, which draw the same."""
     device, chunks = sampler.model.device, sampler.chunks
     cuda = device.type == "cuda"
-    images, outcomes, tokens = [], Counter[str](), []
     before = torch.cuda.memory_allocated(device) if cuda else 0
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
-    for prompts, seeds in batches:
-        generation = sampler.begin(prompts, seeds, steps=steps)
+    generation = sampler.begin(texts[:batch], list(range(batch)), steps=steps)
+    sampler.finish(generation, steps)
+    used = torch.cuda.max_memory_allocated(device) - before if cuda else generation.cache.memory_bytes
+    images, outcomes, tokens = [], Counter[str](), []
+    for first in range(0, len(texts), max(batch, IMAGES_AT_ONCE)):
+        part = texts[first : first + max(batch, IMAGES_AT_ONCE)]
+        generation = sampler.begin(part, list(range(first, first + len(part))), steps=steps)
         images.append(sampler.finish(generation, steps))
         chosen = generation.outcomes or ()
         outcomes.update(chosen)
-        tokens += [sum(s.processed_tokens(chunks) for s in way) for way in _ways(steps, chosen, len(prompts))]
-    used = torch.cuda.max_memory_allocated(device) - before if cuda else generation.cache.memory_bytes
+        tokens += [sum(s.processed_tokens(chunks) for s in way) for way in _ways(steps, chosen, len(part))]
     return _Made(np.concatenate(images), outcomes, float(np.mean(tokens)), used / 2**20)
 
 
@@ -213,6 +217,7 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         if row.get("outcomes"):
             lines.append(f"{row['name']} decided: " + ", ".join(f"{k} {v}" for k, v in row["outcomes"].items()))
-        if not row["warmed"]:
-            lines.append(f"{row['name']} did not settle while warming up; run it on a quieter machine")
+    unsettled = sum(not row["warmed"] for row in rows)
+    if unsettled:
+        lines.append(f"{unsettled} of {len(rows)} did not settle while warming up: a busy machine, read ratios only")
     return "\n".join(lines)

@@ -70,8 +70,8 @@ def test_high_frequency_share_by_counting_frequencies():
 
 
 def test_published_rules_and_their_decisions():
-    rules = packaged_rules()
-    assert {"ssim-0.84", "ssim-0.86", "ssim-0.88", "ssim-0.84-edges"} <= set(rules)
+    rules = packaged_rules()["infinity-2b"]
+    assert {"ssim-0.84", "ssim-0.86", "ssim-0.88", "ssim-0.84-edges"} == set(rules)
     rule = rules["ssim-0.84"]
     assert (rule.model, rule.scales, rule.image_scale) == ("infinity-2b", 13, 4)
     features = np.array([[0.1664910763502121, 0.5315351486206055], [0.02, 0.35], [0.11, 0.5], [0.25, 0.6]])
@@ -106,25 +106,33 @@ def test_a_linear_classifier_by_hand():
     ids=str,
 )
 def test_malformed_rules_are_refused_in_one_line(change, message, tmp_path):
-    data = load_rule("ssim-0.86").to_dict()
+    data = load_rule("ssim-0.86", "infinity-2b", 13).to_dict()
     for key, value in change.items():
         (data if key in data else data["skip"])[key] = value
     path = tmp_path / "rule.json"
     path.write_text(json.dumps(data))
     with pytest.raises(UsageError, match=message) as caught:
-        load_rule(str(path))
+        load_rule(str(path), "infinity-2b", 13)
     assert "\n" not in str(caught.value)
 
 
 def test_rules_by_name_and_file(tmp_path):
-    rule = load_rule("ssim-0.88")
+    rule = load_rule("ssim-0.88", "infinity-2b", 13)
     path = tmp_path / "rule.json"
     path.write_text(json.dumps(rule.to_dict()))
-    assert dataclasses.replace(load_rule(str(path)), name="ssim-0.88") == rule
+    assert dataclasses.replace(load_rule(str(path), "infinity-2b", 13), name="ssim-0.88") == rule
     with pytest.raises(UsageError, match=r"unknown skip classifier 'ssim-0\.9'; known: ssim-0\.84"):
-        load_rule("ssim-0.9")
+        load_rule("ssim-0.9", "infinity-2b", 13)
     with pytest.raises(UsageError, match="cannot be read"):
-        load_rule(str(tmp_path / "absent.json"))
+        load_rule(str(tmp_path / "absent.json"), "infinity-2b", 13)
+    with pytest.raises(
+        UsageError, match="fitted for infinity-2b with 13 scales, not for infinity-2b with 10; refit it"
+    ):
+        load_rule("ssim-0.88", "infinity-2b", 10)
+    with pytest.raises(
+        UsageError, match="fitted for infinity-2b with 13 scales, not for infinity-8b with 13; refit it"
+    ):
+        load_rule("ssim-0.88", "infinity-8b", 13)
 
 
 # ------------------------------------------------------------------ the decision in a schedule

@@ -127,25 +127,38 @@ def _tuples(value: Any) -> Any:
 
 
 @cache
-def packaged_rules() -> dict[str, SkipRule]:
-    """The published classifiers, and those of the shipped model, by name."""
+def packaged_rules() -> dict[str, dict[str, SkipRule]]:
+    """The published classifiers and those of the shipped model: model -> name -> rule."""
     data = json.loads((files("stagevar") / "data" / "skipvar_models.json").read_text(encoding="utf-8"))
-    return {name: SkipRule.from_dict(name, entry) for name, entry in data["rules"].items()}
+    return {
+        model: {name: SkipRule.from_dict(name, {**entry, "model": model}) for name, entry in entries.items()}
+        for model, entries in data["rules"].items()
+    }
 
 
-def load_rule(name: str) -> SkipRule:
-    """A packaged classifier by name, or the one in a JSON file that `stagevar.refit` wrote.
+def load_rule(name: str, model: str, scales: int) -> SkipRule:
+    """A model's packaged classifier by name, or the one in a JSON file that `stagevar.refit` wrote.
 
-    Raises UsageError for an unknown name and for a file that cannot be read.
+    Raises UsageError for an unknown name, a file that cannot be read, and a classifier that was fitted for another model
+    or number of scales.
     """
-    if name in packaged_rules():
-        return packaged_rules()[name]
-    if not name.endswith(".json"):
-        raise UsageError(f"unknown skip classifier {name!r}; known: {', '.join(packaged_rules())}, or a .json file")
-    try:
-        return SkipRule.from_dict(name, json.loads(Path(name).read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"skip classifier {name!r} cannot be read: {error}") from None
+    if name.endswith(".json"):
+        try:
+            rule = SkipRule.from_dict(name, json.loads(Path(name).read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"skip classifier {name!r} cannot be read: {error}") from None
+    else:
+        named = [rules[name] for rules in packaged_rules().values() if name in rules]
+        if not named:
+            known = dict.fromkeys(known for rules in packaged_rules().values() for known in rules)
+            raise UsageError(f"unknown skip classifier {name!r}; known: {', '.join(known)}, or a .json file")
+        rule = packaged_rules().get(model, {}).get(name, named[0])
+    if (rule.model, rule.scales) != (model, scales):
+        raise UsageError(
+            f"skip classifier {name!r} was fitted for {rule.model} with {rule.scales} scales, not for {model} with "
+            f"{scales}; refit it"
+        )
+    return rule
 
 
 # -------------------------------------------------------------------- features
@@ -206,14 +219,8 @@ class SkipVAR(Accelerator):
 
     def check(self, model: LoadedModel, decision: Decision) -> None:
         """Raises UsageError when the classifier was fitted for another model or number of scales."""
-        rule = load_rule(decision.rule)
-        if (rule.model, rule.scales) != (model.name, len(model.grids)):
-            raise UsageError(
-                f"skip classifier {rule.name!r} was fitted for {rule.model} with {rule.scales} scales, not for "
-                f"{model.name} with {len(model.grids)}; refit it"
-            )
+        load_rule(decision.rule, model.name, len(model.grids))
 
     def decide(self, model: LoadedModel, decision: Decision, before_BdHW: Tensor, after_BdHW: Tensor) -> Sequence[str]:
-        self.check(model, decision)
-        rule = load_rule(decision.rule)
+        rule = load_rule(decision.rule, model.name, len(model.grids))
         return rule.outcomes(look(model, before_BdHW, after_BdHW, rule.image_scale))

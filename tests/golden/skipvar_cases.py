@@ -61,7 +61,7 @@ def run_case(json_path: Path) -> list[Check]:
     sampler = Recorder(dataclasses.replace(loaded, name="infinity-2b", tokenizer=vae), SkipVAR())
     steps = skipvar(loaded.grids).expand(loaded.grids, sampler.chunks)
     decision = next(step.decision for step in steps if step.decision is not None)
-    rule = load_rule(decision.rule)
+    rule = load_rule(decision.rule, "infinity-2b", len(steps))
     point = len(steps) - 1 - len(decision.continuation("full"))
     prompts, negative = text_rows(arrays, config)
     noise = RecipeNoise(len(prompts), case["tag"])
