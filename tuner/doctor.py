@@ -34,9 +34,18 @@ class Finding:
     text: str
 
 
-def examine(out: Path) -> list[Finding]:
-    """All checks, in the order a user wants to read them. out: where runs would be written."""
-    return [*_python(), *_packages(), *_device(), _timings(), _disk(out), *_models()]
+def examine(out: Path, model: str | None = None, weights: str | None = None, device: str = "auto") -> list[Finding]:
+    """All checks, in the order a user wants to read them.
+
+    out: where runs would be written. model: also what this model needs here and what of it is missing; weights and
+    device as for loading it.
+    """
+    findings = [*_python(), *_packages(), *_device(), _timings(), _disk(out), *_models()]
+    if model is not None:
+        from stagevar.models import readiness
+
+        findings += [Finding(*found) for found in readiness.examine(model, weights=weights, device=device)]
+    return findings
 
 
 def _python() -> list[Finding]:

@@ -1,0 +1,88 @@
+"""What a model needs on this machine and what of it is missing, without loading or fetching anything."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING
+
+from stagevar.errors import StagevarError, UsageError
+from stagevar.models import memory
+from stagevar.models.hub import HubFile
+from stagevar.models.registry import LoadRequest, model_parts, resolve
+
+if TYPE_CHECKING:
+    from stagevar.models.loading import Parts
+
+
+def examine(name: str, **options: object) -> list[tuple[str, str]]:
+    """Findings about a model, each ("ok" | "warn" | "fail", one line). Options as for `registry.load_model`.
+
+    Memory by use and whether it fits, packages that are not installed, public files that are not on this machine yet.
+    Raises UsageError for an unknown model or option value.
+    """
+    request = resolve(name, **options)  # type: ignore[arg-type]
+    if not request.spec.parts:
+        return [("ok", f"{name} ships in the package")]
+    parts = model_parts(request)
+    return [*_memory(request, parts), *_packages(request), *_files(request)]
+
+
+def _memory(request: LoadRequest, parts: Parts) -> list[tuple[str, str]]:
+    needed = memory.estimate(parts, request)
+    found = [("ok", f"{request.spec.name} on {request.device} in {str(request.dtype).removeprefix('torch.')}:")]
+    found += [("ok", "  " + line) for line in needed.lines()]
+    try:
+        memory.require(needed, request.device, request.spec.name)
+    except UsageError as error:
+        return [*found, ("fail", str(error))]
+    free = memory.available_bytes(request.device)
+    return [*found, ("ok", "it fits" + (f": {free / memory.MIB:,.0f} MiB are free" if free is not None else ""))]
+
+
+def _packages(request: LoadRequest) -> list[tuple[str, str]]:
+    needed = {}
+    if request.weights is None and request.spec.weights:
+        needed["huggingface_hub"] = "fetching public weights"
+    if request.spec.text and not request.random:
+        needed["transformers"] = "the text encoder"
+    return [
+        ("fail", f"{package} is missing ({use}): pip install 'stagevar-tune[infinity]'")
+        for package, use in needed.items()
+        if importlib.util.find_spec(package) is None
+    ]
+
+
+def _files(request: LoadRequest) -> list[tuple[str, str]]:
+    spec = request.spec
+    if request.random:
+        return [("ok", "random weights: nothing to fetch; latency work only")]
+    if request.weights is None and spec.weights is None:
+        return [("fail", f"{spec.name} has no public weights; give --weights PATH, or --weights random")]
+    if request.weights is not None:
+        from stagevar.models.loading import locate
+
+        try:
+            return [("ok", f"weights {path}") for path in locate(request)[:2]]
+        except StagevarError as error:
+            return [("fail", str(error))]
+    wanted = {"weights": spec.weights, "tokenizer": spec.tokenizer, "text encoder": spec.text}
+    return [_hub_state(part, file) for part, file in wanted.items() if file is not None]
+
+
+def _hub_state(part: str, file: HubFile) -> tuple[str, str]:
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return "warn", f"{part} {file}: not known, huggingface_hub is missing"
+    # A folder is there when its index is; the text encoder when its configuration is.
+    probes = (
+        [file.path]
+        if file.path and not file.path.endswith("/")
+        else [
+            file.path + name for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json", "config.json")
+        ]
+    )
+    for probe in probes:
+        if isinstance(try_to_load_from_cache(file.repo, probe, revision=file.revision), str):
+            return "ok", f"{part} {file} is in the hub's cache"
+    return "warn", f"{part} {file} will be fetched from the hub on first use"
