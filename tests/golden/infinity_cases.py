@@ -208,6 +208,9 @@ def _text_checks(transformer: Infinity, arrays: dict[str, np.ndarray], config: d
     prompts, negative = text_rows(arrays, config)
     rows = [*prompts, *(negative or [transformer.cfg_uncond[: len(p)] for p in prompts])]
     conditioning = transformer.condition(prompts, negative)
+    if all(guidance == 1 for guidance in config["cfg"]):
+        # The reference then runs, and so records, the conditional branch alone.
+        rows, conditioning = prompts, conditioning.select(slice(0, len(prompts)))
     checks = []
     if "text_normed" in arrays:
         checks.append(difference("text_normed", transformer.text_norm(torch.cat(rows)), arrays["text_normed"], 1e-5))
