@@ -17,6 +17,7 @@ from stagevar.accelerators import Exact
 from stagevar.models.base import LoadedModel
 from stagevar.sampler import Generation, Sampler
 from stagevar.schedule import BOTH, LowRank, Pivotal, ScaleStep, StageSchedule, Steps, exact
+from tests.test_engine import graph_sampler
 
 SEEDS = (3, 4, 5)
 
@@ -82,6 +83,11 @@ class ModelContract:
         """Both branches reduced at one scale, then one branch reduced further."""
         return self.expand(model, 2, cfg_delay=1, rank_ratios=(0.6, 0.3), projection="rows", rope="index")
 
+    def pruned(self, model: LoadedModel) -> Steps:
+        """FastVAR in every layer of the last two scales, guided."""
+        layers = (0, model.transformer.depth)
+        return self.expand(model, 2, accelerator="fastvar", rank_ratios=(0.6, 0.5), layers=layers)
+
     # ------------------------------------------------------------------------------------------------ caching
 
     @torch.inference_mode()
@@ -102,7 +108,7 @@ class ModelContract:
             mixed = uncond + model.sampling.guidance[scale] * (cond - uncond)
             assert (sampler.logits[scale] - mixed).abs().max() < 1e-4
 
-    @pytest.mark.parametrize("name", ["full", "staged"])
+    @pytest.mark.parametrize("name", ["full", "staged", "pruned"])
     def test_rewind_then_replay_is_a_straight_run(self, model, name):
         steps = getattr(self, name)(model)
         sampler = Recorder(model)
@@ -139,7 +145,7 @@ class ModelContract:
 
     # ------------------------------------------------------------------------------------------------ batches
 
-    @pytest.mark.parametrize("name", ["full", "staged"])
+    @pytest.mark.parametrize("name", ["full", "staged", "pruned"])
     def test_batch_row_equals_single_prompt(self, model, name):
         steps = getattr(self, name)(model)
         batch = Recorder(model)
@@ -223,6 +229,17 @@ class ModelContract:
             sums[structure_end] = [generation.code_sum_before(s).clone() for s in range(len(model.grids))]
         assert torch.equal(sums[1][1], sums[3][1]) and torch.equal(sums[2][2], sums[3][2])
         assert not torch.equal(sums[1][2], sums[3][2])
+
+    @pytest.mark.parametrize("name", ["full", "staged", "pruned"])
+    def test_recorded_steps_replay_as_the_eager_ones(self, model, name):
+        """Nothing in a scale depends on the values of tensors, so what was recorded for one batch serves the next."""
+        steps = getattr(self, name)(model)
+        recorded, engine = graph_sampler(model)
+        eager = Sampler(model)
+        for prompts, seeds in ((self.prompts[:2], (1, 2)), (self.prompts[1:], (7, 8))):
+            wanted = eager.generate(prompts, seeds, steps)
+            assert np.array_equal(recorded.generate(prompts, seeds, steps), wanted)
+        assert (engine.recorded, engine.replayed) == (len(steps), 2 * len(steps))
 
     # ------------------------------------------------------------------------------------------------ guidance
 
