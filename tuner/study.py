@@ -52,7 +52,7 @@ SEARCH_ROUNDS, BASELINE_ROUNDS = 7, 15
 SEARCH_WARM_UP = 4
 #: Finalists with and without a skipped scale.
 FINALISTS_PER_KIND = 3
-_MOST_DUPLICATES = 200
+_MOST_DUPLICATES = 60
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,117 @@
+"""The prefix tree: bit for bit what each schedule gives alone, each distinct prefix run once."""
+
+import numpy as np
+import pytest
+
+from stagevar.grids import square
+from stagevar.sampler import Sampler
+from stagevar.schedule import StageSchedule, exact
+from tests.tiny import tiny_infinity
+from tuner.evaluate import ModelEvaluator, walk
+from tuner.executors.base import Failed, QualityTask
+from tuner.executors.local import LocalExecutor
+from tuner.prompts import load_prompts
+from tuner.space import PromptSource
+
+GRIDS = square((1, 2, 3, 4, 6))
+SCHEDULES = [
+    exact(5),
+    StageSchedule(3, cfg_delay=0, rank_ratios=(0.4, 0.2)),
+    StageSchedule(3, cfg_delay=0, rank_ratios=(0.4, 0.3)),
+    StageSchedule(3, cfg_delay=0, branch="cond", rank_ratios=(0.4,), site="trunk"),
+    StageSchedule(4, skip=(4,)),
+    StageSchedule(2, cfg_delay=1, rank_ratios=(0.5,), projection="rows", rope="index"),
+    StageSchedule(3, semantic_end=1, cfg_delay=0, rank_ratios=(0.4, 0.2)),
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_infinity(GRIDS, name="tiny")
+
+
+@pytest.fixture(scope="module")
+def steps():
+    return [schedule.expand(GRIDS, 2) for schedule in SCHEDULES]
+
+
+@pytest.fixture
+def prompts():
+    return load_prompts(PromptSource(search=6, heldout=4, micro_batch=4))
+
+
+def test_the_tree_gives_the_images_of_each_schedule_alone(model, steps):
+    texts, seeds = ["a red circle", "two blue squares", "a star"], [5, 6, 7]
+    sampler, found = Sampler(model), {}
+    runs = walk(sampler, sampler.begin(texts, seeds), steps, lambda members, images: found.update(dict.fromkeys(members, images)))
+    for index, schedule in enumerate(steps):
+        alone = Sampler(model)
+        generation = alone.begin(texts, seeds)
+        for step in schedule:
+            alone.advance(generation, step)
+        assert np.array_equal(found[index], alone.decode(generation)), SCHEDULES[index]
+        assert np.array_equal(found[index], Sampler(model).generate(texts, seeds, schedule)), "the deployed cache differs"
+    # Scales 0 and 1 once; scale 2 once; at 3: full, chunk, trunk, first of the early one; then the leaves.
+    assert runs == len({schedule[: i + 1] for schedule in steps for i in range(5) if not schedule[i].skipped})
+    assert runs < sum(not step.skipped for schedule in steps for step in schedule)
+
+
+def test_order_of_schedules_does_not_matter(model, steps):
+    texts, seeds = ["a red circle"], [1]
+
+    def images(order):
+        sampler, found = Sampler(model), {}
+
+        def leaf(members, pixels):
+            found.update({order[m]: pixels for m in members})
+
+        walk(sampler, sampler.begin(texts, seeds), [steps[i] for i in order], leaf)
+        return found
+
+    forward, backward = images(list(range(len(steps)))), images(list(range(len(steps)))[::-1])
+    assert all(np.array_equal(forward[i], backward[i]) for i in forward)
+
+
+def test_quality_is_per_prompt_and_references_are_made_once(model, steps, prompts, tmp_path):
+    evaluator = ModelEvaluator(model, prompts, {"psnr": 0.01}, {"ssim": 0.1}, references_dir=tmp_path / "references")
+    values = evaluator.quality(steps[:3], "search", 0)
+    assert [len(v["quality"]) for v in values] == [4, 4, 4]
+    assert set(values[0]) == {"psnr", "ssim", "quality"}
+    assert (values[0]["psnr"] == 100).all() and (values[1]["psnr"] < 100).all()
+    assert np.allclose(values[1]["quality"], 0.01 * values[1]["psnr"])
+    assert len(evaluator.quality(steps[:1], "search", 1)[0]["quality"]) == 2
+    assert sorted(p.name for p in (tmp_path / "references").iterdir()) == ["search-0000.npy", "search-0001.npy"]
+    again = ModelEvaluator(model, prompts, {"psnr": 0.01}, {"ssim": 0.1})
+    assert np.array_equal(again.quality(steps[1:2], "search", 0)[0]["psnr"], values[1]["psnr"])
+    assert evaluator.scales_run < evaluator.scales_alone
+
+
+def test_random_weights_have_no_quality(steps, prompts):
+    model = tiny_infinity(GRIDS)
+    model.random_weights = True
+    evaluator = ModelEvaluator(model, prompts, {"psnr": 1.0})
+    assert evaluator.facts.random_weights and evaluator.facts.higher_is_better == {}
+    with pytest.raises(RuntimeError, match="random weights"):
+        evaluator.quality(steps[:1], "search", 0)
+
+
+def test_latency_times_every_schedule_in_turn(model, steps, prompts):
+    timings = ModelEvaluator(model, prompts, {"psnr": 1.0}).latency({"full": steps[0], "fast": steps[1]}, 3, 3)
+    assert {name: len(t.samples_ms) for name, t in timings.items()} == {"full": 3, "fast": 3}
+    assert all(ms > 0 for t in timings.values() for ms in t.samples_ms)
+
+
+def test_a_broken_schedule_takes_no_other_with_it(model, steps, prompts):
+    evaluator = ModelEvaluator(model, prompts, {"psnr": 1.0})
+    foreign = exact(5).expand(square((1, 2, 3, 4, 5)), 2)
+    ((_, outcomes),) = LocalExecutor(evaluator).run([QualityTask((steps[0], foreign, steps[1]), "search", 0)])
+    assert isinstance(outcomes[1], Failed) and outcomes[1].error.startswith("ValueError: ")
+    assert np.array_equal(outcomes[2]["psnr"], evaluator.quality(steps[1:2], "search", 0)[0]["psnr"])
+
+
+def test_prompt_sets_share_no_image(prompts):
+    search, heldout = prompts["search"], prompts["heldout"]
+    assert not set(zip(search.texts, search.seeds, strict=True)) & set(zip(heldout.texts, heldout.seeds, strict=True))
+    assert search.batches == 2 and len(search.batch(1)[0]) == 2
+    assert load_prompts(PromptSource(search=6, heldout=4, micro_batch=4))["search"].digest == search.digest
+    assert load_prompts(PromptSource(search=6, heldout=4, micro_batch=2))["search"].digest != search.digest
