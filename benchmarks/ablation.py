@@ -13,11 +13,7 @@ the paper argues against, written here from their definitions.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import math
-import platform
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,9 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.environment import environment, write_json
 from stagevar.accelerators.base import Accelerator, Cached, ScaleContext
 from stagevar.accelerators.stagevar import StageVAR, draw_indices, gather_rows, project, restore
-from stagevar.compare import BASELINE, bench_prompts, compare, format_table
+from stagevar.compare import bench_prompts, compare, format_table
 from stagevar.errors import UsageError
 from stagevar.models.base import Around, LoadedModel, Site, SiteFn
 from stagevar.models.registry import load_model
@@ -156,22 +153,6 @@ def nano_verdicts(prompts: Sequence[str]) -> dict[str, Any]:
     return {"geneval": right}
 
 
-def conditions(model: LoadedModel, threads: int) -> dict[str, Any]:
-    """Where and with what the figures were made."""
-    cuda = model.device.type == "cuda"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
-    return {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit.strip(),
-        "model": model.name,
-        "device": torch.cuda.get_device_name(model.device) if cuda else platform.machine(),
-        "threads": None if cuda else threads,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table and writes the figures."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ablation", description=(__doc__ or "").split("\n")[0])
@@ -213,8 +194,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         matches[name] = equal_speed(table, name, "fastvar ")["name"]
         print(f"nearest in speed to {name}: {matches[name]}")
     if args.output is not None:
-        record = {"conditions": conditions(model, args.threads), "baseline": BASELINE, "rows": table, "growth": growth}
-        args.output.write_text(json.dumps({**record, "equal_speed": matches}, indent=1) + "\n")
+        measured = {"rows": table, "norm_growth": growth, "equal_speed": matches}
+        write_json(args.output, {"environment": environment(model.device), "model": model.name, **measured})
     return 0
 
 
