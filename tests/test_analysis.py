@@ -55,7 +55,8 @@ def analysis(model):
     calls = []
     result = analyze(
         model, PROMPTS, SEEDS, similarities=[Similarity("likeness", likeness)], quality={"brightness": brightness},
-        rules=Rules(semantic=0.9, structure=0.9, guidance=0.9), micro_batch=3, shown=2, progress=lambda *event: calls.append(event),
+        rules=Rules(semantic=0.9, structure=0.9, guidance=0.9), micro_batch=3, shown=2,
+        progress=lambda *event: calls.append(event),
     )  # fmt: skip
     assert calls == [(what, i + 1, 6) for i, what in enumerate(["scales"] * 2 + ["ranks"] * 2 + ["ablation"] * 2)]
     return result
