@@ -102,6 +102,16 @@ def test_dpg_from_answers_both_ways(capsys, answers):
     assert code == 0 and "50.0000" in out and "corrected" not in out and "dropped z" in out
 
 
+def test_a_missing_parent_leaves_the_published_score(capsys, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("item_id,proposition_id,dependency,tile,answer\nz,1,0,0,yes\na,1,9,0,yes\nb,1,0,0,yes\n")
+    found = results(capsys, "dpg", "--answers", path)["results"]
+    assert found["published"]["score"] == 100.0 and list(found["published"]["dropped"]) == ["z", "a"]
+    assert "depends on 9" in found["corrected"]["refused"]
+    code, _, err = run(capsys, "dpg", "--answers", path, "--mode", "corrected")
+    assert code == 2 and "depends on 9" in err
+
+
 def test_the_documented_examples_run_as_they_stand(capsys, tmp_path):
     text = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
     for language, suffix, arguments in (("json", "json", ["geneval", "--detections"]), ("csv", "csv", ["dpg", "--answers"])):

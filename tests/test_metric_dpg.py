@@ -147,6 +147,8 @@ a,2,1,attribute - color (cat),yes
 a,1,,entity,whole,yes,no
 a,2,1,attribute,color,no,yes
 """,
+    "tile names": LONG.replace(",0,yes", ",TL,yes").replace(",0,no", ",TL,no").replace(",1,no", ",TR,no").replace(
+        ",1,yes", ",tr,yes"),
     "scores": """Item_ID, qid, parents, category, sample, score
 a, 1, 0, entity - whole (cat), 0, 1
 a, 2, 1, attribute - color (cat), 0, 0

@@ -198,7 +198,15 @@ def _run_dpg(options: argparse.Namespace) -> int:
     results: dict[str, Any] = {}
     lines: list[str] = []
     for mode in MODES if options.mode == "both" else (options.mode,):
-        score = score_dpg(questions, answers, mode)
+        try:
+            score = score_dpg(questions, answers, mode)
+        except UsageError as error:
+            if options.mode != "both" or mode == "published":
+                raise
+            # A file that only the corrected rules refuse still has its published score.
+            results[mode] = {"refused": str(error)}
+            lines.append(f"DPG-Bench {mode:<10} refused: {error}")
+            continue
         results[mode] = dataclasses.asdict(score)
         figure = "n/a (no prompt scored)" if score.score is None else f"{score.score:.4f}"
         lines += [f"DPG-Bench {mode:<10} {figure}   ({len(score.prompts)} prompts)"]

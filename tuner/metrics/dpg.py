@@ -177,16 +177,18 @@ def _score_tile(group: Mapping[int, Question], answers: Answers, tile: int) -> _
 # Files -----------------------------------------------------------------------------------------------------------
 
 _ALIASES = {
-    "item_id": ("item_id", "item", "prompt_id", "id", "image"),
+    "item_id": ("item_id", "item", "prompt_id", "id"),
     "proposition_id": ("proposition_id", "proposition", "qid", "question_id"),
     "dependency": ("dependency", "dependencies", "parents", "parent", "depends_on"),
-    "tile": ("tile", "tile_id", "tile_index", "sample", "image_index", "pic"),
-    "answer": ("answer", "vqa_answer", "response"),
+    "tile": ("tile", "tile_id", "tile_index", "sample", "image", "image_id", "image_index", "pic"),
+    "answer": ("answer", "vqa_answer", "response", "prediction"),
     "score": ("score", "correct"),
     "tuple": ("tuple", "category"),
     "text": ("question_natural_language", "question"),
     "prompt": ("text", "prompt"),
 }
+
+_TILE_NAMES = ("TL", "TR", "BL", "BR")  # the grid's quarters in the script's order
 
 
 def read_questions(path: str | Path) -> list[Question]:
@@ -301,7 +303,10 @@ def _tile(
     path: Path, number: int, row: Mapping[str, str], columns: _Columns, seen: Mapping, identity: tuple[str, int]
 ) -> int:
     if columns.get("tile"):
-        return _whole(path, number, "tile", row[columns.get("tile")])
+        cell = row[columns.get("tile")].strip()
+        if cell.upper() in _TILE_NAMES:
+            return _TILE_NAMES.index(cell.upper())
+        return _whole(path, number, "tile", cell)
     # Without a tile column, the k-th line of a question is its answer on tile k.
     return next(tile for tile in range(len(seen) + 1) if (*identity, tile) not in seen)
 

@@ -1,0 +1,67 @@
+"""How well a small stratified set of prompts ranks schedules as a large one does, on nano.
+
+    python -m benchmarks.prompt_subset --prompts 280 --output prompt_subset.json
+
+Every schedule draws every prompt once (same seeds); the ranking by all prompts is the truth, and 200 stratified subsets of
+each size are compared with it (Spearman). One table per metric: GenEval's verdict, the composite of the search space, and
+PSNR against the full schedule as the metric that hardly needs prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.environment import environment, write_json
+from stagevar.schedule import StageSchedule, exact, preset
+from tuner.evaluate import load_evaluator
+from tuner.metrics.prompt_sets import subset_rank_correlation
+from tuner.prompts import load_prompts
+from tuner.space import PromptSource
+
+QUALITY = {"geneval_nano": 1.0, "clip_score": {"weight": 0.05, "model": "nano"}}
+SIZES = (14, 28, 56, 112)
+
+
+def schedules(grids: tuple[tuple[int, int], ...]) -> dict[str, StageSchedule]:
+    """Ten schedules from harmless to harmful."""
+    scales = len(grids)
+    chosen = {"full": exact(scales)}
+    chosen |= {name: preset(name, grids) for name in ("stagevar-paper", "stagevar-released", "fastvar", "skip-1", "skip-2")}
+    for cutoff in (scales - 1, scales - 2, scales - 3):
+        chosen[f"one branch from scale {cutoff}"] = StageSchedule(structure_end=cutoff, cfg_delay=0)
+    chosen["half the tokens at the last scale"] = StageSchedule(structure_end=scales - 1, rank_ratios=(0.5,))
+    return chosen
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=280, help="prompts in all (default %(default)s)")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    prompts = load_prompts(PromptSource("nano", search=options.prompts, heldout=16, micro_batch=20))
+    evaluator = load_evaluator("nano", prompts, QUALITY, {"psnr": 0.0}, device="cpu", threads=options.threads)
+    grids = tuple(evaluator.model.grids)
+    named = schedules(grids)
+    steps = [schedule.expand(grids, evaluator.sampler.chunks) for schedule in named.values()]
+    batches = [evaluator.quality(steps, "search", batch) for batch in range(prompts["search"].batches)]
+    figures: dict[str, object] = {"environment": environment(), "prompts": options.prompts, "metrics": {}}
+    for metric in ("geneval_nano", "quality", "psnr"):
+        values_SP = np.stack([np.concatenate([batch[index][metric] for batch in batches]) for index in range(len(named))])
+        rows = [subset_rank_correlation(values_SP, prompts["search"].items, size)
+                for size in SIZES if size < options.prompts]
+        means = dict(zip(named, values_SP.mean(1).round(4).tolist(), strict=True))
+        figures["metrics"][metric] = {"means": means, "subsets": rows}
+        print(f"\n{metric}: " + ", ".join(f"{name} {mean:.3f}" for name, mean in means.items()))
+        print(f"{'prompts':>8} {'Spearman':>9} {'5th pct':>8} {'best found':>11}")
+        for row in rows:
+            print(f"{row['count']:8d} {row['spearman_mean']:9.3f} {row['spearman_p5']:8.3f} {row['best_found']:11.0%}")
+    if options.output:
+        write_json(options.output, figures)
+
+
+if __name__ == "__main__":
+    main()
