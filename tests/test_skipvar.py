@@ -18,11 +18,13 @@ from stagevar.accelerators.skipvar import (
     load_rule,
     packaged_rules,
 )
+from stagevar.engine import GraphEngine
 from stagevar.errors import ScheduleError, UsageError
 from stagevar.grids import infinity_grids, square
 from stagevar.refit import refit
 from stagevar.sampler import Sampler
 from stagevar.schedule import BOTH, StageSchedule, skipvar
+from tests.test_engine import TapeRecorder
 from tests.tiny import tiny_infinity
 
 SQUARE, _ = infinity_grids("1M")
@@ -211,6 +213,17 @@ def test_rows_regroup_and_each_gets_its_own_continuation():
         alone = Sampler(model).generate(PROMPTS[row : row + 1], SEEDS[row : row + 1], way)
         assert np.array_equal(together[row], alone[0]), outcome
     assert not np.array_equal(together, Sampler(model, Scripted(["full"] * 4)).generate(PROMPTS, SEEDS, steps))
+
+
+def test_decisions_under_the_graph_engine():
+    """Replayed scales feed the same decision, and rows that part go on."""
+    model = tiny_infinity(GRIDS)
+    steps = skipvar(GRIDS).expand(GRIDS, 2)
+    for outcomes in (["skip1"] * 4, ["skip2", "full", "skip2", "cond3"]):
+        expected = Sampler(model, Scripted(outcomes)).generate(PROMPTS, SEEDS, steps)
+        sampler = Sampler(model, Scripted(outcomes), GraphEngine(TapeRecorder()))
+        for _ in range(2):
+            assert np.array_equal(sampler.generate(PROMPTS, SEEDS, steps), expected)
 
 
 def test_an_open_decision_must_be_taken():
