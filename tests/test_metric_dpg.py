@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from stagevar.errors import UsageError
 from tuner.metrics.dpg import Question, is_yes, read_answers, score_dpg
@@ -202,3 +204,23 @@ def test_unreadable_files_are_refused_with_their_line(tmp_path, text, named):
     path.write_text(text)
     with pytest.raises(UsageError, match=named):
         read_answers(path)
+
+
+cells = st.one_of(st.sampled_from(["a", "b", "1", "2", "0", "1,2", "yes", "no", "", "TL", "1e400", "nan", '"', "\x00"]),
+                  st.text(max_size=4))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(["item_id", "proposition_id", "dependency", "tile", "answer", "answer_0", "tuple", "x"]),
+                unique=True, min_size=1),
+       st.lists(st.lists(cells, min_size=1, max_size=6), max_size=5))
+def test_whatever_the_file_holds_the_answer_is_a_score_or_a_usage_error(tmp_path, header, rows):
+    path = tmp_path / "answers.csv"
+    path.write_text("\n".join(",".join(row) for row in [header, *rows]), encoding="utf-8", errors="replace")
+    try:
+        questions, given_answers = read_answers(path)
+        scores = [score_dpg(questions, given_answers, mode) for mode in ("published", "corrected")]
+    except UsageError as error:
+        assert str(error)
+    else:
+        assert all(result.score is None or 0 <= result.score <= 100 for result in scores)

@@ -258,7 +258,10 @@ def _read_table(path: Path) -> tuple[_Columns, list[tuple[int, dict[str, str]]]]
     first_line = text.split("\n", 1)[0]
     delimiter = max(",\t;", key=first_line.count)
     reader = csv.reader(text.splitlines(keepends=True), delimiter=delimiter, skipinitialspace=True)
-    table = [(reader.line_num, [*row]) for row in reader if any(cell.strip() for cell in row)]
+    try:
+        table = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
+    except csv.Error as error:
+        raise UsageError(f"{path} line {reader.line_num}: not CSV ({error})") from None
     if len(table) < 2:
         raise UsageError(f"{path}: no rows in it; expected a header line and one line per question")
     header = [cell.strip().lower() for cell in table[0][1]]
