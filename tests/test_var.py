@@ -54,8 +54,9 @@ class TestContract(ModelContract):
         return model.transformer.logits(x_RLC, conditioning)
 
 
-def test_the_reference_is_met():
-    checks = run_case(Path(__file__).parent / "data/golden/var_adaln.json")
+@pytest.mark.parametrize("case", ["var_adaln", "var_sharedaln"])
+def test_the_reference_is_met(case):
+    checks = run_case(Path(__file__).parent / f"data/golden/{case}.json")
     assert len(checks) == 16
     assert [check for check in checks if not check.ok] == []
 
