@@ -169,7 +169,7 @@ _SPECS = (
     _infinity(
         "infinity-tiny", "a few layers of Infinity on its real scales; random weights only, for trying the tools",
         {
-            "transformer": {"depth": 4, "width": 128, "heads": 4, "chunks": 4, "text_dim": 256},
+            "transformer": {"depth": 8, "width": 256, "heads": 8, "chunks": 8, "text_dim": 256},
             "latent_dim": 8, "patchify": False, "base_ch": 32,
         },
         "0.06M", text=None,
