@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ablation import nano_verdicts
+from benchmarks.ablation import nano_verdicts, speed
 from benchmarks.environment import environment, write_json
 from stagevar.accelerators.skipvar import packaged_rules
 from stagevar.compare import bench_prompts, compare
@@ -65,9 +65,9 @@ def sweep(model: LoadedModel) -> dict[str, StageSchedule]:
 
 
 def front(rows: Iterable[Mapping[str, Any]], quality: str) -> list[Mapping[str, Any]]:
-    """Rows that no other row beats in both latency ratio and quality, fastest first."""
+    """Rows that no other row beats in both time and quality, fastest first."""
     best: list[Mapping[str, Any]] = []
-    for row in sorted(rows, key=lambda row: (row["ratio"], -row[quality])):
+    for row in sorted(rows, key=lambda row: (speed(row), -row[quality])):
         if not best or row[quality] > best[-1][quality]:
             best.append(row)
     return best
@@ -92,11 +92,12 @@ def draw(rows: Sequence[Mapping[str, Any]], qualities: Mapping[str, str], path: 
         for colour, name in zip(colours, methods, strict=False):
             own = [row for row in rows if method(row) == name]
             best = front(own, quality)
-            axis.scatter([r["ratio"] for r in own], [r[quality] for r in own], s=9, color=colour, alpha=0.35)
+            axis.scatter([speed(r) for r in own], [r[quality] for r in own], s=9, color=colour, alpha=0.35)
             axis.plot(
-                [r["ratio"] for r in best], [r[quality] for r in best], "o-", ms=4, lw=1.4, color=colour, label=name
+                [speed(r) for r in best], [r[quality] for r in best], "o-", ms=4, lw=1.4, color=colour, label=name
             )
-        axis.set_xlabel("latency, share of the full schedule")
+        axis.plot([1], [0 if quality == "geneval" else 1], "k*", ms=10, label="full schedule")
+        axis.set_xlabel("time, share of the full schedule")
         axis.set_ylabel(title)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
@@ -109,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints every method's front and the common one; writes figures and the picture."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fronts", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default="nano")
+    parser.add_argument("--weights", help="folder of other weights than the shipped ones")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--prompts", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=20)
@@ -117,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--figure", type=Path, help="PNG file")
     args = parser.parse_args(argv)
     try:
-        model = load_model(args.model, device=args.device)
+        model = load_model(args.model, weights=args.weights, device=args.device)
         if model.random_weights:
             raise UsageError("a front needs quality, which random weights have none of")
         chunks, prompts = Sampler(model).chunks, bench_prompts(model, args.prompts)

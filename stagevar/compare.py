@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -54,7 +55,8 @@ def compare(
 
     Columns: tokens (per image, both branches), latency_ms (median), mean_ms, p90_ms, samples_ms, ratio to the full
     schedule with its interval, memory_mib (CUDA: peak allocated above the weights; CPU: KV cache), and unless the
-    weights are random: psnr_db, ssim (means) and `scores`. outcomes: how often a decision went which way.
+    weights are random: psnr_db, ssim (means) and `scores`. outcomes: how often a decision went which way. On a CPU also
+    cpu_ratio, the same ratio of processor time, which other processes on the machine hardly change.
     """
     sampler, accelerators = Sampler(model), accelerators or {}
     plans = {name: preset(name, model.grids).expand(model.grids, sampler.chunks) for name in (BASELINE, *names)}
@@ -68,7 +70,7 @@ def compare(
     with pinned(threads) if model.device.type == "cpu" else contextlib.nullcontext():
         made = {name: _observe(Sampler(model, accelerators.get(name)), plans[name], texts, batch) for name in plans}
         samplers = {name: Sampler(model, accelerators.get(name)) for name in plans}
-        timings = _time(samplers, plans, batches, rounds)
+        timings, busy = _time(samplers, plans, batches, rounds)
     full = made[BASELINE]
     rows = []
     for name in plans:
@@ -83,6 +85,7 @@ def compare(
             "ratio": ratio,
             "ratio_interval": [low, high],
             "memory_mib": made[name].memory_mib,
+            **({"cpu_ratio": paired_ratio(busy[name], busy[BASELINE])[0]} if model.device.type == "cpu" else {}),
             "samples_ms": list(timing.samples_ms),
             "warmed": timing.warmed,
         }
@@ -150,8 +153,8 @@ def _time(
     plans: Mapping[str, Steps],
     batches: Sequence[tuple[list[str], list[int]]],
     rounds: int,
-) -> dict[str, Timing]:
-    """Every schedule on the same batch in turn, the order reversed every other round.
+) -> tuple[dict[str, Timing], dict[str, Timing]]:
+    """Latency and processor time of every schedule on the same batch in turn, the order reversed every other round.
 
     Each has a sampler of its own, so that none pays for another one's cache.
     """
@@ -161,18 +164,22 @@ def _time(
     for name, steps in plans.items():
         warmth[name] = warm_up(lambda name=name, steps=steps: samplers[name].generate(*batches[0], steps), device)
     host: dict[str, list[float]] = {name: [] for name in plans}
+    busy: dict[str, list[float]] = {name: [] for name in plans}
     events: dict[str, list[float]] = {name: [] for name in plans}
     for index in range(rounds):
         prompts, seeds = batches[index % len(batches)]
         for name in list(plans) if index % 2 == 0 else list(reversed(plans)):
+            start = time.process_time()
             host_ms, event_ms = time_once(
                 lambda name=name: samplers[name].generate(prompts, seeds, plans[name]),  # noqa: B023
                 device,
             )
+            busy[name].append((time.process_time() - start) * 1e3)
             host[name].append(host_ms)
             if event_ms is not None:
                 events[name].append(event_ms)
-    return {name: Timing(tuple(host[name]), tuple(events[name]), *warmth[name]) for name in plans}
+    timings = {name: Timing(tuple(host[name]), tuple(events[name]), *warmth[name]) for name in plans}
+    return timings, {name: Timing(tuple(busy[name])) for name in plans}
 
 
 def bench_prompts(model: LoadedModel, count: int) -> list[str]:
@@ -194,8 +201,10 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
         "p90_ms": ("p90 ms", "{:.1f}"),
         "ratio": ("ratio", "{:.3f}"),
         "ratio_interval": ("95 % of ratio", "{0[0]:.3f}-{0[1]:.3f}"),
+        "cpu_ratio": ("cpu ratio", "{:.3f}"),
         "memory_mib": ("MiB", "{:.1f}"),
     }
+    titles = {key: column for key, column in titles.items() if any(key in row for row in rows)}
     hidden = {"samples_ms", "warmed", "outcomes"}
     further = {
         key: (key.replace("_", " "), "[{0[0]:.3f}, {0[1]:.3f}]" if key.endswith("_interval") else "{:.3f}")

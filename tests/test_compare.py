@@ -32,7 +32,7 @@ def test_rows_are_plain_and_the_full_schedule_comes_first(rows):
     assert [row["name"] for row in rows] == ["exact", "fastvar", "skip-2", "mine", "same"]
     assert json.loads(json.dumps(rows)) == rows
     full = rows[0]
-    assert full["ratio"] == 1 and full["ratio_interval"] == [1, 1]
+    assert full["ratio"] == full["cpu_ratio"] == 1 and full["ratio_interval"] == [1, 1]
     assert full["psnr_db"] == 100 and full["ssim"] == pytest.approx(1) and full["brightness"] == 0
     assert all(len(row["samples_ms"]) == 2 and row["memory_mib"] > 0 for row in rows)
 
