@@ -40,7 +40,14 @@ def add_model_options(parser: argparse.ArgumentParser, required: bool = True) ->
     """Options that say which model runs where."""
     parser.add_argument("--model", required=required, help="model name, e.g. nano, infinity-2b, infinity-8b")
     parser.add_argument("--weights", help="path, or 'random' for seeded random weights (latency work only)")
+    parser.add_argument("--tokenizer", help="tokenizer file, where it does not lie beside the weights")
+    parser.add_argument("--text", help="folder of the text encoder, where it does not lie beside the weights")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
+    parser.add_argument("--dtype", help="bfloat16, float16 or float32 (default: bfloat16 on a GPU, else float32)")
+    parser.add_argument(
+        "--resolution", help="pixel budget (0.06M, 0.25M, 0.60M, 1M) or image side, where a model has several"
+    )
+    parser.add_argument("--ratio", type=float, help="height / width, snapped to one of the model's (default: 1)")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,9 +60,13 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("prompts", nargs="+", metavar="PROMPT")
     generate.add_argument("--profile", type=Path, help="profile.yaml written by stagevar-tune")
     add_model_options(generate, required=False)
-    generate.add_argument("-o", "--output", type=Path, default=Path("image.png"), help="PNG file; several images get -0, -1, ...")
+    generate.add_argument(
+        "-o", "--output", type=Path, default=Path("image.png"), help="PNG file; several images get -0, -1, ..."
+    )
     generate.add_argument("--seed", type=int, default=0, help="seed of the first image (default: 0)")
-    generate.add_argument("--images", type=positive_int, default=1, help="images per prompt, seeds counted up (default: 1)")
+    generate.add_argument(
+        "--images", type=positive_int, default=1, help="images per prompt, seeds counted up (default: 1)"
+    )
     generate.add_argument("--negative", help="negative prompt instead of the model's null text")
     generate.set_defaults(run=run_generate)
 
@@ -69,14 +80,69 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--threads", type=positive_int, default=1, help="CPU threads, pinned (default: 1)")
     bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
     bench.set_defaults(run=run_bench)
+
+    analyze = verbs.add_parser("analyze", help="find the stages of a model and propose a schedule")
+    add_model_options(analyze)
+    add_prompt_options(analyze, 48)
+    analyze.add_argument("--out", type=Path, help="folder for analysis.yaml, rank_ratio.json and plots")
+    analyze.add_argument(
+        "--ranks", action="store_true", help="only measure spectra for the energy -> rank table: no ablation"
+    )
+    analyze.set_defaults(run=run_analyze)
+
+    refit = verbs.add_parser("refit", help="fit SkipVAR's classifier for a model")
+    add_model_options(refit)
+    add_prompt_options(refit, 256)
+    refit.add_argument(
+        "--target", type=float, default=0.84, help="SSIM to the full schedule's image to keep (default: 0.84)"
+    )
+    refit.add_argument("--out", type=Path, required=True, help="JSON file that a schedule's decision may name")
+    refit.set_defaults(run=run_refit)
+
+    convert = verbs.add_parser("convert", help="write a model's files once as safetensors, which load memory-mapped")
+    convert.add_argument("--model", required=True, help="model name, e.g. infinity-2b, infinity-8b")
+    convert.add_argument("--weights", help="file or folder to read (default: the public files)")
+    convert.add_argument("--tokenizer", help="tokenizer file, where it does not lie beside the weights")
+    convert.add_argument("--dtype", help="bfloat16 halves the transformer blocks (default: as in the files)")
+    convert.add_argument("-o", "--output", type=Path, required=True, help="new folder; load it with --weights FOLDER")
+    convert.set_defaults(run=run_convert)
     return parser
+
+
+def add_prompt_options(parser: argparse.ArgumentParser, count: int) -> None:
+    """Options that say which prompts and seeds are used."""
+    parser.add_argument("--prompts", type=positive_int, default=count, help=f"how many prompts (default: {count})")
+    parser.add_argument("--prompts-file", type=Path, help="text file with a prompt per line, instead of built-in ones")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first prompt (default: 0)")
+
+
+def read_prompts(args: argparse.Namespace, model: LoadedModel) -> list[str]:
+    """The prompts that the options name."""
+    from stagevar.compare import bench_prompts
+
+    if args.prompts_file is None:
+        return bench_prompts(model, args.prompts)
+    try:
+        lines = [line.strip() for line in args.prompts_file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"prompts file {args.prompts_file} cannot be read: {error}") from None
+    prompts = [line for line in lines if line][: args.prompts]
+    if not prompts:
+        raise UsageError(f"prompts file {args.prompts_file} has no prompts")
+    return prompts
 
 
 def load(args: argparse.Namespace) -> LoadedModel:
     """The model that the options name."""
     from stagevar.models.registry import load_model
 
-    return load_model(args.model, weights=args.weights, device=args.device)
+    return load_model(args.model, device=args.device, **given_options(args))
+
+
+def given_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The model options that were given, as `load_model` takes them."""
+    names = ("weights", "tokenizer", "text", "dtype", "resolution", "ratio")
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
 
 
 def run_generate(args: argparse.Namespace) -> int:
@@ -93,8 +159,8 @@ def run_generate(args: argparse.Namespace) -> int:
         from stagevar.profile import Profile
 
         profile = Profile.load(args.profile)
-        weights = {} if args.weights is None else {"weights": args.weights}
-        images = profile.pipeline(device=args.device, **weights).generate(prompts, seeds, **options)
+        pipeline = profile.pipeline(device=args.device, **given_options(args))
+        images = pipeline.generate(prompts, seeds, **options)
     else:
         from stagevar.sampler import Sampler
         from stagevar.schedule import exact
@@ -107,6 +173,15 @@ def run_generate(args: argparse.Namespace) -> int:
         images = [Image.fromarray(pixels) for pixels in sampler.generate(prompts, seeds, steps, **options)]
     for image, path in zip(images, outputs, strict=True):
         image.save(path)
+        print(path)
+    return 0
+
+
+def run_convert(args: argparse.Namespace) -> int:
+    """Writes safetensors and prints their paths."""
+    from stagevar.models.weights import convert
+
+    for path in convert(args.model, args.output, weights=args.weights, tokenizer=args.tokenizer, dtype=args.dtype):
         print(path)
     return 0
 
@@ -148,6 +223,51 @@ def run_bench(args: argparse.Namespace) -> int:
         threads=args.threads,
     )
     print(json.dumps(rows, indent=2) if args.json else format_table(rows))
+    return 0
+
+
+def run_analyze(args: argparse.Namespace) -> int:
+    """Writes the analysis and prints its proposal with the reasons."""
+    from stagevar.analysis import analyze
+
+    out = args.out or Path("outputs") / f"analysis-{args.model}"
+    model = load(args)
+    options: dict[str, Any] = {"ablation_prompts": 0} if args.ranks else {}
+    if model.name == "nano":
+        from stagevar.nano import judges, scenes
+        from stagevar.nano.load import shipped_folder
+
+        options["similarities"] = [judges.clip_similarity(shipped_folder())]
+        if args.prompts_file is None:
+            options["quality"] = {"geneval": judges.geneval(scenes.prompts("heldout", args.prompts))}
+    prompts = read_prompts(args, model)
+    seeds = [args.seed + i for i in range(len(prompts))]
+
+    def progress(what: str, done: int, total: int) -> None:
+        print(f"\r{what} {done}/{total}\033[K", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+    found = analyze(model, prompts, seeds, progress=progress if sys.stderr.isatty() else None, **options)
+    files = found.save(out)
+    for name, reason in found.reasons.items():
+        print(f"{name}: {reason}")
+    for path in files:
+        print(path)
+    return 0
+
+
+def run_refit(args: argparse.Namespace) -> int:
+    """Fits on full generations, writes the classifier and prints how well it does."""
+    from stagevar.refit import refit
+    from stagevar.sampler import Sampler
+
+    if not 0 < args.target < 1:
+        raise UsageError(f"target {args.target} must lie between 0 and 1")
+    model = load(args)
+    prompts = read_prompts(args, model)
+    fit = refit(Sampler(model), prompts, [args.seed + i for i in range(len(prompts))], args.target, name=args.out.stem)
+    fit.save(args.out)
+    print(json.dumps(fit.to_dict()["fit"], indent=2))
+    print(args.out)
     return 0
 
 
