@@ -101,7 +101,9 @@ class FakeEvaluator:
             found.append({"geneval_nano": np.array(rows), "quality": np.array(rows)})
         return found
 
-    def latency(self, schedules: Mapping[str, Steps], rounds: int, warm_up_at_most: int = 12) -> Mapping[str, FakeTiming]:
+    def latency(
+        self, schedules: Mapping[str, Steps], rounds: int, warm_up_at_most: int = 12
+    ) -> Mapping[str, FakeTiming]:
         drift = 1 + 0.05 * np.abs(self.clock.standard_normal(rounds))
         return {
             name: FakeTiming(

@@ -9,14 +9,16 @@ from tuner.budget import parse_budget, parse_share, parse_time
 
 
 @pytest.mark.parametrize(
-    ("text", "ms"), [("2s", 2000.0), ("800ms", 800.0), (" 1.5 s ", 1500.0), (".5s", 500.0), ("60%", 120.0), ("100%", 200.0)]
+    ("text", "ms"),
+    [("2s", 2000.0), ("800ms", 800.0), (" 1.5 s ", 1500.0), (".5s", 500.0), ("60%", 120.0), ("100%", 200.0)],
 )
 def test_budget_of_a_200_ms_model(text, ms):
     assert parse_budget(text).resolve(200.0) == pytest.approx(ms)
 
 
 @pytest.mark.parametrize(
-    "text", ["", "2", "s", "-1s", "0s", "0%", "nan%", "infs", "1e3ms", "2 m", "60 percent", "1001%", "2h", "²s", "60%%", "٣s"]
+    "text",
+    ["", "2", "s", "-1s", "0s", "0%", "nan%", "infs", "1e3ms", "2 m", "60 percent", "1001%", "2h", "²s", "60%%", "٣s"],
 )
 def test_bad_budgets_are_named(text):
     with pytest.raises(UsageError) as caught:

@@ -100,7 +100,9 @@ def test_a_folder_of_other_things_is_not_a_run(tmp_path, capsys):
     assert (tmp_path / "thesis.tex").exists()
 
 
-@pytest.mark.parametrize("text", ["", "a: [", "!!python/object/apply:os.system ['true']", "schema: other/1", "x: &a 1\ny: *a"])
+@pytest.mark.parametrize(
+    "text", ["", "a: [", "!!python/object/apply:os.system ['true']", "schema: other/1", "x: &a 1\ny: *a"]
+)
 def test_hostile_profiles_are_one_line_and_exit_2(tmp_path, text, capsys):
     path = tmp_path / "profile.yaml"
     path.write_text(text)
@@ -130,7 +132,9 @@ def test_a_study_on_nano_ends_with_a_profile_that_loads_and_verifies(tmp_path, s
     captured = capsys.readouterr()
     result = StudyResult.load(out)
     assert code == result.exit_code
-    assert [name for name in ("load", "baseline", "search", "verification", "report") if name not in result.phases_s] == []
+    assert [
+        name for name in ("load", "baseline", "search", "verification", "report") if name not in result.phases_s
+    ] == []
     for name in ("pareto.yaml", "trials.csv", "trials.jsonl", "report.html", "study.json"):
         assert (out / name).stat().st_size > 0, name
     assert "seconds" in captured.out and str(out / "report.html") in captured.out

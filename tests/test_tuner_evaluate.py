@@ -43,14 +43,20 @@ def prompts():
 def test_the_tree_gives_the_images_of_each_schedule_alone(model, steps):
     texts, seeds = ["a red circle", "two blue squares", "a star"], [5, 6, 7]
     sampler, found = Sampler(model), {}
-    runs = walk(sampler, sampler.begin(texts, seeds), steps, lambda members, images: found.update(dict.fromkeys(members, images)))
+
+    def leaf(members, images):
+        found.update(dict.fromkeys(members, images))
+
+    runs = walk(sampler, sampler.begin(texts, seeds), steps, leaf)
     for index, schedule in enumerate(steps):
         alone = Sampler(model)
         generation = alone.begin(texts, seeds)
         for step in schedule:
             alone.advance(generation, step)
         assert np.array_equal(found[index], alone.decode(generation)), SCHEDULES[index]
-        assert np.array_equal(found[index], Sampler(model).generate(texts, seeds, schedule)), "the deployed cache differs"
+        assert np.array_equal(found[index], Sampler(model).generate(texts, seeds, schedule)), (
+            "the deployed cache differs"
+        )
     # Scales 0 and 1 once; scale 2 once; at 3: full, chunk, trunk, first of the early one; then the leaves.
     assert runs == len({schedule[: i + 1] for schedule in steps for i in range(5) if not schedule[i].skipped})
     assert runs < sum(not step.skipped for schedule in steps for step in schedule)

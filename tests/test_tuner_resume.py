@@ -194,9 +194,8 @@ def test_the_journal_lock_of_a_dead_driver_is_removed(tmp_path):
 
 
 def test_one_driver_at_a_time(tmp_path):
-    with driver_lock(tmp_path):
-        with pytest.raises(UsageError, match=f"process {os.getpid()} on "), driver_lock(tmp_path):
-            pass
+    with driver_lock(tmp_path), pytest.raises(UsageError, match=f"process {os.getpid()} on "), driver_lock(tmp_path):
+        pass
     with driver_lock(tmp_path):
         pass
 

@@ -155,7 +155,9 @@ def test_what_is_missing_is_named(path):
         parse_space(data)
 
 
-@pytest.mark.parametrize(("path", "value"), [("parameters.structure_end", {"low": 2, "high": 9}), ("parameters.cfg_delay", [0, 9])])
+@pytest.mark.parametrize(
+    ("path", "value"), [("parameters.structure_end", {"low": 2, "high": 9}), ("parameters.cfg_delay", [0, 9])]
+)
 def test_a_range_beyond_the_models_scales_is_refused(path, value):
     with pytest.raises(UsageError, match="6 scales"):
         parse_space(changed(path, value)).fit(GRIDS)
@@ -170,7 +172,9 @@ def test_spaces_of_other_models_are_refused(tmp_path):
         load_space("var-d16")
 
 
-@pytest.mark.parametrize("text", ["a: [", "!!python/object/apply:os.system ['true']", "- 1\n- 2", "a: &x 1\nb: *x", "\0"])
+@pytest.mark.parametrize(
+    "text", ["a: [", "!!python/object/apply:os.system ['true']", "- 1\n- 2", "a: &x 1\nb: *x", "\0"]
+)
 def test_hostile_files_are_usage_errors(tmp_path, text):
     path = tmp_path / "space.yaml"
     path.write_text(text)

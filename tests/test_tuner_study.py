@@ -60,7 +60,11 @@ def test_a_drop_of_a_tenth_is_never_verified_at_a_fiftieth(tmp_path, seed):
 
 
 def test_a_gain_below_two_percent_is_no_acceleration(tmp_path):
-    options = {"drop": lambda steps: 0.0, "ratio": lambda steps: 1.0 if tokens(steps) == FULL_TOKENS else 0.99, "noise": 0.0}
+    options = {
+        "drop": lambda steps: 0.0,
+        "ratio": lambda steps: 1.0 if tokens(steps) == FULL_TOKENS else 0.99,
+        "noise": 0.0,
+    }
     result = study(tmp_path, options, budget="100%", trials=6).run()
     assert result.verdict == "baseline_meets_budget" and result.pick == result.baseline
     assert set(result.picks) == {"pick"}
@@ -96,7 +100,8 @@ def test_a_failing_full_schedule_is_a_failed_study(tmp_path):
 
 
 def test_single_failures_do_not_stop_a_study(tmp_path):
-    result = study(tmp_path, {"broken": lambda steps: any(s.skipped for s in steps), "drop": lambda s: 0.0}, BIG, trials=14).run()
+    options = {"broken": lambda steps: any(s.skipped for s in steps), "drop": lambda steps: 0.0}
+    result = study(tmp_path, options, BIG, trials=14).run()
     failed = [c for c in result.candidates if c.state == "failed"]
     assert failed and all(c.skipped_scales for c in failed)
     assert result.verdict == "verified" and len(result.candidates) == 14
@@ -122,7 +127,9 @@ def test_floors_are_kept(tmp_path):
     space = {"constraints": {"floors": {"geneval_nano": 0.99}}}
     result = study(tmp_path, {"drop": lambda steps: 0.0}, space, trials=6).run()
     assert result.verdict == "infeasible"
-    assert all(any(v.name == "floor:geneval_nano" and v.status == "broken" for v in c.verdicts) for c in result.candidates)
+    assert all(
+        any(v.name == "floor:geneval_nano" and v.status == "broken" for v in c.verdicts) for c in result.candidates
+    )
 
 
 def test_known_expansions_are_told_and_not_evaluated_again(tmp_path):
@@ -168,7 +175,10 @@ def test_a_wish_to_stop_writes_everything_and_the_same_command_goes_on(tmp_path)
         ({"seed": 3}, "seed was 0 and is 3"),
         ({"space": {"semantic_end": 1}}, "space.semantic_end was 0 and is 1"),
         ({"space": {"constraints": {"floors": {"psnr": 1.0}}}}, "space.floors.psnr was null and is 1.0"),
-        ({"space": {"prompts": {"source": "nano", "search": 8, "heldout": 64, "micro_batch": 8}}}, "search prompts was"),
+        (
+            {"space": {"prompts": {"source": "nano", "search": 8, "heldout": 64, "micro_batch": 8}}},
+            "search prompts was",
+        ),
     ],
 )
 def test_another_study_is_not_resumed(tmp_path, change, says):

@@ -71,7 +71,9 @@ def _packages() -> list[Finding]:
             continue
         numbers = tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in version.split(".")[:2])
         old = numbers < least
-        findings.append(Finding("fail" if old else "ok", f"{name} {version}" + (f", {wanted} is needed" if old else "")))
+        findings.append(
+            Finding("fail" if old else "ok", f"{name} {version}" + (f", {wanted} is needed" if old else ""))
+        )
     for name, use in _OPTIONAL.items():
         version = _version(name)
         findings.append(Finding("ok" if version else "warn", f"{name} {version or 'is missing'} ({use})"))
@@ -86,7 +88,9 @@ def _device() -> list[Finding]:
     if hasattr(os, "getloadavg"):
         load = os.getloadavg()[0]
         state = "warn" if load > 0.5 * usable else "ok"
-        findings.append(Finding(state, f"load {load:.1f}" + (": other work will disturb timings" if state == "warn" else "")))
+        findings.append(
+            Finding(state, f"load {load:.1f}" + (": other work will disturb timings" if state == "warn" else ""))
+        )
     if not torch.cuda.is_available():
         return [*findings, Finding("ok", "no CUDA device: figures are for one pinned CPU thread")]
     for index in range(torch.cuda.device_count()):

@@ -32,7 +32,9 @@ def driver_lock(run_dir: Path) -> Iterator[None]:
         except OSError:
             handle.seek(0)
             holder = handle.read(200).strip() or "another process"
-            raise UsageError(f"run {run_dir} is being driven by {holder}; wait for it or choose another --out") from None
+            raise UsageError(
+                f"run {run_dir} is being driven by {holder}; wait for it or choose another --out"
+            ) from None
         handle.seek(0)
         handle.truncate()
         handle.write(f"process {os.getpid()} on {socket.gethostname()}")

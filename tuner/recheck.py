@@ -35,13 +35,16 @@ class Recheck:
         lines = [f"warning: {text}" for text in self.warnings]
         ratio = latency.ratio
         if ratio is not None:
-            lines.append(f"speed-up {1 / ratio.mean:.2f}x [{1 / ratio.high:.2f}, {1 / ratio.low:.2f}], {latency.median_ms:.1f} ms")
+            span = f"[{1 / ratio.high:.2f}, {1 / ratio.low:.2f}]"
+            lines.append(f"speed-up {1 / ratio.mean:.2f}x {span}, {latency.median_ms:.1f} ms")
         if change is not None:
             lines.append(
                 f"quality change {change.mean:+.4f} [{change.low:+.4f}, {change.high:+.4f}] on {change.n} held-out prompts"
             )
         for v in self.verdicts:
-            lines.append(f"{_STATES[v.status]}: {v.name} {v.value:.4g} (bound {v.bound:.4g}, limit {v.limit:.4g} {v.unit})")
+            lines.append(
+                f"{_STATES[v.status]}: {v.name} {v.value:.4g} (bound {v.bound:.4g}, limit {v.limit:.4g} {v.unit})"
+            )
         return lines
 
     def to_dict(self) -> dict[str, Any]:

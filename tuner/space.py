@@ -176,7 +176,9 @@ class SearchSpace:
         means = [sum(r) / len(r) if isinstance(r, tuple) else r for r in ratios]
         if schedule.energy is not None:
             steps = schedule.expand(grids, 1)
-            means = [s.processed_tokens() / s.tokens / len(s.branches) for s in steps[schedule.structure_end :] if s.branches]
+            means = [
+                s.processed_tokens() / s.tokens / len(s.branches) for s in steps[schedule.structure_end :] if s.branches
+            ]
         accelerator = schedule.accelerator
         wanted = {
             "structure_end": schedule.structure_end,
@@ -226,12 +228,16 @@ def load_space(model: str, path: Path | str | None = None) -> SearchSpace:
 
 def parse_space(data: Any) -> SearchSpace:
     """Checked space from plain YAML data. Raises UsageError naming the key, the value and the nearest valid one."""
-    data = _mapping(data, "search space", ("model", "objectives", "constraints", "parameters", "enqueue", "prompts", "semantic_end"))
+    data = _mapping(
+        data, "search space", ("model", "objectives", "constraints", "parameters", "enqueue", "prompts", "semantic_end")
+    )
     if not isinstance(data.get("model"), str):
         raise UsageError("search space: model is missing; name it, such as model: nano")
     objectives = _mapping(data.get("objectives"), "objectives", ("latency", "quality"))
     if objectives.keys() != {"latency", "quality"}:
-        raise UsageError("search space: objectives must be latency and quality, such as {latency: ms, quality: {clip_score: 1}}")
+        raise UsageError(
+            "search space: objectives must be latency and quality, such as {latency: ms, quality: {clip_score: 1}}"
+        )
     if objectives["latency"] != "ms":
         raise UsageError(f"search space: objective latency is {objectives['latency']!r}; write latency: ms")
     floors = _mapping(data.get("constraints") or {}, "constraints", ("floors",)).get("floors") or {}
@@ -244,7 +250,9 @@ def parse_space(data: Any) -> SearchSpace:
         raise UsageError("search space: parameters lack structure_end, the first accelerated scale")
     for parameter in parameters:
         if parameter.name == "structure_end" and parameter.low < semantic_end:
-            raise UsageError(f"search space: structure_end starts at {parameter.low:g}, before semantic_end {semantic_end}")
+            raise UsageError(
+                f"search space: structure_end starts at {parameter.low:g}, before semantic_end {semantic_end}"
+            )
     enqueue = data.get("enqueue") or []
     if not isinstance(enqueue, list):
         raise UsageError(f"search space: enqueue {enqueue!r} must be a list of presets: {', '.join(PRESETS)}")
@@ -286,7 +294,13 @@ def _check(name: str, value: Any) -> Value:
     valid = not isinstance(value, bool) and isinstance(value, int if rule.kind is int else int | float)
     if rule.kind is str or not valid or not rule.low <= value <= rule.high:
         words = ", ".join(rule.words)
-        span = "" if rule.kind is str else f"from {rule.low:g} to {rule.high:g}" if rule.high < math.inf else f">= {rule.low:g}"
+        span = (
+            ""
+            if rule.kind is str
+            else f"from {rule.low:g} to {rule.high:g}"
+            if rule.high < math.inf
+            else f">= {rule.low:g}"
+        )
         nearest = f" (nearest: {_nearest(value, rule.words)})" if rule.kind is str else ""
         kind = "" if rule.kind is str else "a whole number " if rule.kind is int else "a number "
         raise UsageError(
@@ -323,7 +337,9 @@ def _parameter(name: str, data: Any) -> Parameter:
 
 def _quality(data: Any) -> dict[str, Any]:
     if not isinstance(data, dict) or not data:
-        raise UsageError(f"search space: quality {data!r:.60} must be metrics with weights, such as {{clip_score: 1.0}}")
+        raise UsageError(
+            f"search space: quality {data!r:.60} must be metrics with weights, such as {{clip_score: 1.0}}"
+        )
     from tuner.metrics.registry import METRIC_NAMES
 
     for name, value in data.items():
@@ -336,7 +352,9 @@ def _quality(data: Any) -> dict[str, Any]:
 
 def _floors(data: Any) -> dict[str, float]:
     if not isinstance(data, dict):
-        raise UsageError(f"search space: floors {data!r:.60} must be metrics with their smallest mean, such as {{psnr: 20}}")
+        raise UsageError(
+            f"search space: floors {data!r:.60} must be metrics with their smallest mean, such as {{psnr: 20}}"
+        )
     from tuner.metrics.registry import METRIC_NAMES
 
     for name, value in data.items():
