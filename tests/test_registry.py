@@ -296,3 +296,16 @@ def test_a_folder_converted_for_another_model_is_refused(tmp_path):
     (tmp_path / loading.MARK).write_text('{"model": "infinity-2b"}')
     with pytest.raises(WeightsError, match="holds infinity-2b, not infinity-8b"):
         load_model("infinity-8b", weights=tmp_path, device="cpu")
+
+
+def test_the_command_line_converts_and_loads_what_it_wrote(tiny_files, tmp_path, capsys):
+    from stagevar.cli import build_parser, load, main
+
+    out = tmp_path / "converted"
+    files = ["--weights", str(tiny_files / "transformer.pth"), "--tokenizer", str(tiny_files / "vae.pth")]
+    assert main(["convert", "--model", "infinity-tiny", *files, "-o", str(out)]) == 0
+    assert [Path(line).name for line in capsys.readouterr().out.splitlines()] == sorted(p.name for p in out.iterdir())
+    assert main(["convert", "--model", "infinity-tiny", *files, "-o", str(out)]) == 2
+    options = ["--resolution", "512", "--ratio", "0.7", "--weights", str(out)]
+    model = load(build_parser().parse_args(["generate", "a cat", "--model", "infinity-tiny", *options]))
+    assert model.grids == infinity_grids("0.25M", 0.666)[0]
