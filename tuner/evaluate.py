@@ -115,6 +115,9 @@ def load_evaluator(
     from stagevar.models import registry
 
     loaded = registry.load_model(model, weights=weights, device=device)
+    if hasattr(loaded.text, "prepare"):
+        # A large text encoder is loaded once; its features stay on disk, and it is freed before the model needs room.
+        loaded.text.prepare([text for part in prompts.values() for text in part.texts])
     return ModelEvaluator(loaded, prompts, quality, floors, threads=threads, references_dir=references_dir)
 
 
