@@ -181,8 +181,9 @@ class StudyResult:
     front: keys, fastest first, of non-dominated feasible-in-quality candidates (baseline included). picks: "pick" (what
     profile.yaml holds), "fastest", "balanced", "best_quality", "no_skip" (best verified without a skipped scale), each a
     key, only those that exist. verdict: a key of EXIT_CODES; exit_code, reason: one line. smallest_budget_ms: least
-    latency with the quality constraints kept, when infeasible. nearest: keys nearest to feasible, then. stop_reason: why the search ended.
-    trials: told, duplicates included. sampled: distinct schedules that were not enqueued. phases_s: seconds per phase.
+    latency with the quality constraints kept, when infeasible. nearest: keys nearest to feasible, then. stop_reason:
+    why the search ended. trials: told, duplicates included. sampled: distinct schedules that were not enqueued.
+    phases_s: seconds per phase.
     """
 
     command: str
