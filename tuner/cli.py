@@ -38,8 +38,9 @@ if TYPE_CHECKING:
 PROG = "stagevar-tune"
 VERBS = ("resume", "report", "verify", "doctor")
 #: Everything that a study writes into its directory, and so all that --fresh may remove.
-RUN_FILES = ("config.json", "trials.jsonl", "journal.log*", "study.json", "profile.yaml", "pareto.yaml", "trials.csv")
-RUN_FILES += ("report.html", "images", "references", "study.name", "measurements.jsonl")
+#: config.json comes last, so that an interrupted removal still leaves a folder that is recognised as a run.
+RUN_FILES = ("trials.jsonl", "journal.log*", "study.json", "profile.yaml", "pareto.yaml", "trials.csv", "report.html")
+RUN_FILES += ("images", "references", "study.name", "measurements.jsonl", "config.json")
 STOPPED = 130
 
 _EPILOG = """\
@@ -277,14 +278,11 @@ def run_tune(args: argparse.Namespace, argv: Sequence[str]) -> int:
     with driver_lock(checked.run_dir):
         if args.fresh:
             discard(checked.run_dir)
-        finished = _finished(checked)
-        if finished is not None:
-            return _announce(finished, _write(finished, checked.run_dir), args)
         return _drive(checked)
 
 
 def _finished(checked: Plan) -> StudyResult | None:
-    """The stored result when this very command already ran to its end."""
+    """The stored result when this very command already ran to its end; the caller has compared the identities."""
     from tuner.result import STUDY_FILE, StudyResult
 
     if not (checked.run_dir / STUDY_FILE).exists():
@@ -305,6 +303,11 @@ def _drive(checked: Plan) -> int:
             progress.phase("load")
             study = build_study(checked, progress, interrupts)
             try:
+                study.check_identity()
+                result = _finished(checked)
+                if result is not None:
+                    progress.close()
+                    return _announce(result, _write(result, checked.run_dir), args)
                 result = study.run()
             finally:
                 study.executor.close()
@@ -422,6 +425,8 @@ def _print_plan(checked: Plan) -> int:
 
 def _announce(result: StudyResult, written: Sequence[Path], args: argparse.Namespace) -> int:
     """Prints the verdict: one line each for speed, quality, time and files."""
+    from tuner.report_words import describe
+
     pick = result.pick
     if args.json:
         summary = {
@@ -429,6 +434,9 @@ def _announce(result: StudyResult, written: Sequence[Path], args: argparse.Names
             "exit_code": result.exit_code,
             "reason": result.reason,
             "picks": result.picks,
+            "nearest": list(result.nearest),
+            "speedup": _bounds(pick, "speedup") if pick is not None else None,
+            "quality_change": _bounds(pick, "quality") if pick is not None else None,
             "baseline_ms": result.baseline.best_latency.median_ms if result.baseline.best_latency else None,
             "budget_ms": None if result.budget_ms != result.budget_ms else result.budget_ms,
             "schedules": len(result.candidates),
@@ -444,6 +452,7 @@ def _announce(result: StudyResult, written: Sequence[Path], args: argparse.Names
         budget = f"budget {result.budget} = {result.budget_ms:.1f} ms"
         print(f"full schedule    {full_ms:.1f} ms, {budget} ({result.engine} engine)")
     if pick is not None and pick is not result.baseline:
+        print(f"schedule         {describe(pick.steps)}")
         print(f"speed-up         {_speedup(pick)}")
         if not result.random_weights:
             print(f"quality change   {_change(pick)}")
@@ -451,12 +460,23 @@ def _announce(result: StudyResult, written: Sequence[Path], args: argparse.Names
     if whole and whole != result.picks.get("pick"):
         best = result.candidate(whole)
         print(f"without skips    {_speedup(best)}, quality {_change(best)}")
+    for key in result.nearest:
+        near = result.candidate(key)
+        print(f"nearest          {_speedup(near)}, quality {_change(near)}: {describe(near.steps)}")
     tried = f"{len(result.candidates)} besides the full one, {result.sampled} of them not enqueued"
     print(f"schedules        {tried}; {result.stop_reason}")
     print("seconds          " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.phases_s.items()))
     for path in written:
         print(f"file             {path}")
     return result.exit_code
+
+
+def _bounds(candidate: Candidate, what: str) -> list[float] | None:
+    """[estimate, low, high] of the speed-up or of the quality change; None for the full schedule itself."""
+    latency, change = candidate.best_latency, candidate.best_differences.get("quality")
+    if what == "speedup" and latency is not None and latency.ratio is not None:
+        return [1 / latency.ratio.mean, 1 / latency.ratio.high, 1 / latency.ratio.low]
+    return [change.mean, change.low, change.high] if what == "quality" and change is not None else None
 
 
 def _speedup(candidate: Candidate) -> str:

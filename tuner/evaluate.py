@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from stagevar.sampler import Generation, Sampler
 
 Values = dict[str, np.ndarray]
+_WITH_TEXT = "text encoding, all scales and decoding of one image (batch 1)"
+_WITHOUT_TEXT = "all scales and decoding of one image (batch 1), its text features made before"
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Facts:
     pixels: tuple[int, int]
     device: dict[str, Any]
     engine: str = "eager"
-    includes: str = "text encoding, all scales and decoding of one image (batch 1)"
+    includes: str = _WITH_TEXT
     random_weights: bool = False
     sampling: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -177,6 +179,7 @@ class ModelEvaluator:
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "torch": torch.__version__,
             },
+            includes=_WITHOUT_TEXT if hasattr(model.text, "prepare") else _WITH_TEXT,
             random_weights=model.random_weights,
             sampling={
                 "guidance": list(model.sampling.guidance),

@@ -15,7 +15,7 @@ import yaml
 from stagevar.errors import UsageError
 from stagevar.profile import Envelope, Profile, plain, write_text_atomically
 from stagevar.schedule import StageSchedule
-from tuner.report_words import PICK_ORDER, describe, name_of
+from tuner.report_words import PICK_ORDER, describe, latency_of, name_of
 from tuner.result import Candidate, Interval, LatencyStats, StudyResult, Verdict
 
 PROFILE_FILE, PARETO_FILE, TRIALS_FILE = "profile.yaml", "pareto.yaml", "trials.csv"
@@ -49,7 +49,7 @@ def profile_of(result: StudyResult, candidate: Candidate) -> Profile:
 
     Raises ValueError for a candidate that was never measured.
     """
-    latency = candidate.best_latency
+    latency = latency_of(result, candidate)
     if latency is None:
         raise ValueError(f"candidate {candidate.key} was not measured")
     check = candidate.verification
@@ -64,7 +64,7 @@ def profile_of(result: StudyResult, candidate: Candidate) -> Profile:
     }
     if result.provenance.get("load"):
         model["load"] = result.provenance["load"]
-    full = result.baseline.best_latency
+    full = latency_of(result, result.baseline)
     return Profile(
         model=plain(model),
         schedule=StageSchedule.from_dict(candidate.schedule),
@@ -199,7 +199,7 @@ def write_pareto(result: StudyResult, path: Path) -> Path:
     members: dict[str, Any] = {}
     for key in dict.fromkeys([*result.front, *result.picks.values()]):
         candidate = result.candidate(key)
-        if candidate.best_latency is not None:
+        if latency_of(result, candidate) is not None:
             members[key] = _member(result, candidate)
     data = {
         "schema": PARETO_SCHEMA,

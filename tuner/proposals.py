@@ -6,10 +6,12 @@ running are told from the evidence where there is some, else failed and enqueued
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
 import uuid
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,7 +146,8 @@ class Proposer:
         """
         start = time.perf_counter()
         self.study.sampler = self._sampler("random" if random else self.kind)
-        trial = self.study.ask(self._distributions)
+        with _one_torch_thread():
+            trial = self.study.ask(self._distributions)
         self.ask_seconds.append(time.perf_counter() - start)
         return Proposal(trial.number, self._values(trial.params), trial.user_attrs.get(_PRESET))
 
@@ -206,6 +209,21 @@ def _name_in_database(run_dir: Path, space: SearchSpace) -> str:
     if not path.exists():
         write_text_atomically(path, f"{space.model} {run_dir.name} {uuid.uuid4().hex[:8]}\n")
     return path.read_text(encoding="utf-8").strip()
+
+
+@contextlib.contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """The Gaussian process's small matrices are several times slower on more threads beside other work."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _distribution(parameter: Parameter) -> BaseDistribution:

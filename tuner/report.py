@@ -31,6 +31,7 @@ from tuner.report_words import (
     find,
     has_quality,
     interval_text,
+    latency_of,
     latency_span_ms,
     measured,
     ms,
@@ -106,7 +107,7 @@ def _slug(name: str) -> str:
 
 def _answer(result: StudyResult) -> str:
     """Did tuning help, which schedule, how sure: one sentence, plain text."""
-    pick, full = result.pick, result.baseline.best_latency
+    pick, full = result.pick, latency_of(result, result.baseline)
     if pick is None and result.verdict in ("inconclusive", "partial") and result.nearest:
         pick = find(result, result.nearest[0])
     full_ms = full.median_ms if full else None
@@ -120,7 +121,7 @@ def _answer(result: StudyResult) -> str:
         return (
             f"No tuning is needed: the full schedule of {model} meets the budget of {budget}{shown}, so it is the pick."
         )
-    if result.verdict == "infeasible" or pick is None or pick.best_latency is None:
+    if result.verdict == "infeasible" or pick is None or latency_of(result, pick) is None:
         quality = f" within a quality drop of {result.max_drop:g}" if has_quality(result) else ""
         if result.smallest_budget_ms is not None:
             share = f" ({result.smallest_budget_ms / full_ms:.0%} of the full schedule)" if full_ms else ""
@@ -129,14 +130,16 @@ def _answer(result: StudyResult) -> str:
                 f"the smallest budget that can be kept is {ms(result.smallest_budget_ms)}{share}."
             )
         return f"No schedule of {model} was found that meets {budget}{quality}: {result.reason}."
-    speed = speedup(pick.best_latency)
+    speed = speedup(latency_of(result, pick))
     faster = (
         f"{speed[0]:.2f}× faster (95 % interval {speed[1]:.2f} to {speed[2]:.2f})"
         if speed
-        else f"{ms(pick.best_latency.drift_corrected_ms)} per image"
+        else f"{ms(latency_of(result, pick).drift_corrected_ms)} per image"
     )
     times = (
-        f", {ms(pick.best_latency.drift_corrected_ms)} instead of {ms(full_ms)} per image" if full_ms and speed else ""
+        f", {ms(latency_of(result, pick).drift_corrected_ms)} instead of {ms(full_ms)} per image"
+        if full_ms and speed
+        else ""
     )
     difference = quality_change(pick)
     if result.random_weights or difference is None:
@@ -149,7 +152,15 @@ def _answer(result: StudyResult) -> str:
         return f"Tuning helped: {sentence}; both limits are proved."
     if result.verdict == "partial":
         return f"Stopped before verification: so far {sentence}; nothing is proved yet."
-    return f"Promising, not proved: {sentence}; an interval still straddles a limit."
+    verdicts = pick.verification.verdicts if pick.verification else pick.verdicts
+    if all(_on_the_right_side(v) for v in verdicts):
+        return f"Promising, not proved: {sentence}; an interval still straddles a limit."
+    return f"Not proved: {sentence}; the estimate misses a limit that its interval still reaches."
+
+
+def _on_the_right_side(verdict: Verdict) -> bool:
+    """Whether the point estimate keeps the limit."""
+    return verdict.value >= verdict.limit if verdict.name.startswith("floor:") else verdict.value <= verdict.limit
 
 
 def _head(result: StudyResult) -> str:
@@ -174,10 +185,10 @@ def _tiles(result: StudyResult) -> str:
     pick = result.pick
     shown = pick or (find(result, result.nearest[0]) if result.nearest else None)
     tiles: list[tuple[str, str, str]] = []
-    full = result.baseline.best_latency
-    if shown is not None and shown.best_latency is not None:
-        latency = shown.best_latency
-        prefix = "" if pick else "Nearest: "
+    full = latency_of(result, result.baseline)
+    if shown is not None and latency_of(result, shown) is not None:
+        latency = latency_of(result, shown)
+        prefix = "" if pick else "Undecided: " if result.verdict == "inconclusive" else "Nearest: "
         speed = speedup(latency)
         if speed:
             tiles.append((f"{prefix}speed-up", f"{speed[0]:.2f}×", f"{speed[1]:.2f} to {speed[2]:.2f}"))
@@ -205,7 +216,7 @@ def _trust(result: StudyResult) -> str:
     pick = result.pick or (find(result, result.nearest[0]) if result.nearest else None)
     if result.pick is None and result.reason:
         lines.append(("no", escape(result.reason[0].upper() + result.reason[1:]) + "."))
-    if pick is not None and pick.best_latency is not None:
+    if pick is not None and latency_of(result, pick) is not None:
         check = pick.verification
         for verdict in check.verdicts if check else pick.verdicts:
             lines.append(_verdict_line(verdict, proved=check is not None))
@@ -219,7 +230,7 @@ def _trust(result: StudyResult) -> str:
                     "Quality was judged on the search prompts only, where the winner looks better than it is.",
                 )
             )
-        latency = pick.best_latency
+        latency = latency_of(result, pick)
         runs = (
             f"{len(latency.samples_ms)} runs interleaved with the full schedule"
             if latency.ratio
@@ -229,6 +240,7 @@ def _trust(result: StudyResult) -> str:
         settled = "" if latency.settled else "; warm-up never settled within 2 %"
         lines.append(("yes" if latency.settled and spread < 0.15 else "no",
                       f"Latency is the median of {runs}, p90 {spread:.0%} above it{settled}."))  # fmt: skip
+        lines += _drift(result)
         if pick.skipped_scales:
             count = f"{pick.skipped_scales} scale{'s' if pick.skipped_scales > 1 else ''}"
             lines.append(
@@ -246,6 +258,18 @@ def _trust(result: StudyResult) -> str:
     return f'<ul class="trust">{items}</ul>'
 
 
+def _drift(result: StudyResult) -> list[tuple[str, str]]:
+    """A warning where the full schedule's own latency moved between its two measurements."""
+    full = result.baseline
+    if full.latency is None or full.verification is None or not full.latency.median_ms:
+        return []
+    change = full.verification.latency.median_ms / full.latency.median_ms - 1
+    if abs(change) < 0.1:
+        return []
+    return [("no", f"The full schedule itself was {abs(change):.0%} {'slower' if change > 0 else 'faster'} when it was verified: "
+                   "the machine was busy. Ratios are interleaved and stand; milliseconds are less sure.")]  # fmt: skip
+
+
 def _verdict_line(verdict: Verdict, proved: bool) -> tuple[str, str]:
     word = {"met": "met", "broken": "broken", "open": "not decided"}.get(verdict.status, verdict.status)
     if verdict.unit == "ms":
@@ -256,8 +280,9 @@ def _verdict_line(verdict: Verdict, proved: bool) -> tuple[str, str]:
     names = {
         "latency": "Latency budget",
         "drop": "Allowed quality drop",
-        "gain": "Largest latency ratio that counts as a gain",
+        "gain": "Ratio to the full schedule's latency, at most",
     }
     name = names.get(verdict.name, f"Floor of {verdict.name.partition(':')[2]}")
     how = f"95 % bound {bound}, estimate {value}" if proved else f"estimate {value} only"
-    return {"met": "yes" if proved else "info"}.get(verdict.status, "no"), f"{escape(name)} of {limit} {word}: {how}."
+    joined = f"{name} {limit}" if verdict.name == "gain" else f"{name} of {limit}"
+    return {"met": "yes" if proved else "info"}.get(verdict.status, "no"), f"{escape(joined)} {word}: {how}."

@@ -24,6 +24,7 @@ from tuner.report_words import (
     has_quality,
     interval_text,
     kept_share,
+    latency_of,
     latency_span_ms,
     measured,
     ms,
@@ -35,7 +36,7 @@ from tuner.report_words import (
     signed,
     speedup,
 )
-from tuner.result import Candidate, Sample, StudyResult, Verdict
+from tuner.result import Candidate, LatencyStats, Sample, StudyResult, Verdict
 
 DIFFERENCE_GAIN = 4
 WIDE, NARROW = 960, 358
@@ -73,9 +74,13 @@ def _shown_schedules(result: StudyResult) -> list[tuple[str, Candidate]]:
         candidate = find(result, key)
         if candidate is None or key == result.baseline.key:
             continue
-        roles = ", ".join(roles_of(result, key)) or "nearest to feasible"
+        roles = ", ".join(roles_of(result, key)) or _nearest_word(result)
         entries.append((f"{roles.capitalize()} ({name_of(result, candidate)})", candidate))
     return entries
+
+
+def _nearest_word(result: StudyResult) -> str:
+    return "undecided" if result.verdict == "inconclusive" else "nearest to feasible"
 
 
 def schedules_section(result: StudyResult) -> str:
@@ -139,8 +144,8 @@ def _kind(result: StudyResult, candidate: Candidate) -> tuple[str, str]:
 
 def _title(result: StudyResult, candidate: Candidate) -> str:
     parts = [name_of(result, candidate), *roles_of(result, candidate.key)]
-    if candidate.best_latency:
-        parts.append(ms(candidate.best_latency.drift_corrected_ms))
+    if latency_of(result, candidate):
+        parts.append(ms(latency_of(result, candidate).drift_corrected_ms))
     difference = quality_change(candidate)
     if difference:
         parts.append(f"quality {signed(difference.mean)} ({interval_text(difference)})")
@@ -157,7 +162,7 @@ def _label(result: StudyResult, candidate: Candidate) -> str:
 def _points(result: StudyResult) -> list[Point]:
     points = []
     for candidate in (*measured(result), result.baseline):
-        latency, difference = candidate.best_latency, quality_change(candidate)
+        latency, difference = latency_of(result, candidate), quality_change(candidate)
         if latency is None or (difference is None and candidate is not result.baseline):
             continue
         kind, shape = _kind(result, candidate)
@@ -177,12 +182,12 @@ def _points(result: StudyResult) -> list[Point]:
 
 
 def tradeoff_section(result: StudyResult) -> str:
-    if result.baseline.best_latency is None or not measured(result):
+    if latency_of(result, result.baseline) is None or not measured(result):
         return ""
     if not has_quality(result):
         return _latency_bars(result)
     points = _points(result)
-    full_ms = result.baseline.best_latency.drift_corrected_ms
+    full_ms = latency_of(result, result.baseline).drift_corrected_ms
     reference = published.methods_for(result.model)
     speeds = [full_ms / row.speedup for row in reference[1:] if row.speedup]
     xs = [v for p in points for v in (p.x_span or (p.x, p.x))] + [result.budget_ms, *speeds]
@@ -195,14 +200,16 @@ def tradeoff_section(result: StudyResult) -> str:
     rest = [v for p in points for v in (p.y_span or (p.y, p.y)) if v > min(core) - spread]
     y_pad = 0.05 * spread
     y_range = (min(core + rest) - y_pad, max(core + rest) + y_pad)
-    on_front = [c for key in result.front if (c := find(result, key)) is not None and c.best_latency is not None]
+    on_front = [c for key in result.front if (c := find(result, key)) is not None and latency_of(result, c) is not None]
     # Finalists are drawn at their held-out figures, where a point of the search's front may turn out dominated.
     path: list[tuple[float, float]] = []
-    for candidate in sorted(on_front, key=lambda c: c.best_latency.drift_corrected_ms if c.best_latency else 0.0):
+    for candidate in sorted(
+        on_front, key=lambda c: latency_of(result, c).drift_corrected_ms if latency_of(result, c) else 0.0
+    ):
         difference = quality_change(candidate)
         height = difference.mean if difference else 0.0
-        if candidate.best_latency and (not path or height > path[-1][1]):
-            path.append((candidate.best_latency.drift_corrected_ms, height))
+        if latency_of(result, candidate) and (not path or height > path[-1][1]):
+            path.append((latency_of(result, candidate).drift_corrected_ms, height))
     failed = [f"trial {f.trial}: {f.error}" for f in result.failures]
     comparable = set(result.quality_weights) == {"geneval"}
     lane = y_range[1] + 0.08 * (y_range[1] - y_range[0])
@@ -261,11 +268,13 @@ def _prompt_words(result: StudyResult) -> str:
 
 
 def _latency_bars(result: StudyResult) -> str:
-    shown = sorted(measured(result), key=lambda c: c.best_latency.drift_corrected_ms if c.best_latency else 0.0)
+    shown = sorted(
+        measured(result), key=lambda c: latency_of(result, c).drift_corrected_ms if latency_of(result, c) else 0.0
+    )
     kept = [c for i, c in enumerate(shown) if i < 12 or _label(result, c)]
     rows = []
     for candidate in (*kept, result.baseline):
-        latency = candidate.best_latency
+        latency = latency_of(result, candidate)
         if latency is None:
             continue
         low, high = latency_span_ms(latency)
@@ -292,9 +301,9 @@ def scales_section(result: StudyResult) -> str:
         other = nearest[0] if nearest else None
     shown = [("full schedule", "bar baseline", full)]
     if other is not None:
-        role = "pick" if result.pick is not None and other.key == result.pick.key else "nearest"
+        role = "pick" if result.pick is not None and other.key == result.pick.key else _nearest_word(result)
         shown.append((role, "bar pick", other))
-    latencies = [c.best_latency for _, _, c in shown]
+    latencies = [_timed_by_scale(c) for _, _, c in shown]
     timed = all(lat is not None and len(lat.scale_ms) == len(full.steps) for lat in latencies) and bool(full.steps)
     if not full.steps:
         return ""
@@ -322,6 +331,12 @@ def scales_section(result: StudyResult) -> str:
     return legend + chart
 
 
+def _timed_by_scale(candidate: Candidate) -> LatencyStats | None:
+    """The measurement that has times per scale, the latest one first; without any, the latest."""
+    both = [candidate.verification.latency if candidate.verification else None, candidate.latency]
+    return next((lat for lat in both if lat is not None and lat.scale_ms), candidate.best_latency)
+
+
 def _token_rows(step: Mapping[str, Any]) -> float:
     return (
         0.0
@@ -338,10 +353,12 @@ def table_section(result: StudyResult) -> str:
         *result.nearest,
     ]
     keys += [c.key for c in result.candidates if c.source.startswith("enqueued") and c.state == "complete"]
-    chosen = [c for key in dict.fromkeys(keys) if (c := find(result, key)) is not None and c.best_latency is not None]
+    chosen = [
+        c for key in dict.fromkeys(keys) if (c := find(result, key)) is not None and latency_of(result, c) is not None
+    ]
     if not chosen:
         return ""
-    chosen.sort(key=lambda c: c.best_latency.drift_corrected_ms if c.best_latency else 0.0)
+    chosen.sort(key=lambda c: latency_of(result, c).drift_corrected_ms if latency_of(result, c) else 0.0)
     metrics = [] if result.random_weights else [m for m in result.quality_weights if m != "quality"]
     with_quality = has_quality(result)
     header = ["Schedule", "Latency", "Speed-up"]
@@ -349,7 +366,7 @@ def table_section(result: StudyResult) -> str:
     header += ["Limits", "Status"]
     rows = []
     for candidate in chosen:
-        latency = candidate.best_latency
+        latency = latency_of(result, candidate)
         assert latency is not None
         low, high = latency_span_ms(latency)
         speed = speedup(latency)
@@ -392,7 +409,7 @@ def _dot(verdict: Verdict) -> str:
 
 def history_section(result: StudyResult) -> str:
     done = [c for c in measured(result) if c.trial is not None]
-    if not done or result.baseline.best_latency is None:
+    if not done or latency_of(result, result.baseline) is None:
         return ""
     done.sort(key=lambda c: c.trial if c.trial is not None else 0)
     told = f"{result.trials} trials, {result.sampled} distinct schedules beyond the enqueued ones"
@@ -401,7 +418,7 @@ def history_section(result: StudyResult) -> str:
         return f'<p class="note">{stop} One measured trial makes no history to draw.</p>'
     points, staircase, best = [], [], math.inf
     for candidate in done:
-        latency = candidate.latency or candidate.best_latency
+        latency = candidate.latency or latency_of(result, candidate)
         assert latency is not None and candidate.trial is not None
         kind, shape = _kind(result, candidate)
         value = latency.drift_corrected_ms
@@ -412,7 +429,7 @@ def history_section(result: StudyResult) -> str:
     last = max(p.x for p in points)
     if staircase:
         staircase.append((last, best))
-    full_ms = result.baseline.best_latency.drift_corrected_ms
+    full_ms = latency_of(result, result.baseline).drift_corrected_ms
     values = [p.y for p in points] + [result.budget_ms, full_ms]
     pad = 0.06 * (max(values) - min(values) or 1)
     failed = [f"trial {f.trial}: {f.error}" for f in result.failures]
@@ -450,7 +467,11 @@ def importances_section(result: StudyResult) -> str:
     outcomes: list[tuple[str, Callable[[Candidate], float | None]]] = [
         (
             "latency",
-            lambda c: (c.latency or c.best_latency).drift_corrected_ms if (c.latency or c.best_latency) else None,
+            lambda c: (
+                (c.latency or latency_of(result, c)).drift_corrected_ms
+                if (c.latency or latency_of(result, c))
+                else None
+            ),
         )
     ]
     if has_quality(result):
@@ -500,10 +521,10 @@ def published_section(result: StudyResult) -> str:
 
     table = [cells(row, True) for row in rows]
     pick = result.pick
-    speed = speedup(pick.best_latency) if pick is not None and pick.best_latency else None
-    if speed and pick is not None and pick.best_latency is not None:
+    speed = speedup(latency_of(result, pick)) if pick is not None and latency_of(result, pick) else None
+    if speed and pick is not None and latency_of(result, pick) is not None:
         name = '<b>this run\'s pick</b><span class="tag">measured here</span>'
-        seconds = f"{pick.best_latency.drift_corrected_ms / 1e3:.2f}"
+        seconds = f"{latency_of(result, pick).drift_corrected_ms / 1e3:.2f}"
         table.append([name, "", seconds, f"{speed[0]:.2f}×", "", ""])
     table += [cells(row, False) for row in published.GENERATORS]
     return _rows(["Method", "Parameters", "Latency, s", "Speed-up", "GenEval", "DPG"], table, [1, 2, 3, 4, 5]) + (
@@ -612,7 +633,7 @@ def images_section(result: StudyResult, run_dir: Path, pixels: int, rows: int) -
     who = ""
     if other is not None:
         candidate = find(result, other)
-        roles = ", ".join(roles_of(result, other)) or ("nearest to feasible" if other in result.nearest else "")
+        roles = ", ".join(roles_of(result, other)) or (_nearest_word(result) if other in result.nearest else "")
         name = name_of(result, candidate) if candidate else other
         who = (
             f"Left the full schedule, middle {escape(name)}{f' ({escape(roles)})' if roles else ''}, right their "

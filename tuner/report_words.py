@@ -26,6 +26,7 @@ def ms_span(low: float, high: float) -> str:
 
 
 def signed(value: float, digits: int = 3) -> str:
+    digits = max(0, digits - (abs(value) >= 1) - (abs(value) >= 10))
     shown = f"{value:+.{digits}f}".replace("-", "−")
     return shown[1:] if float(f"{value:.{digits}f}") == 0 else shown
 
@@ -47,6 +48,15 @@ def latency_span_ms(latency: LatencyStats) -> tuple[float, float]:
         return latency.low_ms, latency.high_ms
     unit = latency.drift_corrected_ms / latency.ratio.mean
     return latency.ratio.low * unit, latency.ratio.high * unit
+
+
+def latency_of(result: StudyResult, candidate: Candidate) -> LatencyStats | None:
+    """The figure to show. Of the full schedule it is the study's reference, which every other one is a ratio of: its
+    later measurement may have drifted, and a schedule must not look slower or faster for that.
+    """
+    if candidate.key == result.baseline.key:
+        return candidate.latency or candidate.best_latency
+    return candidate.best_latency
 
 
 def quality_change(candidate: Candidate) -> Interval | None:
