@@ -1,0 +1,115 @@
+"""The runtime's command line: what it makes, and one line with exit code 2 for what it cannot use."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stagevar.cli import main
+from stagevar.models.registry import load_model
+from stagevar.profile import Profile, present_envelope, steps_to_data
+from stagevar.schedule import paper
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return load_model("nano", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def profile_path(nano, tmp_path_factory):
+    schedule = paper(nano.grids)
+    chunks = len(nano.transformer.chunk_layers)
+    path = tmp_path_factory.mktemp("profile") / "profile.yaml"
+    Profile(
+        model={"name": "nano", "weights": nano.provenance["weights"], "load": nano.provenance["load"]},
+        schedule=schedule,
+        steps=steps_to_data(schedule.expand(nano.grids, chunks)),
+        sampling={},
+        envelope=present_envelope(nano, batch=1, threads=1),
+        verified=False,
+        verdict="made by a test",
+    ).save(path)
+    return path
+
+
+def fails(capsys, *argv):
+    """The one line on stderr of a command that exits with 2."""
+    try:
+        code = main([str(a) for a in argv])
+    except SystemExit as stop:
+        code = stop.code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert code == 2 and len(lines) == 1, (code, lines)
+    return lines[0]
+
+
+def test_generate_with_a_profile(profile_path, tmp_path, capsys):
+    target = tmp_path / "x.png"
+    assert main(["generate", "--profile", str(profile_path), "a photo of a red circle", "-o", str(target)]) == 0
+    assert capsys.readouterr().out.strip() == str(target)
+    first = np.asarray(Image.open(target))
+    assert first.shape == (48, 48, 3)
+    assert main(["generate", "--profile", str(profile_path), "a photo of a red circle", "-o", str(target)]) == 0
+    assert np.array_equal(first, np.asarray(Image.open(target))), "same prompt and seed, same image"
+
+
+def test_generate_counts_seeds_and_files(tmp_path, capsys):
+    target = tmp_path / "many.png"
+    prompts = ["a photo of a blue star", "a photo of two red rings"]
+    assert main(["generate", "--model", "nano", *prompts, "--images", "2", "--seed", "5", "-o", str(target)]) == 0
+    names = [line.rsplit("/", 1)[1] for line in capsys.readouterr().out.split()]
+    assert names == ["many-0.png", "many-1.png", "many-2.png", "many-3.png"]
+    images = [np.asarray(Image.open(tmp_path / name)) for name in names]
+    assert not np.array_equal(images[0], images[1])
+    assert main(["generate", "--model", "nano", prompts[0], "--seed", "6", "-o", str(target)]) == 0
+    assert np.array_equal(np.asarray(Image.open(target)), images[1]), "seed 6 alone is the second image"
+
+
+def test_unusable_input(profile_path, tmp_path, capsys):
+    assert "unknown model 'nanoo' (nearest: nano)" in fails(capsys, "generate", "--model", "nanoo", "x")
+    assert "--profile FILE or --model NAME" in fails(capsys, "generate", "x")
+    assert "unrecognized arguments: --sede" in fails(capsys, "generate", "--model", "nano", "x", "--sede", "1")
+    assert "invalid choice: 'draw'" in fails(capsys, "draw")
+    assert "folder" in fails(capsys, "generate", "--model", "nano", "x", "-o", tmp_path / "no" / "x.png")
+    assert "unknown image type '.gif'" in fails(capsys, "generate", "--model", "nano", "x", "-o", tmp_path / "x.gif")
+    assert "draws noise" in fails(capsys, "generate", "--model", "nano", "--weights", "random", "x")
+    assert "cannot be read" in fails(capsys, "generate", "--profile", tmp_path / "none.yaml", "x")
+    assert "'0' must be a whole number" in fails(capsys, "generate", "--model", "nano", "x", "--images", "0")
+    hostile = tmp_path / "hostile.yaml"
+    hostile.write_text("!!python/object/apply:os.system ['true']\n")
+    assert "not plain YAML" in fails(capsys, "generate", "--profile", hostile, "x")
+    assert "schedule 'papper'" in fails(capsys, "bench", "--model", "nano", "--compare", "exact,papper")
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n\n")
+    assert "has no prompts" in fails(capsys, "analyze", "--model", "nano", "--prompts-file", empty)
+    assert "target 1.5" in fails(capsys, "refit", "--model", "nano", "--out", tmp_path / "fit.json", "--target", "1.5")
+
+
+def test_analyze_writes_a_proposal(tmp_path, capsys):
+    argv = ["analyze", "--model", "nano", "--prompts", "4", "--ranks", "--out", str(tmp_path / "a")]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert "structure_end:" in out and "analysis.yaml" in out
+    table = json.loads((tmp_path / "a" / "rank_ratio.json").read_text())
+    assert {"ratio", "what"} <= table.keys()
+
+
+def test_bench_prints_rows(profile_path, capsys):
+    argv = [
+        "bench",
+        "--profile",
+        str(profile_path),
+        "--compare",
+        "exact,skip-1",
+        "--rounds",
+        "1",
+        "--prompts",
+        "4",
+        "--json",
+    ]
+    assert main(argv) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in rows] == ["exact", "skip-1", f"profile {profile_path}"]
+    assert rows[0]["tokens"] > rows[2]["tokens"]
