@@ -183,6 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rounds=args.rounds,
             prompts=prompts,
             threads=args.threads,
+            warm_up_at_most=3,  # dozens of rows; processor time needs little warmth
             scores=nano_verdicts(prompts) if model.name == "nano" and not model.random_weights else None,
         )
         growth = norm_growth(model, schedules["projection alone"].expand(model.grids, chunks), prompts[:4])

@@ -130,6 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rounds=args.rounds,
             prompts=prompts,
             threads=args.threads,
+            warm_up_at_most=3,  # dozens of rows; processor time needs little warmth
             scores=nano_verdicts(prompts) if model.name == "nano" else None,
         )[1:]
     except UsageError as error:

@@ -12,6 +12,7 @@ import dataclasses
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ def compare(
     prompts: int | Sequence[str] = 32,
     threads: int = 1,
     scores: Mapping[str, Score] | None = None,
+    warm_up_at_most: int = 12,
 ) -> list[dict[str, Any]]:
     """One row per schedule, the full one first, as plain data.
 
@@ -51,7 +53,7 @@ def compare(
         rounds: timed passes; each times every schedule on the next `batch` prompts.
         prompts: how many of the model's own bench prompts, or the prompts themselves, for the quality columns.
         threads: on CPU, pinned. scores: further quality columns, as mean paired difference to the full schedule with a
-            bootstrap interval over prompts.
+            bootstrap interval over prompts. warm_up_at_most: runs before timing, fewer once they agree.
 
     Columns: tokens (per image, both branches), latency_ms (median), mean_ms, p90_ms, samples_ms, ratio to the full
     schedule with its interval, memory_mib (CUDA: peak allocated above the weights; CPU: KV cache), and unless the
@@ -70,7 +72,7 @@ def compare(
     with pinned(threads) if model.device.type == "cpu" else contextlib.nullcontext():
         made = {name: _observe(Sampler(model, accelerators.get(name)), plans[name], texts, batch) for name in plans}
         samplers = {name: Sampler(model, accelerators.get(name)) for name in plans}
-        timings, busy = _time(samplers, plans, batches, rounds)
+        timings, busy = _time(samplers, plans, batches, rounds, warm_up_at_most)
     full = made[BASELINE]
     rows = []
     for name in plans:
@@ -153,6 +155,7 @@ def _time(
     plans: Mapping[str, Steps],
     batches: Sequence[tuple[list[str], list[int]]],
     rounds: int,
+    warm_up_at_most: int,
 ) -> tuple[dict[str, Timing], dict[str, Timing]]:
     """Latency and processor time of every schedule on the same batch in turn, the order reversed every other round.
 
@@ -162,7 +165,8 @@ def _time(
         raise UsageError(f"rounds {rounds} must be at least 1")
     device, warmth = samplers[BASELINE].model.device, {}
     for name, steps in plans.items():
-        warmth[name] = warm_up(lambda name=name, steps=steps: samplers[name].generate(*batches[0], steps), device)
+        run = partial(samplers[name].generate, *batches[0], steps)
+        warmth[name] = warm_up(run, device, warm_up_at_most)
     host: dict[str, list[float]] = {name: [] for name in plans}
     busy: dict[str, list[float]] = {name: [] for name in plans}
     events: dict[str, list[float]] = {name: [] for name in plans}
@@ -170,10 +174,7 @@ def _time(
         prompts, seeds = batches[index % len(batches)]
         for name in list(plans) if index % 2 == 0 else list(reversed(plans)):
             start = time.process_time()
-            host_ms, event_ms = time_once(
-                lambda name=name: samplers[name].generate(prompts, seeds, plans[name]),  # noqa: B023
-                device,
-            )
+            host_ms, event_ms = time_once(partial(samplers[name].generate, prompts, seeds, plans[name]), device)
             busy[name].append((time.process_time() - start) * 1e3)
             host[name].append(host_ms)
             if event_ms is not None:

@@ -21,6 +21,7 @@ from stagevar.accelerators.skipvar import (
 from stagevar.engine import GraphEngine
 from stagevar.errors import ScheduleError, UsageError
 from stagevar.grids import infinity_grids, square
+from stagevar.nano.load import read_preset, shipped_folder
 from stagevar.refit import refit
 from stagevar.sampler import Sampler
 from stagevar.schedule import BOTH, StageSchedule, skipvar
@@ -83,6 +84,14 @@ def test_published_rules_and_their_decisions():
     grid = np.array([[a, b] for a in np.linspace(0, 0.3, 13) for b in np.linspace(0.3, 0.7, 9)])
     skipped = {name: rules[name].skip.predict(grid) for name in ("ssim-0.84", "ssim-0.86", "ssim-0.88")}
     assert skipped["ssim-0.88"].mean() < skipped["ssim-0.86"].mean() < skipped["ssim-0.84"].mean()
+
+
+def test_nanos_rules_fit_the_shipped_model():
+    grids = read_preset(shipped_folder()).grids
+    rules = packaged_rules()["nano"]
+    for name, rule in rules.items():
+        assert load_rule(name, "nano", len(grids)) == rule and rule.image_scale < len(grids)
+    assert skipvar(grids).decision in rules, "the preset runs on nano"
 
 
 def test_a_linear_classifier_by_hand():
