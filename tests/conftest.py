@@ -1,8 +1,13 @@
-"""One Ray cluster for the whole test run, started by the first test that asks for it."""
+"""Property tests without a deadline; one Ray cluster for the whole run, started by the first test that asks for it."""
 
 import os
 
 import pytest
+from hypothesis import settings
+
+# Nothing here asserts a wall-clock time, and a busy machine would otherwise fail property tests at random.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # keeps Ray on the loopback, as on those systems
