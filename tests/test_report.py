@@ -211,14 +211,38 @@ def test_scale_bars_say_what_they_show(runs, pages):
     result, directory = runs["full"]
 
     def untimed(candidate):
-        check = candidate.verification
-        if check is None:
-            return candidate
-        bare = dataclasses.replace(check, latency=dataclasses.replace(check.latency, scale_ms=()))
-        return dataclasses.replace(candidate, verification=bare)
+        check, latency = candidate.verification, candidate.latency
+        if check:
+            check = dataclasses.replace(check, latency=dataclasses.replace(check.latency, scale_ms=()))
+        if latency:
+            latency = dataclasses.replace(latency, scale_ms=())
+        return dataclasses.replace(candidate, verification=check, latency=latency)
 
     bare = dataclasses.replace(result, candidates=tuple(map(untimed, result.candidates)))
     assert "not timed one by one" in Page(render(bare, directory)).text
+
+
+def test_a_busy_machine_is_pointed_out(runs):
+    result, directory = runs["full"]
+    assert "machine was not quiet" not in render(result, directory)
+    check = result.baseline.verification
+    slow = dataclasses.replace(check.latency, median_ms=1.3 * result.baseline.latency.median_ms)
+    baseline = dataclasses.replace(result.baseline, verification=dataclasses.replace(check, latency=slow))
+    html = render(dataclasses.replace(result, baseline=baseline), directory)
+    assert "was 30% slower when it was verified" in html
+    # The sentence on top stays consistent: milliseconds on either side are ratios of one reference.
+    heading = re.search(r"<h1>.*?</h1>", html).group(0)
+    assert heading == re.search(r"<h1>.*?</h1>", render(result, directory)).group(0)
+
+
+def test_an_estimate_beyond_its_limit_is_not_called_promising(runs):
+    result, directory = runs["one_trial"]
+    verdicts = tuple(dataclasses.replace(v, value=2 * v.limit) for v in result.pick.verification.verdicts)
+    check = dataclasses.replace(result.pick.verification, verdicts=verdicts)
+    pick = dataclasses.replace(result.pick, verification=check)
+    candidates = tuple(pick if c.key == pick.key else c for c in result.candidates)
+    html = render(dataclasses.replace(result, candidates=candidates, picks={}, nearest=(pick.key,)), directory)
+    assert "Not proved: nano runs" in html and "Promising" not in html and "Undecided" in html
 
 
 def test_published_rows_only_for_the_papers_models(pages):

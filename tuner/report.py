@@ -121,7 +121,7 @@ def _answer(result: StudyResult) -> str:
         return (
             f"No tuning is needed: the full schedule of {model} meets the budget of {budget}{shown}, so it is the pick."
         )
-    if result.verdict == "infeasible" or pick is None or latency_of(result, pick) is None:
+    if result.verdict == "infeasible" or pick is None or (latency := latency_of(result, pick)) is None:
         quality = f" within a quality drop of {result.max_drop:g}" if has_quality(result) else ""
         if result.smallest_budget_ms is not None:
             share = f" ({result.smallest_budget_ms / full_ms:.0%} of the full schedule)" if full_ms else ""
@@ -130,17 +130,13 @@ def _answer(result: StudyResult) -> str:
                 f"the smallest budget that can be kept is {ms(result.smallest_budget_ms)}{share}."
             )
         return f"No schedule of {model} was found that meets {budget}{quality}: {result.reason}."
-    speed = speedup(latency_of(result, pick))
+    speed = speedup(latency)
     faster = (
         f"{speed[0]:.2f}× faster (95 % interval {speed[1]:.2f} to {speed[2]:.2f})"
         if speed
-        else f"{ms(latency_of(result, pick).drift_corrected_ms)} per image"
+        else f"{ms(latency.drift_corrected_ms)} per image"
     )
-    times = (
-        f", {ms(latency_of(result, pick).drift_corrected_ms)} instead of {ms(full_ms)} per image"
-        if full_ms and speed
-        else ""
-    )
+    times = f", {ms(latency.drift_corrected_ms)} instead of {ms(full_ms)} per image" if full_ms and speed else ""
     difference = quality_change(pick)
     if result.random_weights or difference is None:
         return f"{model} runs {faster}{times}; the weights are random, so this says nothing about quality."
@@ -186,8 +182,7 @@ def _tiles(result: StudyResult) -> str:
     shown = pick or (find(result, result.nearest[0]) if result.nearest else None)
     tiles: list[tuple[str, str, str]] = []
     full = latency_of(result, result.baseline)
-    if shown is not None and latency_of(result, shown) is not None:
-        latency = latency_of(result, shown)
+    if shown is not None and (latency := latency_of(result, shown)) is not None:
         prefix = "" if pick else "Undecided: " if result.verdict == "inconclusive" else "Nearest: "
         speed = speedup(latency)
         if speed:
@@ -216,7 +211,7 @@ def _trust(result: StudyResult) -> str:
     pick = result.pick or (find(result, result.nearest[0]) if result.nearest else None)
     if result.pick is None and result.reason:
         lines.append(("no", escape(result.reason[0].upper() + result.reason[1:]) + "."))
-    if pick is not None and latency_of(result, pick) is not None:
+    if pick is not None and (latency := latency_of(result, pick)) is not None:
         check = pick.verification
         for verdict in check.verdicts if check else pick.verdicts:
             lines.append(_verdict_line(verdict, proved=check is not None))
@@ -230,7 +225,6 @@ def _trust(result: StudyResult) -> str:
                     "Quality was judged on the search prompts only, where the winner looks better than it is.",
                 )
             )
-        latency = latency_of(result, pick)
         runs = (
             f"{len(latency.samples_ms)} runs interleaved with the full schedule"
             if latency.ratio
@@ -266,8 +260,9 @@ def _drift(result: StudyResult) -> list[tuple[str, str]]:
     change = full.verification.latency.median_ms / full.latency.median_ms - 1
     if abs(change) < 0.1:
         return []
-    return [("no", f"The full schedule itself was {abs(change):.0%} {'slower' if change > 0 else 'faster'} when it was verified: "
-                   "the machine was busy. Ratios are interleaved and stand; milliseconds are less sure.")]  # fmt: skip
+    moved = f"{abs(change):.0%} {'slower' if change > 0 else 'faster'}"
+    return [("no", f"The full schedule itself was {moved} when it was verified: the machine was not quiet. "
+                   "Ratios are interleaved and stand; milliseconds are less sure.")]  # fmt: skip
 
 
 def _verdict_line(verdict: Verdict, proved: bool) -> tuple[str, str]:

@@ -7,7 +7,7 @@ and narrow) and lets the stylesheet choose, because a scaled-down chart has unre
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -154,14 +154,14 @@ def scatter(
     y_rule: Rule | None = None,
     path: Sequence[tuple[float, float]] = (),
     step_path: Sequence[tuple[float, float]] = (),
-    top: tuple[str, Callable[[float], str]] | None = None,
+    top: tuple[str, Sequence[tuple[float, str]]] | None = None,
     gutter: tuple[str, Sequence[str]] | None = None,
     height: float | None = None,
 ) -> str:
     """Points with intervals, rules, an optional front (`path`) or staircase, a top axis and a gutter of crosses below.
 
-    `top`: title and label of a second x axis. `gutter`: title and tooltips of points that have no position (failures).
-    Points outside the y range are drawn at its edge as a triangle-like cut marker with their title.
+    `top`: title and labelled places of a second x axis, dearest first: what would collide is left out. `gutter`: title
+    and tooltips of points that have no position (failures). Points outside the ranges are drawn cut off at the edge.
     """
     narrow = width < 500
     left, right, above = (56 if narrow else 64), (10 if narrow else 18), (40 if top else 16)
@@ -195,11 +195,14 @@ def scatter(
     for value in ticks(*x_range, 5 if narrow else 8):
         out.append(line(px(value), frame[3], px(value), frame[3] + 4, "axis"))
         out.append(text(px(value), frame[3] + 17, number(value), "tick", "middle"))
-        if top:
-            out.append(line(px(value), frame[1] - 4, px(value), frame[1], "axis"))
-            out.append(text(px(value), frame[1] - 8, top[1](value), "tick", "middle"))
     if top:
         out.append(text(frame[0], 11, top[0], "axis-title"))
+        used: list[float] = []
+        for value, name in top[1]:
+            if x_range[0] <= value <= x_range[1] and all(abs(px(value) - x) > 40 for x in used):
+                used.append(px(value))
+                out.append(line(px(value), frame[1] - 4, px(value), frame[1], "axis"))
+                out.append(text(px(value), frame[1] - 8, name, "tick", "middle"))
     out.append(line(frame[0], frame[3], frame[2], frame[3], "axis"))
     out.append(text((frame[0] + frame[2]) / 2, frame[3] + 35, x_title, "axis-title", "middle"))
     middle = (frame[1] + frame[3]) / 2

@@ -32,6 +32,7 @@ from tuner.report_words import (
     name_of,
     quality_change,
     roles_of,
+    shown_ms,
     side,
     signed,
     speedup,
@@ -40,6 +41,25 @@ from tuner.result import Candidate, LatencyStats, Sample, StudyResult, Verdict
 
 DIFFERENCE_GAIN = 4
 WIDE, NARROW = 960, 358
+_SPEEDS = (
+    1,
+    2,
+    1.5,
+    1.2,
+    3,
+    1.3,
+    1.1,
+    1.7,
+    2.5,
+    4,
+    1.4,
+    1.6,
+    1.8,
+    5,
+    6,
+    8,
+    10,
+)  # labels of the upper axis, dearest first
 
 
 def _both(draw: Callable[[float], str], caption: str = "") -> str:
@@ -145,7 +165,7 @@ def _kind(result: StudyResult, candidate: Candidate) -> tuple[str, str]:
 def _title(result: StudyResult, candidate: Candidate) -> str:
     parts = [name_of(result, candidate), *roles_of(result, candidate.key)]
     if latency_of(result, candidate):
-        parts.append(ms(latency_of(result, candidate).drift_corrected_ms))
+        parts.append(ms(shown_ms(result, candidate)))
     difference = quality_change(candidate)
     if difference:
         parts.append(f"quality {signed(difference.mean)} ({interval_text(difference)})")
@@ -187,7 +207,7 @@ def tradeoff_section(result: StudyResult) -> str:
     if not has_quality(result):
         return _latency_bars(result)
     points = _points(result)
-    full_ms = latency_of(result, result.baseline).drift_corrected_ms
+    full_ms = shown_ms(result, result.baseline)
     reference = published.methods_for(result.model)
     speeds = [full_ms / row.speedup for row in reference[1:] if row.speedup]
     xs = [v for p in points for v in (p.x_span or (p.x, p.x))] + [result.budget_ms, *speeds]
@@ -203,13 +223,11 @@ def tradeoff_section(result: StudyResult) -> str:
     on_front = [c for key in result.front if (c := find(result, key)) is not None and latency_of(result, c) is not None]
     # Finalists are drawn at their held-out figures, where a point of the search's front may turn out dominated.
     path: list[tuple[float, float]] = []
-    for candidate in sorted(
-        on_front, key=lambda c: latency_of(result, c).drift_corrected_ms if latency_of(result, c) else 0.0
-    ):
+    for candidate in sorted(on_front, key=lambda c: shown_ms(result, c)):
         difference = quality_change(candidate)
         height = difference.mean if difference else 0.0
-        if latency_of(result, candidate) and (not path or height > path[-1][1]):
-            path.append((latency_of(result, candidate).drift_corrected_ms, height))
+        if not path or height > path[-1][1]:
+            path.append((shown_ms(result, candidate), height))
     failed = [f"trial {f.trial}: {f.error}" for f in result.failures]
     comparable = set(result.quality_weights) == {"geneval"}
     lane = y_range[1] + 0.08 * (y_range[1] - y_range[0])
@@ -237,7 +255,7 @@ def tradeoff_section(result: StudyResult) -> str:
             x_rule=Rule(result.budget_ms, "budget", "right"),
             y_rule=Rule(-result.max_drop, "allowed drop", "below"),
             path=path,
-            top=("speed-up", lambda v: f"{full_ms / v:.2g}×" if v > 0 else ""),
+            top=("speed-up", [(full_ms / times, f"{times:g}×") for times in _SPEEDS]),
             gutter=(f"{len(failed)} failed", failed) if failed else None,
         ),
         f"Each mark is one distinct schedule: mean paired difference on {_prompt_words(result)}, with 95 % intervals. "
@@ -268,9 +286,7 @@ def _prompt_words(result: StudyResult) -> str:
 
 
 def _latency_bars(result: StudyResult) -> str:
-    shown = sorted(
-        measured(result), key=lambda c: latency_of(result, c).drift_corrected_ms if latency_of(result, c) else 0.0
-    )
+    shown = sorted(measured(result), key=lambda c: shown_ms(result, c))
     kept = [c for i, c in enumerate(shown) if i < 12 or _label(result, c)]
     rows = []
     for candidate in (*kept, result.baseline):
@@ -358,7 +374,7 @@ def table_section(result: StudyResult) -> str:
     ]
     if not chosen:
         return ""
-    chosen.sort(key=lambda c: latency_of(result, c).drift_corrected_ms if latency_of(result, c) else 0.0)
+    chosen.sort(key=lambda c: shown_ms(result, c))
     metrics = [] if result.random_weights else [m for m in result.quality_weights if m != "quality"]
     with_quality = has_quality(result)
     header = ["Schedule", "Latency", "Speed-up"]
@@ -429,7 +445,7 @@ def history_section(result: StudyResult) -> str:
     last = max(p.x for p in points)
     if staircase:
         staircase.append((last, best))
-    full_ms = latency_of(result, result.baseline).drift_corrected_ms
+    full_ms = shown_ms(result, result.baseline)
     values = [p.y for p in points] + [result.budget_ms, full_ms]
     pad = 0.06 * (max(values) - min(values) or 1)
     failed = [f"trial {f.trial}: {f.error}" for f in result.failures]
@@ -467,11 +483,7 @@ def importances_section(result: StudyResult) -> str:
     outcomes: list[tuple[str, Callable[[Candidate], float | None]]] = [
         (
             "latency",
-            lambda c: (
-                (c.latency or latency_of(result, c)).drift_corrected_ms
-                if (c.latency or latency_of(result, c))
-                else None
-            ),
+            lambda c: c.latency.drift_corrected_ms if c.latency else None,
         )
     ]
     if has_quality(result):
@@ -521,10 +533,11 @@ def published_section(result: StudyResult) -> str:
 
     table = [cells(row, True) for row in rows]
     pick = result.pick
-    speed = speedup(latency_of(result, pick)) if pick is not None and latency_of(result, pick) else None
-    if speed and pick is not None and latency_of(result, pick) is not None:
+    latency = latency_of(result, pick) if pick is not None else None
+    speed = speedup(latency) if latency else None
+    if speed and latency:
         name = '<b>this run\'s pick</b><span class="tag">measured here</span>'
-        seconds = f"{latency_of(result, pick).drift_corrected_ms / 1e3:.2f}"
+        seconds = f"{latency.drift_corrected_ms / 1e3:.2f}"
         table.append([name, "", seconds, f"{speed[0]:.2f}×", "", ""])
     table += [cells(row, False) for row in published.GENERATORS]
     return _rows(["Method", "Parameters", "Latency, s", "Speed-up", "GenEval", "DPG"], table, [1, 2, 3, 4, 5]) + (

@@ -59,6 +59,12 @@ def latency_of(result: StudyResult, candidate: Candidate) -> LatencyStats | None
     return candidate.best_latency
 
 
+def shown_ms(result: StudyResult, candidate: Candidate) -> float:
+    """Milliseconds of `latency_of`, infinite where nothing was measured."""
+    latency = latency_of(result, candidate)
+    return math.inf if latency is None else latency.drift_corrected_ms
+
+
 def quality_change(candidate: Candidate) -> Interval | None:
     return candidate.best_differences.get("quality")
 
