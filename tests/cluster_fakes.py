@@ -74,16 +74,21 @@ def skips(steps) -> bool:
     return any(step.skipped for step in steps)
 
 
-def build(directory: str, seed: int = 0, broken_skips: bool = False, poison_skips: bool = False, noise: float = 0.01):
+def build(
+    directory: str,
+    seed: int = 0,
+    broken_skips: bool = False,
+    broken_all: bool = False,
+    poison_skips: bool = False,
+    noise: float = 0.0,
+):
     """What workers build: the fake of tests.fakes on the prompts above."""
     space = parse_space({**SPACE, "prompts": PROMPTS})
-    prompts = load_prompts(space.prompts, seed)
-    never = lambda steps: False  # noqa: E731
     return Troublemaker(
-        prompts,
+        load_prompts(space.prompts, seed),
         Path(directory),
-        poison=skips if poison_skips else never,
-        broken=skips if broken_skips else never,
+        poison=lambda steps: poison_skips and skips(steps),
+        broken=lambda steps: broken_all or (broken_skips and skips(steps)),
         seed=seed,
         noise=noise,
     )

@@ -1,0 +1,369 @@
+"""What clusters do to a study: workers killed, stuck or poisoned, nodes lost and joined, kinds mixed, drivers killed.
+
+Nothing here waits a fixed time; where a test needs something to be stuck, it is stuck until it is killed.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stagevar.errors import UsageError
+from stagevar.schedule import exact, preset
+from tests import cluster_fakes
+from tests.conftest import claims
+from tests.test_executor_contract import FULL, PAPER, SKIP, TREE, same, tasks
+from tests.test_house import run_without
+from tuner.executors import ray as ray_executor
+from tuner.executors.base import Failed, QualityTask, WorkersLost
+from tuner.executors.ray import MEASUREMENTS_FILE, QUARANTINE_AFTER, RayExecutor, Recipe, Worker, cut
+
+ROOT = Path(__file__).resolve().parents[1]
+BATCHES = list(range(8))
+
+
+@pytest.fixture
+def start(ray_cluster, tmp_path):
+    """Starts an executor on the fakes, whose files are in tmp_path; closes it."""
+    started = []
+
+    def begin(recipe=None, **options):
+        lines = []
+        options = {"task_timeout_s": 120.0, "patience_s": 0.0, **options}
+        started.append(RayExecutor(recipe or cluster_fakes.recipe(tmp_path), say=lines.append, **options))
+        started[-1].lines = lines
+        return started[-1]
+
+    yield begin
+    for executor in started:
+        executor.close()
+
+
+@pytest.fixture
+def plain(tmp_path_factory):
+    return cluster_fakes.build(str(tmp_path_factory.mktemp("plain")))
+
+
+def check_all(executor, plain, schedules=TREE):
+    """Every micro-batch once, with the values of the evaluator in this process."""
+    answers = [(task.batch, outcomes) for task, outcomes in executor.run(tasks(BATCHES, schedules))]
+    assert sorted(batch for batch, _ in answers) == BATCHES
+    assert all(same(outcomes, plain.quality(schedules, "search", batch)) for batch, outcomes in answers)
+
+
+def node_ids(executor):
+    return [seat.node for seat in executor.seats.values() if seat.state == "ready"]
+
+
+def wait_until_all_are_ready(executor):
+    while any(seat.state == "loading" for seat in executor.seats.values()) or len(node_ids(executor)) < 2:
+        executor._advance(deque(), set(), grow=True)
+
+
+# ---------------------------------------------------------------------------------------------------- values
+
+
+def test_a_real_model_gives_the_same_images_in_a_worker_bit_for_bit(start):
+    here = cluster_fakes.tiny_model()
+    executor = start(Recipe("tests.cluster_fakes:tiny_model"))
+    from tests.tiny import GRIDS as TINY
+
+    schedules = tuple(s.expand(TINY, 2) for s in (exact(5), preset("stagevar-paper", TINY), preset("skip-1", TINY)))
+    for task, outcomes in executor.run([QualityTask(schedules, "search", b) for b in (0, 1)]):
+        assert same(outcomes, here.quality(schedules, "search", task.batch))
+
+
+def test_trees_are_cut_where_their_schedules_part():
+    task = QualityTask(TREE, "search", 0)
+    for pieces, expected in ((1, 1), (2, 2), (3, 3), (9, 3)):
+        parts = cut(task, pieces)
+        assert len(parts) == expected and sorted(i for part in parts for i in part) == [0, 1, 2]
+    twins = QualityTask((FULL, SKIP, FULL, SKIP), "search", 0)
+    assert sorted(map(sorted, cut(twins, 2))) == [[0, 2], [1, 3]]
+
+
+def test_a_study_on_the_cluster_finds_what_the_local_one_finds(start, tmp_path):
+    local, remote = study(tmp_path / "local"), None
+    expected = local.run()
+    executor = start(run_dir=tmp_path)
+    remote = study(tmp_path / "remote", executor)
+    found = remote.run()
+    assert [c.key for c in found.candidates] == [c.key for c in expected.candidates]
+    assert [c.values for c in found.candidates] == [c.values for c in expected.candidates]
+    assert found.baseline.values == expected.baseline.values
+    assert (found.trials, found.verdict) == (expected.trials, expected.verdict)
+    [process] = {line["process"] for line in measurements(tmp_path)}
+    assert process != os.getpid()  # all latency figures come from one worker
+
+
+def study(run_dir, executor=None, trials=10):
+    """A study on the fake with noiseless timings, here or on a cluster."""
+    from tests import fakes
+
+    made = fakes.study(run_dir, {"noise": 0.0}, {"prompts": cluster_fakes.PROMPTS}, trials=trials)
+    if executor is not None:
+        made.executor, made.evaluator = executor, executor.evaluator
+    return made
+
+
+def measurements(run_dir):
+    return [json.loads(line) for line in (run_dir / MEASUREMENTS_FILE).read_text().splitlines()]
+
+
+# ---------------------------------------------------------------------------------------------------- failures
+
+
+def test_a_killed_worker_is_rebuilt_and_its_batch_is_evaluated_again(start, plain, tmp_path):
+    executor = start()
+    (tmp_path / "die-3").touch()
+    check_all(executor, plain)
+    assert executor.counts["rebuilds"] == 1 and executor.counts["quarantined"] == 0
+
+
+def test_a_stuck_worker_is_killed_and_its_batch_goes_elsewhere(start, plain, tmp_path):
+    executor = start(task_timeout_s=3.0)
+    (tmp_path / "hang-2").touch()
+    check_all(executor, plain)
+    assert executor.counts["timeouts"] == 1 and executor.counts["rebuilds"] == 1
+    assert any("no answer within 3 s" in line for line in executor.lines)
+
+
+def test_a_schedule_that_kills_its_process_loses_itself_only(start, plain, tmp_path):
+    executor = start(cluster_fakes.recipe(tmp_path, poison_skips=True))
+    for task, (full, paper, skip) in executor.run(tasks(BATCHES)):
+        assert same([full, paper], plain.quality((FULL, PAPER), "search", task.batch))
+        assert isinstance(skip, Failed) and "workers down" in skip.error
+    assert executor.counts["quarantined"] == 0
+
+
+def test_three_failures_in_a_row_quarantine_a_worker_and_the_other_finishes(start, plain, tmp_path):
+    executor = start(task_timeout_s=3.0)
+    wait_until_all_are_ready(executor)
+    bad = next(iter(executor.seats.values()))
+    hold = tmp_path / f"hold-{bad.node}"
+    hold.touch()
+    for count in range(1, 1 + QUARANTINE_AFTER):
+        check_all(executor, plain, TREE[:count])  # other schedules each time: no schedule is to blame
+        if bad.state != "quarantined":
+            wait_until_all_are_ready(executor)
+    assert executor.counts["quarantined"] == 1
+    check_all(executor, plain)
+
+
+def test_the_death_of_a_worker_during_timing_moves_the_timing(start, tmp_path):
+    executor = start(run_dir=tmp_path)
+    (tmp_path / "die-latency").touch()
+    timings = executor.evaluator.latency({"baseline": FULL, "a": PAPER}, 5)
+    assert len(timings["a"].samples_ms) == 5
+    [line] = measurements(tmp_path)
+    assert line["rounds"] == 5 and line["node"] in {seat.node for seat in executor.seats.values()}
+    assert set(line["median_ms"]) == {"baseline", "a"} and {"gpu", "host", "process", "device"} <= line.keys()
+
+
+def test_an_evaluator_that_cannot_be_built_stops_at_once_with_the_reason(start):
+    with pytest.raises(UsageError, match="weights x do not exist"):
+        start(Recipe("tests.cluster_fakes:refuse", {"reason": "weights x do not exist"}))
+
+
+def test_workers_that_die_while_loading_are_given_up(start):
+    with pytest.raises(WorkersLost, match="the same command continues"):
+        start(Recipe("tests.cluster_fakes:collapse"))
+
+
+def test_a_baseline_that_fails_ends_the_study_after_one_batch(start, tmp_path):
+    executor = start(cluster_fakes.recipe(tmp_path, broken_all=True))
+    result = study(tmp_path / "run", executor).run()
+    assert (result.verdict, result.exit_code) == ("failed", 4)
+    assert "the full schedule failed: RuntimeError: this schedule is broken" in result.reason
+
+
+def test_lost_workers_fail_no_trial(tmp_path):
+    class Lost:
+        def latency(self, *_):
+            raise WorkersLost("no worker is left")
+
+    made = study(tmp_path)
+    made.evaluator = Lost()
+    with pytest.raises(WorkersLost):
+        made.run()
+    assert not (tmp_path / "trials.jsonl").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- nodes
+
+
+def test_a_dead_nodes_batches_go_to_others_and_a_new_node_is_used(start, plain, ray_cluster, tmp_path):
+    executor = start()
+    wait_until_all_are_ready(executor)
+    doomed = next(iter(ray_cluster.worker_nodes))
+    hold = tmp_path / f"hold-{doomed.node_id}"
+    hold.touch()
+    answers = []
+    for task, outcomes in executor.run(tasks(BATCHES)):
+        answers.append((task.batch, outcomes))
+        if len(answers) == 1:  # the doomed node sits on a batch of its own
+            ray_cluster.remove_node(doomed, allow_graceful=False)
+    assert sorted(batch for batch, _ in answers) == BATCHES
+    assert all(same(outcomes, plain.quality(TREE, "search", batch)) for batch, outcomes in answers)
+    assert executor.counts["lost"] == 1 and executor.counts["quarantined"] == 0
+
+    joined = ray_cluster.add_node(**claims("FAKE"))
+    wait_until_all_are_ready(executor)
+    assert joined.node_id in node_ids(executor)
+    check_all(executor, plain)
+
+
+def test_several_kinds_of_gpu_are_refused_until_one_is_chosen(start):
+    executor = start()
+    nodes = {"a": {"GPU": 8, "accelerator_type:H100": 1}, "b": {"GPU": 4, "accelerator_type:L40": 1}, "c": {"CPU": 4}}
+    executor.gpu_kind = None
+    with pytest.raises(UsageError, match=r"mixes kinds of GPU \(8 x H100, 4 x L40\); choose one with --gpu-kind"):
+        executor._chosen(nodes)
+    executor.gpu_kind = "h100"
+    assert list(executor._chosen(nodes)) == ["a"]
+    assert executor.lines[-1] == "node b (L40) is left out: this study runs on h100"
+    executor.seats.clear()
+    executor.gpu_kind = "A100"
+    with pytest.raises(UsageError, match=r"no GPU of kind 'A100' in the cluster \(8 x H100, 4 x L40\)"):
+        executor._chosen(nodes)
+
+
+# ---------------------------------------------------------------------------------------------------- driver
+
+
+def test_a_killed_driver_loses_and_doubles_no_trial(ray_cluster, tmp_path):
+    """The driver is killed by a worker in mid-round; the same command ends the study."""
+    (tmp_path / "driver-5").touch()
+    command = [sys.executable, "-m", "tests.cluster_driver", str(tmp_path), ray_cluster.address]
+    killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    assert not (tmp_path / "run" / "study.json").exists()
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    from tuner.result import StudyResult
+
+    result = StudyResult.load(tmp_path / "run")
+    expected = study(tmp_path / "local").run()
+    assert len(result.candidates) == len(expected.candidates) == 10
+    assert len({c.key for c in result.candidates}) == 10
+    trials = [json.loads(line) for line in (tmp_path / "run" / "trials.jsonl").read_text().splitlines()]
+    numbers = [line["candidate"]["trial"] for line in trials if line["kind"] == "trial"]
+    assert len(numbers) == len(set(numbers)) == 10
+    shared = {c.key: c.values for c in expected.candidates}
+    assert all(c.values == shared[c.key] for c in result.candidates if c.key in shared)
+
+
+# ---------------------------------------------------------------------------------------------------- the worker itself
+
+
+def test_a_broken_cuda_context_ends_the_process(monkeypatch, tmp_path):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+
+    def broken(*_, **__):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(torch, "zeros", broken)
+    left = []
+    monkeypatch.setattr(ray_executor.os, "_exit", left.append)
+    worker = Worker(cluster_fakes.recipe(tmp_path, broken_skips=True), "node")
+    worker.load()
+    worker.quality(QualityTask((FULL,), "search", 0))
+    assert left == []
+    worker.quality(QualityTask((SKIP,), "search", 0))
+    assert left == [ray_executor.BROKEN_CUDA]
+
+
+def test_without_ray_the_extra_is_named_and_nothing_is_written(tmp_path):
+    code = f"""
+import os; os.chdir({str(tmp_path)!r})
+from tuner.cli import main
+sys.exit(main(['--model', 'nano', '--budget', '60%', '--executor', 'ray']))
+"""
+    result = run_without(("ray",), f"sys.path.insert(0, {str(ROOT)!r})\n{code}")
+    assert result.returncode == 2
+    assert result.stderr.strip().endswith("ray is not installed; pip install 'stagevar-tune[ray]'")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ray-address", "auto"], "need --executor ray"),
+        (["--gpu-kind", "H100"], "need --executor ray"),
+        (["--storage", "studies.db"], "must be a database URL"),
+        (["--storage", "postgresql://me:secret@host/db"], "holds a password"),
+        (["--task-timeout", "soon"], "soon"),
+    ],
+)
+def test_options_of_placement_are_checked(options, message, capsys):
+    from tuner.cli import main
+
+    assert main(["--model", "nano", "--budget", "60%", "--dry-run", *options]) == 2
+    said = capsys.readouterr().err
+    assert message in said and "secret" not in said
+
+
+def test_a_cluster_of_our_own_is_on_the_loopback_without_dashboard(monkeypatch):
+    import ray
+
+    asked = {}
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: asked.update(options))
+    ray_executor.connect(None)
+    assert asked["address"] == "local" and asked["_node_ip_address"] == "127.0.0.1"
+    assert asked["include_dashboard"] is False
+
+
+def test_an_unreachable_cluster_is_a_usage_error(monkeypatch):
+    import ray
+
+    def refuse(**_):
+        raise ConnectionError("Could not find any running Ray instance.")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(UsageError, match="no Ray cluster at 'auto'"):
+        ray_executor.connect("auto")
+
+
+# ---------------------------------------------------------------------------------------------------- storage
+
+
+def test_trials_in_a_database_are_those_of_the_journal(tmp_path):
+    from tests import fakes
+
+    url = f"sqlite:///{tmp_path}/studies.db"
+    expected = fakes.study(tmp_path / "journal", trials=6).run()
+    found = fakes.study(tmp_path / "one", trials=5, storage=url).run()
+    assert not (tmp_path / "one" / "journal.log").exists()
+    more = fakes.study(tmp_path / "one", trials=8, storage=url).run()
+    fakes.study(tmp_path / "two", trials=4, storage=url, seed=1).run()
+    assert [c.key for c in found.candidates] == [c.key for c in expected.candidates][:5]
+    assert len(more.candidates) == 8
+    import optuna
+
+    names = optuna.get_all_study_names(storage=url)
+    assert len(names) == 2 and {name.split()[1] for name in names} == {"one", "two"}
+
+
+def test_a_database_that_cannot_be_opened_is_a_usage_error(tmp_path):
+    from tests import fakes
+
+    with pytest.raises(UsageError, match="cannot be opened"):
+        fakes.study(tmp_path, trials=2, storage=f"sqlite:///{tmp_path}/no/such/folder/x.db").run()
+
+
+def test_values_of_the_fake_differ_between_schedules(plain):
+    """Else equal values would prove nothing."""
+    full, paper, skip = (
+        np.concatenate([plain.quality((s,), "search", b)[0]["quality"] for b in BATCHES]) for s in TREE
+    )
+    assert not np.array_equal(full, paper) and not np.array_equal(full, skip)
