@@ -24,19 +24,17 @@ from stagevar.models.registry import load_model
 from stagevar.sampler import Sampler
 from stagevar.schedule import StageSchedule, skip_only, skipvar
 
-RATIOS = (0.1, 0.25, 0.5, 0.75)
 
-
-def sweep(model: LoadedModel) -> dict[str, StageSchedule]:
-    """Schedules by "method | setting". Accelerated scales are the last one, two or three."""
+def sweep(model: LoadedModel, lasts: Sequence[int], ratios: Sequence[float]) -> dict[str, StageSchedule]:
+    """Schedules by "method | setting". lasts: how many last scales are accelerated. ratios: kept shares of the tokens."""
     scales, depth = len(model.grids), model.transformer.depth
     found: dict[str, StageSchedule] = {}
-    for last in (1, 2, 3):
+    for last in lasts:
         start = scales - last
         found[f"skip | last {last}"] = skip_only(model.grids, last)
         for branch in ("uncond", "cond"):
             found[f"one branch | {branch} from {start}"] = StageSchedule(start, cfg_delay=0, branch=branch)
-        for kept in RATIOS:
+        for kept in ratios:
             ranks: dict[str, Any] = {"rank_ratios": (kept,)}
             rows: dict[str, Any] = {**ranks, "projection": "rows", "rope": "index"}
             pruned: dict[str, Any] = {**ranks, "accelerator": "fastvar", "layers": (0, depth)}
@@ -114,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--prompts", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--last", type=int, nargs="+", default=[1, 2, 3], help="last scales that are accelerated")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.25, 0.5, 0.75], help="kept shares of tokens")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, help="JSON file")
     parser.add_argument("--figure", type=Path, help="PNG file")
@@ -126,7 +126,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = compare(
             model,
             [],
-            extra_steps={name: schedule.expand(model.grids, chunks) for name, schedule in sweep(model).items()},
+            extra_steps={
+                name: schedule.expand(model.grids, chunks)
+                for name, schedule in sweep(model, args.last, args.ratios).items()
+            },
             rounds=args.rounds,
             prompts=prompts,
             threads=args.threads,
