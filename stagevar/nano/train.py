@@ -52,7 +52,9 @@ class Recipe:
 
 RECIPES = {
     "tokenizer": Recipe(steps=5500, batch=64, muon_rate=0.02, adam_rate=2e-3, cooldown=0.5),
-    "transformer": Recipe(steps=7000, batch=32, muon_rate=0.02, adam_rate=2e-3, warmup=100, clip_norm=1.0),
+    "transformer": Recipe(
+        steps=7600, batch=32, muon_rate=0.02, adam_rate=2e-3, warmup=100, cooldown=0.6, clip_norm=1.0
+    ),
     "clip": Recipe(steps=1300, batch=128, muon_rate=0.01, adam_rate=1e-3, warmup=100, cooldown=0.5),
 }
 
@@ -136,9 +138,9 @@ class TransformerJob(Job):
     """
 
     name = "transformer"
-    max_flip, caption_drop = 0.25, 0.1
+    max_flip, caption_drop = 0.15, 0.1
     # Share of the tasks in the data, in the order of scenes.TASKS: the harder ones more often.
-    task_weights = (0.7, 1.2, 1.4, 0.8, 1.6, 1.5, 1.2)
+    task_weights = (0.3, 1.4, 1.1, 0.4, 2.4, 2.4, 0.7)
 
     def __init__(
         self, config: NanoPreset, device: torch.device, dtype: torch.dtype, tokenizer: Path, compiled: bool = False
