@@ -272,6 +272,9 @@ def test_describe_names_what_a_schedule_saves():
         {"scale": 3, "grid": [9, 9], "skipped": True},
     ]
     assert describe(steps[:1]) == "guidance and every token at every scale"
+    decision = {"rule": "some-rule", "outcomes": ["full", "skip1"]}
+    deciding = [{"scale": 5, "grid": [24, 24], "branches": both, "decision": decision}]
+    assert describe(deciding) == "each image decides after side 24 what follows (some-rule)"
     assert describe(steps) == (
         "only the null-prompt branch from side 4×2 on; 25% to 38% of the tokens at sides 4×2, 8; side 9 not run"
     )

@@ -109,6 +109,9 @@ def describe(steps: Sequence[Mapping[str, Any]]) -> str:
     skipped = [s for s in steps if s.get("skipped")]
     if skipped:
         parts.append(f"{sides(skipped)} not run")
+    decided = next((s for s in steps if s.get("decision")), None)
+    if decided is not None:
+        parts.append(f"each image decides after side {side(decided)} what follows ({decided['decision']['rule']})")
     return "; ".join(parts) or "guidance and every token at every scale"
 
 

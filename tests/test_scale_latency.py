@@ -1,0 +1,47 @@
+"""Shares per scale: of the steps that were run, in turn, nothing for a skipped one."""
+
+import pytest
+
+from stagevar.sampler import Sampler
+from stagevar.scale_latency import time_scales
+from stagevar.schedule import StageSchedule, exact, skip_only
+from tests.tiny import GRIDS, tiny_infinity
+
+
+@pytest.fixture
+def ran():
+    """A sampler that writes down what it advances."""
+    sampler = Sampler(tiny_infinity())
+    sampler.seen = []
+    advance = sampler.advance
+    sampler.advance = lambda generation, step: (sampler.seen.append(step), advance(generation, step))
+    return sampler
+
+
+def test_every_schedule_is_timed_scale_by_scale_in_turn(ran):
+    full = exact(len(GRIDS)).expand(GRIDS, ran.chunks)
+    short = skip_only(GRIDS).expand(GRIDS, ran.chunks)
+    times = time_scales(ran, {"full": full, "short": short}, "a red circle", 0, rounds=2)
+    assert ran.seen == [*full, *short] * 3
+    assert list(times) == ["full", "short"] and [len(t) for t in times.values()] == [5, 5]
+    assert all(t > 0 for t in times["full"])
+    assert times["short"][-1] == 0 and all(t > 0 for t in times["short"][:-1])
+
+
+def test_a_first_round_is_not_counted(ran, monkeypatch):
+    clock = iter([100.0] * 5 + [1.0] * 5 + [2.0] * 5 + [3.0] * 5)
+    monkeypatch.setattr("stagevar.scale_latency.time_once", lambda run, device: (next(clock), run())[:1])
+    steps = exact(len(GRIDS)).expand(GRIDS, ran.chunks)
+    assert time_scales(ran, {"full": steps}, "a", 0, rounds=3) == {"full": (2.0,) * 5}
+
+
+def test_schedules_that_decide_have_no_fixed_shares(ran):
+    decided = StageSchedule(len(GRIDS), decision="some-rule").expand(GRIDS, ran.chunks)
+    assert any(step.decision for step in decided)
+    assert time_scales(ran, {"decided": decided}, "a", 0, rounds=1) == {"decided": ()}
+    assert ran.seen == []
+
+
+def test_no_rounds_is_an_error(ran):
+    with pytest.raises(ValueError, match="time nothing"):
+        time_scales(ran, {}, "a", 0, rounds=0)
