@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from stagevar.cache import KVCache, step_lengths
-from stagevar.errors import UsageError
-from stagevar.models import memory
+from stagevar.errors import UsageError, WeightsError
+from stagevar.models import hub, memory
 from stagevar.models.memory import MIB, MemoryEstimate, estimate_model
 from stagevar.models.registry import load_model
 from stagevar.schedule import exact
@@ -65,6 +65,20 @@ def test_what_does_not_fit_is_refused_with_figures(monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda device: 300 * MIB)
     with pytest.raises(UsageError, match=r"infinity-tiny needs about \d+ MiB on cpu, 300 MiB are free"):
         load_model("infinity-tiny", weights="random", device="cpu")
+
+
+def test_a_damaged_file_is_reported_before_the_memory(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 0)
+    (tmp_path / "w.pth").write_bytes(b"not weights")
+    with pytest.raises(WeightsError, match="cannot read weights"):
+        load_model("infinity-2b", weights=tmp_path / "w.pth", tokenizer=tmp_path / "w.pth", device="cpu")
+
+
+def test_memory_is_checked_before_anything_is_fetched(monkeypatch):
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 0)
+    monkeypatch.setattr(hub, "fetch", lambda file: pytest.fail(f"{file} was fetched"))
+    with pytest.raises(UsageError, match="infinity-2b needs about"):
+        load_model("infinity-2b", device="cpu")
 
 
 def test_an_unknown_amount_of_free_memory_refuses_nothing(monkeypatch):

@@ -208,13 +208,15 @@ def test_public_files_are_fetched_by_their_official_names(tmp_path, monkeypatch)
 
 def test_an_offline_hub_ends_with_exit_code_2_and_one_line(tmp_path):
     """The whole way through the command line, with the hub switched off and an empty cache."""
-    code = "import sys; from stagevar.cli import main; sys.exit(main(['generate', 'a cat', '--model', 'infinity-2b']))"
+    code = (
+        "import sys; from stagevar.cli import main; sys.exit(main(['generate', 'a cat', '--model', 'infinity-125m']))"
+    )
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": "", "HOME": str(tmp_path)}
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
     )
     assert run.returncode == 2, run.stderr
-    assert "cannot fetch FoundationVision/Infinity/infinity_2b_reg.pth" in run.stderr
+    assert "cannot fetch FoundationVision/Infinity/infinity_125M_256x256.pth" in run.stderr
     assert len(run.stderr.strip().splitlines()) == 1
 
 

@@ -112,6 +112,28 @@ def test_blocks_take_the_low_precision_and_the_rest_stays_float32(state, tmp_pat
     assert not any(p.requires_grad for p in model.parameters()) and not model.training
 
 
+def mapped_file(tensor: torch.Tensor) -> str:
+    """The file whose memory mapping a tensor lies in, empty for ordinary memory."""
+    address = tensor.data_ptr()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, *_, name = line.split(maxsplit=5) if line.count(" ") >= 5 else (line.split()[0], "")
+        low, high = (int(end, 16) for end in span.split("-"))
+        if low <= address < high:
+            return name if name.startswith("/") else ""
+    return ""
+
+
+@pytest.mark.parametrize("layout", ["plain.pth", "one.safetensors"])
+def test_weights_of_the_files_precision_are_views_of_the_mapped_file(state, tmp_path, layout):
+    path = layouts(state, tmp_path)[layout]
+    model = load(path, precision=weights.block_precision(torch.float32))
+    large = model.text_proj_for_ca[0].weight
+    assert mapped_file(large).endswith(layout)
+    halved = load(path, precision=weights.block_precision(torch.bfloat16))
+    assert mapped_file(halved.block_chunks[0].module[0].ffn.fc1.weight) == ""
+    assert mapped_file(halved.text_proj_for_ca[0].weight).endswith(layout)
+
+
 @pytest.mark.parametrize("rows", [5, 8, 11])
 def test_null_text_is_cut_or_padded_from_the_references_initialisation(state, tmp_path, rows):
     trained = torch.randn(rows, 128)

@@ -17,7 +17,7 @@ from stagevar.models import hub, memory
 from stagevar.models.base import Grid, Sampling
 from stagevar.models.hub import HubFile
 from stagevar.models.registry import LoadRequest
-from stagevar.models.weights import KeyRules, Precision, load_into, randomise
+from stagevar.models.weights import KeyRules, Precision, fit, randomise
 
 #: File that marks a folder written by `stagevar convert`.
 MARK = "stagevar.json"
@@ -124,22 +124,21 @@ def fill(parts: Parts, request: LoadRequest) -> dict[str, Any]:
 
     Raises UsageError when the model cannot fit, WeightsError for files that are missing, damaged or another model's.
     """
-    spec = request.spec
-    files = None if request.random else locate(request)
-    memory.require(memory.estimate(parts, request), request.device, spec.name)
+    name = request.spec.name
+    modules = ((parts.transformer, name), (parts.tokenizer, f"{name}'s tokenizer"))
+    needed = memory.estimate(parts, request)
     record: dict[str, Any] = {"weights": {}, "load": {"resolution": request.resolution, "ratio": request.ratio}}
-    if files is None:
-        for part in (parts.transformer, parts.tokenizer):
+    if request.random or request.weights is None:
+        memory.require(needed, request.device, name)  # before anything is downloaded
+    if request.random:
+        for part, _ in modules:
             randomise(part.module, request.seed, device=request.device, precision=part.precision)
         return {**record, "random_seed": request.seed}
-    read: list[Path] = []
-    for path, part, what in ((files[0], parts.transformer, ""), (files[1], parts.tokenizer, "'s tokenizer")):
-        read += load_into(
-            part.module,
-            path,
-            what=spec.name + what,
-            rules=part.rules,
-            device=request.device,
-            precision=part.precision,
-        )
-    return {**record, "weights": hub.sha256_files(read), "sources": files[2]}
+    *paths, sources = locate(request)
+    fits = [
+        fit(part.module, path, what=what, rules=part.rules, device=request.device)
+        for (part, what), path in zip(modules, paths, strict=True)
+    ]
+    memory.require(needed, request.device, name)  # after the files: a fault there should be heard first
+    read = [path for (part, _), found in zip(modules, fits, strict=True) for path in found.load(part.precision)]
+    return {**record, "weights": hub.sha256_files(read), "sources": sources}

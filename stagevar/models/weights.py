@@ -322,6 +322,61 @@ def _adaptable(rules: KeyRules, key: str, file: TensorFile, source: Mapping[str,
 # -------------------------------------------------------------------------------------------------- loading
 
 
+@dataclass(frozen=True)
+class Fit:
+    """A file that was found to fit a module, key by key, and has not been read yet. Made by `fit`."""
+
+    module: nn.Module
+    file: TensorFile
+    source: Mapping[str, str]
+    zeros: Collection[str]
+    rules: KeyRules
+    device: torch.device
+
+    def load(self, precision: Precision | None = None) -> tuple[Path, ...]:
+        """Gives the module its weights, and returns the files that were read.
+
+        precision: dtype per key for floating-point weights; None keeps the file's. On the CPU a weight that keeps its
+        precision is a view of the mapped file. Raises WeightsError for a file that cannot be read after all.
+        """
+        loaded: dict[str, Tensor] = {}
+        for key, value in self.module.state_dict().items():
+            dtype = precision(key) if precision and value.is_floating_point() else None
+            if key in self.zeros:
+                loaded[key] = torch.zeros(value.shape, dtype=dtype or value.dtype, device=self.device)
+                continue
+            try:
+                tensor = self.file.read(self.source[key], self.device)
+            except Exception as error:
+                raise WeightsError(
+                    f"cannot read {self.source[key]} of {self.file.files[0]}: {_reason(error)}"
+                ) from None
+            if key in self.rules.adapt:
+                tensor = self.rules.adapt[key](tensor, tuple(value.shape))
+            loaded[key] = tensor.to(dtype or tensor.dtype).contiguous()
+        _assign(self.module, loaded)
+        return self.file.files
+
+
+def fit(
+    module: nn.Module,
+    path: Path | str,
+    *,
+    what: str,
+    rules: KeyRules | None = None,
+    device: torch.device | str = "cpu",
+) -> Fit:
+    """Opens a file and checks it against a module (usually built on the meta device); reads no weights yet.
+
+    what: the model's name, for messages. Raises WeightsError, see `open_weights` and `check_keys`.
+    """
+    rules, device = rules or KeyRules(), torch.device(device)
+    file = open_weights(path, rules.nested, device)
+    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    source, zeros = check_keys(file, expected, rules, what)
+    return Fit(module, file, source, zeros, rules, device)
+
+
 def load_into(
     module: nn.Module,
     path: Path | str,
@@ -331,34 +386,8 @@ def load_into(
     device: torch.device | str = "cpu",
     precision: Precision | None = None,
 ) -> tuple[Path, ...]:
-    """Gives a module (usually built on the meta device) the weights of a file, and returns the files that were read.
-
-    Args:
-        what: the model's name, for messages.
-        precision: dtype per key for floating-point weights; None keeps the file's.
-
-    Raises:
-        WeightsError: see `open_weights` and `check_keys`.
-    """
-    rules, device = rules or KeyRules(), torch.device(device)
-    file = open_weights(path, rules.nested, device)
-    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    source, zeros = check_keys(file, expected, rules, what)
-    loaded: dict[str, Tensor] = {}
-    for key, value in module.state_dict().items():
-        dtype = precision(key) if precision and value.is_floating_point() else None
-        if key in zeros:
-            loaded[key] = torch.zeros(value.shape, dtype=dtype or value.dtype, device=device)
-            continue
-        try:
-            tensor = file.read(source[key], device)
-        except Exception as error:
-            raise WeightsError(f"cannot read {source[key]} of {file.files[0]}: {_reason(error)}") from None
-        if key in rules.adapt:
-            tensor = rules.adapt[key](tensor, tuple(value.shape))
-        loaded[key] = tensor.to(dtype or tensor.dtype).contiguous()
-    _assign(module, loaded)
-    return file.files
+    """`fit` and then `load`."""
+    return fit(module, path, what=what, rules=rules, device=device).load(precision)
 
 
 def _assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
