@@ -239,6 +239,11 @@ def test_other_scales_than_the_learned_ones_are_refused():
 # ------------------------------------------------------------------------------------------------ loading
 
 
+def test_a_text_encoder_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="reads class labels and has no text encoder"):
+        load_model("var-tiny", weights="random", device="cpu", text=tmp_path)
+
+
 def test_an_aspect_ratio_is_refused():
     with pytest.raises(UsageError, match=r"var-tiny makes square images only; aspect ratio 1\.5"):
         load_model("var-tiny", weights="random", device="cpu", ratio=1.5)

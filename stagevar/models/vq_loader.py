@@ -87,6 +87,10 @@ def _sampling(request: LoadRequest, scales: int) -> Sampling:
 def _text(request: LoadRequest, made: Parts) -> TextEncoder:
     config = made.transformer.module.config
     if isinstance(config, VARConfig):
+        if request.text is not None:
+            raise UsageError(
+                f"{request.spec.name} reads class labels and has no text encoder; drop text {request.text}"
+            )
         return RandomLabels(config.classes) if request.random else ClassLabels(config.classes)
     assert isinstance(config, STARConfig)
     if request.text is not None:
