@@ -214,7 +214,7 @@ class Verifier:
         own = self.values[name].get("quality", [])
         count = len(own)
         if not count:
-            return [Verdict("drop", self.limits.max_drop, "quality", float("nan"), float("inf"), "open")]
+            return []
         base = np.asarray(self.values[BASELINE]["quality"])
         # All finalists that reached this number of prompts, also those decided here, take part in the joint bound.
         peers = [k for k in self.finalists if len(self.values[k].get("quality", [])) >= count]
@@ -265,6 +265,8 @@ class Verifier:
                 differences = paired_differences(values, base, self.evaluator.facts.higher_is_better)
                 drop_upper = next(v.bound for v in verdicts if v.name == "drop")
         status = "broken" if name in self.errors else self._status(verdicts)
+        if status == "met" and self.limits.quality and not count:
+            status = "open"  # stopped before any held-out prompt
         return Verification(
             count, values, differences, drop_upper, latency, upper_ms, tuple(verdicts),
             "verified" if status == "met" else status,
