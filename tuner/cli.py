@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from tuner.study import Study
 
 PROG = "stagevar-tune"
-VERBS = ("resume", "report", "verify", "doctor")
+VERBS = ("resume", "report", "verify", "sweep", "doctor")
 #: Everything that a study writes into its directory, and so all that --fresh may remove.
 #: config.json comes last, so that an interrupted removal still leaves a folder that is recognised as a run.
 RUN_FILES = ("trials.jsonl", "journal.log*", "study.json", "profile.yaml", "pareto.yaml", "trials.csv", "report.html")
@@ -48,6 +48,7 @@ verbs:
   stagevar-tune resume RUN           continue a run to its original target (the same command does it too)
   stagevar-tune report RUN           write report.html, pareto.yaml and trials.csv again from study.json
   stagevar-tune verify PROFILE       measure a profile again on this machine (--max-regression 3% as a CI gate)
+  stagevar-tune sweep SWEEP.yaml     one study per model, budget, seed ... on a Ray cluster, one table
   stagevar-tune doctor               check this machine
 
 exit codes: 0 verified, or the full schedule already meets the budget; 2 unusable input; 3 no schedule meets the budget;
@@ -116,6 +117,7 @@ def _add_study_options(parser: _Parser, required: bool) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of prompts, noise and sampler (default: 0)")
     parser.add_argument("--space", type=Path, metavar="FILE", help="search space (default: the one shipped)")
     parser.add_argument("--weights", help="path, or 'random' for seeded random weights (latency only)")
+    parser.add_argument("--resolution", help="pixel budget (0.25M, 1M ...) or image side, where a model has several")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
     parser.add_argument("--threads", type=positive_int, default=1, help="CPU threads, pinned while timing (default: 1)")
 
@@ -136,6 +138,16 @@ def _verb_parser(verb: str) -> _Parser:
         )
         _add_study_options(parser, required=False)
         parser.set_defaults(max_drop=None, seed=None)
+    if verb == "sweep":
+        parser.add_argument(
+            "sweep", type=Path, metavar="SWEEP.yaml", help="models, budgets, seeds and more (docs/cluster.md)"
+        )
+        parser.add_argument(
+            "--out", type=Path, metavar="DIR", help="folder that all nodes share (default: outputs/SWEEP)"
+        )
+        parser.add_argument(
+            "--ray-address", metavar="ADDRESS", help="cluster to join, such as auto (default: one here)"
+        )
     if verb == "doctor":
         parser.add_argument("--out", type=Path, default=Path("outputs"), help="where runs would go (default: outputs)")
         parser.add_argument("--model", help="also the memory and files that this model needs")
@@ -159,7 +171,14 @@ def _main(argv: list[str]) -> int:
             near = difflib.get_close_matches(argv[0], VERBS, n=1, cutoff=0.0)[0]
             raise UsageError(f"unknown verb {argv[0]!r} (nearest: {near}); tuning needs none: {PROG} --model ...")
         args = _verb_parser(argv[0]).parse(argv[1:])
-        return {"resume": run_resume, "report": run_report, "verify": run_verify, "doctor": run_doctor}[argv[0]](args)
+        verbs = {
+            "resume": run_resume,
+            "report": run_report,
+            "verify": run_verify,
+            "sweep": run_sweep,
+            "doctor": run_doctor,
+        }
+        return verbs[argv[0]](args)
     return run_tune(_tune_parser().parse(argv), argv)
 
 
@@ -335,7 +354,7 @@ def build_study(checked: Plan, progress: Any, stop: Callable[[], bool]) -> Study
     args, space = checked.args, checked.space
     prompts = load_prompts(space.prompts, args.seed)
     parts = {"model": args.model, "prompts": prompts, "quality": space.quality, "floors": space.floors}
-    parts |= {"weights": args.weights, "device": args.device, "threads": args.threads}
+    parts |= {"weights": args.weights, "device": args.device, "threads": args.threads, "resolution": args.resolution}
     if args.executor == "ray":
         executor = _ray_executor(checked, parts, progress)
         evaluator = executor.evaluator
@@ -547,6 +566,34 @@ def run_verify(args: argparse.Namespace) -> int:
         for line in outcome.lines:
             print(line)
     return outcome.exit_code
+
+
+def check(argv: Sequence[str]) -> Plan:
+    """A tuning command line checked without running it. Raises UsageError."""
+    return plan(_tune_parser().parse(argv), argv)
+
+
+def run_sweep(args: argparse.Namespace) -> int:
+    """Runs or continues a sweep; exit code 4 when every cell failed."""
+    from tuner import sweep
+
+    cells = sweep.load_sweep(args.sweep).cells()
+    sweep.check_cells(cells)
+    out = args.out or Path("outputs") / args.sweep.stem
+    say = (lambda line: None) if args.quiet else (lambda line: print(line, file=sys.stderr))
+    rows = sweep.run_sweep(cells, out, args.ray_address, say=say)
+    failed = [row for row in rows if row["verdict"] == "failed"]
+    if args.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        for row in rows:
+            gain = f", {row['speedup']:.2f}x" if row.get("speedup") else ""
+            print(f"{row['cell']:<32} {row['verdict'].replace('_', ' ')}{gain}")
+        for row in failed:
+            print(f"failed           {row['cell']}: {row.get('reason')}")
+        for name in (sweep.TABLE_FILE, sweep.REPORT_FILE):
+            print(f"file             {out / name}")
+    return 4 if len(failed) == len(rows) else 0
 
 
 def run_doctor(args: argparse.Namespace) -> int:

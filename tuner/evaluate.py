@@ -109,6 +109,7 @@ def load_evaluator(
     floors: Mapping[str, float],
     *,
     weights: str | None = None,
+    resolution: str | None = None,
     device: str = "auto",
     threads: int = 1,
     references_dir: Path | None = None,
@@ -116,7 +117,7 @@ def load_evaluator(
     """Loads a model by name and the metrics: what a study evaluates with, in its own process or in a cluster's workers."""
     from stagevar.models import registry
 
-    loaded = registry.load_model(model, weights=weights, device=device)
+    loaded = registry.load_model(model, weights=weights, resolution=resolution, device=device)
     if hasattr(loaded.text, "prepare"):
         # A large text encoder is loaded once; its features stay on disk, and it is freed before the model needs room.
         loaded.text.prepare([text for part in prompts.values() for text in part.texts])

@@ -6,7 +6,7 @@ All three come from a StudyResult alone. The only module that imports pandas, an
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -237,14 +237,21 @@ def _member(result: StudyResult, candidate: Candidate) -> dict[str, Any]:
 # ---------------------------------------------------------------- trials.csv
 
 
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as CSV; columns in the order of their first use, gaps empty."""
+    import pandas as pd
+
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    # As objects: a column with a gap must not turn its whole numbers into floats.
+    return pd.DataFrame(list(rows), columns=columns, dtype=object).to_csv(index=False, lineterminator="\n")
+
+
 def write_trials(result: StudyResult, path: Path) -> Path:
     """One row per distinct schedule, the full one first, then failures that left no schedule; columns are grouped.
 
     Columns: identity, outcome, latency_*, quality and metrics with low and high, verified_*, param.*, schedule.*.
     Sequences are JSON in their cell; what does not apply is empty.
     """
-    import pandas as pd
-
     candidates = (result.baseline, *result.candidates)
     rows = [_row(result, c) for c in candidates]
     known = {c.trial for c in candidates}
@@ -256,9 +263,8 @@ def write_trials(result: StudyResult, path: Path) -> Path:
     columns = list(dict.fromkeys(column for row in rows for column in row))
     first = [c for c in columns if not c.startswith(("param.", "schedule."))]
     rest = sorted(c for c in columns if c.startswith("param.")) + [c for c in columns if c.startswith("schedule.")]
-    # As objects: a column with a gap must not turn its whole numbers into floats.
-    table = pd.DataFrame(rows, columns=[*first, *rest], dtype=object)
-    write_text_atomically(path, table.to_csv(index=False, lineterminator="\n"))
+    ordered = dict.fromkeys([*first, *rest])
+    write_text_atomically(path, to_csv([{**ordered, **row} for row in rows]))
     return path
 
 

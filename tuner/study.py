@@ -136,6 +136,7 @@ class Study:
         return {
             "model": facts.model,
             "weights": facts.provenance.get("weights", "random" if facts.random_weights else None),
+            "pixels": facts.pixels,
             "device": facts.device,
             "engine": facts.engine,
             "sampling": facts.sampling,
