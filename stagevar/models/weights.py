@@ -168,7 +168,9 @@ class _TorchFile(TensorFile):
 
 
 def _reason(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+    """The first sentence of a library's message."""
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first.split(". ")[0].rstrip(".")[:160]
 
 
 def _load_pickle(path: Path) -> Any:
