@@ -88,6 +88,12 @@ def build_parser() -> argparse.ArgumentParser:
     analyze.add_argument(
         "--ranks", action="store_true", help="only measure spectra for the energy -> rank table: no ablation"
     )
+    analyze.add_argument(
+        "--similarity",
+        action="append",
+        metavar="NAME[:K=V,...]",
+        help="a further comparison with the final image, e.g. clip, dino, lpips:net=alex (may be repeated)",
+    )
     analyze.set_defaults(run=run_analyze)
 
     refit = verbs.add_parser("refit", help="fit SkipVAR's classifier for a model")
@@ -228,20 +234,23 @@ def run_bench(args: argparse.Namespace) -> int:
 
 def run_analyze(args: argparse.Namespace) -> int:
     """Writes the analysis and prints its proposal with the reasons."""
-    from stagevar.analysis import analyze
+    from stagevar.analysis import analyze, find_similarity, nano_inputs
 
     out = args.out or Path("outputs") / f"analysis-{args.model}"
     model = load(args)
     options: dict[str, Any] = {"ablation_prompts": 0} if args.ranks else {}
-    if model.name == "nano":
-        from stagevar.nano import judges, scenes
-        from stagevar.nano.load import shipped_folder
-
-        options["similarities"] = [judges.clip_similarity(shipped_folder())]
-        if args.prompts_file is None:
-            options["quality"] = {"geneval": judges.geneval(scenes.prompts("heldout", args.prompts))}
-    prompts = read_prompts(args, model)
-    seeds = [args.seed + i for i in range(len(prompts))]
+    if model.name == "nano" and args.prompts_file is None:
+        prompts, seeds, options["quality"] = nano_inputs(args.prompts, args.seed)
+    else:
+        prompts = read_prompts(args, model)
+        seeds = [args.seed + i for i in range(len(prompts))]
+    wanted = args.similarity or (["clip:model=nano"] if model.name == "nano" else [])
+    try:
+        options["similarities"] = [find_similarity(text, str(model.device)) for text in wanted]
+    except UsageError as error:
+        if args.similarity:
+            raise
+        warnings.warn(f"CLIP similarity is left out: {error}", stacklevel=2)
 
     def progress(what: str, done: int, total: int) -> None:
         print(f"\r{what} {done}/{total}\033[K", end="\n" if done == total else "", file=sys.stderr, flush=True)
