@@ -223,16 +223,18 @@ def _run_dpg(options: argparse.Namespace) -> int:
 
 def _run_images(options: argparse.Namespace) -> int:
     from tuner.metrics.image_folder import evaluate_folder, match_references, read_folder, reference_set
-    from tuner.metrics.registry import METRIC_NAMES, create, metric_class
+    from tuner.metrics.registry import METRIC_NAMES, check_name, create, metric_class
 
     if options.metric == ["list"]:
         print("\n".join(METRIC_NAMES))
         return 0
     if options.batch_size < 1:
         raise UsageError(f"--batch-size {options.batch_size}: expected 1 or more")
+    for name in options.metric:
+        check_name(name)
     given = _metric_options(options.option, options.metric)
-    classes = {name: metric_class(name) for name in options.metric}
     images = read_folder(options.images, options.prompts)
+    classes = {name: metric_class(name) for name in options.metric}  # imports torch: after all cheap refusals
     paired = any(cls.needs_reference for name, cls in classes.items() if name not in ("fid", "kid"))
     references = None
     if options.reference is not None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import os
+import socket
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +48,9 @@ def url_state_dict(url: str, what: str) -> dict[str, torch.Tensor]:
 @contextlib.contextmanager
 def refuse_missing(what: str, option: str = "weights") -> Iterator[None]:
     """Turn whatever a library raises when a model is not to be had into one line that says what to do."""
+    _stop_asking_if_offline()
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # hubs log every attempt; the refusal below says it once
     try:
         yield
     except UsageError:
@@ -52,6 +59,24 @@ def refuse_missing(what: str, option: str = "weights") -> Iterator[None]:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(f"{what} cannot be loaded ({reason:.120}); fetch it where there is a network and give its "
                          f"path as {option}") from None
+    finally:
+        logging.disable(disabled)
+
+
+@functools.cache
+def _stop_asking_if_offline() -> None:
+    """Put huggingface_hub in its offline mode if its host has no address: it would try five times over half a minute.
+
+    Behind a proxy names need not resolve here, so then it is left alone.
+    """
+    from huggingface_hub import constants
+
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return
+    try:
+        socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
 
 
 def from_pretrained(factory: Any, source: str, what: str, **options: Any) -> Any:

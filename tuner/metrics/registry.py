@@ -33,12 +33,17 @@ _REGISTRY: dict[str, tuple[str, str]] = {
 METRIC_NAMES: tuple[str, ...] = tuple(_REGISTRY)
 
 
-def metric_class(name: str) -> type[Metric]:
-    """The class behind a name. Raises UsageError naming the nearest one."""
+def check_name(name: str) -> None:
+    """Raise UsageError with the nearest name unless there is such a metric; imports nothing."""
     if name not in _REGISTRY:
         near = difflib.get_close_matches(str(name), METRIC_NAMES, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(METRIC_NAMES)}"
         raise UsageError(f"unknown metric {name!r}: {hint}")
+
+
+def metric_class(name: str) -> type[Metric]:
+    """The class behind a name. Raises UsageError naming the nearest one."""
+    check_name(name)
     module, class_name = _REGISTRY[name]
     return getattr(importlib.import_module(module), class_name)
 
