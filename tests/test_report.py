@@ -132,7 +132,7 @@ def test_skipped_scales_are_pointed_out(runs):
     result, directory = runs["full"]
     skipping = next(c for c in result.candidates if c.skipped_scales)
     html = render(dataclasses.replace(result, picks={"pick": skipping.key}), directory)
-    assert "The pick does not run 1 scale" in html
+    assert "This schedule does not run 1 scale" in html
 
 
 def test_search_figures_of_an_unverified_pick_are_not_called_proved(runs):

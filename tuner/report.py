@@ -124,9 +124,13 @@ def _answer(result: StudyResult) -> str:
     if result.verdict == "infeasible" or pick is None or (latency := latency_of(result, pick)) is None:
         quality = f" within a quality drop of {result.max_drop:g}" if has_quality(result) else ""
         if result.smallest_budget_ms is not None:
+            count = len(measured(result))
+            tried = f"none of {count} measured schedules of {model} meets"
+            if count == 1:
+                tried = f"the one schedule of {model} that was measured does not meet"
             share = f" ({result.smallest_budget_ms / full_ms:.0%} of the full schedule)" if full_ms else ""
             return (
-                f"No: none of {len(measured(result))} measured schedules of {model} meets {budget}{quality}; "
+                f"No: {tried} {budget}{quality}; "
                 f"the smallest budget that can be kept is {ms(result.smallest_budget_ms)}{share}."
             )
         return f"No schedule of {model} was found that meets {budget}{quality}: {result.reason}."
@@ -209,7 +213,7 @@ def _trust(result: StudyResult) -> str:
     """What supports the answer and what weakens it, one line each."""
     lines: list[tuple[str, str]] = []
     pick = result.pick or (find(result, result.nearest[0]) if result.nearest else None)
-    if result.pick is None and result.reason:
+    if result.pick is None and result.reason and result.verdict != "infeasible":
         lines.append(("no", escape(result.reason[0].upper() + result.reason[1:]) + "."))
     if pick is not None and (latency := latency_of(result, pick)) is not None:
         check = pick.verification
@@ -238,7 +242,7 @@ def _trust(result: StudyResult) -> str:
         if pick.skipped_scales:
             count = f"{pick.skipped_scales} scale{'s' if pick.skipped_scales > 1 else ''}"
             lines.append(
-                ("no", f"The pick does not run {count}: fine detail is lost, which prompt-following scores hardly see. "
+                ("no", f"This schedule does not run {count}: fine detail is lost, which prompt-following scores hardly see. "
                        "Look at the images.")
             )  # fmt: skip
     device = [str(result.device.get(key, "?")) for key in ("name", "dtype")]
