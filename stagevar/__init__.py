@@ -25,7 +25,7 @@ _EXPORTS = {
     "UsageError": "stagevar.errors",
     "load_model": "stagevar.models.registry",
 }
-__all__ = ["__version__", *_EXPORTS]  # noqa: PLE0604
+__all__ = ["__version__", *_EXPORTS]
 
 
 def __getattr__(name: str) -> Any:

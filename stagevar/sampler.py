@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stagevar.accelerators.base import SUBLAYERS, Accelerator, Cached, ScaleContext, State
+from stagevar.accelerators.base import Accelerator, Cached, ScaleContext, State
 from stagevar.accelerators.composite import Composite
 from stagevar.cache import KVCache, Lengths, step_lengths
 from stagevar.engine import Engine, Start, build_engine
 from stagevar.models.base import LoadedModel, Sampling, Site
 from stagevar.noise import NoiseSource, PromptNoise
-from stagevar.schedule import BOTH, Branch, Decision, LowRank, Pivotal, ScaleStep, Steps, exact
+from stagevar.schedule import BOTH, Branch, Decision, ScaleStep, Steps, exact
 
 
 @dataclass(frozen=True)
@@ -34,19 +34,14 @@ class _Saved:
 
 
 class _Updates(dict[Site, Cached]):
-    """What a scale keeps for later ones; with a planned schedule only the kinds of site that it restores from."""
+    """What a scale keeps for later ones; with a planned schedule only what the accelerator can still use."""
 
-    def __init__(self, plan: Steps | None, scale: int):
+    def __init__(self, accelerator: Accelerator, later: Steps | None):
         super().__init__()
-        self.kinds: set[str] | None = None
-        if plan is not None:
-            reductions = [step.reduction for step in plan[scale + 1 :]]
-            self.kinds = {reduction.site for reduction in reductions if isinstance(reduction, LowRank)}
-            if any(isinstance(reduction, Pivotal) for reduction in reductions):
-                self.kinds |= SUBLAYERS
+        self.accelerator, self.later = accelerator, later
 
     def wanted(self, site: Site) -> bool:
-        return self.kinds is None or site.kind in self.kinds
+        return self.later is None or self.accelerator.keeps(site, self.later)
 
     def __setitem__(self, site: Site, cached: Cached) -> None:
         if self.wanted(site):
@@ -219,7 +214,7 @@ class Sampler:
         start = BOTH.index(step.branches[0]) * batch
         conditioning = generation.conditioning.select(slice(start, start + len(step.branches) * batch))
         noise = generation.noise.at(scale, step.branches)
-        updates = _Updates(generation.plan, scale)
+        updates = _Updates(self.accelerator, None if generation.plan is None else generation.plan[scale + 1 :])
         around = self.accelerator.around(ScaleContext(step, noise, before.state), updates)
 
         features = None if scale == 0 else residual.next_input(before.code_sum_BdHW, scale)

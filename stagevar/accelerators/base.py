@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stagevar.models.base import Around, Grid, LoadedModel, Site, SiteFn
 from stagevar.noise import ScaleNoise
-from stagevar.schedule import Branch, Decision, ScaleStep
+from stagevar.schedule import Branch, Decision, ScaleStep, Steps
 
 #: Kinds of site inside a layer; the others, chunk and trunk, wrap whole layers.
 SUBLAYERS = frozenset({"attn", "cross", "mlp"})
@@ -74,6 +74,10 @@ class Accelerator(ABC):
     @abstractmethod
     def around(self, context: ScaleContext, updates: dict[Site, Cached]) -> Around:
         """The hook for this scale. Whatever later scales need is put into `updates`."""
+
+    def keeps(self, site: Site, later: Steps) -> bool:
+        """Whether a full output of this site can be of use to these later steps; what cannot is freed in deployment."""
+        return True
 
     def check(self, model: LoadedModel, decision: Decision) -> None:
         """Raises an error when this accelerator cannot take the decision on this model."""

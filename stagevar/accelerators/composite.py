@@ -16,7 +16,7 @@ from stagevar.accelerators.fastvar import FastVAR
 from stagevar.accelerators.skipvar import SkipVAR
 from stagevar.accelerators.stagevar import StageVAR
 from stagevar.models.base import Around, LoadedModel, Site, SiteFn
-from stagevar.schedule import Decision, LowRank, Pivotal
+from stagevar.schedule import Decision, LowRank, Pivotal, Steps
 
 
 class Composite(Accelerator):
@@ -35,6 +35,11 @@ class Composite(Accelerator):
             return (narrow if site.kind in SUBLAYERS else wide)(site, x_RLC, positions, run)
 
         return around
+
+    def keeps(self, site: Site, later: Steps) -> bool:
+        kind = Pivotal if site.kind in SUBLAYERS else LowRank
+        reductions = [step.reduction for step in later if isinstance(step.reduction, kind)]
+        return any(isinstance(r, Pivotal) or r.site == site.kind for r in reductions)
 
     def check(self, model: LoadedModel, decision: Decision) -> None:
         self.skipvar.check(model, decision)
