@@ -142,3 +142,44 @@ def recipe(directory: Path, **arguments) -> Recipe:
 
 def calls(directory: Path) -> list[dict]:
     return [json.loads(path.read_text()) for path in (directory / "calls").iterdir()]
+
+
+def run_cell(argv, run_dir):
+    """A sweep's cell on the fake: a whole study in its run directory; `driver-CELL` kills the driver once, half-way."""
+    from tests import fakes
+    from tuner.export import export
+    from tuner.report import write_report
+    from tuner.sweep import summary
+
+    options = dict(word.removeprefix("--").split("=") for word in argv)
+    folder = run_dir.parents[2]
+    with open(folder / "started", "a") as log:
+        log.write(f"{run_dir.name}\n")
+    if options["model"] == "broken":
+        raise RuntimeError("no such weights")
+    made = fakes.study(
+        run_dir, {"drop": lambda steps: 0.0}, trials=6, budget=options["budget"], seed=int(options["seed"])
+    )
+    if (folder / f"driver-{run_dir.name}").exists():
+        made.executor = Treacherous(made.executor, folder, f"driver-{run_dir.name}")
+    result = made.run()
+    export(result, run_dir)
+    write_report(result, run_dir)
+    return summary(result)
+
+
+class Treacherous:
+    """An executor that kills the driver at its third call, and then waits for the end."""
+
+    def __init__(self, inner, folder, name):
+        self.inner, self.folder, self.name, self.calls = inner, folder, name, 0
+
+    def run(self, tasks):
+        self.calls += 1
+        if self.calls == 3 and taken(self.folder / self.name):
+            os.kill(int((self.folder / "driver").read_text()), signal.SIGKILL)
+            threading.Event().wait()
+        return self.inner.run(tasks)
+
+    def close(self):
+        self.inner.close()

@@ -1,9 +1,9 @@
 """`stagevar-tune sweep sweep.yaml`: one study per cell of a grid, run as Ray Tune trials; one table, one report.
 
-Each cell is the command that a user would type, run in a process of its own with its own resources and run directory
-(`<out>/cells/<name>/`, profile.yaml and report.html in it). Ray Tune starts cells as resources allow, starts a cell anew
-when its process dies (the study goes on where it stood), and continues the sweep after the driver died. A cell that fails
-is listed and stops no other.
+Each cell is the command that a user would type, run with its own resources and run directory (`<out>/cells/<name>/`,
+profile.yaml and report.html in it). Ray Tune starts cells as resources allow, starts a cell anew when its process dies
+(the study goes on where it stood), and continues the sweep after the driver died. A cell that fails is listed and stops
+no other.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from typing import Any
 
 from stagevar.errors import UsageError
 from stagevar.profile import plain, read_yaml, write_text_atomically
+from tuner.executors.local import first_line
+from tuner.executors.ray import free_memory
 from tuner.result import STUDY_FILE, StudyResult
 
 AXES = {"models": "model", "resolutions": "resolution", "budgets": "budget", "gpus": "gpu", "seeds": "seed"}
@@ -160,9 +162,10 @@ def run_sweep(
                     failure_config=tune.FailureConfig(max_failures=RESTARTS),
                     verbose=0,
                 ),
+                tune_config=tune.TuneConfig(reuse_actors=True),
             )
         results = tuner.fit()
-        # Ray Tune keeps the errors of processes that died; what a study itself says is in its cell.
+        # Ray Tune keeps the errors of processes that died; what a study itself says is in its cell's file.
         died = {r.config["cell"]["name"]: str(r.error) for r in results if r.error is not None and r.config}
     finally:
         disconnect()
@@ -198,11 +201,19 @@ def _trainable(tune: Any, runner: str, out: Path) -> Any:
             if not (run_dir / CELL_FILE).exists():
                 module, _, name = runner.partition(":")
                 started = time.time()
-                row = getattr(importlib.import_module(module), name)(cell["argv"], run_dir)
+                try:
+                    row = getattr(importlib.import_module(module), name)(cell["argv"], run_dir)
+                except Exception as error:
+                    row = {"verdict": "failed", "reason": first_line(error)}
                 row["hours"] = round((time.time() - started) / 3600, 4)
                 run_dir.mkdir(parents=True, exist_ok=True)
                 write_text_atomically(run_dir / CELL_FILE, json.dumps(plain(row)) + "\n")
+                free_memory()
             return {"done": True}
+
+        def reset_config(self, new_config: Mapping[str, Any]) -> bool:
+            """Another cell in the same process: starting one costs more than a small study."""
+            return True
 
         def save_checkpoint(self, checkpoint_dir: str) -> None:
             """Nothing to save: a study continues from its run directory."""

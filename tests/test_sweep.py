@@ -1,0 +1,158 @@
+"""Sweeps: what a sweep file may say, cells, table and report, and a sweep whose driver is killed and restored."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stagevar.errors import UsageError
+from tuner.sweep import CELL_FILE, check_cells, load_sweep, run_sweep, write_table
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def sweep_file(tmp_path, text):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(text)
+    return path
+
+
+GRID = """
+models: [nano, infinity-tiny]
+budgets: [60%, 25ms]
+seeds: [0, 1]
+options: {trials: 6, max-drop: 0.1}
+"""
+
+
+def test_cells_are_every_combination_as_command_lines(tmp_path):
+    cells = load_sweep(sweep_file(tmp_path, GRID)).cells()
+    assert len(cells) == 8 == len({cell.name for cell in cells})
+    assert cells[3].name == "nano-25ms-1"
+    assert cells[3].argv == ("--model=nano", "--budget=25ms", "--seed=1", "--trials=6", "--max-drop=0.1")
+    assert cells[0].resources == {"CPU": 1}
+    check_cells(cells)
+
+
+def test_kinds_of_gpu_and_resolutions_are_axes(tmp_path):
+    text = "models: [infinity-2b]\nbudgets: [1s]\nresolutions: [0.25M, 1M]\ngpus: [H100, L40]\nresources: {cpus: 4}"
+    cells = load_sweep(sweep_file(tmp_path, text)).cells()
+    assert [cell.name for cell in cells][:2] == ["infinity-2b-0.25M-1s-H100", "infinity-2b-0.25M-1s-L40"]
+    assert cells[1].resources == {"CPU": 4, "GPU": 1, "accelerator_type:L40": 0.001}
+    assert cells[1].argv == ("--model=infinity-2b", "--resolution=0.25M", "--budget=1s")
+    check_cells(cells)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("models: [nano]", "models and budgets are needed"),
+        ("models: nano\nbudgets: [60%]", "must be a list of different values"),
+        ("models: [nano, nano]\nbudgets: [60%]", "must be a list of different values"),
+        ("models: [nano]\nbudgets: [60%]\nmodel: x", "unknown key 'model'"),
+        ("models: [nano]\nbudgets: [60%]\noptions: {out: here}", "option 'out' cannot be set"),
+        ("models: [nano]\nbudgets: [60%]\noptions: {executor: ray}", "option 'executor' cannot be set"),
+        ("models: [nano]\nbudgets: [60%]\nresources: {gpus: many}", "must be a number of at least 0"),
+        ("models: [nano]\nbudgets: [60%]\nresources: {ram: 3}", "must be {cpus: NUMBER, gpus: NUMBER}"),
+        ("models: [nano]\nbudgets: [60%]\ngpus: [H100]\nresources: {gpus: 0}", "must give each cell some"),
+        ("models: [nano]\nbudgets: [[1]]", "must be a list of different values"),
+        ("- nano", "models and budgets are needed"),
+    ],
+)
+def test_a_bad_sweep_file_is_one_line(tmp_path, text, message):
+    with pytest.raises(UsageError, match=message.replace("{", r"\{").replace("}", r"\}")):
+        load_sweep(sweep_file(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("models: [nano, nono]\nbudgets: [60%]", "sweep cell nono-60pct: .*nano"),
+        ("models: [nano]\nbudgets: [60]", "sweep cell nano-60: "),
+        ("models: [nano]\nbudgets: [60%]\noptions: {trails: 3}", "did you mean --trials"),
+    ],
+)
+def test_cells_are_checked_before_anything_runs(tmp_path, text, message):
+    with pytest.raises(UsageError, match=message):
+        check_cells(load_sweep(sweep_file(tmp_path, text)).cells())
+
+
+def test_another_sweep_or_a_strange_folder_is_not_touched(tmp_path):
+    cells = load_sweep(sweep_file(tmp_path, GRID)).cells()
+    strange = tmp_path / "strange"
+    strange.mkdir()
+    (strange / "thesis.txt").touch()
+    with pytest.raises(UsageError, match="is not empty and holds no sweep"):
+        run_sweep(cells, strange)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "sweep.json").write_text('{"cells": []}')
+    with pytest.raises(UsageError, match="holds another sweep"):
+        run_sweep(cells, other)
+
+
+def test_table_and_report_list_failures_and_escape_what_users_typed(tmp_path):
+    good = {
+        "cell": "a",
+        "model": "nano",
+        "budget": "60%",
+        "seed": 0,
+        "verdict": "verified",
+        "full_ms": 20.0,
+        "pick_ms": 10.0,
+    }
+    good |= {
+        "speedup": 2.0,
+        "quality": -0.01,
+        "quality_low": -0.02,
+        "quality_high": 0.0,
+        "profile": "cells/a/profile.yaml",
+    }
+    bad = {"cell": "b", "model": "<b>x", "budget": "60%", "seed": 1, "verdict": "failed", "reason": "no <weights>"}
+    table, report = write_table([good, bad], tmp_path)
+    rows = list(csv.DictReader(table.open()))
+    assert [row["cell"] for row in rows] == ["a", "b"]
+    assert rows[0]["seed"] == "0" and rows[0]["speedup"] == "2.0" and rows[1]["speedup"] == ""
+    page = report.read_text()
+    assert "1 of 2 studies ended" in page and "2.00x" in page and 'href="cells/a/profile.yaml"' in page
+    assert "no &lt;weights&gt;" in page and "<b>x" not in page
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_a_sweep_that_is_killed_once_and_restored_ends_complete(ray_cluster, tmp_path):
+    """2 models x 2 budgets x 2 seeds, and a ninth cell that always fails; the driver dies in the middle of the fourth."""
+    (tmp_path / "driver-fake-b-60pct-1").touch()
+    command = [sys.executable, "-m", "tests.cluster_sweep", str(tmp_path), ray_cluster.address]
+    killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    out = tmp_path / "out"
+    done = {path.parent.name: path.stat().st_mtime_ns for path in out.glob(f"cells/*/{CELL_FILE}")}
+    assert 0 < len(done) < 8 and not (out / "sweep.csv").exists()
+
+    restored = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert restored.returncode == 0, restored.stderr[-2000:]
+    rows = list(csv.DictReader((out / "sweep.csv").open()))
+    assert [row["verdict"] for row in rows] == ["verified"] * 8 + ["failed"]
+    assert "no such weights" in rows[8]["reason"] and rows[8]["cell"] == "broken-60pct-0"
+    assert all((out / row["profile"]).is_file() and (out / row["report"]).is_file() for row in rows[:8])
+    assert "8 of 9 studies ended" in (out / "sweep.html").read_text()
+    # What had ended was not run again; the cell that was cut off went on from its own journal.
+    for name, written in done.items():
+        assert (out / "cells" / name / CELL_FILE).stat().st_mtime_ns == written
+    lines = [json.loads(line) for line in (out / "cells" / "fake-b-60pct-1" / "trials.jsonl").read_text().splitlines()]
+    trials = [line["candidate"]["trial"] for line in lines if line["kind"] == "trial"]
+    assert len(trials) == len(set(trials)) == 6
+
+
+def test_the_verb_checks_its_file_first(tmp_path, capsys):
+    from tuner.cli import main
+
+    assert main(["sweep", str(tmp_path / "none.yaml")]) == 2
+    assert (
+        main(["sweep", str(sweep_file(tmp_path, "models: [nono]\nbudgets: [60%]")), "--out", str(tmp_path / "o")]) == 2
+    )
+    assert "nearest" in capsys.readouterr().err and not (tmp_path / "o").exists()
