@@ -85,7 +85,7 @@ def test_presets_have_a_nearest_point_inside(name):
 
 def test_nearest_values_recover_a_point_of_the_space():
     values = {"structure_end": 3, "cfg_delay": 1, "branch": "cond", "rank_ratio": 0.5, "rank_decay": 0.6, "rank_delay": 0,
-              "projection": "rows", "rope": "index", "site": "trunk", "skip_last": 1}  # fmt: skip
+              "projection": "rows", "rope": "index", "site": "trunk", "skip_last": 1, "accelerator": "fastvar"}  # fmt: skip
     assert NANO.nearest_values(NANO.schedule(values, GRIDS), GRIDS) == values
 
 
