@@ -121,9 +121,10 @@ class RecipeNoise:
         return _RecipeScaleNoise(self, scale, len(branches) * self.batch)
 
 
-class _RecipeScaleNoise:
-    _TAGS = {"index": "I", "projection": "Q"}
+_SITE_TAGS = {"index": "I", "projection": "Q"}
 
+
+class _RecipeScaleNoise:
     def __init__(self, source: RecipeNoise, scale: int, rows: int):
         self.source, self.scale, self.rows = source, scale, rows
 
@@ -136,7 +137,7 @@ class _RecipeScaleNoise:
         return uniform_in(f"{purpose}_s{self.scale}", (self.source.batch, *shape))
 
     def _site_tag(self, purpose: str, site: object) -> str:
-        return f"{self._TAGS[purpose]}_s{self.scale}_c{site.index}"  # type: ignore[attr-defined]
+        return f"{_SITE_TAGS[purpose]}_s{self.scale}_c{site.index}"  # type: ignore[attr-defined]
 
     def site_uniform(self, purpose: str, site: object, shape: tuple[int, ...]) -> Tensor:
         return uniform_in(self._site_tag(purpose, site), (self.rows, *shape))
