@@ -558,7 +558,16 @@ def run_verify(args: argparse.Namespace) -> int:
     registry.find(args.model)
     space = with_prompts(load_space(args.model, args.space), args.prompts, args.heldout)
     outcome = recheck(
-        profile, space, budget, max_drop, share, args.seed or 0, args.device, args.threads, Progress(args.quiet)
+        profile,
+        space,
+        budget,
+        max_drop,
+        share,
+        args.seed or 0,
+        args.weights,
+        args.device,
+        args.threads,
+        Progress(args.quiet),
     )
     if args.json:
         print(json.dumps(outcome.to_dict(), indent=2))

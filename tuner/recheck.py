@@ -71,6 +71,7 @@ def recheck(
     max_drop: float,
     max_regression: float | None,
     seed: int,
+    weights: str | None,
     device: str,
     threads: int,
     progress: Any,
@@ -90,15 +91,15 @@ def recheck(
     if max_regression is not None and not full_profile and not isinstance(recorded, int | float):
         raise UsageError("the profile records no latency ratio to compare with; leave out --max-regression")
     progress.phase("load")
-    model = load_model(profile.model["name"], device=device, **(profile.model.get("load") or {}))
+    model = load_model(profile.model["name"], weights=weights, device=device, **(profile.model.get("load") or {}))
     steps = profile.expand(model)
     prompts = load_prompts(space.prompts, seed)
     evaluator = ModelEvaluator(model, prompts, space.quality, space.floors, threads=threads)
     warnings = profile.warnings_here(present_envelope(model, profile.envelope.batch, threads))
     progress.phase("verification", 100)
     timing = evaluator.latency({BASELINE: evaluator.full}, 9)[BASELINE]
-    weights = sum(w.get("weight", 1.0) if isinstance(w, dict) else w for w in space.quality.values())
-    limits = Limits(budget, timing.median_ms, max_drop, space.floors, float(weights), not model.random_weights)
+    total = sum(w.get("weight", 1.0) if isinstance(w, dict) else w for w in space.quality.values())
+    limits = Limits(budget, timing.median_ms, max_drop, space.floors, float(total), not model.random_weights)
     verifier = Verifier(
         evaluator,
         LocalExecutor(evaluator),
