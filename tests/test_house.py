@@ -81,7 +81,8 @@ def test_runtime_imports_without_the_tuners_packages():
 
 def test_generate_works_without_the_tuners_packages(tmp_path):
     target = tmp_path / "x.png"
-    code = f"from stagevar.cli import main; sys.exit(main(['generate', '--model', 'nano', 'a photo of a red circle', '-o', {str(target)!r}]))"
+    words = ["generate", "--model", "nano", "a photo of a red circle", "-o", str(target)]
+    code = f"from stagevar.cli import main; sys.exit(main({words!r}))"
     result = run_without((*ONE_PLACE, "transformers", "matplotlib", "rich", "scipy"), code)
     assert result.returncode == 0, result.stderr[-2000:]
     assert target.read_bytes().startswith(b"\x89PNG")

@@ -208,7 +208,7 @@ def test_lengths_are_per_layer(model):
 def test_cache_refuses_more_than_its_capacity():
     cache = KVCache(1, 2, 4, {"cond": [3], "uncond": [3]}, "cpu", torch.float32)
     kv = torch.zeros(1, 2, 4, 4)
-    with pytest.raises(RuntimeError, match="3 entries.*cannot take entry 4"):
+    with pytest.raises(RuntimeError, match=r"3 entries.*cannot take entry 4"):
         cache.attend(("cond",), 0, kv, kv, kv, 1.0)
 
 
