@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ):
             print(f" {name}")
             for row in front(part, quality):
-                print(f"  {row['ratio']:.3f}  {row[quality]:+.3f}  {row['name']}")
+                print(f"  {speed(row):.3f}  {row[quality]:+.3f}  {row['name']}")
     if args.output is not None:
         slim = [{key: value for key, value in row.items() if key != "samples_ms"} for row in rows]
         write_json(args.output, {"environment": environment(model.device), "model": model.name, "rows": slim})
