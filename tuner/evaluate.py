@@ -263,3 +263,16 @@ class ModelEvaluator:
             return measure(runs, rounds, self.model.device, warm_up_at_most)
         with pinned(self.threads):
             return measure(runs, rounds, self.model.device, warm_up_at_most)
+
+    def scale_ms(self, schedules: Mapping[str, Steps], rounds: int = 5) -> dict[str, tuple[float, ...]]:
+        """Median milliseconds per scale (`stagevar.scale_latency`), which explain a latency. Optional in an Evaluator."""
+        from stagevar.latency import pinned
+        from stagevar.sampler import Sampler
+        from stagevar.scale_latency import time_scales
+
+        prompts = self.prompts["search"]
+        arguments = (Sampler(self.model), schedules, prompts.texts[0], prompts.seeds[0], rounds)
+        if self.model.device.type == "cuda":
+            return time_scales(*arguments)
+        with pinned(self.threads):
+            return time_scales(*arguments)

@@ -679,6 +679,32 @@ class Study:
                 samples.append(Sample(texts[i], search.seeds[i], key, f"images/{key}/{i}.png"))
         return samples
 
+    def _time_scales(self, keys: Sequence[str]) -> None:
+        """Adds the share of each scale to the newest measurement of the full schedule and these, for the report.
+
+        They explain the figures and decide nothing, so an evaluator need not offer them and a failure is only said.
+        """
+        time_scales = getattr(self.evaluator, "scale_ms", None)
+        if time_scales is None or not keys or self.stop():
+            return
+        try:
+            times = time_scales({key: self.steps[key] for key in dict.fromkeys([self.full_key, *keys])})
+        except Exception as error:
+            self.progress.say(f"scales were not timed: {first_line(error)}")
+            return
+        for key, scale_ms in times.items():
+            candidate = self.baseline if key == self.full_key else self.candidates[key]
+            check, latency = candidate.verification, candidate.latency
+            if check is not None:
+                check = dataclasses.replace(check, latency=dataclasses.replace(check.latency, scale_ms=scale_ms))
+            elif latency is not None:
+                latency = dataclasses.replace(latency, scale_ms=scale_ms)
+            candidate = dataclasses.replace(candidate, verification=check, latency=latency)
+            if key == self.full_key:
+                self.baseline = candidate
+            else:
+                self.candidates[key] = candidate
+
     def _result(
         self,
         verdict: str,
@@ -688,7 +714,10 @@ class Study:
         nearest: Sequence[str] = (),
     ) -> StudyResult:
         shown = {**picks, **{f"nearest {i}": key for i, key in enumerate(nearest[:1])}}
-        samples = self._samples(shown) if self.baseline.state == "complete" else []
+        samples = []
+        if self.baseline.state == "complete":
+            samples = self._samples(shown)
+            self._time_scales(list(shown.values())[:1])
         self.progress.end_phase()
         facts, space, options = self.facts, self.space, self.options
         search, heldout = self.prompts["search"], self.prompts["heldout"]
