@@ -1,11 +1,15 @@
 """Shares per scale: of the steps that were run, in turn, nothing for a skipped one."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from stagevar.sampler import Sampler
 from stagevar.scale_latency import time_scales
 from stagevar.schedule import StageSchedule, exact, skip_only
+from tests.sample_study import make
 from tests.tiny import GRIDS, tiny_infinity
+from tuner.study import Study
 
 
 @pytest.fixture
@@ -45,3 +49,42 @@ def test_schedules_that_decide_have_no_fixed_shares(ran):
 def test_no_rounds_is_an_error(ran):
     with pytest.raises(ValueError, match="time nothing"):
         time_scales(ran, {}, "a", 0, rounds=0)
+
+
+def study_of(result, evaluator, said):
+    """What a study needs to add the shares to its measurements."""
+    pick = result.pick
+    return SimpleNamespace(
+        evaluator=evaluator, full_key=result.baseline.key, baseline=result.baseline, candidates={pick.key: pick},
+        steps={result.baseline.key: "all steps", pick.key: "fewer steps"}, stop=lambda: False,
+        progress=SimpleNamespace(say=said.append),
+    )  # fmt: skip
+
+
+def test_a_study_keeps_the_shares_with_its_newest_measurement(tmp_path):
+    result = make("full", tmp_path)
+    evaluator = SimpleNamespace(
+        scale_ms=lambda schedules: {key: (1.0, float(len(steps))) for key, steps in schedules.items()}
+    )
+    study = study_of(result, evaluator, [])
+    Study._time_scales(study, [result.pick.key])
+    assert study.baseline.verification.latency.scale_ms == (1.0, 9.0)
+    assert study.candidates[result.pick.key].verification.latency.scale_ms == (1.0, 11.0)
+    assert (
+        study.candidates[result.pick.key].verification.latency.samples_ms == result.pick.verification.latency.samples_ms
+    )
+
+
+def test_a_study_goes_on_without_the_shares(tmp_path):
+    result = make("full", tmp_path)
+    said = []
+
+    def broken(schedules):
+        raise RuntimeError("no clock\nno time")
+
+    study = study_of(result, SimpleNamespace(scale_ms=broken), said)
+    Study._time_scales(study, [result.pick.key])
+    assert study.baseline is result.baseline and said == ["scales were not timed: RuntimeError: no clock"]
+    without = study_of(result, SimpleNamespace(), said)
+    Study._time_scales(without, [result.pick.key])
+    assert without.baseline is result.baseline and len(said) == 1
