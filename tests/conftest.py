@@ -1,6 +1,7 @@
 """Property tests without a deadline; one Ray cluster for the whole run, started by the first test that asks for it."""
 
 import os
+import secrets
 
 import pytest
 from hypothesis import settings
@@ -11,6 +12,8 @@ settings.load_profile("any machine")
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # keeps Ray on the loopback, as on those systems
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray makes one in the home directory
 #: GCS notices a dead node after two seconds instead of half a minute.
 HEALTH = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
 #: Ray gives its helper processes 15 seconds to start, which a busy machine may miss.

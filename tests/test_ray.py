@@ -311,7 +311,7 @@ def test_options_of_placement_are_checked(options, message, capsys):
     assert message in said and "secret" not in said
 
 
-def test_a_cluster_of_our_own_is_on_the_loopback_without_dashboard(monkeypatch):
+def test_a_cluster_of_our_own_asks_for_the_loopback_without_dashboard(monkeypatch):
     import ray
 
     asked = {}

@@ -236,9 +236,9 @@ def check_placement(args: argparse.Namespace) -> None:
     """Checks the options that say where work runs and where trials are kept. Raises UsageError."""
     args.task_timeout = parse_time(args.task_timeout)
     if args.executor == "ray":
-        from tuner.executors.ray import require
+        from tuner.executors.ray import check_installed
 
-        require()
+        check_installed()
     elif args.ray_address or args.gpu_kind:
         raise UsageError("--ray-address and --gpu-kind need --executor ray")
     if args.storage is not None:

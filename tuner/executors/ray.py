@@ -11,9 +11,10 @@ The only module that imports ray, inside functions: without it everything else w
 from __future__ import annotations
 
 import gc
-import importlib
+import importlib.util
 import json
 import os
+import secrets
 import socket
 import sys
 import time
@@ -48,16 +49,25 @@ BROKEN_CUDA = 86
 _KIND_PREFIX = "accelerator_type:"
 
 
+def check_installed() -> None:
+    """Raises UsageError that names the extra where ray is missing; imports nothing."""
+    try:
+        found = importlib.util.find_spec("ray")
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        raise UsageError("ray is not installed; pip install 'stagevar-tune[ray]'")
+
+
 def require(name: str = "ray") -> Any:
     """The module `ray`, or one of its parts such as "ray.tune". Raises UsageError that names the extra."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
+    check_installed()
     try:
         import ray
-    except ModuleNotFoundError:
-        raise UsageError("ray is not installed; pip install 'stagevar-tune[ray]'") from None
-    try:
+
         return ray if name == "ray" else importlib.import_module(name)
     except ImportError as error:
         raise UsageError(f"{name} cannot be imported ({error}); pip install 'stagevar-tune[ray]'") from None
@@ -68,12 +78,17 @@ def connect(address: str | None = None) -> Callable[[], None]:
 
     Returns what disconnects; it does nothing where this process was connected already. Raises UsageError.
     """
+    if address is None and "ray" not in sys.modules:
+        # Read when ray is imported. The first makes it keep to the loopback, which it else maps to the network's address;
+        # the others keep other users of this machine out, with a token that nobody else learns.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     ray = require()
     if ray.is_initialized():
         return lambda: None
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
-        # Ray listens on all interfaces unless the node's address is the loopback.
         options |= {"address": "local", "_node_ip_address": "127.0.0.1", "include_dashboard": False}
     else:
         options["address"] = address
