@@ -241,10 +241,9 @@ def _trust(result: StudyResult) -> str:
         lines += _drift(result)
         if pick.skipped_scales:
             count = f"{pick.skipped_scales} scale{'s' if pick.skipped_scales > 1 else ''}"
-            lines.append(
-                ("no", f"This schedule does not run {count}: fine detail is lost, which prompt-following scores hardly see. "
-                       "Look at the images.")
-            )  # fmt: skip
+            look = "" if result.random_weights else " Look at the images."
+            lost = "fine detail is lost, which prompt-following scores hardly see"
+            lines.append(("no", f"This schedule does not run {count}: {lost}.{look}"))
     device = [str(result.device.get(key, "?")) for key in ("name", "dtype")]
     where = escape(", ".join([*device, f"{result.engine} engine"]))
     threads = result.device.get("threads")
