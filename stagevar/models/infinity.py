@@ -92,18 +92,19 @@ def rope_table(grids: Sequence[Grid], rope_grid: Grid, head_dim: int) -> Tensor:
 
 
 def rotate(x_RHLc: Tensor, cos_sin: Tensor) -> Tensor:
-    """Rotary embedding of interleaved pairs; cos_sin is (2, L, c/2) or, per row, (2, R, L, c/2)."""
-    cos, sin = cos_sin[0], cos_sin[1]
-    if cos.ndim == 3:
-        cos, sin = cos[:, None], sin[:, None]
-    pairs = x_RHLc.unflatten(-1, (-1, 2))
-    even, odd = pairs[..., 0], pairs[..., 1]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+    """Rotary embedding of interleaved pairs, as one complex product; leading axes before RHLc are allowed.
+
+    cos_sin is (2, L, c/2) or, per row, (2, R, L, c/2).
+    """
+    table = torch.complex(cos_sin[0], cos_sin[1])
+    if table.ndim == 3:
+        table = table[:, None]
+    return torch.view_as_real(torch.view_as_complex(x_RHLc.unflatten(-1, (-1, 2))) * table).flatten(-2)
 
 
 def modulated_norm(x_RLC: Tensor, scale_R1C: Tensor, shift_R1C: Tensor) -> Tensor:
     """LayerNorm without affine, then x * (1 + scale) + shift, in float32."""
-    return F.layer_norm(x_RLC.float(), x_RLC.shape[-1:], eps=1e-6) * (1 + scale_R1C) + shift_R1C
+    return torch.addcmul(shift_R1C, F.layer_norm(x_RLC.float(), x_RLC.shape[-1:], eps=1e-6), 1 + scale_R1C)
 
 
 def linear(x: Tensor, layer: nn.Linear) -> Tensor:
@@ -129,10 +130,12 @@ class SelfAttention(nn.Module):
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
         weight = self.mat_qkv.weight
         qkv = F.linear(x_RLC.to(weight.dtype), weight, bias.to(weight.dtype))
-        q, k, v = qkv.unflatten(-1, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
-        q = F.normalize(q.float(), dim=-1, eps=1e-12) * self.scale_mul_1H11.float().clamp_max(MAX_SCALE_MUL).exp()
-        k = F.normalize(k.float(), dim=-1, eps=1e-12)
-        return (q, k, v) if cos_sin is None else (rotate(q, cos_sin), rotate(k, cos_sin), v)
+        qkv = qkv.unflatten(-1, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        # q and k together: on small scales the number of kernels is what counts. The scale of q commutes with the rotation.
+        qk = F.normalize(qkv[:2].float(), dim=-1, eps=1e-12)
+        if cos_sin is not None:
+            qk = rotate(qk, cos_sin)
+        return qk[0] * self.scale_mul_1H11.float().clamp_max(MAX_SCALE_MUL).exp(), qk[1], qkv[2]
 
 
 class CrossAttention(nn.Module):
