@@ -29,7 +29,9 @@ def schedules(grids: tuple[tuple[int, int], ...]) -> dict[str, StageSchedule]:
     """Ten schedules from harmless to harmful."""
     scales = len(grids)
     chosen = {"full": exact(scales)}
-    chosen |= {name: preset(name, grids) for name in ("stagevar-paper", "stagevar-released", "fastvar", "skip-1", "skip-2")}
+    chosen |= {
+        name: preset(name, grids) for name in ("stagevar-paper", "stagevar-released", "fastvar", "skip-1", "skip-2")
+    }
     for cutoff in (scales - 1, scales - 2, scales - 3):
         chosen[f"one branch from scale {cutoff}"] = StageSchedule(structure_end=cutoff, cfg_delay=0)
     chosen["half the tokens at the last scale"] = StageSchedule(structure_end=scales - 1, rank_ratios=(0.5,))
@@ -50,9 +52,14 @@ def main() -> None:
     batches = [evaluator.quality(steps, "search", batch) for batch in range(prompts["search"].batches)]
     figures: dict[str, object] = {"environment": environment(), "prompts": options.prompts, "metrics": {}}
     for metric in ("geneval_nano", "quality", "psnr"):
-        values_SP = np.stack([np.concatenate([batch[index][metric] for batch in batches]) for index in range(len(named))])
-        rows = [subset_rank_correlation(values_SP, prompts["search"].items, size)
-                for size in SIZES if size < options.prompts]
+        values_SP = np.stack(
+            [np.concatenate([batch[index][metric] for batch in batches]) for index in range(len(named))]
+        )
+        rows = [
+            subset_rank_correlation(values_SP, prompts["search"].items, size)
+            for size in SIZES
+            if size < options.prompts
+        ]
         means = dict(zip(named, values_SP.mean(1).round(4).tolist(), strict=True))
         figures["metrics"][metric] = {"means": means, "subsets": rows}
         print(f"\n{metric}: " + ", ".join(f"{name} {mean:.3f}" for name, mean in means.items()))

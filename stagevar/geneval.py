@@ -175,8 +175,10 @@ def _check_clause(clause: Mapping, where: str, groups_before: int) -> None:
         return
     position = clause["position"]
     if not (isinstance(position, (list, tuple)) and len(position) == 2 and position[0] in RELATIONS):
-        raise UsageError(f"GenEval metadata: {where} has position {position!r}, expected [relation, index] with "
-                         f"relation one of {', '.join(RELATIONS)}")
+        raise UsageError(
+            f"GenEval metadata: {where} has position {position!r}, expected [relation, index] with "
+            f"relation one of {', '.join(RELATIONS)}"
+        )
     target = position[1]
     if isinstance(target, bool) or not isinstance(target, int) or not -groups_before <= target < groups_before:
         raise UsageError(f"GenEval metadata: {where} refers to include {target!r}, expected an earlier one")
@@ -188,10 +190,15 @@ def _kept(
     """Detections per class: above the floor, best first (later first among equals), at most `max_per_class`."""
     by_class: dict[str, list[Detection]] = {}
     for detection in detections:
-        if not (math.isfinite(detection.score) and len(detection.box_xyxy) == 4
-                and all(map(math.isfinite, detection.box_xyxy))):
-            raise UsageError(f"detection of {detection.class_name!r} has score {detection.score} and box "
-                             f"{detection.box_xyxy}: expected finite numbers, four for the box")
+        if not (
+            math.isfinite(detection.score)
+            and len(detection.box_xyxy) == 4
+            and all(map(math.isfinite, detection.box_xyxy))
+        ):
+            raise UsageError(
+                f"detection of {detection.class_name!r} has score {detection.score} and box "
+                f"{detection.box_xyxy}: expected finite numbers, four for the box"
+            )
         by_class.setdefault(detection.class_name, []).append(detection)
     kept = {}
     for class_name, found in by_class.items():

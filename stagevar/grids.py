@@ -11,6 +11,7 @@ from stagevar.errors import UsageError
 
 Grid = tuple[int, int]
 
+
 def _grids(rows: str) -> tuple[Grid, ...]:
     return tuple((int(h), int(w)) for h, w in (pair.split("x") for pair in rows.split()))
 

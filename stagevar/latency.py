@@ -120,7 +120,9 @@ def pinned(threads: int = 1) -> Iterator[int]:
     """
     available = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if threads < 1 or (available and threads > len(available)):
-        raise UsageError(f"threads {threads} must be between 1 and the {len(available)} processors this process may use")
+        raise UsageError(
+            f"threads {threads} must be between 1 and the {len(available)} processors this process may use"
+        )
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     if available:

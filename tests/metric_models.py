@@ -27,8 +27,9 @@ def clip_folder(folder: Path) -> str:
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": CLIP_CONFIG, "preprocess_cfg": preprocess}))
     torch.manual_seed(0)
     model = open_clip.CLIP(**{key: CLIP_CONFIG[key] for key in ("embed_dim", "vision_cfg", "text_cfg")})
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()},
-              folder / "open_clip_model.safetensors")
+    save_file(
+        {key: value.contiguous() for key, value in model.state_dict().items()}, folder / "open_clip_model.safetensors"
+    )
     return f"local-dir:{folder}"
 
 
@@ -62,8 +63,10 @@ def exact_gaussian(rng: np.random.Generator, count: int, mean_D: np.ndarray, cov
     return noise_ND @ whiten.T @ np.linalg.cholesky(covariance_DD).T + mean_D
 
 
-COCO_LABELS = {index: {"computer mouse": "mouse", "tv remote": "remote", "couch": "sofa"}.get(name, name)
-               for index, name in enumerate(COCO_CLASSES)}
+COCO_LABELS = {
+    index: {"computer mouse": "mouse", "tv remote": "remote", "couch": "sofa"}.get(name, name)
+    for index, name in enumerate(COCO_CLASSES)
+}
 
 
 def mask2former_folder(folder: Path) -> str:
@@ -75,12 +78,29 @@ def mask2former_folder(folder: Path) -> str:
     )
 
     torch.manual_seed(0)
-    backbone = SwinConfig(image_size=64, patch_size=4, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1],
-                          window_size=2, out_features=["stage1", "stage2", "stage3", "stage4"])
+    backbone = SwinConfig(
+        image_size=64,
+        patch_size=4,
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 1, 1, 1],
+        window_size=2,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
     config = Mask2FormerConfig(
-        backbone_config=backbone, hidden_dim=32, feature_size=32, mask_feature_size=32, encoder_layers=1,
-        decoder_layers=2, num_attention_heads=2, dim_feedforward=16, encoder_feedforward_dim=16, num_queries=5,
-        id2label=COCO_LABELS, label2id={name: index for index, name in COCO_LABELS.items()}, num_labels=80,
+        backbone_config=backbone,
+        hidden_dim=32,
+        feature_size=32,
+        mask_feature_size=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_attention_heads=2,
+        dim_feedforward=16,
+        encoder_feedforward_dim=16,
+        num_queries=5,
+        id2label=COCO_LABELS,
+        label2id={name: index for index, name in COCO_LABELS.items()},
+        num_labels=80,
     )
     Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
     Mask2FormerImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder)
@@ -91,14 +111,32 @@ def rtdetr_folder(folder: Path, labels: dict[int, str] | None = None) -> str:
     from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrImageProcessor, RTDetrResNetConfig
 
     torch.manual_seed(0)
-    backbone = RTDetrResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1],
-                                  layer_type="basic", out_features=["stage2", "stage3", "stage4"])
+    backbone = RTDetrResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 8, 16, 16],
+        depths=[1, 1, 1, 1],
+        layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )
     labels = labels or COCO_LABELS
     config = RTDetrConfig(
-        backbone_config=backbone, encoder_hidden_dim=16, encoder_in_channels=[8, 16, 16], feat_strides=[8, 16, 32],
-        encoder_ffn_dim=16, encoder_attention_heads=2, d_model=16, num_queries=6, decoder_in_channels=[16, 16, 16],
-        decoder_ffn_dim=16, decoder_layers=1, decoder_attention_heads=2, num_denoising=0, id2label=labels,
-        label2id={name: index for index, name in labels.items()}, num_labels=len(labels), eval_size=None,
+        backbone_config=backbone,
+        encoder_hidden_dim=16,
+        encoder_in_channels=[8, 16, 16],
+        feat_strides=[8, 16, 32],
+        encoder_ffn_dim=16,
+        encoder_attention_heads=2,
+        d_model=16,
+        num_queries=6,
+        decoder_in_channels=[16, 16, 16],
+        decoder_ffn_dim=16,
+        decoder_layers=1,
+        decoder_attention_heads=2,
+        num_denoising=0,
+        id2label=labels,
+        label2id={name: index for index, name in labels.items()},
+        num_labels=len(labels),
+        eval_size=None,
     )
     RTDetrForObjectDetection(config).save_pretrained(folder)
     RTDetrImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder)
@@ -110,8 +148,10 @@ def clip_tokenizer(folder: Path) -> object:
     from transformers import CLIPTokenizer
 
     words = [chr(code) for code in range(33, 127)]
-    vocabulary = {word: index for index, word in enumerate(
-        [*words, *(word + "</w>" for word in words), "<|startoftext|>", "<|endoftext|>"])}
+    vocabulary = {
+        word: index
+        for index, word in enumerate([*words, *(word + "</w>" for word in words), "<|startoftext|>", "<|endoftext|>"])
+    }
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
@@ -122,11 +162,25 @@ def owlv2_folder(folder: Path) -> str:
 
     torch.manual_seed(0)
     config = Owlv2Config(
-        text_config={"vocab_size": 200, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
-                     "num_attention_heads": 2, "max_position_embeddings": 64, "bos_token_id": 188, "eos_token_id": 189,
-                     "pad_token_id": 0},
-        vision_config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-                       "image_size": 64, "patch_size": 16},
+        text_config={
+            "vocab_size": 200,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 64,
+            "bos_token_id": 188,
+            "eos_token_id": 189,
+            "pad_token_id": 0,
+        },
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 64,
+            "patch_size": 16,
+        },
         projection_dim=16,
     )
     Owlv2ForObjectDetection(config).save_pretrained(folder)
@@ -139,8 +193,9 @@ def dino_folder(folder: Path) -> str:
     from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
     torch.manual_seed(0)
-    config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-                       image_size=32, patch_size=8)
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32, patch_size=8
+    )
     ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
     return str(folder)
@@ -153,12 +208,21 @@ def vilt_folder(folder: Path) -> str:
     torch.manual_seed(0)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "is", "there", "a", "cat", "dog", "?"]
     (folder / "vocab.txt").write_text("\n".join(words))
-    config = ViltConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                        intermediate_size=16, image_size=32, patch_size=16, id2label={0: "no", 1: "yes"},
-                        label2id={"no": 0, "yes": 1})
+    config = ViltConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=32,
+        patch_size=16,
+        id2label={0: "no", 1: "yes"},
+        label2id={"no": 0, "yes": 1},
+    )
     ViltForQuestionAnswering(config).save_pretrained(folder)
-    ViltProcessor(ViltImageProcessor(size={"shortest_edge": 32}, size_divisor=16),
-                  BertTokenizerFast(str(folder / "vocab.txt"))).save_pretrained(folder)
+    ViltProcessor(
+        ViltImageProcessor(size={"shortest_edge": 32}, size_divisor=16), BertTokenizerFast(str(folder / "vocab.txt"))
+    ).save_pretrained(folder)
     return str(folder)
 
 
@@ -170,13 +234,23 @@ def blip_folder(folder: Path) -> str:
     (folder / "vocab.txt").write_text("\n".join(words))
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = BlipConfig(
-        text_config=small | {"vocab_size": len(words), "encoder_hidden_size": 16, "bos_token_id": 5, "eos_token_id": 3,
-                             "sep_token_id": 3, "pad_token_id": 0, "max_position_embeddings": 32},
-        vision_config=small | {"image_size": 32, "patch_size": 16}, projection_dim=16,
+        text_config=small
+        | {
+            "vocab_size": len(words),
+            "encoder_hidden_size": 16,
+            "bos_token_id": 5,
+            "eos_token_id": 3,
+            "sep_token_id": 3,
+            "pad_token_id": 0,
+            "max_position_embeddings": 32,
+        },
+        vision_config=small | {"image_size": 32, "patch_size": 16},
+        projection_dim=16,
     )
     BlipForQuestionAnswering(config).save_pretrained(folder)
-    BlipProcessor(BlipImageProcessor(size={"height": 32, "width": 32}),
-                  BertTokenizerFast(str(folder / "vocab.txt"))).save_pretrained(folder)
+    BlipProcessor(
+        BlipImageProcessor(size={"height": 32, "width": 32}), BertTokenizerFast(str(folder / "vocab.txt"))
+    ).save_pretrained(folder)
     return str(folder)
 
 
@@ -188,8 +262,10 @@ def trunk_file(folder: Path, net: str) -> str:
     torch.manual_seed(0)
     with torch.device("meta"):
         features = {"alex": torchvision.models.alexnet, "vgg": torchvision.models.vgg16}[net](weights=None).features
-    state = {f"features.{key}": torch.randn(value.shape) * (2 / max(1, value[0].numel())) ** 0.5
-             for key, value in features.state_dict().items()}
+    state = {
+        f"features.{key}": torch.randn(value.shape) * (2 / max(1, value[0].numel())) ** 0.5
+        for key, value in features.state_dict().items()
+    }
     save_file(state, folder / f"{net}.safetensors")
     return str(folder / f"{net}.safetensors")
 

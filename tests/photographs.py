@@ -67,8 +67,13 @@ class CenterNet:
         results = []
         for image, rows in zip(images, json.loads((self.folder / "found.json").read_text()), strict=True):
             scale = np.array([image.width, image.height] * 2) / SIDE
-            results.append([Found(COCO_CLASSES[int(row[5])], row[4], tuple((np.array(row[:4]) * scale).tolist()))
-                            for row in rows if row[4] > floor])
+            results.append(
+                [
+                    Found(COCO_CLASSES[int(row[5])], row[4], tuple((np.array(row[:4]) * scale).tolist()))
+                    for row in rows
+                    if row[4] > floor
+                ]
+            )
         return results
 
     def describe(self):
@@ -77,8 +82,20 @@ class CenterNet:
 
 def mean_color(image, class_name, boxes_xyxy, masks_HW=None):
     """The nearest of GenEval's colours to the mean pixel of each box."""
-    palette = np.array([(220, 30, 30), (250, 140, 20), (240, 230, 40), (40, 170, 60), (40, 60, 220), (130, 40, 170),
-                        (250, 150, 190), (120, 70, 30), (15, 15, 15), (245, 245, 245)])
+    palette = np.array(
+        [
+            (220, 30, 30),
+            (250, 140, 20),
+            (240, 230, 40),
+            (40, 170, 60),
+            (40, 60, 220),
+            (130, 40, 170),
+            (250, 150, 190),
+            (120, 70, 30),
+            (15, 15, 15),
+            (245, 245, 245),
+        ]
+    )
     names = []
     for box in boxes_xyxy:
         pixel = np.asarray(image.convert("RGB").crop(tuple(map(round, box)))).reshape(-1, 3).mean(0)
@@ -100,15 +117,25 @@ def fetched(pytestconfig):
         archive.unlink()
     if not (folder / "node_modules").is_dir():
         (folder / "package.json").write_text("{}")
-        subprocess.run(["npm", "install", "--ignore-scripts", "--no-audit", *TFJS], cwd=folder, check=True,
-                       capture_output=True)
+        subprocess.run(
+            ["npm", "install", "--ignore-scripts", "--no-audit", *TFJS], cwd=folder, check=True, capture_output=True
+        )
     if not list(folder.glob("*.whl")):
-        subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "-d", str(folder), "scikit-image"],
-                       check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, "-m", "pip", "download", "--no-deps", "-d", str(folder), "scikit-image"],
+            check=True,
+            capture_output=True,
+        )
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-        photos = {subject: Image.open(wheel.open(f"skimage/data/{file}")).convert("RGB") for subject, file in {
-            "person": "astronaut.png", "cup": "coffee.png", "motorcycle": "motorcycle_left.png", "man": "camera.png",
-        }.items()}
+        photos = {
+            subject: Image.open(wheel.open(f"skimage/data/{file}")).convert("RGB")
+            for subject, file in {
+                "person": "astronaut.png",
+                "cup": "coffee.png",
+                "motorcycle": "motorcycle_left.png",
+                "man": "camera.png",
+            }.items()
+        }
     return folder, photos
 
 
@@ -129,19 +156,29 @@ def clause(name, **extra):
 
 def cases(photos):
     """(image, metadata, the verdict that eyes give)."""
-    two = {"tag": "counting", "include": [{"class": "person", "count": 2}],
-           "exclude": [{"class": "person", "count": 3}], "prompt": "two persons"}
+    two = {
+        "tag": "counting",
+        "include": [{"class": "person", "count": 2}],
+        "exclude": [{"class": "person", "count": 3}],
+        "prompt": "two persons",
+    }
     right = collage(photos, "motorcycle", "person")
     above = collage(photos, "man", "motorcycle", stacked=True)
     tinted = collage(photos, "motorcycle", "person", tints=("red", "blue"))
 
     def beside(relation):
-        return {"tag": "position", "prompt": relation,
-                "include": [clause("motorcycle"), clause("person", position=[relation, 0])]}
+        return {
+            "tag": "position",
+            "prompt": relation,
+            "include": [clause("motorcycle"), clause("person", position=[relation, 0])],
+        }
 
     def colored(first, second):
-        return {"tag": "color_attr", "prompt": f"{first} {second}",
-                "include": [clause("motorcycle", color=first), clause("person", color=second)]}
+        return {
+            "tag": "color_attr",
+            "prompt": f"{first} {second}",
+            "include": [clause("motorcycle", color=first), clause("person", color=second)],
+        }
 
     return [
         (photos["person"], {"tag": "single_object", "include": [clause("person")], "prompt": "a person"}, True),
@@ -149,8 +186,11 @@ def cases(photos):
         (photos["cup"], {"tag": "single_object", "include": [clause("cup")], "prompt": "a cup"}, True),
         (photos["cup"], {"tag": "single_object", "include": [clause("motorcycle")], "prompt": "no cup"}, False),
         (right, {"tag": "two_object", "include": [clause("person"), clause("motorcycle")], "prompt": "both"}, True),
-        (photos["motorcycle"], {"tag": "two_object", "include": [clause("person"), clause("motorcycle")],
-                                "prompt": "only one"}, False),
+        (
+            photos["motorcycle"],
+            {"tag": "two_object", "include": [clause("person"), clause("motorcycle")], "prompt": "only one"},
+            False,
+        ),
         (collage(photos, "person", "man"), two, True),
         (photos["person"], two, False),
         (right, beside("right of"), True),
@@ -180,10 +220,13 @@ def test_photographs_are_judged_as_eyes_judge_them(fetched, tmp_path, capsys):
     verdicts = [row["value"] == 1.0 for row in result["rows"]]
     assert verdicts == expected, [(row["image"], row["reason"]) for row in result["rows"]]
     assert result["summary"]["tags"] == pytest.approx(
-        {"single_object": 0.75, "two_object": 0.5, "counting": 0.5, "position": 0.5, "colors": 0.5, "color_attr": 0.5})
+        {"single_object": 0.75, "two_object": 0.5, "counting": 0.5, "position": 0.5, "colors": 0.5, "color_attr": 0.5}
+    )
 
-    found = [{"name": row["image"], "metadata": image.prompt, "detections": row["detections"]}
-             for image, row in zip(images, result["rows"], strict=True)]
+    found = [
+        {"name": row["image"], "metadata": image.prompt, "detections": row["detections"]}
+        for image, row in zip(images, result["rows"], strict=True)
+    ]
     (tmp_path / "found.json").write_text(json.dumps(found))
     assert main(["geneval", "--detections", str(tmp_path / "found.json"), "--counting-threshold", "0.5", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)["results"]

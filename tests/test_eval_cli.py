@@ -15,8 +15,12 @@ from PIL import Image
 from tuner.eval_cli import main
 from tuner.metrics import METRIC_NAMES
 
-DOGS = {"tag": "counting", "include": [{"class": "dog", "count": 2}], "exclude": [{"class": "dog", "count": 3}],
-        "prompt": "a photo of two dogs"}
+DOGS = {
+    "tag": "counting",
+    "include": [{"class": "dog", "count": 2}],
+    "exclude": [{"class": "dog", "count": 3}],
+    "prompt": "a photo of two dogs",
+}
 RED = {"tag": "colors", "include": [{"class": "cup", "count": 1, "color": "red"}], "prompt": "a photo of a red cup"}
 
 
@@ -27,23 +31,32 @@ def dog(score):
 @pytest.fixture
 def detections(tmp_path):
     path = tmp_path / "found.json"
-    path.write_text(json.dumps([
-        {"name": "two", "metadata": DOGS, "detections": [dog(0.95), dog(0.91)]},
-        {"name": "unsure", "metadata": DOGS, "detections": [dog(0.95), dog(0.9)]},
-        {"name": "three", "metadata": DOGS, "detections": [dog(0.95)] * 3},
-        {"name": "cup", "metadata": RED,
-         "detections": [{"class": "cup", "score": 0.4, "box": [0, 0, 9, 9], "color": "red"}]},
-    ]))
+    path.write_text(
+        json.dumps(
+            [
+                {"name": "two", "metadata": DOGS, "detections": [dog(0.95), dog(0.91)]},
+                {"name": "unsure", "metadata": DOGS, "detections": [dog(0.95), dog(0.9)]},
+                {"name": "three", "metadata": DOGS, "detections": [dog(0.95)] * 3},
+                {
+                    "name": "cup",
+                    "metadata": RED,
+                    "detections": [{"class": "cup", "score": 0.4, "box": [0, 0, 9, 9], "color": "red"}],
+                },
+            ]
+        )
+    )
     return path
 
 
 @pytest.fixture
 def answers(tmp_path):
     path = tmp_path / "answers.csv"
-    path.write_text("item_id,proposition_id,dependency,tuple,tile,answer\n"
-                    "z,1,0,entity - whole (z),0,yes\n"
-                    "a,1,0,entity - whole (cat),0,no\na,2,1,attribute - color (cat),0,yes\n"
-                    "a,1,0,entity - whole (cat),1,yes\na,2,1,attribute - color (cat),1,yes\n")
+    path.write_text(
+        "item_id,proposition_id,dependency,tuple,tile,answer\n"
+        "z,1,0,entity - whole (z),0,yes\n"
+        "a,1,0,entity - whole (cat),0,no\na,2,1,attribute - color (cat),0,yes\n"
+        "a,1,0,entity - whole (cat),1,yes\na,2,1,attribute - color (cat),1,yes\n"
+    )
     return path
 
 
@@ -78,15 +91,20 @@ def test_geneval_from_detections(capsys, detections):
     found = document["results"]
     assert [verdict["correct"] for verdict in found["verdicts"]] == [True, False, False, True]
     assert [verdict["reason"] for verdict in found["verdicts"]] == [
-        "", "expected dog>=2, found 1", "expected dog<3, found 3", ""]
+        "",
+        "expected dog>=2, found 1",
+        "expected dog<3, found 3",
+        "",
+    ]
     assert found["tags"] == {"counting": pytest.approx(1 / 3), "colors": 1.0}
     assert found["overall"] == pytest.approx(2 / 3) and found["correct_images"] == 0.5
     assert len(next(iter(document["inputs"].values()))) == 64 and document["versions"]["numpy"]
 
 
 def test_geneval_prints_a_table_and_takes_thresholds(capsys, detections, tmp_path):
-    code, out, _ = run(capsys, "geneval", "--detections", detections, "--counting-threshold", "0.89",
-                       "--out", tmp_path / "result.json")
+    code, out, _ = run(
+        capsys, "geneval", "--detections", detections, "--counting-threshold", "0.89", "--out", tmp_path / "result.json"
+    )
     assert code == 0 and "counting" in out and "66.67%" in out and "0.83333" in out
     saved = json.loads((tmp_path / "result.json").read_text())
     assert saved["results"]["overall"] == pytest.approx(5 / 6) and saved["schema"] == "stagevar-eval/1"
@@ -114,7 +132,10 @@ def test_a_missing_parent_leaves_the_published_score(capsys, tmp_path):
 
 def test_the_documented_examples_run_as_they_stand(capsys, tmp_path):
     text = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
-    for language, suffix, arguments in (("json", "json", ["geneval", "--detections"]), ("csv", "csv", ["dpg", "--answers"])):
+    for language, suffix, arguments in (
+        ("json", "json", ["geneval", "--detections"]),
+        ("csv", "csv", ["dpg", "--answers"]),
+    ):
         (tmp_path / f"example.{suffix}").write_text(re.search(rf"```{language}\n(.*?)```", text, re.DOTALL)[1])
         found = results(capsys, *arguments, tmp_path / f"example.{suffix}")["results"]
         assert found["overall"] == 1.0 if language == "json" else found["corrected"]["score"] == 50.0
@@ -123,8 +144,19 @@ def test_the_documented_examples_run_as_they_stand(capsys, tmp_path):
 
 
 def test_a_folder_needs_no_verb(capsys, folder):
-    document = results(capsys, "--images", folder / "images", "--metric", "psnr", "--metric", "geneval_nano",
-                       "--reference", folder / "reference", "--out", folder / "result.json")
+    document = results(
+        capsys,
+        "--images",
+        folder / "images",
+        "--metric",
+        "psnr",
+        "--metric",
+        "geneval_nano",
+        "--reference",
+        folder / "reference",
+        "--out",
+        folder / "result.json",
+    )
     metrics = document["results"]["metrics"]
     assert metrics["psnr"]["images"] == 3 and 5 < metrics["psnr"]["summary"]["mean"] < 15
     assert set(metrics["geneval_nano"]["summary"]["tags"]) == {"colors", "counting"}
@@ -198,11 +230,13 @@ def test_wrong_input_is_one_line_and_exit_2(capsys, detections, answers, folder,
 
 
 def test_help_loads_no_model_library():
-    code = ("import sys, tuner.eval_cli as cli\n"
-            "for arguments in (['--help'], ['geneval', '--help'], ['dpg', '--help'], ['images', '--help']):\n"
-            "    try: cli.main(arguments)\n"
-            "    except SystemExit as stop: assert stop.code == 0\n"
-            "print('torch' in sys.modules, 'open_clip' in sys.modules, 'pandas' in sys.modules)")
+    code = (
+        "import sys, tuner.eval_cli as cli\n"
+        "for arguments in (['--help'], ['geneval', '--help'], ['dpg', '--help'], ['images', '--help']):\n"
+        "    try: cli.main(arguments)\n"
+        "    except SystemExit as stop: assert stop.code == 0\n"
+        "print('torch' in sys.modules, 'open_clip' in sys.modules, 'pandas' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False False False"
     assert "box_xywh" in done.stdout and "proposition_id" in done.stdout

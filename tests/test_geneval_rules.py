@@ -172,8 +172,13 @@ def box_at(x, y, size=0.0):
 @pytest.mark.parametrize(
     ("offset", "expected"),
     [
-        ((-50, 0), ("left of",)), ((50, 0), ("right of",)), ((0, -50), ("above",)), ((0, 50), ("below",)),
-        ((-50, -50), ("left of", "above")), ((50, 50), ("right of", "below")), ((0, 0), ()),
+        ((-50, 0), ("left of",)),
+        ((50, 0), ("right of",)),
+        ((0, -50), ("above",)),
+        ((0, 50), ("below",)),
+        ((-50, -50), ("left of", "above")),
+        ((50, 50), ("right of", "below")),
+        ((0, 0), ()),
     ],
 )
 def test_relations_of_points(offset, expected):
@@ -207,8 +212,9 @@ def position(relation, target=0):
     return wants("position", clause("dog"), clause("cat", position=[relation, target]))
 
 
-@pytest.mark.parametrize(("relation", "x", "y"), [("left of", -40, 0), ("right of", 40, 0), ("above", 0, -40),
-                                                 ("below", 0, 40)])
+@pytest.mark.parametrize(
+    ("relation", "x", "y"), [("left of", -40, 0), ("right of", 40, 0), ("above", 0, -40), ("below", 0, 40)]
+)
 def test_the_second_class_is_the_subject(relation, x, y):
     found = (thing("dog", box=box_at(0, 0, 10)), thing("cat", box=box_at(x, y, 10)))
     assert verdict(position(relation), *found).correct
@@ -245,11 +251,14 @@ def test_a_failed_colour_ends_the_clause_before_its_position():
 
 
 def test_a_failed_include_is_no_target_for_a_third():
-    metadata = wants("position", clause("dog"), clause("cat", position=["left of", 0]),
-                     clause("cup", position=["below", 1]))
+    metadata = wants(
+        "position", clause("dog"), clause("cat", position=["left of", 0]), clause("cup", position=["below", 1])
+    )
     found = [thing("dog", box=box_at(0, 0)), thing("cat", box=box_at(40, 0)), thing("cup", box=box_at(40, 40))]
     assert verdict(metadata, *found).reason.split("\n") == [
-        "expected cat left of target, found right of target", "no target for cup to be below"]
+        "expected cat left of target, found right of target",
+        "no target for cup to be below",
+    ]
 
 
 # Overlap (off by default) ------------------------------------------------------------------------------------------
@@ -321,8 +330,10 @@ def test_relations_mirror(box_a, box_b):
     assert len(relations(box_a, box_b)) <= 2
 
 
-@given(st.lists(st.tuples(st.floats(0, 1), st.sampled_from(COLORS)), max_size=6, unique_by=lambda row: row[0]),
-       st.randoms())
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.sampled_from(COLORS)), max_size=6, unique_by=lambda row: row[0]),
+    st.randoms(),
+)
 def test_the_order_of_detections_is_irrelevant_unless_scores_are_equal(rows, random):
     detections = [thing(score=score, color=color) for score, color in rows]
     shuffled = random.sample(detections, len(detections))

@@ -16,8 +16,12 @@ from tests import metric_models
 from tuner.metrics import METRIC_NAMES, SetMetric, create
 from tuner.metrics.registry import create_composite, metric_class
 
-PROMPT = {"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "red"}], "prompt": "a photo of a dog",
-          "item_id": "a"}
+PROMPT = {
+    "tag": "colors",
+    "include": [{"class": "dog", "count": 1, "color": "red"}],
+    "prompt": "a photo of a dog",
+    "item_id": "a",
+}
 SIZE = 48
 SETS = ("fid", "kid", "is")
 
@@ -34,6 +38,7 @@ class FlatFeatures(torch.nn.Module):
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
     """Options for every metric that load tiny models from local files."""
+
     def folder(name):
         return tmp_path_factory.mktemp(name)
 
@@ -42,14 +47,26 @@ def options(tmp_path_factory):
     questions.write_text(metric_models.QUESTIONS)
     sets = {"extractor": FlatFeatures()}
     return {
-        "clip_score": clip, "clip_image_similarity": clip, "hpsv2": clip | {"weights": "unused"},
-        "geneval": {"detector": "rtdetr", "detector_model": metric_models.rtdetr_folder(folder("rtdetr")),
-                    "color_classifier": metric_models.FixedColor(), "threshold": 0.01, "counting_threshold": 0.01},
-        "geneval_nano": {}, "dpg": {"questions": str(questions), "vqa": metric_models.AnswersYes()},
-        "psnr": {}, "ssim": {}, "lpips": {"weights": metric_models.trunk_file(folder("alex"), "alex")},
+        "clip_score": clip,
+        "clip_image_similarity": clip,
+        "hpsv2": clip | {"weights": "unused"},
+        "geneval": {
+            "detector": "rtdetr",
+            "detector_model": metric_models.rtdetr_folder(folder("rtdetr")),
+            "color_classifier": metric_models.FixedColor(),
+            "threshold": 0.01,
+            "counting_threshold": 0.01,
+        },
+        "geneval_nano": {},
+        "dpg": {"questions": str(questions), "vqa": metric_models.AnswersYes()},
+        "psnr": {},
+        "ssim": {},
+        "lpips": {"weights": metric_models.trunk_file(folder("alex"), "alex")},
         "dists": {"weights": metric_models.trunk_file(folder("vgg"), "vgg")},
         "dino": {"model": metric_models.dino_folder(folder("dino"))},
-        "fid": sets, "kid": sets, "is": sets,
+        "fid": sets,
+        "kid": sets,
+        "is": sets,
     }
 
 
@@ -86,7 +103,7 @@ def test_one_finite_value_per_image_and_the_same_again(built, images, name):
 def test_the_batch_does_not_matter(built, images, name):
     metric, (smooth, noisy) = built[name], images
     together = metric.score(noisy, [PROMPT] * 4, smooth)
-    alone = [metric.score(noisy[i:i + 1], [PROMPT], smooth[i:i + 1])[0] for i in range(4)]
+    alone = [metric.score(noisy[i : i + 1], [PROMPT], smooth[i : i + 1])[0] for i in range(4)]
     np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-5)
 
 

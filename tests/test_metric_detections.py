@@ -34,17 +34,32 @@ SAME = {
     "one entry": ENTRY,
     "inline metadata": [{"filename": "00003/samples/0000.png", **METADATA, "objects": [DOG, CAT]}],
     "metadata as text": [ENTRY | {"metadata": json.dumps(METADATA)}],
-    "other words": [ENTRY | {"detections": [
-        {"label": "dog", "confidence": 0.9, "bbox": [1, 2, 11, 22], "colour": "red"},
-        {"category": "cat", "prob": 0.5, "box_xywh": [0, 0, 5, 5]}]}],
-    "score in the box": [ENTRY | {"detections": [
-        {"class_name": "dog", "xyxy": [1, 2, 11, 22, 0.9], "color": "red"},
-        {"class": "cat", "box": [0, 0, 5, 5, 0.5]}]}],
-    "by class": [ENTRY | {"detections": {
-        "dog": [{"score": 0.9, "box": [1, 2, 11, 22], "color": "red"}], "cat": [[0, 0, 5, 5, 0.5]]}}],
+    "other words": [
+        ENTRY
+        | {
+            "detections": [
+                {"label": "dog", "confidence": 0.9, "bbox": [1, 2, 11, 22], "colour": "red"},
+                {"category": "cat", "prob": 0.5, "box_xywh": [0, 0, 5, 5]},
+            ]
+        }
+    ],
+    "score in the box": [
+        ENTRY
+        | {
+            "detections": [
+                {"class_name": "dog", "xyxy": [1, 2, 11, 22, 0.9], "color": "red"},
+                {"class": "cat", "box": [0, 0, 5, 5, 0.5]},
+            ]
+        }
+    ],
+    "by class": [
+        ENTRY
+        | {"detections": {"dog": [{"score": 0.9, "box": [1, 2, 11, 22], "color": "red"}], "cat": [[0, 0, 5, 5, 0.5]]}}
+    ],
     "colour scores": [ENTRY | {"detections": [DOG | {"color": None, "color_scores": RED_FIRST}, CAT]}],
-    "colour scores by name": [ENTRY | {"detections": [
-        DOG | {"color": None, "color_scores": {"white": 0.5, "red": 0.5}}, CAT]}],
+    "colour scores by name": [
+        ENTRY | {"detections": [DOG | {"color": None, "color_scores": {"white": 0.5, "red": 0.5}}, CAT]}
+    ],
 }
 
 
@@ -76,15 +91,30 @@ def test_metadata_from_its_own_file(tmp_path):
 def test_the_official_results_file_is_judged_again_alike(tmp_path):
     metadata = {"tag": "counting", "include": [{"class": "dog", "count": 1}], "exclude": [{"class": "dog", "count": 2}]}
     rows = [
-        {"filename": "0.png", "tag": "counting", "prompt": "p", "correct": True, "reason": "",
-         "metadata": json.dumps(metadata), "details": json.dumps({"dog": [[0, 0, 9, 9, 0.95]]})},
-        {"filename": "1.png", "tag": "counting", "prompt": "p", "correct": False, "reason": "expected dog<2, found 2",
-         "metadata": json.dumps(metadata), "details": json.dumps({"dog": [[0, 0, 9, 9, 0.95], [1, 1, 8, 8, 0.95]]})},
+        {
+            "filename": "0.png",
+            "tag": "counting",
+            "prompt": "p",
+            "correct": True,
+            "reason": "",
+            "metadata": json.dumps(metadata),
+            "details": json.dumps({"dog": [[0, 0, 9, 9, 0.95]]}),
+        },
+        {
+            "filename": "1.png",
+            "tag": "counting",
+            "prompt": "p",
+            "correct": False,
+            "reason": "expected dog<2, found 2",
+            "metadata": json.dumps(metadata),
+            "details": json.dumps({"dog": [[0, 0, 9, 9, 0.95], [1, 1, 8, 8, 0.95]]}),
+        },
     ]
     images = read_detections(write(tmp_path, "\n".join(json.dumps(row) for row in rows), "results.jsonl"))
     report = score_detections(images)
     assert [(verdict.correct, verdict.reason) for verdict in report.verdicts] == [
-        (row["correct"], row["reason"]) for row in rows]
+        (row["correct"], row["reason"]) for row in rows
+    ]
     assert report.summary.overall == 0.5 and report.summary.correct_prompts == 1.0
     # Best first, equals later-first: that order must survive the second reading.
     assert images[1].detections[-1].box_xyxy == (0.0, 0.0, 9.0, 9.0)
@@ -127,9 +157,32 @@ def test_a_file_that_is_not_there_is_refused(tmp_path):
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=True) | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(
-        st.sampled_from(["tag", "include", "metadata", "detections", "details", "class", "count", "score", "box",
-                         "color", "color_scores", "images", "position", "dog", *COLORS[:1]]), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(
+                [
+                    "tag",
+                    "include",
+                    "metadata",
+                    "detections",
+                    "details",
+                    "class",
+                    "count",
+                    "score",
+                    "box",
+                    "color",
+                    "color_scores",
+                    "images",
+                    "position",
+                    "dog",
+                    *COLORS[:1],
+                ]
+            ),
+            inner,
+            max_size=4,
+        )
+    ),
     max_leaves=12,
 )
 
@@ -138,8 +191,11 @@ json_values = st.recursive(
 @given(json_values, st.sampled_from(["entry", "metadata", "detections", "detection", "whole"]))
 def test_whatever_the_file_holds_the_answer_is_a_report_or_a_usage_error(tmp_path, value, where):
     content = {
-        "whole": value, "entry": [value], "metadata": [ENTRY | {"metadata": value}],
-        "detections": [ENTRY | {"detections": value}], "detection": [ENTRY | {"detections": [value]}],
+        "whole": value,
+        "entry": [value],
+        "metadata": [ENTRY | {"metadata": value}],
+        "detections": [ENTRY | {"detections": value}],
+        "detection": [ENTRY | {"detections": [value]}],
     }[where]
     try:
         report = score_detections(read_detections(write(tmp_path, content)))

@@ -44,8 +44,12 @@ def test_fid_of_gaussians_is_the_closed_form(gaussians):
 
 def test_fid_of_one_dimension_is_the_textbook_formula():
     rng = np.random.default_rng(1)
-    table = np.concatenate([exact_gaussian(rng, COUNT, np.array([1.0]), np.array([[4.0]])),
-                            exact_gaussian(rng, COUNT, np.array([-2.0]), np.array([[9.0]]))])
+    table = np.concatenate(
+        [
+            exact_gaussian(rng, COUNT, np.array([1.0]), np.array([[4.0]])),
+            exact_gaussian(rng, COUNT, np.array([-2.0]), np.array([[9.0]])),
+        ]
+    )
     assert Fid(extractor=Lookup(table)).score_set([A], [B]) == pytest.approx(3.0**2 + (2 - 3) ** 2, rel=1e-4)
 
 

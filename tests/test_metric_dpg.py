@@ -21,8 +21,11 @@ FIRST = ask("zero", 1)  # the line that the published script loses
 
 def answers(item, *tiles):
     """tiles: one tuple of answers per tile, propositions 1, 2, ..."""
-    return {(item, proposition, tile): value for tile, values in enumerate(tiles)
-            for proposition, value in enumerate(values, start=1)}
+    return {
+        (item, proposition, tile): value
+        for tile, values in enumerate(tiles)
+        for proposition, value in enumerate(values, start=1)
+    }
 
 
 def score(questions, given, mode):
@@ -136,8 +139,9 @@ a,2,"1, 0","attribute - color (cat, black)",1,yes
 EXPECTED = {("a", 1, 0): Y, ("a", 2, 0): N, ("a", 1, 1): N, ("a", 2, 1): Y}
 SAME = {
     "long": LONG,
-    "tab": LONG.replace('"1, 0"', "1;0").replace('"attribute - color (cat, black)"', "attribute - color (x)").replace(
-        ",", "\t"),
+    "tab": LONG.replace('"1, 0"', "1;0")
+    .replace('"attribute - color (cat, black)"', "attribute - color (x)")
+    .replace(",", "\t"),
     "bom and crlf": "\ufeff" + LONG.replace("\n", "\r\n"),
     "no tile column": """item_id,proposition_id,dependency,tuple,answer
 a,1,0,entity - whole (cat),yes
@@ -149,8 +153,10 @@ a,2,1,attribute - color (cat),yes
 a,1,,entity,whole,yes,no
 a,2,1,attribute,color,no,yes
 """,
-    "tile names": LONG.replace(",0,yes", ",TL,yes").replace(",0,no", ",TL,no").replace(",1,no", ",TR,no").replace(
-        ",1,yes", ",tr,yes"),
+    "tile names": LONG.replace(",0,yes", ",TL,yes")
+    .replace(",0,no", ",TL,no")
+    .replace(",1,no", ",TR,no")
+    .replace(",1,yes", ",tr,yes"),
     "scores": """Item_ID, qid, parents, category, sample, score
 a, 1, 0, entity - whole (cat), 0, 1
 a, 2, 1, attribute - color (cat), 0, 0
@@ -175,7 +181,8 @@ def test_answers_beside_the_official_question_file(tmp_path):
     (tmp_path / "q.csv").write_text(
         "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,"
         "question_natural_language\n"
-        "a,t,k,1,0,entity,whole,entity - whole (cat),Is there a cat?\nb,t,k,1,0,entity,whole,entity - whole (x),Q?\n")
+        "a,t,k,1,0,entity,whole,entity - whole (cat),Is there a cat?\nb,t,k,1,0,entity,whole,entity - whole (x),Q?\n"
+    )
     (tmp_path / "a.csv").write_text("item_id,proposition_id,tile,answer\nb,1,0,yes\n")
     questions, given = read_answers(tmp_path / "a.csv", tmp_path / "q.csv")
     assert [question.text for question in questions] == ["Is there a cat?", "Q?"]
@@ -206,14 +213,21 @@ def test_unreadable_files_are_refused_with_their_line(tmp_path, text, named):
         read_answers(path)
 
 
-cells = st.one_of(st.sampled_from(["a", "b", "1", "2", "0", "1,2", "yes", "no", "", "TL", "1e400", "nan", '"', "\x00"]),
-                  st.text(max_size=4))
+cells = st.one_of(
+    st.sampled_from(["a", "b", "1", "2", "0", "1,2", "yes", "no", "", "TL", "1e400", "nan", '"', "\x00"]),
+    st.text(max_size=4),
+)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300, deadline=None)
-@given(st.lists(st.sampled_from(["item_id", "proposition_id", "dependency", "tile", "answer", "answer_0", "tuple", "x"]),
-                unique=True, min_size=1),
-       st.lists(st.lists(cells, min_size=1, max_size=6), max_size=5))
+@given(
+    st.lists(
+        st.sampled_from(["item_id", "proposition_id", "dependency", "tile", "answer", "answer_0", "tuple", "x"]),
+        unique=True,
+        min_size=1,
+    ),
+    st.lists(st.lists(cells, min_size=1, max_size=6), max_size=5),
+)
 def test_whatever_the_file_holds_the_answer_is_a_score_or_a_usage_error(tmp_path, header, rows):
     path = tmp_path / "answers.csv"
     path.write_text("\n".join(",".join(row) for row in [header, *rows]), encoding="utf-8", errors="replace")

@@ -35,9 +35,11 @@ class NanoDetector:
 
     def __call__(self, images, floor):
         return [
-            [Found(item.class_name, item.score, item.box_xyxy, color=item.color, texture=item.texture)
-             for item in checker.detect(np.asarray(image).transpose(2, 0, 1).astype(np.float32) / 255.0)
-             if item.score > floor]
+            [
+                Found(item.class_name, item.score, item.box_xyxy, color=item.color, texture=item.texture)
+                for item in checker.detect(np.asarray(image).transpose(2, 0, 1).astype(np.float32) / 255.0)
+                if item.score > floor
+            ]
             for image in images
         ]
 
@@ -65,8 +67,10 @@ def test_the_proxy_agrees_on_every_image(world, verdicts):
     rows = metric.rows(images, prompts)
     assert np.array_equal([row["value"] for row in rows], verdicts.astype(float))
     summary = metric.summary(rows, prompts)
-    means = {tag: np.mean([ok for ok, prompt in zip(verdicts, prompts, strict=True) if prompt["tag"] == tag])
-             for tag in scenes.TASKS}
+    means = {
+        tag: np.mean([ok for ok, prompt in zip(verdicts, prompts, strict=True) if prompt["tag"] == tag])
+        for tag in scenes.TASKS
+    }
     assert summary["tags"] == pytest.approx(means)
     assert summary["overall"] == pytest.approx(np.mean(list(means.values())))
 
@@ -74,10 +78,20 @@ def test_the_proxy_agrees_on_every_image(world, verdicts):
 def test_the_command_line_agrees_on_every_image(world, verdicts, tmp_path, capsys):
     images, prompts = world
     entries = [
-        {"name": str(index), "metadata": prompt, "detections": [
-            {"class": item.class_name, "score": float(item.score), "box": [float(value) for value in item.box_xyxy],
-             "color": item.color, "texture": item.texture}
-            for item in checker.detect(image.transpose(2, 0, 1).astype(np.float32) / 255.0)]}
+        {
+            "name": str(index),
+            "metadata": prompt,
+            "detections": [
+                {
+                    "class": item.class_name,
+                    "score": float(item.score),
+                    "box": [float(value) for value in item.box_xyxy],
+                    "color": item.color,
+                    "texture": item.texture,
+                }
+                for item in checker.detect(image.transpose(2, 0, 1).astype(np.float32) / 255.0)
+            ],
+        }
         for index, (image, prompt) in enumerate(zip(images, prompts, strict=True))
     ]
     (tmp_path / "found.json").write_text(json.dumps(entries))

@@ -30,8 +30,10 @@ class Brightness(BenchmarkMetric):
 
     def _rows(self, images_uint8_BHW3, prompts):
         self.seen += len(images_uint8_BHW3)
-        return [{"value": float(image.mean()), "prompt": str(prompt)} for image, prompt in
-                zip(images_uint8_BHW3, prompts, strict=True)]
+        return [
+            {"value": float(image.mean()), "prompt": str(prompt)}
+            for image, prompt in zip(images_uint8_BHW3, prompts, strict=True)
+        ]
 
     def describe(self):
         return {"name": self.name, "version": self.version}
@@ -45,7 +47,9 @@ class SetMean(SetMetric):
         return images_uint8_BHW3.mean((1, 2, 3))
 
     def score_set(self, batches, reference_batches=None):
-        return float(np.mean([batch.mean() for batch in batches]) - np.mean([batch.mean() for batch in reference_batches]))
+        return float(
+            np.mean([batch.mean() for batch in batches]) - np.mean([batch.mean() for batch in reference_batches])
+        )
 
 
 @pytest.fixture
@@ -71,9 +75,14 @@ def test_any_folder_with_prompts_by_name_or_in_order(tmp_path):
     for name in ("b.JPG", "a.png", "sub/c.webp"):
         save(tmp_path / "images" / name)
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("\n".join(json.dumps({"file": name, "prompt": name}) for name in ("sub/c.webp", "a.png", "b.JPG")))
+    prompts.write_text(
+        "\n".join(json.dumps({"file": name, "prompt": name}) for name in ("sub/c.webp", "a.png", "b.JPG"))
+    )
     assert [image.prompt["prompt"] for image in read_folder(tmp_path / "images", prompts)] == [
-        "a.png", "b.JPG", "sub/c.webp"]
+        "a.png",
+        "b.JPG",
+        "sub/c.webp",
+    ]
     plain = tmp_path / "p.txt"
     plain.write_text("one\ntwo\nthree\n")
     assert [image.prompt["prompt"] for image in read_folder(tmp_path / "images", plain)] == ["one", "two", "three"]

@@ -102,7 +102,8 @@ def test_the_colour_is_the_argmax_over_ten_averaged_sentences(clip_name, picture
     scores = []
     for color in COLORS:
         text_3D = classifier.clip.text_features(
-            [f"a photo of a {color} dog", f"a photo of a {color}-colored dog", f"a photo of a {color} object"])
+            [f"a photo of a {color} dog", f"a photo of a {color}-colored dog", f"a photo of a {color} object"]
+        )
         mean_D = text_3D.mean(0)
         scores.append(float(feature_D @ (mean_D / mean_D.norm())))
     assert classifier(image, "dog", [box], [mask]) == [COLORS[int(np.argmax(scores))]]
@@ -114,7 +115,13 @@ def test_the_colour_is_the_argmax_over_ten_averaged_sentences(clip_name, picture
 
 def test_detectors_words_become_genevals():
     assert [coco_name(label) for label in ("Mouse", "tvmonitor", "sofa", "hair drier", "stop_sign", "zebra")] == [
-        "computer mouse", "tv", "couch", "hair drier", "stop sign", "zebra"]
+        "computer mouse",
+        "tv",
+        "couch",
+        "hair drier",
+        "stop sign",
+        "zebra",
+    ]
     assert mask_box(np.array([[0, 0, 0], [0, 1, 1], [0, 1, 0]], dtype=bool)) == (1.0, 1.0, 3.0, 3.0)
 
 
@@ -129,7 +136,8 @@ def test_detectors_load_from_a_folder_and_stay_in_their_terms(kind, tmp_path, pi
         assert item.class_name in COCO_CLASSES and floor < item.score <= 1 and len(item.box_xyxy) == 4
         assert (item.mask_HW is not None) == (kind == "mask2former")
     assert [[item.box_xyxy for item in objects] for objects in detector(pictures[:1], floor)] == [
-        [item.box_xyxy for item in found[0]]]
+        [item.box_xyxy for item in found[0]]
+    ]
     assert detector(pictures[:1], 1.0) == [[]]
     assert detector.describe() == {"kind": kind, "model": folder}
 
@@ -160,8 +168,11 @@ def test_missing_weights_are_an_error_and_not_noise(tmp_path):
     state = read_state_dict(tmp_path / "model.safetensors")
     from safetensors.torch import save_file
 
-    save_file({key: value for key, value in state.items() if "enc_output" not in key}, tmp_path / "model.safetensors",
-              metadata={"format": "pt"})
+    save_file(
+        {key: value for key, value in state.items() if "enc_output" not in key},
+        tmp_path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     with pytest.raises(UsageError, match=r"lacks \d+ weights of RTDetrForObjectDetection"):
         load_detector("rtdetr", folder)
 
@@ -171,8 +182,15 @@ def test_geneval_colours_only_what_the_prompt_colours(pixels):
 
     class Fixed:
         def __call__(self, images, floor):
-            return [[Found("dog", 0.95, (0, 0, 9, 9)), Found("dog", 0.5, (0, 0, 8, 8)), Found("cup", 0.35, (0, 0, 5, 5)),
-                     Found("cup", 0.3, (0, 0, 5, 5))] for _ in images]
+            return [
+                [
+                    Found("dog", 0.95, (0, 0, 9, 9)),
+                    Found("dog", 0.5, (0, 0, 8, 8)),
+                    Found("cup", 0.35, (0, 0, 5, 5)),
+                    Found("cup", 0.3, (0, 0, 5, 5)),
+                ]
+                for _ in images
+            ]
 
         def describe(self):
             return {"kind": "fixed"}
@@ -187,8 +205,12 @@ def test_geneval_colours_only_what_the_prompt_colours(pixels):
     prompts = [
         {"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "red"}], "prompt": "x"},
         {"tag": "color_attr", "include": [{"class": "cup", "count": 1, "color": "blue"}], "prompt": "y"},
-        {"tag": "counting", "include": [{"class": "dog", "count": 1}], "exclude": [{"class": "dog", "count": 2}],
-         "prompt": "z"},
+        {
+            "tag": "counting",
+            "include": [{"class": "dog", "count": 1}],
+            "exclude": [{"class": "dog", "count": 2}],
+            "prompt": "z",
+        },
     ]
     rows = metric.rows(pixels, prompts)
     assert [row["value"] for row in rows] == [1.0, 0.0, 1.0]
@@ -249,8 +271,13 @@ def test_four_images_of_an_item_count_as_its_four_tiles(tmp_path):
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("clip_score", {}), ("hpsv2", {}), ("dino", {"model": "facebook/dino-none"}), ("lpips", {}), ("dists", {}),
-        ("fid", {}), ("geneval", {"detector_model": "facebook/none", "color_classifier": metric_models.FixedColor()}),
+        ("clip_score", {}),
+        ("hpsv2", {}),
+        ("dino", {"model": "facebook/dino-none"}),
+        ("lpips", {}),
+        ("dists", {}),
+        ("fid", {}),
+        ("geneval", {"detector_model": "facebook/none", "color_classifier": metric_models.FixedColor()}),
     ],
 )
 def test_offline_the_refusal_says_what_to_do(name, options, offline, monkeypatch, tmp_path):
@@ -295,7 +322,7 @@ def test_lpips_is_the_package_with_the_given_trunk(tmp_path, pixels):
     state = read_state_dict(weights)
     for name, tensor in direct.net.state_dict().items():
         tensor.copy_(state["features." + name.split(".", 1)[1]])
-    a, b = (to_unit_range(pixels[index:index + 1], "cpu") for index in (0, 1))
+    a, b = (to_unit_range(pixels[index : index + 1], "cpu") for index in (0, 1))
     with torch.no_grad():
         expected = direct(a, b, normalize=True).item()
     assert ours.score(pixels[:1], [""], pixels[1:2])[0] == pytest.approx(expected, rel=1e-5)

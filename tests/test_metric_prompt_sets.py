@@ -33,7 +33,8 @@ def test_the_generator_is_valid_distinct_and_balanced():
     colors = Counter(metadata["include"][0]["color"] for metadata in prompts if metadata["tag"] == "colors")
     assert set(colors) == set(COLORS) and max(colors.values()) - min(colors.values()) <= 1
     assert {metadata["include"][0]["class"] for metadata in prompts if metadata["tag"] == "single_object"} == set(
-        COCO_CLASSES)
+        COCO_CLASSES
+    )
 
 
 def test_wording_and_metadata_follow_the_benchmark():
@@ -43,8 +44,12 @@ def test_wording_and_metadata_follow_the_benchmark():
     target, subject = by_tag["position"]["include"]
     relation, group = subject["position"]
     assert group == 0 and by_tag["position"]["prompt"].split(f" {relation} ")[1].endswith(target["class"])
-    assert "person" not in {clause["class"] for metadata in generate(900) if metadata["tag"] in ("colors", "color_attr")
-                            for clause in metadata["include"]}
+    assert "person" not in {
+        clause["class"]
+        for metadata in generate(900)
+        if metadata["tag"] in ("colors", "color_attr")
+        for clause in metadata["include"]
+    }
     first, second = by_tag["color_attr"]["include"]
     assert first["class"] != second["class"] and first["color"] != second["color"]
 
@@ -105,10 +110,16 @@ def test_files_of_every_kind(tmp_path):
     assert read_prompts(dpg) == [{"item_id": "COCOval1", "prompt": "a"}, {"item_id": "partiprompts2", "prompt": "b"}]
 
 
-@pytest.mark.parametrize(("name", "text", "named"), [
-    ("p.jsonl", "{", "not JSON lines"), ("p.jsonl", '{"text": "x"}', "entry 1"), ("p.jsonl", "", "none in it"),
-    ("p.txt", "\n", "none in it"), ("p.jsonl", '{"tag": "colors", "include": 3}', "line 1"),
-])
+@pytest.mark.parametrize(
+    ("name", "text", "named"),
+    [
+        ("p.jsonl", "{", "not JSON lines"),
+        ("p.jsonl", '{"text": "x"}', "entry 1"),
+        ("p.jsonl", "", "none in it"),
+        ("p.txt", "\n", "none in it"),
+        ("p.jsonl", '{"tag": "colors", "include": 3}', "line 1"),
+    ],
+)
 def test_unreadable_prompt_files_are_refused(tmp_path, name, text, named):
     (tmp_path / name).write_text(text)
     with pytest.raises(UsageError, match=named):

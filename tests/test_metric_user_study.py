@@ -91,8 +91,10 @@ def test_votes_are_mapped_back_to_a_and_b(study, tmp_path):
         ({"study": "other", "answers": []}, "the key is of"),
         ({"study": study.key["study"], "answers": [{"pair": "x", "choice": "left"}]}, "names no pair"),
         ({"study": study.key["study"], "answers": [{"pair": answers[0]["pair"], "choice": "both"}]}, "no choice"),
-        ({"study": study.key["study"], "answers": [answers[0] | {"choice": choice} for choice in ("left", "right")]},
-         "twice, differently"),
+        (
+            {"study": study.key["study"], "answers": [answers[0] | {"choice": choice} for choice in ("left", "right")]},
+            "twice, differently",
+        ),
         ([], "not an answers file"),
     ):
         path.write_text(json.dumps(content))

@@ -44,7 +44,9 @@ def test_a_row_does_not_depend_on_its_batch():
     assert torch.equal(alone.uniform("bits", (5, 4))[0], batch.uniform("bits", (5, 4))[1])
     site = Site("chunk", 2)
     # Rows are branch by branch: prompt b is row 1 of the conditional and row 4 overall of the unconditional half.
-    assert torch.equal(alone.site_normal("projection", site, (6, 2)), batch.site_normal("projection", site, (6, 2))[[1, 4]])
+    assert torch.equal(
+        alone.site_normal("projection", site, (6, 2)), batch.site_normal("projection", site, (6, 2))[[1, 4]]
+    )
     only_uncond = PromptNoise(["b"], [7], "cpu").at(3, ("uncond",)).site_uniform("index", site, (6,))
     assert torch.equal(only_uncond[0], alone.site_uniform("index", site, (6,))[1])
 

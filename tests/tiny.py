@@ -41,7 +41,12 @@ class TinyTokenizer:
 
 
 def tiny_infinity(
-    grids: Sequence[Grid] = GRIDS, depth: int = 4, chunks: int = 2, seed: int = 0, guidance: float = 3.0, name: str = "tiny"
+    grids: Sequence[Grid] = GRIDS,
+    depth: int = 4,
+    chunks: int = 2,
+    seed: int = 0,
+    guidance: float = 3.0,
+    name: str = "tiny",
 ) -> LoadedModel:
     """Random weights large enough that every branch, position and layer shows in the logits."""
     torch.manual_seed(seed)
@@ -54,5 +59,13 @@ def tiny_infinity(
     sampling = Sampling(Sampling.per_scale(guidance, len(grids)), Sampling.per_scale(1.0, len(grids)))
     pixels = (4 * grids[-1][0], 4 * grids[-1][1])
     return LoadedModel(
-        name, transformer, TinyTokenizer(grids), TinyText(), sampling, tuple(grids), pixels, torch.device("cpu"), torch.float32
+        name,
+        transformer,
+        TinyTokenizer(grids),
+        TinyText(),
+        sampling,
+        tuple(grids),
+        pixels,
+        torch.device("cpu"),
+        torch.float32,
     )

@@ -101,15 +101,24 @@ def _build_parser() -> argparse.ArgumentParser:
     dpg = _add(verbs, "dpg", "DPG-Bench's score from given answers, as published and corrected", _ANSWERS_HELP)
     dpg.add_argument("--answers", required=True, metavar="FILE.csv", help="what a VQA model answered")
     dpg.add_argument("--questions", metavar="dpg_bench.csv", help="official questions, if the answers file has none")
-    dpg.add_argument("--mode", choices=("both", "published", "corrected"), default="both",
-                     help="published keeps the released script's bugs (default %(default)s)")
+    dpg.add_argument(
+        "--mode",
+        choices=("both", "published", "corrected"),
+        default="both",
+        help="published keeps the released script's bugs (default %(default)s)",
+    )
     dpg.set_defaults(run=_run_dpg)
 
     images = _add(verbs, "images", "score a folder of images with metrics by name", _IMAGES_HELP)
     images.add_argument("--images", required=True, metavar="DIR", help="GenEval's layout, or any folder of images")
     images.add_argument("--metric", required=True, action="append", metavar="NAME", help="repeatable; --metric list")
-    images.add_argument("--option", action="append", default=[], metavar="METRIC.NAME=VALUE",
-                        help="option of a metric, such as clip_score.model=ViT-B-32; repeatable")
+    images.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="METRIC.NAME=VALUE",
+        help="option of a metric, such as clip_score.model=ViT-B-32; repeatable",
+    )
     images.add_argument("--reference", metavar="DIR", help="images to compare with, same names (fid, kid: any)")
     images.add_argument("--prompts", metavar="FILE", help="prompts, if the folder has none")
     images.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
@@ -140,8 +149,12 @@ def _build_parser() -> argparse.ArgumentParser:
     preference = _add(verbs, "preference", "win rate of a study, and whether no preference is supported")
     preference.add_argument("--key", required=True, metavar="FILE.json", help="the key that `pairs` wrote")
     preference.add_argument("--answers", required=True, nargs="+", metavar="FILE.json", help="answers, all voters")
-    preference.add_argument("--margin", type=float, default=0.1,
-                            help="win rates within 0.5 -+ this count as no preference (default %(default)s)")
+    preference.add_argument(
+        "--margin",
+        type=float,
+        default=0.1,
+        help="win rates within 0.5 -+ this count as no preference (default %(default)s)",
+    )
     preference.add_argument("--level", type=float, default=0.95, help="confidence (default %(default)s)")
     preference.set_defaults(run=_run_preference)
     return parser
@@ -149,7 +162,10 @@ def _build_parser() -> argparse.ArgumentParser:
 
 def _add(verbs: Any, name: str, summary: str, epilog: str = "") -> argparse.ArgumentParser:
     verb = verbs.add_parser(
-        name, help=summary, description=summary + ".", epilog=epilog,
+        name,
+        help=summary,
+        description=summary + ".",
+        epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verb.add_argument("--out", metavar="FILE.json", help="also write the results, with versions and hashes, here")
@@ -163,8 +179,10 @@ def _add(verbs: Any, name: str, summary: str, epilog: str = "") -> argparse.Argu
 def _run_geneval(options: argparse.Namespace) -> int:
     from tuner.metrics.detections import read_detections, score_detections
 
-    rules = {name: getattr(options, name) for name in
-             ("threshold", "counting_threshold", "max_per_class", "position_margin", "max_overlap")}
+    rules = {
+        name: getattr(options, name)
+        for name in ("threshold", "counting_threshold", "max_per_class", "position_margin", "max_overlap")
+    }
     report = score_detections(read_detections(options.detections, options.metadata), **rules)
     summary = report.summary
     results = {
@@ -241,7 +259,10 @@ def _run_images(options: argparse.Namespace) -> int:
         references = match_references(images, options.reference) if paired else reference_set(options.reference)
     metrics = {name: create(name, device=options.device, **given[name]) for name in classes}
     results = evaluate_folder(
-        images, metrics, references=references, batch_size=options.batch_size,
+        images,
+        metrics,
+        references=references,
+        batch_size=options.batch_size,
         progress=Path(options.out + ".rows.jsonl") if options.out else None,
     )
     lines = []
@@ -308,7 +329,8 @@ def _run_prompts(options: argparse.Namespace) -> int:
         results["indices"] = indices
         if options.check:
             results["subset"] = subset_rank_correlation(
-                _values_of(options.check, options.metric, len(whole)), whole, options.count, seed=options.seed)
+                _values_of(options.check, options.metric, len(whole)), whole, options.count, seed=options.seed
+            )
     if options.check and options.source is None:
         raise UsageError("--check needs --from: the prompts that the results were made with")
     if options.to:
@@ -347,8 +369,9 @@ def _run_pairs(options: argparse.Namespace) -> int:
     from tuner.metrics.user_study import build_study
 
     images = read_folder(options.a, options.prompts)
-    study = build_study(images, match_references(images, options.b), count=options.count, seed=options.seed,
-                        question=options.question)
+    study = build_study(
+        images, match_references(images, options.b), count=options.count, seed=options.seed, question=options.question
+    )
     page = Path(options.page)
     key = Path(options.key) if options.key else page.with_suffix(".key.json")
     for path, text in ((page, study.page), (key, json.dumps(study.key, indent=2) + "\n")):
@@ -383,7 +406,11 @@ def _run_preference(options: argparse.Namespace) -> int:
 
 
 def _deliver(
-    options: argparse.Namespace, command: str, results: Any, lines: Sequence[str], inputs: Sequence[str | None],
+    options: argparse.Namespace,
+    command: str,
+    results: Any,
+    lines: Sequence[str],
+    inputs: Sequence[str | None],
     packages: Sequence[str] = (),
 ) -> int:
     """Print the table (or JSON) and write `--out`; the JSON states versions and the hashes of the inputs."""
@@ -391,8 +418,11 @@ def _deliver(
         "schema": "stagevar-eval/1",
         "command": command,
         "inputs": {str(path): _sha256(Path(path)) for path in inputs if path is not None},
-        "versions": {"stagevar-tune": _version("stagevar-tune"), "python": platform.python_version(),
-                     **{package: _version(package) for package in ("numpy", *packages)}},
+        "versions": {
+            "stagevar-tune": _version("stagevar-tune"),
+            "python": platform.python_version(),
+            **{package: _version(package) for package in ("numpy", *packages)},
+        },
         "results": results,
     }
     text = json.dumps(document, indent=2, allow_nan=False)

@@ -73,7 +73,10 @@ class BitResidual:
         return latent.flatten(2).transpose(1, 2)
 
     def quantise(
-        self, latent_BdHW: Tensor, flip_probability: Sequence[float] | None = None, generator: torch.Generator | None = None
+        self,
+        latent_BdHW: Tensor,
+        flip_probability: Sequence[float] | None = None,
+        generator: torch.Generator | None = None,
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Greedy residual quantisation of a latent at the final grid.
 

@@ -295,7 +295,6 @@ class InfinityConditioning(Conditioning):
             (self.head_modulation[0][rows], self.head_modulation[1][rows]),
         )
 
-
     def padded(self, multiple: int) -> InfinityConditioning:
         length = self.text_kv[0][0].shape[2]
         extra = -length % multiple

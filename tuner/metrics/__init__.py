@@ -4,5 +4,13 @@
 from tuner.metrics.base import Metric, Prompt, SetMetric, prompt_text
 from tuner.metrics.registry import METRIC_NAMES, CompositeQuality, create, create_composite
 
-__all__ = ["METRIC_NAMES", "CompositeQuality", "Metric", "Prompt", "SetMetric", "create", "create_composite",
-           "prompt_text"]
+__all__ = [
+    "METRIC_NAMES",
+    "CompositeQuality",
+    "Metric",
+    "Prompt",
+    "SetMetric",
+    "create",
+    "create_composite",
+    "prompt_text",
+]

@@ -55,8 +55,10 @@ class Metric(ABC):
                 raise UsageError(f"{self.name} compares with reference images: pass them (--reference)")
             check_images(self.name, reference_images_uint8_BHW3)
             if reference_images_uint8_BHW3.shape != images_uint8_BHW3.shape:
-                raise UsageError(f"{self.name}: images are {images_uint8_BHW3.shape}, references "
-                                 f"{reference_images_uint8_BHW3.shape}; sizes must agree")
+                raise UsageError(
+                    f"{self.name}: images are {images_uint8_BHW3.shape}, references "
+                    f"{reference_images_uint8_BHW3.shape}; sizes must agree"
+                )
 
     @abstractmethod
     def _score(
@@ -71,8 +73,9 @@ class Metric(ABC):
         reference_images_uint8_BHW3: np.ndarray | None = None,
     ) -> list[dict[str, Any]]:
         """As `score`, one JSON object per image with its "value" and whatever else `summary` needs."""
-        return [{"value": float(value)} for value in
-                self.score(images_uint8_BHW3, prompts, reference_images_uint8_BHW3)]
+        return [
+            {"value": float(value)} for value in self.score(images_uint8_BHW3, prompts, reference_images_uint8_BHW3)
+        ]
 
     def summary(self, rows: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt]) -> dict[str, Any]:
         """The published figure of many images from their rows, in the benchmark's own arithmetic. JSON values only."""
@@ -116,9 +119,7 @@ class SetMetric(Metric):
     """
 
     @abstractmethod
-    def score_set(
-        self, batches: Iterable[np.ndarray], reference_batches: Iterable[np.ndarray] | None = None
-    ) -> float:
+    def score_set(self, batches: Iterable[np.ndarray], reference_batches: Iterable[np.ndarray] | None = None) -> float:
         """Value of the set given as batches (B, H, W, 3) uint8, streamed."""
 
 

@@ -58,7 +58,7 @@ class ClipModel:
         pictures = [Image.fromarray(image) if isinstance(image, np.ndarray) else image for image in images]
         parts = []
         for start in range(0, len(pictures), self.batch_size):
-            batch = torch.stack([self.preprocess(picture) for picture in pictures[start:start + self.batch_size]])
+            batch = torch.stack([self.preprocess(picture) for picture in pictures[start : start + self.batch_size]])
             parts.append(self.model.encode_image(batch.to(self.device), normalize=True).float().cpu())
         return torch.cat(parts)
 
@@ -67,7 +67,7 @@ class ClipModel:
         """Unit features (B, D) on the CPU; texts beyond the context length are cut, as open_clip does."""
         parts = []
         for start in range(0, len(texts), self.batch_size):
-            tokens = self.tokenizer(list(texts[start:start + self.batch_size]))
+            tokens = self.tokenizer(list(texts[start : start + self.batch_size]))
             parts.append(self.model.encode_text(tokens.to(self.device), normalize=True).float().cpu())
         return torch.cat(parts)
 
@@ -152,8 +152,7 @@ class HumanPreferenceScore(Metric):
         model: str = "ViT-H-14",
         batch_size: int = 16,
     ) -> None:
-        self.clip = ClipModel(model, _hub_file(weights), device=device, batch_size=batch_size,
-                              resize_mode="longest")
+        self.clip = ClipModel(model, _hub_file(weights), device=device, batch_size=batch_size, resize_mode="longest")
 
     def _score(
         self, images_uint8_BHW3: np.ndarray, prompts: Sequence[Prompt], reference_images_uint8_BHW3: np.ndarray | None
@@ -205,8 +204,13 @@ class ColorClassifier:
         """Unit text features (10, D) for one class."""
         if class_name not in self._heads:
             sentences = [
-                template.format(color) for color in COLORS for template in
-                (f"a photo of a {{}} {class_name}", f"a photo of a {{}}-colored {class_name}", "a photo of a {} object")
+                template.format(color)
+                for color in COLORS
+                for template in (
+                    f"a photo of a {{}} {class_name}",
+                    f"a photo of a {{}}-colored {class_name}",
+                    "a photo of a {} object",
+                )
             ]
             mean_CD = self.clip.text_features(sentences).unflatten(0, (len(COLORS), 3)).mean(1)
             self._heads[class_name] = mean_CD / mean_CD.norm(dim=1, keepdim=True)

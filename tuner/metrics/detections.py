@@ -110,8 +110,13 @@ def geneval_summary(rows: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt]
         {"tag": prompt["tag"], "metadata": json.dumps(prompt), "correct": row["value"] > 0.5}
         for row, prompt in zip(rows, prompts, strict=True)
     )
-    return {"overall": summary.overall, "tags": summary.tags, "images_per_tag": summary.images_per_tag,
-            "correct_images": summary.correct_images, "correct_prompts": summary.correct_prompts}
+    return {
+        "overall": summary.overall,
+        "tags": summary.tags,
+        "images_per_tag": summary.images_per_tag,
+        "correct_images": summary.correct_images,
+        "correct_prompts": summary.correct_prompts,
+    }
 
 
 def _read_text(path: Path) -> str:
@@ -140,16 +145,23 @@ def _entries(path: Path) -> Iterator[tuple[str | None, Mapping[str, Any]]]:
                 break
     if isinstance(content, Mapping) and ("detections" in content or "details" in content):
         content = [content]
-    named = content.items() if isinstance(content, Mapping) else ((None, entry) for entry in content) if isinstance(
-        content, list) else None
+    named = (
+        content.items()
+        if isinstance(content, Mapping)
+        else ((None, entry) for entry in content)
+        if isinstance(content, list)
+        else None
+    )
     if named is None:
         raise UsageError(f"{path}: holds {type(content).__name__}, expected a list of images")
     for position, (name, entry) in enumerate(named):
         if name is not None and isinstance(entry, list):  # {"image": [detections]}, metadata from --metadata
             entry = {"detections": entry}
         if not isinstance(entry, Mapping):
-            raise UsageError(f"{path}, {name or f'image {position}'}: is {entry!r:.60}, expected an object with "
-                             "metadata and detections")
+            raise UsageError(
+                f"{path}, {name or f'image {position}'}: is {entry!r:.60}, expected an object with "
+                "metadata and detections"
+            )
         yield name, entry
 
 

@@ -138,10 +138,12 @@ class Fid(_FeatureMetric):
         image_BD, reference_BD = self.features(images_uint8_BHW3), self.features(reference_images_uint8_BHW3)
         whole = frechet_distance(image_BD, reference_BD)
         others = torch.arange(count)
-        return np.array([
-            count * whole - (count - 1) * frechet_distance(image_BD[others != left_out], reference_BD)
-            for left_out in range(count)
-        ])
+        return np.array(
+            [
+                count * whole - (count - 1) * frechet_distance(image_BD[others != left_out], reference_BD)
+                for left_out in range(count)
+            ]
+        )
 
 
 class Kid(_FeatureMetric):
@@ -156,9 +158,18 @@ class Kid(_FeatureMetric):
     higher_is_better: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = True
 
-    def __init__(self, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0, device: str = "cpu",
-                 extractor: str | nn.Module = "inception", weights: str | None = None, model: str = "ViT-L-14",
-                 pretrained: str = "openai") -> None:
+    def __init__(
+        self,
+        *,
+        subsets: int = 100,
+        subset_size: int = 1000,
+        seed: int = 0,
+        device: str = "cpu",
+        extractor: str | nn.Module = "inception",
+        weights: str | None = None,
+        model: str = "ViT-L-14",
+        pretrained: str = "openai",
+    ) -> None:
         super().__init__(device=device, extractor=extractor, weights=weights, model=model, pretrained=pretrained)
         self.subsets, self.subset_size, self.seed = subsets, subset_size, seed
 
@@ -197,8 +208,15 @@ class InceptionScore(_FeatureMetric):
     name: ClassVar[str] = "is"
     feature: ClassVar[str] = "logits_unbiased"
 
-    def __init__(self, *, splits: int = 10, seed: int = 0, device: str = "cpu",
-                 extractor: str | nn.Module = "inception", weights: str | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        splits: int = 10,
+        seed: int = 0,
+        device: str = "cpu",
+        extractor: str | nn.Module = "inception",
+        weights: str | None = None,
+    ) -> None:
         if extractor == "clip":
             raise UsageError("is: extractor clip has no class probabilities; use inception")
         super().__init__(device=device, extractor=extractor, weights=weights)

@@ -91,7 +91,8 @@ def score_dpg(questions: Sequence[Question], answers: Answers, mode: Mode = "cor
         _check_parents(groups)
     dropped = {
         question.item_id: "its only question is the first of the file, which is lost"
-        for question in questions[:1] if question.item_id not in groups and question.item_id in tiles_by_item
+        for question in questions[:1]
+        if question.item_id not in groups and question.item_id in tiles_by_item
     }
     unanswered = []
     prompts: list[PromptScore] = []
@@ -142,8 +143,9 @@ def _check_parents(groups: Mapping[str, Mapping[int, Question]]) -> None:
         for question in group.values():
             missing = [parent for parent in question.parents if parent != 0 and parent not in group]
             if missing:
-                raise UsageError(f"item {item_id}: proposition {question.proposition_id} depends on {missing[0]}, "
-                                 "which is not there")
+                raise UsageError(
+                    f"item {item_id}: proposition {question.proposition_id} depends on {missing[0]}, which is not there"
+                )
 
 
 class _Walk(NamedTuple):
@@ -217,8 +219,10 @@ def read_answers(path: str | Path, questions_path: str | Path | None = None) -> 
         identity = (question.item_id, question.proposition_id)
         known = questions.setdefault(identity, question)
         if known.parents != question.parents or known.category != question.category:
-            raise UsageError(f"{path} line {number}: item {identity[0]}, proposition {identity[1]} has another "
-                             "dependency or tuple than on an earlier line")
+            raise UsageError(
+                f"{path} line {number}: item {identity[0]}, proposition {identity[1]} has another "
+                "dependency or tuple than on an earlier line"
+            )
         if wide:
             cells = [(tile, row[name]) for tile, name in sorted(wide.items()) if row[name] != ""]
         else:
@@ -227,8 +231,10 @@ def read_answers(path: str | Path, questions_path: str | Path | None = None) -> 
             if value == "":
                 raise UsageError(f"{path} line {number}: the answer is empty")
             if raw.setdefault((*identity, tile), value) != value:
-                raise UsageError(f"{path} line {number}: a second, different answer to item {identity[0]}, "
-                                 f"proposition {identity[1]}, tile {tile}")
+                raise UsageError(
+                    f"{path} line {number}: a second, different answer to item {identity[0]}, "
+                    f"proposition {identity[1]}, tile {tile}"
+                )
     if questions_path is not None:
         asked = read_questions(questions_path)
         unknown = sorted(set(questions) - {(question.item_id, question.proposition_id) for question in asked})

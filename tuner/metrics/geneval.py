@@ -25,9 +25,18 @@ DETECTORS = {
 
 # What detectors call the classes that GenEval names otherwise.
 _COCO_ALIASES = {
-    "mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard", "tvmonitor": "tv",
-    "television": "tv", "sofa": "couch", "pottedplant": "potted plant", "diningtable": "dining table",
-    "motorbike": "motorcycle", "aeroplane": "airplane", "hair dryer": "hair drier", "cellphone": "cell phone",
+    "mouse": "computer mouse",
+    "remote": "tv remote",
+    "keyboard": "computer keyboard",
+    "tvmonitor": "tv",
+    "television": "tv",
+    "sofa": "couch",
+    "pottedplant": "potted plant",
+    "diningtable": "dining table",
+    "motorbike": "motorcycle",
+    "aeroplane": "airplane",
+    "hair dryer": "hair drier",
+    "cellphone": "cell phone",
     "doughnut": "donut",
 }
 
@@ -96,8 +105,9 @@ class GenEval(BenchmarkMetric):
         for start in range(0, len(images), self.batch_size):
             part = slice(start, start + self.batch_size)
             lowest = min(self.threshold, self.counting_threshold)
-            for image, prompt, found in zip(images[part], prompts[part], self.detector(images[part], lowest),
-                                            strict=True):
+            for image, prompt, found in zip(
+                images[part], prompts[part], self.detector(images[part], lowest), strict=True
+            ):
                 floor = self.counting_threshold if prompt["tag"] == "counting" else self.threshold
                 results.append(self._colored(image, prompt, [item for item in found if item.score > floor]))
         return results
@@ -106,18 +116,23 @@ class GenEval(BenchmarkMetric):
         wanted = {clause["class"] for clause in prompt.get("include", ()) if "color" in clause}
         colors: dict[int, str] = {}
         for class_name in sorted(wanted):
-            indices = [index for index, item in enumerate(found)
-                       if item.class_name == class_name and item.color is None]
+            indices = [
+                index for index, item in enumerate(found) if item.class_name == class_name and item.color is None
+            ]
             if not indices:
                 continue
             masks = [found[index].mask_HW for index in indices]
             named = self.color_classifier(
-                image, class_name, [found[index].box_xyxy for index in indices],
+                image,
+                class_name,
+                [found[index].box_xyxy for index in indices],
                 None if masks[0] is None else masks,
             )
             colors.update(zip(indices, named, strict=True))
-        return [Detection(item.class_name, item.score, item.box_xyxy, item.color or colors.get(index), item.texture)
-                for index, item in enumerate(found)]
+        return [
+            Detection(item.class_name, item.score, item.box_xyxy, item.color or colors.get(index), item.texture)
+            for index, item in enumerate(found)
+        ]
 
     def _rows(self, images_uint8_BHW3: np.ndarray, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
         metadata = [geneval_metadata(self.name, prompt) for prompt in prompts]
@@ -127,15 +142,17 @@ class GenEval(BenchmarkMetric):
         rows = []
         for line, found in zip(metadata, self.detections(pictures, metadata), strict=True):
             verdict = judge(line, found, threshold=self.threshold, counting_threshold=self.counting_threshold)
-            rows.append({
-                "value": float(verdict.correct),
-                "reason": verdict.reason,
-                "detections": [
-                    {"class": item.class_name, "score": item.score, "box": list(item.box_xyxy)}
-                    | ({"color": item.color} if item.color else {})
-                    for item in found
-                ],
-            })
+            rows.append(
+                {
+                    "value": float(verdict.correct),
+                    "reason": verdict.reason,
+                    "detections": [
+                        {"class": item.class_name, "score": item.score, "box": list(item.box_xyxy)}
+                        | ({"color": item.color} if item.color else {})
+                        for item in found
+                    ],
+                }
+            )
         return rows
 
     def summary(self, rows: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt]) -> dict[str, Any]:
@@ -143,8 +160,12 @@ class GenEval(BenchmarkMetric):
 
     def describe(self) -> dict[str, Any]:
         classifier = getattr(self.color_classifier, "describe", lambda: {})()
-        return super().describe() | {"detector": self.detector.describe(), "color_classifier": classifier,
-                                     "threshold": self.threshold, "counting_threshold": self.counting_threshold}
+        return super().describe() | {
+            "detector": self.detector.describe(),
+            "color_classifier": classifier,
+            "threshold": self.threshold,
+            "counting_threshold": self.counting_threshold,
+        }
 
 
 # Detectors ---------------------------------------------------------------------------------------------------------
@@ -178,8 +199,10 @@ class _TransformersDetector:
         names = {int(label): coco_name(text) for label, text in self.model.config.id2label.items()}
         missing = sorted(set(COCO_CLASSES) - set(names.values()))
         if missing:
-            raise UsageError(f"detector {self.source} does not know {len(missing)} of GenEval's classes, such as "
-                             f"{missing[0]!r}; give one trained on COCO")
+            raise UsageError(
+                f"detector {self.source} does not know {len(missing)} of GenEval's classes, such as "
+                f"{missing[0]!r}; give one trained on COCO"
+            )
         return {label: name for label, name in names.items() if name in COCO_CLASSES}
 
 
@@ -204,8 +227,9 @@ class Mask2Former(_TransformersDetector):
             inputs = self.processor(images=[image.convert("RGB")], return_tensors="pt")
             outputs = self.model(pixel_values=inputs["pixel_values"].to(self.device))
             masks_QHW = outputs.masks_queries_logits[0].float()
-            results.append(self._decode(outputs.class_queries_logits[0].float(), masks_QHW, image.height, image.width,
-                                        floor))
+            results.append(
+                self._decode(outputs.class_queries_logits[0].float(), masks_QHW, image.height, image.width, floor)
+            )
         return results
 
     def _decode(
@@ -247,9 +271,13 @@ class RtDetr(_TransformersDetector):
         outputs = self.model(**self.processor(images=pictures, return_tensors="pt").to(self.device))
         sizes = [(image.height, image.width) for image in pictures]
         return [
-            [Found(self.names[label], score, tuple(box)) for score, label, box in zip(
-                result["scores"].tolist(), result["labels"].tolist(), result["boxes"].tolist(), strict=True)
-             if label in self.names and score > floor]
+            [
+                Found(self.names[label], score, tuple(box))
+                for score, label, box in zip(
+                    result["scores"].tolist(), result["labels"].tolist(), result["boxes"].tolist(), strict=True
+                )
+                if label in self.names and score > floor
+            ]
             for result in self.processor.post_process_object_detection(outputs, threshold=floor, target_sizes=sizes)
         ]
 
@@ -266,17 +294,26 @@ class Owlv2(_TransformersDetector):
         results = []
         for image in images:
             inputs = self.processor(
-                text=[queries], images=image.convert("RGB"), return_tensors="pt", padding="max_length", truncation=True,
+                text=[queries],
+                images=image.convert("RGB"),
+                return_tensors="pt",
+                padding="max_length",
+                truncation=True,
                 max_length=self.model.config.text_config.max_position_embeddings,
             )
             outputs = self.model(**inputs.to(self.device))
             result = self.processor.post_process_grounded_object_detection(
-                outputs, threshold=floor, target_sizes=[(image.height, image.width)])[0]
-            results.append([
-                Found(COCO_CLASSES[label], score, tuple(box)) for score, label, box in zip(
-                    result["scores"].tolist(), result["labels"].tolist(), result["boxes"].tolist(), strict=True)
-                if score > floor
-            ])
+                outputs, threshold=floor, target_sizes=[(image.height, image.width)]
+            )[0]
+            results.append(
+                [
+                    Found(COCO_CLASSES[label], score, tuple(box))
+                    for score, label, box in zip(
+                        result["scores"].tolist(), result["labels"].tolist(), result["boxes"].tolist(), strict=True
+                    )
+                    if score > floor
+                ]
+            )
         return results
 
 

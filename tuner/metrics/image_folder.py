@@ -46,16 +46,25 @@ def read_folder(folder: str | Path, prompts: str | Path | None = None) -> list[F
     folder = Path(folder)
     if not folder.is_dir():
         raise UsageError(f"--images {folder}: not a folder")
-    numbered = sorted(path for path in folder.iterdir() if path.is_dir() and path.name.isdigit()
-                      and (path / "metadata.jsonl").is_file())
+    numbered = sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_dir() and path.name.isdigit() and (path / "metadata.jsonl").is_file()
+    )
     if numbered:
-        found = [FolderImage(str(path.relative_to(folder)), path, metadata) for subfolder in numbered
-                 for metadata in [_metadata_of(subfolder)] for path in _images(subfolder / "samples")]
+        found = [
+            FolderImage(str(path.relative_to(folder)), path, metadata)
+            for subfolder in numbered
+            for metadata in [_metadata_of(subfolder)]
+            for path in _images(subfolder / "samples")
+        ]
     else:
         paths = _images(folder)
         known = read_prompts(prompts) if prompts is not None else []
-        found = [FolderImage(str(path.relative_to(folder)), path, prompt)
-                 for path, prompt in zip(paths, _assign(folder, paths, known), strict=True)]
+        found = [
+            FolderImage(str(path.relative_to(folder)), path, prompt)
+            for path, prompt in zip(paths, _assign(folder, paths, known), strict=True)
+        ]
     if not found:
         raise UsageError(f"--images {folder}: no images in it ({', '.join(_SUFFIXES)})")
     return found
@@ -86,8 +95,9 @@ def evaluate_folder(
             value = _set_value(metric, images, references, batch_size)
             results[name] = {"summary": {name: value}, "images": len(images), "metric": described, "rows": []}
             continue
-        rows = _rows(name, metric, described, images, references if metric.needs_reference else None, finished,
-                     batch_size)
+        rows = _rows(
+            name, metric, described, images, references if metric.needs_reference else None, finished, batch_size
+        )
         results[name] = {
             "summary": metric.summary(rows, [image.prompt for image in images]),
             "images": len(rows),
@@ -98,8 +108,7 @@ def evaluate_folder(
 
 
 def match_references(images: Sequence[FolderImage], folder: str | Path) -> dict[str, Path]:
-    """The reference of every image: the file of the same path in `folder`. Raises UsageError naming the first missing.
-    """
+    """The reference of every image: the file of the same path in `folder`. Raises UsageError naming the first missing."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UsageError(f"--reference {folder}: not a folder")
@@ -162,8 +171,13 @@ def _rows(
 ) -> list[dict[str, Any]]:
     keys = []
     for image in images:
-        parts = [name, json.dumps(described, sort_keys=True), json.dumps(image.prompt, sort_keys=True),
-                 _digest(image.path), _digest(references[image.name]) if references else ""]
+        parts = [
+            name,
+            json.dumps(described, sort_keys=True),
+            json.dumps(image.prompt, sort_keys=True),
+            _digest(image.path),
+            _digest(references[image.name]) if references else "",
+        ]
         keys.append(hashlib.sha256("\n".join(parts).encode()).hexdigest())
     todo = [index for index, key in enumerate(keys) if key not in finished.rows]
     for batch in _batches(images, todo, batch_size):
@@ -171,8 +185,9 @@ def _rows(
         prompts = [images[index].prompt for index, _ in batch]
         reference = None
         if references is not None:
-            reference = [FolderImage(images[index].name, references[images[index].name], "").pixels()
-                         for index, _ in batch]
+            reference = [
+                FolderImage(images[index].name, references[images[index].name], "").pixels() for index, _ in batch
+            ]
             if any(array.shape != pixels.shape[1:] for array in reference):
                 raise UsageError(f"{name}: {images[batch[0][0]].name} and its reference differ in size")
             reference = np.stack(reference)
@@ -229,8 +244,9 @@ def _metadata_of(subfolder: Path) -> dict[str, Any]:
 def _assign(folder: Path, paths: Sequence[Path], prompts: Sequence[Mapping[str, Any]]) -> list[Prompt]:
     if not prompts:
         return [""] * len(paths)
-    by_name = {str(prompt[key]): prompt for prompt in prompts for key in ("file", "file_name", "item_id")
-               if key in prompt}
+    by_name = {
+        str(prompt[key]): prompt for prompt in prompts for key in ("file", "file_name", "item_id") if key in prompt
+    }
     if by_name:
         chosen = []
         for path in paths:
@@ -241,6 +257,8 @@ def _assign(folder: Path, paths: Sequence[Path], prompts: Sequence[Mapping[str, 
             chosen.append(prompt)
         return chosen
     if len(prompts) != len(paths):
-        raise UsageError(f"--prompts: {len(prompts)} prompts for {len(paths)} images; give one per image, in order of "
-                         "name, or name the image under 'file'")
+        raise UsageError(
+            f"--prompts: {len(prompts)} prompts for {len(paths)} images; give one per image, in order of "
+            "name, or name the image under 'file'"
+        )
     return list(prompts)

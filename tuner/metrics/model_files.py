@@ -57,8 +57,9 @@ def refuse_missing(what: str, option: str = "weights") -> Iterator[None]:
         raise
     except Exception as error:  # hubs raise OSError, URLError, HTTPError, ValueError, their own, by version
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(f"{what} cannot be loaded ({reason:.120}); fetch it where there is a network and give its "
-                         f"path as {option}") from None
+        raise UsageError(
+            f"{what} cannot be loaded ({reason:.120}); fetch it where there is a network and give its path as {option}"
+        ) from None
     finally:
         logging.disable(disabled)
 
@@ -98,6 +99,8 @@ def pretrained_model(factory: Any, source: str, what: str, *, device: str, optio
     missing = sorted(key for key in info["missing_keys"] if not key.startswith(optional or "\0"))
     mismatched = sorted(str(key) for key in info["mismatched_keys"])
     if missing or mismatched:
-        raise WeightsError(f"{what} {source} lacks {len(missing + mismatched)} weights of {type(model).__name__}, such "
-                           f"as {(missing + mismatched)[0]}; give a complete checkpoint of that architecture")
+        raise WeightsError(
+            f"{what} {source} lacks {len(missing + mismatched)} weights of {type(model).__name__}, such "
+            f"as {(missing + mismatched)[0]}; give a complete checkpoint of that architecture"
+        )
     return model.eval().requires_grad_(False).to(device)

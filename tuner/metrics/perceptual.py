@@ -50,8 +50,11 @@ class Lpips(Metric):
     ) -> np.ndarray:
         pairs = _pairs(images_uint8_BHW3, reference_images_uint8_BHW3, self.batch_size, self.device)
         with torch.inference_mode():
-            return torch.cat([self.model(image * 2 - 1, reference * 2 - 1).flatten() for image, reference in pairs]
-                             ).cpu().numpy()
+            return (
+                torch.cat([self.model(image * 2 - 1, reference * 2 - 1).flatten() for image, reference in pairs])
+                .cpu()
+                .numpy()
+            )
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"net": self.net, "weights": self.weights or "torchvision"}
@@ -107,7 +110,9 @@ class DinoSimilarity(Metric):
         """Unit class tokens (B, D) on the CPU."""
         parts = []
         for start in range(0, len(images_uint8_BHW3), self.batch_size):
-            inputs = self.processor(images=list(images_uint8_BHW3[start:start + self.batch_size]), return_tensors="pt")
+            inputs = self.processor(
+                images=list(images_uint8_BHW3[start : start + self.batch_size]), return_tensors="pt"
+            )
             token_BD = self.model(**inputs.to(self.device)).last_hidden_state[:, 0].float().cpu()
             parts.append(nn.functional.normalize(token_BD, dim=1))
         return torch.cat(parts)
@@ -142,8 +147,11 @@ def _trunk(net: str, weights: str | None) -> nn.Module:
         model = build(weights=None)
     try:
         model.features.load_state_dict(
-            {key.removeprefix("features."): value.float() for key, value in state.items()
-             if key.startswith("features.")},
+            {
+                key.removeprefix("features."): value.float()
+                for key, value in state.items()
+                if key.startswith("features.")
+            },
             assign=True,
         )
     except RuntimeError as error:

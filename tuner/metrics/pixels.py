@@ -32,8 +32,11 @@ class Psnr(Metric):
         self, images_uint8_BHW3: np.ndarray, prompts: Sequence[Prompt], reference_images_uint8_BHW3: np.ndarray | None
     ) -> np.ndarray:
         values_B = peak_signal_noise_ratio(
-            to_unit_range(images_uint8_BHW3, self.device), to_unit_range(reference_images_uint8_BHW3, self.device),
-            data_range=1.0, reduction="none", dim=(1, 2, 3),
+            to_unit_range(images_uint8_BHW3, self.device),
+            to_unit_range(reference_images_uint8_BHW3, self.device),
+            data_range=1.0,
+            reduction="none",
+            dim=(1, 2, 3),
         )
         return values_B.clamp(max=PSNR_CEILING_DB).cpu().numpy()
 
@@ -51,7 +54,9 @@ class Ssim(Metric):
         self, images_uint8_BHW3: np.ndarray, prompts: Sequence[Prompt], reference_images_uint8_BHW3: np.ndarray | None
     ) -> np.ndarray:
         values_B = structural_similarity_index_measure(
-            to_unit_range(images_uint8_BHW3, self.device), to_unit_range(reference_images_uint8_BHW3, self.device),
-            data_range=1.0, reduction="none",
+            to_unit_range(images_uint8_BHW3, self.device),
+            to_unit_range(reference_images_uint8_BHW3, self.device),
+            data_range=1.0,
+            reduction="none",
         )
         return values_B.reshape(-1).cpu().numpy()

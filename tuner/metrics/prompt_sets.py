@@ -23,14 +23,86 @@ Metadata = dict[str, Any]
 
 # COCO's 80 classes in the order and wording of GenEval's object_names.txt ("computer mouse", not "mouse").
 COCO_CLASSES: tuple[str, ...] = (
-    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
-    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant",
-    "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard",
-    "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
-    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli",
-    "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet",
-    "tv", "laptop", "computer mouse", "tv remote", "computer keyboard", "cell phone", "microwave", "oven", "toaster",
-    "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
+    "person",
+    "bicycle",
+    "car",
+    "motorcycle",
+    "airplane",
+    "bus",
+    "train",
+    "truck",
+    "boat",
+    "traffic light",
+    "fire hydrant",
+    "stop sign",
+    "parking meter",
+    "bench",
+    "bird",
+    "cat",
+    "dog",
+    "horse",
+    "sheep",
+    "cow",
+    "elephant",
+    "bear",
+    "zebra",
+    "giraffe",
+    "backpack",
+    "umbrella",
+    "handbag",
+    "tie",
+    "suitcase",
+    "frisbee",
+    "skis",
+    "snowboard",
+    "sports ball",
+    "kite",
+    "baseball bat",
+    "baseball glove",
+    "skateboard",
+    "surfboard",
+    "tennis racket",
+    "bottle",
+    "wine glass",
+    "cup",
+    "fork",
+    "knife",
+    "spoon",
+    "bowl",
+    "banana",
+    "apple",
+    "sandwich",
+    "orange",
+    "broccoli",
+    "carrot",
+    "hot dog",
+    "pizza",
+    "donut",
+    "cake",
+    "chair",
+    "couch",
+    "potted plant",
+    "bed",
+    "dining table",
+    "toilet",
+    "tv",
+    "laptop",
+    "computer mouse",
+    "tv remote",
+    "computer keyboard",
+    "cell phone",
+    "microwave",
+    "oven",
+    "toaster",
+    "sink",
+    "refrigerator",
+    "book",
+    "clock",
+    "vase",
+    "scissors",
+    "teddy bear",
+    "hair drier",
+    "toothbrush",
 )
 _COLORABLE = tuple(name for name in COCO_CLASSES if name != "person")  # GenEval asks for no coloured persons
 _NUMBERS = {2: "two", 3: "three", 4: "four"}
@@ -101,8 +173,13 @@ def subset_rank_correlation(
         # A subset on which all systems tie predicts nothing.
         correlations.append(float(spearmanr(whole_S, means_S).statistic) if np.ptp(means_S) else 0.0)
         hits += int(means_S.argmax() == whole_S.argmax())
-    return {"spearman_mean": float(np.mean(correlations)), "spearman_p5": float(np.percentile(correlations, 5)),
-            "best_found": hits / draws, "count": count, "draws": draws}
+    return {
+        "spearman_mean": float(np.mean(correlations)),
+        "spearman_p5": float(np.percentile(correlations, 5)),
+        "best_found": hits / draws,
+        "count": count,
+        "draws": draws,
+    }
 
 
 def read_prompts(path: str | Path) -> list[Metadata]:
@@ -113,15 +190,17 @@ def read_prompts(path: str | Path) -> list[Metadata]:
     """
     path = Path(path)
     if path.is_dir():
-        files = sorted(path.glob("*.txt"), key=lambda file: (len(file.stem), file.stem) if file.stem.isdigit() else (
-            0, file.stem))
+        files = sorted(
+            path.glob("*.txt"), key=lambda file: (len(file.stem), file.stem) if file.stem.isdigit() else (0, file.stem)
+        )
         prompts = [{"item_id": file.stem, "prompt": file.read_text(encoding="utf-8").strip()} for file in files]
     else:
         try:
             text = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"prompts {path}: cannot be read ({error}); give a .jsonl, a .txt or a folder of .txt"
-                             ) from None
+            raise UsageError(
+                f"prompts {path}: cannot be read ({error}); give a .jsonl, a .txt or a folder of .txt"
+            ) from None
         if path.suffix == ".jsonl":
             prompts = _json_prompts(path, text)
         else:
@@ -205,44 +284,63 @@ def _single(rng: random.Random) -> Iterator[Metadata]:
 
 def _two(rng: random.Random) -> Iterator[Metadata]:
     for first, second in _pairs(rng, COCO_CLASSES):
-        yield {"tag": "two_object", "include": [_clause(first), _clause(second)],
-               "prompt": f"a photo of {_article(first)} and {_article(second)}"}
+        yield {
+            "tag": "two_object",
+            "include": [_clause(first), _clause(second)],
+            "prompt": f"a photo of {_article(first)} and {_article(second)}",
+        }
 
 
 def _counting(rng: random.Random) -> Iterator[Metadata]:
     numbers = _decks(rng, tuple(_NUMBERS))
     for name in _decks(rng, COCO_CLASSES):
         number = next(numbers)
-        yield {"tag": "counting", "include": [{"class": name, "count": number}],
-               "exclude": [{"class": name, "count": number + 1}],
-               "prompt": f"a photo of {_NUMBERS[number]} {_plural(name)}"}
+        yield {
+            "tag": "counting",
+            "include": [{"class": name, "count": number}],
+            "exclude": [{"class": name, "count": number + 1}],
+            "prompt": f"a photo of {_NUMBERS[number]} {_plural(name)}",
+        }
 
 
 def _colors(rng: random.Random) -> Iterator[Metadata]:
     colors = _decks(rng, COLORS)
     for name in _decks(rng, _COLORABLE):
         color = next(colors)
-        yield {"tag": "colors", "include": [_clause(name, color=color)],
-               "prompt": f"a photo of {_article(color)} {name}"}
+        yield {
+            "tag": "colors",
+            "include": [_clause(name, color=color)],
+            "prompt": f"a photo of {_article(color)} {name}",
+        }
 
 
 def _position(rng: random.Random) -> Iterator[Metadata]:
     relations = _decks(rng, RELATIONS)
     for subject, target in _pairs(rng, COCO_CLASSES):
         relation = next(relations)
-        yield {"tag": "position", "include": [_clause(target), _clause(subject, position=[relation, 0])],
-               "prompt": f"a photo of {_article(subject)} {relation} {_article(target)}"}
+        yield {
+            "tag": "position",
+            "include": [_clause(target), _clause(subject, position=[relation, 0])],
+            "prompt": f"a photo of {_article(subject)} {relation} {_article(target)}",
+        }
 
 
 def _color_attr(rng: random.Random) -> Iterator[Metadata]:
     colors = _pairs(rng, COLORS)
     for first, second in _pairs(rng, _COLORABLE):
         color_a, color_b = next(colors)
-        yield {"tag": "color_attr", "include": [_clause(first, color=color_a), _clause(second, color=color_b)],
-               "prompt": f"a photo of {_article(color_a)} {first} and {_article(color_b)} {second}"}
+        yield {
+            "tag": "color_attr",
+            "include": [_clause(first, color=color_a), _clause(second, color=color_b)],
+            "prompt": f"a photo of {_article(color_a)} {first} and {_article(color_b)} {second}",
+        }
 
 
 _MAKERS: dict[str, Callable[[random.Random], Iterator[Metadata]]] = {
-    "single_object": _single, "two_object": _two, "counting": _counting,
-    "colors": _colors, "position": _position, "color_attr": _color_attr,
+    "single_object": _single,
+    "two_object": _two,
+    "counting": _counting,
+    "colors": _colors,
+    "position": _position,
+    "color_attr": _color_attr,
 }

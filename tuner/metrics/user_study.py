@@ -58,7 +58,11 @@ class Preference:
 
 
 def build_study(
-    images_a: Sequence[FolderImage], images_b: Mapping[str, Path], *, count: int | None = None, seed: int = 0,
+    images_a: Sequence[FolderImage],
+    images_b: Mapping[str, Path],
+    *,
+    count: int | None = None,
+    seed: int = 0,
     question: str = "Which image is better?",
 ) -> Study:
     """Page and key for `count` pairs (all by default), drawn, ordered and sided by `seed`.
@@ -111,9 +115,7 @@ def read_votes(key: Mapping[str, Any], paths: Sequence[str | Path]) -> list[tupl
     return [(voter, name, said) for (voter, name), said in votes.items()]
 
 
-def judge_preference(
-    votes: Sequence[tuple[str, str, str]], *, margin: float = 0.1, level: float = 0.95
-) -> Preference:
+def judge_preference(votes: Sequence[tuple[str, str, str]], *, margin: float = 0.1, level: float = 0.95) -> Preference:
     """Win rate of A with its interval, and whether "no preference" is supported.
 
     The interval is Wilson's for a proportion of pairs, both tests are the score tests that it inverts; ties and several
@@ -137,8 +139,9 @@ def judge_preference(
     deviation = 0.5 / count**0.5
     p_preference = float(2 * norm.sf(abs(rate - 0.5) / deviation))
     edge_deviation = ((0.5 - margin) * (0.5 + margin) / count) ** 0.5
-    p_equivalence = float(max(norm.sf((rate - (0.5 - margin)) / edge_deviation),
-                              norm.sf(((0.5 + margin) - rate) / edge_deviation)))
+    p_equivalence = float(
+        max(norm.sf((rate - (0.5 - margin)) / edge_deviation), norm.sf(((0.5 + margin) - rate) / edge_deviation))
+    )
     if p_equivalence < 1 - level:
         verdict = "no preference"  # also when a difference is certain but too small to matter
     elif p_preference < 1 - level:
@@ -147,8 +150,16 @@ def judge_preference(
         verdict = "undecided"
     needed = 0.25 * ((norm.ppf(level) + norm.ppf(0.9)) / margin) ** 2
     return Preference(
-        win_rate=rate, low=low, high=high, level=level, margin=margin, p_preference=p_preference,
-        p_equivalence=p_equivalence, verdict=verdict, pairs=count, pairs_needed=int(needed) + 1,
+        win_rate=rate,
+        low=low,
+        high=high,
+        level=level,
+        margin=margin,
+        p_preference=p_preference,
+        p_equivalence=p_equivalence,
+        verdict=verdict,
+        pairs=count,
+        pairs_needed=int(needed) + 1,
         votes={name: sum(said == name for _, _, said in votes) for name in ("A", "B", "tie")},
         voters=len({voter for voter, _, _ in votes}),
     )

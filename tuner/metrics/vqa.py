@@ -79,8 +79,11 @@ class DpgBench(BenchmarkMetric):
             item = self.item_id(prompt)
             tiles = tile_images(Image.fromarray(image_uint8_HW3), self.tiles)
             answers = {question.proposition_id: self.vqa(tiles, question.text) for question in self._groups[item]}
-            given = {(item, proposition, tile): is_yes(answer) for proposition, row in answers.items()
-                     for tile, answer in enumerate(row)}
+            given = {
+                (item, proposition, tile): is_yes(answer)
+                for proposition, row in answers.items()
+                for tile, answer in enumerate(row)
+            }
             score = score_dpg(self._groups[item], given, "corrected").prompts[0].score
             rows.append({"value": score, "item_id": item, "answers": {str(key): row for key, row in answers.items()}})
         return rows
@@ -98,8 +101,13 @@ class DpgBench(BenchmarkMetric):
         result: dict[str, Any] = {}
         for mode in MODES:
             score = score_dpg(self.questions, answers, mode)
-            result[mode] = {"score": score.score, "l1": score.l1, "l2": score.l2, "dropped": score.dropped,
-                            "prompts": len(score.prompts)}
+            result[mode] = {
+                "score": score.score,
+                "l1": score.l1,
+                "l2": score.l2,
+                "dropped": score.dropped,
+                "prompts": len(score.prompts),
+            }
         return result
 
     def describe(self) -> dict[str, Any]:
@@ -152,10 +160,13 @@ class TransformersVqa:
         """The answer's tokens (1, T), padded to 4."""
         content = [{"type": "image", "image": image}, {"type": "text", "text": f"{question} Answer yes or no."}]
         inputs = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
             return_tensors="pt",
         ).to(self.device)
-        tokens = self.model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, inputs["input_ids"].shape[1]:]
+        tokens = self.model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, inputs["input_ids"].shape[1] :]
         return torch.nn.functional.pad(tokens, (0, 4 - tokens.shape[1]), value=self.processor.tokenizer.pad_token_id)
 
     def describe(self) -> dict[str, Any]:
