@@ -408,6 +408,11 @@ def skipvar(grids: Sequence[Grid], decision: str = "ssim-0.84") -> StageSchedule
     return StageSchedule(structure_end=len(grids), decision=decision)
 
 
+def conditional(grids: Sequence[Grid]) -> StageSchedule:
+    """Every token, but the null branch is dropped where the fidelity stage starts (what analysis proposes for nano)."""
+    return StageSchedule(structure_end=structure_boundary(grids), cfg_delay=0, branch="cond")
+
+
 def skip_only(grids: Sequence[Grid], count: int = 1) -> StageSchedule:
     """Full guidance and tokens, the last `count` scales not run."""
     scales = len(grids)
@@ -425,6 +430,7 @@ PRESETS: dict[str, Callable[[Sequence[Grid]], StageSchedule]] = {
     "exact": lambda grids: exact(len(grids)),
     "stagevar-paper": paper,
     "stagevar-released": released,
+    "conditional": conditional,
     "fastvar": fastvar,
     "skipvar": skipvar,
     "skip-1": skip_only,
