@@ -112,6 +112,17 @@ def study(run_dir, executor=None, trials=10):
     return made
 
 
+def test_the_command_line_runs_a_study_on_the_cluster(ray_cluster, tmp_path):
+    from tuner.cli import main
+
+    options = ["--model", "nano", "--weights", "random", "--budget", "95%", "--trials", "1", "--quiet"]
+    out = tmp_path / "run"
+    code = main([*options, "--sampler", "random", "--executor", "ray", "--out", str(out)])
+    study_file = json.loads((out / "study.json").read_text())
+    assert code == study_file["exit_code"] and len(study_file["candidates"]) == 1
+    assert {line["process"] for line in measurements(out)} - {os.getpid()}
+
+
 def measurements(run_dir):
     return [json.loads(line) for line in (run_dir / MEASUREMENTS_FILE).read_text().splitlines()]
 

@@ -139,6 +139,7 @@ def test_a_sweep_that_is_killed_once_and_restored_ends_complete(ray_cluster, tmp
     assert [row["verdict"] for row in rows] == ["verified"] * 8 + ["failed"]
     assert "no such weights" in rows[8]["reason"] and rows[8]["cell"] == "broken-60pct-0"
     assert all((out / row["profile"]).is_file() and (out / row["report"]).is_file() for row in rows[:8])
+    assert restored.stdout == ""  # Ray Tune's words are in a file
     assert "8 of 9 studies ended" in (out / "sweep.html").read_text()
     # What had ended was not run again; the cell that was cut off went on from its own journal.
     for name, written in done.items():

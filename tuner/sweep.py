@@ -30,6 +30,7 @@ from tuner.result import STUDY_FILE, StudyResult
 
 AXES = {"models": "model", "resolutions": "resolution", "budgets": "budget", "gpus": "gpu", "seeds": "seed"}
 SWEEP_FILE, TABLE_FILE, REPORT_FILE, CELL_FILE = "sweep.json", "sweep.csv", "sweep.html", "cell.json"
+RAY_LOG = "ray_tune.log"
 #: Options that a cell may not have: they would not be a whole study in one process, or are set by the sweep.
 _NOT_IN_CELLS = ("executor", "ray-address", "gpu-kind", "out", "fresh", "dry-run", "json", "quiet", *AXES.values())
 #: How often a cell whose process died is started anew.
@@ -164,7 +165,9 @@ def run_sweep(
                 ),
                 tune_config=tune.TuneConfig(reuse_actors=True),
             )
-        results = tuner.fit()
+        # Ray Tune prints to stdout, which is for our own answer.
+        with open(out / RAY_LOG, "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+            results = tuner.fit()
         # Ray Tune keeps the errors of processes that died; what a study itself says is in its cell's file.
         died = {r.config["cell"]["name"]: str(r.error) for r in results if r.error is not None and r.config}
     finally:
