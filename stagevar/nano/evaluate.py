@@ -37,6 +37,8 @@ from stagevar.schedule import StageSchedule, exact, skip_only
 from stagevar.similarity import psnr_db
 
 BATCH = 32
+# The shipped transformer's steps under the present recipe; earlier ones drew from other mixes of tasks (docs/nano.md).
+SHIPPED_STEPS = (4670, 7600)
 
 
 class Evaluation:
@@ -101,15 +103,15 @@ def scores(correct_B: np.ndarray, prompts: list[scenes.Metadata]) -> dict[str, A
     return {"geneval_mean": float(np.mean(six)), **{t: tags[t] for t in scenes.TASKS if t in tags}, "images": len(rows)}
 
 
-def trained_scenes(folder: Path, count: int, steps: int | None = None) -> tuple[np.ndarray, list[str]]:
+def trained_scenes(folder: Path, count: int, steps: range) -> tuple[np.ndarray, list[str]]:
     """Images the transformer was trained on, uint8 (N, H, W, 3), and captions: the stream of its seed drawn again.
 
-    Steps are taken evenly from the whole run.
+    Evenly from `steps`, which must be steps that the present recipe drew.
     """
     recipe, config = RECIPES["transformer"], read_preset(folder)
     needed = -(-count // recipe.batch)
     images, captions = [], []
-    for step in np.linspace(0, (steps or recipe.steps) - 1, needed).astype(int):
+    for step in np.linspace(steps.start, steps.stop - 1, needed).astype(int):
         rng = np.random.default_rng([recipe.seed, int(step)])
         world = scenes.sample(recipe.batch, rng, task_weights=TransformerJob.task_weights)
         images.append((scenes.draw(world, config.image_size) * 255).astype(np.uint8).transpose(0, 2, 3, 1))
@@ -196,7 +198,7 @@ def sheet(images_NHW3: np.ndarray, captions: list[str], columns: int, zoom: int 
 
 
 def save_pictures(
-    evaluation: Evaluation, folder: Path, samples: int, training_images: int, steps: int | None
+    evaluation: Evaluation, folder: Path, samples: int, training_images: int, steps: range
 ) -> dict[str, Any]:
     """Writes the sheets and returns the nearest-neighbour figures."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -289,7 +291,10 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--pictures", type=Path, help="folder for the sheets of images")
     p.add_argument("--samples", type=int, default=64, help="images on the sheet of samples")
     p.add_argument("--training-images", type=int, default=20000, help="trained scenes searched for neighbours")
-    p.add_argument("--training-steps", type=int, help="steps the weights were trained for (default: the recipe's)")
+    p.add_argument(
+        "--training-steps", type=int, nargs=2, metavar=("FIRST", "END"), default=SHIPPED_STEPS,
+        help="steps of the present recipe to draw them from (default: the shipped weights' last piece)",
+    )  # fmt: skip
     p.add_argument("--json", type=Path, help="file for the figures")
     args = p.parse_args(argv)
     try:
@@ -301,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
         print(table(report))
         if args.pictures:
             report["neighbours"] = save_pictures(
-                evaluation, args.pictures, args.samples, args.training_images, args.training_steps
+                evaluation, args.pictures, args.samples, args.training_images, range(*args.training_steps)
             )
         text = json.dumps(report, indent=1)
         print(text)
