@@ -243,8 +243,8 @@ def evaluate(evaluation: Evaluation, count: int, unseen: int, clip_images: int, 
     model = evaluation.model
     report: dict[str, Any] = {
         "preset": evaluation.config.name,
-        "guidance": model.sampling.guidance[0],
-        "temperature": model.sampling.temperature[0],
+        "guidance_per_scale": model.sampling.guidance,
+        "temperature_per_scale": model.sampling.temperature,
         "transformer_parameters": sum(p.numel() for p in model.transformer.parameters()),
     }
     heldout = scenes.prompts("heldout", count)
