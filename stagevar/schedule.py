@@ -431,6 +431,7 @@ PRESETS: dict[str, Callable[[Sequence[Grid]], StageSchedule]] = {
     "stagevar-paper": paper,
     "stagevar-released": released,
     "conditional": conditional,
+    "conditional-1": lambda grids: StageSchedule(structure_end=len(grids) - 1, cfg_delay=0, branch="cond"),
     "fastvar": fastvar,
     "skipvar": skipvar,
     "skip-1": skip_only,
