@@ -63,7 +63,10 @@ def node_ids(executor):
 
 def wait_until_all_are_ready(executor):
     while any(seat.state == "loading" for seat in executor.seats.values()) or len(node_ids(executor)) < 2:
-        executor._advance(deque(), set(), grow=True)
+        if any(seat.ref is not None for seat in executor.seats.values()):
+            executor._advance(deque(), set(), grow=True)
+        else:  # nothing to wait for: a node that was just added is not in Ray's list at once
+            executor._read_nodes(grow=True)
 
 
 # ---------------------------------------------------------------------------------------------------- values
