@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from stagevar.models.base import Around, Grid, LoadedModel, Site, SiteFn
+from stagevar.models.base import Around, Grid, LoadedModel, Site
 from stagevar.noise import ScaleNoise
 from stagevar.schedule import Branch, Decision, ScaleStep, Steps
 
@@ -86,8 +86,3 @@ class Accelerator(ABC):
     def decide(self, model: LoadedModel, decision: Decision, before_BdHW: Tensor, after_BdHW: Tensor) -> Sequence[str]:
         """One of `decision.outcomes` per image, from the code sums before and after the scale it follows."""
         raise ValueError(f"the {self.name} accelerator takes no decisions")
-
-
-def plain(site: Site, x_RLC: Tensor, positions: Tensor | None, run: SiteFn) -> Tensor:
-    """A site that is left alone."""
-    return run(x_RLC, positions)

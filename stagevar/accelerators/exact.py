@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from stagevar.accelerators.base import Accelerator, Cached, ScaleContext, plain
-from stagevar.models.base import Around, Site
+from stagevar.accelerators.base import Accelerator, Cached, ScaleContext
+from stagevar.models.base import Around, Site, around_nothing
 
 
 class Exact(Accelerator):
@@ -14,4 +14,4 @@ class Exact(Accelerator):
     def around(self, context: ScaleContext, updates: dict[Site, Cached]) -> Around:
         if context.step.reduction is not None:
             raise ValueError(f"scale {context.step.scale} reduces tokens; the exact accelerator does not")
-        return plain
+        return around_nothing

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from stagevar.accelerators.base import SUBLAYERS, Accelerator, Cached, ScaleContext, plain
+from stagevar.accelerators.base import SUBLAYERS, Accelerator, Cached, ScaleContext
 from stagevar.accelerators.stagevar import gather_rows, restore
-from stagevar.models.base import Around, Site, SiteFn
+from stagevar.models.base import Around, Site, SiteFn, around_nothing
 from stagevar.schedule import Pivotal
 
 
@@ -37,13 +37,13 @@ class FastVAR(Accelerator):
         if reduction is not None and not isinstance(reduction, Pivotal):
             raise ValueError(f"scale {step.scale}: FastVAR cannot apply {type(reduction).__name__}")
         if reduction is None and step.keeps is None:
-            return plain
+            return around_nothing
         pruned = range(*reduction.layers) if reduction is not None else range(0)
         kept = range(*step.keeps) if step.keeps is not None else range(0)
 
         def around(site: Site, x_RLC: Tensor, positions: Tensor | None, run: SiteFn) -> Tensor:
             if site.kind not in SUBLAYERS:
-                return plain(site, x_RLC, positions, run)
+                return around_nothing(site, x_RLC, positions, run)
             if reduction is not None and site.index in pruned:
                 return self._pruned(context, reduction, site, x_RLC, run)
             y_RLC = run(x_RLC, positions)

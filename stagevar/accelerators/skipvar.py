@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stagevar.accelerators.base import Accelerator, Cached, ScaleContext, plain
+from stagevar.accelerators.base import Accelerator, Cached, ScaleContext
 from stagevar.errors import UsageError
-from stagevar.models.base import Around, LoadedModel, Site
+from stagevar.models.base import Around, LoadedModel, Site, around_nothing
 from stagevar.schedule import UNDECIDED_SCALES, Decision
 
 
@@ -215,7 +215,7 @@ class SkipVAR(Accelerator):
     def around(self, context: ScaleContext, updates: dict[Site, Cached]) -> Around:
         if context.step.reduction is not None:
             raise ValueError(f"scale {context.step.scale} reduces tokens; SkipVAR does not")
-        return plain
+        return around_nothing
 
     def check(self, model: LoadedModel, decision: Decision) -> None:
         """Raises UsageError when the classifier was fitted for another model or number of scales."""

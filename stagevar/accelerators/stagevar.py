@@ -17,8 +17,8 @@ import math
 import torch
 from torch import Tensor
 
-from stagevar.accelerators.base import Accelerator, Cached, ScaleContext, plain
-from stagevar.models.base import Around, Site, SiteFn
+from stagevar.accelerators.base import Accelerator, Cached, ScaleContext
+from stagevar.models.base import Around, Site, SiteFn, around_nothing
 from stagevar.schedule import LowRank
 
 
@@ -59,7 +59,7 @@ class StageVAR(Accelerator):
 
         def around(site: Site, x: Tensor, positions: Tensor | None, run: SiteFn) -> Tensor:
             if site.kind not in ("chunk", "trunk"):
-                return plain(site, x, positions, run)
+                return around_nothing(site, x, positions, run)
             if reduction is None or site.kind != reduction.site:
                 y = run(x, positions)
             else:

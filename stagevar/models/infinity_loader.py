@@ -14,7 +14,7 @@ from stagevar.grids import infinity_grids
 from stagevar.models.base import LoadedModel, TextEncoder
 from stagevar.models.bsqvae import BSQVAE
 from stagevar.models.infinity import Infinity, InfinityConfig
-from stagevar.models.loading import Part, Parts, default_sampling, fill
+from stagevar.models.loading import Part, Parts, assemble, default_sampling, fill
 from stagevar.models.registry import LoadRequest
 from stagevar.models.text import RandomText, T5Text
 from stagevar.models.weights import BSQVAE_RULES, INFINITY_RULES, block_precision, everywhere
@@ -54,19 +54,7 @@ def build(request: LoadRequest) -> LoadedModel:
     made.tokenizer.module.to(memory_format=torch.channels_last)
     if isinstance(text, T5Text):
         record["text"] = text.provenance()
-    return LoadedModel(
-        name=request.spec.name,
-        transformer=transformer,
-        tokenizer=made.tokenizer.module,
-        text=text,
-        sampling=default_sampling(request, len(made.grids)),
-        grids=made.grids,
-        pixels=made.pixels,
-        device=request.device,
-        dtype=request.dtype,
-        random_weights=request.random,
-        provenance=record,
-    )
+    return assemble(made, request, text, default_sampling(request, len(made.grids)), record)
 
 
 def _text(request: LoadRequest, made: Parts) -> TextEncoder:

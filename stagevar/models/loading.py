@@ -14,7 +14,7 @@ from torch import nn
 
 from stagevar.errors import UsageError, WeightsError
 from stagevar.models import hub, memory
-from stagevar.models.base import Grid, Sampling
+from stagevar.models.base import Grid, LoadedModel, NextScaleModel, Sampling, TextEncoder
 from stagevar.models.hub import HubFile
 from stagevar.models.registry import LoadRequest
 from stagevar.models.weights import KeyRules, Precision, fit, randomise
@@ -142,3 +142,24 @@ def fill(parts: Parts, request: LoadRequest) -> dict[str, Any]:
     memory.require(needed, request.device, name)  # after the files: a fault there should be heard first
     read = [path for (part, _), found in zip(modules, fits, strict=True) for path in found.load(part.precision)]
     return {**record, "weights": hub.sha256_files(read), "sources": sources}
+
+
+def assemble(
+    parts: Parts, request: LoadRequest, text: TextEncoder, sampling: Sampling, record: dict[str, Any]
+) -> LoadedModel:
+    """The loaded model from modules that `fill` gave their weights, with the record that it returned."""
+    transformer = parts.transformer.module
+    assert isinstance(transformer, NextScaleModel)
+    return LoadedModel(
+        name=request.spec.name,
+        transformer=transformer,
+        tokenizer=parts.tokenizer.module,
+        text=text,
+        sampling=sampling,
+        grids=parts.grids,
+        pixels=parts.pixels,
+        device=request.device,
+        dtype=request.dtype,
+        random_weights=request.random,
+        provenance=record,
+    )

@@ -10,7 +10,7 @@ import torch
 from stagevar.errors import UsageError
 from stagevar.grids import square
 from stagevar.models.base import LoadedModel, NextScaleModel, Sampling, TextEncoder
-from stagevar.models.loading import Part, Parts, default_sampling, fill
+from stagevar.models.loading import Part, Parts, assemble, default_sampling, fill
 from stagevar.models.registry import LoadRequest
 from stagevar.models.star import STAR, STARConfig
 from stagevar.models.star_text import ClipText, RandomClipText
@@ -60,19 +60,7 @@ def build(request: LoadRequest) -> LoadedModel:
     transformer.set_grids(made.grids)
     if isinstance(text, ClipText):
         record["text"] = text.provenance()
-    return LoadedModel(
-        name=request.spec.name,
-        transformer=transformer,
-        tokenizer=made.tokenizer.module,
-        text=text,
-        sampling=_sampling(request, len(made.grids)),
-        grids=made.grids,
-        pixels=made.pixels,
-        device=request.device,
-        dtype=request.dtype,
-        random_weights=request.random,
-        provenance=record,
-    )
+    return assemble(made, request, text, _sampling(request, len(made.grids)), record)
 
 
 def _sampling(request: LoadRequest, scales: int) -> Sampling:
