@@ -22,7 +22,7 @@ from torch import Tensor
 
 from stagevar.errors import WeightsError
 from stagevar.models.hub import HubFile, fetch, sha256_files
-from stagevar.models.text import FeatureCache
+from stagevar.models.text import FeatureCache, LazyEncoder
 
 #: Text rows of every prompt, padding included.
 TEXT_LENGTH = 77
@@ -38,7 +38,7 @@ class PromptText:
     null_pooled_D: Tensor
 
 
-class ClipText:
+class ClipText(LazyEncoder):
     """STAR's text encoder. Nothing is loaded until a prompt is encoded that is not cached.
 
     Args:
@@ -94,17 +94,6 @@ class ClipText:
                 found[prompt] = features
         null = found[""]["pooled"]
         return [PromptText(found[p]["features"], found[p]["mask"], found[p]["pooled"], null) for p in prompts]
-
-    def prepare(self, prompts: Sequence[str]) -> None:
-        """Encodes prompts into the cache and frees CLIP; later `encode` calls for them load nothing."""
-        self.encode(prompts)
-        self.release()
-
-    def release(self) -> None:
-        """Frees CLIP's memory; it is loaded again when needed."""
-        self._loaded = None
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def _run(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:

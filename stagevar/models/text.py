@@ -16,6 +16,7 @@ import math
 import os
 import warnings
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,29 @@ class FeatureCache:
             partial.unlink(missing_ok=True)
 
 
-class T5Text:
+class LazyEncoder(ABC):
+    """A text encoder that is loaded when a prompt needs it and can be freed; subclasses set `device` and `_loaded`."""
+
+    device: torch.device
+    _loaded: Any
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str]) -> Any:
+        """Features of the prompts, from the cache where they are there."""
+
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """Encodes prompts into the cache and frees the encoder; later `encode` calls for them load nothing."""
+        self.encode(prompts)
+        self.release()
+
+    def release(self) -> None:
+        """Frees the encoder's memory; it is loaded again when needed."""
+        self._loaded = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+class T5Text(LazyEncoder):
     """The text encoder of Infinity. Nothing is loaded until a prompt is encoded that is not cached.
 
     Args:
@@ -134,17 +157,6 @@ class T5Text:
                 self._cache.put(prompt, {"features": features})
                 found[prompt] = features.float()
         return [found[prompt] for prompt in prompts]
-
-    def prepare(self, prompts: Sequence[str]) -> None:
-        """Encodes prompts into the cache and frees T5; later `encode` calls for them load nothing."""
-        self.encode(prompts)
-        self.release()
-
-    def release(self) -> None:
-        """Frees T5's memory; it is loaded again when needed."""
-        self._loaded = None
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def _run(self, prompts: Sequence[str]) -> list[Tensor]:
