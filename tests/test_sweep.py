@@ -38,6 +38,16 @@ def test_cells_are_every_combination_as_command_lines(tmp_path):
     check_cells(cells)
 
 
+def test_options_of_one_model_win_over_those_of_all(tmp_path):
+    text = f"{GRID}model_options: {{infinity-tiny: {{weights: random, trials: 3}}}}"
+    cells = load_sweep(sweep_file(tmp_path, text)).cells()
+    assert cells[3].argv == ("--model=nano", "--budget=25ms", "--seed=1", "--trials=6", "--max-drop=0.1")
+    assert cells[7].argv == (
+        "--model=infinity-tiny", "--budget=25ms", "--seed=1", "--trials=3", "--max-drop=0.1", "--weights=random",
+    )  # fmt: skip
+    check_cells(cells)
+
+
 def test_kinds_of_gpu_and_resolutions_are_axes(tmp_path):
     text = "models: [infinity-2b]\nbudgets: [1s]\nresolutions: [0.25M, 1M]\ngpus: [H100, L40]\nresources: {cpus: 4}"
     cells = load_sweep(sweep_file(tmp_path, text)).cells()
@@ -56,6 +66,9 @@ def test_kinds_of_gpu_and_resolutions_are_axes(tmp_path):
         ("models: [nano]\nbudgets: [60%]\nmodel: x", "unknown key 'model'"),
         ("models: [nano]\nbudgets: [60%]\noptions: {out: here}", "option 'out' cannot be set"),
         ("models: [nano]\nbudgets: [60%]\noptions: {executor: ray}", "option 'executor' cannot be set"),
+        ("models: [nano]\nbudgets: [60%]\nmodel_options: {nano: {out: here}}", "option 'out' cannot be set"),
+        ("models: [nano]\nbudgets: [60%]\nmodel_options: {nano: 3}", "model_options of nano must be options"),
+        ("models: [nano]\nbudgets: [60%]\nmodel_options: {nono: {trials: 3}}", "must name models of the sweep"),
         ("models: [nano]\nbudgets: [60%]\nresources: {gpus: many}", "must be a number of at least 0"),
         ("models: [nano]\nbudgets: [60%]\nresources: {ram: 3}", "must be {cpus: NUMBER, gpus: NUMBER}"),
         ("models: [nano]\nbudgets: [60%]\ngpus: [H100]\nresources: {gpus: 0}", "must give each cell some"),

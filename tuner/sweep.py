@@ -52,11 +52,13 @@ class Sweep:
     """A checked sweep file.
 
     axes: values per axis of the grid. options: further options of every study, by their names on the command line.
+    model_options: the same for the studies of one model, by its name; they win.
     cpus, gpus: what each cell occupies; gpus may be a share.
     """
 
     axes: Mapping[str, tuple[Any, ...]]
     options: Mapping[str, Any] = field(default_factory=dict)
+    model_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     cpus: float = 1
     gpus: float = 0
 
@@ -67,7 +69,8 @@ class Sweep:
             axes = dict(zip((AXES[axis] for axis in self.axes), values, strict=True))
             name = "-".join(str(value).replace("%", "pct").replace("/", "_") for value in axes.values())
             words: list[str] = []
-            for option, value in {**{k: v for k, v in axes.items() if k != "gpu"}, **self.options}.items():
+            given = {**self.options, **self.model_options.get(axes["model"], {})}
+            for option, value in {**{k: v for k, v in axes.items() if k != "gpu"}, **given}.items():
                 if value is True:
                     words.append(f"--{option}")
                 elif value is not False and value is not None:
@@ -82,7 +85,7 @@ class Sweep:
 def load_sweep(path: Path | str) -> Sweep:
     """Reads a sweep file. Raises UsageError naming the key and what it may hold."""
     data = read_yaml(Path(path), "sweep")
-    allowed = (*AXES, "options", "resources")
+    allowed = (*AXES, "options", "model_options", "resources")
     for key in data if isinstance(data, dict) else ():
         if key not in allowed:
             raise UsageError(f"sweep: unknown key {key!r}; use {', '.join(allowed)}")
@@ -97,23 +100,31 @@ def load_sweep(path: Path | str) -> Sweep:
         if not simple or len(set(map(str, values))) != len(values):
             raise UsageError(f"sweep: {axis} {values!r:.60} must be a list of different values")
         axes[axis] = tuple(values)
-    options = data.get("options") or {}
-    if not isinstance(options, dict) or not all(isinstance(v, str | int | float | bool) for v in options.values()):
-        raise UsageError("sweep: options must be options of stagevar-tune with their values, such as {trials: 30}")
-    for name in options:
-        if name in _NOT_IN_CELLS:
-            raise UsageError(f"sweep: option {name!r} cannot be set for all cells; axes: {', '.join(AXES)}")
+    options = _options(data.get("options") or {}, "options")
+    by_model = data.get("model_options") or {}
+    if not isinstance(by_model, dict) or by_model.keys() - set(axes["models"]):
+        raise UsageError(f"sweep: model_options {by_model!r:.60} must name models of the sweep: {axes['models']}")
+    by_model = {model: _options(given, f"model_options of {model}") for model, given in by_model.items()}
     resources = data.get("resources") or {}
     if not isinstance(resources, dict) or resources.keys() - {"cpus", "gpus"}:
         raise UsageError(f"sweep: resources {resources!r:.60} must be {{cpus: NUMBER, gpus: NUMBER}}")
     for name, amount in resources.items():
         if isinstance(amount, bool) or not isinstance(amount, int | float) or amount < 0:
             raise UsageError(f"sweep: resources {name} {amount!r} must be a number of at least 0")
-    options = {k: str(Path(v).resolve()) if isinstance(v, str) and Path(v).exists() else v for k, v in options.items()}
-    sweep = Sweep(axes, options, resources.get("cpus", 1), resources.get("gpus", 1 if "gpus" in axes else 0))
+    sweep = Sweep(axes, options, by_model, resources.get("cpus", 1), resources.get("gpus", 1 if "gpus" in axes else 0))
     if "gpus" in axes and sweep.gpus == 0:
         raise UsageError("sweep: gpus names kinds of GPU, so resources must give each cell some, such as {gpus: 1}")
     return sweep
+
+
+def _options(given: Any, where: str) -> dict[str, Any]:
+    """Options with their values, paths made absolute. Raises UsageError."""
+    if not isinstance(given, dict) or not all(isinstance(v, str | int | float | bool) for v in given.values()):
+        raise UsageError(f"sweep: {where} must be options of stagevar-tune with their values, such as {{trials: 30}}")
+    for name in given:
+        if name in _NOT_IN_CELLS:
+            raise UsageError(f"sweep: option {name!r} cannot be set for all cells; axes: {', '.join(AXES)}")
+    return {k: str(Path(v).resolve()) if isinstance(v, str) and Path(v).exists() else v for k, v in given.items()}
 
 
 def check_cells(cells: Sequence[Cell]) -> None:
