@@ -1,8 +1,8 @@
 """Make-believe evaluators for workers in other processes, which misbehave where a file tells them to.
 
 Files in `directory`: `die-N` ends the process at micro-batch N, once (the first to see it removes it); `hang-N` waits
-for ever there, once; `hold-NODE` waits for ever on that node as long as it exists. `calls/` gets one file per evaluated
-micro-batch.
+for ever there, once; `hold-NODE` waits for ever on that node as long as it exists; `slow-NODE` holds how many times longer
+everything takes there, by its own clock. `calls/` gets one file per evaluated micro-batch.
 """
 
 from __future__ import annotations
@@ -45,7 +45,12 @@ class Troublemaker(FakeEvaluator):
 
     def latency(self, schedules, rounds, warm_up_at_most=12):
         self.misbehave("latency")
-        return super().latency(schedules, rounds, warm_up_at_most)
+        timings = super().latency(schedules, rounds, warm_up_at_most)
+        for path in self.directory.glob("slow-*"):
+            if path.name == f"slow-{this_node()}":
+                for timing in timings.values():
+                    timing.samples_ms = tuple(ms * float(path.read_text()) for ms in timing.samples_ms)
+        return timings
 
     def misbehave(self, where: str) -> None:
         if taken(self.directory / f"die-{where}"):
@@ -54,11 +59,15 @@ class Troublemaker(FakeEvaluator):
             os.kill(int((self.directory / "driver").read_text()), signal.SIGKILL)
         if taken(self.directory / f"hang-{where}"):
             threading.Event().wait()
-        if list(self.directory.glob("hold-*")):
-            import ray
+        if any(path.name == f"hold-{this_node()}" for path in self.directory.glob("hold-*")):
+            threading.Event().wait()
 
-            if (self.directory / f"hold-{ray.get_runtime_context().get_node_id()}").exists():
-                threading.Event().wait()
+
+def this_node() -> str:
+    """Ray's id of the node that this worker is on."""
+    import ray
+
+    return ray.get_runtime_context().get_node_id()
 
 
 def taken(path: Path) -> bool:

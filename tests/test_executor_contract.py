@@ -59,6 +59,16 @@ class ExecutorContract:
         assert sorted(found) == [0, 5]
         assert all(same(found[b], plain.quality(TREE, "search", b)) for b in found)
 
+    def test_timings_keep_the_ratio_to_the_full_schedule_round_by_round(self, executor, plain):
+        """The fake's timings drift from round to round, all schedules alike, in each process in its own way."""
+        timings = executor.evaluator.latency({"baseline": FULL, "paper": PAPER, "skip": SKIP}, 5)
+        assert list(timings) == ["baseline", "paper", "skip"]
+        assert all(len(timing.samples_ms) == 5 and timing.warmed for timing in timings.values())
+        full = np.array(timings["baseline"].samples_ms)
+        assert len(set(full)) == 5
+        for name, steps in (("paper", PAPER), ("skip", SKIP)):
+            np.testing.assert_allclose(timings[name].samples_ms / full, plain.ratio(steps), rtol=1e-12)
+
     def test_a_schedule_that_raises_takes_no_other_with_it(self, faulty, plain):
         for task, (full, paper, skip) in faulty.run(tasks([0, 1, 2])):
             assert same([full, paper], plain.quality((FULL, PAPER), "search", task.batch))

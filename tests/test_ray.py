@@ -18,11 +18,21 @@ from stagevar.errors import UsageError
 from stagevar.schedule import exact, preset
 from tests import cluster_fakes
 from tests.conftest import claims
+from tests.fakes import CHUNKS, GRIDS
 from tests.test_executor_contract import FULL, PAPER, SKIP, TREE, same, tasks
 from tests.test_house import run_without
 from tuner.executors import ray as ray_executor
 from tuner.executors.base import Failed, QualityTask, WorkersLost
-from tuner.executors.ray import MEASUREMENTS_FILE, QUARANTINE_AFTER, RayExecutor, Recipe, Worker, cut
+from tuner.executors.ray import (
+    MEASUREMENTS_FILE,
+    QUARANTINE_AFTER,
+    RayExecutor,
+    Recipe,
+    Worker,
+    _Job,
+    _quality_job,
+    cut,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCHES = list(range(8))
@@ -101,8 +111,9 @@ def test_a_study_on_the_cluster_finds_what_the_local_one_finds(start, tmp_path):
     assert [c.values for c in found.candidates] == [c.values for c in expected.candidates]
     assert found.baseline.values == expected.baseline.values
     assert (found.trials, found.verdict) == (expected.trials, expected.verdict)
-    [process] = {line["process"] for line in measurements(tmp_path)}
-    assert process != os.getpid()  # all latency figures come from one worker
+    lines = measurements(tmp_path)
+    assert os.getpid() not in {line["process"] for line in lines}
+    assert all("baseline" == line["sentinel"] and "baseline" in line["samples_ms"] for line in lines)
 
 
 def study(run_dir, executor=None, trials=10):
@@ -176,8 +187,60 @@ def test_the_death_of_a_worker_during_timing_moves_the_timing(start, tmp_path):
     timings = executor.evaluator.latency({"baseline": FULL, "a": PAPER}, 5)
     assert len(timings["a"].samples_ms) == 5
     [line] = measurements(tmp_path)
-    assert line["rounds"] == 5 and line["node"] in {seat.node for seat in executor.seats.values()}
-    assert set(line["median_ms"]) == {"baseline", "a"} and {"gpu", "host", "process", "device"} <= line.keys()
+    assert line["node"] in {seat.node for seat in executor.seats.values()}
+    assert set(line["samples_ms"]) == {"baseline", "a"} and {"gpu", "host", "process", "device"} <= line.keys()
+
+
+def test_timing_is_spread_over_gpus_and_the_sentinel_cancels_their_speed(start, plain, tmp_path):
+    executor = start(run_dir=tmp_path)
+    wait_until_all_are_ready(executor)
+    schedules = {"baseline": FULL, "a": PAPER, "b": SKIP, "c": preset("skip-2", GRIDS).expand(GRIDS, CHUNKS)}
+    first = executor.evaluator.latency({"baseline": FULL}, 3)
+    home = executor.seats[executor._timer]
+    [other] = [seat for seat in executor.seats.values() if seat is not home]
+    (tmp_path / f"slow-{other.node}").write_text("1.5")
+    found = executor.evaluator.latency(schedules, 7)
+    assert list(found) == list(schedules) and len(first["baseline"].samples_ms) == 3
+
+    alone, here, there = measurements(tmp_path)
+    assert alone["node"] == here["node"] == home.node and there["node"] == other.node
+    assert list(here["samples_ms"]) == ["baseline", "a", "c"] and list(there["samples_ms"]) == ["baseline", "b"]
+    assert min(there["samples_ms"]["baseline"]) >= 150  # as measured: the fake's full schedule takes 100 ms and more
+    # What the study gets: this GPU's milliseconds, and every ratio as it was measured beside its own sentinel.
+    assert list(found["baseline"].samples_ms) == here["samples_ms"]["baseline"]
+    full = np.array(found["baseline"].samples_ms)
+    for name in "abc":
+        np.testing.assert_allclose(found[name].samples_ms / full, plain.ratio(schedules[name]), rtol=1e-12)
+
+
+def test_without_the_full_schedule_there_is_no_sentinel_and_one_worker_times(start, tmp_path):
+    executor = start(run_dir=tmp_path)
+    wait_until_all_are_ready(executor)
+    assert set(executor.evaluator.latency({"a": PAPER, "b": SKIP}, 2)) == {"a", "b"}
+    [line] = measurements(tmp_path)
+    assert line["sentinel"] is None and set(line["samples_ms"]) == {"a", "b"}
+
+
+def test_nothing_disturbs_a_timing_on_its_machine(start):
+    """Both workers are on one machine, though on two nodes."""
+    executor = start()
+    wait_until_all_are_ready(executor)
+    seat, other = executor.seats.values()
+    timing, judging = _Job("timed", (), None, alone=True), _quality_job(tasks([0])[0], 0, [0])
+    loading = None
+    for resource, starting, running, allowed in (
+        ("GPU", timing, judging, False),
+        ("GPU", judging, timing, False),
+        ("GPU", timing, loading, False),
+        ("GPU", timing, timing, True),  # each on a GPU of its own
+        ("CPU", timing, timing, False),  # they would share memory and caches
+        ("CPU", judging, judging, True),
+    ):
+        executor._resource, other.job, other.ref, host = resource, running, "busy", other.host
+        assert executor._choose(deque([starting]), seat) is (starting if allowed else None)
+        other.host = "another machine"
+        assert executor._choose(deque([starting]), seat) is starting
+        other.host, other.job, other.ref = host, None, None
 
 
 def test_an_evaluator_that_cannot_be_built_stops_at_once_with_the_reason(start):

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from stagevar.errors import StagevarError, UsageError
-from stagevar.schedule import Steps
+from stagevar.schedule import Steps, exact
 from tuner.evaluate import Evaluator, Facts
 from tuner.executors.base import Executor, Failed, Outcome, QualityTask, WorkersLost
 from tuner.executors.local import evaluate_task, first_line
@@ -44,6 +44,9 @@ QUARANTINE_AFTER = 3
 TREE_ATTEMPTS, SINGLE_ATTEMPTS = 2, 3
 #: How often the list of nodes is read while jobs run.
 NODES_EVERY_S = 3.0
+#: What the driver needs in the middle of the search, for timings and for asking the Gaussian process. Importing it takes
+#: seconds, in which nothing could be evaluated; at the start they pass while the workers load.
+NEEDED_LATER = ("stagevar.latency", "scipy.optimize", "scipy.stats")
 #: Exit status of a worker whose CUDA context is broken beyond repair.
 BROKEN_CUDA = 86
 _KIND_PREFIX = "accelerator_type:"
@@ -145,11 +148,10 @@ class Worker:
             leave_if_cuda_is_broken()
         return outcomes
 
-    def latency(
-        self, schedules: Mapping[str, Steps], rounds: int, warm_up_at_most: int
-    ) -> tuple[Mapping[str, Timing], Place]:
+    def timed(self, method: str, *arguments: Any) -> tuple[Any, Place]:
+        """What a method of the evaluator that times measured, and where."""
         try:
-            return self.evaluator.latency(schedules, rounds, warm_up_at_most), self._place()
+            return getattr(self.evaluator, method)(*arguments), self._place()
         except Exception:
             leave_if_cuda_is_broken()
             raise
@@ -200,10 +202,14 @@ def free_memory() -> None:
 
 @dataclass(eq=False)
 class _Seat:
-    """A GPU (or a share of CPUs) and the worker on it. state: "loading", "ready", "quarantined" or "gone"."""
+    """A GPU (or a share of CPUs) and the worker on it. state: "loading", "ready", "quarantined" or "gone".
+
+    node: Ray's id. host: the machine, on which there may be several nodes.
+    """
 
     id: str
     node: str
+    host: str
     state: str = "loading"
     actor: Any = None
     ref: Any = None
@@ -218,9 +224,10 @@ class _Seat:
 class _Job:
     """One call of a worker's method.
 
-    blame: what is suspected when workers die of it. task, number, members: of a quality job: the task, its place in the
-    call, and which of its schedules.
-    alone: no other worker of the node may be busy meanwhile.
+    blame: what is suspected when workers die of it. number: place in the call. task, members: of a quality job: the task and
+    which of its schedules.
+    alone: it times, so no other worker of the machine may be busy meanwhile, but for one that times on a GPU of its own.
+    home: always on the same worker, while that one lives.
     """
 
     method: str
@@ -230,6 +237,7 @@ class _Job:
     number: int = 0
     members: tuple[int, ...] = ()
     alone: bool = False
+    home: bool = False
     failed_on: set[str] = field(default_factory=set)
 
 
@@ -316,12 +324,35 @@ class RayExecutor(Executor):
             if len(outcomes) == len(job.task.schedules):
                 yield job.task, [outcomes[i] for i in range(len(job.task.schedules))]
 
-    def call(self, method: str, *arguments: Any, blame: Any, alone: bool = False) -> Any:
+    def call(self, method: str, *arguments: Any, blame: Any) -> Any:
         """One call of a worker's method; raises what it raised, or RuntimeError when it takes workers down."""
-        [(_, result)] = self._drive([_Job(method, arguments, blame, alone=alone)])
-        if isinstance(result, BaseException):
-            raise result
-        return result
+        return self._results([_Job(method, arguments, blame)])[0]
+
+    def time(self, method: str, calls: Sequence[tuple[Any, ...]]) -> list[tuple[Any, Place]]:
+        """What the evaluator's method measured for each of these arguments, and where; each alone on its GPU.
+
+        The first call of any is timed by the same worker as long as it lives. Where machines have no GPUs, each times one
+        call at a time. When all have ended, raises what the first raised, or RuntimeError when it takes workers down.
+        """
+        jobs = [
+            _Job("timed", (method, *arguments), object(), number=i, alone=True, home=i == 0)
+            for i, arguments in enumerate(calls)
+        ]
+        return self._results(jobs)
+
+    @property
+    def timers(self) -> int:
+        """How many workers may time at once: one per GPU, or one per machine."""
+        ready = [seat for seat in self.seats.values() if seat.state == "ready"]
+        return max(1, len(ready) if self._resource == "GPU" else len({seat.host for seat in ready}))
+
+    def _results(self, jobs: Sequence[_Job]) -> list[Any]:
+        """The results in the order of the jobs; raises the first error once all have ended."""
+        results = [result for _, result in sorted(self._drive(jobs), key=lambda pair: pair[0].number)]
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        return results
 
     def close(self) -> None:
         for seat in self.seats.values():
@@ -334,6 +365,8 @@ class RayExecutor(Executor):
 
     def _start(self) -> None:
         """Waits for the first worker that is ready."""
+        for module in NEEDED_LATER:
+            importlib.import_module(module)
         while self.facts is None:
             self._advance(deque(), set(), grow=True)
 
@@ -378,7 +411,7 @@ class RayExecutor(Executor):
             queue.remove(job)
             if job.task is not None:
                 self._owners.setdefault((job.task.split, job.task.batch), seat.id)
-            if job.alone:
+            if job.home:
                 self._timer = seat.id
             seat.job, seat.deadline = job, time.monotonic() + self.task_timeout_s
             seat.ref = getattr(seat.actor, job.method).remote(*job.arguments)
@@ -388,23 +421,30 @@ class RayExecutor(Executor):
 
         A job avoids workers that it failed on as long as there are others.
         """
-        alive = [s for s in self.seats.values() if s.state in ("ready", "loading")]
+        alive = {s.id for s in self.seats.values() if s.state in ("ready", "loading")}
+        beside = [s for s in self.seats.values() if s.host == seat.host and s.ref is not None and s is not seat]
 
         def fits(job: _Job) -> bool:
-            if seat.id in job.failed_on and any(s.id not in job.failed_on for s in alive):
+            if seat.id in job.failed_on and not alive <= job.failed_on:
                 return False
-            if not job.alone:
-                return True
-            mine = self._timer in (None, seat.id) or self.seats[self._timer] not in alive
-            return mine and all(s.ref is None for s in alive if s.node == seat.node and s is not seat)
+            if job.home and self._timer in alive and self._timer != seat.id:
+                return False
+            return all(self._may_run_beside(job, other) for other in beside)
 
         fitting = [job for job in queue if fits(job)]
 
         def rank(job: _Job) -> int:
             owner = self._owners.get((job.task.split, job.task.batch)) if job.task else None
-            return 0 if owner == seat.id else 1 if owner is None or self.seats[owner] not in alive else 2
+            return 0 if owner == seat.id else 1 if owner not in alive else 2
 
         return min(fitting, key=rank, default=None)
+
+    def _may_run_beside(self, job: _Job, other: _Seat) -> bool:
+        """Whether a job may start while another worker of the machine does what it does."""
+        timing = other.job is not None and other.job.alone
+        if job.alone and timing:
+            return self._resource == "GPU"
+        return not job.alone and not timing
 
     def _book(self, seat: _Seat, queue: deque[_Job], pending: set[_Job]) -> list[tuple[_Job, Any]]:
         """Takes what a worker answered. A job of an earlier, abandoned call is dropped."""
@@ -476,7 +516,7 @@ class RayExecutor(Executor):
     ) -> list[tuple[_Job, Any]]:
         """Whether the job goes again, in parts, or is given up; what turns out to be its fault, workers are forgiven."""
         job.failed_on.add(seat.id)
-        if job.alone:
+        if job.home:
             self._timer = None
         deaths = self._deaths.setdefault(job.blame, [])
         deaths.append(seat.id)
@@ -514,7 +554,8 @@ class RayExecutor(Executor):
         if now - self._nodes_read < NODES_EVERY_S:
             return
         self._nodes_read = now
-        nodes = {n["NodeID"]: n["Resources"] for n in self._ray.nodes() if n["Alive"]}
+        listed = {n["NodeID"]: n for n in self._ray.nodes() if n["Alive"]}
+        nodes = {node: n["Resources"] for node, n in listed.items()}
         for seat in self.seats.values():
             if seat.node not in nodes and seat.state != "gone":
                 self._lose(seat)
@@ -526,7 +567,7 @@ class RayExecutor(Executor):
             self._known_nodes.add(node)
             size = 1 if self._resource == "GPU" else self.threads
             for index in range(int(resources.get(self._resource, 0)) // size):
-                seat = _Seat(f"{node[:8]}:{index}", node)
+                seat = _Seat(f"{node[:8]}:{index}", node, listed[node]["NodeManagerHostname"])
                 self.seats[seat.id] = seat
                 self._build(seat)
 
@@ -601,13 +642,16 @@ class RayExecutor(Executor):
 class RemoteEvaluator:
     """An Evaluator whose work is done by the workers of a RayExecutor.
 
-    Latency is timed by one worker, always the same while it lives, with the full schedule in the same rounds as
-    sentinel: a figure from another GPU of the kind is still comparable as a ratio. The GPU belongs to the worker alone,
-    and no other worker of its node is busy meanwhile.
+    Schedules that are timed together with the full schedule are dealt out to as many GPUs as are ready. Each GPU times the
+    full schedule in the same rounds as its sentinel, and its samples are scaled, round by round, by what the sentinel took
+    on the first GPU over what it took here: the ratio to the full schedule is exactly the one measured, in one process,
+    and milliseconds are those of the first GPU, always the same one while it lives. `measurements.jsonl` keeps every
+    sample as it was measured, with node, process and GPU.
     """
 
     def __init__(self, executor: RayExecutor, facts: Facts):
         self.executor, self.facts = executor, facts
+        self._full = exact(len(facts.grids)).expand(facts.grids, facts.chunks)
 
     def quality(self, schedules: Sequence[Steps], split: str, batch: int) -> list[Mapping[str, np.ndarray]]:
         [(_, outcomes)] = self.executor.run([QualityTask(tuple(schedules), split, batch)])
@@ -617,27 +661,55 @@ class RemoteEvaluator:
         return outcomes
 
     def latency(self, schedules: Mapping[str, Steps], rounds: int, warm_up_at_most: int = 12) -> Mapping[str, Timing]:
-        blame = ("latency", frozenset(schedules.values()))
-        arguments = (dict(schedules), rounds, warm_up_at_most)
-        timings, place = self.executor.call("latency", *arguments, blame=blame, alone=True)
-        self._record(timings, place)
-        return timings
+        sentinel = next((name for name, steps in schedules.items() if steps == self._full), None)
+        shares = deal(schedules, sentinel, self.executor.timers)
+        measured = self.executor.time("latency", [(share, rounds, warm_up_at_most) for share in shares])
+        self._record(measured, sentinel)
+        (found, _), *others = measured
+        found = dict(found)
+        for timings, _ in others:
+            for name in timings.keys() - {sentinel}:
+                found[name] = scaled(timings[name], timings[sentinel], found[sentinel])
+        return {name: found[name] for name in schedules}
+
+    def scale_ms(self, schedules: Mapping[str, Steps], rounds: int = 5) -> Mapping[str, tuple[float, ...]]:
+        [(found, _)] = self.executor.time("scale_ms", [(dict(schedules), rounds)])
+        return found
 
     def images(self, steps: Steps, split: str, batch: int) -> np.ndarray:
         return self.executor.call("images", steps, split, batch, blame=("images", steps))
 
-    def _record(self, timings: Mapping[str, Timing], place: Place) -> None:
+    def _record(self, measured: Sequence[tuple[Mapping[str, Timing], Place]], sentinel: str | None) -> None:
+        """A line per GPU. sentinel: which of the schedules is the full one, the same in all lines of one time."""
         if self.executor.run_dir is None:
             return
-        record = {
-            "measured": datetime.now(UTC).isoformat(timespec="milliseconds"),
-            **vars(place),
-            "device": self.facts.device["name"],
-            "median_ms": {name: float(np.median(timing.samples_ms)) for name, timing in timings.items()},
-            "rounds": max(len(timing.samples_ms) for timing in timings.values()),
-        }
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
         with open(self.executor.run_dir / MEASUREMENTS_FILE, "a", encoding="utf-8") as handle:
-            handle.write(json.dumps(record) + "\n")
+            for timings, place in measured:
+                samples = {name: list(timing.samples_ms) for name, timing in timings.items()}
+                record = {"measured": now, **vars(place), "device": self.facts.device["name"], "sentinel": sentinel}
+                handle.write(json.dumps({**record, "samples_ms": samples}) + "\n")
+
+
+def deal(schedules: Mapping[str, Steps], sentinel: str | None, shares: int) -> list[dict[str, Steps]]:
+    """Schedules in at most `shares` groups, each with the sentinel first; in one group where there is no sentinel."""
+    if sentinel is None:
+        return [dict(schedules)]
+    others = [name for name in schedules if name != sentinel]
+    groups = [others[i::shares] for i in range(min(shares, len(others)))] or [[]]
+    return [{name: schedules[name] for name in (sentinel, *group)} for group in groups]
+
+
+def scaled(timing: Timing, sentinel: Timing, reference: Timing) -> Timing:
+    """A timing as on the GPU of `reference`: each sample times what the full schedule took there over what it took here.
+
+    All have the same rounds. CUDA events are left out: they are this GPU's.
+    """
+    from stagevar.latency import Timing
+
+    factors = np.asarray(reference.samples_ms) / np.asarray(sentinel.samples_ms)
+    samples = tuple(float(ms) for ms in np.asarray(timing.samples_ms) * factors)
+    return Timing(samples, (), timing.warm_up_runs, timing.warmed)
 
 
 def _why(error: Exception) -> str:
