@@ -1,8 +1,9 @@
 """Make-believe evaluators for workers in other processes, which misbehave where a file tells them to.
 
 Files in `directory`: `die-N` ends the process at micro-batch N, once (the first to see it removes it); `hang-N` waits
-for ever there, once; `hold-NODE` waits for ever on that node as long as it exists; `slow-NODE` holds how many times longer
-everything takes there, by its own clock. `calls/` gets one file per evaluated micro-batch.
+for ever there, once; `hold-NODE` waits for ever on that node as long as it exists, `doom-NODE` ends every process there;
+`slow-NODE` holds how many times longer everything takes there, by its own clock. `calls/` gets one file per evaluated
+micro-batch.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ class Troublemaker(FakeEvaluator):
             threading.Event().wait()
         if any(path.name == f"hold-{this_node()}" for path in self.directory.glob("hold-*")):
             threading.Event().wait()
+        if any(path.name == f"doom-{this_node()}" for path in self.directory.glob("doom-*")):
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def this_node() -> str:
