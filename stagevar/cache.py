@@ -96,6 +96,13 @@ class KVCache:
                 chosen.storage(branch, layer).copy_(self.storage(branch, layer)[:, list(rows)])
         return chosen
 
+    def copy_entries(self, other: KVCache, first: Lengths, last: Lengths) -> None:
+        """Takes from a cache of the same batch the entries between two of its lengths, and ends there."""
+        for branch, starts, stops in zip(BOTH, first, last, strict=True):
+            for layer, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+                self._store[branch][layer][..., start:stop, :] = other._store[branch][layer][..., start:stop, :]
+        self.rewind(last)
+
     def storage(self, branch: Branch, layer: int) -> Tensor:
         """The filled part (2, B, H, length, c) of one branch and layer, a view."""
         return self._store[branch][layer][..., : self._length[branch][layer], :]

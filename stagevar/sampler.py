@@ -207,6 +207,23 @@ class Sampler:
         generation.steps.append(step)
         generation._saved.append(after)
 
+    @torch.inference_mode()
+    def advance_like(self, generation: Generation, kept: Generation) -> None:
+        """Runs the next scale by copying what `kept` computed for it: the same bits, for a copy of its cache entries.
+
+        kept: a generation of the same batch (`split` makes one that lasts) whose steps so far were the same.
+        Raises ValueError when it went another way, or where recorded graphs own the buffers.
+        """
+        scale = generation.scale
+        if generation.resident is not None:
+            raise ValueError(f"the {self.engine.name} engine cannot take over scales computed elsewhere")
+        if not generation.live or kept.scale <= scale or kept.steps[:scale] != generation.steps:
+            raise ValueError(f"no scale {scale} to take over: the other generation took other steps")
+        before, after = kept._saved[scale], kept._saved[scale + 1]
+        generation.cache.copy_entries(kept.cache, before.lengths, after.lengths)
+        generation.steps.append(kept.steps[scale])
+        generation._saved.append(after)
+
     def _run(self, generation: Generation, step: ScaleStep, before: _Saved) -> _Saved:
         model, cache, batch = self.model, generation.cache, generation.batch
         transformer, residual = model.transformer, model.tokenizer.residual

@@ -112,6 +112,14 @@ class FakeEvaluator:
             for name, steps in schedules.items()
         }
 
+    def step_ms(self, schedules: Sequence[Steps], rounds: int) -> dict[Steps, tuple[float, ...]]:
+        prefixes = {steps[: depth + 1] for steps in schedules for depth in range(len(steps))}
+        cost = {(): 0.2, **{p: 0.8 * p[-1].processed_tokens(CHUNKS) / FULL_TOKENS for p in prefixes}}
+        return {
+            p: tuple(self.full_ms * share * (1 + self.noise * np.abs(self.clock.standard_normal(rounds))))
+            for p, share in cost.items()
+        }
+
     def images(self, steps: Steps, split: str, batch: int) -> np.ndarray:
         count = len(self.prompts[split].batch(batch)[0])
         shade = zlib.crc32(repr(steps).encode()) % 200
@@ -122,6 +130,7 @@ def study(run_dir: Path, evaluator_options: Mapping = {}, space: Mapping = {}, *
     """A Study on a fake in `run_dir`."""
     from tuner.budget import parse_budget
     from tuner.prompts import load_prompts
+    from tuner.search import Savings
     from tuner.space import parse_space
     from tuner.study import Options, Study
 
@@ -131,7 +140,8 @@ def study(run_dir: Path, evaluator_options: Mapping = {}, space: Mapping = {}, *
     budget = parse_budget(options.pop("budget", "60%"))
     stop = options.pop("stop", lambda: False)
     evaluator = FakeEvaluator(prompts, **evaluator_options)
-    return Study(run_dir, checked, Options(budget, **{"sampler": "random", **options}), evaluator, prompts, stop=stop)
+    quick = {"sampler": "random", "savings": Savings(overlap=False)}
+    return Study(run_dir, checked, Options(budget, **{**quick, **options}), evaluator, prompts, stop=stop)
 
 
 def drive(run_dir: str | Path, trials: int = 30) -> None:

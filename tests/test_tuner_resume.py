@@ -136,16 +136,40 @@ def test_a_trial_killed_between_two_constraints_is_completed(tmp_path):
 def test_a_running_trial_without_evidence_is_tried_again_twice_at_most(tmp_path):
     space = study(tmp_path).space
     first = Proposer(tmp_path, space, 0, ["latency", "drop"], "random")
-    values = first.ask().values
+    asked = first.ask()
+    values = asked.values
+    first.begin([asked.trial])
     for attempt in range(ATTEMPTS):
         again = Proposer(tmp_path, space, attempt, ["latency", "drop"], "random")
         given_up = again.recover({})
         if attempt < ATTEMPTS - 1:
-            assert given_up == [] and again.ask().values == values
+            asked = again.ask()
+            assert given_up == [] and asked.values == values
+            again.begin([asked.trial])
         else:
             assert [p.values for p in given_up] == [values]
             assert again.ask().values != values
     assert [t.state.name for t in again.study.trials] == ["FAIL"] * ATTEMPTS + ["RUNNING"]
+
+
+def test_a_trial_that_was_asked_ahead_and_never_begun_is_not_to_blame(tmp_path):
+    space = study(tmp_path).space
+    values = Proposer(tmp_path, space, 0, ["latency", "drop"], "random").ask().values
+    for attempt in range(2 * ATTEMPTS):
+        again = Proposer(tmp_path, space, attempt, ["latency", "drop"], "random")
+        assert again.recover({}) == [] and again.ask().values == values
+
+
+def test_what_is_withdrawn_comes_first_when_the_study_goes_on(tmp_path):
+    space = study(tmp_path).space
+    proposer = Proposer(tmp_path, space, 0, ["latency", "drop"], "random")
+    proposer.enqueue({"stagevar-paper": space.nearest_values(exact(len(GRIDS)), GRIDS)})
+    asked = [proposer.ask(), proposer.ask()]
+    for proposal in asked:
+        proposer.withdraw(proposal.trial)
+    again = Proposer(tmp_path, space, 1, ["latency", "drop"], "random")
+    assert again.recover({}) == []
+    assert [(p.preset, p.values) for p in (again.ask(), again.ask())] == [(p.preset, p.values) for p in asked]
 
 
 def test_presets_are_enqueued_once_whenever_the_driver_died(tmp_path):

@@ -9,6 +9,7 @@ Importing this module imports no torch; building a ModelEvaluator does.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,18 +72,25 @@ class Evaluator(Protocol):
 
 
 def walk(
-    sampler: Sampler, generation: Generation, schedules: Sequence[Steps], leaf: Callable[[list[int], np.ndarray], None]
+    sampler: Sampler,
+    generation: Generation,
+    schedules: Sequence[Steps],
+    leaf: Callable[[list[int], np.ndarray], None] | None,
+    advance: Callable[[Generation, ScaleStep], bool | None] | None = None,
 ) -> int:
     """Runs all schedules on one generation, each distinct prefix of steps once; returns the number of scales run.
 
     leaf(indices, images): called once per distinct schedule with the indices that share it; uint8 images (B, H, W, 3).
+    None decodes nothing. advance: instead of the sampler's; returns True where it took a scale over and ran none.
     """
     runs = 0
+    advance = advance or sampler.advance
 
     def visit(members: list[int], depth: int) -> None:
         nonlocal runs
         if depth == len(sampler.model.grids):
-            leaf(members, sampler.decode(generation))
+            if leaf is not None:
+                leaf(members, sampler.decode(generation))
             return
         children: dict[ScaleStep, list[int]] = {}
         for index in members:
@@ -94,8 +102,8 @@ def walk(
                 runs += len(sampler.model.grids) - depth
                 leaf(group, sampler.finish(generation, schedules[group[0]]))
                 continue
-            sampler.advance(generation, step)
-            runs += not step.skipped
+            taken_over = advance(generation, step)
+            runs += not (step.skipped or taken_over)
             visit(group, depth + 1)
 
     visit(list(range(len(schedules))), generation.scale)
@@ -132,6 +140,8 @@ class ModelEvaluator:
         quality: metric -> weight, as in the search space; ignored for random weights. floors: further metrics to compute.
         threads: CPU threads of every figure, pinned while timing.
         references_dir: where the full schedule's images are kept between batches; memory when None.
+        keep_bytes: for the full schedule's scales on the search prompts, which later walks start from; None takes a
+            quarter of what is free. 0 keeps nothing.
 
     Attributes: scales_run, scales_alone: scales run by the walks, and what running each schedule alone had needed.
     """
@@ -145,6 +155,7 @@ class ModelEvaluator:
         *,
         threads: int = 1,
         references_dir: Path | None = None,
+        keep_bytes: int | None = None,
     ):
         import torch
 
@@ -164,6 +175,8 @@ class ModelEvaluator:
             metrics = {**{name: metric for name, (_, metric) in self.composite.parts.items()}, **self.extra}
             directions = {name: metric.higher_is_better for name, metric in metrics.items()}
         self.scales_run = self.scales_alone = 0
+        self.keep_bytes = keep_bytes
+        self._kept: dict[int, Generation] = {}
         self._encoded: dict[tuple[str, int], Any] = {}
         self._references: dict[tuple[str, int], np.ndarray] = {}
         self.full = exact(len(model.grids)).expand(model.grids, self.sampler.chunks)
@@ -208,7 +221,8 @@ class ModelEvaluator:
             values["quality"] = np.asarray(self.composite.combine(values))
             found.update(dict.fromkeys(indices, values))
 
-        self.scales_run += walk(self.sampler, self._begin(split, batch), schedules, score)
+        advance = self._advance(batch) if split == "search" else None
+        self.scales_run += walk(self.sampler, self._begin(split, batch), schedules, score, advance)
         self.scales_alone += sum(not step.skipped for steps in schedules for step in steps)
         return [found[index] for index in range(len(schedules))]
 
@@ -216,6 +230,37 @@ class ModelEvaluator:
         found: list[np.ndarray] = []
         walk(self.sampler, self._begin(split, batch), [steps], lambda _, images: found.append(images))
         return found[0]
+
+    def _advance(self, batch: int) -> Callable[[Generation, ScaleStep], bool]:
+        """Advances along what is kept of the full schedule where the paths agree; keeps it when it comes by."""
+        kept, last = self._kept.get(batch), len(self.full) - 1
+
+        def advance(generation: Generation, step: ScaleStep) -> bool:
+            scale = generation.scale
+            if kept is not None and scale < last and [*generation.steps, step] == kept.steps[: scale + 1]:
+                self.sampler.advance_like(generation, kept)
+                return True
+            self.sampler.advance(generation, step)
+            on_full_path = scale + 1 == last and tuple(generation.steps) == self.full[:last]
+            if on_full_path and batch not in self._kept and self._may_keep(generation):
+                self._kept[batch] = self.sampler.split(generation, range(generation.batch))
+            return False
+
+        return advance
+
+    def _may_keep(self, generation: Generation) -> bool:
+        if generation.resident is not None:
+            return False  # its buffers belong to recorded graphs, which replay a scale for less than a copy
+        from stagevar.models.memory import available_bytes
+
+        needed = generation.cache.memory_bytes
+        if self.keep_bytes is None:
+            room = (available_bytes(self.model.device) or 0) // 4
+            # All of the set or none: half of it would only evict what walks need.
+            return self.prompts["search"].batches * needed <= room + sum(
+                g.cache.memory_bytes for g in self._kept.values()
+            )
+        return (len(self._kept) + 1) * needed <= self.keep_bytes
 
     @property
     def _needs_reference(self) -> bool:
@@ -263,6 +308,40 @@ class ModelEvaluator:
             return measure(runs, rounds, self.model.device, warm_up_at_most)
         with pinned(self.threads):
             return measure(runs, rounds, self.model.device, warm_up_at_most)
+
+    def step_ms(self, schedules: Sequence[Steps], rounds: int = 3) -> dict[Steps, tuple[float, ...]]:
+        """Milliseconds of the last scale of each distinct prefix, one image, a sample per round; a first round is not counted.
+
+        The empty prefix holds text encoding, start and decoding. Optional in an Evaluator: what a table of step costs is
+        filled from. Schedules that decide on the way are refused with ValueError.
+        """
+        from stagevar.latency import pinned, time_once
+        from stagevar.sampler import Sampler
+
+        if any(step.decision is not None for steps in schedules for step in steps):
+            raise ValueError("a schedule that decides on the way has no single path to time")
+        prompts, device = self.prompts["search"], self.model.device
+        sampler = Sampler(self.model)
+        found: dict[Steps, list[float]] = {}
+
+        def timed(key: Steps, run: Callable[[], object]) -> None:
+            elapsed_ms = time_once(run, device)[0]
+            found.setdefault(key, []).append(elapsed_ms)
+
+        def advance(generation: Generation, step: ScaleStep) -> None:
+            timed((*generation.steps, step), lambda: sampler.advance(generation, step))
+
+        def round_() -> None:
+            begun: list[Generation] = []
+            start_ms, _ = time_once(lambda: begun.append(sampler.begin([prompts.texts[0]], [prompts.seeds[0]])), device)
+            walk(sampler, begun[0], schedules, None, advance)
+            decode_ms, _ = time_once(lambda: sampler.decode(begun[0]), device)
+            found.setdefault((), []).append(start_ms + decode_ms)
+
+        with pinned(self.threads) if device.type != "cuda" else contextlib.nullcontext():
+            for _ in range(rounds + 1):
+                round_()
+        return {key: tuple(values[1:]) for key, values in found.items()}
 
     def scale_ms(self, schedules: Mapping[str, Steps], rounds: int = 5) -> dict[str, tuple[float, ...]]:
         """Median milliseconds per scale (`stagevar.scale_latency`), which explain a latency. Optional in an Evaluator."""

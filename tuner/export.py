@@ -111,6 +111,13 @@ def _envelope(result: StudyResult) -> Envelope:
 
 
 def _latency(latency: LatencyStats) -> dict[str, Any]:
+    if latency.predicted:
+        return {
+            "ms": _round(latency.drift_corrected_ms),
+            "predicted": True,
+            "interval_ms": [_round(latency.low_ms), _round(latency.high_ms)],
+            "ratio": _interval(latency.ratio),
+        }
     data: dict[str, Any] = {
         "ms": _round(latency.drift_corrected_ms),
         "median_ms": _round(latency.median_ms),
@@ -285,12 +292,16 @@ def _row(result: StudyResult, candidate: Candidate) -> dict[str, Any]:
     if candidate.latency:
         row |= {
             "latency_ms": _round(candidate.latency.drift_corrected_ms),
+            "latency_source": "predicted" if candidate.latency.predicted else "measured",
             "latency_median_ms": _round(candidate.latency.median_ms),
-            "latency_p90_ms": _round(candidate.latency.p90_ms),
+            "latency_p90_ms": None if candidate.latency.predicted else _round(candidate.latency.p90_ms),
             "latency_runs": len(candidate.latency.samples_ms),
         }
         if candidate.latency.ratio:
             row |= _triple("latency_ratio", candidate.latency.ratio)
+    if candidate.values:
+        row["search_prompts"] = len(next(iter(candidate.values.values())))
+    row["stopped_early"] = candidate.stopped_early
     for name, interval in candidate.differences.items():
         row |= _triple(name if name == "quality" else f"metric.{name}", interval)
     check = candidate.verification

@@ -7,6 +7,7 @@ running are told from the evidence where there is some, else failed and enqueued
 from __future__ import annotations
 
 import contextlib
+import importlib
 import sys
 import time
 import uuid
@@ -36,7 +37,7 @@ GP_TRIALS = 200
 #: Holds the study's name where a database keeps it.
 STUDY_NAME_FILE = "study.name"
 _STUDY = "stagevar"
-_PRESET, _ATTEMPT = "preset", "attempt"
+_PRESET, _ATTEMPT, _STARTED, _PROMPTS = "preset", "attempt", "started", "prompts"
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,15 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Told:
-    """A finished trial: latency_ms (less is better), quality (more is better) and every constraint (<= 0 is kept)."""
+    """A finished trial: latency_ms (less is better), quality (more is better) and every constraint (<= 0 is kept).
+
+    prompts: how many the quality was estimated from, kept with the trial.
+    """
 
     latency_ms: float
     quality: float
     constraints: Mapping[str, float]
+    prompts: int | None = None
 
 
 class Proposer:
@@ -97,7 +102,7 @@ class Proposer:
             ),
             "random": lambda: optuna.samplers.RandomSampler(seed=self._rng_seed),
         }
-        self._current: tuple[str, Any] | None = None
+        self._built: dict[str, Any] = {}
 
     # ------------------------------------------------------------------------------------------------ start and resume
 
@@ -130,6 +135,8 @@ class Proposer:
             fixed = frozen.system_attrs.get("fixed_params", {})
             if frozen.params.keys() != self._distributions.keys() and not fixed:
                 continue
+            if not frozen.user_attrs.get(_STARTED):
+                attempt -= 1  # asked ahead, but never begun: not its fault
             if attempt >= ATTEMPTS:
                 given_up.append(Proposal(frozen.number, self._values(frozen.params), preset))
                 continue
@@ -139,13 +146,21 @@ class Proposer:
 
     # ------------------------------------------------------------------------------------------------ ask and tell
 
+    @property
+    def proposes(self) -> str:
+        """Who proposes next: "gp", "tpe" or "random"."""
+        if self.kind != "auto":
+            return self.kind
+        done = len(self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+        return "gp" if done < GP_TRIALS else "tpe"
+
     def ask(self, random: bool = False) -> Proposal:
         """The next trial: a queued one first, else the sampler's, which knows the trials still running.
 
         random: a uniform draw instead, for when the sampler repeats itself.
         """
         start = time.perf_counter()
-        self.study.sampler = self._sampler("random" if random else self.kind)
+        self.study.sampler = self._sampler("random" if random else self.proposes)
         with _one_torch_thread():
             trial = self.study.ask(self._distributions)
         self.ask_seconds.append(time.perf_counter() - start)
@@ -159,6 +174,31 @@ class Proposer:
         """Finishes a trial that gave no values."""
         self.study.tell(number, state=TrialState.FAIL)
 
+    def begin(self, numbers: Sequence[int]) -> None:
+        """Notes that evaluation of these trials begins: a driver that dies from now on may have died of them."""
+        for number in numbers:
+            Trial(self.study, self._id(number)).set_user_attr(_STARTED, True)
+
+    def withdraw(self, number: int) -> None:
+        """Takes back an ask that nobody will evaluate; it comes first when the study goes on."""
+        frozen = self.study._storage.get_trial(self._id(number))
+        self.study.tell(number, state=TrialState.FAIL)
+        kept = {name: frozen.user_attrs[name] for name in (_PRESET, _ATTEMPT) if name in frozen.user_attrs}
+        self.study.enqueue_trial(frozen.system_attrs.get("fixed_params") or frozen.params, user_attrs=kept)
+
+    def load(self) -> None:
+        """Imports what the Gaussian process needs, which takes seconds, before it is asked."""
+        if self.proposes == "gp":
+            importlib.import_module("torch")
+            importlib.import_module("scipy.optimize")
+
+    def close(self) -> None:
+        """Nothing to free; a proposer in a process of its own has."""
+
+    def hand_over(self) -> None:
+        """Lets TPE propose from now on."""
+        self.kind = "tpe"
+
     def completed(self) -> set[int]:
         """Numbers of the trials that were told."""
         return {t.number for t in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))}
@@ -170,18 +210,17 @@ class Proposer:
         for name, value in told.constraints.items():
             if f"constraints:{name}" not in known:
                 trial.set_constraint(name, value)
+        if told.prompts is not None:
+            trial.set_user_attr(_PROMPTS, told.prompts)
         self.study.tell(trial, [told.latency_ms, told.quality])
 
     def _id(self, number: int) -> int:
         return self.study._storage.get_trial_id_from_study_id_trial_number(self.study._study_id, number)
 
     def _sampler(self, kind: str) -> Any:
-        if kind == "auto":
-            done = len(self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
-            kind = "gp" if done < GP_TRIALS else "tpe"
-        if self._current is None or self._current[0] != kind:
-            self._current = (kind, self._samplers[kind]())
-        return self._current[1]
+        if kind not in self._built:  # each goes on with its own random numbers when it is asked again
+            self._built[kind] = self._samplers[kind]()
+        return self._built[kind]
 
     def _raw(self, values: Mapping[str, Value]) -> dict[str, Any]:
         return {p.name: p.encode(values[p.name]) for p in self.space.parameters}

@@ -39,7 +39,7 @@ from tuner.report_words import (
     signed,
     speedup,
 )
-from tuner.result import StudyResult, Verdict
+from tuner.result import LatencyStats, StudyResult, Verdict
 
 REPORT_FILE = "report.html"
 MAX_BYTES = 5_000_000
@@ -229,15 +229,7 @@ def _trust(result: StudyResult) -> str:
                     "Quality was judged on the search prompts only, where the winner looks better than it is.",
                 )
             )
-        runs = (
-            f"{len(latency.samples_ms)} runs interleaved with the full schedule"
-            if latency.ratio
-            else f"{len(latency.samples_ms)} runs"
-        )
-        spread = latency.p90_ms / latency.median_ms - 1 if latency.median_ms else 0.0
-        settled = "" if latency.settled else "; warm-up never settled within 2 %"
-        lines.append(("yes" if latency.settled and spread < 0.15 else "no",
-                      f"Latency is the median of {runs}, p90 {spread:.0%} above it{settled}."))  # fmt: skip
+        lines.append(_timing_line(latency))
         lines += _drift(result)
         if pick.skipped_scales:
             count = f"{pick.skipped_scales} scale{'s' if pick.skipped_scales > 1 else ''}"
@@ -253,6 +245,19 @@ def _trust(result: StudyResult) -> str:
     lines.append(("info", f"Valid for {where}, one image at a time; a figure covers {escape(result.includes)}."))
     items = "".join(f'<li class="{css}">{text}</li>' for css, text in lines)
     return f'<ul class="trust">{items}</ul>'
+
+
+def _timing_line(latency: LatencyStats) -> tuple[str, str]:
+    """How the latency came about."""
+    if latency.predicted:
+        return "no", "Latency is predicted from the measured costs of its steps; the schedule was not timed end to end."
+    beside = " interleaved with the full schedule" if latency.ratio else ""
+    spread = latency.p90_ms / latency.median_ms - 1 if latency.median_ms else 0.0
+    settled = "" if latency.settled else "; warm-up never settled within 2 %"
+    return (
+        "yes" if latency.settled and spread < 0.15 else "no",
+        f"Latency is the median of {len(latency.samples_ms)} runs{beside}, p90 {spread:.0%} above it{settled}.",
+    )
 
 
 def _drift(result: StudyResult) -> list[tuple[str, str]]:

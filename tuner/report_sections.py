@@ -429,7 +429,7 @@ def history_section(result: StudyResult) -> str:
         return ""
     done.sort(key=lambda c: c.trial if c.trial is not None else 0)
     told = f"{result.trials} trials, {result.sampled} distinct schedules beyond the enqueued ones"
-    stop = f"{told}. Ended: {escape(result.stop_reason)}."
+    stop = f"{told}. Ended: {escape(result.stop_reason)}.{_savings(result)}"
     if len(done) < 2:
         return f'<p class="note">{stop} One measured trial makes no history to draw.</p>'
     points, staircase, best = [], [], math.inf
@@ -468,6 +468,21 @@ def history_section(result: StudyResult) -> str:
         else f"{stop} No trial kept both limits.",
     )
     return chart
+
+
+def _savings(result: StudyResult) -> str:
+    """What the search did not do, in sentences."""
+    facts, found = result.search, []
+    if facts.get("stopped_early"):
+        found.append(f"{facts['stopped_early']} were stopped after a part of the search prompts, being clearly worse.")
+    if facts.get("dropped"):
+        found.append(f"{facts['dropped']} further proposals were predicted to be over the budget and not tried.")
+    if facts.get("predicted"):
+        found.append(
+            f"Latency of {facts['predicted']} was predicted from the costs of their steps, with an error of "
+            f"{100 * facts['table_error']:.1f} % over {facts['table_checks']} that were timed."
+        )
+    return " " + " ".join(found) if found else ""
 
 
 def importances_section(result: StudyResult) -> str:

@@ -54,11 +54,13 @@ class LatencyStats:
     drift_corrected_ms: ratio x the full schedule's median, the figure that the search ranks on (equals median_ms for the
     full schedule). warmup_runs: discarded runs before it settled; settled: three runs in a row agreed within 2 %.
     scale_ms: median of each scale's share, one per scale (0 where skipped), empty where scales were not timed.
+    predicted: not timed but read off the table of step costs (tuner/step_costs.py): no samples, no p90_ms, and the
+    interval of the ratio is the table's error.
     """
 
     samples_ms: tuple[float, ...]
     median_ms: float
-    p90_ms: float
+    p90_ms: float | None
     low_ms: float
     high_ms: float
     drift_corrected_ms: float
@@ -66,6 +68,7 @@ class LatencyStats:
     warmup_runs: int = 0
     settled: bool = True
     scale_ms: tuple[float, ...] = ()
+    predicted: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,8 @@ class Candidate:
     number. state: "complete" or "failed". latency: search measurement. values: raw value per metric (and "quality", the
     composite) and search prompt. differences: paired, per metric. verdicts: per constraint, point estimates.
     feasible: all verdicts met. skipped_scales: count. processed_tokens: token rows through the trunk, both branches.
-    verification: None when it was not a finalist. error: one line when failed.
+    verification: None when it was not a finalist. error: one line when failed. stopped_early: why it was judged on the
+    first few search prompts only (tuner/rungs.py), None where all were used.
     """
 
     key: str
@@ -135,6 +139,12 @@ class Candidate:
     feasible: bool = False
     verification: Verification | None = None
     error: str | None = None
+    stopped_early: str | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether it was judged on all search prompts."""
+        return self.state == "complete" and self.stopped_early is None
 
     @property
     def best_latency(self) -> LatencyStats | None:
@@ -183,7 +193,8 @@ class StudyResult:
     key, only those that exist. verdict: a key of EXIT_CODES; exit_code, reason: one line. smallest_budget_ms: least
     latency with the quality constraints kept, when infeasible. nearest: keys nearest to feasible, then. stop_reason:
     why the search ended. trials: told, duplicates included. sampled: distinct schedules that were not enqueued.
-    phases_s: seconds per phase.
+    phases_s: seconds per phase. search: how the search saved work, for the report: schedules stopped early and dropped,
+    error of the step table, scales run and what each schedule alone had needed, seconds per ask, who proposed.
     """
 
     command: str
@@ -226,6 +237,7 @@ class StudyResult:
     samples: tuple[Sample, ...] = ()
     smallest_budget_ms: float | None = None
     nearest: tuple[str, ...] = ()
+    search: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
 
     def candidate(self, key: str) -> Candidate:

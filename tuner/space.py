@@ -12,6 +12,7 @@ import hashlib
 import importlib.resources
 import json
 import math
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,6 +195,21 @@ class SearchSpace:
             "accelerator": accelerator[0] if isinstance(accelerator, tuple) else accelerator,
         }
         return {p.name: p.decode(p.encode(wanted[p.name])) for p in self.parameters}
+
+
+def draw(space: SearchSpace, rng: random.Random) -> dict[str, Value]:
+    """Values drawn uniformly from the space."""
+    values: dict[str, Value] = {}
+    for parameter in space.parameters:
+        if parameter.kind in ("choice", "ordered"):
+            values[parameter.name] = rng.choice(parameter.values)
+        elif parameter.kind == "int":
+            values[parameter.name] = rng.randint(int(parameter.low), int(parameter.high))
+        else:
+            ends = (parameter.low, parameter.high)
+            value = rng.uniform(*map(math.log, ends)) if parameter.log else rng.uniform(*ends)
+            values[parameter.name] = math.exp(value) if parameter.log else value
+    return values
 
 
 def steps_key(steps: Steps) -> str:
