@@ -31,8 +31,8 @@ from tuner.executors.base import QualityTask
 from tuner.executors.ray import RayExecutor, Recipe, cut
 from tuner.prompts import load_prompts
 from tuner.proposals import Proposer, Told
+from tuner.search import ROUND, SEARCH_ROUNDS
 from tuner.space import SearchSpace, load_space
-from tuner.study import ROUND, SEARCH_ROUNDS
 
 GPUS = (1, 8, 64, 256)
 #: Warm-up runs before a timing settles.

@@ -86,6 +86,12 @@ def _tune_parser() -> _Parser:
     _add_study_options(parser, required=True)
     parser.add_argument("--trials", type=positive_int, default=30, help="distinct schedules to evaluate (default: 30)")
     parser.add_argument("--time-budget", metavar="TIME", help="tuning time, such as 10m; verification included")
+    parser.add_argument(
+        "--patience", type=positive_int, default=60, metavar="N", help="end after N schedules without progress (60)"
+    )
+    parser.add_argument(
+        "--exhaustive", action="store_true", help="time every schedule end to end and judge it on all search prompts"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="run directory (default: outputs/MODEL-BUDGET-sSEED)")
     parser.add_argument("--fresh", action="store_true", help="discard what an earlier run left in --out")
     parser.add_argument("--sampler", choices=("auto", "gp", "tpe", "random"), default="auto", help="default: auto")
@@ -349,6 +355,7 @@ def build_study(checked: Plan, progress: Any, stop: Callable[[], bool]) -> Study
     """Loads model, prompts and metrics."""
     from tuner.evaluate import load_evaluator
     from tuner.prompts import load_prompts
+    from tuner.search import EXHAUSTIVE, Savings
     from tuner.study import Options, Study
 
     args, space = checked.args, checked.space
@@ -370,6 +377,8 @@ def build_study(checked: Plan, progress: Any, stop: Callable[[], bool]) -> Study
         storage=args.storage,
         command=checked.command,
         versions=versions(),
+        patience=args.patience,
+        savings=EXHAUSTIVE if args.exhaustive else Savings(),
     )
     return Study(checked.run_dir, space, options, evaluator, prompts, executor, progress, stop)
 

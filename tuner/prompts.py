@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,8 +56,8 @@ class PromptSet:
 def load_prompts(source: PromptSource, seed: int = 0) -> dict[str, PromptSet]:
     """{"search": ..., "heldout": ...} of a source.
 
-    A file, or the 1000 class indices of "imagenet", is shuffled by `seed` and cut; fewer prompts than asked for make a
-    smaller held-out set, never a shared one.
+    A file, or the 1000 class indices of "imagenet", is shuffled by `seed`, its tasks take turns, and it is cut; fewer prompts
+    than asked for make a smaller held-out set, never a shared one.
     Raises UsageError for a file that cannot be read, is empty, or leaves nothing to hold out.
     """
     if source.source == "nano":
@@ -65,6 +67,7 @@ def load_prompts(source: PromptSource, seed: int = 0) -> dict[str, PromptSet]:
     else:
         items = [str(i) for i in range(1000)] if source.source == "imagenet" else read_prompts(source.source)
         random.Random(seed).shuffle(items)
+        items = in_turn(items)
         search, heldout = items[: source.search], items[source.search : source.search + source.heldout]
         if not heldout:
             raise UsageError(
@@ -75,6 +78,21 @@ def load_prompts(source: PromptSource, seed: int = 0) -> dict[str, PromptSet]:
         "search": _seeded(search, seed, source.micro_batch),
         "heldout": _seeded(heldout, seed + HELDOUT_SEED, source.micro_batch),
     }
+
+
+def in_turn(items: Sequence[Prompt]) -> list[Prompt]:
+    """Prompts ordered so that every stretch holds GenEval's tasks in their overall proportions; without tags, as they are.
+
+    A comparison on the first few prompts then weighs the tasks as the whole set does.
+    """
+    counts: dict[str, int] = {}
+    tags = [item.get("tag", "") if isinstance(item, Mapping) else "" for item in items]
+    total = Counter(tags)
+    places = []
+    for tag in tags:
+        places.append((counts.get(tag, 0) + 0.5) / total[tag])
+        counts[tag] = counts.get(tag, 0) + 1
+    return [items[i] for i in sorted(range(len(items)), key=lambda i: places[i])]
 
 
 def _seeded(items: list[Prompt], first: int, micro_batch: int) -> PromptSet:

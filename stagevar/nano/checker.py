@@ -48,15 +48,15 @@ def _fit(cover_HW: np.ndarray) -> tuple[int, float]:
     y, x = np.mgrid[:height, :width] + 0.5
     centre_x, centre_y = float((cover_HW * x).sum()) / total, float((cover_HW * y).sum()) / total
     areas, centroids = _unit_shapes()
-    agreement = np.zeros((len(SHAPES), len(_STRETCHES)))
+    stretch_S11 = np.array(_STRETCHES)[:, None, None]
+    best = np.zeros(len(SHAPES))
     for shape in range(len(SHAPES)):
-        for index, stretch in enumerate(_STRETCHES):
-            radius = stretch * (total / areas[shape]) ** 0.5
-            u = (x - centre_x) / radius + centroids[shape][0]
-            v = (y - centre_y) / radius + centroids[shape][1]
-            drawn = np.clip(0.5 - shape_distance(shape, u, v) * radius / 1.5, 0.0, 1.0)
-            agreement[shape, index] = np.minimum(cover_HW, drawn).sum() / np.maximum(cover_HW, drawn).sum()
-    best = agreement.max(1)
+        radius_S11 = stretch_S11 * (total / areas[shape]) ** 0.5
+        u_SHW = (x - centre_x) / radius_S11 + centroids[shape][0]
+        v_SHW = (y - centre_y) / radius_S11 + centroids[shape][1]
+        drawn_SHW = np.clip(0.5 - shape_distance(shape, u_SHW, v_SHW) * radius_S11 / 1.5, 0.0, 1.0)
+        overlap_S = np.minimum(cover_HW, drawn_SHW).sum((1, 2)) / np.maximum(cover_HW, drawn_SHW).sum((1, 2))
+        best[shape] = overlap_S.max()
     return int(best.argmax()), float(best.max())
 
 

@@ -675,6 +675,10 @@ class RemoteEvaluator:
                 found[name] = scaled(timings[name], timings[sentinel], found[sentinel])
         return {name: found[name] for name in schedules}
 
+    def step_ms(self, schedules: Sequence[Steps], rounds: int = 3) -> Mapping[Steps, tuple[float, ...]]:
+        [(found, _)] = self.executor.time("step_ms", [(tuple(schedules), rounds)])
+        return found
+
     def scale_ms(self, schedules: Mapping[str, Steps], rounds: int = 5) -> Mapping[str, tuple[float, ...]]:
         [(found, _)] = self.executor.time("scale_ms", [(dict(schedules), rounds)])
         return found

@@ -22,6 +22,7 @@ from stagevar.errors import UsageError
 from stagevar.geneval import COLORS, classify_color
 from tuner.metrics.base import Metric, Prompt, prompt_text
 from tuner.metrics.model_files import refuse_missing
+from tuner.metrics.remembered import Remembered
 
 
 class ClipModel:
@@ -51,6 +52,8 @@ class ClipModel:
             self.model, self.preprocess, self.tokenizer = _load_open_clip(model, pretrained, resize_mode)
         self.model.eval().requires_grad_(False).to(device)
         self.logit_scale = float(self.model.logit_scale.exp())
+        self.known_text_features = Remembered(self.text_features)
+        self.known_image_features = Remembered(self.image_features)
 
     @torch.inference_mode()
     def image_features(self, images: np.ndarray | Sequence[Image.Image]) -> torch.Tensor:
@@ -104,7 +107,7 @@ class ClipScore(Metric):
         self, images_uint8_BHW3: np.ndarray, prompts: Sequence[Prompt], reference_images_uint8_BHW3: np.ndarray | None
     ) -> np.ndarray:
         image_BD = self.clip.image_features(images_uint8_BHW3)
-        text_BD = self.clip.text_features([prompt_text(prompt) for prompt in prompts])
+        text_BD = self.clip.known_text_features([prompt_text(prompt) for prompt in prompts])
         return (100.0 * (image_BD * text_BD).sum(1)).clamp(min=0.0).numpy()
 
     def describe(self) -> dict[str, Any]:
@@ -126,7 +129,7 @@ class ClipImageSimilarity(Metric):
         self, images_uint8_BHW3: np.ndarray, prompts: Sequence[Prompt], reference_images_uint8_BHW3: np.ndarray | None
     ) -> np.ndarray:
         image_BD = self.clip.image_features(images_uint8_BHW3)
-        reference_BD = self.clip.image_features(reference_images_uint8_BHW3)
+        reference_BD = self.clip.known_image_features(reference_images_uint8_BHW3)
         return (image_BD * reference_BD).sum(1).numpy()
 
     def describe(self) -> dict[str, Any]:
@@ -158,7 +161,7 @@ class HumanPreferenceScore(Metric):
         self, images_uint8_BHW3: np.ndarray, prompts: Sequence[Prompt], reference_images_uint8_BHW3: np.ndarray | None
     ) -> np.ndarray:
         image_BD = self.clip.image_features(images_uint8_BHW3)
-        text_BD = self.clip.text_features([prompt_text(prompt) for prompt in prompts])
+        text_BD = self.clip.known_text_features([prompt_text(prompt) for prompt in prompts])
         return (image_BD * text_BD).sum(1).numpy()
 
     def describe(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from stagevar.errors import UsageError, WeightsError
 from tuner.metrics.base import Metric, Prompt
 from tuner.metrics.model_files import from_pretrained, pretrained_model, read_state_dict, url_state_dict
 from tuner.metrics.pixels import to_unit_range
+from tuner.metrics.remembered import Remembered
 
 # Trunks as LPIPS and DISTS were calibrated on them: torchvision's first ImageNet weights.
 _TRUNKS = {
@@ -104,6 +105,7 @@ class DinoSimilarity(Metric):
         self.processor = from_pretrained(AutoImageProcessor, model, "DINO")
         # The class token is read before the pooler, which published DINO checkpoints lack.
         self.model = pretrained_model(AutoModel, model, "DINO", device=device, optional=("pooler.",))
+        self.known_features = Remembered(self.features)
 
     @torch.inference_mode()
     def features(self, images_uint8_BHW3: np.ndarray) -> torch.Tensor:
@@ -120,7 +122,7 @@ class DinoSimilarity(Metric):
     def _score(
         self, images_uint8_BHW3: np.ndarray, prompts: Sequence[Prompt], reference_images_uint8_BHW3: np.ndarray | None
     ) -> np.ndarray:
-        return (self.features(images_uint8_BHW3) * self.features(reference_images_uint8_BHW3)).sum(1).numpy()
+        return (self.features(images_uint8_BHW3) * self.known_features(reference_images_uint8_BHW3)).sum(1).numpy()
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"model": self.source}
