@@ -3,15 +3,22 @@
 With static schedules every scale of a profile has fixed shapes, and the sampler's randomness depends on nothing but keys
 in one small tensor. So the graph engine records each distinct prefix of steps once, over buffers that stay where they are
 (conditioning, keys, KV cache, code sum), and replays it for every later image. A node of that tree takes its parent's
-output buffers as its inputs, and nothing is copied but text and keys. Nodes of one tree share a memory pool, which is
-sound because a walk only ever reads outputs of its own ancestors, and those stay allocated.
+output buffers as its inputs, and nothing is copied but text and keys.
 
-Both engines run the same kernels in the same order. Recording is behind a small interface, so that tests on a CPU replay
-traced operations instead of CUDA graphs.
+Memory. Recordings of steps share a pool: the scratch space of one may become the outputs of another that is recorded
+later, so a replay may destroy the outputs of every later recording. That is sound as long as whatever is still to be read
+was recorded before whatever is still to be replayed. It holds along a walk: one reads outputs of one's ancestors only,
+they were recorded before their descendants, and an ancestor is never dropped before them. It does not hold for the
+decoder, which is replayed in the middle of a walk; hence its pool is its own.
+
+Both engines run the same kernels in the same order, but for the masked text rows that the graph engine adds up to a
+bucket. Recording is behind a small interface, so that tests on a CPU replay traced operations instead of CUDA graphs.
 """
 
 from __future__ import annotations
 
+import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -90,14 +97,25 @@ class EagerEngine(Engine):
         return None
 
 
+class RecordingFailed(Exception):
+    """A computation ran, but could not be recorded; the message says why."""
+
+
 class Recorder(ABC):
     """Records a computation over fixed buffers."""
 
     @abstractmethod
-    def record(self, run: Callable[[], Any], reset: Callable[[], None]) -> tuple[Callable[[], None], Any]:
+    def record(
+        self, run: Callable[[], Any], reset: Callable[[], None], apart: bool = False
+    ) -> tuple[Callable[[], None], Any]:
         """(replay, outputs). `reset` undoes the bookkeeping of `run`, which may be called several times.
 
-        The outputs hold valid values only after a replay; every replay overwrites them.
+        The outputs hold valid values only after a replay; every replay overwrites them, and may overwrite the outputs of
+        whatever was recorded later with the same `apart`. Buffers that `run` reads and did not make are read where they
+        are at every replay, so whoever records keeps them.
+
+        Raises RecordingFailed when `run` works but cannot be recorded; the device is usable then. What `run` itself
+        raises passes through.
         """
 
     def memory_bytes(self) -> int:
@@ -106,27 +124,45 @@ class Recorder(ABC):
 
 
 class CudaRecorder(Recorder):
-    """CUDA graphs in one shared memory pool."""
+    """CUDA graphs, in one memory pool for steps and one for what is recorded apart.
+
+    Warming up and capturing use one side stream throughout: whatever libraries keep per stream (workspaces) then exists
+    before a capture, outside the pools, and the allocator's cache of that stream is reused by the next recording.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.pool = torch.cuda.graph_pool_handle()
-        self._before = torch.cuda.memory_reserved(device)
+        with torch.cuda.device(device):
+            self._side = torch.cuda.Stream()
+            self._pools = {apart: torch.cuda.graph_pool_handle() for apart in (False, True)}
 
-    def record(self, run: Callable[[], Any], reset: Callable[[], None]) -> tuple[Callable[[], None], Any]:
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
-            run()  # lets libraries choose kernels and allocate workspaces, which is not allowed while capturing
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        reset()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            outputs = run()
+    def record(
+        self, run: Callable[[], Any], reset: Callable[[], None], apart: bool = False
+    ) -> tuple[Callable[[], None], Any]:
+        with torch.cuda.device(self.device):
+            current = torch.cuda.current_stream()
+            self._side.wait_stream(current)
+            with torch.cuda.stream(self._side):
+                run()  # lets libraries choose kernels and allocate workspaces, which is not allowed while capturing
+            current.wait_stream(self._side)
+            reset()
+            graph = torch.cuda.CUDAGraph()
+            # Only this thread's calls are forbidden while capturing: another may load images or score them meanwhile.
+            capture = torch.cuda.graph(
+                graph, pool=self._pools[apart], stream=self._side, capture_error_mode="thread_local"
+            )
+            try:
+                with capture:
+                    outputs = run()
+            except RuntimeError as error:
+                torch.cuda.set_stream(current)  # torch before 2.13 stays on the capturing stream
+                torch.cuda.synchronize()  # raises where the device itself is lost
+                raise RecordingFailed(str(error).partition("\n")[0]) from error
         return graph.replay, outputs
 
     def memory_bytes(self) -> int:
-        return torch.cuda.memory_reserved(self.device) - self._before
+        pools = set(self._pools.values())
+        return sum(s["total_size"] for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) in pools)
 
 
 @dataclass
@@ -154,7 +190,11 @@ class GraphEngine(Engine):
         max_nodes: recorded prefixes kept per batch shape; beyond it the oldest leaves are dropped and recorded again
             when needed.
 
-    Attributes: recorded, replayed: how often each happened.
+    What cannot be recorded runs eagerly, with a warning: the first failure ends recording, and whatever was recorded
+    before it goes on being replayed. Injected randomness is never recorded. One engine serves one sampler.
+
+    Attributes: recorded, replayed: how often each happened. recording_s: seconds spent on recording, warm-up included.
+    eager_because: why nothing more is recorded, None while all is well.
     """
 
     name = "graph"
@@ -163,6 +203,8 @@ class GraphEngine(Engine):
     def __init__(self, recorder: Recorder, max_nodes: int = 256):
         self.recorder, self.max_nodes = recorder, max_nodes
         self.recorded = self.replayed = 0
+        self.recording_s = 0.0
+        self.eager_because: str | None = None
         self._residents: dict[Any, Resident] = {}
         self._decoders: dict[tuple[int, ...], tuple[Tensor, Callable[[], None], Tensor]] = {}
 
@@ -185,30 +227,57 @@ class GraphEngine(Engine):
     def run(
         self, resident: Resident | None, steps: tuple[ScaleStep, ...], cache: KVCache, scale: Callable[[], Any]
     ) -> Any:
-        if resident is None or not self._rooted(resident, steps[:-1]):
+        if resident is None or not self._rooted(resident, steps):
             return scale()
         node = resident.nodes.get(steps)
         if node is None:
-            self._make_room(resident, steps)
             lengths = cache.lengths
-            replay, outputs = self.recorder.record(scale, lambda: cache.rewind(lengths))
-            node = resident.nodes[steps] = _Node(replay, outputs)
+            if self.eager_because is None:
+                self._make_room(resident, steps)
+            recorded = self._record(scale, lambda: cache.rewind(lengths))
+            if recorded is None:
+                cache.rewind(lengths)
+                return scale()
+            node = resident.nodes[steps] = _Node(*recorded)
             self.recorded += 1
         node.replay()
         self.replayed += 1
         cache.rewind(node.outputs.lengths)
         return node.outputs
 
+    def _record(
+        self, run: Callable[[], Any], reset: Callable[[], None], apart: bool = False
+    ) -> tuple[Callable[[], None], Any] | None:
+        """(replay, outputs), or None where recording failed, now or earlier."""
+        if self.eager_because is not None:
+            return None
+        started = time.perf_counter()
+        try:
+            recorded = self.recorder.record(run, reset, apart)
+        except RecordingFailed as failure:
+            self.eager_because = str(failure)
+            warnings.warn(f"engine graph goes on eagerly: {failure}", stacklevel=5)
+            return None
+        finally:
+            self.recording_s += time.perf_counter() - started
+        return recorded
+
     @staticmethod
-    def _rooted(resident: Resident, prefix: tuple[ScaleStep, ...]) -> bool:
-        """Whether the last step that really ran before here is recorded (skipped scales change no buffer)."""
-        while prefix and prefix[-1].skipped:
-            prefix = prefix[:-1]
-        return not prefix or prefix in resident.nodes
+    def _parent(steps: tuple[ScaleStep, ...]) -> tuple[ScaleStep, ...]:
+        """The prefix whose outputs these steps' last one reads: skipped scales change no buffer."""
+        steps = steps[:-1]
+        while steps and steps[-1].skipped:
+            steps = steps[:-1]
+        return steps
+
+    def _rooted(self, resident: Resident, steps: tuple[ScaleStep, ...]) -> bool:
+        """Whether the last step that really ran before the last of these is recorded."""
+        parent = self._parent(steps)
+        return not parent or parent in resident.nodes
 
     def _make_room(self, resident: Resident, wanted: tuple[ScaleStep, ...]) -> None:
         while len(resident.nodes) >= self.max_nodes:
-            parents = {steps[:-1] for steps in resident.nodes}
+            parents = {self._parent(steps) for steps in resident.nodes}
             victim = next((s for s in resident.nodes if s not in parents and s != wanted[: len(s)]), None)
             if victim is None:
                 return
@@ -218,8 +287,10 @@ class GraphEngine(Engine):
         shape = tuple(code_sum_BdHW.shape)
         if shape not in self._decoders:
             held = code_sum_BdHW.clone()
-            replay, image = self.recorder.record(lambda: decode(held), lambda: None)
-            self._decoders[shape] = (held, replay, image)
+            recorded = self._record(lambda: decode(held), lambda: None, apart=True)
+            if recorded is None:
+                return decode(code_sum_BdHW)
+            self._decoders[shape] = (held, *recorded)
         held, replay, image = self._decoders[shape]
         held.copy_(code_sum_BdHW)
         replay()

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -25,7 +24,7 @@ _MASK32 = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
-#: 0 is for draws that belong to the image, whatever branches run.
+#: In the order of a forward pass's rows; 0 is for draws that belong to the image, whatever branches run.
 _BRANCH_WORDS = {"cond": 1, "uncond": 2}
 
 
@@ -55,18 +54,6 @@ def key_tensor(identities: Sequence[tuple[int, str]], device: torch.device | str
     return torch.tensor([hash_words(*identity) for identity in identities], dtype=torch.int64).to(device)
 
 
-@lru_cache(maxsize=64)
-def _counters(blocks: int, device: str) -> Tensor:
-    return torch.arange(blocks, device=device, dtype=torch.int64)[None]
-
-
-@lru_cache(maxsize=64)
-def _branch_words(branches: tuple[str, ...], batch: int, device: str) -> Tensor:
-    """A word per row (R, 1) that tells the branches apart; rows are ordered branch by branch."""
-    words = torch.tensor([_BRANCH_WORDS[branch] for branch in branches], dtype=torch.int64)
-    return words.repeat_interleave(batch)[:, None].to(device)
-
-
 def uniform(key_R2: Tensor, count: int, draw: tuple[int, int], word_R1: Tensor | int = 0) -> Tensor:
     """Uniform draws in the open interval (0, 1), float32, shape (R, count): row i depends on its key and word alone.
 
@@ -74,7 +61,8 @@ def uniform(key_R2: Tensor, count: int, draw: tuple[int, int], word_R1: Tensor |
         key_R2: `key_tensor`. draw: `hash_words` of what is drawn. word_R1: a further word per row.
     """
     device = key_R2.device
-    counter = _counters(-(-count // 4), str(device))
+    # Made on the device at every draw: a kept one could be freed while a recorded graph still reads it.
+    counter = torch.arange(-(-count // 4), device=device, dtype=torch.int64)[None]
     zero = torch.zeros((), dtype=torch.int64, device=device)
     words = philox4x32((counter, zero + word_R1, zero + draw[0], zero + draw[1]), (key_R2[:, :1], key_R2[:, 1:]))
     # 23 bits plus a half, so that the nearest float32 never rounds to 0 or 1.
@@ -126,13 +114,16 @@ class PromptNoise:
         prompts, seeds: one per image of the batch, any order.
         device: where the draws are made and used.
 
-    Attributes: keys_B2, which a recorded graph reads and `refresh` overwrites.
+    Attributes: keys_B2, which a recorded graph reads and `refresh` overwrites. words_R1: a word per row of both branches
+    (R = 2B) that tells the branches apart.
     """
 
     def __init__(self, prompts: Sequence[str], seeds: Sequence[int], device: torch.device | str):
         self.identities = tuple(zip(map(int, seeds), prompts, strict=True))
         self.device = device
         self.keys_B2 = key_tensor(self.identities, device)
+        words = torch.tensor(list(_BRANCH_WORDS.values()), dtype=torch.int64)
+        self.words_R1 = words.repeat_interleave(len(self.identities))[:, None].to(device)
 
     def at(self, scale: int, branches: Sequence[str]) -> ScaleNoise:
         return _PromptScaleNoise(self, scale, tuple(branches))
@@ -159,8 +150,9 @@ class _PromptScaleNoise:
 
     def _rows(self) -> tuple[Tensor, Tensor]:
         keys_B2 = self.source.keys_B2
-        words = _branch_words(self.branches, len(keys_B2), str(keys_B2.device))
-        return keys_B2.repeat(len(self.branches), 1), words
+        first = list(_BRANCH_WORDS).index(self.branches[0]) * len(keys_B2)
+        rows = slice(first, first + len(self.branches) * len(keys_B2))
+        return keys_B2.repeat(len(self.branches), 1), self.source.words_R1[rows]
 
     def site_uniform(self, purpose: str, site: object, shape: tuple[int, ...]) -> Tensor:
         keys_R2, words_R1 = self._rows()

@@ -41,7 +41,7 @@ class _Updates(dict[Site, Cached]):
         self.accelerator, self.later = accelerator, later
 
     def wanted(self, site: Site) -> bool:
-        return self.later is None or self.accelerator.keeps(site, self.later)
+        return self.later is None or (bool(self.later) and self.accelerator.keeps(site, self.later))
 
     def __setitem__(self, site: Site, cached: Cached) -> None:
         if self.wanted(site):
@@ -231,7 +231,9 @@ class Sampler:
         start = BOTH.index(step.branches[0]) * batch
         conditioning = generation.conditioning.select(slice(start, start + len(step.branches) * batch))
         noise = generation.noise.at(scale, step.branches)
-        updates = _Updates(self.accelerator, None if generation.plan is None else generation.plan[scale + 1 :])
+        last = scale == len(self.model.grids) - 1
+        later = () if last else None if generation.plan is None else generation.plan[scale + 1 :]
+        updates = _Updates(self.accelerator, later)
         around = self.accelerator.around(ScaleContext(step, noise, before.state), updates)
 
         features = None if scale == 0 else residual.next_input(before.code_sum_BdHW, scale)

@@ -1,17 +1,21 @@
 """The graph engine's logic on a CPU: recorded operations are replayed over the same fixed buffers as a CUDA graph's."""
 
 import dataclasses
+import gc
+import weakref
 
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only
 
-from stagevar.engine import GraphEngine, Recorder, build_engine
+from stagevar.engine import GraphEngine, Recorder, RecordingFailed, build_engine
 from stagevar.errors import UsageError
+from stagevar.noise import PromptNoise
 from stagevar.sampler import Sampler
-from stagevar.schedule import StageSchedule, exact, fastvar
+from stagevar.schedule import BOTH, StageSchedule, exact, fastvar
 from tests.tiny import GRIDS, tiny_infinity
 
 FULL = exact(len(GRIDS)).expand(GRIDS, 2)
@@ -24,46 +28,91 @@ SCHEDULES = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Address:
+    """Where a tensor that the recording did not make lies. Like a recorded kernel it does not keep the memory alive."""
+
+    storage: StorageWeakRef
+    like: tuple
+
+    @classmethod
+    def of(cls, tensor):
+        like = (tensor.dtype, tensor.storage_offset(), tensor.size(), tensor.stride())
+        return cls(StorageWeakRef(tensor.untyped_storage()), like)
+
+    def read(self):
+        assert not self.storage.expired(), "a recorded kernel reads memory that was freed"
+        storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
+        dtype, offset, size, stride = self.like
+        return torch.empty(0, dtype=dtype).set_(storage, offset, size, stride)
+
+
+class Number(int):
+    """Which of the recording's own tensors."""
+
+
 class Tape(TorchDispatchMode):
-    """Keeps every operation with the tensors it touched. Numbers are baked in, tensors outside are held by reference."""
+    """Keeps every operation. Numbers are baked in, tensors from outside are addresses, and its own are numbered."""
 
     def __init__(self):
         super().__init__()
-        self.operations = []
+        self.operations, self.numbers, self.alive = [], {}, []
+
+    def name(self, tensor):
+        return self.numbers[id(tensor)] if id(tensor) in self.numbers else Address.of(tensor)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        named = tree_map_only(torch.Tensor, self.name, (args, kwargs or {}))
         result = function(*args, **(kwargs or {}))
-        self.operations.append((function, args, kwargs or {}, result))
+        made = [t for t in tree_flatten(result)[0] if isinstance(t, torch.Tensor)]
+        for tensor in made:
+            self.numbers.setdefault(id(tensor), Number(len(self.alive)))
+            self.alive.append(tensor)
+        self.operations.append((function, named, [self.numbers[id(t)] for t in made]))
         return result
 
-    def replay(self, wanted):
-        """Runs the operations again and returns what the wanted results have become."""
+    def finish(self, results):
+        """Ends the recording: what it made is gone, but for where the results come from."""
+        self.wanted = [self.name(tensor) for tensor in results]
+        self.alive, self.numbers = None, None
+
+    def replay(self):
+        """Runs the operations again and returns what the results have become."""
         now = {}
 
-        def current(tensor):
-            return now.get(id(tensor), tensor)
+        def current(name):
+            return name.read() if isinstance(name, Address) else now[name]
 
-        for function, args, kwargs, result in self.operations:
-            args, kwargs = tree_map_only(torch.Tensor, current, (args, kwargs))
-            fresh = function(*args, **kwargs)
-            pairs = zip(result, fresh, strict=True) if isinstance(result, tuple | list) else [(result, fresh)]
-            now.update((id(old), new) for old, new in pairs if isinstance(old, torch.Tensor))
-        return [current(tensor) for tensor in wanted]
+        for function, named, numbers in self.operations:
+            args, kwargs = tree_map_only((Address, Number), current, named)
+            fresh = [t for t in tree_flatten(function(*args, **kwargs))[0] if isinstance(t, torch.Tensor)]
+            now.update(zip(numbers, fresh, strict=True))
+        return [current(name) for name in self.wanted]
 
 
 class TapeRecorder(Recorder):
-    """A CUDA graph's contract on a CPU."""
+    """A CUDA graph's contract on a CPU, the one on memory included: a replay spoils what was recorded later."""
 
-    def record(self, run, reset):
+    def __init__(self):
+        self.made = {False: [], True: []}
+
+    def record(self, run, reset, apart=False):
         run()
         reset()
         with Tape() as tape:
             made = run()
         results = flat(made)
+        tape.finish(results)
         outputs = [torch.full_like(tensor, float("nan")) for tensor in results]
+        pool = self.made[apart]
+        pool.append([weakref.ref(tensor) for tensor in outputs])
+        later = len(pool)
 
         def replay():
-            for mine, fresh in zip(outputs, tape.replay(results), strict=True):
+            for spoiled in (tensor() for recording in pool[later:] for tensor in recording):
+                if spoiled is not None:
+                    spoiled.fill_(float("nan"))
+            for mine, fresh in zip(outputs, tape.replay(), strict=True):
                 mine.copy_(fresh)
 
         return replay, rebuilt(made, iter(outputs))
@@ -71,14 +120,14 @@ class TapeRecorder(Recorder):
 
 def flat(value):
     """Tensors of a sampler's saved state, or of a decoded image."""
-    if isinstance(value, torch.Tensor):
-        return [value]
+    if isinstance(value, torch.Tensor | list):
+        return list(tree_flatten(value)[0])
     return [value.code_sum_BdHW, *(cached.y_RLC for cached in value.state.values())]
 
 
 def rebuilt(value, tensors):
-    if isinstance(value, torch.Tensor):
-        return next(tensors)
+    if isinstance(value, torch.Tensor | list):
+        return tree_map_only(torch.Tensor, lambda _: next(tensors), value)
     code_sum = next(tensors)
     state = {site: dataclasses.replace(cached, y_RLC=next(tensors)) for site, cached in value.state.items()}
     return dataclasses.replace(value, code_sum_BdHW=code_sum, state=state)
@@ -170,6 +219,91 @@ def test_a_full_tree_drops_leaves_and_records_again(model):
     (resident,) = engine._residents.values()
     assert len(resident.nodes) <= 6
     assert engine.recorded > 9, "five schedules have nine distinct steps; evicted ones were recorded again"
+
+
+def ratios(*values: float):
+    return StageSchedule(3, cfg_delay=0, rank_ratios=values).expand(GRIDS, 2)
+
+
+def test_decoding_in_the_middle_of_a_walk_spoils_nothing(model):
+    """The decoder is recorded before the second prefix, replayed below it, and the prefix is read once more."""
+    from tuner.evaluate import walk
+
+    schedules = [FULL, ratios(0.5, 0.2), ratios(0.5, 0.6), ratios(0.5, 0.9)]
+    sampler, _ = graph_sampler(model)
+    eager = Sampler(model)
+    prompts, seeds = BATCHES[0]
+    for _ in range(2):
+        got = {}
+        walk(sampler, sampler.begin(prompts, seeds), schedules, lambda rows, x: got.update(dict.fromkeys(rows, x)))  # noqa: B023
+        for index, steps in enumerate(schedules):
+            assert np.array_equal(got[index], images(eager, steps, prompts, seeds, False))
+
+
+def test_a_prefix_is_not_dropped_while_what_follows_a_skipped_scale_reads_it(model):
+    sampler, engine = graph_sampler(model, max_nodes=6)
+    eager = Sampler(model)
+    prompts, seeds = BATCHES[0]
+    early = StageSchedule(1, cfg_delay=0).expand(GRIDS, 2)
+    for steps in (SCHEDULES["skip"], early, SCHEDULES["skip"]):
+        expected = images(eager, steps, prompts, seeds, False)
+        assert np.array_equal(images(sampler, steps, prompts, seeds, False), expected)
+        (resident,) = engine._residents.values()
+        assert all(engine._rooted(resident, steps) for steps in resident.nodes)
+
+
+def test_a_recorded_draw_reads_only_what_its_source_keeps():
+    """Draws of many other sizes and batches later it still gives what an eager draw gives."""
+
+    def draw(prompts, count):
+        noise = PromptNoise(prompts, range(len(prompts)), "cpu")
+        return noise, lambda: noise.at(3, BOTH).site_normal("projection", "chunk", (count,))
+
+    noise, run = draw(["a", "b"], 7)
+    replay, (out,) = TapeRecorder().record(lambda: [run()], lambda: None)
+    for size in range(1, 80):
+        draw(["x"] * size, 4 * size)[1]()
+    gc.collect()
+    replay()
+    assert noise is not None and torch.equal(out, run())
+
+
+class Refusing(TapeRecorder):
+    """Records so many computations, then nothing more."""
+
+    def __init__(self, accepts: int):
+        super().__init__()
+        self.accepts = accepts
+
+    def record(self, run, reset, apart=False):
+        self.accepts -= 1
+        if self.accepts < 0:
+            run()  # the warm-up, after which the capture fails
+            reset()
+            raise RecordingFailed("operation not permitted when stream is capturing")
+        return super().record(run, reset, apart)
+
+
+@pytest.mark.parametrize("accepts", [0, 2, 3])
+def test_what_cannot_be_recorded_runs_eagerly_and_says_why(model, accepts):
+    engine = GraphEngine(Refusing(accepts))
+    sampler, eager = Sampler(model, engine=engine), Sampler(model)
+    with pytest.warns(UserWarning, match="engine graph goes on eagerly: operation not permitted") as warned:
+        for prompts, seeds in (*BATCHES, BATCHES[0]):
+            expected = images(eager, SCHEDULES["skip"], prompts, seeds, True)
+            assert np.array_equal(images(sampler, SCHEDULES["skip"], prompts, seeds, True), expected)
+    assert len([w for w in warned if "goes on eagerly" in str(w.message)]) == 1
+    assert engine.eager_because == "operation not permitted when stream is capturing"
+    assert engine.recorded == accepts and engine.recording_s > 0
+
+
+def test_errors_of_a_scale_itself_are_not_taken_for_failed_recordings(model):
+    sampler, engine = graph_sampler(model)
+    generation = sampler.begin(["a"], [0], steps=ratios(0.5))
+    with pytest.raises(RuntimeError, match="KV cache of"):
+        for step in FULL:
+            sampler.advance(generation, step)
+    assert engine.eager_because is None
 
 
 def test_batches_have_buffers_of_their_own(model):
