@@ -4,6 +4,13 @@ Layout: per branch and layer two tensors (B, H, capacity, c), keys and values. B
 one only stops reading and writing it: rewinding to before the cutoff finds it whole, and a cache built for deployment gives
 the dropped branch only the room it needs until then. Lengths are per branch and layer, because kept tokens may differ per
 chunk. Whatever lies beyond a length is stale and never read.
+
+Where both branches may grow alike (the full schedule, and the cache that tuning allocates) their tensors are two halves of
+one, so that guided scales write and attend once instead of per branch.
+
+With 8 bits an entry is a row of int8 per token and head with a float32 scale of its own: half of bfloat16 for 1/32 more at
+a head dimension of 128. Everything is read back from it, the current scale's entries too, so that a rewound generation
+goes on as it did; one layer at a time is widened for its attention.
 """
 
 from __future__ import annotations
@@ -16,6 +23,8 @@ from torch import Tensor
 
 from stagevar.schedule import BOTH, Branch, LowRank, Pivotal, Steps
 
+#: How entries are stored: in the blocks' precision, or in 8 bits.
+KV_CACHES = ("model", "int8")
 #: lengths[branch][layer]
 Lengths = tuple[tuple[int, ...], ...]
 
@@ -45,7 +54,8 @@ class KVCache:
     Args:
         batch, heads, head_dim: row shape.
         capacity: entries per branch and layer (`step_lengths` of the schedule, or of the full one for tuning).
-        device, dtype: of the stored tensors; inputs are cast on write.
+        device, dtype: of the stored tensors; inputs are cast on write, and attention runs in dtype.
+        eight_bit: store int8 and scales; dtype is then that of attention only.
     """
 
     def __init__(
@@ -56,19 +66,31 @@ class KVCache:
         capacity: dict[Branch, list[int]],
         device: torch.device | str,
         dtype: torch.dtype,
+        eight_bit: bool = False,
     ):
-        self.batch = batch
+        self.batch, self.dtype, self.eight_bit = batch, dtype, eight_bit
         self.capacity = {branch: tuple(entries) for branch, entries in capacity.items()}
-        self._store: dict[Branch, list[Tensor]] = {
-            branch: [torch.empty(2, batch, heads, length, head_dim, device=device, dtype=dtype) for length in entries]
-            for branch, entries in capacity.items()
-        }
+        self.joint = self.capacity[BOTH[0]] == self.capacity[BOTH[1]]
         self._length = {branch: [0] * len(entries) for branch, entries in capacity.items()}
+
+        def allocate(width: int, dtype: torch.dtype) -> dict[Branch | tuple[Branch, ...], list[Tensor]]:
+            def empty(rows: int, length: int) -> Tensor:
+                return torch.empty(2, rows, heads, length, width, device=device, dtype=dtype)
+
+            if not self.joint:
+                return {branch: [empty(batch, length) for length in entries] for branch, entries in capacity.items()}
+            whole = [empty(2 * batch, length) for length in self.capacity[BOTH[0]]]
+            cond, uncond = ([t[:, rows] for t in whole] for rows in (slice(0, batch), slice(batch, None)))
+            return {BOTH: whole, BOTH[0]: cond, BOTH[1]: uncond}
+
+        self._store = allocate(head_dim, torch.int8 if eight_bit else dtype)
+        self._scales = allocate(1, torch.float32) if eight_bit else None
 
     @property
     def memory_bytes(self) -> int:
         """Bytes allocated."""
-        return sum(t.numel() * t.element_size() for tensors in self._store.values() for t in tensors)
+        stores = [self._store] if self._scales is None else [self._store, self._scales]
+        return sum(t.nbytes for store in stores for branch in BOTH for t in store[branch])
 
     @property
     def lengths(self) -> Lengths:
@@ -89,11 +111,14 @@ class KVCache:
         first = self._store[BOTH[0]][0]
         _, _, heads, _, head_dim = first.shape
         capacity = {branch: list(entries) for branch, entries in self.capacity.items()}
-        chosen = KVCache(len(rows), heads, head_dim, capacity, first.device, first.dtype)
+        chosen = KVCache(len(rows), heads, head_dim, capacity, first.device, self.dtype, self.eight_bit)
         chosen.rewind(self.lengths)
         for branch in BOTH:
-            for layer in range(len(capacity[branch])):
+            for layer, length in enumerate(self._length[branch]):
                 chosen.storage(branch, layer).copy_(self.storage(branch, layer)[:, list(rows)])
+                if chosen._scales is not None and self._scales is not None:
+                    scales = self._scales[branch][layer][:, list(rows), :, :length]
+                    chosen._scales[branch][layer][..., :length, :] = scales
         return chosen
 
     def copy_entries(self, other: KVCache, first: Lengths, last: Lengths) -> None:
@@ -104,7 +129,7 @@ class KVCache:
         self.rewind(last)
 
     def storage(self, branch: Branch, layer: int) -> Tensor:
-        """The filled part (2, B, H, length, c) of one branch and layer, a view."""
+        """The filled part (2, B, H, length, c) of one branch and layer as it is stored, a view."""
         return self._store[branch][layer][..., : self._length[branch][layer], :]
 
     def attend(
@@ -114,22 +139,43 @@ class KVCache:
 
         Raises RuntimeError when the capacity is exceeded (a schedule larger than the one the cache was built for).
         """
-        outs = []
-        for index, branch in enumerate(branches):
-            rows = slice(index * self.batch, (index + 1) * self.batch)
-            store, start = self._store[branch][layer], self._length[branch][layer]
-            stop = start + k_RHLc.shape[2]
-            if stop > store.shape[3]:
+        start = self._length[branches[0]][layer]
+        stop = start + k_RHLc.shape[2]
+        for branch in branches:
+            if self._length[branch][layer] != start:
                 raise RuntimeError(
-                    f"KV cache of {store.shape[3]} entries (branch {branch}, layer {layer}) cannot take entry {stop}; "
-                    "build it for a schedule that keeps as many tokens"
+                    f"layer {layer}: the branches hold different entries; rewind to before one was dropped"
                 )
-            store[0, :, :, start:stop] = k_RHLc[rows]
-            store[1, :, :, start:stop] = v_RHLc[rows]
+            if stop > self.capacity[branch][layer]:
+                raise RuntimeError(
+                    f"KV cache of {self.capacity[branch][layer]} entries (branch {branch}, layer {layer}) cannot take "
+                    f"entry {stop}; build it for a schedule that keeps as many tokens"
+                )
             self._length[branch][layer] = stop
-            outs.append(
-                F.scaled_dot_product_attention(
-                    q_RHLc[rows].to(store.dtype), store[0, :, :, :stop], store[1, :, :, :stop], scale=scale
-                )
-            )
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+        if len(branches) == 1 or self.joint:
+            return self._attend(tuple(branches), layer, start, q_RHLc, k_RHLc, v_RHLc, scale)
+        halves = zip(branches, *(x.chunk(2) for x in (q_RHLc, k_RHLc, v_RHLc)), strict=True)
+        return torch.cat([self._attend((branch,), layer, start, q, k, v, scale) for branch, q, k, v in halves])
+
+    def _attend(
+        self, branches: tuple[Branch, ...], layer: int, start: int, q: Tensor, k: Tensor, v: Tensor, scale: float
+    ) -> Tensor:
+        """Writes at `start`, then attends over everything up to there, for rows that lie in one tensor."""
+        stop = start + k.shape[2]
+        rows = branches[0] if len(branches) == 1 else branches
+        store = self._store[rows][layer]
+        if self._scales is None:
+            store[0, :, :, start:stop] = k
+            store[1, :, :, start:stop] = v
+            keys, values = store[0, :, :, :stop], store[1, :, :, :stop]
+        else:
+            scales = self._scales[rows][layer]
+            for index, x in enumerate((k, v)):
+                x = x.float()
+                largest = x.abs().amax(-1, keepdim=True).clamp_min(1e-12)
+                store[index, :, :, start:stop] = (x * (127 / largest)).round()
+                scales[index, :, :, start:stop] = largest / 127
+            # Written as it is multiplied: a float32 product beside it would be the largest tensor of all.
+            wide = store.new_empty((*store.shape[:3], stop, store.shape[4]), dtype=self.dtype)
+            keys, values = torch.mul(store[..., :stop, :], scales[..., :stop, :], out=wide)
+        return F.scaled_dot_product_attention(q.to(self.dtype), keys, values, scale=scale)

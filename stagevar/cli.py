@@ -47,6 +47,7 @@ def add_model_options(parser: argparse.ArgumentParser, required: bool = True) ->
     parser.add_argument(
         "--resolution", help="pixel budget (0.06M, 0.25M, 0.60M, 1M) or image side, where a model has several"
     )
+    parser.add_argument("--kv-cache", help="model (default), or int8 for about half the memory of keys and values")
     parser.add_argument("--ratio", type=float, help="height / width, snapped to one of the model's (default: 1)")
 
 
@@ -80,6 +81,13 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--threads", type=positive_int, default=1, help="CPU threads, pinned (default: 1)")
     bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
     bench.set_defaults(run=run_bench)
+
+    memory = verbs.add_parser("memory", help="reckon how much memory schedules need; loads nothing")
+    add_model_options(memory)
+    memory.add_argument("--compare", default="exact,stagevar-paper", help="comma list of presets")
+    memory.add_argument("--batch", type=positive_int, default=1, help="images per run (default: 1)")
+    memory.add_argument("--card", type=float, metavar="GIB", help="memory of a card, to say what fits")
+    memory.set_defaults(run=run_memory)
 
     analyze = verbs.add_parser("analyze", help="find the stages of a model and propose a schedule")
     add_model_options(analyze)
@@ -147,7 +155,7 @@ def load(args: argparse.Namespace) -> LoadedModel:
 
 def given_options(args: argparse.Namespace) -> dict[str, Any]:
     """The model options that were given, as `load_model` takes them."""
-    names = ("weights", "tokenizer", "text", "dtype", "resolution", "ratio")
+    names = ("weights", "tokenizer", "text", "dtype", "resolution", "ratio", "kv_cache")
     return {name: value for name in names if (value := getattr(args, name)) is not None}
 
 
@@ -229,6 +237,36 @@ def run_bench(args: argparse.Namespace) -> int:
         threads=args.threads,
     )
     print(json.dumps(rows, indent=2) if args.json else format_table(rows))
+    return 0
+
+
+def run_memory(args: argparse.Namespace) -> int:
+    """Prints one column per schedule and KV cache; the precision is a GPU's unless given."""
+    from stagevar.cache import KV_CACHES
+    from stagevar.models.memory import MIB, estimate_model
+    from stagevar.models.registry import model_parts, resolve
+    from stagevar.schedule import preset
+
+    options = {"device": args.device, "batch": args.batch, "dtype": "bfloat16", **given_options(args)}
+    grids = model_parts(resolve(args.model, **options)).grids
+    names = [name.strip() for name in args.compare.split(",") if name.strip()]
+    caches = [options.pop("kv_cache")] if "kv_cache" in options else KV_CACHES
+    columns = {
+        f"{name}, {cache}": estimate_model(args.model, schedule=preset(name, grids), kv_cache=cache, **options)
+        for name in names
+        for cache in caches
+    }
+    rows = {line[:40].strip(): [] for line in next(iter(columns.values())).lines()}
+    for needed in columns.values():
+        for line in needed.lines():
+            rows[line[:40].strip()].append(line[40:].removesuffix(" MiB").strip())
+    if args.card is not None:
+        fits = ["yes" if needed.generating <= args.card * 1024 * MIB else "no" for needed in columns.values()]
+        rows[f"sampling fits {args.card:g} GiB"] = fits
+    print(f"{args.model}, batch {args.batch}, MiB")
+    print(f"{'':<40}" + "".join(f"{name:>28}" for name in columns))
+    for name, values in rows.items():
+        print(f"{name:<40}" + "".join(f"{value:>28}" for value in values))
     return 0
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from stagevar.errors import ProfileError, StagevarError
+from stagevar.errors import ProfileError, StagevarError, UsageError
 from stagevar.schedule import LowRank, ScaleStep, StageSchedule, Steps
 
 if TYPE_CHECKING:
@@ -197,12 +197,18 @@ class Profile:
         from stagevar.models.registry import load_model
         from stagevar.sampler import Sampler
 
-        model = load_model(self.model["name"], device=device, **{**self.model.get("load", {}), **load_options})
+        options = {"schedule": self.schedule, **self.model.get("load", {}), **load_options}
+        model = load_model(self.model["name"], device=device, **options)
         if model.random_weights:
             raise ProfileError(
                 f"the profile of {model.name} was made on random weights, which draw noise; load trained weights instead"
             )
-        return Pipeline(self, Sampler(model))
+        try:
+            sampler = Sampler(model, engine=self.envelope.engine)
+        except UsageError as error:
+            warnings.warn(f"{error}; going on with engine eager", stacklevel=2)
+            sampler = Sampler(model)
+        return Pipeline(self, sampler)
 
 
 @dataclass
@@ -215,7 +221,8 @@ class Pipeline:
     def __post_init__(self) -> None:
         self.steps = self.profile.expand(self.sampler.model)
         threads = self.profile.envelope.threads
-        present = present_envelope(self.sampler.model, batch=self.profile.envelope.batch, threads=threads)
+        batch, engine = self.profile.envelope.batch, self.sampler.engine.name
+        present = present_envelope(self.sampler.model, batch=batch, threads=threads, engine=engine)
         for line in self.profile.warnings_here(present):
             warnings.warn(line, stacklevel=3)
 

@@ -163,9 +163,8 @@ class Sampler:
         if cache is None:
             while len(self._caches) >= self.engine.max_caches:  # freed before the next one is allocated
                 self.engine.forget(self._caches.pop(0))
-            cache = KVCache(
-                batch, transformer.heads, transformer.head_dim, capacity, self.model.device, self.model.dtype
-            )
+            model, shape = self.model, (batch, transformer.heads, transformer.head_dim)
+            cache = KVCache(*shape, capacity, model.device, model.dtype, eight_bit=model.kv_cache == "int8")
             self._caches.append(cache)
         cache.rewind(tuple((0,) * transformer.depth for _ in BOTH))
         return cache
@@ -285,8 +284,18 @@ class Sampler:
         return to_uint8(self.engine.decode(generation.code_sum_BdHW, self.model.tokenizer.decode))
 
     def generate(self, prompts: Sequence[str], seeds: Sequence[int], steps: Steps, **options: Any) -> np.ndarray:
-        """All scales of one schedule, then decode: uint8 (B, H, W, 3). Options as for `begin`."""
-        return self.finish(self.begin(prompts, seeds, steps=steps, **options), steps)
+        """All scales of one schedule, then decode: uint8 (B, H, W, 3). Options as for `begin`.
+
+        Where decoding finds too little memory, the caches are freed and it is tried again.
+        """
+        generation = self.begin(prompts, seeds, steps=steps, **options)
+        try:
+            return self.finish(generation, steps)
+        except torch.OutOfMemoryError:
+            if generation.scale < len(self.model.grids):
+                raise
+        self.release()
+        return self.decode(generation)
 
     def finish(self, generation: Generation, steps: Steps) -> np.ndarray:
         """Runs what is left of a schedule, its decision included, then decodes: uint8 (B, H, W, 3), RGB.

@@ -17,6 +17,7 @@ from stagevar.accelerators import Exact
 from stagevar.models.base import LoadedModel
 from stagevar.sampler import Generation, Sampler
 from stagevar.schedule import BOTH, LowRank, Pivotal, ScaleStep, StageSchedule, Steps, exact
+from tests.fake_cuda import CUDA, NoWaiting, begin_on_fake_cuda, fake_mode
 from tests.test_engine import graph_sampler
 
 SEEDS = (3, 4, 5)
@@ -240,6 +241,18 @@ class ModelContract:
             wanted = eager.generate(prompts, seeds, steps)
             assert np.array_equal(recorded.generate(prompts, seeds, steps), wanted)
         assert (engine.recorded, engine.replayed) == (len(steps), 2 * len(steps))
+
+    @pytest.mark.parametrize("name", ["full", "staged", "pruned"])
+    def test_a_scale_never_waits_for_the_device(self, model, name):
+        """No value is read, no size depends on one, nothing is copied between host and card: what a graph needs."""
+        steps = getattr(self, name)(model)
+        with fake_mode(), torch.inference_mode():
+            sampler, generation = begin_on_fake_cuda(model, self.prompts[:2], steps)
+            for step in steps:
+                with NoWaiting() as seen:
+                    sampler.advance(generation, step)
+                assert seen.kernels > 0
+            assert generation.code_sum_BdHW.device == CUDA
 
     # ------------------------------------------------------------------------------------------------ guidance
 

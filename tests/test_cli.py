@@ -113,3 +113,42 @@ def test_bench_prints_rows(profile_path, capsys):
     rows = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in rows] == ["exact", "skip-1", f"profile {profile_path}"]
     assert rows[0]["tokens"] > rows[2]["tokens"]
+
+
+def test_memory_says_what_fits(capsys):
+    assert main(["memory", "--model", "infinity-8b", "--compare", "exact,stagevar-paper", "--card", "24"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == [
+        "exact,",
+        "model",
+        "exact,",
+        "int8",
+        "stagevar-paper,",
+        "model",
+        "stagevar-paper,",
+        "int8",
+    ]
+    assert lines[-1].split()[-4:] == ["no", "yes", "yes", "yes"]
+    assert main(["memory", "--model", "infinity-tiny", "--compare", "skip-1", "--kv-cache", "int8"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split() == ["skip-1,", "int8"]
+
+
+def test_an_unknown_kv_cache_is_refused(capsys):
+    assert "unknown kv cache 'int4'; use model or int8" in fails(
+        capsys, "memory", "--model", "infinity-tiny", "--kv-cache", "int4"
+    )
+
+
+def test_a_profile_keeps_its_kv_cache_and_engine(nano, tmp_path):
+    """Loaded with what it was measured with; an engine that this machine lacks is said and replaced."""
+    eight_bit = load_model("nano", device="cpu", kv_cache="int8")
+    schedule = paper(nano.grids)
+    steps = schedule.expand(nano.grids, len(nano.transformer.chunk_layers))
+    model = {"name": "nano", "weights": eight_bit.provenance["weights"], "load": eight_bit.provenance["load"]}
+    envelope = present_envelope(eight_bit, batch=1, threads=1, engine="graph")
+    Profile(model, schedule, steps_to_data(steps), {}, envelope, False, "made by a test").save(tmp_path / "p.yaml")
+    with pytest.warns(UserWarning, match="engine graph needs a CUDA device, not cpu.*going on with engine eager"):
+        pipeline = Profile.load(tmp_path / "p.yaml").pipeline(device="cpu")
+    assert pipeline.sampler.model.kv_cache == "int8" and pipeline.sampler.engine.name == "eager"
+    pipeline.generate(["a photo of a red circle"])
+    assert pipeline.sampler._caches[0].eight_bit

@@ -16,6 +16,7 @@ from stagevar.errors import UsageError
 from stagevar.noise import PromptNoise
 from stagevar.sampler import Sampler
 from stagevar.schedule import BOTH, StageSchedule, exact, fastvar
+from tests.fake_cuda import CUDA, NoWaiting, begin_on_fake_cuda, fake_mode
 from tests.tiny import GRIDS, tiny_infinity
 
 FULL = exact(len(GRIDS)).expand(GRIDS, 2)
@@ -339,3 +340,39 @@ def test_engines_by_name():
         build_engine("graph", torch.device("cpu"))
     with pytest.raises(UsageError, match="unknown engine 'fast'"):
         build_engine("fast", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kv_cache", ["model", "int8"])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_scale_never_waits_for_the_device(model, name, kv_cache):
+    """As in the models' contract: no value is read, no size depends on one, nothing is copied between host and card."""
+    with fake_mode(), torch.inference_mode():
+        stored = dataclasses.replace(model, kv_cache=kv_cache)
+        sampler, generation = begin_on_fake_cuda(stored, ["a red ring", "two stars"], SCHEDULES[name])
+        for step in SCHEDULES[name]:
+            with NoWaiting() as seen:
+                sampler.advance(generation, step)
+            assert (seen.kernels == 0) == step.skipped
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: x.cpu(),
+        lambda x: x + torch.tensor([1.0], device=x.device),
+        lambda x: x + torch.ones(3),
+    ],
+    ids=["item", "mask", "nonzero", "to host", "from host", "mixed"],
+)
+def test_waiting_for_the_device_is_noticed(wait):
+    """What tests.fake_cuda must refuse, lest the contract's test of it pass for nothing."""
+    with fake_mode(), torch.inference_mode():
+        x = torch.empty(3, device=CUDA)
+        with pytest.raises((AssertionError, RuntimeError)), NoWaiting():  # fake tensors raise RuntimeErrors
+            wait(x)
+        with NoWaiting() as seen:
+            (x * 2).sum()
+        assert seen.kernels == 2

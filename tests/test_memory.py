@@ -1,14 +1,18 @@
 """The memory estimate: checked term by term against what loading really allocates, and the refusal."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from stagevar.cache import KVCache, step_lengths
+from stagevar.cache import KV_CACHES, KVCache, step_lengths
 from stagevar.errors import UsageError, WeightsError
+from stagevar.grids import square
 from stagevar.models import hub, memory
 from stagevar.models.memory import MIB, MemoryEstimate, estimate_model
 from stagevar.models.registry import load_model
-from stagevar.schedule import exact
+from stagevar.sampler import Sampler
+from stagevar.schedule import StageSchedule, exact, preset
 
 
 def state_bytes(module: torch.nn.Module) -> int:
@@ -52,9 +56,55 @@ def test_more_images_and_pixels_need_more():
 
 def test_the_account_names_every_term():
     lines = MemoryEstimate(100 * MIB, 10 * MIB, 50 * MIB, 5 * MIB, 7 * MIB, 20 * MIB, 0).lines()
-    table = {line[:36].strip(): int(line[36:].split()[0]) for line in lines}
+    table = {line[:40].strip(): int(line[40:].split()[0]) for line in lines}
     assert table["peak"] == 100 + 10 + 50 + 7 and table["KV cache"] == 50 and table["image decoding"] == 7
-    assert len(table) == 8
+    assert len(table) == 10
+
+
+@pytest.mark.parametrize("name", ["exact", "stagevar-paper", "fastvar", "skip-2"])
+@pytest.mark.parametrize("kv_cache", KV_CACHES)
+def test_the_cache_of_a_schedule_is_what_the_sampler_allocates(name, kv_cache):
+    options = {"weights": "random", "dtype": "bfloat16", "device": "cpu", "kv_cache": kv_cache, "batch": 2}
+    model = load_model("infinity-tiny", **options)
+    schedule = preset(name, model.grids)
+    sampler = Sampler(model)
+    generation = sampler.begin(["a", "b"], [1, 2], steps=schedule.expand(model.grids, sampler.chunks))
+    estimate = estimate_model("infinity-tiny", schedule=schedule, **options)
+    assert estimate.kv_cache == generation.cache.memory_bytes
+
+
+def test_infinity_8b_on_a_card_of_24_gib():
+    """Text encoder unloaded. In bfloat16 the paper's preset fits and the full schedule does not; with 8-bit K/V it does."""
+    grids = square((1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64))
+
+    def needed(name: str, kv_cache: str) -> float:
+        schedule = preset(name, grids)
+        estimate = estimate_model("infinity-8b", dtype="bfloat16", device="cpu", schedule=schedule, kv_cache=kv_cache)
+        return estimate.generating / 2**30
+
+    assert needed("exact", "model") > 28
+    assert 23 < needed("exact", "int8") < 24
+    assert needed("stagevar-paper", "model") == pytest.approx(20.4, abs=0.1)
+    assert needed("stagevar-paper", "int8") == pytest.approx(19.0, abs=0.1)
+
+
+def test_restoring_and_pruning_keep_outputs():
+    """float32 rows of earlier scales: of two at a time while a projected scale is restored, of one for FastVAR."""
+    grids = square((1, 2, 4, 6, 8, 12, 16))
+    tiny = {"weights": "random", "device": "cpu"}
+    row = 256 * 4
+
+    def restoration(schedule) -> int:
+        return estimate_model("infinity-tiny", schedule=schedule, **tiny).restoration
+
+    assert restoration(StageSchedule(len(grids))) == 0
+    # Eight chunks of both branches: side 12 while side 8 goes; side 16, the last scale, keeps nothing.
+    projected = StageSchedule(6, rank_ratios=(0.5,))
+    assert restoration(projected) == 8 * 2 * (8 * 8 + 12 * 12) * row
+    assert restoration(dataclasses.replace(projected, site="trunk")) == 2 * (8 * 8 + 12 * 12) * row
+    # Three sublayers in each of layers 3 to 7.
+    pruned = StageSchedule(6, rank_ratios=(0.5,), accelerator="fastvar", layers=(3, 28))
+    assert restoration(pruned) == 3 * 5 * 2 * 12 * 12 * row
 
 
 def test_the_text_encoder_counts_where_it_is_the_most():

@@ -212,6 +212,22 @@ def test_cache_refuses_more_than_its_capacity():
         cache.attend(("cond",), 0, kv, kv, kv, 1.0)
 
 
+def test_decoding_gets_the_memory_of_the_cache_where_it_needs_it(model, monkeypatch):
+    sampler = Sampler(model)
+    wanted = sampler.generate(PROMPTS, SEEDS, STAGED)
+    decode, caches = model.tokenizer.decode, []
+
+    def scarce(code_sum):
+        caches.append(len(sampler._caches))
+        if sampler._caches:
+            raise torch.OutOfMemoryError("no room beside the cache")
+        return decode(code_sum)
+
+    monkeypatch.setattr(model.tokenizer, "decode", scarce)
+    assert np.array_equal(sampler.generate(PROMPTS, SEEDS, STAGED), wanted)
+    assert caches == [1, 0]
+
+
 def test_skipped_scales_leave_the_code_sum(model):
     steps = StageSchedule(structure_end=4, skip=(2, 4)).expand(GRIDS, 2)
     sampler = Recorder(model)

@@ -180,7 +180,10 @@ class Sampling:
 
 @dataclass
 class LoadedModel:
-    """Everything needed to make images: what `registry.load_model` returns and the Sampler takes."""
+    """Everything needed to make images: what `registry.load_model` returns and the Sampler takes.
+
+    kv_cache: one of stagevar.cache.KV_CACHES.
+    """
 
     name: str
     transformer: NextScaleModel
@@ -192,4 +195,5 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     random_weights: bool = False
+    kv_cache: str = "model"
     provenance: dict[str, Any] = field(default_factory=dict)

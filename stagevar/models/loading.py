@@ -116,6 +116,11 @@ def _check_mark(folder: Path, name: str) -> None:
         raise WeightsError(f"folder {folder} holds {made_for}, not {name}")
 
 
+def kv_option(request: LoadRequest) -> dict[str, str]:
+    """The record of an unusual KV cache."""
+    return {} if request.kv_cache == "model" else {"kv_cache": request.kv_cache}
+
+
 def fill(parts: Parts, request: LoadRequest) -> dict[str, Any]:
     """Puts weights into a model's modules on the request's device, and returns what profiles record about them.
 
@@ -127,7 +132,8 @@ def fill(parts: Parts, request: LoadRequest) -> dict[str, Any]:
     name = request.spec.name
     modules = ((parts.transformer, name), (parts.tokenizer, f"{name}'s tokenizer"))
     needed = memory.estimate(parts, request)
-    record: dict[str, Any] = {"weights": {}, "load": {"resolution": request.resolution, "ratio": request.ratio}}
+    options = {"resolution": request.resolution, "ratio": request.ratio, **kv_option(request)}
+    record: dict[str, Any] = {"weights": {}, "load": options}
     if request.random or request.weights is None:
         memory.require(needed, request.device, name)  # before anything is downloaded
     if request.random:
@@ -161,5 +167,6 @@ def assemble(
         device=request.device,
         dtype=request.dtype,
         random_weights=request.random,
+        kv_cache=request.kv_cache,
         provenance=record,
     )

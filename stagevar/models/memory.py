@@ -3,12 +3,16 @@
 The arithmetic, per term:
 
 * weights: the sum over the state dict of elements times the bytes of the precision each gets.
-* KV cache: 2 (key, value) x 2 (branches) x batch x layers x width x tokens of all scales x bytes. A schedule that skips
-  scales, keeps fewer tokens or drops a branch needs less; this is the bound that tuning allocates.
+* KV cache: 2 (key, value) x batch x width x bytes x the entries that the schedule makes, summed over branches and layers
+  (2 x layers x tokens of all scales for the full schedule, the bound that tuning allocates). With 8 bits an entry takes
+  one byte per channel and four per head.
 * activations of the largest scale, per row and token of width C and precision b bytes: the residual stream and its norm
   in float32 (8 C), the normed input in b, then the larger of attention (q, k, v in b, q and k twice in float32, output)
-  and the feed-forward (hidden before and after its GELU).
-* decoding: at full resolution the decoder holds about four maps of 2 x base channels; at most 2 Mpx at a time.
+  and the feed-forward (hidden before and after its GELU). A reduced scale has its residual stream in full and the rest
+  for the tokens that it keeps. One layer's 8-bit entries are widened to b at a time.
+* restoration: outputs (float32) that a reduced scale is restored from, of two scales while one replaces the other.
+* decoding: at full resolution the decoder holds about four maps of 2 x base channels; at most 2 Mpx at a time. The KV
+  cache is still there, unless that leaves too little room: `Sampler.generate` then frees it first.
 * text encoder: its weights while it is loaded. It can be freed after encoding, so it is shown but added only to the
   weights, not to the working memory of sampling.
 
@@ -22,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stagevar.errors import UsageError
+from stagevar.schedule import LowRank, Pivotal, ScaleStep
 
 if TYPE_CHECKING:
     import torch
@@ -45,11 +50,22 @@ class MemoryEstimate:
     decoding: int
     text_encoder: int
     overhead: int = _OVERHEAD_BYTES
+    restoration: int = 0
 
     @property
     def sampling(self) -> int:
         """While sampling and decoding, the text encoder freed."""
-        return self.weights + self.tokenizer + self.kv_cache + max(self.activations, self.decoding) + self.overhead
+        return self.held + self.kv_cache + max(self.activations + self.restoration, self.decoding)
+
+    @property
+    def generating(self) -> int:
+        """As `sampling` where the KV cache is freed before decoding."""
+        return self.held + max(self.kv_cache + self.activations + self.restoration, self.decoding)
+
+    @property
+    def held(self) -> int:
+        """What is there all the time."""
+        return self.weights + self.tokenizer + self.overhead
 
     @property
     def encoding(self) -> int:
@@ -68,34 +84,76 @@ class MemoryEstimate:
             "tokenizer": self.tokenizer,
             "KV cache": self.kv_cache,
             "activations": self.activations,
+            "restoration": self.restoration,
             "image decoding": self.decoding,
             "text encoder (freed after encoding)": self.text_encoder,
             "context and allocator": self.overhead,
+            "sampling, cache freed before decoding": self.generating,
             "peak": self.peak,
         }
-        return [f"{name:<36}{size / MIB:>10,.0f} MiB" for name, size in rows.items()]
+        return [f"{name:<40}{size / MIB:>10,.0f} MiB" for name, size in rows.items()]
 
 
 def estimate(parts: Parts, request: LoadRequest) -> MemoryEstimate:
-    """What a model needs on the request's device for its batch, resolution and precision."""
+    """What a model needs on the request's device for its batch, resolution, precision and schedule.
+
+    Raises ScheduleError when the request's schedule does not fit the model.
+    """
+    from stagevar.cache import step_lengths
+    from stagevar.schedule import exact
+
     transformer = parts.transformer.module
-    element = request.dtype.itemsize
-    depth, width = transformer.depth, transformer.width
-    tokens = [h * w for h, w in parts.grids]
-    rows = 2 * request.batch
+    element, batch, width = request.dtype.itemsize, request.batch, transformer.width
+    chunks, depth = transformer.chunk_layers, transformer.depth
+    schedule = request.schedule or exact(len(parts.grids))
+    steps = schedule.expand(parts.grids, len(chunks))
+    entries = sum(sum(layers) for layers in step_lengths(steps, chunks).values())
+    entry = transformer.heads * (transformer.head_dim + 4) if request.kv_cache == "int8" else width * element
     hidden = 4 * width
     attention = 3 * width * element + 4 * width * 4 + width * element
-    per_token = 8 * width + width * element + max(attention, 2 * hidden * element)
+    per_token = width * element + max(attention, 2 * hidden * element)
+
+    def working(index: int) -> int:
+        step = steps[index]
+        rows = len(step.branches) * batch
+        widened = 0
+        if request.kv_cache == "int8":
+            widened = 2 * width * element * max(map(max, step_lengths(steps[: index + 1], chunks).values()))
+        return rows * (step.tokens * 8 * width + max(_reduced_tokens(step, depth)) * per_token + widened)
+
+    def kept(index: int) -> int:
+        """Outputs of a scale that a later one may be restored from; any may be where the schedule is still searched."""
+        step, later = steps[index], steps[index + 1 :]
+        rows = len(step.branches) * batch * step.tokens * width * 4
+        if request.schedule is None:
+            return rows * (len(chunks) + 1) if later else 0
+        sites = max((len(s.reduction.ranks) for s in later if isinstance(s.reduction, LowRank)), default=0)
+        if step.keeps is not None:
+            sites += 3 * len(range(depth)[slice(*step.keeps)])
+        return rows * sites
+
+    ran = [index for index, step in enumerate(steps) if not step.skipped]
     height, image_width = parts.pixels
-    pixels = min(request.batch * height * image_width, max(2 * MIB, height * image_width))
+    pixels = min(batch * height * image_width, max(2 * MIB, height * image_width))
     return MemoryEstimate(
         weights=_part_bytes(parts.transformer),
         tokenizer=_part_bytes(parts.tokenizer),
-        kv_cache=2 * rows * depth * width * sum(tokens) * element,
-        activations=rows * max(tokens) * per_token,
+        kv_cache=2 * batch * entries * entry,
+        activations=max(working(index) for index in ran),
         decoding=4 * 2 * _decoder_channels(parts.tokenizer) * pixels * element,
         text_encoder=parts.text_bytes,
+        restoration=max(kept(one) + kept(other) for one, other in zip(ran, ran[1:] or ran, strict=False)),
     )
+
+
+def _reduced_tokens(step: ScaleStep, depth: int) -> list[int]:
+    """Tokens inside the layers of a step, per part of the model that has a number of its own."""
+    if isinstance(step.reduction, LowRank):
+        return list(step.reduction.ranks)
+    if isinstance(step.reduction, Pivotal):
+        inside = len(range(depth)[slice(*step.reduction.layers)])
+        return [step.reduction.kept, *([step.tokens] if inside < depth else [])]
+    return [step.tokens]
 
 
 def _part_bytes(part: Part) -> int:
@@ -131,10 +189,11 @@ def available_bytes(device: torch.device) -> int | None:
 def require(needed: MemoryEstimate, device: torch.device, name: str) -> None:
     """Raises UsageError when a model cannot fit into what is free on the device."""
     free = available_bytes(device)
-    if free is not None and needed.peak > free:
+    least = max(needed.generating, needed.encoding)
+    if free is not None and least > free:
         raise UsageError(
-            f"{name} needs about {needed.peak / MIB:,.0f} MiB on {device}, {free / MIB:,.0f} MiB are free; "
-            "use a larger device, a smaller --resolution or batch, or a smaller model"
+            f"{name} needs about {least / MIB:,.0f} MiB on {device}, {free / MIB:,.0f} MiB are free; "
+            "use a larger device, a smaller --resolution or batch, --kv-cache int8, or a smaller model"
         )
 
 

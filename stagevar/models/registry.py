@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from stagevar.models.base import LoadedModel
+    from stagevar.schedule import StageSchedule
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class LoadRequest:
     """A model and everything asked of it, resolved: what a builder gets.
 
     weights: None (public files), "random", or a path. tokenizer, text: paths instead of what belongs to the model.
-    batch: images per pass that the memory check reckons with.
+    batch, schedule: images per pass and what will run, for the memory check. kv_cache: see `load_model`.
     """
 
     spec: ModelSpec
@@ -76,6 +77,8 @@ class LoadRequest:
     guidance: float | tuple[float, ...] | None = None
     temperature: float | tuple[float, ...] | None = None
     batch: int = 1
+    kv_cache: str = "model"
+    schedule: StageSchedule | None = None
 
     @property
     def random(self) -> bool:
@@ -258,9 +261,13 @@ def resolve(
     guidance: float | Sequence[float] | None = None,
     temperature: float | Sequence[float] | None = None,
     batch: int = 1,
+    kv_cache: str = "model",
+    schedule: StageSchedule | None = None,
 ) -> LoadRequest:
     """Checks a request and fills in defaults, without loading anything. Arguments and errors as for `load_model`."""
     import torch
+
+    from stagevar.cache import KV_CACHES
 
     spec = find(name)
     chosen = spec.resolutions[0] if resolution is None else str(resolution)
@@ -271,6 +278,8 @@ def resolve(
         raise UsageError(f"aspect ratio {ratio!r} must be height / width, above 0")
     if batch < 1:
         raise UsageError(f"batch {batch} must be at least 1")
+    if kv_cache not in KV_CACHES:
+        raise UsageError(f"unknown kv cache {kv_cache!r}; use {' or '.join(KV_CACHES)}")
     place = resolve_device(device)
     return LoadRequest(
         spec=spec,
@@ -285,6 +294,8 @@ def resolve(
         guidance=tuple(guidance) if isinstance(guidance, Sequence) else guidance,
         temperature=tuple(temperature) if isinstance(temperature, Sequence) else temperature,
         batch=batch,
+        kv_cache=kv_cache,
+        schedule=schedule,
     )
 
 
@@ -329,7 +340,8 @@ def load_model(name: str, **options: Any) -> LoadedModel:
             GPU, float32 on the CPU.
         seed: of random weights.
         guidance, temperature: instead of the model's defaults; a number or one per scale.
-        batch: images per pass, for the memory check.
+        batch: images per pass, for the memory check. schedule: the only one that will run, for it too (None: any).
+        kv_cache: "model", keys and values in the blocks' precision, or "int8", about half of bfloat16.
 
     Raises:
         UsageError: unknown name or option value, or a model that cannot fit on the device.

@@ -16,7 +16,7 @@ from stagevar.errors import UsageError, WeightsError
 from stagevar.models.base import LoadedModel
 from stagevar.models.hub import sha256_files
 from stagevar.models.infinity import Infinity
-from stagevar.models.loading import default_sampling
+from stagevar.models.loading import default_sampling, kv_option
 from stagevar.models.registry import LoadRequest
 from stagevar.models.weights import block_precision, everywhere, load_into, randomise
 from stagevar.nano.presets import NanoPreset, preset
@@ -51,7 +51,7 @@ def build(request: LoadRequest) -> LoadedModel:
         (tokenizer, "tokenizer", everywhere(torch.float32)),
         (text, "text_encoder", everywhere(torch.float32)),
     )
-    record: dict[str, object] = {"weights": {}, "load": {}}
+    record: dict[str, object] = {"weights": {}, "load": kv_option(request)}
     if request.random:
         for module, _, precision in parts:
             randomise(module, request.seed, device=request.device, precision=precision)
@@ -81,5 +81,6 @@ def build(request: LoadRequest) -> LoadedModel:
         device=request.device,
         dtype=request.dtype,
         random_weights=request.random,
+        kv_cache=request.kv_cache,
         provenance=record,
     )
