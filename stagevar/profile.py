@@ -258,6 +258,8 @@ def _step_data(step: ScaleStep) -> dict[str, Any]:
     if step.reduction is not None:
         kind = "low_rank" if isinstance(step.reduction, LowRank) else type(step.reduction).__name__.lower()
         data["reduction"] = {"kind": kind, **dataclasses.asdict(step.reduction)}
+    if step.precision != "model":
+        data["precision"] = step.precision
     if step.decision is not None:
         data["decision"] = {"rule": step.decision.rule, "outcomes": [name for name, _ in step.decision.outcomes]}
     return data

@@ -18,7 +18,8 @@ from stagevar.accelerators.base import Accelerator, Cached, ScaleContext, State
 from stagevar.accelerators.composite import Composite
 from stagevar.cache import KVCache, Lengths, step_lengths
 from stagevar.engine import Engine, Start, build_engine
-from stagevar.models.base import LoadedModel, Sampling, Site
+from stagevar.models.base import LoadedModel, NextScaleModel, Sampling, Site
+from stagevar.models.precision import low_precision
 from stagevar.noise import NoiseSource, PromptNoise
 from stagevar.schedule import BOTH, Branch, Decision, ScaleStep, Steps, exact
 
@@ -106,12 +107,19 @@ class Sampler:
         transformer = model.transformer
         self._full = exact(len(model.grids)).expand(model.grids, len(transformer.chunk_layers))
         self._caches: list[KVCache] = []
+        self._transformers: dict[str, NextScaleModel] = {"model": transformer}
         self._current: Generation | None = None
 
     @property
     def chunks(self) -> int:
         """Number of block chunks, as `StageSchedule.expand` wants it."""
         return len(self.model.transformer.chunk_layers)
+
+    def _transformer(self, precision: str) -> NextScaleModel:
+        """The model's transformer with its products in this precision, made when first wanted."""
+        if precision not in self._transformers:
+            self._transformers[precision] = low_precision(self.model.transformer, precision)
+        return self._transformers[precision]
 
     @torch.inference_mode()
     def begin(
@@ -199,6 +207,7 @@ class Sampler:
             missing = [branch for branch in step.branches if branch not in before.branches]
             if missing:
                 raise ValueError(f"scale {step.scale} wants the {missing[0]} branch, which an earlier scale dropped")
+            self._transformer(step.precision)  # made here, lest it be part of a recording
             steps = (*generation.steps, step)
             after = self.engine.run(
                 generation.resident, steps, generation.cache, lambda: self._run(generation, step, before)
@@ -225,7 +234,7 @@ class Sampler:
 
     def _run(self, generation: Generation, step: ScaleStep, before: _Saved) -> _Saved:
         model, cache, batch = self.model, generation.cache, generation.batch
-        transformer, residual = model.transformer, model.tokenizer.residual
+        transformer, residual = self._transformer(step.precision), model.tokenizer.residual
         sampling, scale = generation.sampling, step.scale
         start = BOTH.index(step.branches[0]) * batch
         conditioning = generation.conditioning.select(slice(start, start + len(step.branches) * batch))

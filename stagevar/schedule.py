@@ -30,6 +30,8 @@ BOTH: tuple[Branch, ...] = ("cond", "uncond")
 STAGES = ("semantic", "structure", "fidelity")
 #: How tokens are reduced where a schedule keeps fewer than all: not at all, by projection, by pruning.
 ACCELERATORS = ("exact", "stagevar", "fastvar")
+#: Products of the blocks: in the model's precision, or in 8 bits (stagevar.models.precision).
+PRECISIONS = ("model", "int8", "fp8")
 #: Scales that a decision leaves open, at the end of the schedule (SkipVAR's published classes are 0 to 3).
 UNDECIDED_SCALES = 3
 
@@ -85,7 +87,7 @@ class ScaleStep:
     """What happens at one scale, fully decided and hashable. `stage` is a label and does not make steps differ.
 
     keeps: layers [first, stop) whose sublayer outputs a later Pivotal step restores from. decision: what follows this
-    scale is chosen per image.
+    scale is chosen per image. precision: of the blocks' matrix products.
     """
 
     scale: int
@@ -96,6 +98,7 @@ class ScaleStep:
     stage: str = field(default="fidelity", compare=False)
     keeps: tuple[int, int] | None = None
     decision: Decision | None = None
+    precision: str = "model"
 
     @property
     def tokens(self) -> int:
@@ -152,6 +155,7 @@ class StageSchedule:
         or a list, counted like rank_ratios. "fastvar" knows no chunks: it keeps the mean of their ratios.
     layers: the [first, stop) layers that "fastvar" prunes; its cache is the last earlier scale that ran in full.
     decision: classifier that chooses per image, three scales before the end, whether to skip or to drop guidance.
+    precision: of the blocks' matrix products from structure_end on: "model", "int8" or "fp8".
     """
 
     structure_end: int
@@ -168,6 +172,7 @@ class StageSchedule:
     accelerator: str | tuple[str, ...] = "stagevar"
     layers: tuple[int, int] = (3, 28)
     decision: str | None = None
+    precision: str = "model"
 
     def __post_init__(self) -> None:
         _integer("structure_end", self.structure_end, 0)
@@ -183,6 +188,7 @@ class StageSchedule:
         _choose("projection", self.projection, ("gaussian", "rows"))
         _choose("rope", self.rope, ("first", "index"))
         _choose("site", self.site, ("chunk", "trunk"))
+        _choose("precision", self.precision, PRECISIONS)
         if self.rank_ratios is not None and self.energy is not None:
             raise ScheduleError(f"rank_ratios and energy {self.energy} are both given; keep one")
         if self.energy is not None:
@@ -290,7 +296,8 @@ class StageSchedule:
         alone = self.cfg_cutoff is not None and scale >= self.cfg_cutoff
         branches = (self.branch,) if alone else BOTH
         reduction = self._reduction(scale, grid, chunks, rank_table, last_full_scale)
-        return ScaleStep(scale, grid, branches, reduction, False, stage)
+        precision = self.precision if stage == "fidelity" else "model"
+        return ScaleStep(scale, grid, branches, reduction, False, stage, precision=precision)
 
     def _accelerator(self, position: int) -> str:
         if isinstance(self.accelerator, str):

@@ -106,6 +106,9 @@ def describe(steps: Sequence[Mapping[str, Any]]) -> str:
         shares = [kept_share(s) for s in reduced]
         span = f"{min(shares):.0%}" if max(shares) - min(shares) < 0.005 else f"{min(shares):.0%} to {max(shares):.0%}"
         parts.append(f"{span} of the tokens at {sides(reduced)}")
+    coarse = [s for s in steps if s.get("precision")]
+    if coarse:
+        parts.append(f"products in {coarse[0]['precision']} at {sides(coarse)}")
     skipped = [s for s in steps if s.get("skipped")]
     if skipped:
         parts.append(f"{sides(skipped)} not run")

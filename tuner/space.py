@@ -21,7 +21,7 @@ from typing import Any
 from stagevar.errors import StagevarError, UsageError
 from stagevar.grids import Grid
 from stagevar.profile import read_yaml
-from stagevar.schedule import ACCELERATORS, BOTH, PRESETS, StageSchedule, Steps
+from stagevar.schedule import ACCELERATORS, BOTH, PRECISIONS, PRESETS, StageSchedule, Steps
 
 NEVER = "never"
 Value = int | float | str
@@ -49,6 +49,7 @@ _RULES = {
     "site": _Rule(str, words=("chunk", "trunk")),
     "skip_last": _Rule(int, 0),
     "accelerator": _Rule(str, words=ACCELERATORS),
+    "precision": _Rule(str, words=PRECISIONS),
 }
 #: Values of the parameters that a space does not list.
 DEFAULTS: dict[str, Value] = {
@@ -62,6 +63,7 @@ DEFAULTS: dict[str, Value] = {
     "site": "chunk",
     "skip_last": 0,
     "accelerator": "stagevar",
+    "precision": "model",
 }
 
 
@@ -168,6 +170,7 @@ class SearchSpace:
             site=given["site"],
             skip=tuple(range(scales - int(given["skip_last"]), scales)),
             accelerator=given["accelerator"],
+            precision=given["precision"],
         )
 
     def nearest_values(self, schedule: StageSchedule, grids: Sequence[Grid]) -> dict[str, Value]:
@@ -193,6 +196,7 @@ class SearchSpace:
             "site": schedule.site,
             "skip_last": sum(1 for s in schedule.skip if s < scales),
             "accelerator": accelerator[0] if isinstance(accelerator, tuple) else accelerator,
+            "precision": schedule.precision,
         }
         return {p.name: p.decode(p.encode(wanted[p.name])) for p in self.parameters}
 

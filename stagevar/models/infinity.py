@@ -31,6 +31,7 @@ from stagevar.models.base import (
     Site,
     around_nothing,
 )
+from stagevar.models.precision import LowPrecisionLinear
 from stagevar.noise import ScaleNoise
 
 MAX_SCALE_MUL = math.log(100.0)
@@ -107,9 +108,12 @@ def modulated_norm(x_RLC: Tensor, scale_R1C: Tensor, shift_R1C: Tensor) -> Tenso
     return torch.addcmul(shift_R1C, F.layer_norm(x_RLC.float(), x_RLC.shape[-1:], eps=1e-6), 1 + scale_R1C)
 
 
-def linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    """A linear layer in its weights' precision."""
-    return layer(x.to(layer.weight.dtype))
+def linear(x: Tensor, layer: nn.Linear | LowPrecisionLinear, bias: Tensor | None = None) -> Tensor:
+    """A linear layer in its weights' precision; `bias` where it is kept apart from the layer."""
+    if isinstance(layer, LowPrecisionLinear):
+        return layer(x, bias)
+    weight = layer.weight
+    return F.linear(x.to(weight.dtype), weight, layer.bias if bias is None else bias.to(weight.dtype))
 
 
 class SelfAttention(nn.Module):
@@ -128,8 +132,7 @@ class SelfAttention(nn.Module):
     def qkv(self, x_RLC: Tensor, cos_sin: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """q, k (float32, normalised and rotated; None: not rotated) and v, each (R, H, L, c)."""
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
-        weight = self.mat_qkv.weight
-        qkv = F.linear(x_RLC.to(weight.dtype), weight, bias.to(weight.dtype))
+        qkv = linear(x_RLC, self.mat_qkv, bias)
         qkv = qkv.unflatten(-1, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         # q and k together: on small scales the number of kernels is what counts. The scale of q commutes with the rotation.
         qk = F.normalize(qkv[:2].float(), dim=-1, eps=1e-12)

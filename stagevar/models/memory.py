@@ -2,7 +2,8 @@
 
 The arithmetic, per term:
 
-* weights: the sum over the state dict of elements times the bytes of the precision each gets.
+* weights: the sum over the state dict of elements times the bytes of the precision each gets. A schedule with scales in
+  8 bits adds a byte per weight of the blocks' products, and four per output channel.
 * KV cache: 2 (key, value) x batch x width x bytes x the entries that the schedule makes, summed over branches and layers
   (2 x layers x tokens of all scales for the full schedule, the bound that tuning allocates). With 8 bits an entry takes
   one byte per channel and four per head.
@@ -30,6 +31,7 @@ from stagevar.schedule import LowRank, Pivotal, ScaleStep
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from stagevar.models.loading import Part, Parts
     from stagevar.models.registry import LoadRequest
@@ -132,11 +134,12 @@ def estimate(parts: Parts, request: LoadRequest) -> MemoryEstimate:
             sites += 3 * len(range(depth)[slice(*step.keeps)])
         return rows * sites
 
+    eight_bit = any(step.precision != "model" for step in steps)
     ran = [index for index, step in enumerate(steps) if not step.skipped]
     height, image_width = parts.pixels
     pixels = min(batch * height * image_width, max(2 * MIB, height * image_width))
     return MemoryEstimate(
-        weights=_part_bytes(parts.transformer),
+        weights=_part_bytes(parts.transformer) + (_eight_bit_bytes(transformer) if eight_bit else 0),
         tokenizer=_part_bytes(parts.tokenizer),
         kv_cache=2 * batch * entries * entry,
         activations=max(working(index) for index in ran),
@@ -154,6 +157,13 @@ def _reduced_tokens(step: ScaleStep, depth: int) -> list[int]:
         inside = len(range(depth)[slice(*step.reduction.layers)])
         return [step.reduction.kept, *([step.tokens] if inside < depth else [])]
     return [step.tokens]
+
+
+def _eight_bit_bytes(transformer: nn.Module) -> int:
+    from stagevar.models.precision import is_product
+
+    products = [module.weight for name, module in transformer.named_modules() if is_product(name, module)]
+    return sum(weight.numel() + 4 * weight.shape[0] for weight in products)
 
 
 def _part_bytes(part: Part) -> int:

@@ -115,8 +115,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, x_BLC: Tensor, text_kv: tuple[Tensor, Tensor], mask_B11T: Tensor) -> Tensor:
         k, v = text_kv
-        weight = self.mat_q.weight
-        q = F.linear(x_BLC.to(weight.dtype), weight, self.q_bias.to(weight.dtype))
+        q = linear(x_BLC, self.mat_q, self.q_bias)
         q = q.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2).float()
         q = F.normalize(q, dim=-1, eps=1e-12) * self.scale_mul_1H11.float().clamp_max(MAX_SCALE_MUL).exp()
         out = F.scaled_dot_product_attention(q.to(v.dtype), k, v, attn_mask=mask_B11T, scale=1.0)

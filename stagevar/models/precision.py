@@ -1,0 +1,93 @@
+"""The blocks' matrix products in 8 bits, for the scales whose step asks for it.
+
+Weights are quantised once, a scale per output channel; activations as they come, a scale per token. Products run on
+integer (torch._int_mm) or float8 e4m3 (torch._scaled_mm) units, which have about twice the rate of bfloat16 on cards of
+compute capability 8.9 and later. On a CPU the same functions run, slowly: they check the logic. Norms, attention,
+embeddings and the head stay as they are.
+
+Source: LLM.int8() (arXiv 2208.07339) for scales per row and column; no outlier columns are kept apart here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stagevar.errors import UsageError
+from stagevar.models.variants import variant
+
+if TYPE_CHECKING:
+    from stagevar.models.base import NextScaleModel
+
+Model = TypeVar("Model", bound="NextScaleModel")
+#: Layers that a scale runs on its tokens, by the last part of their name. Others inside blocks see the text once.
+_PRODUCTS = ("mat_qkv", "mat_q", "proj", "fc1", "fc2")
+_LARGEST = {"int8": 127.0, "fp8": 448.0}
+_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+#: Rows that integer products need at least on a GPU.
+_LEAST_ROWS = 17
+
+
+def quantise(x_NK: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+    """(values in 8 bits, float32 scales (N, 1)) of rows, largest magnitude at the end of the range; x = values * scales."""
+    x_NK = x_NK.float()
+    scale_N1 = x_NK.abs().amax(1, keepdim=True).clamp_min(1e-12) / _LARGEST[precision]
+    values = x_NK / scale_N1
+    return (values.round() if precision == "int8" else values).to(_DTYPES[precision]), scale_N1
+
+
+class LowPrecisionLinear(nn.Module):
+    """A linear layer whose product runs in 8 bits; input and output have the plain layer's precision.
+
+    Args:
+        layer: the plain layer (bias kept). precision: "int8" or "fp8".
+    """
+
+    def __init__(self, layer: nn.Linear, precision: str):
+        super().__init__()
+        self.precision, self.dtype, self.bias = precision, layer.weight.dtype, layer.bias
+        values_NK, scale_N1 = quantise(layer.weight.detach(), precision)
+        self.register_buffer("values_NK", values_NK, persistent=False)
+        self.register_buffer("scale_1N", scale_N1.t().contiguous(), persistent=False)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """As `linear` of the plain layer; x is (..., K)."""
+        x_MK, scale_M1 = quantise(x.flatten(0, -2), self.precision)
+        weight_KN = self.values_NK.t()
+        if self.precision == "fp8":
+            # Scales per row and column come with bfloat16 results only.
+            y_MN = torch._scaled_mm(x_MK, weight_KN, scale_M1, self.scale_1N, out_dtype=torch.bfloat16).float()
+        else:
+            missing = max(0, _LEAST_ROWS - x_MK.shape[0])
+            product_MN = torch._int_mm(F.pad(x_MK, (0, 0, 0, missing)) if missing else x_MK, weight_KN)
+            y_MN = product_MN[: x_MK.shape[0]] * scale_M1 * self.scale_1N
+        bias = self.bias if bias is None else bias
+        y_MN = y_MN if bias is None else y_MN + bias
+        return y_MN.to(self.dtype).unflatten(0, x.shape[:-1])
+
+
+def low_precision(transformer: Model, precision: str) -> Model:
+    """The transformer with the products of its blocks in 8 bits; everything else is shared with the one given.
+
+    Raises UsageError where the device has no units for it.
+    """
+    device = next(transformer.parameters()).device
+    if precision == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise UsageError(
+            f"precision fp8 needs a card of compute capability 8.9, {torch.cuda.get_device_name(device)} has "
+            f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}; use int8 or model"
+        )
+
+    def exchange(name: str, module: nn.Module) -> nn.Module | None:
+        return LowPrecisionLinear(module, precision) if is_product(name, module) else None
+
+    return variant(transformer, exchange)
+
+
+def is_product(name: str, module: nn.Module) -> bool:
+    """Whether a part of a transformer, by its full name, is a product that 8 bits apply to."""
+    inside = name.startswith(("blocks.", "block_chunks."))
+    return inside and isinstance(module, nn.Linear) and name.rpartition(".")[2] in _PRODUCTS
