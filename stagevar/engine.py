@@ -53,10 +53,12 @@ class Engine(ABC):
     """Carries out scales and decoding for a sampler.
 
     Attributes: name, part of every latency figure. max_caches: KV caches kept for different batches or schedules.
+    compiled: whether the pieces between matrix products are compiled kernels (stagevar.models.fused).
     """
 
-    name: ClassVar[str]
-    max_caches: int = 1
+    name: str
+    max_caches: ClassVar[int] = 1
+    compiled: bool = False
 
     @abstractmethod
     def start(self, wanted: Start, cache: KVCache, fixed: object) -> Start:
@@ -80,7 +82,9 @@ class Engine(ABC):
 class EagerEngine(Engine):
     """Every kernel is launched as the code reaches it. Always available."""
 
-    name = "eager"
+    def __init__(self, compiled: bool = False):
+        self.compiled = compiled
+        self.name = "compiled" if compiled else "eager"
 
     def start(self, wanted: Start, cache: KVCache, fixed: object) -> Start:
         return wanted
@@ -197,11 +201,11 @@ class GraphEngine(Engine):
     eager_because: why nothing more is recorded, None while all is well.
     """
 
-    name = "graph"
     max_caches = 3
 
-    def __init__(self, recorder: Recorder, max_nodes: int = 256):
-        self.recorder, self.max_nodes = recorder, max_nodes
+    def __init__(self, recorder: Recorder, max_nodes: int = 256, compiled: bool = False):
+        self.recorder, self.max_nodes, self.compiled = recorder, max_nodes, compiled
+        self.name = "graph-compiled" if compiled else "graph"
         self.recorded = self.replayed = 0
         self.recording_s = 0.0
         self.eager_because: str | None = None
@@ -256,7 +260,7 @@ class GraphEngine(Engine):
             recorded = self.recorder.record(run, reset, apart)
         except RecordingFailed as failure:
             self.eager_because = str(failure)
-            warnings.warn(f"engine graph goes on eagerly: {failure}", stacklevel=5)
+            warnings.warn(f"engine {self.name} goes on eagerly: {failure}", stacklevel=5)
             return None
         finally:
             self.recording_s += time.perf_counter() - started
@@ -300,12 +304,17 @@ class GraphEngine(Engine):
         self._residents = {key: r for key, r in self._residents.items() if r.cache is not cache}
 
 
+#: Names of engines: kernels launched one by one or replayed from graphs, with the pieces between products compiled or not.
+ENGINES = ("eager", "compiled", "graph", "graph-compiled")
+
+
 def build_engine(name: str, device: torch.device) -> Engine:
-    """An engine by name: "eager" or "graph". Raises UsageError for an unknown name or where graphs cannot be recorded."""
-    if name == "eager":
-        return EagerEngine()
-    if name != "graph":
-        raise UsageError(f"unknown engine {name!r}; use eager or graph")
-    if device.type != "cuda":
-        raise UsageError(f"engine graph needs a CUDA device, not {device.type}; use --engine eager")
-    return GraphEngine(CudaRecorder(device))
+    """An engine by name, one of ENGINES. Raises UsageError for an unknown name or where graphs cannot be recorded."""
+    if name not in ENGINES:
+        raise UsageError(f"unknown engine {name!r}; use {', '.join(ENGINES)}")
+    compiled = name.endswith("compiled")
+    if name.startswith("graph"):
+        if device.type != "cuda":
+            raise UsageError(f"engine {name} needs a CUDA device, not {device.type}; use --engine eager")
+        return GraphEngine(CudaRecorder(device), compiled=compiled)
+    return EagerEngine(compiled)

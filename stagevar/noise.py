@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -54,26 +54,34 @@ def key_tensor(identities: Sequence[tuple[int, str]], device: torch.device | str
     return torch.tensor([hash_words(*identity) for identity in identities], dtype=torch.int64).to(device)
 
 
-def uniform(key_R2: Tensor, count: int, draw: tuple[int, int], word_R1: Tensor | int = 0) -> Tensor:
+#: philox(counter, key) -> four words; `philox4x32`, or the same as one compiled kernel.
+Philox = Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Tensor, ...]]
+
+
+def uniform(
+    key_R2: Tensor, count: int, draw: tuple[int, int], word_R1: Tensor | int = 0, philox: Philox = philox4x32
+) -> Tensor:
     """Uniform draws in the open interval (0, 1), float32, shape (R, count): row i depends on its key and word alone.
 
     Args:
-        key_R2: `key_tensor`. draw: `hash_words` of what is drawn. word_R1: a further word per row.
+        key_R2: `key_tensor`. draw: `hash_words` of what is drawn. word_R1: a further word per row. philox: who draws.
     """
     device = key_R2.device
     # Made on the device at every draw: a kept one could be freed while a recorded graph still reads it.
     counter = torch.arange(-(-count // 4), device=device, dtype=torch.int64)[None]
-    zero = torch.zeros((), dtype=torch.int64, device=device)
-    words = philox4x32((counter, zero + word_R1, zero + draw[0], zero + draw[1]), (key_R2[:, :1], key_R2[:, 1:]))
+    zero_R1 = torch.zeros((len(key_R2), 1), dtype=torch.int64, device=device)
+    words = philox((counter, *(zero_R1 + word for word in (word_R1, *draw))), (key_R2[:, :1], key_R2[:, 1:]))
     # 23 bits plus a half, so that the nearest float32 never rounds to 0 or 1.
     words_RN = torch.stack(words, dim=-1).flatten(1)[:, :count]
     return ((words_RN >> 9).to(torch.float32) + 0.5) * 2.0**-23
 
 
-def normal(key_R2: Tensor, count: int, draw: tuple[int, int], word_R1: Tensor | int = 0) -> Tensor:
+def normal(
+    key_R2: Tensor, count: int, draw: tuple[int, int], word_R1: Tensor | int = 0, philox: Philox = philox4x32
+) -> Tensor:
     """Standard normal draws, float32, shape (R, count), by Box-Muller on pairs of uniforms; arguments as `uniform`."""
     pairs = -(-count // 2)
-    u_R2N = uniform(key_R2, 2 * pairs, draw, word_R1)
+    u_R2N = uniform(key_R2, 2 * pairs, draw, word_R1, philox)
     radius = torch.sqrt(-2.0 * torch.log(u_R2N[:, :pairs]))
     angle = (2.0 * math.pi) * u_R2N[:, pairs:]
     return torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)[:, :count]
@@ -112,15 +120,17 @@ class PromptNoise:
 
     Args:
         prompts, seeds: one per image of the batch, any order.
-        device: where the draws are made and used.
+        device: where the draws are made and used. philox: who makes them.
 
     Attributes: keys_B2, which a recorded graph reads and `refresh` overwrites. words_R1: a word per row of both branches
     (R = 2B) that tells the branches apart.
     """
 
-    def __init__(self, prompts: Sequence[str], seeds: Sequence[int], device: torch.device | str):
+    def __init__(
+        self, prompts: Sequence[str], seeds: Sequence[int], device: torch.device | str, philox: Philox = philox4x32
+    ):
         self.identities = tuple(zip(map(int, seeds), prompts, strict=True))
-        self.device = device
+        self.device, self.philox = device, philox
         self.keys_B2 = key_tensor(self.identities, device)
         words = torch.tensor(list(_BRANCH_WORDS.values()), dtype=torch.int64)
         self.words_R1 = words.repeat_interleave(len(self.identities))[:, None].to(device)
@@ -131,7 +141,10 @@ class PromptNoise:
     def rows(self, indices: Sequence[int]) -> PromptNoise:
         """The source of a sub-batch."""
         return PromptNoise(
-            [self.identities[i][1] for i in indices], [self.identities[i][0] for i in indices], self.device
+            [self.identities[i][1] for i in indices],
+            [self.identities[i][0] for i in indices],
+            self.device,
+            self.philox,
         )
 
     def refresh(self, other: PromptNoise) -> None:
@@ -145,8 +158,8 @@ class _PromptScaleNoise:
         self.source, self.scale, self.branches = source, scale, branches
 
     def uniform(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
-        keys_B2 = self.source.keys_B2
-        return uniform(keys_B2, math.prod(shape), hash_words(purpose, self.scale)).reshape(len(keys_B2), *shape)
+        keys_B2, draw = self.source.keys_B2, hash_words(purpose, self.scale)
+        return uniform(keys_B2, math.prod(shape), draw, philox=self.source.philox).reshape(len(keys_B2), *shape)
 
     def _rows(self) -> tuple[Tensor, Tensor]:
         keys_B2 = self.source.keys_B2
@@ -157,9 +170,9 @@ class _PromptScaleNoise:
     def site_uniform(self, purpose: str, site: object, shape: tuple[int, ...]) -> Tensor:
         keys_R2, words_R1 = self._rows()
         draw = hash_words(purpose, self.scale, site)
-        return uniform(keys_R2, math.prod(shape), draw, words_R1).reshape(len(keys_R2), *shape)
+        return uniform(keys_R2, math.prod(shape), draw, words_R1, self.source.philox).reshape(len(keys_R2), *shape)
 
     def site_normal(self, purpose: str, site: object, shape: tuple[int, ...]) -> Tensor:
         keys_R2, words_R1 = self._rows()
         draw = hash_words(purpose, self.scale, site)
-        return normal(keys_R2, math.prod(shape), draw, words_R1).reshape(len(keys_R2), *shape)
+        return normal(keys_R2, math.prod(shape), draw, words_R1, self.source.philox).reshape(len(keys_R2), *shape)

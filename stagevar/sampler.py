@@ -20,7 +20,7 @@ from stagevar.cache import KVCache, Lengths, step_lengths
 from stagevar.engine import Engine, Start, build_engine
 from stagevar.models.base import LoadedModel, NextScaleModel, Sampling, Site
 from stagevar.models.precision import low_precision
-from stagevar.noise import NoiseSource, PromptNoise
+from stagevar.noise import NoiseSource, PromptNoise, philox4x32
 from stagevar.schedule import BOTH, Branch, Decision, ScaleStep, Steps, exact
 
 
@@ -97,7 +97,7 @@ class Sampler:
     Args:
         model: what `registry.load_model` returned.
         accelerator: how reduced steps are carried out (by default each step by the method it names).
-        engine: how they reach the device, "eager" or "graph" (stagevar.engine), or an engine itself.
+        engine: how they reach the device, one of stagevar.engine.ENGINES, or an engine itself.
     """
 
     def __init__(self, model: LoadedModel, accelerator: Accelerator | None = None, engine: str | Engine = "eager"):
@@ -107,7 +107,12 @@ class Sampler:
         transformer = model.transformer
         self._full = exact(len(model.grids)).expand(model.grids, len(transformer.chunk_layers))
         self._caches: list[KVCache] = []
-        self._transformers: dict[str, NextScaleModel] = {"model": transformer}
+        self._philox, plain = philox4x32, transformer
+        if self.engine.compiled:
+            from stagevar.models import fused  # compilers take long to import
+
+            self._philox, plain = fused.philox(), fused.compiled(transformer)
+        self._transformers: dict[str, NextScaleModel] = {"model": plain}
         self._current: Generation | None = None
 
     @property
@@ -118,7 +123,7 @@ class Sampler:
     def _transformer(self, precision: str) -> NextScaleModel:
         """The model's transformer with its products in this precision, made when first wanted."""
         if precision not in self._transformers:
-            self._transformers[precision] = low_precision(self.model.transformer, precision)
+            self._transformers[precision] = low_precision(self._transformers["model"], precision)
         return self._transformers[precision]
 
     @torch.inference_mode()
@@ -157,7 +162,7 @@ class Sampler:
             self._current.live = False
         cache = self._allocate(batch, steps or self._full)
         code_sum = model.tokenizer.residual.zeros(batch, model.device)
-        noise = noise or PromptNoise(prompts, seeds, model.device)
+        noise = noise or PromptNoise(prompts, seeds, model.device, self._philox)
         sampling = sampling or model.sampling
         start = self.engine.start(Start(conditioning, noise, code_sum), cache, (sampling, steps))
         self._current = Generation(start, sampling, batch, cache, steps)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +35,8 @@ from stagevar.models.precision import LowPrecisionLinear
 from stagevar.noise import ScaleNoise
 
 MAX_SCALE_MUL = math.log(100.0)
+#: turn(x_RHLc, cos_sin) -> x_RHLc
+Turn = Callable[[Tensor, Tensor], Tensor]
 _ANY_SDPA = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
 
 
@@ -103,9 +105,33 @@ def rotate(x_RHLc: Tensor, cos_sin: Tensor) -> Tensor:
     return torch.view_as_real(torch.view_as_complex(x_RHLc.unflatten(-1, (-1, 2))) * table).flatten(-2)
 
 
-def modulated_norm(x_RLC: Tensor, scale_R1C: Tensor, shift_R1C: Tensor) -> Tensor:
-    """LayerNorm without affine, then x * (1 + scale) + shift, in float32."""
-    return torch.addcmul(shift_R1C, F.layer_norm(x_RLC.float(), x_RLC.shape[-1:], eps=1e-6), 1 + scale_R1C)
+def modulated_norm(x_RLC: Tensor, scale_R1C: Tensor, shift_R1C: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """LayerNorm without affine, then x * (1 + scale) + shift, in float32; the result in dtype."""
+    normed_RLC = F.layer_norm(x_RLC.float(), x_RLC.shape[-1:], eps=1e-6)
+    return torch.addcmul(shift_R1C, normed_RLC, 1 + scale_R1C).to(dtype)
+
+
+def cosine_heads(
+    qkv_RL3C: Tensor, heads: int, log_scale_1H11: Tensor, cos_sin: Tensor | None, turn: Turn = rotate
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v, each (R, H, L, c): q and k of unit length, rotated by `turn` (not, without a table), q scaled."""
+    qkv = qkv_RL3C.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    # q and k together: on small scales the number of kernels is what counts. The scale of q commutes with the rotation.
+    qk = F.normalize(qkv[:2].float(), dim=-1, eps=1e-12)
+    if cos_sin is not None:
+        qk = turn(qk, cos_sin)
+    return qk[0] * log_scale_1H11.float().clamp_max(MAX_SCALE_MUL).exp(), qk[1], qkv[2]
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What runs between the matrix products; stagevar.models.fused has the same as compiled kernels."""
+
+    modulated_norm: Callable[..., Tensor] = modulated_norm
+    cosine_heads: Callable[..., tuple[Tensor, Tensor, Tensor]] = cosine_heads
+
+
+PLAIN = Pieces()
 
 
 def linear(x: Tensor, layer: nn.Linear | LowPrecisionLinear, bias: Tensor | None = None) -> Tensor:
@@ -119,6 +145,8 @@ def linear(x: Tensor, layer: nn.Linear | LowPrecisionLinear, bias: Tensor | None
 class SelfAttention(nn.Module):
     """Cosine self-attention: unit-norm q and k with a learned scale per head, rotary positions, no mask."""
 
+    pieces = PLAIN
+
     def __init__(self, config: InfinityConfig):
         super().__init__()
         width, self.heads, self.head_dim = config.width, config.heads, config.head_dim
@@ -130,15 +158,10 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def qkv(self, x_RLC: Tensor, cos_sin: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k (float32, normalised and rotated; None: not rotated) and v, each (R, H, L, c)."""
+        """q, k (normalised and rotated; None: not rotated) and v, each (R, H, L, c)."""
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
         qkv = linear(x_RLC, self.mat_qkv, bias)
-        qkv = qkv.unflatten(-1, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4)
-        # q and k together: on small scales the number of kernels is what counts. The scale of q commutes with the rotation.
-        qk = F.normalize(qkv[:2].float(), dim=-1, eps=1e-12)
-        if cos_sin is not None:
-            qk = rotate(qk, cos_sin)
-        return qk[0] * self.scale_mul_1H11.float().clamp_max(MAX_SCALE_MUL).exp(), qk[1], qkv[2]
+        return self.pieces.cosine_heads(qkv, self.heads, self.scale_mul_1H11, cos_sin)
 
 
 class CrossAttention(nn.Module):
@@ -209,6 +232,8 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Self-attention, cross-attention, feed-forward; the first and the last modulated by the pooled text."""
 
+    pieces = PLAIN
+
     def __init__(self, config: InfinityConfig):
         super().__init__()
         self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, config.width) * 0.02)
@@ -229,10 +254,11 @@ class Block(nn.Module):
     ) -> Tensor:
         gamma1, gamma2, scale1, scale2, shift1, shift2 = conditioning.modulation[layer]
         text_k, text_v = conditioning.text_kv[layer]
+        dtype = text_k.dtype  # of the products
 
         def attention(x: Tensor, positions: Tensor | None) -> Tensor:
             table = cos_sin if positions is None else cos_sin[:, positions]
-            q, k, v = self.sa.qkv(modulated_norm(x, scale1, shift1), table)
+            q, k, v = self.sa.qkv(self.pieces.modulated_norm(x, scale1, shift1, dtype), table)
             out_RHLc = attend(layer, q, k, v, 1.0)
             return linear(out_RHLc.transpose(1, 2).flatten(2), self.sa.proj) * gamma1
 
@@ -241,7 +267,7 @@ class Block(nn.Module):
             return self.ca(normed, text_k, text_v, conditioning.mask_R11T)
 
         def feed_forward(x: Tensor, positions: Tensor | None) -> Tensor:
-            return self.ffn(modulated_norm(x, scale2, shift2)) * gamma2
+            return self.ffn(self.pieces.modulated_norm(x, scale2, shift2, dtype)) * gamma2
 
         x_RLC = x_RLC + around(Site("attn", layer), x_RLC, positions, attention)
         x_RLC = x_RLC + around(Site("cross", layer), x_RLC, positions, cross)

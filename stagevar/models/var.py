@@ -33,7 +33,7 @@ from stagevar.models.base import (
     Site,
     around_nothing,
 )
-from stagevar.models.infinity import FeedForward, SelfAttention, linear, modulated_norm
+from stagevar.models.infinity import PLAIN, FeedForward, SelfAttention, linear, modulated_norm
 from stagevar.noise import ScaleNoise
 
 
@@ -133,6 +133,8 @@ class VARConfig:
 class Block(nn.Module):
     """Self-attention and feed-forward, both modulated by the class."""
 
+    pieces = PLAIN
+
     def __init__(self, config: VARConfig):
         super().__init__()
         self.attn = SelfAttention(config)
@@ -162,11 +164,11 @@ class Block(nn.Module):
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
 
         def attention(x: Tensor, positions: Tensor | None) -> Tensor:
-            q, k, v = self.attn.qkv(modulated_norm(x, scale1, shift1), None)
+            q, k, v = self.attn.qkv(self.pieces.modulated_norm(x, scale1, shift1), None)
             return linear(attend(layer, q, k, v, 1.0).transpose(1, 2).flatten(2), self.attn.proj) * gamma1
 
         def feed_forward(x: Tensor, positions: Tensor | None) -> Tensor:
-            return self.ffn(modulated_norm(x, scale2, shift2)) * gamma2
+            return self.ffn(self.pieces.modulated_norm(x, scale2, shift2)) * gamma2
 
         x_RLC = x_RLC + around(Site("attn", layer), x_RLC, positions, attention)
         return x_RLC + around(Site("mlp", layer), x_RLC, positions, feed_forward)

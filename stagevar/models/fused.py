@@ -1,0 +1,65 @@
+"""The pieces between matrix products as compiled kernels: fewer launches, the same values up to rounding.
+
+Norm, modulation and cast become one kernel; unit length, rotation, scale and cast of q and k another; the integer
+arithmetic of a draw, some two hundred operations, a third, which gives the same bits. Sizes are variables of the kernels,
+but for those of one: a piece is compiled a few times per process, when first met. Whatever a compiler refuses runs plainly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from stagevar import noise
+from stagevar.models.base import NextScaleModel
+from stagevar.models.infinity import Pieces, cosine_heads, modulated_norm
+from stagevar.models.variants import variant
+
+Model = TypeVar("Model", bound=NextScaleModel)
+
+
+def rotate_pairs(x_RHLc: Tensor, cos_sin: Tensor) -> Tensor:
+    """`infinity.rotate` without complex numbers, for which compilers generate no code."""
+    cos, sin = cos_sin.unbind(0)
+    if cos.ndim == 3:
+        cos, sin = cos[:, None], sin[:, None]
+    even, odd = x_RHLc.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+
+
+def real_heads(
+    qkv_RL3C: Tensor, heads: int, log_scale_1H11: Tensor, cos_sin: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`infinity.cosine_heads`, q and k already in the precision that attention casts them to."""
+    q, k, v = cosine_heads(qkv_RL3C, heads, log_scale_1H11, cos_sin, rotate_pairs)
+    return q.to(v.dtype), k.to(v.dtype), v
+
+
+def compiler(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled for any size."""
+    return torch.compile(function, dynamic=True)
+
+
+@cache
+def pieces() -> Pieces:
+    """The compiled pieces, one set for all models of a process."""
+    return Pieces(compiler(modulated_norm), compiler(real_heads))
+
+
+@cache
+def philox() -> noise.Philox:
+    """The compiled `noise.philox4x32`."""
+    return compiler(noise.philox4x32)
+
+
+def compiled(transformer: Model) -> Model:
+    """The transformer with compiled pieces; every tensor is shared with the one given."""
+    copied = variant(transformer, lambda name, module: None)
+    for part in copied.modules():
+        if hasattr(part, "pieces"):
+            part.pieces = pieces()
+    return copied

@@ -1,0 +1,103 @@
+"""Compiled pieces against the plain ones: each whole, without a graph break, equal to the bit or to rounding."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from stagevar import noise
+from stagevar.models import fused
+from stagevar.models.infinity import Pieces, cosine_heads, modulated_norm, rope_table, rotate
+from stagevar.models.registry import load_model
+from stagevar.sampler import Sampler
+from tests.model_contract import Recorder, largest_difference
+from tests.test_engine import SCHEDULES
+from tests.tiny import GRIDS, tiny_infinity
+
+PROMPTS, SEEDS = ["a red ring", "two stars"], [1, 2]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_infinity()
+
+
+def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_pairs_are_rotated_as_complex_numbers_are():
+    x, table = numbers(4, 2, 14, 8), rope_table(GRIDS[1:4], GRIDS[-1], 8)[:, :14]
+    assert torch.allclose(fused.rotate_pairs(x, table), rotate(x, table), atol=1e-6)
+    by_row = table[:, torch.stack([torch.randperm(14) for _ in range(4)])]
+    assert torch.allclose(fused.rotate_pairs(x, by_row), rotate(x, by_row), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_piece_is_one_graph(dtype):
+    """Traced whole (a break would raise) and in few versions over the shapes of many scales."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    norm, heads, philox = (
+        torch.compile(piece, dynamic=True, fullgraph=True, backend=counter)
+        for piece in (modulated_norm, fused.real_heads, noise.philox4x32)
+    )
+    with torch.inference_mode():
+        for rows, tokens in ((4, 1), (4, 4), (4, 9), (4, 16), (2, 25), (2, 36)):
+            x, scale, shift = numbers(rows, tokens, 32), numbers(rows, 1, 32, seed=1), numbers(rows, 1, 32, seed=2)
+            assert torch.equal(norm(x, scale, shift, dtype), modulated_norm(x, scale, shift, dtype))
+            qkv, table = numbers(rows, tokens, 96).to(dtype), rope_table([(1, tokens)], (6, 36), 16)
+            ours = heads(qkv, 2, torch.zeros(1, 2, 1, 1), table)
+            for one, other in zip(ours, cosine_heads(qkv, 2, torch.zeros(1, 2, 1, 1), table), strict=True):
+                assert one.dtype == dtype and torch.allclose(one.float(), other.float(), atol=1e-6, rtol=2**-7)
+            keys = noise.key_tensor([(seed, "x") for seed in range(rows)])
+            draws = (noise.uniform(keys, tokens, (1, 2), philox=who) for who in (philox, noise.philox4x32))
+            assert torch.equal(*draws)
+    assert counter.frame_count <= 9
+
+
+def test_compiled_draws_are_the_plain_ones():
+    """Bit for bit, products that overflow 64 bits included: whoever draws, a seed means the same image."""
+    with torch.inference_mode():
+        keys = noise.key_tensor([(1, "x"), (2, "y"), (2**31, "z")])
+        for count, site in ((7, "b"), (1030, "c")):
+            word = noise.hash_words("bits", site)
+            for draw in (noise.uniform, noise.normal):
+                assert torch.equal(draw(keys, count, word, 2, fused.philox()), draw(keys, count, word, 2))
+
+
+def test_compiled_kernels_are_near_the_plain_pieces():
+    """The default compiler's kernels, at a size that none of them was special for."""
+    x, scale, shift, qkv = (numbers(4, n, 32 * k, seed=k) for n, k in ((9, 1), (1, 1), (1, 1), (9, 3)))
+    table, scales = rope_table([(3, 3)], (6, 6), 16), torch.zeros(1, 2, 1, 1)
+    with torch.inference_mode():
+        ours = (fused.pieces().modulated_norm(x, scale, shift), *fused.pieces().cosine_heads(qkv, 2, scales, table))
+        plain = (modulated_norm(x, scale, shift), *cosine_heads(qkv, 2, scales, table))
+    assert all(torch.allclose(one, other, atol=2e-6) for one, other in zip(ours, plain, strict=True))
+
+
+def test_a_compiled_generation_is_the_plain_one(model, monkeypatch):
+    """Guided in full, then one branch of a few projected tokens."""
+    plain = Recorder(model)
+    plain.run(SCHEDULES["paper"], PROMPTS, SEEDS)
+    ours = Recorder(model, forced=plain.tokens)
+    traced = (torch.compile(piece, dynamic=True, backend="aot_eager") for piece in (modulated_norm, fused.real_heads))
+    monkeypatch.setattr(fused, "pieces", lambda made=Pieces(*traced): made)
+    ours._transformers["model"] = fused.compiled(model.transformer)
+    ours.run(SCHEDULES["paper"], PROMPTS, SEEDS)
+    assert largest_difference(ours.logits, plain.logits) < 1e-4
+
+
+def test_the_engine_takes_the_compiled_pieces(model):
+    sampler = Sampler(model, engine="compiled")
+    assert sampler.engine.name == "compiled"
+    coarse = sampler._transformer("int8")
+    blocks = [*sampler._transformer("model").layers(), *coarse.layers()]
+    assert all(part.pieces is fused.pieces() for block in blocks for part in (block, block.sa))
+    assert all(block.pieces is not fused.pieces() for block in model.transformer.layers())
+    assert sampler._philox is fused.philox()
+
+
+def test_other_families_have_compiled_pieces_too():
+    for name, places in (("var-tiny", 2), ("star-tiny", 1)):
+        transformer = fused.compiled(load_model(name, weights="random", device="cpu").transformer)
+        assert sum(hasattr(part, "pieces") for part in transformer.modules()) == places * transformer.depth
