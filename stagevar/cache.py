@@ -89,8 +89,11 @@ class KVCache:
     @property
     def memory_bytes(self) -> int:
         """Bytes allocated."""
-        stores = [self._store] if self._scales is None else [self._store, self._scales]
-        return sum(t.nbytes for store in stores for branch in BOTH for t in store[branch])
+        return sum(t.nbytes for store in self._stores for branch in BOTH for t in store[branch])
+
+    @property
+    def _stores(self) -> list[dict[Branch | tuple[Branch, ...], list[Tensor]]]:
+        return [self._store] if self._scales is None else [self._store, self._scales]
 
     @property
     def lengths(self) -> Lengths:
@@ -113,19 +116,18 @@ class KVCache:
         capacity = {branch: list(entries) for branch, entries in self.capacity.items()}
         chosen = KVCache(len(rows), heads, head_dim, capacity, first.device, self.dtype, self.eight_bit)
         chosen.rewind(self.lengths)
-        for branch in BOTH:
-            for layer, length in enumerate(self._length[branch]):
-                chosen.storage(branch, layer).copy_(self.storage(branch, layer)[:, list(rows)])
-                if chosen._scales is not None and self._scales is not None:
-                    scales = self._scales[branch][layer][:, list(rows), :, :length]
-                    chosen._scales[branch][layer][..., :length, :] = scales
+        for mine, theirs in zip(self._stores, chosen._stores, strict=True):
+            for branch, lengths in self._length.items():
+                for layer, length in enumerate(lengths):
+                    theirs[branch][layer][..., :length, :] = mine[branch][layer][:, list(rows), :, :length]
         return chosen
 
     def copy_entries(self, other: KVCache, first: Lengths, last: Lengths) -> None:
         """Takes from a cache of the same batch the entries between two of its lengths, and ends there."""
         for branch, starts, stops in zip(BOTH, first, last, strict=True):
             for layer, (start, stop) in enumerate(zip(starts, stops, strict=True)):
-                self._store[branch][layer][..., start:stop, :] = other._store[branch][layer][..., start:stop, :]
+                for mine, theirs in zip(self._stores, other._stores, strict=True):
+                    mine[branch][layer][..., start:stop, :] = theirs[branch][layer][..., start:stop, :]
         self.rewind(last)
 
     def storage(self, branch: Branch, layer: int) -> Tensor:

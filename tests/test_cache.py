@@ -96,6 +96,12 @@ def test_eight_bits_in_a_generation(model):
     for step in steps[2:]:
         ours.advance(generation, step)
     assert largest_difference(ours.logits, logits) == 0
+    kept = ours.split(generation, [0, 1, 2])
+    ours.rewind(generation, 2)
+    ours.advance_like(generation, kept)
+    for step in steps[3:]:
+        ours.advance(generation, step)
+    assert largest_difference(ours.logits, logits) == 0
     ours.rewind(generation, 3)
     part = ours.split(generation, [2, 0])
     ours.forced = {scale: tokens[[2, 0]] for scale, tokens in plain.tokens.items()}

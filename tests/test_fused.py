@@ -81,7 +81,8 @@ def test_a_compiled_generation_is_the_plain_one(model, monkeypatch):
     plain.run(SCHEDULES["paper"], PROMPTS, SEEDS)
     ours = Recorder(model, forced=plain.tokens)
     traced = (torch.compile(piece, dynamic=True, backend="aot_eager") for piece in (modulated_norm, fused.real_heads))
-    monkeypatch.setattr(fused, "pieces", lambda made=Pieces(*traced): made)
+    made = Pieces(*traced)
+    monkeypatch.setattr(fused, "pieces", lambda: made)
     ours._transformers["model"] = fused.compiled(model.transformer)
     ours.run(SCHEDULES["paper"], PROMPTS, SEEDS)
     assert largest_difference(ours.logits, plain.logits) < 1e-4
