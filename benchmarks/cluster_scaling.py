@@ -4,9 +4,9 @@
 
 Measured first, each on one thread in processor seconds (neighbours on the machine do not count): scales of the walk by
 tokens, decoding and judging a batch, loading a worker, a round trip to a worker, asking the sampler, booking a round.
-Then studies are played out event by event: asking and booking occupy the driver, timing one GPU, micro-batches go to
-whoever is free, trees are cut where there are fewer micro-batches than GPUs (as RayExecutor does), which repeats shared
-scales. Efficiency is the speed-up over one GPU, over the number of GPUs.
+Then studies are played out event by event: asking and booking occupy the driver, timing as many GPUs as the plan says,
+micro-batches go to whoever is free, trees are cut where there are fewer micro-batches than GPUs (as RayExecutor does),
+which repeats shared scales. Efficiency is the speed-up over one GPU, over the number of GPUs.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ FINALISTS = 6
 class Times:
     """Seconds. A scale of a batch costs scale_s + batch x processed tokens x token_s. leaf_s: decode and judge one image.
 
-    ask_s: (trials told, seconds of one ask) pairs. book_s: evidence and tell of one schedule.
+    gp_s: (trials told, seconds of one ask of the Gaussian process) pairs; tpe_s: the same of TPE.
+    book_s: evidence and tell of one schedule.
     """
 
     scale_s: float
@@ -52,7 +53,8 @@ class Times:
     leaf_s: float
     load_s: float
     round_trip_s: float
-    ask_s: tuple[tuple[int, float], ...]
+    gp_s: tuple[tuple[int, float], ...]
+    tpe_s: tuple[tuple[int, float], ...]
     book_s: float
 
     def step(self, step: ScaleStep, batch: int, chunks: int) -> float:
@@ -64,15 +66,19 @@ class Times:
         scales = sum(self.step(prefix[-1], batch, chunks) for prefix in prefixes)
         return scales + len(set(schedules)) * batch * self.leaf_s
 
-    def ask(self, told: int) -> float:
-        counts, seconds = zip(*self.ask_s, strict=True)
+    def ask(self, told: int, sampler: str) -> float:
+        counts, seconds = zip(*(self.tpe_s if sampler == "tpe" else self.gp_s), strict=True)
         return float(np.interp(told, counts, seconds))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a study does. overlap: one GPU times a round while the others judge it and the driver asks for the next.
-    spread: timing is shared by GPUs, each with the full schedule as its sentinel."""
+    """What a study does.
+
+    table: a round's latency comes from step costs, each step timed once, on one GPU, when it first occurs; else every
+    schedule is timed as a whole. spread: whole schedules are timed by all GPUs, each with the full one as its sentinel.
+    studies: how many run at once, each on its share of the GPUs.
+    """
 
     name: str
     prompts: int = 64
@@ -80,8 +86,10 @@ class Plan:
     heldout: int = 512
     trials: int = 200
     round: int = ROUND
-    overlap: bool = False
-    spread: bool = False
+    table: bool = True
+    spread: bool = True
+    sampler: str = "gp"
+    studies: int = 1
 
 
 # ---------------------------------------------------------------------------------------------------- measuring
@@ -128,7 +136,7 @@ def measure(model_name: str, space: SearchSpace, schedules: Sequence[Steps]) -> 
     images = sampler.decode(generation)
     judge = create("geneval_nano")
     leaf_s = (cpu_seconds(lambda: sampler.decode(generation)) + cpu_seconds(lambda: judge.score(images, items))) / 16
-    times = Times(max(0.0, float(scale_s)), float(token_s), leaf_s, 0.0, 0.0, ((0, 0.0),), 0.0)
+    times = Times(max(0.0, float(scale_s)), float(token_s), leaf_s, 0.0, 0.0, ((0, 0.0),), ((0, 0.0),), 0.0)
 
     def walk_all() -> None:
         sampler.rewind(generation, 0)
@@ -138,8 +146,8 @@ def measure(model_name: str, space: SearchSpace, schedules: Sequence[Steps]) -> 
     return times, {"tree_measured_s": walked_s, "tree_predicted_s": times.tree(schedules, 16, sampler.chunks)}
 
 
-def measure_asking(space: SearchSpace, counts: Sequence[int]) -> tuple[tuple[int, float], ...]:
-    """Seconds of one ask of the Gaussian process after so many told trials."""
+def measure_asking(space: SearchSpace, sampler: str, counts: Sequence[int]) -> tuple[tuple[int, float], ...]:
+    """Seconds of one ask of a sampler ("gp", "tpe") after so many told trials."""
     found = []
     rng = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -154,7 +162,7 @@ def measure_asking(space: SearchSpace, counts: Sequence[int]) -> tuple[tuple[int
                     trial, Told(1 + rng.random(), quality, {"latency": rng.random() - 0.5, "drop": -quality - 0.3})
                 )
                 told += 1
-            proposer.kind = "gp"
+            proposer.kind = sampler
             found.append((count, cpu_seconds(lambda: proposer.fail(proposer.ask().trial), repeats=2)))
     return tuple(found)
 
@@ -188,16 +196,16 @@ def measured(model_name: str, space: SearchSpace, schedules: Sequence[Steps]) ->
     """All task times, and the check of the walk's."""
     times, check = measure(model_name, space, schedules[:ROUND])
     ray = measure_ray(model_name, space)
-    asking = measure_asking(space, (10, 50, 100, 200))
+    asking = {f"{name}_s": measure_asking(space, name, (10, 50, 100, 200)) for name in ("gp", "tpe")}
     rest = {"load_s": ray["start_s"], "round_trip_s": ray["round_trip_s"], "book_s": measure_booking()}
-    return dataclasses.replace(times, ask_s=asking, **rest), check
+    return dataclasses.replace(times, **asking, **rest), check
 
 
 def read_times(path: Path) -> tuple[Times, dict[str, float]]:
     """What `measured` gave when it wrote this file."""
     data = json.loads(path.read_text())
-    pairs = tuple((int(count), float(seconds)) for count, seconds in data["times"]["ask_s"])
-    return Times(**{**data["times"], "ask_s": pairs}), data["tree"]
+    asking = {name: tuple((int(n), float(s)) for n, s in data["times"][name]) for name in ("gp_s", "tpe_s")}
+    return Times(**{**data["times"], **asking}), data["tree"]
 
 
 # ---------------------------------------------------------------------------------------------------- playing out
@@ -218,16 +226,20 @@ def judge_s(jobs: Sequence[float], gpus: int, round_trip_s: float) -> float:
 def play(
     plan: Plan, gpus: int, times: Times, rounds: Sequence[Sequence[Steps]], full: Steps, chunks: int
 ) -> dict[str, float]:
-    """Seconds of a whole study, by what they went on."""
+    """Seconds of a whole study on so many GPUs, by what they went on."""
     spent = dict.fromkeys(("load", "asking", "timing", "judging", "booking", "verification"), 0.0)
     image_s = lambda steps: sum(times.step(s, 1, chunks) for s in steps) + times.leaf_s  # noqa: E731
-    overlap = plan.overlap and gpus > 1
-    judges = gpus - 1 if overlap else gpus
+    known: set[ScaleStep] = set()
 
     def jobs(schedules: Sequence[Steps], prompts: int, workers: int) -> list[float]:
         batches = -(-prompts // plan.micro_batch)
         parts = cut(QualityTask(tuple(schedules), "search", 0), max(1, workers // batches))
         return [times.tree([schedules[i] for i in part], plan.micro_batch, chunks) for part in parts] * batches
+
+    def new_steps(schedules: Sequence[Steps], runs: int) -> float:
+        fresh = {step for steps in schedules for step in steps} - known
+        known.update(fresh)
+        return runs * sum(times.step(step, 1, chunks) for step in fresh)
 
     def timing(schedules: Sequence[Steps], runs: int) -> float:
         share = min(gpus, len(schedules)) if plan.spread else 1
@@ -239,17 +251,9 @@ def play(
     spent["judging"] += judge_s(jobs([full], plan.prompts, gpus), gpus, times.round_trip_s)
     told = 0
     for schedules in rounds:
-        parts = {
-            "asking": sum(times.ask(told + i) for i in range(len(schedules))),
-            "timing": timing(schedules, SEARCH_ROUNDS + WARM_UP),
-            "judging": judge_s(jobs(schedules, plan.prompts, judges), judges, times.round_trip_s),
-        }
-        if overlap:
-            slowest = max(parts, key=parts.get)
-            spent[slowest] += parts[slowest]
-        else:
-            for name, seconds in parts.items():
-                spent[name] += seconds
+        spent["asking"] += sum(times.ask(told + i, plan.sampler) for i in range(len(schedules)))
+        spent["timing"] += (new_steps if plan.table else timing)(schedules, SEARCH_ROUNDS + WARM_UP)
+        spent["judging"] += judge_s(jobs(schedules, plan.prompts, gpus), gpus, times.round_trip_s)
         spent["booking"] += times.book_s * len(schedules)
         told += len(schedules)
     finalists = list(rounds[-1][:FINALISTS])
@@ -269,11 +273,16 @@ def schedules_of(space: SearchSpace, count: int, grids: Any, chunks: int) -> lis
 
 
 PLANS = (
-    Plan("as it is"),
+    Plan("whole schedules timed on one GPU", table=False, spread=False),
+    Plan("whole schedules timed on all GPUs", table=False),
+    Plan("step costs timed once"),
+    Plan("+ micro-batches of 4", micro_batch=4),
+    Plan("+ micro-batches of 4, TPE", micro_batch=4, sampler="tpe"),
     Plan("512 prompts", prompts=512),
-    Plan("512 prompts, timing beside judging", prompts=512, overlap=True),
-    Plan("512 prompts, timing beside judging and spread", prompts=512, overlap=True, spread=True),
-    Plan("... and rounds of 20", prompts=512, overlap=True, spread=True, round=20),
+    Plan("512 prompts, TPE", prompts=512, sampler="tpe"),
+    Plan("512 prompts, micro-batches of 4, TPE", prompts=512, micro_batch=4, sampler="tpe"),
+    Plan("8 studies at once", studies=8),
+    Plan("64 studies at once", studies=64),
 )
 
 
@@ -303,8 +312,9 @@ def main() -> None:
         rounds = [schedules[i : i + plan.round] for i in range(0, plan.trials, plan.round)]
         alone = play(plan, 1, times, rounds, full, chunks)["total"]
         for gpus in GPUS:
-            spent = play(plan, gpus, times, rounds, full, chunks)
-            gain = alone / spent["total"]
+            together = min(plan.studies, gpus)
+            spent = play(plan, gpus // together, times, rounds, full, chunks)
+            gain = together * alone / spent["total"]
             shares = {name: seconds / spent["total"] for name, seconds in spent.items() if name != "total"}
             results.append({"plan": dataclasses.asdict(plan), "gpus": gpus, "seconds": spent, "speedup": gain})
             top = ", ".join(f"{n} {s:.0%}" for n, s in sorted(shares.items(), key=lambda p: -p[1])[:3])

@@ -356,16 +356,26 @@ def test_a_broken_cuda_context_ends_the_process(monkeypatch, tmp_path):
     assert left == [ray_executor.BROKEN_CUDA]
 
 
-def test_without_ray_the_extra_is_named_and_nothing_is_written(tmp_path):
+@pytest.mark.parametrize(
+    "words", [["--model", "nano", "--budget", "60%", "--executor", "ray"], ["sweep", "grid.yaml", "--out", "sweep"]]
+)
+def test_without_ray_the_extra_is_named_and_nothing_is_written(words, tmp_path):
+    (tmp_path / "grid.yaml").write_text("models: [nano]\nbudgets: [60%]")
     code = f"""
 import os; os.chdir({str(tmp_path)!r})
 from tuner.cli import main
-sys.exit(main(['--model', 'nano', '--budget', '60%', '--executor', 'ray']))
+sys.exit(main({words!r}))
 """
     result = run_without(("ray",), f"sys.path.insert(0, {str(ROOT)!r})\n{code}")
     assert result.returncode == 2
     assert result.stderr.strip().endswith("ray is not installed; pip install 'stagevar-tune[ray]'")
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["grid.yaml"]
+
+
+def test_without_ray_a_study_runs_to_its_verdict(tmp_path):
+    result = run_without(("ray",), f"from tests.fakes import drive; drive({str(tmp_path / 'run')!r}, 4)")
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert json.loads((tmp_path / "run" / "study.json").read_text())["verdict"]
 
 
 @pytest.mark.parametrize(

@@ -151,8 +151,9 @@ def run_sweep(
         out: on several nodes a folder that all of them share. address: of the Ray cluster; None starts one here.
         runner: "module:function" taking a cell's command line and run directory and giving its row.
     """
-    from tuner.executors.ray import connect, require
+    from tuner.executors.ray import check_installed, connect, require
 
+    check_installed()
     out = out.resolve()
     plan = {"cells": [[cell.name, list(cell.argv), dict(cell.resources)] for cell in cells]}
     continued = _claim(out, plan)
