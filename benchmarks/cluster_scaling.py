@@ -27,7 +27,6 @@ import numpy as np
 
 from benchmarks.environment import environment, write_json
 from stagevar.schedule import ScaleStep, Steps, exact
-from tuner.executors.base import QualityTask
 from tuner.executors.ray import RayExecutor, Recipe, cut
 from tuner.prompts import load_prompts
 from tuner.proposals import Proposer, Told
@@ -38,6 +37,10 @@ GPUS = (1, 8, 64, 256)
 #: Warm-up runs before a timing settles.
 WARM_UP = 4
 FINALISTS = 6
+#: Schedules of the tree that checks the times.
+TREE = 5
+#: As a study has them: rounds of timing in the search, walks that fill its table of step costs, rounds of each.
+SEARCH_ROUNDS, TABLE_SCHEDULES, TABLE_ROUNDS, CHECK_EVERY = 7, 24, 3, 4
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,10 @@ class Times:
 class Plan:
     """What a study does.
 
-    table: a round's latency comes from step costs, each step timed once, on one GPU, when it first occurs; else every
-    schedule is timed as a whole. spread: whole schedules are timed by all GPUs, each with the full one as its sentinel.
-    studies: how many run at once, each on its share of the GPUs.
+    table: step costs are timed once, in walks over the first round and TABLE_SCHEDULES others, and predict the latency of
+    later rounds but for one schedule in every CHECK_EVERY; else every schedule is timed as a whole. spread: timing is dealt
+    out to all GPUs, each with the full schedule as its sentinel. overlap: the next round is asked for while one is
+    evaluated. studies: how many run at once, each on its share of the GPUs.
     """
 
     name: str
@@ -85,9 +89,10 @@ class Plan:
     micro_batch: int = 16
     heldout: int = 512
     trials: int = 200
-    round: int = ROUND
+    round: int = 5
     table: bool = True
     spread: bool = True
+    overlap: bool = True
     sampler: str = "gp"
     studies: int = 1
 
@@ -194,7 +199,7 @@ def measure_ray(model_name: str, space: SearchSpace) -> dict[str, float]:
 
 def measured(model_name: str, space: SearchSpace, schedules: Sequence[Steps]) -> tuple[Times, dict[str, float]]:
     """All task times, and the check of the walk's."""
-    times, check = measure(model_name, space, schedules[:ROUND])
+    times, check = measure(model_name, space, schedules[:TREE])
     ray = measure_ray(model_name, space)
     asking = {f"{name}_s": measure_asking(space, name, (10, 50, 100, 200)) for name in ("gp", "tpe")}
     rest = {"load_s": ray["start_s"], "round_trip_s": ray["round_trip_s"], "book_s": measure_booking()}
@@ -229,17 +234,17 @@ def play(
     """Seconds of a whole study on so many GPUs, by what they went on."""
     spent = dict.fromkeys(("load", "asking", "timing", "judging", "booking", "verification"), 0.0)
     image_s = lambda steps: sum(times.step(s, 1, chunks) for s in steps) + times.leaf_s  # noqa: E731
-    known: set[ScaleStep] = set()
 
     def jobs(schedules: Sequence[Steps], prompts: int, workers: int) -> list[float]:
         batches = -(-prompts // plan.micro_batch)
-        parts = cut(QualityTask(tuple(schedules), "search", 0), max(1, workers // batches))
+        parts = cut(schedules, max(1, workers // batches))
         return [times.tree([schedules[i] for i in part], plan.micro_batch, chunks) for part in parts] * batches
 
-    def new_steps(schedules: Sequence[Steps], runs: int) -> float:
-        fresh = {step for steps in schedules for step in steps} - known
-        known.update(fresh)
-        return runs * sum(times.step(step, 1, chunks) for step in fresh)
+    def fill_table() -> float:
+        walked = [steps for schedules in rounds for steps in schedules][: len(rounds[0]) + TABLE_SCHEDULES]
+        parts = cut(walked, gpus if plan.spread else 1)
+        walks = [times.tree([full, *(walked[i] for i in part)], 1, chunks) for part in parts]
+        return (TABLE_ROUNDS + 1) * max(walks)
 
     def timing(schedules: Sequence[Steps], runs: int) -> float:
         share = min(gpus, len(schedules)) if plan.spread else 1
@@ -250,10 +255,16 @@ def play(
     spent["timing"] += (15 + WARM_UP) * image_s(full)
     spent["judging"] += judge_s(jobs([full], plan.prompts, gpus), gpus, times.round_trip_s)
     told = 0
-    for schedules in rounds:
-        spent["asking"] += sum(times.ask(told + i, plan.sampler) for i in range(len(schedules)))
-        spent["timing"] += (new_steps if plan.table else timing)(schedules, SEARCH_ROUNDS + WARM_UP)
-        spent["judging"] += judge_s(jobs(schedules, plan.prompts, gpus), gpus, times.round_trip_s)
+    if plan.table:
+        spent["timing"] += fill_table()
+    for number, schedules in enumerate(rounds):
+        whole = schedules if number == 0 or not plan.table else schedules[: number % CHECK_EVERY == 0]
+        timing_s = timing(whole, SEARCH_ROUNDS + WARM_UP) if whole else 0.0
+        judging_s = judge_s(jobs(schedules, plan.prompts, gpus), gpus, times.round_trip_s)
+        asking_s = sum(times.ask(told + i, plan.sampler) for i in range(len(schedules)))
+        spent["timing"] += timing_s
+        spent["judging"] += judging_s
+        spent["asking"] += max(0.0, asking_s - timing_s - judging_s) if plan.overlap else asking_s
         spent["booking"] += times.book_s * len(schedules)
         told += len(schedules)
     finalists = list(rounds[-1][:FINALISTS])
@@ -272,12 +283,13 @@ def schedules_of(space: SearchSpace, count: int, grids: Any, chunks: int) -> lis
     return list(found)
 
 
+ALONE = {"table": False, "spread": False, "overlap": False}
 PLANS = (
-    Plan("whole schedules timed on one GPU", table=False, spread=False),
-    Plan("whole schedules timed on all GPUs", table=False),
-    Plan("step costs timed once"),
+    Plan("whole schedules timed on one GPU", **ALONE),
+    Plan("timed on all GPUs", **{**ALONE, "spread": True}),
+    Plan("step costs, asking beside judging"),
     Plan("+ micro-batches of 4", micro_batch=4),
-    Plan("+ micro-batches of 4, TPE", micro_batch=4, sampler="tpe"),
+    Plan("+ TPE", micro_batch=4, sampler="tpe"),
     Plan("512 prompts", prompts=512),
     Plan("512 prompts, TPE", prompts=512, sampler="tpe"),
     Plan("512 prompts, micro-batches of 4, TPE", prompts=512, micro_batch=4, sampler="tpe"),
@@ -303,7 +315,7 @@ def main() -> None:
     full = exact(len(grids)).expand(grids, chunks)
     schedules = schedules_of(space, max(plan.trials for plan in PLANS), grids, chunks)
     times, check = measured(args.model, space, schedules) if args.times is None else read_times(args.times)
-    print(f"measured: {times}\ntree of {ROUND}: {check}\n")
+    print(f"measured: {times}\ntree of {TREE}: {check}\n")
     walk_s = {name: getattr(times, name) * args.slower for name in ("scale_s", "token_s", "leaf_s")}
     found, times = times, dataclasses.replace(times, **walk_s)
     results = []

@@ -3,6 +3,8 @@
 Nothing here waits a fixed time; where a test needs something to be stuck, it is stuck until it is killed.
 """
 
+import contextlib
+import ipaddress
 import json
 import os
 import signal
@@ -28,6 +30,7 @@ from tuner.executors.ray import (
     QUARANTINE_AFTER,
     RayExecutor,
     Recipe,
+    RemoteEvaluator,
     Worker,
     _Job,
     _quality_job,
@@ -93,12 +96,10 @@ def test_a_real_model_gives_the_same_images_in_a_worker_bit_for_bit(start):
 
 
 def test_trees_are_cut_where_their_schedules_part():
-    task = QualityTask(TREE, "search", 0)
     for pieces, expected in ((1, 1), (2, 2), (3, 3), (9, 3)):
-        parts = cut(task, pieces)
+        parts = cut(TREE, pieces)
         assert len(parts) == expected and sorted(i for part in parts for i in part) == [0, 1, 2]
-    twins = QualityTask((FULL, SKIP, FULL, SKIP), "search", 0)
-    assert sorted(map(sorted, cut(twins, 2))) == [[0, 2], [1, 3]]
+    assert sorted(map(sorted, cut((FULL, SKIP, FULL, SKIP), 2))) == [[0, 2], [1, 3]]
 
 
 def test_a_study_on_the_cluster_finds_what_the_local_one_finds(start, tmp_path):
@@ -180,14 +181,18 @@ def test_three_failures_in_a_row_quarantine_a_worker_and_the_other_finishes(star
     check_all(executor, plain)
 
 
-def test_the_death_of_a_worker_during_timing_moves_the_timing(start, tmp_path):
+def test_the_death_of_a_worker_during_timing_moves_its_share(start, plain, tmp_path):
     executor = start(run_dir=tmp_path)
+    wait_until_all_are_ready(executor)
     (tmp_path / "die-latency").touch()
-    timings = executor.evaluator.latency({"baseline": FULL, "a": PAPER}, 5)
-    assert len(timings["a"].samples_ms) == 5
-    [line] = measurements(tmp_path)
-    assert line["node"] in {seat.node for seat in executor.seats.values()}
-    assert set(line["samples_ms"]) == {"baseline", "a"} and {"gpu", "host", "process", "device"} <= line.keys()
+    timings = executor.evaluator.latency({"baseline": FULL, "a": PAPER, "b": SKIP}, 5)
+    assert executor.counts["rebuilds"] == 1
+    for name, steps in (("a", PAPER), ("b", SKIP)):
+        ratios = np.divide(timings[name].samples_ms, timings["baseline"].samples_ms)
+        np.testing.assert_allclose(ratios, [plain.ratio(steps)] * 5, rtol=1e-12)
+    lines = measurements(tmp_path)
+    assert [set(line["samples_ms"]) for line in lines] == [{"baseline", "a"}, {"baseline", "b"}]
+    assert all({"node", "gpu", "host", "process", "device", "measured"} <= line.keys() for line in lines)
 
 
 def test_timing_is_spread_over_gpus_and_the_sentinel_cancels_their_speed(start, plain, tmp_path):
@@ -210,6 +215,42 @@ def test_timing_is_spread_over_gpus_and_the_sentinel_cancels_their_speed(start, 
     full = np.array(found["baseline"].samples_ms)
     for name in "abc":
         np.testing.assert_allclose(found[name].samples_ms / full, plain.ratio(schedules[name]), rtol=1e-12)
+
+
+def test_step_costs_are_spread_and_keep_their_shares_of_the_full_schedule(plain):
+    """Two GPUs, the second slower, both drifting from round to round."""
+    schedules = (PAPER, FULL, SKIP, preset("skip-2", GRIDS).expand(GRIDS, CHUNKS))
+    cost = {steps[: i + 1]: 1 + steps[i].processed_tokens(CHUNKS) for steps in schedules for i in range(len(steps))}
+    cost[()] = 3.0
+
+    class Cluster:
+        timers = 2
+
+        def time(self, method, calls):
+            self.calls = calls
+            rng = np.random.default_rng(len(calls))
+            answers = []
+            for speed, (walked, rounds) in zip((1.0, 1.7), calls, strict=False):
+                drift = speed * (1 + rng.random(rounds))
+                prefixes = {(), *(steps[: i + 1] for steps in walked for i in range(len(steps)))}
+                answers.append(({prefix: tuple(cost[prefix] * drift) for prefix in prefixes}, None))
+            self.first, _ = answers[0]
+            return answers
+
+    cluster = Cluster()
+    remote = RemoteEvaluator(cluster, plain.facts)
+    found = remote.step_ms(schedules, 3)
+    assert [walked[0] for walked, _ in cluster.calls] == [FULL, FULL]
+    assert {s for walked, _ in cluster.calls for s in walked[1:]} == set(schedules) - {FULL}
+    assert found.keys() == cost.keys()
+    full_R = np.sum([found[FULL[: i + 1]] for i in range(len(FULL))], axis=0)
+    full_cost = sum(cost[FULL[: i + 1]] for i in range(len(FULL)))
+    for prefix, samples in found.items():
+        np.testing.assert_allclose(samples / full_R, cost[prefix] / full_cost, rtol=1e-12)
+    assert all(found[prefix] == samples for prefix, samples in cluster.first.items())  # the first GPU's milliseconds
+    for alone in ((FULL,), (PAPER, SKIP)):
+        remote.step_ms(alone, 3)
+        assert [walked for walked, _ in cluster.calls] == [alone]
 
 
 def test_without_the_full_schedule_there_is_no_sentinel_and_one_worker_times(start, tmp_path):
@@ -405,6 +446,51 @@ def test_a_cluster_of_our_own_asks_for_the_loopback_without_dashboard(monkeypatc
     ray_executor.connect(None)
     assert asked["address"] == "local" and asked["_node_ip_address"] == "127.0.0.1"
     assert asked["include_dashboard"] is False
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads Linux's list of sockets")
+def test_a_cluster_of_our_own_listens_on_the_loopback_only():
+    code = """
+import json, os
+for name in list(os.environ):
+    if name.startswith("RAY_"):
+        del os.environ[name]
+from tuner.executors.ray import connect
+from tests.test_ray import listening
+disconnect = connect(None)
+print(json.dumps(listening(os.getpid())))
+disconnect()
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-2000:]
+    addresses = json.loads(result.stdout)
+    assert len(addresses) >= 3  # GCS, raylet, worker at the least
+    assert set(addresses) <= {"127.0.0.1", "::1"}
+
+
+def listening(root):
+    """Addresses on which a process and its descendants accept TCP connections."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    family = {root}
+    while more := {pid for pid, parent in parents.items() if parent in family} - family:
+        family |= more
+    sockets = set()
+    for path in (path for pid in family for path in Path("/proc").glob(f"{pid}/fd/*")):
+        with contextlib.suppress(OSError):
+            sockets.add(os.readlink(path))
+    found = []
+    for table in ("tcp", "tcp6"):
+        for row in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            local, state, inode = (row.split()[i] for i in (1, 3, 9))
+            if state == "0A" and f"socket:[{inode}]" in sockets:
+                words = bytes.fromhex(local.split(":")[0])
+                packed = b"".join(words[i : i + 4][::-1] for i in range(0, len(words), 4))
+                address = ipaddress.ip_address(packed)
+                found.append(str(getattr(address, "ipv4_mapped", None) or address))
+    return found
 
 
 def test_an_unreachable_cluster_is_a_usage_error(monkeypatch):

@@ -249,9 +249,9 @@ def _quality_job(task: QualityTask, number: int, members: Sequence[int]) -> _Job
     return _Job("quality", (part,), frozenset(part.schedules), task, number, tuple(members))
 
 
-def cut(task: QualityTask, pieces: int) -> list[tuple[int, ...]]:
-    """Indices of a task's schedules in at most `pieces` groups of like size; those with a long common past together."""
-    order = sorted(range(len(task.schedules)), key=lambda i: [repr(step) for step in task.schedules[i]])
+def cut(schedules: Sequence[Steps], pieces: int) -> list[tuple[int, ...]]:
+    """Indices of schedules in at most `pieces` groups of like size; those with a long common past together."""
+    order = sorted(range(len(schedules)), key=lambda i: [repr(step) for step in schedules[i]])
     return [tuple(int(i) for i in part) for part in np.array_split(order, min(pieces, len(order))) if len(part)]
 
 
@@ -317,7 +317,9 @@ class RayExecutor(Executor):
         # Fewer micro-batches than workers: trees are cut, which repeats shared scales and leaves no worker idle.
         ready = sum(seat.state in ("ready", "loading") for seat in self.seats.values())
         pieces = max(1, ready // max(1, len(tasks)))
-        jobs = [_quality_job(task, i, members) for i, task in enumerate(tasks) for members in cut(task, pieces)]
+        jobs = [
+            _quality_job(task, i, members) for i, task in enumerate(tasks) for members in cut(task.schedules, pieces)
+        ]
         found: list[dict[int, Outcome]] = [{} for _ in tasks]
         for job, result in self._drive(jobs):
             outcomes = found[job.number]
@@ -676,7 +678,21 @@ class RemoteEvaluator:
         return {name: found[name] for name in schedules}
 
     def step_ms(self, schedules: Sequence[Steps], rounds: int = 3) -> Mapping[Steps, tuple[float, ...]]:
-        [(found, _)] = self.executor.time("step_ms", [(tuple(schedules), rounds)])
+        """Milliseconds of steps, by prefix, from walks that start alike; each GPU has the full schedule in its own."""
+        others = [steps for steps in schedules if steps != self._full]
+        if len(others) in (0, len(schedules)):
+            [(found, _)] = self.executor.time("step_ms", [(tuple(schedules), rounds)])
+            return found
+        parts = cut(others, self.executor.timers)
+        calls = [((self._full, *(others[i] for i in part)), rounds) for part in parts]
+        first, *rest = (timings for timings, _ in self.executor.time("step_ms", calls))
+        prefixes = [self._full[: depth + 1] for depth in range(len(self._full))]
+        reference_ms = np.sum([first[prefix] for prefix in prefixes], axis=0)
+        found = dict(first)
+        for timings in rest:
+            factors = reference_ms / np.sum([timings[prefix] for prefix in prefixes], axis=0)
+            for prefix in timings.keys() - found.keys():
+                found[prefix] = tuple(float(ms) for ms in np.asarray(timings[prefix]) * factors)
         return found
 
     def scale_ms(self, schedules: Mapping[str, Steps], rounds: int = 5) -> Mapping[str, tuple[float, ...]]:
