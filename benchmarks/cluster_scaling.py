@@ -30,7 +30,7 @@ from stagevar.schedule import ScaleStep, Steps, exact
 from tuner.executors.ray import RayExecutor, Recipe, cut
 from tuner.prompts import load_prompts
 from tuner.proposals import Proposer, Told
-from tuner.search import ROUND, SEARCH_ROUNDS
+from tuner.search import CHECK_EVERY, ROUND, SEARCH_ROUNDS, TABLE_ROUNDS, TABLE_SCHEDULES
 from tuner.space import SearchSpace, load_space
 
 GPUS = (1, 8, 64, 256)
@@ -39,8 +39,6 @@ WARM_UP = 4
 FINALISTS = 6
 #: Schedules of the tree that checks the times.
 TREE = 5
-#: As a study has them: rounds of timing in the search, walks that fill its table of step costs, rounds of each.
-SEARCH_ROUNDS, TABLE_SCHEDULES, TABLE_ROUNDS, CHECK_EVERY = 7, 24, 3, 4
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ class Plan:
     micro_batch: int = 16
     heldout: int = 512
     trials: int = 200
-    round: int = 5
+    round: int = ROUND
     table: bool = True
     spread: bool = True
     overlap: bool = True
