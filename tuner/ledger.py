@@ -190,7 +190,8 @@ class Ledger:
         return own - np.asarray(self.baseline.values["quality"])[: own.size]
 
     def _known_differences(self) -> list[float]:
-        return [c.differences["quality"].mean for c in self.candidates.values() if c.whole and c.differences]
+        # Those stopped early as well: survivors alone would make a prior that flatters.
+        return [c.differences["quality"].mean for c in self.candidates.values() if c.differences]
 
     # ------------------------------------------------------------------------------------------------ comparing
 

@@ -73,8 +73,8 @@ def promoted(points: Sequence[tuple[float, float]], share: float = PROMOTED) -> 
 def shrunk(differences: Sequence[float], known: Sequence[float]) -> float:
     """Posterior mean of a schedule's quality difference from a few prompts and what other schedules showed.
 
-    Normal prior with mean and variance of `known` (mean differences of schedules judged on the whole set); no prompts give
-    the prior's mean, fewer than three known ones the plain mean.
+    Normal prior with mean and variance of `known` (mean differences of all schedules so far); no prompts give the prior's
+    mean, fewer than three known ones the plain mean.
 
     Source: empirical Bayes for a normal mean (Efron and Morris 1975), with the variance of the mean taken from the prompts.
     """

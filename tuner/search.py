@@ -125,6 +125,8 @@ class Search:
         self._best, self._best_at = 0.0, 0
         self._prompts_run = 0
         self._asked_s = self._waited_s = 0.0
+        self.ask_seconds: list[float] = []
+        self.proposed = ""
         kind = ProposerProcess if savings.overlap else Proposer
         self.proposer = kind(run_dir, ledger.space, seed, ledger.constraint_names, sampler, storage)
         self._thread = ThreadPoolExecutor(1) if savings.overlap else None
@@ -137,7 +139,7 @@ class Search:
             self._begin(records)
             self._loop()
             self.told = len(self.proposer.completed())
-            self.ask_seconds = list(self.proposer.ask_seconds)
+            self.ask_seconds, self.proposed = list(self.proposer.ask_seconds), self.proposer.proposes
         finally:
             if self._thread is not None:
                 self._thread.shutdown(wait=True)
@@ -556,4 +558,5 @@ class Search:
             "hypervolume": ledger.hypervolume(),
             "ask_seconds": [round(s, 4) for s in self.ask_seconds],
             "waited_s": round(self._waited_s, 3),
+            "proposing_at_the_end": self.proposed,
         }

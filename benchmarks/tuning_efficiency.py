@@ -1,0 +1,565 @@
+"""What tuning costs: the prefix tree on a fixed list of schedules, whole searches against a plain Optuna loop, and growth.
+
+    python -m benchmarks.tuning_efficiency replay --schedules 60 --prompts 64 --output replay.json
+    python -m benchmarks.tuning_efficiency search --seeds 3 --trials 40 --output search.json --figure search.png
+    python -m benchmarks.tuning_efficiency growth --output growth.json
+
+`replay` evaluates one list both ways on the same micro-batches, decoding and metrics included, and compares every value bit
+for bit. `search` runs each variant in turn, every run from nothing (its own proposing process, table of step costs and kept
+prefixes), and judges what a run held for its front at any moment by figures that no run saw: held-out prompts and timings of
+its own. `growth` times one walk over ever more schedules, and models large models by counted FLOPs.
+
+The quality is the SSIM with the full schedule's image: on nano the presets already hold the front of the GenEval score, so
+no search could gain there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.environment import environment, write_json
+from stagevar.errors import ScheduleError, StagevarError
+from stagevar.grids import infinity_grids
+from stagevar.models.registry import find, load_model
+from stagevar.schedule import Steps, preset
+from tuner import pareto
+from tuner.budget import Budget
+from tuner.evaluate import ModelEvaluator, walk
+from tuner.executors.base import QualityTask
+from tuner.executors.local import LocalExecutor
+from tuner.ledger import Ledger
+from tuner.progress import Progress
+from tuner.prompts import load_prompts
+from tuner.proposals import Proposal
+from tuner.result import Candidate
+from tuner.rungs import clearly_worse, rungs, shrunk
+from tuner.search import Savings, Search
+from tuner.space import draw, load_space, steps_key
+from tuner.stats import ratio_interval
+from tuner.step_costs import StepCosts
+from tuner.verify import BASELINE, latency_stats
+
+MAX_DROP, BUDGET = 0.35, Budget("95%", fraction=0.95)
+#: Seconds of one image on one H200: the arithmetic and weight reads of all scales (see docs/engine.md's floor).
+ARITHMETIC_S = {"infinity-2b": 0.19, "infinity-8b": 0.63}
+#: What each scale costs on top when launched eagerly: Infinity-2B takes 0.892 s where others measured it.
+LAUNCH_S = (0.892 - ARITHMETIC_S["infinity-2b"]) / 13
+PLAIN = Savings(batch=1, tree=False, table=False, rungs=False, overlap=False)
+#: Name -> (sampler, savings).
+VARIANTS: dict[str, tuple[str, Savings]] = {
+    "plain, Gaussian process": ("gp", PLAIN),
+    "plain, TPE": ("tpe", PLAIN),
+    "plain, random": ("random", PLAIN),
+    "tree alone": ("tpe", dataclasses.replace(PLAIN, batch=5, tree=True)),
+    "table alone": ("tpe", dataclasses.replace(PLAIN, table=True)),
+    "rungs alone": ("tpe", dataclasses.replace(PLAIN, rungs=True)),
+    "overlap alone": ("gp", dataclasses.replace(PLAIN, overlap=True)),
+    "all": ("auto", Savings()),
+    "all, 2 at a time": ("auto", Savings(batch=2)),
+    "all, 10 at a time": ("auto", Savings(batch=10)),
+}
+
+
+class Bench:
+    """One loaded model; every run gets an evaluator of its own that remembers nothing."""
+
+    def __init__(self, model: str, prompts: int, heldout: int, micro_batch: int, quality: Mapping[str, Any]):
+        self.model = load_model(model)
+        space = load_space(model)
+        source = dataclasses.replace(space.prompts, search=prompts, heldout=heldout, micro_batch=micro_batch)
+        self.space = dataclasses.replace(space, prompts=source, quality=quality)
+        self.prompts = load_prompts(source, 0)
+        self.facts = self.evaluator().facts
+        self.space.fit(self.facts.grids)
+
+    def evaluator(self, keep_bytes: int | None = None) -> ModelEvaluator:
+        return ModelEvaluator(self.model, self.prompts, self.space.quality, keep_bytes=keep_bytes)
+
+    def drawn(self, count: int, seed: int = 0) -> list[Steps]:
+        """Distinct schedules: the presets, then uniform draws from the space."""
+        grids, chunks, rng = self.facts.grids, self.facts.chunks, random.Random(seed)
+        found = {steps_key(s): s for s in (preset(n, grids).expand(grids, chunks) for n in self.space.enqueue)}
+        while len(found) < count:
+            try:
+                steps = self.space.schedule(draw(self.space, rng), grids).expand(grids, chunks)
+            except ScheduleError:
+                continue
+            found.setdefault(steps_key(steps), steps)
+        return list(found.values())[:count]
+
+
+# ---------------------------------------------------------------------------------------------------- replay
+
+
+def replay(bench: Bench, schedules: Sequence[Steps], repeats: int) -> dict[str, Any]:
+    """Both ways in turn, micro-batch by micro-batch; seconds, values, and the ceiling that step costs predict."""
+    alone, tree = bench.evaluator(keep_bytes=0), bench.evaluator()
+    batches = bench.prompts["search"].batches
+    for evaluator in (alone, tree):  # references, text features and kept prefixes are there before the clock starts
+        for batch in range(batches):
+            evaluator.quality([evaluator.full], "search", batch)
+    seconds: dict[str, list[float]] = {"alone": [], "tree": []}
+    values: dict[str, list[Any]] = {"alone": [], "tree": []}
+    for repeat in range(repeats):
+        for how in ("alone", "tree") if repeat % 2 == 0 else ("tree", "alone"):
+            start, found = time.perf_counter(), []
+            for batch in range(batches):
+                if how == "tree":
+                    found.append(tree.quality(schedules, "search", batch))
+                else:
+                    found.append([alone.quality([steps], "search", batch)[0] for steps in schedules])
+            seconds[how].append(time.perf_counter() - start)
+            values[how] = found
+    equal = all(
+        np.array_equal(one[metric], other[metric])
+        for ones, others in zip(values["alone"], values["tree"], strict=True)
+        for one, other in zip(ones, others, strict=True)
+        for metric in one
+    )
+    saved = float(np.median(np.array(seconds["alone"]) / np.array(seconds["tree"])))
+    costs = batch_costs(bench, schedules)
+    ceiling = costs["alone_s"] / costs["tree_s"]
+    quality = np.stack([[np.concatenate([b[i]["quality"] for b in values["tree"]])] for i in range(len(schedules))])[
+        :, 0
+    ]
+    return {
+        "schedules": len(schedules),
+        "prompts": len(bench.prompts["search"]),
+        "bit_identical": equal,
+        "seconds": seconds,
+        "saved": saved,
+        "ceiling": ceiling,
+        "share_of_ceiling": saved / ceiling,
+        "distinct_prefixes": costs["prefixes"],
+        "scales_alone": costs["scales_alone"],
+        "rungs": rung_bias(bench, schedules, quality),
+    }
+
+
+def batch_costs(bench: Bench, schedules: Sequence[Steps], rounds: int = 3) -> dict[str, Any]:
+    """What the list costs per micro-batch from timed steps: every prefix once, or every schedule alone.
+
+    The full schedule's scales are kept and cost the tree nothing; decoding and metrics are paid per distinct schedule both
+    ways. This is the ceiling: a tree that costs nothing of its own.
+    """
+    evaluator = bench.evaluator(keep_bytes=0)
+    sampler, full = evaluator.sampler, evaluator.full
+    times: dict[Steps, list[float]] = {}
+
+    def advance(generation: Any, step: Any) -> None:
+        start = time.perf_counter()
+        sampler.advance(generation, step)
+        times.setdefault((*generation.steps,), []).append(time.perf_counter() - start)
+
+    texts, _ = bench.prompts["search"].batch(0)
+    leaf, begin = [], []
+    reference = evaluator.images(full, "search", 0)
+    for _ in range(rounds):
+        start = time.perf_counter()
+        generation = evaluator._begin("search", 0)
+        begin.append(time.perf_counter() - start)
+        walk(sampler, generation, list(schedules), None, advance)
+        start = time.perf_counter()
+        evaluator.composite.score_parts(sampler.decode(generation), texts, reference)
+        leaf.append(time.perf_counter() - start)
+    cost = {prefix: float(np.median(values)) for prefix, values in times.items() if not prefix[-1].skipped}
+    ends, start_s = float(np.median(leaf)), float(np.median(begin))
+    prefixes = [[s[: d + 1] for d in range(len(s)) if not s[d].skipped] for s in schedules]
+    alone = sum(cost[p] for chain in prefixes for p in chain) + (ends + start_s) * len(schedules)
+    kept = {full[: d + 1] for d in range(len(full) - 1)}
+    distinct = {p for chain in prefixes for p in chain} - kept
+    return {
+        "alone_s": alone,
+        "tree_s": sum(cost[p] for p in distinct) + ends * len(schedules) + start_s,
+        "prefixes": len(distinct),
+        "scales_alone": sum(map(len, prefixes)),
+    }
+
+
+def rung_bias(bench: Bench, schedules: Sequence[Steps], quality_KN: np.ndarray) -> dict[str, Any]:
+    """Replays rungs over values that are all known: who is stopped, how often wrongly, and what the sampler is told.
+
+    Latency is the share of token rows, the same for both sides. A stop is wrong when the schedule is on the front of the
+    whole list or within the standard error of it.
+    """
+    full_N = np.ones(quality_KN.shape[1])
+    rows = [sum(step.processed_tokens(bench.facts.chunks) for step in steps) for steps in schedules]
+    full_rows = 2 * sum(h * w for h, w in bench.facts.grids)
+    ratios = [r / full_rows for r in rows]
+    means = quality_KN.mean(1) - 1
+    front = set(pareto.front([(r, m) for r, m in zip(ratios, means, strict=True)]))
+    known: dict[str, tuple[float, np.ndarray]] = {}
+    shown: list[float] = []
+    told, plain, prompts_run, wrong, stopped = [], [], 0, 0, 0
+    size = bench.prompts["search"].micro_batch
+    for index, own in enumerate(quality_KN):
+        for look in rungs(bench.prompts["search"].batches):
+            count = min(look * size, own.size)
+            why = None
+            if count < own.size:
+                why = clearly_worse(own[:count], ratios[index], full_N, MAX_DROP, known, 1.0)
+            if why is not None:
+                differences = own[:count] - 1
+                told.append(shrunk(differences, shown) - means[index])
+                plain.append(float(differences.mean()) - means[index])
+                stopped += 1
+                wrong += index in front
+                break
+        else:
+            known[str(index)] = (ratios[index], own)
+        prompts_run += count
+        shown.append(float(own[:count].mean()) - 1)
+    return {
+        "stopped": stopped,
+        "wrongly": wrong,
+        "prompts_run": prompts_run,
+        "prompts_all": quality_KN.size,
+        "bias_told": float(np.mean(told)) if told else None,
+        "rms_told": float(np.sqrt(np.mean(np.square(told)))) if told else None,
+        "rms_plain_mean": float(np.sqrt(np.mean(np.square(plain)))) if plain else None,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- search
+
+
+class Watched(Ledger):
+    """A ledger that notes what the study holds for its front whenever that changes. Attributes: line: (seconds, keys)."""
+
+    def watch(self) -> None:
+        self.began, self.line = time.perf_counter(), []
+
+    def keep(self, candidate: Candidate) -> None:
+        super().keep(candidate)
+        whole = [c for c in self.candidates.values() if c.feasible]
+        points = [(c.latency.ratio.mean, c.differences["quality"].mean) for c in whole]
+        keys = sorted(whole[i].key for i in pareto.front(points))
+        if not self.line or self.line[-1][1] != keys:
+            self.line.append((time.perf_counter() - self.began, keys))
+
+
+def searched(
+    bench: Bench, baseline: Candidate, sampler: str, savings: Savings, seed: int, trials: int, limit_s: float
+) -> tuple[Watched, dict[str, Any]]:
+    """One search from nothing. The full schedule's own figures, common to all, are given."""
+    evaluator = bench.evaluator(None if savings.tree else 0)
+    evaluator._references = dict(bench.references)
+    with tempfile.TemporaryDirectory() as folder:
+        ledger = Watched(Path(folder), bench.space, bench.facts, BUDGET, MAX_DROP)
+        ledger.baseline = baseline
+        began = time.perf_counter()
+        ledger.watch()
+        search = Search(
+            Path(folder),
+            ledger,
+            evaluator,
+            LocalExecutor(evaluator),
+            bench.prompts["search"],
+            Progress(quiet=True),
+            trials=trials,
+            seed=seed,
+            sampler=sampler,
+            savings=savings,
+            out_of_time=lambda: "time" if time.perf_counter() - began > limit_s else "",
+        )
+        search.run([])
+        seconds = time.perf_counter() - began
+    facts = search.facts()
+    asks = facts.pop("ask_seconds")
+    return ledger, {
+        **facts,
+        "seconds": seconds,
+        "evaluated": ledger.evaluated,
+        "ask_median_s": float(np.median(asks)),
+        "asks": len(asks),
+    }
+
+
+def measured_baseline(bench: Bench) -> Candidate:
+    evaluator = bench.evaluator(0)
+    search = bench.prompts["search"]
+    with tempfile.TemporaryDirectory() as folder:
+        ledger = Ledger(Path(folder), bench.space, bench.facts, BUDGET, MAX_DROP)
+        blank = ledger.blank(ledger.full_key, Proposal(-1, {}))
+    timing = evaluator.latency({BASELINE: evaluator.full}, 15)[BASELINE]
+    parts = [evaluator.quality([evaluator.full], "search", b)[0] for b in range(search.batches)]
+    bench.references = evaluator._references
+    values = {m: tuple(float(v) for part in parts for v in part[m]) for m in parts[0]}
+    return dataclasses.replace(blank, latency=latency_stats(timing.samples_ms, None, None), values=values)
+
+
+def truth(bench: Bench, schedules: Mapping[str, Steps], rounds: int = 15) -> dict[str, tuple[float, float]]:
+    """(latency ratio, quality difference) by key, from held-out prompts and timings that no search saw."""
+    evaluator, heldout = bench.evaluator(), bench.prompts["heldout"]
+    keys = list(schedules)
+    rows: dict[str, list[float]] = {key: [] for key in keys}
+    executor = LocalExecutor(evaluator)
+    tasks = [QualityTask((evaluator.full, *schedules.values()), "heldout", b) for b in range(heldout.batches)]
+    for _, (full, *others) in executor.run(tasks):
+        for key, own in zip(keys, others, strict=True):
+            rows[key] += list(own["quality"] - full["quality"])
+    found = {}
+    for first in range(0, len(keys), 12):
+        part = keys[first : first + 12]
+        timings = evaluator.latency({BASELINE: evaluator.full, **{k: schedules[k] for k in part}}, rounds, 4)
+        for key in part:
+            ratio = ratio_interval(timings[key].samples_ms, timings[BASELINE].samples_ms)
+            found[key] = (ratio.mean, float(np.mean(rows[key])))
+    return found
+
+
+def volume(keys: Sequence[str], figures: Mapping[str, tuple[float, float]]) -> float:
+    """Hypervolume of schedules by their true figures, within the limits."""
+    return pareto.hypervolume([figures[k] for k in keys], (BUDGET.fraction, -MAX_DROP))
+
+
+def reached(line: Sequence[tuple[float, float]], target: float) -> float | None:
+    """When a run's hypervolume came to the target and stayed at or above it."""
+    last = None
+    for seconds, value in line:
+        if value < target:
+            last = None
+        elif last is None:
+            last = seconds
+    return last
+
+
+def compare(bench: Bench, names: Sequence[str], seeds: int, trials: int, limit_s: float) -> dict[str, Any]:
+    """All variants, seed by seed in turn."""
+    baseline = measured_baseline(bench)
+    runs: list[dict[str, Any]] = []
+    schedules: dict[str, Steps] = {}
+    grids, chunks = bench.facts.grids, bench.facts.chunks
+    presets = {steps_key(s): s for s in (preset(n, grids).expand(grids, chunks) for n in bench.space.enqueue)}
+    for seed in range(seeds):
+        for name in names if seed % 2 == 0 else reversed(names):
+            sampler, savings = VARIANTS[name]
+            count = trials if savings.batch == 1 else 4 * trials
+            ledger, facts = searched(bench, baseline, sampler, savings, seed, count, limit_s)
+            schedules |= {key: ledger.steps[key] for _, keys in ledger.line for key in keys}
+            runs.append({"variant": name, "seed": seed, "line": ledger.line, **facts})
+            print(
+                f"{name}, seed {seed}: {facts['evaluated']} schedules in {facts['seconds']:.1f} s, "
+                f"own hypervolume {facts['hypervolume']:.4f}, proposing at the end: {facts['proposing_at_the_end']}",
+                flush=True,
+            )
+    figures = truth(bench, schedules | presets)
+    floor = volume(list(presets), figures)
+    for run in runs:
+        run["volume"] = [(seconds, volume(keys, figures)) for seconds, keys in run["line"]]
+        del run["line"]
+    return {"presets": floor, "runs": runs, "figures": figures, "summary": summarise(runs, floor)}
+
+
+def summarise(runs: Sequence[Mapping[str, Any]], floor: float, share: float = 0.98) -> dict[str, Any]:
+    """Per variant: median final gain over the presets, and time to `share` of the better plain loop's median gain."""
+    plain = [n for n in ("plain, Gaussian process", "plain, TPE") if any(r["variant"] == n for r in runs)]
+
+    def own(name: str) -> list[Mapping[str, Any]]:
+        return [r for r in runs if r["variant"] == name]
+
+    def gain(run: Mapping[str, Any]) -> float:
+        return run["volume"][-1][1] - floor if run["volume"] else 0.0
+
+    found: dict[str, Any] = {}
+    targets = {n: floor + share * float(np.median([gain(r) for r in own(n)])) for n in plain}
+    for name in dict.fromkeys(r["variant"] for r in runs):
+        row: dict[str, Any] = {
+            "runs": len(own(name)),
+            "gain": float(np.median([gain(r) for r in own(name)])),
+            "schedules": float(np.median([r["evaluated"] for r in own(name)])),
+            "seconds": float(np.median([r["seconds"] for r in own(name)])),
+            "seconds_per_schedule": float(np.median([r["seconds"] / r["evaluated"] for r in own(name)])),
+            "ask_median_s": float(np.median([r["ask_median_s"] for r in own(name)])),
+        }
+        for other, target in targets.items():
+            times = [reached(r["volume"], target) for r in own(name)]
+            missed = sum(t is None for t in times)
+            row[f"to the gain of {other}"] = {
+                "seconds": float(np.median([np.inf if t is None else t for t in times])),
+                "missed": missed,
+            }
+        found[name] = row
+    return found
+
+
+def draw_volumes(results: Mapping[str, Any], path: Path) -> None:
+    """Hypervolume gain over wall time: median and range over seeds of every variant."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(7.2, 4.4), layout="constrained")
+    shown = [n for n in ("all", "plain, Gaussian process", "plain, TPE", "plain, random") if n in results["summary"]]
+    end = max(r["seconds"] for r in results["runs"])
+    grid = np.linspace(0, end, 400)
+    for colour, name in zip(("#0072B2", "#D55E00", "#009E73", "#777777"), shown, strict=False):
+        lines = []
+        for run in (r for r in results["runs"] if r["variant"] == name):
+            seconds = [0.0, *(s for s, _ in run["volume"])]
+            gains = [0.0, *(max(0.0, v - results["presets"]) for _, v in run["volume"])]
+            lines.append([gains[np.searchsorted(seconds, t, side="right") - 1] for t in grid])
+        axis.plot(grid, np.median(lines, axis=0), color=colour, lw=1.8, label=f"{name} ({len(lines)} seeds)")
+        axis.fill_between(grid, np.min(lines, axis=0), np.max(lines, axis=0), color=colour, alpha=0.13, lw=0)
+    axis.set_xlabel("wall time of the search, s")
+    axis.set_ylabel("hypervolume gained over the presets\n(held-out prompts, own timings)")
+    axis.set_xlim(0, end)
+    axis.set_ylim(bottom=0)
+    axis.legend(loc="lower right", frameon=False)
+    axis.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    print(f"written: {path}")
+
+
+# ---------------------------------------------------------------------------------------------------- growth
+
+
+def growth(bench: Bench, counts: Sequence[int]) -> dict[str, Any]:
+    """Seconds of one micro-batch for ever more schedules of one list, and what the last ones added."""
+    evaluator = bench.evaluator()
+    schedules = bench.drawn(max(counts))
+    evaluator.quality([evaluator.full], "search", 0)
+    start = time.perf_counter()
+    for _ in range(3):
+        bench.evaluator(0).quality([evaluator.full], "search", 0)
+    full_s = (time.perf_counter() - start) / 3
+    rows, before = [], (0, 0.0)
+    for count in counts:
+        start = time.perf_counter()
+        evaluator.quality(schedules[:count], "search", 0)
+        seconds = time.perf_counter() - start
+        marginal = (seconds - before[1]) / (count - before[0])
+        rows.append({"schedules": count, "seconds": seconds, "marginal_of_full": marginal / full_s})
+        before = (count, seconds)
+    prompts = []
+    for batches in (1, 2, 4):
+        start = time.perf_counter()
+        for batch in range(batches):
+            evaluator.quality(schedules[:30], "search", batch)
+        prompts.append(
+            {"prompts": batches * bench.prompts["search"].micro_batch, "seconds": time.perf_counter() - start}
+        )
+    return {"full_s": full_s, "by_schedules": rows, "by_prompts_30_schedules": prompts}
+
+
+def modelled(name: str, counts: Sequence[int]) -> dict[str, Any]:
+    """Cost of the tree of ever more schedules of a large model, from arithmetic, in full generations.
+
+    A scale costs its share of the model's arithmetic (linear layers by token rows, attention by rows times cache): alone, as
+    with recorded graphs, and with the launches of an eager engine on top. Nothing here was measured on a large model.
+    """
+    settings, space = find(name).settings["transformer"], load_space(name)
+    grids, chunks, width = infinity_grids()[0], settings["chunks"], settings["width"]
+    full = preset("exact", grids).expand(grids, chunks)
+    table = StepCosts(full, chunks)
+
+    def work(prefix: Steps) -> float:
+        step, cached = prefix[-1], table._cached(prefix, len(prefix) - 1)
+        rows = step.processed_tokens(chunks)
+        kept = rows / len(step.branches)
+        return rows * (12 * width + 2 * (cached + kept))
+
+    total = sum(work(full[: d + 1]) for d in range(len(full)))
+    rng, schedules = random.Random(0), {}
+    while len(schedules) < max(counts):
+        try:
+            steps = space.schedule(draw(space, rng), grids).expand(grids, chunks)
+        except ScheduleError:
+            continue
+        schedules.setdefault(steps_key(steps), steps)
+    rows = []
+    for count in counts:
+        prefixes = [[s[: d + 1] for d in range(len(s)) if not s[d].skipped] for s in list(schedules.values())[:count]]
+        distinct = {p for chain in prefixes for p in chain}
+        row: dict[str, Any] = {"schedules": count}
+        for how, overhead in (
+            ("graphs", 0.0),
+            ("eager", launch_ms / (892 - launch_ms * len(full)) if launch_ms else 0),
+        ):
+            unit = 1 + overhead * len(full)
+            tree = sum(work(p) / total + overhead for p in distinct) / unit
+            alone = sum(work(p) / total + overhead for chain in prefixes for p in chain) / unit
+            row[how] = {"full_generations": tree, "saved": alone / tree}
+        rows.append(row)
+    return {"model": name, "rows": rows}
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("replay", "search", "growth"))
+    parser.add_argument("--model", default="nano")
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--heldout", type=int, default=128)
+    parser.add_argument("--micro-batch", type=int, default=16)
+    parser.add_argument("--schedules", type=int, default=60)
+    parser.add_argument(
+        "--from-run", type=Path, help="replay: the schedules of a study's run directory instead of draws"
+    )
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--trials", type=int, default=40, help="of a plain loop; batched ones may use four times as many"
+    )
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds per search")
+    parser.add_argument("--counts", type=int, nargs="+", default=[10, 30, 100, 300])
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--figure", type=Path)
+    args = parser.parse_args(argv)
+    try:
+        torch.set_num_threads(1)
+        bench = Bench(args.model, args.prompts, args.heldout, args.micro_batch, {"ssim": 1.0})
+        figures: dict[str, Any] = {"environment": environment()}
+        if args.what == "replay":
+            schedules = from_run(args.from_run, args.schedules) if args.from_run else bench.drawn(args.schedules)
+            figures |= replay(bench, schedules, args.repeats)
+            print({k: v for k, v in figures.items() if k != "environment"})
+        elif args.what == "search":
+            figures |= compare(bench, args.variants, args.seeds, args.trials, args.limit)
+            for name, row in figures["summary"].items():
+                print(name, row)
+        else:
+            figures |= {"nano": growth(bench, args.counts)}
+            figures["modelled"] = [modelled(name, args.counts) for name in ("infinity-2b", "infinity-8b")]
+            print({k: v for k, v in figures.items() if k != "environment"})
+    except StagevarError as error:
+        print(f"tuning_efficiency: {error}", file=sys.stderr)
+        return error.exit_code
+    if args.output:
+        write_json(args.output, figures)
+    if args.figure and args.what == "search":
+        draw_volumes(figures, args.figure)
+    return 0
+
+
+def from_run(run_dir: Path, count: int) -> list[Steps]:
+    """The first schedules that a study evaluated."""
+    from stagevar.schedule import StageSchedule
+    from tuner.result import StudyResult
+
+    result = StudyResult.load(run_dir)
+    found = {}
+    for candidate in result.candidates:
+        steps = StageSchedule.from_dict(candidate.schedule).expand(result.grids, result.chunks)
+        found.setdefault(candidate.key, steps)
+    return list(found.values())[:count]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
