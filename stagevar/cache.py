@@ -43,7 +43,7 @@ def step_lengths(steps: Steps, chunk_layers: Sequence[range]) -> dict[Branch, li
                     tokens = step.reduction.ranks[chunk if step.reduction.site == "chunk" else 0]
                 elif isinstance(step.reduction, Pivotal) and layer in range(*step.reduction.layers):
                     tokens = step.reduction.kept
-                for branch in step.branches:
+                for branch in step.branches_at(layer):
                     needed[branch][layer] += tokens
     return needed
 

@@ -255,6 +255,8 @@ def _step_data(step: ScaleStep) -> dict[str, Any]:
     if step.skipped:
         return {**data, "skipped": True}
     data["branches"] = list(step.branches)
+    if step.fuse_layer:
+        data["fuse_layer"] = step.fuse_layer
     if step.reduction is not None:
         kind = "low_rank" if isinstance(step.reduction, LowRank) else type(step.reduction).__name__.lower()
         data["reduction"] = {"kind": kind, **dataclasses.asdict(step.reduction)}

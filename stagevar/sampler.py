@@ -18,7 +18,8 @@ from stagevar.accelerators.base import Accelerator, Cached, ScaleContext, State
 from stagevar.accelerators.composite import Composite
 from stagevar.cache import KVCache, Lengths, step_lengths
 from stagevar.engine import Engine, Start, build_engine
-from stagevar.models.base import LoadedModel, NextScaleModel, Sampling, Site
+from stagevar.errors import ScheduleError
+from stagevar.models.base import Around, LoadedModel, NextScaleModel, Sampling, Site, SiteFn
 from stagevar.models.precision import low_precision
 from stagevar.noise import NoiseSource, PromptNoise, philox4x32
 from stagevar.schedule import BOTH, Branch, Decision, ScaleStep, Steps, exact
@@ -212,6 +213,8 @@ class Sampler:
             missing = [branch for branch in step.branches if branch not in before.branches]
             if missing:
                 raise ValueError(f"scale {step.scale} wants the {missing[0]} branch, which an earlier scale dropped")
+            if step.fuse_layer:
+                self._check_fusing(step, generation.sampling)
             self._transformer(step.precision)  # made here, lest it be part of a recording
             steps = (*generation.steps, step)
             after = self.engine.run(
@@ -237,6 +240,38 @@ class Sampler:
         generation.steps.append(kept.steps[scale])
         generation._saved.append(after)
 
+    def _check_fusing(self, step: ScaleStep, sampling: Sampling) -> None:
+        depth = self.model.transformer.depth
+        if step.fuse_layer >= depth:
+            raise ScheduleError(
+                f"fuse_layer {step.fuse_layer} is beyond the {depth} layers of {self.model.name}; use 0 to {depth - 1}"
+            )
+        if sampling.inner_guidance_layers:
+            raise ScheduleError(
+                f"fuse_layer {step.fuse_layer} would mix the branches again: this sampling mixes them after layers "
+                f"{list(sampling.inner_guidance_layers)}; use fuse_layer 0"
+            )
+
+    def _around(self, generation: Generation, step: ScaleStep, state: State, updates: _Updates) -> Around:
+        """The accelerator's hook. At a fusing scale every site is run as the step of the branches that it puts out."""
+
+        def hook(step: ScaleStep) -> Around:
+            noise = generation.noise.at(step.scale, step.branches)
+            return self.accelerator.around(ScaleContext(step, noise, state), updates)
+
+        if not step.fuse_layer:
+            return hook(step)
+        before, behind = hook(step), hook(step.rest)
+        transformer = self.model.transformer
+
+        def around(site: Site, x_RLC: Tensor, positions: Tensor | None, run: SiteFn) -> Tensor:
+            last = site.index
+            if site.kind in ("trunk", "chunk"):
+                last = transformer.chunk_layers[site.index if site.kind == "chunk" else -1][-1]
+            return (behind if last >= step.fuse_layer else before)(site, x_RLC, positions, run)
+
+        return around
+
     def _run(self, generation: Generation, step: ScaleStep, before: _Saved) -> _Saved:
         model, cache, batch = self.model, generation.cache, generation.batch
         transformer, residual = self._transformer(step.precision), model.tokenizer.residual
@@ -247,11 +282,11 @@ class Sampler:
         last = scale == len(self.model.grids) - 1
         later = () if last else None if generation.plan is None else generation.plan[scale + 1 :]
         updates = _Updates(self.accelerator, later)
-        around = self.accelerator.around(ScaleContext(step, noise, before.state), updates)
+        around = self._around(generation, step, before.state, updates)
 
         features = None if scale == 0 else residual.next_input(before.code_sum_BdHW, scale)
         x_RLC = transformer.embed(features, scale, conditioning)
-        guidance, guided = sampling.guidance[scale], step.branches == BOTH
+        guidance, guided = sampling.guidance[scale], step.branches == BOTH and not step.fuse_layer
         inner = None
         if guided and guidance != 1 and sampling.inner_guidance_layers:
             inner = {layer % transformer.depth: guidance for layer in sampling.inner_guidance_layers}
@@ -259,12 +294,13 @@ class Sampler:
             x_RLC,
             scale,
             conditioning,
-            lambda layer, q, k, v, softmax_scale: cache.attend(step.branches, layer, q, k, v, softmax_scale),
+            lambda layer, q, k, v, softmax_scale: cache.attend(step.branches_at(layer), layer, q, k, v, softmax_scale),
             around,
             inner,
+            (step.fuse_layer, guidance) if step.fuse_layer else None,
         )
         mixed = guided and guidance != 1 and sampling.logits_guidance
-        if guided and not mixed:
+        if step.branches == BOTH and not mixed:
             x_RLC, conditioning = x_RLC[:batch], conditioning.select(slice(0, batch))
         logits = transformer.logits(x_RLC, conditioning) / sampling.temperature[scale]
         if mixed:
@@ -274,7 +310,9 @@ class Sampler:
         self.on_scale(step, logits, tokens)
         code_sum = residual.add(before.code_sum_BdHW, tokens, scale)
         state = {site: cached for site, cached in before.state.items() if updates.wanted(site)}
-        return _Saved(code_sum, {**state, **updates}, cache.lengths, step.branches)
+        # Behind a fusing layer the dropped branch has no entries of this scale, so it cannot come back at a later one.
+        branches = step.rest.branches if step.fuse_layer else step.branches
+        return _Saved(code_sum, {**state, **updates}, cache.lengths, branches)
 
     def on_scale(self, step: ScaleStep, logits_BLV: Tensor, tokens: Tensor) -> None:
         """Called with every run scale's guided logits and drawn tokens; analysis and tests override it.

@@ -9,8 +9,9 @@ continuations. Everything else is static.
 
 Source: StageVAR (arXiv 2512.16483) for the stages, the branch cutoff and the ranks; sen-mao/FasterVAR for what its code
 decides where the paper is silent; FastVAR (arXiv 2503.23367, csguoh/FastVAR) and SkipVAR (arXiv 2506.08908,
-fakerone-li/SkipVAR) for their settings, carried here by position in the schedule instead of by grid width. Row
-selection, the trunk site, the conditional branch and mixing the methods are knobs of ours.
+fakerone-li/SkipVAR) for their settings, carried here by position in the schedule instead of by grid width; FocusVAR
+(aden9460/focusvar, no paper) for fusing the branches at an inner layer. Row selection, the trunk site, the conditional
+branch and mixing the methods are knobs of ours.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ class ScaleStep:
     """What happens at one scale, fully decided and hashable. `stage` is a label and does not make steps differ.
 
     keeps: layers [first, stop) whose sublayer outputs a later Pivotal step restores from. decision: what follows this
-    scale is chosen per image. precision: of the blocks' matrix products.
+    scale is chosen per image. precision: of the blocks' matrix products. fuse_layer: when above 0, layers [0, fuse_layer)
+    run both branches, guidance then mixes their streams, and the other layers and the head run the conditional rows alone.
     """
 
     scale: int
@@ -99,14 +101,24 @@ class ScaleStep:
     keeps: tuple[int, int] | None = None
     decision: Decision | None = None
     precision: str = "model"
+    fuse_layer: int = 0
 
     @property
     def tokens(self) -> int:
         """Tokens of the full grid."""
         return self.grid[0] * self.grid[1]
 
+    @property
+    def rest(self) -> ScaleStep:
+        """The step as it is behind its fusing layer: the conditional branch alone."""
+        return dataclasses.replace(self, branches=BOTH[:1], fuse_layer=0)
+
+    def branches_at(self, layer: int) -> tuple[Branch, ...]:
+        """The branches that a layer runs."""
+        return self.rest.branches if 0 < self.fuse_layer <= layer else self.branches
+
     def processed_tokens(self, chunks: int = 1) -> float:
-        """Token rows through the trunk, averaged over chunks: the cost proxy when nothing was measured."""
+        """Token rows that enter the trunk, averaged over chunks: the cost proxy when nothing was measured."""
         if self.skipped:
             return 0.0
         tokens: float = self.tokens
@@ -146,6 +158,8 @@ class StageSchedule:
     semantic_end: first scale of the structure stage; a label from analysis that bounds structure_end from below.
     cfg_delay: scales after structure_end at which one branch is dropped; None keeps guidance throughout.
     branch: the branch that stays after the cutoff ("uncond" is the paper's null-prompt choice).
+    fuse_layer: layers of the cutoff's scale that still run both branches; guidance then mixes them, and what follows is
+        conditional alone. 0: both end where the scale begins.
     rank_ratios: kept share of the tokens per accelerated scale counted from structure_end (+ rank_delay); the last
         entry repeats; an entry may hold one value per chunk; 1 keeps all tokens. energy: look the ratios up instead.
     rank_delay: scales after structure_end at which tokens are first reduced.
@@ -173,6 +187,7 @@ class StageSchedule:
     layers: tuple[int, int] = (3, 28)
     decision: str | None = None
     precision: str = "model"
+    fuse_layer: int = 0
 
     def __post_init__(self) -> None:
         _integer("structure_end", self.structure_end, 0)
@@ -184,6 +199,7 @@ class StageSchedule:
         if self.cfg_delay is not None:
             _integer("cfg_delay", self.cfg_delay, 0)
         _integer("rank_delay", self.rank_delay, 0)
+        _integer("fuse_layer", self.fuse_layer, 0)
         _choose("branch", self.branch, BOTH)
         _choose("projection", self.projection, ("gaussian", "rows"))
         _choose("rope", self.rope, ("first", "index"))
@@ -228,6 +244,14 @@ class StageSchedule:
                     f"decision {self.decision} and cfg_delay {self.cfg_delay} both drop a branch; keep one of them"
                 )
 
+        if self.fuse_layer and self.cfg_delay is None:
+            raise ScheduleError(f"fuse_layer {self.fuse_layer} says where guidance ends; give a cfg_delay too")
+        if self.fuse_layer and self.branch != "cond":
+            raise ScheduleError(
+                f"fuse_layer {self.fuse_layer} goes on with the conditional branch, not with {self.branch}; "
+                "set branch to cond"
+            )
+
     @property
     def cfg_cutoff(self) -> int | None:
         """First scale that runs one branch only, None when guidance stays."""
@@ -254,6 +278,10 @@ class StageSchedule:
             raise ScheduleError(f"skipped scale {outside[0]} does not exist; the last one is {scales - 1}")
         if 0 in self.skip:
             raise ScheduleError("scale 0 cannot be skipped: nothing would start the image")
+        if self.fuse_layer and (self.cfg_cutoff == scales or self.cfg_cutoff in self.skip):
+            raise ScheduleError(
+                f"fuse_layer {self.fuse_layer} is for scale {self.cfg_cutoff} (structure_end + cfg_delay), which is not run"
+            )
         steps: list[ScaleStep] = []
         for scale, grid in enumerate(grids):
             full = [s.scale for s in steps if s.reduction is None and not s.skipped]
@@ -293,11 +321,17 @@ class StageSchedule:
             stage = "structure" if scale < self.structure_end else "fidelity"
         if scale in self.skip:
             return ScaleStep(scale, grid, (), None, True, stage)
-        alone = self.cfg_cutoff is not None and scale >= self.cfg_cutoff
+        fuse_layer = self.fuse_layer if scale == self.cfg_cutoff else 0
+        alone = self.cfg_cutoff is not None and scale >= self.cfg_cutoff and not fuse_layer
         branches = (self.branch,) if alone else BOTH
         reduction = self._reduction(scale, grid, chunks, rank_table, last_full_scale)
+        if fuse_layer and isinstance(reduction, LowRank):
+            raise ScheduleError(
+                f"scale {scale} fuses the branches at layer {fuse_layer}, but projection leaves them on different tokens; "
+                "raise rank_delay, or use fastvar, which restores them before every layer"
+            )
         precision = self.precision if stage == "fidelity" else "model"
-        return ScaleStep(scale, grid, branches, reduction, False, stage, precision=precision)
+        return ScaleStep(scale, grid, branches, reduction, False, stage, precision=precision, fuse_layer=fuse_layer)
 
     def _accelerator(self, position: int) -> str:
         if isinstance(self.accelerator, str):

@@ -37,6 +37,12 @@ Around = Callable[[Site, Tensor, "Tensor | None", SiteFn], Tensor]
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
 
 
+def mixed(x_RLC: Tensor, guidance: float) -> Tensor:
+    """Both branches' streams as one of the conditional rows: u + s(c - u)."""
+    cond, uncond = x_RLC.chunk(2)
+    return torch.lerp(uncond, cond, guidance)
+
+
 def around_nothing(site: Site, x_RLC: Tensor, positions: Tensor | None, run: SiteFn) -> Tensor:
     """The exact forward: every site runs on all its tokens."""
     return run(x_RLC, positions)
@@ -62,6 +68,14 @@ class Conditioning(ABC):
     def clone(self) -> Conditioning:
         """A copy with tensors of its own."""
         return dataclasses.replace(self, **_cloned(vars(self)))  # type: ignore[type-var]
+
+
+def by_layer(conditioning: Conditioning, fuse: tuple[int, float] | None) -> Callable[[int], Any]:
+    """The conditioning that each layer reads: from a fusing layer on that of the conditional rows."""
+    if fuse is None:
+        return lambda layer: conditioning
+    conditional = conditioning.select(slice(0, conditioning.rows // 2))
+    return lambda layer: conditional if layer >= fuse[0] else conditioning
 
 
 def _leaves(value: Any) -> Iterator[Tensor]:
@@ -138,8 +152,13 @@ class NextScaleModel(nn.Module, ABC):
         attend: Attend,
         around: Around = around_nothing,
         inner_guidance: dict[int, float] | None = None,
+        fuse: tuple[int, float] | None = None,
     ) -> Tensor:
-        """All blocks, in order. `inner_guidance[layer] = s` mixes the branches after that layer: u + s(c - u)."""
+        """All blocks, in order. `inner_guidance[layer] = s` mixes the branches after that layer: u + s(c - u).
+
+        fuse (layer, s): mixes them in the same way before that layer and runs it and all later ones on the B conditional
+        rows alone, so that the result has B rows; not inside a site that reduces tokens.
+        """
 
     @abstractmethod
     def logits(self, x_RLC: Tensor, conditioning: Conditioning) -> Tensor:

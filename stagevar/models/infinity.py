@@ -30,6 +30,8 @@ from stagevar.models.base import (
     Sampling,
     Site,
     around_nothing,
+    by_layer,
+    mixed,
 )
 from stagevar.models.precision import LowPrecisionLinear
 from stagevar.noise import ScaleNoise
@@ -461,18 +463,20 @@ class Infinity(NextScaleModel):
         attend: Attend,
         around: Around = around_nothing,
         inner_guidance: dict[int, float] | None = None,
+        fuse: tuple[int, float] | None = None,
     ) -> Tensor:
         level_C = self.lvl_embed.weight[scale]
         every_chunk = self.config.level_embedding_every_chunk
         cos_sin = self._scale_rope(scale)
-        blocks = self.layers()
+        blocks, conditioning_of = self.layers(), by_layer(conditioning, fuse)
 
         def run_chunk(layers: range, x: Tensor, positions: Tensor | None) -> Tensor:
             for layer in layers:
-                x = blocks[layer](x, layer, cos_sin, positions, conditioning, attend, around)
+                if fuse is not None and layer == fuse[0]:
+                    x = mixed(x, fuse[1])
+                x = blocks[layer](x, layer, cos_sin, positions, conditioning_of(layer), attend, around)
                 if inner_guidance and layer in inner_guidance:
-                    cond, uncond = x.chunk(2)
-                    x = torch.lerp(uncond, cond, inner_guidance[layer]).repeat(2, 1, 1)
+                    x = mixed(x, inner_guidance[layer]).repeat(2, 1, 1)
             return x
 
         def run_trunk(x: Tensor, positions: Tensor | None) -> Tensor:

@@ -36,6 +36,7 @@ from stagevar.models.base import (
     Sampling,
     Site,
     around_nothing,
+    by_layer,
 )
 from stagevar.models.infinity import MAX_SCALE_MUL, FeedForward, SelfAttention, linear
 from stagevar.models.star_text import PromptText
@@ -296,13 +297,14 @@ class STAR(NextScaleModel):
         attend: Attend,
         around: Around = around_nothing,
         inner_guidance: dict[int, float] | None = None,
+        fuse: tuple[int, float] | None = None,
     ) -> Tensor:
-        cos_sin = self._scale_rope(scale)
+        cos_sin, conditioning_of = self._scale_rope(scale), by_layer(conditioning, fuse)
 
         def run_layer(layer: int, x: Tensor, positions: Tensor | None) -> Tensor:
-            return self.blocks[layer](x, layer, cos_sin, positions, conditioning, attend, around)
+            return self.blocks[layer](x, layer, cos_sin, positions, conditioning_of(layer), attend, around)
 
-        return run_trunk(x_RLC, self.chunk_layers, run_layer, around, inner_guidance)
+        return run_trunk(x_RLC, self.chunk_layers, run_layer, around, inner_guidance, fuse)
 
     def logits(self, x_RLC: Tensor, conditioning: STARConditioning) -> Tensor:
         return linear(plain_norm(x_RLC), self.head_logits).float()

@@ -32,6 +32,8 @@ from stagevar.models.base import (
     Sampling,
     Site,
     around_nothing,
+    by_layer,
+    mixed,
 )
 from stagevar.models.infinity import PLAIN, FeedForward, SelfAttention, linear, modulated_norm
 from stagevar.noise import ScaleNoise
@@ -84,15 +86,17 @@ def run_trunk(
     run_layer: RunLayer,
     around: Around,
     inner_guidance: dict[int, float] | None,
+    fuse: tuple[int, float] | None,
 ) -> Tensor:
-    """All layers through the trunk and chunk sites, branches mixed after the layers that `inner_guidance` names."""
+    """All layers through the trunk and chunk sites, branches mixed or fused as `NextScaleModel.trunk` says."""
 
     def run_chunk(layers: range, x: Tensor, positions: Tensor | None) -> Tensor:
         for layer in layers:
+            if fuse is not None and layer == fuse[0]:
+                x = mixed(x, fuse[1])
             x = run_layer(layer, x, positions)
             if inner_guidance and layer in inner_guidance:
-                cond, uncond = x.chunk(2)
-                x = torch.lerp(uncond, cond, inner_guidance[layer]).repeat(2, 1, 1)
+                x = mixed(x, inner_guidance[layer]).repeat(2, 1, 1)
         return x
 
     def run_chunks(x: Tensor, positions: Tensor | None) -> Tensor:
@@ -267,11 +271,14 @@ class VAR(NextScaleModel):
         attend: Attend,
         around: Around = around_nothing,
         inner_guidance: dict[int, float] | None = None,
+        fuse: tuple[int, float] | None = None,
     ) -> Tensor:
-        def run_layer(layer: int, x: Tensor, positions: Tensor | None) -> Tensor:
-            return self.blocks[layer](x, layer, conditioning.modulation[layer], positions, attend, around)
+        conditioning_of = by_layer(conditioning, fuse)
 
-        return run_trunk(x_RLC, self.chunk_layers, run_layer, around, inner_guidance)
+        def run_layer(layer: int, x: Tensor, positions: Tensor | None) -> Tensor:
+            return self.blocks[layer](x, layer, conditioning_of(layer).modulation[layer], positions, attend, around)
+
+        return run_trunk(x_RLC, self.chunk_layers, run_layer, around, inner_guidance, fuse)
 
     def logits(self, x_RLC: Tensor, conditioning: VARConditioning) -> Tensor:
         scale, shift = conditioning.head_modulation
