@@ -51,6 +51,30 @@ def largest_difference(a: dict[int, Tensor], b: dict[int, Tensor]) -> float:
     return max(float((a[scale] - b[scale]).abs().max()) for scale in a)
 
 
+def fused_and_plain(model: LoadedModel, prompts: Sequence[str], fuse_layer: int) -> tuple[Recorder, Recorder]:
+    """A schedule that fuses the branches at the last scale but one, and what it must equal on the same tokens.
+
+    The plain way keeps both branches at that scale, mixes their streams after the layer before (Infinity's inner
+    guidance, which has goldens) and reads the conditional rows; the last scale runs them alone.
+    """
+    grids = model.grids
+    at = len(grids) - 2
+    options = {"cfg_delay": 0, "branch": "cond"}
+    chunks = len(model.transformer.chunk_layers)
+    fused = Recorder(model)
+    steps = StageSchedule(at, **options, fuse_layer=fuse_layer).expand(grids, chunks)
+    fused.run(steps, prompts)
+    plain = Recorder(model, forced=fused.tokens)
+    generation = plain.begin(prompts, SEEDS)
+    for step in StageSchedule(at + 1, **options).expand(grids, chunks):
+        layers = (fuse_layer - 1,) if step.scale == at else ()
+        generation.sampling = dataclasses.replace(
+            model.sampling, inner_guidance_layers=layers, logits_guidance=not layers
+        )
+        plain.advance(generation, step)
+    return fused, plain
+
+
 def masked_attend(sizes: list[int]):
     """An `Attend` over all scales at once in which a token sees its own scale and earlier ones: nothing is cached."""
     levels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
@@ -255,6 +279,11 @@ class ModelContract:
             assert generation.code_sum_BdHW.device == CUDA
 
     # ------------------------------------------------------------------------------------------------ guidance
+
+    def test_fusing_is_inner_guidance_without_the_rows_that_nobody_reads(self, model):
+        for fuse_layer in range(1, model.transformer.depth):
+            fused, plain = fused_and_plain(model, self.prompts, fuse_layer)
+            assert largest_difference(fused.logits, plain.logits) < 1e-4, fuse_layer
 
     def test_guidance_is_the_stated_mix_and_inner_guidance_counts(self, model):
         full = self.full(model)

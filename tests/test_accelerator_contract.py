@@ -16,6 +16,7 @@ import torch
 from stagevar.accelerators import Accelerator, Composite, Exact, FastVAR, SkipVAR, StageVAR
 from stagevar.accelerators.skipvar import LinearClassifier, SkipRule, look
 from stagevar.grids import INFINITY_GRIDS
+from stagevar.models.base import Sampling
 from stagevar.noise import PromptNoise
 from stagevar.sampler import Sampler
 from stagevar.schedule import LowRank, Pivotal, StageSchedule, exact
@@ -124,6 +125,8 @@ class AcceleratorContract:
     """Subclasses say which accelerator, which schedules, and whether `neutral` must reach reduced runs."""
 
     reduces = True
+    #: What `neutral` and the full schedule run with; None for the model's own sampling.
+    neutral_sampling = None
 
     def accelerator(self) -> Accelerator:
         raise NotImplementedError
@@ -150,15 +153,19 @@ class AcceleratorContract:
         assert generation.code_sum_BdHW.shape == (3, 4, 6, 6)
         assert {site.kind for _, site, _, _ in probe.calls} == {"trunk", "chunk", "attn", "cross", "mlp"}
         for scale, site, before, after in probe.calls:
-            assert before == after, (scale, site)
+            layers = {"trunk": range(4), "chunk": model.transformer.chunk_layers[site.index % 2]}.get(site.kind, ())
+            # Only where the branches are fused inside it, a site puts out half the rows that it takes.
+            fused = steps[scale].fuse_layer and steps[scale].fuse_layer in layers
+            assert after == (before[0] // 2 if fused else before[0], *before[1:]), (scale, site)
         assert bool(probe.reduced) == self.reduces
 
     def test_neutral_setting_is_exact_through_the_real_path(self, model, rule_path):
+        options = {} if self.neutral_sampling is None else {"sampling": self.neutral_sampling}
         full = Recorder(model, Exact())
-        images, _ = full.run(expand(exact(len(GRIDS))))
+        images, _ = full.run(expand(exact(len(GRIDS))), **options)
         probe = Probe(self.accelerator())
         neutral = Recorder(model, probe, forced=full.tokens)
-        neutral_images, _ = neutral.run(self.neutral(model, rule_path))
+        neutral_images, _ = neutral.run(self.neutral(model, rule_path), **options)
         assert bool(probe.reduced) == self.reduces
         assert neutral.logits.keys() == full.logits.keys()
         for scale, logits in full.logits.items():
@@ -320,6 +327,52 @@ class TestFastVAR(AcceleratorContract):
 
     def neutral(self, model, rule_path):
         return reduced(model, [all_pivotal, all_pivotal])
+
+
+class TestFocusVAR(AcceleratorContract):
+    """Fusing inside a chunk; without guidance (strength 1) it passes the conditional stream on as it is."""
+
+    reduces = False
+    neutral_sampling = Sampling((1.0,) * len(GRIDS), (1.0,) * len(GRIDS))
+
+    def accelerator(self):
+        return Composite()
+
+    def active(self, model, rule_path):
+        return expand(StageSchedule(4, cfg_delay=0, branch="cond", fuse_layer=3), model.grids)
+
+    def neutral(self, model, rule_path):
+        return self.active(model, rule_path)
+
+
+class TestFocusVARWithOthers(AcceleratorContract):
+    """A scale that is pruned and fuses at the edge of a chunk, behind a skipped one; rows are selected after it."""
+
+    neutral_sampling = Sampling((1.0,) * len(GRIDS), (1.0,) * len(GRIDS))
+
+    def accelerator(self):
+        return Composite()
+
+    def active(self, model, rule_path):
+        schedule = StageSchedule(
+            4,
+            cfg_delay=0,
+            branch="cond",
+            fuse_layer=2,
+            accelerator=("fastvar", "stagevar"),
+            rank_ratios=(0.6, 0.4),
+            projection="rows",
+            rope="index",
+            layers=LAYERS,
+            skip=(3,),
+        )
+        return expand(schedule, model.grids)
+
+    def neutral(self, model, rule_path):
+        steps = list(reduced(model, [all_pivotal, all_rows]))
+        steps[4] = dataclasses.replace(steps[4], fuse_layer=2)
+        steps[5] = dataclasses.replace(steps[5], branches=("cond",))
+        return tuple(steps)
 
 
 class TestSkipVAR(AcceleratorContract):

@@ -9,11 +9,13 @@ import torch
 from stagevar.accelerators import Exact
 from stagevar.accelerators.stagevar import draw_indices, project
 from stagevar.cache import KVCache, step_lengths
+from stagevar.errors import ScheduleError
 from stagevar.models.base import Sampling
 from stagevar.models.infinity import draw_bits
 from stagevar.noise import hash_words, key_tensor, uniform
 from stagevar.sampler import Sampler
 from stagevar.schedule import BOTH, LowRank, StageSchedule, exact
+from tests.model_contract import fused_and_plain, largest_difference
 from tests.tiny import GRIDS, TinyText, tiny_infinity
 
 PROMPTS, SEEDS = ["a red ring", "two blue stars", "a cross"], [3, 4, 5]
@@ -172,6 +174,42 @@ def test_dropped_branch_is_neither_read_nor_written(model, branch):
     for step in FULL[3:]:
         sampler.advance(generation, step)
     assert torch.equal(generation.code_sum_BdHW, sampler.run(FULL).code_sum_BdHW)
+
+
+@pytest.mark.parametrize("fuse_layer", [1, 2, 3])
+def test_fusing_is_inner_guidance_without_the_rows_that_nobody_reads(model, fuse_layer):
+    """At the edge of a chunk and inside one."""
+    fused, plain = fused_and_plain(model, PROMPTS, fuse_layer)
+    assert largest_difference(fused.logits, plain.logits) < 1e-4
+
+
+FUSED = StageSchedule(3, cfg_delay=0, branch="cond", fuse_layer=2).expand(GRIDS, 2)
+
+
+def test_fusing_leaves_the_dropped_branch_whole_up_to_there(model):
+    """Behind the fusing layer the cache of the dropped branch ends one scale earlier; rewinding finds everything."""
+    sampler = Recorder(model)
+    images = sampler.finish(sampler.begin(PROMPTS, SEEDS), FULL)
+    generation = sampler.run(FUSED)
+    cond, uncond = generation.cache.lengths
+    assert cond == (1 + 4 + 9 + 16 + 36,) * 4
+    assert uncond == (1 + 4 + 9 + 16,) * 2 + (1 + 4 + 9,) * 2
+    assert uncond == tuple(step_lengths(FUSED, model.transformer.chunk_layers)["uncond"])
+    sampler.rewind(generation, 4)
+    with pytest.raises(ValueError, match="scale 4 wants the uncond branch, which an earlier scale dropped"):
+        sampler.advance(generation, FULL[4])
+    sampler.rewind(generation, 3)
+    assert np.array_equal(sampler.finish(generation, FULL), images)
+
+
+def test_fusing_that_a_model_cannot_do_is_refused(model):
+    sampler = Sampler(model)
+    deep = StageSchedule(3, cfg_delay=0, branch="cond", fuse_layer=4).expand(GRIDS, 2)
+    with pytest.raises(ScheduleError, match="fuse_layer 4 is beyond the 4 layers of tiny; use 0 to 3"):
+        sampler.generate(PROMPTS, SEEDS, deep)
+    mixing = dataclasses.replace(model.sampling, inner_guidance_layers=(1,), logits_guidance=False)
+    with pytest.raises(ScheduleError, match=r"mix the branches again: this sampling mixes them after layers \[1\]"):
+        sampler.generate(PROMPTS, SEEDS, FUSED, sampling=mixing)
 
 
 def test_a_dropped_branch_cannot_come_back(model):

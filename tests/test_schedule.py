@@ -63,6 +63,22 @@ def test_every_parameter_changes_an_expansion(change):
     assert dataclasses.replace(BASE, **change).expand(NANO, 2) != BASE.expand(NANO, 2)
 
 
+FUSED = {"structure_end": 4, "cfg_delay": 0, "branch": "cond", "fuse_layer": 2}
+
+
+def test_fusing_is_at_the_cutoff_and_mixes_with_what_keeps_tokens_in_place():
+    """Null branch until scale 4, fused there, rows from 5 on; pruning may also start at 4, and another scale be skipped."""
+    steps = StageSchedule(**FUSED, rank_ratios=(0.5,), rank_delay=1, projection="rows").expand(NANO, 3)
+    assert [s.fuse_layer for s in steps] == [0, 0, 0, 0, 2, 0]
+    assert [len(s.branches) for s in steps] == [2, 2, 2, 2, 2, 1]
+    assert [steps[4].branches_at(layer) for layer in (0, 1, 2, 5)] == [BOTH, BOTH, ("cond",), ("cond",)]
+    assert steps[5].branches_at(0) == ("cond",)
+    pruned = StageSchedule(**FUSED, rank_ratios=(0.5,), accelerator="fastvar", skip=(3,)).expand(NANO, 3)
+    assert pruned[4].reduction.kept == 18 and pruned[4].fuse_layer == 2 and pruned[4].reduction.cache_scale == 2
+    plain = StageSchedule(**{**FUSED, "fuse_layer": 0}).expand(NANO, 3)
+    assert len({plain, steps, StageSchedule(**{**FUSED, "fuse_layer": 3}).expand(NANO, 3)}) == 3
+
+
 def test_relative_parameters_move_with_structure_end():
     for start in (2, 3, 4):
         steps = StageSchedule(start, cfg_delay=1, rank_ratios=(0.5,)).expand(NANO, 1)
@@ -87,6 +103,13 @@ def test_relative_parameters_move_with_structure_end():
         ({"structure_end": 5, "projection": "gausian"}, "nearest: gaussian"),
         ({"structure_end": 5, "skip": (6,)}, "skipped scale 6"),
         ({"structure_end": 5, "skip": (0,)}, "scale 0 cannot be skipped"),
+        ({"structure_end": 5, "fuse_layer": -1}, "fuse_layer -1"),
+        ({"structure_end": 5, "fuse_layer": 2}, "fuse_layer 2 says where guidance ends; give a cfg_delay"),
+        ({"structure_end": 5, "fuse_layer": 2, "cfg_delay": 0}, "fuse_layer 2 goes on with the conditional branch"),
+        ({**FUSED, "cfg_delay": 2}, "fuse_layer 2 is for scale 6 .structure_end . cfg_delay., which is not run"),
+        ({**FUSED, "skip": (4,)}, "fuse_layer 2 is for scale 4 .structure_end . cfg_delay., which is not run"),
+        ({**FUSED, "rank_ratios": (0.5,)}, "scale 4 fuses the branches at layer 2, but projection leaves them on"),
+        ({**FUSED, "decision": "ssim-0.84"}, "both drop a branch"),
         ({"structure_end": True}, "structure_end True"),
         ({"structure_end": 2.0}, "structure_end 2.0"),
     ],
