@@ -16,6 +16,7 @@ import argparse
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             model,
             ["skip-1", "skip-2", "stagevar-paper", "stagevar-released", "fastvar"],
             extra_steps={name: schedule.expand(model.grids, chunks) for name, schedule in schedules.items()},
-            accelerators=accelerators,
+            samplers={name: partial(Sampler, accelerator=own) for name, own in accelerators.items()},
             rounds=args.rounds,
             prompts=prompts,
             threads=args.threads,

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from stagevar.accelerators import Accelerator
 from stagevar.errors import UsageError
 from stagevar.latency import Timing, paired_ratio, pinned, time_once, warm_up
 from stagevar.models.base import LoadedModel
@@ -37,7 +36,7 @@ def compare(
     names: Sequence[str],
     *,
     extra_steps: Mapping[str, Steps] | None = None,
-    accelerators: Mapping[str, Accelerator] | None = None,
+    samplers: Mapping[str, Callable[[LoadedModel], Sampler]] | None = None,
     rounds: int = 10,
     batch: int = 1,
     prompts: int | Sequence[str] = 32,
@@ -48,8 +47,8 @@ def compare(
     """One row per schedule, the full one first, as plain data.
 
     Args:
-        names: presets. extra_steps: further schedules by name, already expanded. accelerators: for rows that are not run
-            by the default one.
+        names: presets. extra_steps: further schedules by name, already expanded. samplers: makes one for rows that the
+            default one does not run.
         rounds: timed passes; each times every schedule on the next `batch` prompts.
         prompts: how many of the model's own bench prompts, or the prompts themselves, for the quality columns.
         threads: on CPU, pinned. scores: further quality columns, as mean paired difference to the full schedule with a
@@ -60,7 +59,7 @@ def compare(
     weights are random: psnr_db, ssim (means) and `scores`. outcomes: how often a decision went which way. On a CPU also
     cpu_ratio, the same ratio of processor time, which other processes on the machine hardly change.
     """
-    sampler, accelerators = Sampler(model), accelerators or {}
+    sampler, samplers = Sampler(model), samplers or {}
     plans = {name: preset(name, model.grids).expand(model.grids, sampler.chunks) for name in (BASELINE, *names)}
     plans.update(extra_steps or {})
     texts = bench_prompts(model, prompts) if isinstance(prompts, int) else list(prompts)
@@ -70,9 +69,9 @@ def compare(
     for step in (step for steps in plans.values() for step in steps if step.decision is not None):
         sampler.accelerator.check(model, step.decision)  # refused before anything is measured
     with pinned(threads) if model.device.type == "cpu" else contextlib.nullcontext():
-        made = {name: _observe(Sampler(model, accelerators.get(name)), plans[name], texts, batch) for name in plans}
-        samplers = {name: Sampler(model, accelerators.get(name)) for name in plans}
-        timings, busy = _time(samplers, plans, batches, rounds, warm_up_at_most)
+        made = {name: _observe(samplers.get(name, Sampler)(model), plans[name], texts, batch) for name in plans}
+        timed = {name: samplers.get(name, Sampler)(model) for name in plans}
+        timings, busy = _time(timed, plans, batches, rounds, warm_up_at_most)
     full = made[BASELINE]
     rows = []
     for name in plans:

@@ -9,6 +9,7 @@ import pytest
 from stagevar.accelerators import Exact
 from stagevar.compare import bench_prompts, compare, format_table
 from stagevar.errors import ScheduleError, UsageError
+from stagevar.sampler import Sampler
 from stagevar.schedule import StageSchedule, exact, skipvar
 from tests.test_accelerator_contract import GRIDS, PROMPTS, splitting_rule, write_rule
 from tests.tiny import tiny_infinity
@@ -68,7 +69,13 @@ def test_table_shows_every_row_and_the_decisions(rows):
 def test_a_row_may_bring_its_own_accelerator(model):
     steps = StageSchedule(4, rank_ratios=(0.5,)).expand(GRIDS, 2)
     with pytest.raises(ValueError, match="exact accelerator does not"):
-        compare(model, [], extra_steps={"mine": steps}, accelerators={"mine": Exact()}, prompts=PROMPTS)
+        compare(
+            model,
+            [],
+            extra_steps={"mine": steps},
+            samplers={"mine": lambda model: Sampler(model, Exact())},
+            prompts=PROMPTS,
+        )
 
 
 def test_random_weights_report_no_quality(model):

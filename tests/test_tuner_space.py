@@ -70,6 +70,32 @@ def test_a_cutoff_beyond_the_last_scale_is_none():
     assert late == NANO.schedule({"structure_end": 5, "cfg_delay": NEVER}, GRIDS)
 
 
+def test_inner_scales_are_skipped_right_before_the_last_one_that_runs():
+    def skipped(**values):
+        return NANO.schedule({"structure_end": 3, **values}, GRIDS).skip
+
+    assert skipped(skip_inner=1) == (4,) and skipped(skip_inner=2) == (3, 4)
+    assert skipped(skip_last=1, skip_inner=1) == (3, 5)
+    assert skipped(skip_last=4, skip_inner=3) == (2, 3, 4, 5), "the first scale always runs"
+
+
+def test_fusing_is_left_out_where_the_schedule_would_refuse_it():
+    def fuse_layer(**values):
+        start = {"structure_end": 4, "cfg_delay": 0, "branch": "cond", "fuse_layer": 3}
+        return NANO.schedule({**start, **values}, GRIDS).fuse_layer
+
+    assert fuse_layer() == fuse_layer(rank_ratio=0.5, accelerator="fastvar") == fuse_layer(skip_last=1) == 3
+    assert fuse_layer(rank_ratio=0.5, rank_delay=1) == 3, "the branches are fused before tokens are reduced"
+    for reason in (
+        {"cfg_delay": NEVER},
+        {"branch": "uncond"},
+        {"rank_ratio": 0.5},
+        {"skip_inner": 1},
+        {"cfg_delay": 2},
+    ):
+        assert fuse_layer(**reason) == 0, reason
+
+
 def test_the_neutral_point_is_the_full_schedule():
     neutral = NANO.schedule({"structure_end": 4}, GRIDS).expand(GRIDS, CHUNKS)
     assert steps_key(neutral) == steps_key(StageSchedule(len(GRIDS)).expand(GRIDS, CHUNKS))

@@ -48,6 +48,8 @@ _RULES = {
     "rope": _Rule(str, words=("first", "index")),
     "site": _Rule(str, words=("chunk", "trunk")),
     "skip_last": _Rule(int, 0),
+    "skip_inner": _Rule(int, 0),
+    "fuse_layer": _Rule(int, 0),
     "accelerator": _Rule(str, words=ACCELERATORS),
     "precision": _Rule(str, words=PRECISIONS),
 }
@@ -62,6 +64,8 @@ DEFAULTS: dict[str, Value] = {
     "rope": "first",
     "site": "chunk",
     "skip_last": 0,
+    "skip_inner": 0,
+    "fuse_layer": 0,
     "accelerator": "stagevar",
     "precision": "model",
 }
@@ -136,7 +140,11 @@ class SearchSpace:
         """Raises UsageError when a range does not fit a model of these scales."""
         scales = len(grids)
         for parameter in self.parameters:
-            limit = {"structure_end": scales, "cfg_delay": scales, "rank_delay": scales, "skip_last": scales - 1}
+            limit = {
+                **dict.fromkeys(("structure_end", "cfg_delay", "rank_delay"), scales),
+                "skip_last": scales - 1,
+                "skip_inner": scales - 2,
+            }
             if parameter.name not in limit:
                 continue
             high = max((v for v in parameter.values if v != NEVER), default=parameter.high)
@@ -149,7 +157,11 @@ class SearchSpace:
             PRESETS[name](grids)
 
     def schedule(self, values: Mapping[str, Value], grids: Sequence[Grid]) -> StageSchedule:
-        """The schedule of one set of values: the k-th accelerated scale keeps rank_ratio * rank_decay ** k."""
+        """The schedule of one set of values: the k-th accelerated scale keeps rank_ratio * rank_decay ** k.
+
+        skip_last counts scales from the end, skip_inner those right before the last one that is run. fuse_layer is 0
+        wherever the branches cannot be fused at the cutoff's scale.
+        """
         given = {**DEFAULTS, **values}
         scales = len(grids)
         start = int(given["structure_end"])
@@ -158,6 +170,12 @@ class SearchSpace:
             delay = None
         accelerated = max(1, scales - start - int(given["rank_delay"]))
         ratios = tuple(float(given["rank_ratio"]) * float(given["rank_decay"]) ** k for k in range(accelerated))
+        last = scales - 1 - int(given["skip_last"])
+        skip = {*range(max(1, last - int(given["skip_inner"])), last), *range(last + 1, scales)}
+        projected = given["accelerator"] == "stagevar" and given["rank_ratio"] < 1
+        fuses = delay is not None and given["branch"] == "cond" and start + delay not in skip
+        if projected and delay is not None and int(given["rank_delay"]) <= delay:
+            fuses = False
         return StageSchedule(
             structure_end=start,
             semantic_end=min(self.semantic_end, start),
@@ -168,9 +186,10 @@ class SearchSpace:
             projection=given["projection"],
             rope=given["rope"],
             site=given["site"],
-            skip=tuple(range(scales - int(given["skip_last"]), scales)),
+            skip=tuple(sorted(skip)),
             accelerator=given["accelerator"],
             precision=given["precision"],
+            fuse_layer=int(given["fuse_layer"]) if fuses else 0,
         )
 
     def nearest_values(self, schedule: StageSchedule, grids: Sequence[Grid]) -> dict[str, Value]:
@@ -184,6 +203,7 @@ class SearchSpace:
                 s.processed_tokens() / s.tokens / len(s.branches) for s in steps[schedule.structure_end :] if s.branches
             ]
         accelerator = schedule.accelerator
+        run = [s for s in range(scales) if s not in schedule.skip]
         wanted = {
             "structure_end": schedule.structure_end,
             "cfg_delay": NEVER if schedule.cfg_delay is None else schedule.cfg_delay,
@@ -194,7 +214,9 @@ class SearchSpace:
             "projection": schedule.projection,
             "rope": schedule.rope,
             "site": schedule.site,
-            "skip_last": sum(1 for s in schedule.skip if s < scales),
+            "skip_last": scales - 1 - run[-1],
+            "skip_inner": run[-1] - 1 - run[-2] if len(run) > 1 else 0,
+            "fuse_layer": schedule.fuse_layer,
             "accelerator": accelerator[0] if isinstance(accelerator, tuple) else accelerator,
             "precision": schedule.precision,
         }
