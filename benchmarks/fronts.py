@@ -1,9 +1,11 @@
-"""Pareto fronts of all methods on one model, from one interleaved run: who wins where.
+"""Pareto fronts of all methods on one model, from one study in which the method is a search dimension: who wins where.
 
-    python -m benchmarks.fronts --model nano --prompts 96 --rounds 20 --output fronts.json --figure fronts.png
+    stagevar-tune --model nano --budget 99% --max-drop 1 --space benchmarks/fronts_nano.yaml --sampler random \\
+        --trials 120 --out RUN
+    python -m benchmarks.fronts RUN --output fronts.json --figure fronts.png
 
-Every method is swept over its own settings; all of them make the same images from the same prompts and seeds and are timed
-in turn. A point is on its method's front when none of the same method is both faster and more like the full schedule.
+Every schedule of the study is filed under the method that it uses. A point is on its method's front when none of the same
+method is both faster and better; time is the ratio to the full schedule's, from runs interleaved with it.
 """
 
 from __future__ import annotations
@@ -14,148 +16,208 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ablation import nano_verdicts, speed
 from benchmarks.environment import environment, write_json
-from stagevar.accelerators.skipvar import packaged_rules
-from stagevar.compare import bench_prompts, compare
 from stagevar.errors import UsageError
-from stagevar.models.base import LoadedModel
-from stagevar.models.registry import load_model
-from stagevar.sampler import Sampler
-from stagevar.schedule import StageSchedule, skip_only, skipvar
+from tuner.pareto import front
+from tuner.report_words import name_of
+from tuner.result import Candidate, Interval, StudyResult
+
+#: Method -> colour (Okabe and Ito's, told apart by the colour-blind; the last one is grey) and marker, in the order of
+#: the legend.
+METHODS = {
+    "conditional branch": ("#0072B2", "o"),
+    "null branch": ("#56B4E9", "s"),
+    "FocusVAR": ("#CC79A7", "D"),
+    "SkipVAR": ("#D55E00", "*"),
+    "skipping": ("#009E73", "v"),
+    "skipping, one branch": ("#E69F00", "^"),
+    "FastVAR": ("#000000", "P"),
+    "StageVAR, rows": ("#7A5195", "X"),
+    "StageVAR, projection": ("#999999", "p"),
+}
+#: Metric of a panel -> its title.
+PANELS = {"quality": "share of prompts right, difference", "ssim": "SSIM with the full schedule's image"}
 
 
-def sweep(model: LoadedModel, lasts: Sequence[int], ratios: Sequence[float]) -> dict[str, StageSchedule]:
-    """Schedules by "method | setting". lasts: how many last scales are accelerated. ratios: kept shares of the tokens."""
-    scales, depth = len(model.grids), model.transformer.depth
-    found: dict[str, StageSchedule] = {}
-    for last in lasts:
-        start = scales - last
-        found[f"skip | last {last}"] = skip_only(model.grids, last)
-        for branch in ("uncond", "cond"):
-            found[f"one branch | {branch} from {start}"] = StageSchedule(start, cfg_delay=0, branch=branch)
-        for kept in ratios:
-            ranks: dict[str, Any] = {"rank_ratios": (kept,)}
-            rows: dict[str, Any] = {**ranks, "projection": "rows", "rope": "index"}
-            pruned: dict[str, Any] = {**ranks, "accelerator": "fastvar", "layers": (0, depth)}
-            where = f"{kept:g} from {start}"
-            found[f"StageVAR as published | {where}"] = StageSchedule(start, cfg_delay=0, **ranks)
-            found[f"StageVAR, rows, conditional | {where}"] = StageSchedule(start, cfg_delay=0, branch="cond", **rows)
-            found[f"FastVAR | {where}"] = StageSchedule(start, **pruned)
-            found[f"FastVAR, conditional | {where}"] = StageSchedule(start, cfg_delay=0, branch="cond", **pruned)
-        if last > 1:
-            skipped = tuple(range(start + 1, scales))
-            found[f"one branch, then skip | cond at {start}"] = StageSchedule(
-                start, cfg_delay=0, branch="cond", skip=skipped
-            )
-            found[f"FastVAR, conditional, then skip | 0.5 at {start}"] = StageSchedule(
-                start,
-                cfg_delay=0,
-                branch="cond",
-                accelerator="fastvar",
-                layers=(0, depth),
-                rank_ratios=(0.5,),
-                skip=skipped,
-            )
-    for name in packaged_rules().get(model.name, {}):
-        found[f"SkipVAR | {name}"] = skipvar(model.grids, name)
-    return found
+def method(steps: Iterable[Mapping[str, Any]]) -> str:
+    """Key of METHODS for expanded steps (`stagevar.profile` spelling): how tokens are reduced, else what else is done."""
+    steps = list(steps)
+    reductions = [step["reduction"] for step in steps if step.get("reduction")]
+    if any("kept" in reduction for reduction in reductions):
+        return "FastVAR"
+    if reductions:
+        rows = any(reduction["projection"] == "rows" for reduction in reductions)
+        return "StageVAR, rows" if rows else "StageVAR, projection"
+    if any(step.get("decision") for step in steps):
+        return "SkipVAR"
+    alone = {step["branches"][0] for step in steps if len(step.get("branches", ())) == 1}
+    fused = any(step.get("fuse_layer") for step in steps)
+    if any(step.get("skipped") for step in steps):
+        return "skipping, one branch" if alone or fused else "skipping"
+    if fused:
+        return "FocusVAR"
+    return "null branch" if "uncond" in alone else "conditional branch"
 
 
-def front(rows: Iterable[Mapping[str, Any]], quality: str) -> list[Mapping[str, Any]]:
-    """Rows that no other row beats in both time and quality, fastest first."""
-    best: list[Mapping[str, Any]] = []
-    for row in sorted(rows, key=lambda row: (speed(row), -row[quality])):
-        if not best or row[quality] > best[-1][quality]:
-            best.append(row)
-    return best
+def setting(steps: Iterable[Mapping[str, Any]]) -> str:
+    """What a schedule does, in a few words; scales by their index."""
+    steps, words = list(steps), []
+    alone = [step for step in steps if len(step.get("branches", ())) == 1]
+    fused = next((step for step in steps if step.get("fuse_layer")), None)
+    if fused:
+        words.append(f"fused at {fused['scale']}, layer {fused['fuse_layer']}")
+    elif alone:
+        words.append(f"{alone[0]['branches'][0]} from {alone[0]['scale']}")
+    for step in steps:
+        reduction = step.get("reduction")
+        if reduction:
+            ranks = reduction.get("ranks", [reduction.get("kept")])
+            share = sum(ranks) / len(ranks) / (step["grid"][0] * step["grid"][1])
+            trunk = " (trunk)" if reduction.get("site") == "trunk" else ""
+            words.append(f"{min(share, 1):.0%} at {step['scale']}{trunk}")
+    skipped = [str(step["scale"]) for step in steps if step.get("skipped")]
+    if skipped:
+        words.append(f"without {' and '.join(skipped)}")
+    rules = [step["decision"]["rule"] for step in steps if step.get("decision")]
+    return "; ".join(words + rules)
 
 
-def method(row: Mapping[str, Any]) -> str:
-    """The part of a row's name before the bar."""
-    return row["name"].split(" | ")[0]
+def rows(result: StudyResult) -> list[dict[str, Any]]:
+    """Plain data, fastest first: name, method, setting, time with its interval, and every panel's metric with its own.
+
+    Quality is the paired difference to the full schedule; a metric that compares with its image is the mean itself.
+    Raises UsageError for a study without measured quality.
+    """
+    found = []
+    for candidate in result.candidates:
+        latency = candidate.latency
+        if candidate.state != "complete" or latency is None or latency.ratio is None or not candidate.differences:
+            continue
+        row: dict[str, Any] = {
+            "name": name_of(result, candidate),
+            "method": method(candidate.steps),
+            "setting": setting(candidate.steps),
+            "time": _plain(latency.ratio),
+            "quality": _plain(candidate.differences["quality"]),
+        }
+        if "ssim" in candidate.differences:
+            row["ssim"] = _plain(_mean(candidate, result, "ssim"))
+        found.append(row)
+    if not found:
+        raise UsageError("this study measured no quality: there is no front to show")
+    return sorted(found, key=lambda row: row["time"]["mean"])
 
 
-def draw(rows: Sequence[Mapping[str, Any]], qualities: Mapping[str, str], path: Path) -> None:
-    """One panel per quality: points and front of every method."""
+def _mean(candidate: Candidate, result: StudyResult, metric: str) -> Interval:
+    """The paired difference of a metric, moved by the full schedule's own mean (the same for every prompt: its image is
+    equal to itself)."""
+    difference = candidate.differences[metric]
+    values = result.baseline.values[metric][: difference.n]
+    own = sum(values) / len(values)
+    return Interval(difference.mean + own, difference.low + own, difference.high + own, difference.n, difference.level)
+
+
+def _plain(interval: Interval) -> dict[str, float]:
+    return {"mean": interval.mean, "low": interval.low, "high": interval.high, "n": interval.n}
+
+
+def best(rows: Sequence[Mapping[str, Any]], metric: str) -> list[Mapping[str, Any]]:
+    """The non-dominated rows, fastest first."""
+    return [rows[i] for i in front([(row["time"]["mean"], row[metric]["mean"]) for row in rows])]
+
+
+def table(rows: Sequence[Mapping[str, Any]], panels: Sequence[str]) -> str:
+    """Markdown: every method's front by any panel's metric, and which of the points are on the common front."""
+    common = {panel: [row["setting"] for row in best(rows, panel)] for panel in panels}
+    shown = []
+    for name in METHODS:
+        own = [row for row in rows if row["method"] == name]
+        shown += [row for row in own if any(row in best(own, panel) for panel in panels)]
+    head = ["method", "setting", "time", *panels, "on the common front by"]
+    lines = ["| " + " | ".join(head) + " |", "|---|---|" + "--:|" * (1 + len(panels)) + "---|"]
+    for row in sorted(shown, key=lambda row: row["time"]["mean"]):
+        cells = [row["method"], row["setting"], _cell(row["time"])]
+        cells += [_cell(row[panel], "+" if panel == "quality" else "") for panel in panels]
+        cells.append(", ".join(panel for panel in panels if row["setting"] in common[panel]))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(value: Mapping[str, float], sign: str = "") -> str:
+    return f"{value['mean']:{sign}.3f} [{value['low']:{sign}.3f}, {value['high']:{sign}.3f}]"
+
+
+def draw(rows: Sequence[Mapping[str, Any]], panels: Sequence[str], path: Path) -> None:
+    """One panel per metric: all points faintly, every method's front with both intervals, one legend below."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    methods = list(dict.fromkeys(method(row) for row in rows))
-    figure, axes = pyplot.subplots(1, len(qualities), figsize=(6.2 * len(qualities), 4.6), layout="constrained")
-    colours = pyplot.get_cmap("tab10").colors
-    for axis, (quality, title) in zip(axes, qualities.items(), strict=True):
-        for colour, name in zip(colours, methods, strict=False):
-            own = [row for row in rows if method(row) == name]
-            best = front(own, quality)
-            axis.scatter([speed(r) for r in own], [r[quality] for r in own], s=9, color=colour, alpha=0.35)
-            axis.plot(
-                [speed(r) for r in best], [r[quality] for r in best], "o-", ms=4, lw=1.4, color=colour, label=name
-            )
-        axis.plot([1], [0 if quality == "geneval" else 1], "k*", ms=10, label="full schedule")
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(6.6 * len(panels), 6.2), layout="constrained", squeeze=False
+    )
+    for axis, panel in zip(axes[0], panels, strict=True):
+        for order, (name, (colour, marker)) in enumerate(METHODS.items()):
+            own = [row for row in rows if row["method"] == name]
+            if not own:
+                continue
+            line = best(own, panel)
+            axis.scatter(
+                [row["time"]["mean"] for row in own],
+                [row[panel]["mean"] for row in own],
+                s=16, color=colour, marker=marker, alpha=0.25, linewidths=0, zorder=2,
+            )  # fmt: skip
+            axis.errorbar(
+                [row["time"]["mean"] for row in line],
+                [row[panel]["mean"] for row in line],
+                xerr=_arms(line, "time"), yerr=_arms(line, panel),
+                color=colour, marker=marker, ms=9 if marker == "*" else 6, mec="white", mew=0.6, lw=1.5,
+                elinewidth=0.8, capsize=1.5, label=name, zorder=20 - order,
+            )  # fmt: skip
+        full = 0 if panel == "quality" else 1
+        axis.plot([1], [full], "o", ms=11, mfc="none", mec="black", mew=1.6, label="full schedule", zorder=30)
         axis.set_xlabel("time, share of the full schedule")
-        axis.set_ylabel(title)
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+        axis.set_title(PANELS[panel], fontsize=11)
+        axis.grid(alpha=0.25)
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=9
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     print(f"written: {path}")
 
 
+def _arms(rows: Sequence[Mapping[str, Any]], key: str) -> list[list[float]]:
+    values = [row[key] for row in rows]
+    return [
+        [max(0.0, v["mean"] - v["low"]) for v in values],
+        [max(0.0, v["high"] - v["mean"]) for v in values],
+    ]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints every method's front and the common one; writes figures and the picture."""
+    """Prints the table of all fronts; writes figures and the picture."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fronts", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--model", default="nano")
-    parser.add_argument("--weights", help="folder of other weights than the shipped ones")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--prompts", type=int, default=96)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--last", type=int, nargs="+", default=[1, 2, 3], help="last scales that are accelerated")
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.25, 0.5, 0.75], help="kept shares of tokens")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("run", type=Path, help="directory of a study")
     parser.add_argument("--output", type=Path, help="JSON file")
     parser.add_argument("--figure", type=Path, help="PNG file")
     args = parser.parse_args(argv)
     try:
-        model = load_model(args.model, weights=args.weights, device=args.device)
-        if model.random_weights:
-            raise UsageError("a front needs quality, which random weights have none of")
-        chunks, prompts = Sampler(model).chunks, bench_prompts(model, args.prompts)
-        rows = compare(
-            model,
-            [],
-            extra_steps={
-                name: schedule.expand(model.grids, chunks)
-                for name, schedule in sweep(model, args.last, args.ratios).items()
-            },
-            rounds=args.rounds,
-            prompts=prompts,
-            threads=args.threads,
-            warm_up_at_most=3,  # dozens of rows; processor time needs little warmth
-            scores=nano_verdicts(prompts) if model.name == "nano" else None,
-        )[1:]
+        result = StudyResult.load(args.run)
+        found = rows(result)
     except UsageError as error:
         print(f"fronts: {error}", file=sys.stderr)
         return error.exit_code
-    qualities = {"ssim": "SSIM with the full schedule's image"}
-    if "geneval" in rows[0]:
-        qualities["geneval"] = "share of prompts right, difference to the full schedule"
-    for quality in qualities:
-        print(f"\n{quality}: front of all methods, then of each")
-        for name, part in (
-            ("all", rows),
-            *((m, [r for r in rows if method(r) == m]) for m in dict.fromkeys(map(method, rows))),
-        ):
-            print(f" {name}")
-            for row in front(part, quality):
-                print(f"  {speed(row):.3f}  {row[quality]:+.3f}  {row['name']}")
+    panels = [panel for panel in PANELS if all(panel in row for row in found)]
+    count = len(result.search_prompts)
+    print(f"{result.model}: {len(found)} schedules on {count} prompts; {result.command}\n")
+    print(table(found, panels))
     if args.output is not None:
-        slim = [{key: value for key, value in row.items() if key != "samples_ms"} for row in rows]
-        write_json(args.output, {"environment": environment(model.device), "model": model.name, "rows": slim})
+        study = {"command": result.command, "device": result.device, "prompts": count, "hashes": result.hashes}
+        write_json(args.output, {"environment": environment(), "model": result.model, "study": study, "rows": found})
     if args.figure is not None:
-        draw(rows, qualities, args.figure)
+        draw(found, panels, args.figure)
     return 0
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from stagevar.models.infinity import Infinity
 from stagevar.models.registry import load_model
 from stagevar.sampler import Generation, Sampler, _Saved
 from stagevar.schedule import BOTH, ScaleStep, StageSchedule
+from tuner.pareto import front
 
 
 class Together(Sampler):
@@ -107,16 +108,6 @@ def candidates(model: LoadedModel) -> tuple[dict[str, StageSchedule], dict[str, 
     return schedules, samplers
 
 
-def front(rows: Sequence[Mapping[str, float]], quality: str) -> list[str]:
-    """Names of the rows that no other one beats in both processor time and quality."""
-    kept, best = [], float("-inf")
-    for row in sorted(rows, key=lambda row: (row["cpu_ratio"], -row[quality])):
-        if row[quality] > best:
-            kept.append(row["name"])
-            best = row[quality]
-    return kept
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table and both fronts; writes the figures."""
     parser = argparse.ArgumentParser(
@@ -145,7 +136,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     print(format_table(sorted(rows, key=lambda row: row["cpu_ratio"])))
     for quality in ("ssim", "geneval"):
-        print(f"front by {quality}: {'; '.join(front(rows, quality))}")
+        on_front = front([(row["cpu_ratio"], row[quality]) for row in rows])
+        print(f"front by {quality}: {'; '.join(rows[i]['name'] for i in on_front)}")
     if args.output is not None:
         slim = [{key: value for key, value in row.items() if key != "samples_ms"} for row in rows]
         write_json(args.output, {"environment": environment(model.device), "rows": slim})

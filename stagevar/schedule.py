@@ -454,6 +454,17 @@ def conditional(grids: Sequence[Grid]) -> StageSchedule:
     return StageSchedule(structure_end=structure_boundary(grids), cfg_delay=0, branch="cond")
 
 
+def focusvar(grids: Sequence[Grid]) -> StageSchedule:
+    """FocusVAR's setting on HART, by position: fused at the third last scale after five layers, then conditional only."""
+    return StageSchedule(structure_end=max(1, len(grids) - 3), cfg_delay=0, branch="cond", fuse_layer=5)
+
+
+def skip_inner(grids: Sequence[Grid]) -> StageSchedule:
+    """The last scale but one is not run, the last one on the conditional branch alone."""
+    last = len(grids) - 1
+    return StageSchedule(structure_end=last, cfg_delay=0, branch="cond", skip=(last - 1,))
+
+
 def skip_only(grids: Sequence[Grid], count: int = 1) -> StageSchedule:
     """Full guidance and tokens, the last `count` scales not run."""
     scales = len(grids)
@@ -475,6 +486,8 @@ PRESETS: dict[str, Callable[[Sequence[Grid]], StageSchedule]] = {
     "conditional-1": lambda grids: StageSchedule(structure_end=len(grids) - 1, cfg_delay=0, branch="cond"),
     "fastvar": fastvar,
     "skipvar": skipvar,
+    "focusvar": focusvar,
+    "skip-inner": skip_inner,
     "skip-1": skip_only,
     "skip-2": lambda grids: skip_only(grids, 2),
 }

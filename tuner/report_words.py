@@ -97,6 +97,9 @@ def roles_of(result: StudyResult, key: str) -> list[str]:
 def describe(steps: Sequence[Mapping[str, Any]]) -> str:
     """What a schedule does, from its expanded steps; scales go by their side in tokens, as in the paper."""
     parts = []
+    fused = next((s for s in steps if s.get("fuse_layer")), None)
+    if fused is not None:
+        parts.append(f"guidance ends inside side {side(fused)}, its branches fused before layer {fused['fuse_layer']}")
     alone = next((s for s in steps if not s.get("skipped") and len(s.get("branches", ())) == 1), None)
     if alone is not None:
         branch = "conditional" if alone["branches"][0] == "cond" else "null-prompt"
