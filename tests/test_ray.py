@@ -28,6 +28,7 @@ from tuner.executors.base import Failed, QualityTask, WorkersLost
 from tuner.executors.ray import (
     MEASUREMENTS_FILE,
     QUARANTINE_AFTER,
+    Place,
     RayExecutor,
     Recipe,
     RemoteEvaluator,
@@ -114,7 +115,9 @@ def test_a_study_on_the_cluster_finds_what_the_local_one_finds(start, tmp_path):
     assert (found.trials, found.verdict) == (expected.trials, expected.verdict)
     lines = measurements(tmp_path)
     assert os.getpid() not in {line["process"] for line in lines}
-    assert all(line["sentinel"] == "baseline" and "baseline" in line["samples_ms"] for line in lines)
+    assert {line["what"] for line in lines} >= {"latency", "steps"}
+    whole = [line for line in lines if line["what"] == "latency"]
+    assert all(line["sentinel"] == "baseline" and "baseline" in line["samples_ms"] for line in whole)
 
 
 def study(run_dir, executor=None, trials=10):
@@ -217,7 +220,7 @@ def test_timing_is_spread_over_gpus_and_the_sentinel_cancels_their_speed(start, 
         np.testing.assert_allclose(found[name].samples_ms / full, plain.ratio(schedules[name]), rtol=1e-12)
 
 
-def test_step_costs_are_spread_and_keep_their_shares_of_the_full_schedule(plain):
+def test_step_costs_are_spread_and_keep_their_shares_of_the_full_schedule(plain, tmp_path):
     """Two GPUs, the second slower, both drifting from round to round."""
     schedules = (PAPER, FULL, SKIP, preset("skip-2", GRIDS).expand(GRIDS, CHUNKS))
     cost = {steps[: i + 1]: 1 + steps[i].processed_tokens(CHUNKS) for steps in schedules for i in range(len(steps))}
@@ -230,14 +233,17 @@ def test_step_costs_are_spread_and_keep_their_shares_of_the_full_schedule(plain)
             self.calls = calls
             rng = np.random.default_rng(len(calls))
             answers = []
-            for speed, (walked, rounds) in zip((1.0, 1.7), calls, strict=False):
+            for gpu, (walked, rounds) in enumerate(calls):
+                speed = (1.0, 1.7)[gpu]
                 drift = speed * (1 + rng.random(rounds))
                 prefixes = {(), *(steps[: i + 1] for steps in walked for i in range(len(steps)))}
-                answers.append(({prefix: tuple(cost[prefix] * drift) for prefix in prefixes}, None))
+                place = Place("node", "host", 1, f"GPU-{gpu}")
+                answers.append(({prefix: tuple(cost[prefix] * drift) for prefix in prefixes}, place))
             self.first, _ = answers[0]
             return answers
 
     cluster = Cluster()
+    cluster.run_dir = tmp_path
     remote = RemoteEvaluator(cluster, plain.facts)
     found = remote.step_ms(schedules, 3)
     assert [walked[0] for walked, _ in cluster.calls] == [FULL, FULL]
@@ -248,9 +254,9 @@ def test_step_costs_are_spread_and_keep_their_shares_of_the_full_schedule(plain)
     for prefix, samples in found.items():
         np.testing.assert_allclose(samples / full_R, cost[prefix] / full_cost, rtol=1e-12)
     assert all(found[prefix] == samples for prefix, samples in cluster.first.items())  # the first GPU's milliseconds
-    for alone in ((FULL,), (PAPER, SKIP)):
-        remote.step_ms(alone, 3)
-        assert [walked for walked, _ in cluster.calls] == [alone]
+    assert [(line["what"], line["gpu"]) for line in measurements(tmp_path)] == [("steps", "GPU-0"), ("steps", "GPU-1")]
+    remote.step_ms((FULL,), 3)
+    assert [walked for walked, _ in cluster.calls] == [(FULL,)]
 
 
 def test_without_the_full_schedule_there_is_no_sentinel_and_one_worker_times(start, tmp_path):

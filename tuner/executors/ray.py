@@ -44,9 +44,9 @@ QUARANTINE_AFTER = 3
 TREE_ATTEMPTS, SINGLE_ATTEMPTS = 2, 3
 #: How often the list of nodes is read while jobs run.
 NODES_EVERY_S = 3.0
-#: What the driver needs in the middle of the search, for timings and for asking the Gaussian process. Importing it takes
-#: seconds, in which nothing could be evaluated; at the start they pass while the workers load.
-NEEDED_LATER = ("stagevar.latency", "scipy.optimize", "scipy.stats")
+#: What the driver needs as soon as a timing arrives. Importing it, and torch with it, takes seconds in which nothing could be
+#: evaluated; at the start they pass while the workers load.
+NEEDED_LATER = ("stagevar.latency",)
 #: Exit status of a worker whose CUDA context is broken beyond repair.
 BROKEN_CUDA = 86
 _KIND_PREFIX = "accelerator_type:"
@@ -669,7 +669,8 @@ class RemoteEvaluator:
         sentinel = next((name for name, steps in schedules.items() if steps == self._full), None)
         shares = deal(schedules, sentinel, self.executor.timers)
         measured = self.executor.time("latency", [(share, rounds, warm_up_at_most) for share in shares])
-        self._record(measured, sentinel)
+        samples = [{name: timing.samples_ms for name, timing in timings.items()} for timings, _ in measured]
+        self._record("latency", samples, measured, sentinel=sentinel)
         (found, _), *others = measured
         found = dict(found)
         for timings, _ in others:
@@ -678,40 +679,46 @@ class RemoteEvaluator:
         return {name: found[name] for name in schedules}
 
     def step_ms(self, schedules: Sequence[Steps], rounds: int = 3) -> Mapping[Steps, tuple[float, ...]]:
-        """Milliseconds of steps, by prefix, from walks that start alike; each GPU has the full schedule in its own."""
-        others = [steps for steps in schedules if steps != self._full]
-        if len(others) in (0, len(schedules)):
-            [(found, _)] = self.executor.time("step_ms", [(tuple(schedules), rounds)])
-            return found
-        parts = cut(others, self.executor.timers)
-        calls = [((self._full, *(others[i] for i in part)), rounds) for part in parts]
-        first, *rest = (timings for timings, _ in self.executor.time("step_ms", calls))
-        prefixes = [self._full[: depth + 1] for depth in range(len(self._full))]
-        reference_ms = np.sum([first[prefix] for prefix in prefixes], axis=0)
-        found = dict(first)
-        for timings in rest:
-            factors = reference_ms / np.sum([timings[prefix] for prefix in prefixes], axis=0)
+        """Milliseconds of steps, by prefix, from walks that start alike; each GPU walks the full schedule (or the first)."""
+        sentinel = self._full if self._full in schedules else schedules[0]
+        others = [steps for steps in schedules if steps != sentinel]
+        parts = cut(others, self.executor.timers) if others else [()]
+        calls = [((sentinel, *(others[i] for i in part)), rounds) for part in parts]
+        measured = self.executor.time("step_ms", calls)
+        prefixes = [sentinel[: depth + 1] for depth in range(len(sentinel))]
+        sums = [np.sum([timings[prefix] for prefix in prefixes], axis=0) for timings, _ in measured]
+        self._record("steps", [{"sentinel": sum_ms.tolist()} for sum_ms in sums], measured)
+        found: dict[Steps, tuple[float, ...]] = {}
+        for (timings, _), sum_ms in zip(measured, sums, strict=True):
+            factors = sums[0] / sum_ms
             for prefix in timings.keys() - found.keys():
                 found[prefix] = tuple(float(ms) for ms in np.asarray(timings[prefix]) * factors)
         return found
 
     def scale_ms(self, schedules: Mapping[str, Steps], rounds: int = 5) -> Mapping[str, tuple[float, ...]]:
-        [(found, _)] = self.executor.time("scale_ms", [(dict(schedules), rounds)])
-        return found
+        measured = self.executor.time("scale_ms", [(dict(schedules), rounds)])
+        self._record("scales", [measured[0][0]], measured)
+        return measured[0][0]
 
     def images(self, steps: Steps, split: str, batch: int) -> np.ndarray:
         return self.executor.call("images", steps, split, batch, blame=("images", steps))
 
-    def _record(self, measured: Sequence[tuple[Mapping[str, Timing], Place]], sentinel: str | None) -> None:
-        """A line per GPU. sentinel: which of the schedules is the full one, the same in all lines of one time."""
+    def _record(
+        self,
+        what: str,
+        samples_ms: Sequence[Mapping[str, Sequence[float]]],
+        measured: Sequence[tuple[Any, Place]],
+        **more: Any,
+    ) -> None:
+        """A line per GPU that took part, the time being the same in all of them."""
         if self.executor.run_dir is None:
             return
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         with open(self.executor.run_dir / MEASUREMENTS_FILE, "a", encoding="utf-8") as handle:
-            for timings, place in measured:
-                samples = {name: list(timing.samples_ms) for name, timing in timings.items()}
-                record = {"measured": now, **vars(place), "device": self.facts.device["name"], "sentinel": sentinel}
-                handle.write(json.dumps({**record, "samples_ms": samples}) + "\n")
+            for samples, (_, place) in zip(samples_ms, measured, strict=True):
+                record = {"measured": now, "what": what, **vars(place), "device": self.facts.device["name"], **more}
+                plain = {name: list(values) for name, values in samples.items()}
+                handle.write(json.dumps({**record, "samples_ms": plain}) + "\n")
 
 
 def deal(schedules: Mapping[str, Steps], sentinel: str | None, shares: int) -> list[dict[str, Steps]]:
