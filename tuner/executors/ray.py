@@ -67,9 +67,7 @@ def require(name: str = "ray") -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
-    os.environ.setdefault(
-        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1"
-    )  # its tables beside ours, and a writer that needs torch
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # they import torch to write what nobody reads
     check_installed()
     try:
         import ray
@@ -650,8 +648,8 @@ class RemoteEvaluator:
     Schedules that are timed together with the full schedule are dealt out to as many GPUs as are ready. Each GPU times the
     full schedule in the same rounds as its sentinel, and its samples are scaled, round by round, by what the sentinel took
     on the first GPU over what it took here: the ratio to the full schedule is exactly the one measured, in one process,
-    and milliseconds are those of the first GPU, always the same one while it lives. `measurements.jsonl` keeps every
-    sample as it was measured, with node, process and GPU.
+    and milliseconds are those of the first GPU, always the same one while it lives. `measurements.jsonl` says for every
+    timing which node, process and GPU it comes from, and keeps samples of whole schedules as they were measured.
     """
 
     def __init__(self, executor: RayExecutor, facts: Facts):
