@@ -51,6 +51,11 @@ class ExecutorContract:
     def test_no_tasks_give_nothing(self, executor):
         assert list(executor.run([])) == []
 
+    def test_a_task_without_schedules_is_answered_with_nothing(self, executor):
+        empty, full = QualityTask((), "search", 0), tasks([1])[0]
+        answers = dict(executor.run([empty, full]))
+        assert answers[empty] == [] and len(answers[full]) == len(TREE)
+
     def test_a_call_that_was_given_up_leaves_no_trace(self, executor, plain):
         abandoned = executor.run(tasks())
         next(abandoned)

@@ -249,6 +249,8 @@ def _quality_job(task: QualityTask, number: int, members: Sequence[int]) -> _Job
 
 def cut(schedules: Sequence[Steps], pieces: int) -> list[tuple[int, ...]]:
     """Indices of schedules in at most `pieces` groups of like size; those with a long common past together."""
+    if not schedules:
+        return []
     order = sorted(range(len(schedules)), key=lambda i: [repr(step) for step in schedules[i]])
     return [tuple(int(i) for i in part) for part in np.array_split(order, min(pieces, len(order))) if len(part)]
 
@@ -318,6 +320,7 @@ class RayExecutor(Executor):
         jobs = [
             _quality_job(task, i, members) for i, task in enumerate(tasks) for members in cut(task.schedules, pieces)
         ]
+        yield from ((task, []) for task in tasks if not task.schedules)
         found: list[dict[int, Outcome]] = [{} for _ in tasks]
         for job, result in self._drive(jobs):
             outcomes = found[job.number]
