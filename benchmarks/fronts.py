@@ -5,7 +5,8 @@
     python -m benchmarks.fronts RUN --output fronts.json --figure fronts.png
 
 Every schedule of the study is filed under the method that it uses. A point is on its method's front when none of the same
-method is both faster and better; time is the ratio to the full schedule's, from runs interleaved with it.
+method is both faster and better. Time is the ratio to the full schedule's. A study times a schedule in a few runs, which
+other work on the machine disturbs; `--retime 15` times all of its schedules again, in turn, in processor time on a CPU.
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import environment, write_json
+from stagevar.compare import time_in_turn
 from stagevar.errors import UsageError
+from stagevar.latency import paired_ratio, pinned
+from stagevar.models.registry import load_model
+from stagevar.sampler import Sampler
+from stagevar.schedule import StageSchedule, exact
 from tuner.pareto import front
 from tuner.report_words import name_of
 from tuner.result import Candidate, Interval, StudyResult
@@ -91,9 +97,10 @@ def rows(result: StudyResult) -> list[dict[str, Any]]:
     found = []
     for candidate in result.candidates:
         latency = candidate.latency
-        if candidate.state != "complete" or latency is None or latency.ratio is None or not candidate.differences:
+        if not candidate.whole or latency is None or latency.ratio is None or not candidate.differences:
             continue
         row: dict[str, Any] = {
+            "key": candidate.key,
             "name": name_of(result, candidate),
             "method": method(candidate.steps),
             "setting": setting(candidate.steps),
@@ -106,6 +113,29 @@ def rows(result: StudyResult) -> list[dict[str, Any]]:
     if not found:
         raise UsageError("this study measured no quality: there is no front to show")
     return sorted(found, key=lambda row: row["time"]["mean"])
+
+
+def retime(result: StudyResult, found: Sequence[dict[str, Any]], rounds: int) -> None:
+    """Gives every row the time of `rounds` fresh runs of all schedules in turn, as a ratio to the full schedule's.
+
+    Raises UsageError where the study's model has other weights than the one that loads here.
+    """
+    model = load_model(result.model)
+    if model.provenance.get("weights") != result.provenance.get("weights"):
+        raise UsageError(f"the study was made with other weights of {result.model} than those that load here")
+    chunks = Sampler(model).chunks
+    plans = {"exact": exact(len(model.grids)).expand(model.grids, chunks)}
+    for row in found:
+        schedule = StageSchedule.from_dict(result.candidate(row["key"]).schedule)
+        plans[row["key"]] = schedule.expand(model.grids, chunks)
+    batches = [([text], [seed]) for text, seed in zip(result.search_prompts, result.search_seeds, strict=True)]
+    with pinned(1):
+        samplers = {name: Sampler(model) for name in plans}
+        timings, busy = time_in_turn(samplers, plans, batches, rounds, warm_up_at_most=2)
+    chosen = busy if model.device.type == "cpu" else timings
+    for row in found:
+        ratio, low, high = paired_ratio(chosen[row["key"]], chosen["exact"])
+        row["time"] = {"mean": ratio, "low": low, "high": high, "n": rounds}
 
 
 def _mean(candidate: Candidate, result: StudyResult, metric: str) -> Interval:
@@ -128,7 +158,7 @@ def best(rows: Sequence[Mapping[str, Any]], metric: str) -> list[Mapping[str, An
 
 def table(rows: Sequence[Mapping[str, Any]], panels: Sequence[str]) -> str:
     """Markdown: every method's front by any panel's metric, and which of the points are on the common front."""
-    common = {panel: [row["setting"] for row in best(rows, panel)] for panel in panels}
+    common = {panel: best(rows, panel) for panel in panels}
     shown = []
     for name in METHODS:
         own = [row for row in rows if row["method"] == name]
@@ -138,7 +168,7 @@ def table(rows: Sequence[Mapping[str, Any]], panels: Sequence[str]) -> str:
     for row in sorted(shown, key=lambda row: row["time"]["mean"]):
         cells = [row["method"], row["setting"], _cell(row["time"])]
         cells += [_cell(row[panel], "+" if panel == "quality" else "") for panel in panels]
-        cells.append(", ".join(panel for panel in panels if row["setting"] in common[panel]))
+        cells.append(", ".join(panel for panel in panels if row in common[panel]))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -200,12 +230,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table of all fronts; writes figures and the picture."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fronts", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("run", type=Path, help="directory of a study")
+    parser.add_argument("--retime", type=int, default=0, metavar="ROUNDS", help="time all schedules again, in turn")
     parser.add_argument("--output", type=Path, help="JSON file")
     parser.add_argument("--figure", type=Path, help="PNG file")
     args = parser.parse_args(argv)
     try:
         result = StudyResult.load(args.run)
         found = rows(result)
+        if args.retime:
+            retime(result, found, args.retime)
+            found.sort(key=lambda row: row["time"]["mean"])
     except UsageError as error:
         print(f"fronts: {error}", file=sys.stderr)
         return error.exit_code

@@ -71,7 +71,7 @@ def compare(
     with pinned(threads) if model.device.type == "cpu" else contextlib.nullcontext():
         made = {name: _observe(samplers.get(name, Sampler)(model), plans[name], texts, batch) for name in plans}
         timed = {name: samplers.get(name, Sampler)(model) for name in plans}
-        timings, busy = _time(timed, plans, batches, rounds, warm_up_at_most)
+        timings, busy = time_in_turn(timed, plans, batches, rounds, warm_up_at_most)
     full = made[BASELINE]
     rows = []
     for name in plans:
@@ -149,14 +149,14 @@ def _mean_interval(values_B: np.ndarray, confidence: float = 0.95, resamples: in
     return np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2]).tolist()
 
 
-def _time(
+def time_in_turn(
     samplers: Mapping[str, Sampler],
     plans: Mapping[str, Steps],
     batches: Sequence[tuple[list[str], list[int]]],
     rounds: int,
     warm_up_at_most: int,
 ) -> tuple[dict[str, Timing], dict[str, Timing]]:
-    """Latency and processor time of every schedule on the same batch in turn, the order reversed every other round.
+    """Latency and processor time of every plan on the same (prompts, seeds) in turn, the order reversed every other round.
 
     Each has a sampler of its own, so that none pays for another one's cache.
     """

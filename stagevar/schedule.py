@@ -484,6 +484,7 @@ PRESETS: dict[str, Callable[[Sequence[Grid]], StageSchedule]] = {
     "stagevar-released": released,
     "conditional": conditional,
     "conditional-1": lambda grids: StageSchedule(structure_end=len(grids) - 1, cfg_delay=0, branch="cond"),
+    "conditional-3": lambda grids: StageSchedule(structure_end=max(1, len(grids) - 3), cfg_delay=0, branch="cond"),
     "fastvar": fastvar,
     "skipvar": skipvar,
     "focusvar": focusvar,
