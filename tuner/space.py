@@ -172,7 +172,7 @@ class SearchSpace:
         ratios = tuple(float(given["rank_ratio"]) * float(given["rank_decay"]) ** k for k in range(accelerated))
         last = scales - 1 - int(given["skip_last"])
         skip = {*range(max(1, last - int(given["skip_inner"])), last), *range(last + 1, scales)}
-        projected = given["accelerator"] == "stagevar" and given["rank_ratio"] < 1
+        projected = given["accelerator"] == "stagevar" and any(ratio < 1 for ratio in ratios)
         fuses = delay is not None and given["branch"] == "cond" and start + delay not in skip
         if projected and delay is not None and int(given["rank_delay"]) <= delay:
             fuses = False
