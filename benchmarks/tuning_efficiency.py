@@ -51,7 +51,7 @@ from tuner.step_costs import StepCosts
 from tuner.verify import BASELINE, latency_stats
 
 MAX_DROP, BUDGET = 0.35, Budget("95%", fraction=0.95)
-#: Seconds of one image on one H200: the arithmetic and weight reads of all scales (see docs/engine.md's floor).
+#: Seconds of one image on one H200: the arithmetic and weight reads of all scales (benchmarks/RESULTS.md, floor).
 ARITHMETIC_S = {"infinity-2b": 0.19, "infinity-8b": 0.63}
 #: What each scale costs on top when launched eagerly: Infinity-2B takes 0.892 s where others measured it.
 LAUNCH_S = (0.892 - ARITHMETIC_S["infinity-2b"]) / 13
@@ -485,10 +485,7 @@ def modelled(name: str, counts: Sequence[int]) -> dict[str, Any]:
         prefixes = [[s[: d + 1] for d in range(len(s)) if not s[d].skipped] for s in list(schedules.values())[:count]]
         distinct = {p for chain in prefixes for p in chain}
         row: dict[str, Any] = {"schedules": count}
-        for how, overhead in (
-            ("graphs", 0.0),
-            ("eager", launch_ms / (892 - launch_ms * len(full)) if launch_ms else 0),
-        ):
+        for how, overhead in (("graphs", 0.0), ("eager", LAUNCH_S / ARITHMETIC_S[name])):
             unit = 1 + overhead * len(full)
             tree = sum(work(p) / total + overhead for p in distinct) / unit
             alone = sum(work(p) / total + overhead for chain in prefixes for p in chain) / unit

@@ -144,16 +144,17 @@ def study(run_dir: Path, evaluator_options: Mapping = {}, space: Mapping = {}, *
     return Study(run_dir, checked, Options(budget, **{**quick, **options}), evaluator, prompts, stop=stop)
 
 
-def drive(run_dir: str | Path, trials: int = 30) -> None:
+def drive(run_dir: str | Path, trials: int = 30, overlap: bool = False) -> None:
     """What a driver process does: lock, repair, run."""
     from tuner.journal import driver_lock, repair
+    from tuner.search import Savings
 
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     with driver_lock(run_dir):
         repair(run_dir)
-        study(run_dir, trials=trials).run()
+        study(run_dir, trials=trials, savings=Savings(overlap=overlap)).run()
 
 
 if __name__ == "__main__":
-    drive(sys.argv[1], int(sys.argv[2]))
+    drive(sys.argv[1], int(sys.argv[2]), overlap="overlap" in sys.argv[3:])

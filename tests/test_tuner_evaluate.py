@@ -5,7 +5,7 @@ import pytest
 
 from stagevar.grids import square
 from stagevar.sampler import Sampler
-from stagevar.schedule import StageSchedule, exact
+from stagevar.schedule import StageSchedule, exact, skipvar
 from tests.tiny import tiny_infinity
 from tuner.evaluate import ModelEvaluator, walk
 from tuner.executors.base import Failed, QualityTask
@@ -90,6 +90,62 @@ def test_quality_is_per_prompt_and_references_are_made_once(model, steps, prompt
     again = ModelEvaluator(model, prompts, {"psnr": 0.01}, {"ssim": 0.1})
     assert np.array_equal(again.quality(steps[1:2], "search", 0)[0]["psnr"], values[1]["psnr"])
     assert evaluator.scales_run < evaluator.scales_alone
+
+
+def test_kept_scales_of_the_full_schedule_change_nothing_and_save_runs(model, steps, prompts):
+    """Bit for bit, whatever is kept: later walks copy what the full schedule computed."""
+    plain = ModelEvaluator(model, prompts, {"psnr": 1.0}, keep_bytes=0)
+    keeping = ModelEvaluator(model, prompts, {"psnr": 1.0})
+    for batch in (0, 1):
+        keeping.quality(steps[:1], "search", batch)
+        plain.quality(steps[:1], "search", batch)
+    before = keeping.scales_run, plain.scales_run
+    for chosen in (steps[1:3], steps[3:], steps[::-1]):
+        for batch in (0, 1):
+            ours, theirs = (e.quality(chosen, "search", batch) for e in (keeping, plain))
+            for one, other in zip(ours, theirs, strict=True):
+                assert all(np.array_equal(one[metric], other[metric]) for metric in one)
+    assert keeping.scales_run - before[0] < plain.scales_run - before[1]
+    assert set(keeping._kept) == {0, 1} and not plain._kept
+    heldout = keeping.quality(steps[:2], "heldout", 0), plain.quality(steps[:2], "heldout", 0)
+    assert np.array_equal(heldout[0][1]["psnr"], heldout[1][1]["psnr"]) and set(keeping._kept) == {0, 1}
+
+
+def test_too_little_memory_keeps_nothing(model, steps, prompts):
+    evaluator = ModelEvaluator(model, prompts, {"psnr": 1.0}, keep_bytes=1000)
+    evaluator.quality(steps[:1], "search", 0)
+    assert not evaluator._kept
+
+
+def test_a_scale_is_only_taken_over_from_the_same_past(model, steps):
+    sampler = Sampler(model)
+    generation = sampler.begin(["a star"], [1])
+    for step in steps[0][:3]:
+        sampler.advance(generation, step)
+    kept = sampler.split(generation, [0])
+    other = sampler.begin(["a star"], [1])
+    sampler.advance_like(other, kept)
+    sampler.advance(other, steps[5][1])
+    sampler.advance(other, steps[5][2])
+    with pytest.raises(ValueError, match="other steps"):
+        sampler.advance_like(other, kept)
+    sampler.rewind(other, 0)
+    for _ in range(3):
+        sampler.advance_like(other, kept)
+    with pytest.raises(ValueError, match="no scale 3"):
+        sampler.advance_like(other, kept)
+    for step in steps[1][3:]:
+        sampler.advance(other, step)
+    assert np.array_equal(sampler.decode(other), Sampler(model).generate(["a star"], [1], steps[1]))
+
+
+def test_step_times_cover_every_prefix_once_a_round(model, steps, prompts):
+    evaluator = ModelEvaluator(model, prompts, {"psnr": 1.0})
+    found = evaluator.step_ms(steps[:5], 3)
+    assert set(found) == {s[:depth] for s in steps[:5] for depth in range(len(s) + 1)}
+    assert all(len(values) == 3 and all(v >= 0 for v in values) for values in found.values())
+    with pytest.raises(ValueError, match="decides"):
+        evaluator.step_ms([skipvar(GRIDS, "ssim-0.84").expand(GRIDS, 2)], 1)
 
 
 def test_random_weights_have_no_quality(steps, prompts):

@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import os
 import random
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -77,6 +79,23 @@ def test_killed_at_a_random_moment_a_run_reaches_its_target(spawn, full_seconds,
     resumed = spawn(tmp_path)
     resumed.join()
     assert resumed.exitcode == 0
+    check_whole(tmp_path, before)
+
+
+@pytest.mark.parametrize("moment", range(3))
+def test_killed_while_another_process_proposes_a_run_reaches_its_target(tmp_path, moment):
+    """Its proposing process ends with it, whatever it was at; a new driver goes on at once."""
+    command = [sys.executable, "-m", "tests.fakes", str(tmp_path), str(TRIALS), "overlap"]
+    process = subprocess.Popen(command)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and len(trials_of(tmp_path)) < 4 + 9 * moment and process.poll() is None:
+        time.sleep(0.01)
+    assert process.poll() is None
+    process.kill()
+    process.wait()
+    before = trials_of(tmp_path)
+    assert 0 < len(before) < TRIALS
+    drive(tmp_path, TRIALS)
     check_whole(tmp_path, before)
 
 

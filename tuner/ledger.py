@@ -229,9 +229,12 @@ class Ledger:
     def hypervolume(self) -> float:
         """Area that feasible schedules dominate within the limits: latency in shares of the full schedule's, up to the
         budget, times quality above the largest allowed drop (tokens left, in shares, for random weights)."""
-        floor = -self.max_drop if self.quality else 0.0
-        unit = 1.0 if self.quality else self.baseline.processed_tokens
-        points = [(c.latency.ratio.mean, self._gain(c) / unit) for c in self.candidates.values() if c.feasible]
+        points, floor = [], -self.max_drop if self.quality else 0.0
+        for candidate in self.candidates.values():
+            if candidate.feasible:
+                tokens = candidate.processed_tokens / self.baseline.processed_tokens
+                gain = candidate.differences["quality"].mean if self.quality else tokens
+                points.append((candidate.latency.ratio.mean, gain))
         return pareto.hypervolume(points, (self.budget_ratio, floor))
 
     def _gain(self, candidate: Candidate) -> float:
