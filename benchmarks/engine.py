@@ -1,29 +1,47 @@
-"""Where the time of one image goes: per scale against the roofline, eager against graph, the decoder apart.
+"""Where the time of one image goes: per scale against the roofline, engines side by side, the decoder apart.
 
-    python -m benchmarks.engine --model infinity-2b --weights random --schedules exact,stagevar-paper --output engine.json
+    python -m benchmarks.engine --model infinity-2b --weights random --engines eager,graph --output engine.json
 
-Needs `stagevar` only (no optuna, ray, pandas or open_clip). End-to-end figures come from one interleaved run, so their
-ratios hold on a noisy machine. FLOPs are counted by torch's FlopCounterMode while a scale runs; bytes are the block
+Needs `stagevar` only (no optuna, ray, pandas or open_clip). Everything that is compared runs in turn in one interleaved
+run, so ratios hold on a noisy machine. FLOPs are counted by torch's FlopCounterMode while a scale runs; bytes are the block
 weights, once per scale, and the cache that its attention reads. The roofline uses the peaks measured here unless given.
+
+A schedule is a preset, or preset+int8 or preset+fp8 for products in 8 bits from its structure_end on. Engines are those of
+stagevar.engine, and "growing", the eager one over a cache that grows by concatenation.
+
+`--reference FILE` times other code in the same rounds: a Python file, kept outside the repository, with
+`build(model: str, pixels: tuple[int, int], device: str, dtype: str) -> Callable[[], None]`; what it returns makes one image
+from text features made beforehand, decoding included, each time that it is called.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import runpy
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.environment import environment, write_json
+from benchmarks.growing_cache import GrowingSampler
+from benchmarks.relaunch import RelaunchRecorder
+from stagevar import cache
+from stagevar.engine import ENGINES, GraphEngine, build_engine
 from stagevar.errors import StagevarError, UsageError
-from stagevar.latency import measure, paired_ratio, pinned, time_once
-from stagevar.models.registry import load_model
+from stagevar.latency import Run, Timing, measure, paired_ratio, pinned, time_once
+from stagevar.models.base import LoadedModel
+from stagevar.models.memory import estimate_model
+from stagevar.models.precision import is_product
+from stagevar.models.registry import SPECS, load_model
 from stagevar.sampler import Sampler
-from stagevar.schedule import BOTH, Steps, preset
+from stagevar.schedule import BOTH, ScaleStep, StageSchedule, Steps, preset
 
 PROMPT = "a photo of a red circle left of a blue star, on a wooden table in the evening light"
 
@@ -42,85 +60,217 @@ def peaks(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     return 2 * side**3 / best(lambda: torch.mm(a, b)), 2 * source.numel() / best(lambda: target.copy_(source))
 
 
-def block_bytes(sampler: Sampler) -> int:
-    """Bytes of the weights that every scale reads."""
-    named = sampler.model.transformer.named_parameters()
-    return sum(p.numel() * p.element_size() for name, p in named if name.startswith(("block_chunks.", "blocks.")))
+def block_bytes(transformer: nn.Module, eight_bit: bool) -> int:
+    """Bytes of the weights that a scale reads."""
+    products = {f"{name}.weight" for name, module in transformer.named_modules() if is_product(name, module)}
+    return sum(
+        p.numel() * (1 if eight_bit and name in products else p.element_size())
+        for name, p in transformer.named_parameters()
+        if name.startswith(("block_chunks.", "blocks."))
+    )
+
+
+def parse_schedule(text: str, model: LoadedModel) -> StageSchedule:
+    """A preset's schedule, with its precision where one is added. Raises ScheduleError for unknown names."""
+    name, _, precision = text.partition("+")
+    return dataclasses.replace(preset(name, model.grids), precision=precision or "model")
+
+
+def sampler_on(model: LoadedModel, engine: str) -> Sampler:
+    return GrowingSampler(model) if engine == "growing" else Sampler(model, engine=engine)
+
+
+def cost(sampler: Sampler, step: ScaleStep, generation: Any) -> dict[str, Any]:
+    """Runs the next scale: its FLOPs, bytes read, tokens, branches, and the cache's length after it."""
+    with FlopCounterMode(display=False) as counter:
+        sampler.advance(generation, step)
+    model, lengths = sampler.model, generation.cache.lengths
+    transformer, batch = model.transformer, generation.batch
+    entries = sum(sum(lengths[BOTH.index(branch)]) for branch in step.branches)
+    entry = transformer.head_dim * model.dtype.itemsize
+    if model.kv_cache == "int8":
+        entry = transformer.head_dim + 4
+    read = 2 * entries * batch * transformer.heads * entry + block_bytes(transformer, step.precision != "model")
+    return {
+        "scale": step.scale,
+        "grid": list(step.grid),
+        "tokens": step.processed_tokens(sampler.chunks) / max(len(step.branches), 1),
+        "branches": len(step.branches),
+        "cache_length": max(map(max, lengths)),
+        "tflop": counter.get_total_flops() / 1e12,
+        "gib": 0 if step.skipped else read / 2**30,
+    }
 
 
 @torch.inference_mode()
-def per_scale(sampler: Sampler, steps: Steps, rounds: int, batch: int) -> list[dict[str, Any]]:
-    """One row per scale: median milliseconds of its own, FLOPs, bytes read, tokens, branches, cache length after it."""
-    device = sampler.model.device
+def per_scale(samplers: Mapping[str, Sampler], steps: Steps, rounds: int, batch: int) -> list[dict[str, Any]]:
+    """One row per scale: its cost, and median milliseconds of its own per engine ("ms")."""
+    first = next(iter(samplers.values()))
+    device = first.model.device
     prompts, seeds = [PROMPT] * batch, list(range(batch))
-    samples: list[list[float]] = [[] for _ in steps]
-    counted: list[tuple[int, int, int]] = []
-    weights = block_bytes(sampler)
-    for round_ in range(-1, rounds):
-        generation = sampler.begin(prompts, seeds, steps=steps)
-        for index, step in enumerate(steps):
-            if round_ == -1:
-                with FlopCounterMode(display=False) as counter:
-                    sampler.advance(generation, step)
-                lengths = generation.cache.lengths
-                entries = sum(sum(lengths[BOTH.index(branch)]) for branch in step.branches)
-                transformer = sampler.model.transformer
-                size = torch.empty((), dtype=sampler.model.dtype).element_size()
-                cache = 2 * entries * batch * transformer.heads * transformer.head_dim * size
-                counted.append(
-                    (counter.get_total_flops(), 0 if step.skipped else weights + cache, max(map(max, lengths)))
-                )
-            else:
-                samples[index].append(time_once(lambda s=step, g=generation: sampler.advance(g, s), device)[0])
-    return [
-        {
-            "scale": step.scale,
-            "grid": list(step.grid),
-            "tokens": step.processed_tokens(sampler.chunks) / max(len(step.branches), 1),
-            "branches": len(step.branches),
-            "cache_length": length,
-            "ms": float(np.median(times)),
-            "tflop": flops / 1e12,
-            "gib": size / 2**30,
-        }
-        for step, times, (flops, size, length) in zip(steps, samples, counted, strict=True)
-    ]
+    plain = Sampler(first.model)
+    generation = plain.begin(prompts, seeds, steps=steps)
+    rows = [cost(plain, step, generation) for step in steps]
+    samples: dict[str, list[list[float]]] = {name: [[] for _ in steps] for name in samplers}
+    for round_ in range(-2, rounds):
+        for name, sampler in samplers.items():
+            generation = sampler.begin(prompts, seeds, steps=steps)
+            for index, step in enumerate(steps):
+                elapsed_ms = time_once(lambda s=step, g=generation, of=sampler: of.advance(g, s), device)[0]
+                if round_ >= 0:
+                    samples[name][index].append(elapsed_ms)
+    for index, row in enumerate(rows):
+        row["ms"] = {name: float(np.median(times[index])) for name, times in samples.items()}
+    return rows
 
 
 def add_roofline(rows: list[dict[str, Any]], flops_per_s: float, bytes_per_s: float) -> None:
-    """Adds the shortest possible time of each row and the share of its time that this is."""
+    """Adds the shortest possible time of each row and the share of each engine's time that this is."""
     for row in rows:
         row["floor_ms"] = 1e3 * max(row["tflop"] * 1e12 / flops_per_s, row["gib"] * 2**30 / bytes_per_s)
-        row["of_roofline"] = row["floor_ms"] / row["ms"] if row["ms"] and row["tflop"] else None
+        row["of_roofline"] = {name: row["floor_ms"] / ms if row["tflop"] else None for name, ms in row["ms"].items()}
 
 
 def print_rows(title: str, rows: list[dict[str, Any]]) -> None:
+    engines = list(rows[0]["ms"])
     print(f"\n{title}")
+    columns = "".join(f"{f'{name} ms':>18} {'roof':>5}" for name in engines)
     print(
-        f"{'scale':>5} {'grid':>9} {'tokens':>8} {'br':>3} {'cache':>6} {'ms':>9} {'TFLOP':>8} {'GiB':>7} {'of roof':>8}"
+        f"{'scale':>5} {'grid':>9} {'tokens':>8} {'br':>3} {'cache':>6} {'TFLOP':>8} {'GiB':>7} {'floor':>8}{columns}"
     )
     for row in rows:
-        share = "-" if row["of_roofline"] is None else f"{row['of_roofline']:.0%}"
+        shares = {name: "-" if share is None else f"{share:.0%}" for name, share in row["of_roofline"].items()}
+        columns = "".join(f"{row['ms'][name]:>18.2f} {shares[name]:>5}" for name in engines)
         grid = "x".join(map(str, row["grid"]))
         print(
             f"{row['scale']:>5} {grid:>9} {row['tokens']:>8.0f} {row['branches']:>3} {row['cache_length']:>6} "
-            f"{row['ms']:>9.2f} {row['tflop']:>8.3f} {row['gib']:>7.3f} {share:>8}"
+            f"{row['tflop']:>8.4f} {row['gib']:>7.3f} {row['floor_ms']:>8.2f}{columns}"
         )
-    total, floor = sum(r["ms"] for r in rows), sum(r["floor_ms"] for r in rows)
-    print(f"  sum {total:.1f} ms, floor {floor:.1f} ms ({floor / total:.0%} of the time)")
+    floor = sum(row["floor_ms"] for row in rows)
+    totals = {name: sum(row["ms"][name] for row in rows) for name in engines}
+    sums = ", ".join(f"{name} {total:.1f} ms (floor is {floor / total:.0%})" for name, total in totals.items())
+    print(f"  sum: floor {floor:.1f} ms, {sums}")
+
+
+def decoders(model: LoadedModel, code_sum_BdHW: Tensor) -> dict[str, Run]:
+    """The decoder as loaded and, for Infinity's tokenizer, in other precisions and memory layouts."""
+    runs: dict[str, Run] = {"decoder": lambda: model.tokenizer.decode(code_sum_BdHW)}
+    if hasattr(model.tokenizer, "decoding_as"):
+        others = [torch.float32] if model.dtype == torch.float32 else [model.dtype, torch.float32]
+        for dtype in others:
+            for channels_last in (True, False):
+                layout = "channels-last" if channels_last else "contiguous"
+                variant = model.tokenizer.decoding_as(dtype, channels_last)
+                name = f"decoder {str(dtype).removeprefix('torch.')} {layout}"
+                runs[name] = lambda variant=variant: variant.decode(code_sum_BdHW)
+    return {name: torch.inference_mode()(run) for name, run in runs.items()}
+
+
+def reference_run(path: Path, model: LoadedModel) -> Run:
+    """What a file outside the repository makes an image with. Raises UsageError where it has no `build`."""
+    if not path.is_file():
+        raise UsageError(f"--reference {path} is not a file")
+    found = runpy.run_path(str(path))
+    if not callable(found.get("build")):
+        raise UsageError(f"--reference {path} defines no build(model, pixels, device, dtype)")
+    return found["build"](model.name, model.pixels, str(model.device), str(model.dtype).removeprefix("torch."))
+
+
+@torch.inference_mode()
+def check(model: LoadedModel, expanded: Mapping[str, Steps], engines: list[str]) -> dict[str, bool]:
+    """Whether graphs give what the same kernels give when launched one by one: code sums and pixels, three batches."""
+    found = {}
+    for engine in (name for name in engines if name.startswith("graph")):
+        replayed = Sampler(model, engine=engine)
+        launched = Sampler(model, engine=GraphEngine(RelaunchRecorder(), compiled=engine.endswith("compiled")))
+        for name, steps in expanded.items():
+            equal = True
+            for prompts, seeds in ((["a red circle"], [1]), ([PROMPT], [2]), (["a red circle"], [3])):
+                sums, images = [], []
+                for sampler in (replayed, launched):
+                    generation = sampler.begin(prompts, seeds)
+                    images.append(sampler.finish(generation, steps))
+                    sums.append(generation.code_sum_BdHW.clone())
+                equal &= torch.equal(*sums) and np.array_equal(*images)
+            found[f"{name} {engine}"] = equal
+            print(f"  {name} on {engine}: {'equal' if equal else 'NOT EQUAL'} to the same kernels launched one by one")
+        if replayed.engine.eager_because:  # type: ignore[attr-defined]
+            found[f"recorded {engine}"] = False
+            print(f"  {engine} went on eagerly: {replayed.engine.eager_because}")  # type: ignore[attr-defined]
+    return found
+
+
+def end_to_end(timings: Mapping[str, Timing], images: Mapping[str, int]) -> dict[str, Any]:
+    """Prints and returns medians, ratios to the first row, and images per second where a run makes images."""
+    baseline, found = next(iter(timings.values())), {}
+    for name, timing in timings.items():
+        ratio, low, high = paired_ratio(baseline, timing)
+        found[name] = {
+            "median_ms": timing.median_ms,
+            "p90_ms": timing.p90_ms,
+            "samples_ms": list(timing.samples_ms),
+            "device_ms": list(timing.device_ms),
+            "speed_up": [ratio, low, high],
+            "images_per_s": 1e3 * images[name] / timing.median_ms if name in images else None,
+            "warmed": timing.warmed,
+        }
+        rate = f"{found[name]['images_per_s']:>9.2f} images/s" if name in images else ""
+        print(
+            f"  {name:<36} {timing.median_ms:>9.1f} ms  p90 {timing.p90_ms:>9.1f} {ratio:6.2f}x [{low:.2f}, {high:.2f}]"
+            f"{rate}"
+        )
+    return found
+
+
+def report_memory(
+    args: argparse.Namespace, model: LoadedModel, schedules: Mapping[str, StageSchedule], runs: Mapping[str, Run]
+) -> dict[str, Any]:
+    """Prints and returns, per schedule, the reckoned memory and (CUDA) the measured peak of its first engine."""
+    found: dict[str, Any] = {}
+    for name, schedule in schedules.items():
+        row: dict[str, float] = {}
+        if SPECS[args.model].parts:
+            options = {
+                "device": str(model.device),
+                "dtype": model.dtype,
+                "weights": args.weights,
+                "batch": args.batches[0],
+            }
+            needed = estimate_model(
+                args.model, schedule=schedule, kv_cache=model.kv_cache, resolution=args.resolution, **options
+            )
+            row["reckoned_gib"] = needed.sampling / 2**30
+        if model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(model.device)
+            next(run for key, run in runs.items() if key.startswith(f"{name} "))()
+            row["peak_gib"] = torch.cuda.max_memory_allocated(model.device) / 2**30
+        if row:
+            print(
+                f"  {name:<36} "
+                + ", ".join(f"{key.removesuffix('_gib')} {value:.2f} GiB" for key, value in row.items())
+            )
+        found[name] = row
+    return found
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Everything, as plain data."""
-    model = load_model(args.model, weights=args.weights, device=args.device, resolution=args.resolution)
+    model = load_model(
+        args.model, weights=args.weights, device=args.device, resolution=args.resolution, kv_cache=args.kv_cache
+    )
     device = model.device
-    engines = [name.strip() for name in args.engines.split(",")]
-    samplers = {name: Sampler(model, engine=name) for name in engines}
-    expanded = {
-        name.strip(): preset(name.strip(), model.grids).expand(model.grids, samplers[engines[0]].chunks)
-        for name in args.schedules.split(",")
-    }
+    cache.prefer_attention(args.attention)
+    for name in args.engines:
+        if name != "growing":
+            build_engine(name, device)
+    samplers = {name: sampler_on(model, name) for name in args.engines}
+    chunks = samplers[args.engines[0]].chunks
+    schedules = {text: parse_schedule(text, model) for text in args.schedules}
+    expanded = {text: schedule.expand(model.grids, chunks) for text, schedule in schedules.items()}
     figures: dict[str, Any] = {"environment": environment(device), "model": model.name, "pixels": list(model.pixels)}
+    figures["options"] = {"kv_cache": model.kv_cache, "attention": args.attention, "dtype": str(model.dtype)}
+    if args.check:
+        figures["check"] = check(model, expanded, args.engines)
     measured = peaks(device, model.dtype)
     flops_per_s = args.peak_tflops * 1e12 if args.peak_tflops else measured[0]
     bytes_per_s = args.peak_gbs * 1e9 if args.peak_gbs else measured[1]
@@ -130,52 +280,53 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     figures["per_scale"] = {}
     for name, steps in expanded.items():
-        rows = per_scale(Sampler(model), steps, args.rounds, args.batch)
+        rows = per_scale(samplers, steps, args.rounds, args.batches[0])
         add_roofline(rows, flops_per_s, bytes_per_s)
-        print_rows(f"{name}, eager, batch {args.batch}", rows)
+        print_rows(f"{name}, batch {args.batches[0]}", rows)
         figures["per_scale"][name] = rows
 
-    # Text features are made beforehand: the figures are of the transformer and the decoder.
-    encoded = model.text.encode([PROMPT] * args.batch)
-    prompts, seeds = [PROMPT] * args.batch, list(range(args.batch))
-
-    def image(sampler: Sampler, steps: Steps) -> Any:
-        return lambda: sampler.generate(prompts, seeds, steps, encoded=encoded)
-
-    runs = {f"{s} {e}": image(samplers[e], steps) for s, steps in expanded.items() for e in engines}
-    code_sum = model.tokenizer.residual.zeros(args.batch, device)
-    runs["decoder eager"] = torch.inference_mode()(lambda: model.tokenizer.decode(code_sum))
-    figures["recording"] = {}
-    for name, sampler in samplers.items():
-        if name == "graph":
-            for schedule, steps in expanded.items():
-                seconds = time_once(image(sampler, steps), device)[0] / 1e3
-                engine: Any = sampler.engine
-                figures["recording"][schedule] = {"s": seconds, "mib": engine.recorder.memory_bytes() / 2**20}
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    timings = measure(runs, args.rounds, device)
-    baseline = timings[next(iter(runs))]
-    figures["end_to_end"] = {}
-    print(f"\nend to end, batch {args.batch}, {args.rounds} interleaved rounds, ratio to {next(iter(runs))}")
-    for name, timing in timings.items():
-        ratio, low, high = paired_ratio(baseline, timing)
-        figures["end_to_end"][name] = {
-            "median_ms": timing.median_ms,
-            "p90_ms": timing.p90_ms,
-            "samples_ms": list(timing.samples_ms),
-            "device_ms": list(timing.device_ms),
-            "speed_up": [ratio, low, high],
-            "images_per_s": 1e3 * args.batch / timing.median_ms,
-            "warmed": timing.warmed,
-        }
-        print(
-            f"  {name:<28} {timing.median_ms:>9.1f} ms  p90 {timing.p90_ms:>9.1f}  {ratio:5.2f}x [{low:.2f}, {high:.2f}]"
-        )
-    if device.type == "cuda":
-        figures["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-        print(f"  peak memory {figures['peak_memory_gib']:.1f} GiB")
+    runs: dict[str, Run] = {}
+    images: dict[str, int] = {}
+    for batch in args.batches:
+        # Text features are made beforehand: the figures are of the transformer and the decoder.
+        encoded = model.text.encode([PROMPT] * batch)
+        for schedule, steps in expanded.items():
+            for engine in args.engines:
+                # A sampler of its own each, so that none records or allocates for another.
+                sampler = sampler_on(model, engine)
+                key = f"{schedule} {engine}" + (f" batch {batch}" if len(args.batches) > 1 else "")
+                prompts, seeds = [PROMPT] * batch, list(range(batch))
+                runs[key] = lambda o=sampler, p=prompts, s=seeds, st=steps, e=encoded: o.generate(p, s, st, encoded=e)
+                images[key] = batch
+                if isinstance(sampler.engine, GraphEngine):
+                    seconds = time_once(runs[key], device)[0] / 1e3
+                    made = {
+                        "first_image_s": seconds,
+                        "recording_s": sampler.engine.recording_s,
+                        "mib": sampler.engine.recorder.memory_bytes() / 2**20,
+                        "eager_because": sampler.engine.eager_because,
+                    }
+                    figures.setdefault("recording", {})[key] = made
+                    print(f"  {key}: recorded in {made['recording_s']:.2f} s, pools of {made['mib']:.0f} MiB"
+                          + (f", EAGER: {made['eager_because']}" if made["eager_because"] else ""))  # fmt: skip
+    if args.reference is not None:
+        runs["reference"] = reference_run(args.reference, model)
+        images["reference"] = 1
+    parts = decoders(model, model.tokenizer.residual.zeros(args.batches[0], device))
+    print(f"\nend to end, {args.rounds} interleaved rounds, ratio to {next(iter(runs))}")
+    figures["end_to_end"] = end_to_end(measure({**runs, **parts}, args.rounds, device), images)
+    decoder_ms = figures["end_to_end"]["decoder"]["median_ms"]
+    for key in (key for key in runs if images[key] == args.batches[0] and key != "reference"):
+        share = decoder_ms / figures["end_to_end"][key]["median_ms"]
+        figures["end_to_end"][key]["decoder_share"] = share
+        print(f"  {key:<36} {share:.0%} of it is decoding")
+    print("\nmemory, text encoder unloaded")
+    figures["memory"] = report_memory(args, model, schedules, runs)
     return figures
+
+
+def comma_list(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -184,13 +335,23 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--weights", help="'random' for real sizes without weights")
     parser.add_argument("--resolution")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--schedules", default="exact,stagevar-paper", help="comma list of presets")
-    parser.add_argument("--engines", default="eager", help="comma list: eager, graph")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--kv-cache", default="model", help="model or int8")
+    parser.add_argument(
+        "--attention", default="flash", help="kernel tried first on a card: flash, cudnn, efficient, math"
+    )
+    parser.add_argument("--schedules", type=comma_list, default="exact,stagevar-paper", help="presets, or preset+int8")
+    parser.add_argument("--engines", type=comma_list, default="eager", help=f"{', '.join(ENGINES)}, growing")
+    parser.add_argument(
+        "--batches", type=comma_list, default="1", help="images per run; the first one is broken down by scale"
+    )
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads, pinned")
     parser.add_argument("--peak-tflops", type=float, help="instead of the measured peak")
     parser.add_argument("--peak-gbs", type=float, help="instead of the measured bandwidth")
+    parser.add_argument("--reference", type=Path, metavar="FILE", help="time other code in the same rounds, see above")
+    parser.add_argument(
+        "--check", action="store_true", help="first compare graphs with the same kernels launched eagerly"
+    )
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks/engine.json"))
     return parser
 
@@ -198,15 +359,16 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
-        if args.rounds < 1 or args.batch < 1:
-            raise UsageError(f"rounds {args.rounds} and batch {args.batch} must be at least 1")
+        if not all(part.isdigit() and int(part) for part in args.batches):
+            raise UsageError(f"batches {','.join(args.batches)} must be whole numbers of at least 1")
+        args.batches = [int(part) for part in args.batches]
         with pinned(args.threads):
             figures = run(args)
     except StagevarError as error:
         print(f"benchmarks.engine: {error}", file=sys.stderr)
         return error.exit_code
     write_json(args.output, figures)
-    return 0
+    return 0 if all(figures.get("check", {}).values()) else 1
 
 
 if __name__ == "__main__":

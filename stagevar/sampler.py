@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stagevar.accelerators.base import Accelerator, Cached, ScaleContext, State
 from stagevar.accelerators.composite import Composite
-from stagevar.cache import KVCache, Lengths, step_lengths
+from stagevar.cache import KVCache, Lengths, attention_kernels, step_lengths
 from stagevar.engine import Engine, Start, build_engine
 from stagevar.errors import ScheduleError
 from stagevar.models.base import Around, LoadedModel, NextScaleModel, Sampling, Site, SiteFn
@@ -217,9 +217,10 @@ class Sampler:
                 self._check_fusing(step, generation.sampling)
             self._transformer(step.precision)  # made here, lest it be part of a recording
             steps = (*generation.steps, step)
-            after = self.engine.run(
-                generation.resident, steps, generation.cache, lambda: self._run(generation, step, before)
-            )
+            with attention_kernels(self.model.device):
+                after = self.engine.run(
+                    generation.resident, steps, generation.cache, lambda: self._run(generation, step, before)
+                )
         generation.steps.append(step)
         generation._saved.append(after)
 

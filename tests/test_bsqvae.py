@@ -122,3 +122,17 @@ def test_tiles_cover_every_position(length):
 def test_a_width_that_does_not_fit_the_norms_is_refused():
     with pytest.raises(UsageError, match="base_ch 40"):
         BSQVAE(8, SQUARE, base_ch=40)
+
+
+@pytest.mark.parametrize(("dtype", "channels_last"), itertools.product([torch.float32, torch.bfloat16], [True, False]))
+def test_decoding_in_another_precision_and_layout(small, dtype, channels_last):
+    """Near the plain one (bfloat16 keeps 8 bits), which stays as it was, as does encoding."""
+    latent = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+    plain = small.decode(latent)
+    other = small.decoding_as(dtype, channels_last)
+    weight = other.decoder.up[0].block[0].conv1.conv.weight
+    assert weight.dtype == dtype and weight.is_contiguous(memory_format=other.memory_format)
+    error = (other.decode(latent) - plain).abs().max() / plain.std()
+    assert error < (1e-3 if dtype == torch.float32 else 0.3)
+    assert torch.equal(small.decode(latent), plain) and small.memory_format == torch.channels_last
+    assert other.encoder.conv_in.conv.weight is small.encoder.conv_in.conv.weight and other.dtype == torch.float32

@@ -11,6 +11,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from benchmarks.relaunch import RelaunchRecorder, tensors_of, with_tensors
+from stagevar.cache import attention_kernels, prefer_attention
 from stagevar.engine import GraphEngine, Recorder, RecordingFailed, build_engine
 from stagevar.errors import UsageError
 from stagevar.noise import PromptNoise
@@ -103,7 +105,7 @@ class TapeRecorder(Recorder):
         reset()
         with Tape() as tape:
             made = run()
-        results = flat(made)
+        results = tensors_of(made)
         tape.finish(results)
         outputs = [torch.full_like(tensor, float("nan")) for tensor in results]
         pool = self.made[apart]
@@ -117,22 +119,7 @@ class TapeRecorder(Recorder):
             for mine, fresh in zip(outputs, tape.replay(), strict=True):
                 mine.copy_(fresh)
 
-        return replay, rebuilt(made, iter(outputs))
-
-
-def flat(value):
-    """Tensors of a sampler's saved state, or of a decoded image."""
-    if isinstance(value, torch.Tensor | list):
-        return list(tree_flatten(value)[0])
-    return [value.code_sum_BdHW, *(cached.y_RLC for cached in value.state.values())]
-
-
-def rebuilt(value, tensors):
-    if isinstance(value, torch.Tensor | list):
-        return tree_map_only(torch.Tensor, lambda _: next(tensors), value)
-    code_sum = next(tensors)
-    state = {site: dataclasses.replace(cached, y_RLC=next(tensors)) for site, cached in value.state.items()}
-    return dataclasses.replace(value, code_sum_BdHW=code_sum, state=state)
+        return replay, with_tensors(made, iter(outputs))
 
 
 @pytest.fixture(scope="module")
@@ -333,6 +320,31 @@ def test_injected_noise_runs_eagerly(model):
     got = sampler.generate(["a"], [0], FULL, noise=Half())
     assert np.array_equal(got, Sampler(model).generate(["a"], [0], FULL, noise=Half()))
     assert engine.recorded == 0
+
+
+def test_kernels_launched_one_by_one_over_the_same_buffers(model):
+    """What benchmarks.engine --check compares graphs with."""
+    sampler, eager = Sampler(model, engine=GraphEngine(RelaunchRecorder())), Sampler(model)
+    for prompts, seeds in (*BATCHES, BATCHES[0]):
+        for steps in (FULL, SCHEDULES["paper"]):
+            expected = images(eager, steps, prompts, seeds, False)
+            assert np.array_equal(images(sampler, steps, prompts, seeds, False), expected)
+
+
+def test_a_card_tries_flash_attention_first_unless_told_otherwise():
+    def order():
+        with attention_kernels(torch.device("cuda")):
+            return [torch.nn.attention.SDPBackend(value).name for value in torch._C._get_sdp_priority_order()]
+
+    before = torch._C._get_sdp_priority_order()
+    assert order()[0] == "FLASH_ATTENTION"
+    prefer_attention("cudnn")
+    assert order()[:2] == ["CUDNN_ATTENTION", "FLASH_ATTENTION"]
+    prefer_attention("flash")
+    assert order()[:2] == ["FLASH_ATTENTION", "CUDNN_ATTENTION"]
+    assert torch._C._get_sdp_priority_order() == before, "nothing is left behind"
+    with pytest.raises(UsageError, match="unknown attention 'fast'; use flash, cudnn, efficient, math"):
+        prefer_attention("fast")
 
 
 def test_engines_by_name():

@@ -10,6 +10,7 @@ Source: FoundationVision/Infinity, models/bsq_vae (facts only). Differs in that 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from stagevar.errors import UsageError
 from stagevar.models.bits import BitResidual, Grid
+from stagevar.models.variants import variant
 
 #: pixels decoded in one pass; more images are decoded in turns, a larger image in tiles.
 MAX_DECODE_PIXELS = 2 * 2**20
@@ -164,12 +166,16 @@ class _Quantizer(nn.Module):
 class BSQVAE(nn.Module):
     """The tokenizer of the Infinity family.
 
+    Attributes: memory_format, of the decoder's maps.
+
     Args:
         latent_dim: channels d of the latent, one bit each (one of LATENT_DIMS in the public files).
         patchify: stride 8 and 2x2 latent patches per token (Infinity-8B) instead of stride 16.
         grids: transformer grid (h, w) per scale; 16 pixels per grid step in both shapes.
         base_ch: channels at full resolution, a multiple of 32 (128 in every public file).
     """
+
+    memory_format = torch.channels_last
 
     def __init__(self, latent_dim: int, grids: Sequence[Grid], patchify: bool = False, base_ch: int = 128):
         super().__init__()
@@ -191,7 +197,14 @@ class BSQVAE(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.decoder.conv_in.conv.weight.dtype
+        return self.encoder.conv_in.conv.weight.dtype
+
+    def decoding_as(self, dtype: torch.dtype, channels_last: bool) -> BSQVAE:
+        """The same tokenizer with its decoder's weights converted to a precision and layout, in which decoding then runs."""
+        copied = variant(self, lambda name, module: None)
+        copied.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        copied.decoder = copy.deepcopy(self.decoder).to(dtype=dtype, memory_format=copied.memory_format)
+        return copied
 
     @torch.no_grad()
     def encode(self, image_B3HW: Tensor) -> Tensor:
@@ -208,7 +221,8 @@ class BSQVAE(nn.Module):
         """
         # Channels last is what the reference's tensors happen to be in; besides speed it decides which group norm kernel
         # runs, and on the CPU the two kernels differ by more than the rest of the decoder put together.
-        latent_BdHW = code_sum_BdHW.to(self.dtype, memory_format=torch.channels_last)
+        dtype = self.decoder.conv_in.conv.weight.dtype
+        latent_BdHW = code_sum_BdHW.to(dtype, memory_format=self.memory_format)
         pixels = latent_BdHW.shape[-2] * latent_BdHW.shape[-1] * self.stride**2
         if pixels > MAX_DECODE_PIXELS:
             return torch.cat([self._decode_tiled(one) for one in latent_BdHW.split(1)])
