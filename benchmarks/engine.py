@@ -44,6 +44,8 @@ from stagevar.sampler import Sampler
 from stagevar.schedule import BOTH, ScaleStep, StageSchedule, Steps, preset
 
 PROMPT = "a photo of a red circle left of a blue star, on a wooden table in the evening light"
+#: As much of it as nano knows.
+NANO_PROMPT = "a photo of a red circle left of a blue star"
 
 
 def peaks(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
@@ -76,6 +78,10 @@ def parse_schedule(text: str, model: LoadedModel) -> StageSchedule:
     return dataclasses.replace(preset(name, model.grids), precision=precision or "model")
 
 
+def prompts_for(model: LoadedModel, batch: int) -> list[str]:
+    return [NANO_PROMPT if model.name == "nano" else PROMPT] * batch
+
+
 def sampler_on(model: LoadedModel, engine: str) -> Sampler:
     return GrowingSampler(model) if engine == "growing" else Sampler(model, engine=engine)
 
@@ -83,7 +89,8 @@ def sampler_on(model: LoadedModel, engine: str) -> Sampler:
 def cost(sampler: Sampler, step: ScaleStep, generation: Any) -> dict[str, Any]:
     """Runs the next scale: its FLOPs, bytes read, tokens, branches, and the cache's length after it."""
     with FlopCounterMode(display=False) as counter:
-        sampler.advance(generation, step)
+        # 8-bit products are as many, but not all of their kernels are known to the counter.
+        sampler.advance(generation, dataclasses.replace(step, precision="model"))
     model, lengths = sampler.model, generation.cache.lengths
     transformer, batch = model.transformer, generation.batch
     entries = sum(sum(lengths[BOTH.index(branch)]) for branch in step.branches)
@@ -107,7 +114,7 @@ def per_scale(samplers: Mapping[str, Sampler], steps: Steps, rounds: int, batch:
     """One row per scale: its cost, and median milliseconds of its own per engine ("ms")."""
     first = next(iter(samplers.values()))
     device = first.model.device
-    prompts, seeds = [PROMPT] * batch, list(range(batch))
+    prompts, seeds = prompts_for(first.model, batch), list(range(batch))
     plain = Sampler(first.model)
     generation = plain.begin(prompts, seeds, steps=steps)
     rows = [cost(plain, step, generation) for step in steps]
@@ -144,7 +151,7 @@ def print_rows(title: str, rows: list[dict[str, Any]]) -> None:
         grid = "x".join(map(str, row["grid"]))
         print(
             f"{row['scale']:>5} {grid:>9} {row['tokens']:>8.0f} {row['branches']:>3} {row['cache_length']:>6} "
-            f"{row['tflop']:>8.4f} {row['gib']:>7.3f} {row['floor_ms']:>8.2f}{columns}"
+            f"{row['tflop']:>8.3g} {row['gib']:>7.3f} {row['floor_ms']:>8.2f}{columns}"
         )
     floor = sum(row["floor_ms"] for row in rows)
     totals = {name: sum(row["ms"][name] for row in rows) for name in engines}
@@ -185,7 +192,7 @@ def check(model: LoadedModel, expanded: Mapping[str, Steps], engines: list[str])
         launched = Sampler(model, engine=GraphEngine(RelaunchRecorder(), compiled=engine.endswith("compiled")))
         for name, steps in expanded.items():
             equal = True
-            for prompts, seeds in ((["a red circle"], [1]), ([PROMPT], [2]), (["a red circle"], [3])):
+            for prompts, seeds in ((["a red circle"], [1]), (prompts_for(model, 1), [2]), (["a red circle"], [3])):
                 sums, images = [], []
                 for sampler in (replayed, launched):
                     generation = sampler.begin(prompts, seeds)
@@ -225,10 +232,15 @@ def end_to_end(timings: Mapping[str, Timing], images: Mapping[str, int]) -> dict
 def report_memory(
     args: argparse.Namespace, model: LoadedModel, schedules: Mapping[str, StageSchedule], runs: Mapping[str, Run]
 ) -> dict[str, Any]:
-    """Prints and returns, per schedule, the reckoned memory and (CUDA) the measured peak of its first engine."""
+    """Prints and returns, per schedule, its cache, the reckoned memory and (CUDA) the measured peak of its first engine."""
     found: dict[str, Any] = {}
+    sampler, batch = Sampler(model), args.batches[0]
     for name, schedule in schedules.items():
-        row: dict[str, float] = {}
+        steps = schedule.expand(model.grids, sampler.chunks)
+        generation = sampler.begin(prompts_for(model, batch), range(batch), steps=steps)
+        row: dict[str, float] = {"cache_gib": generation.cache.memory_bytes / 2**30}
+        del generation
+        sampler.release()
         if SPECS[args.model].parts:
             options = {
                 "device": str(model.device),
@@ -289,13 +301,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     images: dict[str, int] = {}
     for batch in args.batches:
         # Text features are made beforehand: the figures are of the transformer and the decoder.
-        encoded = model.text.encode([PROMPT] * batch)
+        encoded = model.text.encode(prompts_for(model, batch))
         for schedule, steps in expanded.items():
             for engine in args.engines:
                 # A sampler of its own each, so that none records or allocates for another.
                 sampler = sampler_on(model, engine)
                 key = f"{schedule} {engine}" + (f" batch {batch}" if len(args.batches) > 1 else "")
-                prompts, seeds = [PROMPT] * batch, list(range(batch))
+                prompts, seeds = prompts_for(model, batch), list(range(batch))
                 runs[key] = lambda o=sampler, p=prompts, s=seeds, st=steps, e=encoded: o.generate(p, s, st, encoded=e)
                 images[key] = batch
                 if isinstance(sampler.engine, GraphEngine):
