@@ -54,11 +54,15 @@ def test_no_rounds_is_an_error(ran):
 def study_of(result, evaluator, said):
     """What a study needs to add the shares to its measurements."""
     pick = result.pick
+    ledger = SimpleNamespace(
+        full_key=result.baseline.key,
+        baseline=result.baseline,
+        candidates={pick.key: pick},
+        steps={result.baseline.key: "all steps", pick.key: "fewer steps"},
+    )
     return SimpleNamespace(
-        evaluator=evaluator, full_key=result.baseline.key, baseline=result.baseline, candidates={pick.key: pick},
-        steps={result.baseline.key: "all steps", pick.key: "fewer steps"}, stop=lambda: False,
-        progress=SimpleNamespace(say=said.append),
-    )  # fmt: skip
+        evaluator=evaluator, ledger=ledger, stop=lambda: False, progress=SimpleNamespace(say=said.append)
+    )
 
 
 def test_a_study_keeps_the_shares_with_its_newest_measurement(tmp_path):
@@ -68,10 +72,11 @@ def test_a_study_keeps_the_shares_with_its_newest_measurement(tmp_path):
     )
     study = study_of(result, evaluator, [])
     Study._time_scales(study, [result.pick.key])
-    assert study.baseline.verification.latency.scale_ms == (1.0, 9.0)
-    assert study.candidates[result.pick.key].verification.latency.scale_ms == (1.0, 11.0)
+    assert study.ledger.baseline.verification.latency.scale_ms == (1.0, 9.0)
+    assert study.ledger.candidates[result.pick.key].verification.latency.scale_ms == (1.0, 11.0)
     assert (
-        study.candidates[result.pick.key].verification.latency.samples_ms == result.pick.verification.latency.samples_ms
+        study.ledger.candidates[result.pick.key].verification.latency.samples_ms
+        == result.pick.verification.latency.samples_ms
     )
 
 
@@ -84,7 +89,7 @@ def test_a_study_goes_on_without_the_shares(tmp_path):
 
     study = study_of(result, SimpleNamespace(scale_ms=broken), said)
     Study._time_scales(study, [result.pick.key])
-    assert study.baseline is result.baseline and said == ["scales were not timed: RuntimeError: no clock"]
+    assert study.ledger.baseline is result.baseline and said == ["scales were not timed: RuntimeError: no clock"]
     without = study_of(result, SimpleNamespace(), said)
     Study._time_scales(without, [result.pick.key])
-    assert without.baseline is result.baseline and len(said) == 1
+    assert without.ledger.baseline is result.baseline and len(said) == 1

@@ -116,7 +116,7 @@ class Study:
             "max_drop": self.options.max_drop,
             "seed": self.options.seed,
             "storage": self.options.storage,
-            "savings": dataclasses.asdict(self.options.savings),
+            "savings": {name: getattr(self.options.savings, name) for name in ("table", "rungs")},
         }
 
     def check_identity(self) -> bool:
