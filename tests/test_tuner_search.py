@@ -13,6 +13,7 @@ from tuner import search as search_module
 from tuner.asking import ProposerLost, ProposerProcess
 from tuner.journal import Evidence
 from tuner.proposals import Told
+from tuner.report import write_report
 from tuner.search import EXHAUSTIVE, Savings
 
 PLAIN = Savings(batch=1, tree=False, table=False, rungs=False, overlap=False)
@@ -135,6 +136,17 @@ def test_proposals_beyond_the_budget_are_dropped_recorded_and_told(tmp_path):
     again = study(tmp_path, {"drop": lambda steps: 0.0}, SPACE, trials=24, budget="50%")
     assert len(again.run().candidates) == 24
     assert set(made.ledger.dropped) <= set(again.ledger.dropped)
+
+
+def test_a_study_that_only_verifies_again_can_be_reported(tmp_path):
+    """Its schedules are predicted, but this part of the study timed no steps."""
+    whole, _ = run(tmp_path, {"drop": lambda steps: 0.0}, trials=16)
+    again, _ = run(tmp_path, {"drop": lambda steps: 0.0}, trials=16)
+    assert again.search["predicted"] == whole.search["predicted"] > 0 and again.search["table_error"] is None
+    for result in (whole, again):
+        page = write_report(result, tmp_path).read_text()
+        assert "was predicted from the costs of their steps" in page
+        assert ("with an error of" in page) == (result is whole)
 
 
 def test_exhaustive_measures_everything(tmp_path):
