@@ -198,26 +198,82 @@ def test_the_death_of_a_worker_during_timing_moves_its_share(start, plain, tmp_p
     assert all({"node", "gpu", "host", "process", "device", "measured"} <= line.keys() for line in lines)
 
 
-def test_timing_is_spread_over_gpus_and_the_sentinel_cancels_their_speed(start, plain, tmp_path):
-    executor = start(run_dir=tmp_path)
-    wait_until_all_are_ready(executor)
-    schedules = {"baseline": FULL, "a": PAPER, "b": SKIP, "c": preset("skip-2", GRIDS).expand(GRIDS, CHUNKS)}
-    first = executor.evaluator.latency({"baseline": FULL}, 3)
-    home = executor.seats[executor._timer]
-    [other] = [seat for seat in executor.seats.values() if seat is not home]
-    (tmp_path / f"slow-{other.node}").write_text("1.5")
-    found = executor.evaluator.latency(schedules, 7)
-    assert list(found) == list(schedules) and len(first["baseline"].samples_ms) == 3
+class TestHealthyWorkers:
+    """One executor whose two workers are ready; nothing here breaks them."""
 
-    alone, here, there = measurements(tmp_path)
-    assert alone["node"] == here["node"] == home.node and there["node"] == other.node
-    assert list(here["samples_ms"]) == ["baseline", "a", "c"] and list(there["samples_ms"]) == ["baseline", "b"]
-    assert min(there["samples_ms"]["baseline"]) >= 150  # as measured: the fake's full schedule takes 100 ms and more
-    # What the study gets: this GPU's milliseconds, and every ratio as it was measured beside its own sentinel.
-    assert list(found["baseline"].samples_ms) == here["samples_ms"]["baseline"]
-    full = np.array(found["baseline"].samples_ms)
-    for name in "abc":
-        np.testing.assert_allclose(found[name].samples_ms / full, plain.ratio(schedules[name]), rtol=1e-12)
+    @pytest.fixture(scope="class")
+    def executor(self, ray_cluster, tmp_path_factory):
+        directory, lines = tmp_path_factory.mktemp("healthy"), []
+        executor = RayExecutor(cluster_fakes.recipe(directory), run_dir=directory, say=lines.append)
+        executor.lines = lines
+        wait_until_all_are_ready(executor)
+        yield executor
+        executor.close()
+
+    def test_timing_is_spread_over_gpus_and_the_sentinel_cancels_their_speed(self, executor, plain):
+        schedules = {"baseline": FULL, "a": PAPER, "b": SKIP, "c": preset("skip-2", GRIDS).expand(GRIDS, CHUNKS)}
+        first = executor.evaluator.latency({"baseline": FULL}, 3)
+        home = executor.seats[executor._timer]
+        [other] = [seat for seat in executor.seats.values() if seat is not home]
+        slow = executor.run_dir / f"slow-{other.node}"
+        slow.write_text("1.5")
+        found = executor.evaluator.latency(schedules, 7)
+        slow.unlink()
+        assert list(found) == list(schedules) and len(first["baseline"].samples_ms) == 3
+
+        alone, here, there = measurements(executor.run_dir)[-3:]
+        assert alone["node"] == here["node"] == home.node and there["node"] == other.node
+        assert list(here["samples_ms"]) == ["baseline", "a", "c"] and list(there["samples_ms"]) == ["baseline", "b"]
+        assert (
+            min(there["samples_ms"]["baseline"]) >= 150
+        )  # as measured: the fake's full schedule takes 100 ms and more
+        # What the study gets: this GPU's milliseconds, and every ratio as it was measured beside its own sentinel.
+        assert list(found["baseline"].samples_ms) == here["samples_ms"]["baseline"]
+        full = np.array(found["baseline"].samples_ms)
+        for name in "abc":
+            np.testing.assert_allclose(found[name].samples_ms / full, plain.ratio(schedules[name]), rtol=1e-12)
+
+    def test_without_the_full_schedule_there_is_no_sentinel_and_one_worker_times(self, executor):
+        assert set(executor.evaluator.latency({"a": PAPER, "b": SKIP}, 2)) == {"a", "b"}
+        line = measurements(executor.run_dir)[-1]
+        assert line["sentinel"] is None and set(line["samples_ms"]) == {"a", "b"}
+
+    def test_nothing_disturbs_a_timing_on_its_machine(self, executor, monkeypatch):
+        """Both workers are on one machine, though on two nodes."""
+        seat, other = executor.seats.values()
+        timing, judging = _Job("timed", (), None, alone=True), _quality_job(tasks([0])[0], 0, [0])
+        loading = None
+        for resource, starting, running, allowed in (
+            ("GPU", timing, judging, False),
+            ("GPU", judging, timing, False),
+            ("GPU", timing, loading, False),
+            ("GPU", timing, timing, True),  # each on a GPU of its own
+            ("CPU", timing, timing, False),  # they would share memory and caches
+            ("CPU", judging, judging, True),
+        ):
+            monkeypatch.setattr(executor, "_resource", resource)
+            other.job, other.ref, host = running, "busy", other.host
+            assert executor._choose(deque([starting]), seat) is (starting if allowed else None)
+            other.host = "another machine"
+            assert executor._choose(deque([starting]), seat) is starting
+            other.host, other.job, other.ref = host, None, None
+
+    def test_several_kinds_of_gpu_are_refused_until_one_is_chosen(self, executor, monkeypatch):
+        nodes = {
+            "a": {"GPU": 8, "accelerator_type:H100": 1},
+            "b": {"GPU": 4, "accelerator_type:L40": 1},
+            "c": {"CPU": 4},
+        }
+        monkeypatch.setattr(executor, "gpu_kind", None)
+        with pytest.raises(UsageError, match=r"mixes kinds of GPU \(8 x H100, 4 x L40\); choose one with --gpu-kind"):
+            executor._chosen(nodes)
+        executor.gpu_kind = "h100"
+        assert list(executor._chosen(nodes)) == ["a"]
+        assert executor.lines[-1] == "node b (L40) is left out: this study runs on h100"
+        monkeypatch.setattr(executor, "seats", {})
+        executor.gpu_kind = "A100"
+        with pytest.raises(UsageError, match=r"no GPU of kind 'A100' in the cluster \(8 x H100, 4 x L40\)"):
+            executor._chosen(nodes)
 
 
 def test_step_costs_are_spread_and_keep_their_shares_of_the_full_schedule(plain, tmp_path):
@@ -257,36 +313,6 @@ def test_step_costs_are_spread_and_keep_their_shares_of_the_full_schedule(plain,
     assert [(line["what"], line["gpu"]) for line in measurements(tmp_path)] == [("steps", "GPU-0"), ("steps", "GPU-1")]
     remote.step_ms((FULL,), 3)
     assert [walked for walked, _ in cluster.calls] == [(FULL,)]
-
-
-def test_without_the_full_schedule_there_is_no_sentinel_and_one_worker_times(start, tmp_path):
-    executor = start(run_dir=tmp_path)
-    wait_until_all_are_ready(executor)
-    assert set(executor.evaluator.latency({"a": PAPER, "b": SKIP}, 2)) == {"a", "b"}
-    [line] = measurements(tmp_path)
-    assert line["sentinel"] is None and set(line["samples_ms"]) == {"a", "b"}
-
-
-def test_nothing_disturbs_a_timing_on_its_machine(start):
-    """Both workers are on one machine, though on two nodes."""
-    executor = start()
-    wait_until_all_are_ready(executor)
-    seat, other = executor.seats.values()
-    timing, judging = _Job("timed", (), None, alone=True), _quality_job(tasks([0])[0], 0, [0])
-    loading = None
-    for resource, starting, running, allowed in (
-        ("GPU", timing, judging, False),
-        ("GPU", judging, timing, False),
-        ("GPU", timing, loading, False),
-        ("GPU", timing, timing, True),  # each on a GPU of its own
-        ("CPU", timing, timing, False),  # they would share memory and caches
-        ("CPU", judging, judging, True),
-    ):
-        executor._resource, other.job, other.ref, host = resource, running, "busy", other.host
-        assert executor._choose(deque([starting]), seat) is (starting if allowed else None)
-        other.host = "another machine"
-        assert executor._choose(deque([starting]), seat) is starting
-        other.host, other.job, other.ref = host, None, None
 
 
 def test_an_evaluator_that_cannot_be_built_stops_at_once_with_the_reason(start):
@@ -339,21 +365,6 @@ def test_a_dead_nodes_batches_go_to_others_and_a_new_node_is_used(start, plain, 
     wait_until_all_are_ready(executor)
     assert joined.node_id in node_ids(executor)
     check_all(executor, plain)
-
-
-def test_several_kinds_of_gpu_are_refused_until_one_is_chosen(start):
-    executor = start()
-    nodes = {"a": {"GPU": 8, "accelerator_type:H100": 1}, "b": {"GPU": 4, "accelerator_type:L40": 1}, "c": {"CPU": 4}}
-    executor.gpu_kind = None
-    with pytest.raises(UsageError, match=r"mixes kinds of GPU \(8 x H100, 4 x L40\); choose one with --gpu-kind"):
-        executor._chosen(nodes)
-    executor.gpu_kind = "h100"
-    assert list(executor._chosen(nodes)) == ["a"]
-    assert executor.lines[-1] == "node b (L40) is left out: this study runs on h100"
-    executor.seats.clear()
-    executor.gpu_kind = "A100"
-    with pytest.raises(UsageError, match=r"no GPU of kind 'A100' in the cluster \(8 x H100, 4 x L40\)"):
-        executor._chosen(nodes)
 
 
 # ---------------------------------------------------------------------------------------------------- driver
