@@ -42,7 +42,10 @@ METHODS = {
     "StageVAR, projection": ("#999999", "p"),
 }
 #: Metric of a panel -> its title.
-PANELS = {"quality": "share of prompts right, difference", "ssim": "SSIM with the full schedule's image"}
+PANELS = {
+    "quality": "quality (nano: share of prompts right), difference",
+    "ssim": "SSIM with the full schedule's image",
+}
 
 
 def method(steps: Iterable[Mapping[str, Any]]) -> str:
@@ -249,6 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(found, panels))
     if args.output is not None:
         study = {"command": result.command, "device": result.device, "prompts": count, "hashes": result.hashes}
+        study["retimed_rounds"] = args.retime
         write_json(args.output, {"environment": environment(), "model": result.model, "study": study, "rows": found})
     if args.figure is not None:
         draw(found, panels, args.figure)

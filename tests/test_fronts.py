@@ -1,12 +1,15 @@
 """Fronts by method: where a schedule is filed, what its row says, what is drawn from a study."""
 
+import dataclasses
 import itertools
 import json
 
 import pytest
 
-from benchmarks.fronts import METHODS, best, main, method, rows, setting, table
+from benchmarks.fronts import METHODS, best, main, method, retime, rows, setting, table
+from stagevar.errors import UsageError
 from stagevar.grids import square
+from stagevar.models.registry import load_model
 from stagevar.profile import steps_to_data
 from stagevar.schedule import PRESETS, StageSchedule
 from tests.sample_study import make
@@ -74,3 +77,13 @@ def test_a_study_without_quality_is_refused(tmp_path, capsys):
     assert main([str(tmp_path)]) == 2
     assert "measured no quality" in capsys.readouterr().err
     assert main([str(tmp_path / "nowhere")]) == 2
+
+
+def test_schedules_of_a_study_are_timed_again_on_its_weights_only(tmp_path):
+    result = make("one_trial", tmp_path)
+    with pytest.raises(UsageError, match="other weights of nano"):
+        retime(result, rows(result), 1)
+    own = dataclasses.replace(result, provenance={"weights": load_model("nano").provenance["weights"]})
+    found = rows(own)
+    retime(own, found, 1)
+    assert all(row["time"]["n"] == 1 and row["time"]["mean"] > 0 for row in found)
