@@ -139,3 +139,14 @@ def test_an_unknown_amount_of_free_memory_refuses_nothing(monkeypatch):
 def test_this_machine_tells_how_much_is_free():
     free = memory.available_bytes(torch.device("cpu"))
     assert free is None or 0 < free < 2**50
+
+
+def test_the_largest_batch_that_fits_goes_by_halves():
+    from stagevar.models.memory import largest_batch
+
+    options = {"weights": "random", "device": "cpu"}
+    needs = {batch: estimate_model("infinity-tiny", batch=batch, **options).peak for batch in (1, 2, 4, 8)}
+    assert largest_batch("infinity-tiny", 8, needs[8], **options) == 8
+    assert largest_batch("infinity-tiny", 8, needs[8] - 1, **options) == 4
+    assert largest_batch("infinity-tiny", 8, needs[2], **options) == 2
+    assert largest_batch("infinity-tiny", 8, 0, **options) == 1

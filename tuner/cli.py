@@ -353,12 +353,18 @@ def _drive(checked: Plan) -> int:
 
 def build_study(checked: Plan, progress: Any, stop: Callable[[], bool]) -> Study:
     """Loads model, prompts and metrics."""
-    from tuner.evaluate import load_evaluator
+    from tuner.evaluate import fitting_micro_batch, load_evaluator
     from tuner.prompts import load_prompts
     from tuner.search import EXHAUSTIVE, Savings
     from tuner.study import Options, Study
 
     args, space = checked.args, checked.space
+    if args.executor == "local":
+        place = {"weights": args.weights, "resolution": args.resolution, "device": args.device}
+        size = fitting_micro_batch(args.model, space.prompts.micro_batch, **place)
+        if size < space.prompts.micro_batch:
+            progress.say(f"micro-batches of {size} instead of {space.prompts.micro_batch} images fit the memory here")
+            space = dataclasses.replace(space, prompts=dataclasses.replace(space.prompts, micro_batch=size))
     prompts = load_prompts(space.prompts, args.seed)
     parts = {"model": args.model, "prompts": prompts, "quality": space.quality, "floors": space.floors}
     parts |= {"weights": args.weights, "device": args.device, "threads": args.threads, "resolution": args.resolution}

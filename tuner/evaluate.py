@@ -110,6 +110,30 @@ def walk(
     return runs
 
 
+#: Share of a device's memory that a micro-batch may need; metrics, references and kept scales want the rest.
+_ROOM = 0.8
+
+
+def fitting_micro_batch(
+    model: str, wanted: int, *, weights: str | None = None, resolution: str | None = None, device: str = "auto"
+) -> int:
+    """Images per batch for a study: `wanted`, or as many as the device holds, by halves.
+
+    It follows from all of the device's memory, not from what is free, so that the same command gives the same study.
+    """
+    from stagevar.models.memory import largest_batch, total_bytes
+    from stagevar.models.registry import resolve
+
+    options = {"weights": weights, "resolution": resolution, "device": device}
+    request = resolve(model, **options)
+    total = total_bytes(request.device)
+    return (
+        wanted
+        if total is None or request.spec.parts is None
+        else largest_batch(model, wanted, int(_ROOM * total), **options)
+    )
+
+
 def load_evaluator(
     model: str,
     prompts: Mapping[str, PromptSet],

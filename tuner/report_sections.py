@@ -480,7 +480,9 @@ def _savings(result: StudyResult) -> str:
     if facts.get("predicted"):
         line = f"Latency of {facts['predicted']} was predicted from the costs of their steps"
         if facts.get("table_error") is not None:  # a study that went on only to verify timed no steps again
-            line += f", with an error of {100 * facts['table_error']:.1f} % over {facts['table_checks']} that were timed"
+            line += (
+                f", with an error of {100 * facts['table_error']:.1f} % over {facts['table_checks']} that were timed"
+            )
         found.append(f"{line}.")
     return " " + " ".join(found) if found else ""
 

@@ -189,11 +189,32 @@ def available_bytes(device: torch.device) -> int | None:
         import torch
 
         return torch.cuda.mem_get_info(device)[0]
+    return _meminfo("MemAvailable")
+
+
+def total_bytes(device: torch.device) -> int | None:
+    """All memory of a device, the same whatever runs there; None where the system does not tell."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[1]
+    return _meminfo("MemTotal")
+
+
+def _meminfo(name: str) -> int | None:
     try:
         fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
+        return int(fields[name].split()[0]) * 1024
     except (OSError, KeyError, ValueError, IndexError):
         return None
+
+
+def largest_batch(name: str, at_most: int, room_bytes: int, **options: object) -> int:
+    """The largest of `at_most`, its half, its quarter and so on whose estimate stays within the room; at least 1."""
+    batch = at_most
+    while batch > 1 and estimate_model(name, batch=batch, **options).peak > room_bytes:
+        batch //= 2
+    return batch
 
 
 def require(needed: MemoryEstimate, device: torch.device, name: str) -> None:
