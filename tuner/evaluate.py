@@ -127,11 +127,9 @@ def fitting_micro_batch(
     options = {"weights": weights, "resolution": resolution, "device": device}
     request = resolve(model, **options)
     total = total_bytes(request.device)
-    return (
-        wanted
-        if total is None or request.spec.parts is None
-        else largest_batch(model, wanted, int(_ROOM * total), **options)
-    )
+    if total is None or not request.spec.parts:  # nano fits anywhere
+        return wanted
+    return largest_batch(model, wanted, int(_ROOM * total), **options)
 
 
 def load_evaluator(

@@ -232,10 +232,17 @@ class Proposer:
 def _database(url: str) -> optuna.storages.RDBStorage:
     """A database of studies. Raises UsageError that says what is missing."""
     try:
-        return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+        try:
+            return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+        except ImportError:
+            raise
+        except Exception:
+            # Two drivers that meet an empty database both make its tables, and one of them fails: now they are there.
+            return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
     except ImportError as error:
         raise UsageError(
-            f"--storage {url} needs a driver ({error}); for PostgreSQL: pip install psycopg2-binary"
+            f"--storage {url} needs a driver ({error}); for PostgreSQL: pip install 'psycopg[binary]' and "
+            "postgresql+psycopg://HOST/DB"
         ) from None
     except Exception as error:  # SQLAlchemy, its drivers and Optuna have no common base
         line = str(error).strip().splitlines()[0]
