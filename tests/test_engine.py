@@ -1,5 +1,6 @@
 """The graph engine's logic on a CPU: recorded operations are replayed over the same fixed buffers as a CUDA graph's."""
 
+import contextlib
 import dataclasses
 import gc
 import weakref
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from benchmarks.relaunch import RelaunchRecorder, tensors_of, with_tensors
 from stagevar.cache import attention_kernels, prefer_attention
-from stagevar.engine import GraphEngine, Recorder, RecordingFailed, build_engine
+from stagevar.engine import CudaRecorder, GraphEngine, Recorder, RecordingFailed, build_engine
 from stagevar.errors import UsageError
 from stagevar.noise import PromptNoise
 from stagevar.sampler import Sampler
@@ -345,6 +346,81 @@ def test_a_card_tries_flash_attention_first_unless_told_otherwise():
     assert torch._C._get_sdp_priority_order() == before, "nothing is left behind"
     with pytest.raises(UsageError, match="unknown attention 'fast'; use flash, cudnn, efficient, math"):
         prefer_attention("fast")
+
+
+class StandInCuda:
+    """torch.cuda as far as CudaRecorder uses it: keeps the order of calls, and the stream that is current."""
+
+    def __init__(self, monkeypatch, capture_fails: bool):
+        self.calls, self.current, self.fails = [], "main", capture_fails
+        for name in ("device", "stream", "graph", "set_stream", "synchronize", "graph_pool_handle", "memory_snapshot"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: StandInStream(self, self.current))
+        monkeypatch.setattr(torch.cuda, "Stream", lambda: StandInStream(self, "side"))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: type("Graph", (), {"replay": lambda _: None})())
+        self.pools = 0
+
+    def graph_pool_handle(self):
+        self.pools += 1
+        return (0, self.pools)
+
+    @contextlib.contextmanager
+    def device(self, device):
+        yield
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        before, self.current = self.current, stream.name
+        yield
+        self.current = before
+
+    @contextlib.contextmanager
+    def graph(self, graph, pool, stream, capture_error_mode):
+        self.calls.append(("capture", pool, stream.name, capture_error_mode))
+        self.current = stream.name
+        yield
+        if self.fails:
+            raise RuntimeError("CUDA error: operation failed\nand much more")
+        self.current = "main"
+
+    def set_stream(self, stream):
+        self.current = stream.name
+
+    def synchronize(self):
+        self.calls.append("synchronize")
+
+    def memory_snapshot(self):
+        return [{"segment_pool_id": (0, pool), "total_size": 10**pool} for pool in (0, 1, 2, 3)]
+
+
+@dataclasses.dataclass
+class StandInStream:
+    cuda: StandInCuda
+    name: str
+
+    def wait_stream(self, other):
+        self.cuda.calls.append((self.name, "waits for", other.name))
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_card_warms_up_and_captures_on_one_side_stream(monkeypatch, apart):
+    cuda = StandInCuda(monkeypatch, capture_fails=False)
+    recorder = CudaRecorder(torch.device("cuda"))
+    _, outputs = recorder.record(
+        lambda: cuda.calls.append(("run", cuda.current)) or "outputs", lambda: cuda.calls.append("reset"), apart
+    )
+    assert outputs == "outputs" and cuda.current == "main"
+    warm_up = [("side", "waits for", "main"), ("run", "side"), ("main", "waits for", "side")]
+    capture = ("capture", (0, 1 + apart), "side", "thread_local")
+    assert cuda.calls == [*warm_up, "reset", capture, ("run", "side")]
+    assert recorder.memory_bytes() == 110, "segments of both pools, nobody else's"
+
+
+def test_a_failed_capture_leaves_the_card_usable(monkeypatch):
+    cuda = StandInCuda(monkeypatch, capture_fails=True)
+    with pytest.raises(RecordingFailed, match=r"^CUDA error: operation failed$"):
+        CudaRecorder(torch.device("cuda")).record(lambda: None, lambda: None)
+    assert cuda.current == "main" and cuda.calls[-1] == "synchronize"
 
 
 def test_engines_by_name():

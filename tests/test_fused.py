@@ -88,6 +88,19 @@ def test_a_compiled_generation_is_the_plain_one(model, monkeypatch):
     assert largest_difference(ours.logits, plain.logits) < 1e-4
 
 
+def test_what_cannot_be_compiled_runs_plainly_and_says_why(monkeypatch):
+    def refusing(graph, inputs):
+        raise RuntimeError("no C++ compiler")
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: real(function, dynamic=dynamic, backend=refusing))
+    norm, arguments = fused.compiler(modulated_norm), (numbers(2, 3, 8), numbers(2, 1, 8), numbers(2, 1, 8))
+    with pytest.warns(UserWarning, match="modulated_norm runs without being compiled: .*no C") as warned:
+        for _ in range(2):
+            assert torch.equal(norm(*arguments), modulated_norm(*arguments))
+    assert len(warned) == 1
+
+
 def test_the_engine_takes_the_compiled_pieces(model):
     sampler = Sampler(model, engine="compiled")
     assert sampler.engine.name == "compiled"

@@ -2,17 +2,21 @@
 
 Norm, modulation and cast become one kernel; unit length, rotation, scale and cast of q and k another; the integer
 arithmetic of a draw, some two hundred operations, a third, which gives the same bits. Sizes are variables of the kernels,
-but for those of one: a piece is compiled a few times per process, when first met. Whatever a compiler refuses runs plainly.
+but for those of one: a piece is compiled a few times per process, when first met. Where that fails, for want of a compiler
+for instance, the plain piece runs and a warning says why.
 """
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 
 from stagevar import noise
 from stagevar.models.base import NextScaleModel
@@ -40,8 +44,21 @@ def real_heads(
 
 
 def compiler(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled for any size."""
-    return torch.compile(function, dynamic=True)
+    """Compiled for any size; the plain function, with one warning, once compiling it has failed."""
+    current = torch.compile(function, dynamic=True)
+
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Any:
+        nonlocal current
+        try:
+            return current(*arguments)
+        except TorchDynamoException as error:
+            reason = " ".join(str(error).strip().splitlines()[:2])
+            warnings.warn(f"{function.__name__} runs without being compiled: {reason}", stacklevel=2)
+            current = function
+            return current(*arguments)
+
+    return run
 
 
 @cache
