@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
 
 from stagevar import noise
 from stagevar.models.base import NextScaleModel
@@ -52,7 +51,11 @@ def compiler(function: Callable[..., Any]) -> Callable[..., Any]:
         nonlocal current
         try:
             return current(*arguments)
-        except TorchDynamoException as error:
+        except RuntimeError as error:
+            from torch._dynamo.exc import TorchDynamoException  # imports a great deal, by now already there
+
+            if not isinstance(error, TorchDynamoException):
+                raise
             reason = " ".join(str(error).strip().splitlines()[:2])
             warnings.warn(f"{function.__name__} runs without being compiled: {reason}", stacklevel=2)
             current = function
