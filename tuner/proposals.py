@@ -7,7 +7,6 @@ running are told from the evidence where there is some, else failed and enqueued
 from __future__ import annotations
 
 import contextlib
-import importlib
 import sys
 import time
 import uuid
@@ -187,10 +186,11 @@ class Proposer:
         self.study.enqueue_trial(frozen.system_attrs.get("fixed_params") or frozen.params, user_attrs=kept)
 
     def load(self) -> None:
-        """Imports what the Gaussian process needs, which takes seconds, before it is asked."""
-        if self.proposes == "gp":
-            importlib.import_module("torch")
-            importlib.import_module("scipy.optimize")
+        """Lets the Gaussian process import and compile what it needs, which takes seconds, before it is asked."""
+        if self.proposes != "gp":
+            return
+        trial = optuna.create_study(sampler=optuna.samplers.GPSampler(seed=0, n_startup_trials=2))
+        trial.optimize(lambda t: t.suggest_float("x", 0, 1), n_trials=3)
 
     def close(self) -> None:
         """Nothing to free; a proposer in a process of its own has."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -130,20 +131,22 @@ class Search:
         kind = ProposerProcess if savings.overlap else Proposer
         self.proposer = kind(run_dir, ledger.space, seed, ledger.constraint_names, sampler, storage)
         self._thread = ThreadPoolExecutor(1) if savings.overlap else None
+        self._impatient = threading.Event()
 
     # ------------------------------------------------------------------------------------------------ the loop
 
     def run(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Searches until a reason to stop; `records` is the evidence so far."""
-        try:
-            self._begin(records)
-            self._loop()
-            self.told = len(self.proposer.completed())
-            self.ask_seconds, self.proposed = list(self.proposer.ask_seconds), self.proposer.proposes
-        finally:
-            if self._thread is not None:
-                self._thread.shutdown(wait=True)
-            self.proposer.close()
+        self._begin(records)
+        self._loop()
+        self.told = len(self.proposer.completed())
+        self.ask_seconds, self.proposed = list(self.proposer.ask_seconds), self.proposer.proposes
+
+    def close(self) -> None:
+        """Ends the proposing process; to be called whatever happened."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=True)
+        self.proposer.close()
 
     def _begin(self, records: Sequence[Mapping[str, Any]]) -> None:
         ledger, facts = self.ledger, self.ledger.facts
@@ -169,6 +172,9 @@ class Search:
                 unfit.append(f"{name}: {error}")
         for line in unfit:
             self.progress.say(f"preset left out, {line}")
+        if self.savings.table and self.trials > max(len(presets), ledger.evaluated):
+            with self.progress.part("timing"):
+                self._fill_table()
         for proposal in self.proposer.recover(known):
             self._give_up(proposal)
         self.proposer.enqueue(presets)
@@ -224,6 +230,9 @@ class Search:
         self._presets_first = 0
         missing, found, seen, misses = min(size, left), _Round(), set(busy), 0
         while len(found.pending) < missing and misses < _MOST_DUPLICATES:
+            if self._impatient.is_set():
+                self._impatient.clear()
+                self._hand_over()
             proposal = self.proposer.ask(random=misses > ROUND)
             if proposal.preset is not None:
                 schedule = preset(proposal.preset, ledger.facts.grids)
@@ -295,7 +304,7 @@ class Search:
     def _evaluate(self, round_: _Round) -> _Round:
         """Measures a round, writes the evidence, tells the sampler; returns the next round where it was asked meanwhile."""
         began = time.perf_counter()
-        asked, waited = self._asked_s, self._waited_s
+        asked = self._asked_s
         ledger, pending = self.ledger, round_.pending
         self._rounds += 1
         self.proposer.begin([p.proposal.trial for p in pending])
@@ -320,7 +329,7 @@ class Search:
             found.append(candidate)
         start = time.perf_counter()
         with self.progress.part("waiting for asks"):
-            following = ahead.result() if ahead is not None else _Round()
+            following = self._await(ahead, start - began) if ahead is not None else _Round()
         self._waited_s += time.perf_counter() - start
         for candidate in found:
             ledger.keep(candidate)
@@ -330,8 +339,8 @@ class Search:
                 self.proposer.fail(candidate.trial)
         self._note_hypervolume()
         self._show()
-        cost = (self._waited_s - waited) if ahead is not None else (self._asked_s - asked)
-        self._judge_sampler(cost, time.perf_counter() - began)
+        if self._thread is None:
+            self._judge_sampler(self._asked_s - asked, time.perf_counter() - began)
         return following
 
     def _ask_ahead(self, pending: Sequence[_Pending]) -> Future[_Round] | None:
@@ -340,14 +349,24 @@ class Search:
             return None
         return self._thread.submit(self._ask, left, frozenset(p.key for p in pending))
 
+    def _await(self, ahead: Future[_Round], round_s: float) -> _Round:
+        """The next round. Asks that hold this one up by more than their share are the Gaussian process's last."""
+        try:
+            return ahead.result(timeout=ASK_SHARE * round_s if self.auto else None)
+        except TimeoutError:
+            self._impatient.set()
+            return ahead.result()
+
     def _judge_sampler(self, asking_s: float, round_s: float) -> None:
-        """Hands over to TPE when the Gaussian process holds the rounds up."""
-        if not self.auto or self.ledger.evaluated <= STARTUP_TRIALS + self.savings.batch:
-            return  # it was not asked yet
-        if asking_s > ASK_SHARE * round_s and self.proposer.proposes == "gp":
+        """Hands over to TPE when asks take too much of a round; here nothing runs beside them."""
+        if self.auto and self.ledger.evaluated > STARTUP_TRIALS and asking_s > ASK_SHARE * round_s:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        if self.proposer.proposes == "gp":
             self.proposer.hand_over()
             self.progress.say(
-                f"the Gaussian process holds a round up by {100 * asking_s / round_s:.0f} %: TPE proposes from now on"
+                f"the Gaussian process holds rounds up by more than {100 * ASK_SHARE:.0f} %: TPE proposes from now on"
             )
 
     def _measured(
@@ -446,9 +465,6 @@ class Search:
 
     def _latencies(self, pending: Sequence[_Pending]) -> tuple[dict[str, LatencyStats], dict[str, str]]:
         """Latency by key, predicted where the table may be trusted and timed end to end elsewhere; errors by key."""
-        sampled = any(p.proposal.preset is None for p in pending)
-        if self.savings.table and (sampled or self.trials > len(pending)) and not self._filled:
-            self._fill_table()
         predicted = {p.key for p in pending if p.proposal.preset is None and self._predicts(p.steps)}
         if predicted and self._rounds % CHECK_EVERY == 0:
             predicted.discard(next(p.key for p in pending if p.key in predicted))

@@ -147,9 +147,16 @@ class Study:
         """Baseline, search, verification, verdict; returns the result, which is also in study.json."""
         self.check_identity()
         records = self.ledger.evidence.read()
-        self._run_baseline(records)
-        if self.ledger.baseline.state == "complete":
-            self._search(records)
+        # Made first, so that its proposing process is up when the full schedule has been measured.
+        search = self._new_search()
+        try:
+            self._run_baseline(records)
+            if self.ledger.baseline.state == "complete":
+                self.progress.phase("search", self.options.trials)
+                search.run(records)
+                self.told, self.stop_reason, self.search_facts = search.told, search.stop_reason, search.facts()
+        finally:
+            search.close()
         result = self._conclude()
         result.save(self.run_dir)
         return result
@@ -194,10 +201,9 @@ class Study:
         parts = [found[b] for b in sorted(found)]
         return {m: tuple(float(v) for part in parts for v in part[m]) for m in parts[0]}, None
 
-    def _search(self, records: Sequence[Mapping[str, Any]]) -> None:
+    def _new_search(self) -> Search:
         options = self.options
-        self.progress.phase("search", options.trials)
-        search = Search(
+        return Search(
             self.run_dir,
             self.ledger,
             self.evaluator,
@@ -213,8 +219,6 @@ class Study:
             out_of_time=self._out_of_time,
             stop=self.stop,
         )
-        search.run(records)
-        self.told, self.stop_reason, self.search_facts = search.told, search.stop_reason, search.facts()
 
     def _out_of_time(self) -> str:
         """Why the tuning time is over, or nothing.
