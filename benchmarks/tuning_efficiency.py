@@ -522,6 +522,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--plot-seeds", type=int, default=5, help="of the variants compared at equal wall time")
     parser.add_argument(
         "--trials", type=int, default=40, help="of a plain loop; batched ones may use four times as many"
     )
