@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from stagevar.errors import UsageError
 from stagevar.grids import square
 from stagevar.sampler import Sampler
 from stagevar.schedule import StageSchedule, exact, skipvar
@@ -177,3 +178,33 @@ def test_prompt_sets_share_no_image(prompts):
     assert search.batches == 2 and len(search.batch(1)[0]) == 2
     assert load_prompts(PromptSource(search=6, heldout=4, micro_batch=4))["search"].digest == search.digest
     assert load_prompts(PromptSource(search=6, heldout=4, micro_batch=2))["search"].digest != search.digest
+
+
+def test_latency_is_timed_on_the_engine_of_the_study(model, steps, prompts):
+    evaluator = ModelEvaluator(model, prompts, {"psnr": 1.0}, engine="compiled")
+    assert evaluator.facts.engine == "compiled"
+    seen = []
+
+    class Spy(ModelEvaluator):
+        def _check_engine(self, sampler):
+            seen.append(sampler.engine.name)
+            super()._check_engine(sampler)
+
+    spy = Spy(model, prompts, {"psnr": 1.0}, engine="compiled")
+    spy.latency({"one": steps[0], "two": steps[1]}, 1, 1)
+    spy.step_ms(steps[:2], 1)
+    spy.scale_ms({"one": steps[0]}, 1)
+    assert seen == ["compiled"] * 4
+
+
+def test_an_engine_that_goes_on_eagerly_gives_no_figure(model, steps, prompts):
+    from types import SimpleNamespace
+
+    evaluator = ModelEvaluator(model, prompts, {"psnr": 1.0})
+    with pytest.raises(RuntimeError, match="engine eager went on eagerly \\(out of memory\\); use --engine eager"):
+        evaluator._check_engine(SimpleNamespace(engine=SimpleNamespace(eager_because="out of memory")))
+
+
+def test_an_engine_that_cannot_run_here_is_refused_at_once(model, prompts):
+    with pytest.raises(UsageError, match="engine graph needs a CUDA device"):
+        ModelEvaluator(model, prompts, {"psnr": 1.0}, engine="graph")

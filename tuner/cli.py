@@ -87,6 +87,9 @@ def _tune_parser() -> _Parser:
     parser.add_argument("--trials", type=positive_int, default=30, help="distinct schedules to evaluate (default: 30)")
     parser.add_argument("--time-budget", metavar="TIME", help="tuning time, such as 10m; verification included")
     parser.add_argument(
+        "--kv-cache", choices=("model", "int8"), default="model", help="8 bits halve the cache (default: the model's)"
+    )
+    parser.add_argument(
         "--patience", type=positive_int, default=60, metavar="N", help="end after N schedules without progress (60)"
     )
     parser.add_argument(
@@ -126,6 +129,12 @@ def _add_study_options(parser: _Parser, required: bool) -> None:
     parser.add_argument("--resolution", help="pixel budget (0.25M, 1M ...) or image side, where a model has several")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
     parser.add_argument("--threads", type=positive_int, default=1, help="CPU threads, pinned while timing (default: 1)")
+    parser.add_argument(
+        "--engine",
+        choices=("eager", "compiled", "graph", "graph-compiled"),
+        default="eager" if required else None,
+        help="what latency is timed on, and deployed with (default: eager)",
+    )
 
 
 def _add_output_options(parser: _Parser) -> None:
@@ -368,6 +377,7 @@ def build_study(checked: Plan, progress: Any, stop: Callable[[], bool]) -> Study
     prompts = load_prompts(space.prompts, args.seed)
     parts = {"model": args.model, "prompts": prompts, "quality": space.quality, "floors": space.floors}
     parts |= {"weights": args.weights, "device": args.device, "threads": args.threads, "resolution": args.resolution}
+    parts |= {"engine": args.engine, "kv_cache": args.kv_cache}
     if args.executor == "ray":
         executor = _ray_executor(checked, parts, progress)
         evaluator = executor.evaluator
@@ -583,6 +593,7 @@ def run_verify(args: argparse.Namespace) -> int:
         args.device,
         args.threads,
         Progress(args.quiet),
+        args.engine or profile.envelope.engine,
     )
     if args.json:
         print(json.dumps(outcome.to_dict(), indent=2))

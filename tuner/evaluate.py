@@ -142,16 +142,20 @@ def load_evaluator(
     resolution: str | None = None,
     device: str = "auto",
     threads: int = 1,
+    engine: str = "eager",
+    kv_cache: str = "model",
     references_dir: Path | None = None,
 ) -> ModelEvaluator:
     """Loads a model by name and the metrics: what a study evaluates with, in its own process or in a cluster's workers."""
     from stagevar.models import registry
 
-    loaded = registry.load_model(model, weights=weights, resolution=resolution, device=device)
+    loaded = registry.load_model(model, weights=weights, resolution=resolution, device=device, kv_cache=kv_cache)
     if hasattr(loaded.text, "prepare"):
         # A large text encoder is loaded once; its features stay on disk, and it is freed before the model needs room.
         loaded.text.prepare([text for part in prompts.values() for text in part.texts])
-    return ModelEvaluator(loaded, prompts, quality, floors, threads=threads, references_dir=references_dir)
+    return ModelEvaluator(
+        loaded, prompts, quality, floors, threads=threads, engine=engine, references_dir=references_dir
+    )
 
 
 class ModelEvaluator:
@@ -161,6 +165,8 @@ class ModelEvaluator:
         model: what `load_model` returned. prompts: "search" and "heldout" sets.
         quality: metric -> weight, as in the search space; ignored for random weights. floors: further metrics to compute.
         threads: CPU threads of every figure, pinned while timing.
+        engine: what latency is timed on (stagevar.engine). Quality is walked eagerly, which gives the same bits: a
+            prefix that is run once is not worth recording.
         references_dir: where the full schedule's images are kept between batches; memory when None.
         keep_bytes: for the full schedule's scales on the search prompts, which later walks start from; None takes a
             quarter of what is free. 0 keeps nothing.
@@ -176,14 +182,18 @@ class ModelEvaluator:
         floors: Mapping[str, float] | None = None,
         *,
         threads: int = 1,
+        engine: str = "eager",
         references_dir: Path | None = None,
         keep_bytes: int | None = None,
     ):
         import torch
 
+        from stagevar.engine import build_engine
         from stagevar.sampler import Sampler
 
+        build_engine(engine, model.device)  # refused before anything is measured
         self.model, self.prompts, self.threads, self.references_dir = model, prompts, threads, references_dir
+        self.engine = engine
         self.sampler = Sampler(model)
         if model.device.type == "cpu":
             torch.set_num_threads(threads)
@@ -215,6 +225,7 @@ class ModelEvaluator:
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "torch": torch.__version__,
             },
+            engine=engine,
             includes=_WITHOUT_TEXT if hasattr(model.text, "prepare") else _WITH_TEXT,
             random_weights=model.random_weights,
             sampling={
@@ -315,21 +326,34 @@ class ModelEvaluator:
     # ------------------------------------------------------------------------------------------------ latency
 
     def latency(self, schedules: Mapping[str, Steps], rounds: int, warm_up_at_most: int = 12) -> Mapping[str, Timing]:
-        """See `Evaluator`. Each schedule has a sampler of its own, so that each keeps the cache it is deployed with."""
+        """See `Evaluator`. Each schedule has a sampler of its own, so that each keeps the cache it is deployed with.
+
+        Raises RuntimeError when the engine went on eagerly: its figures would be another engine's.
+        """
         from stagevar.latency import measure, pinned
-        from stagevar.sampler import Sampler
 
         prompts = self.prompts["search"]
         texts, seeds = [prompts.texts[0]], [prompts.seeds[0]]
-        samplers = {name: Sampler(self.model) for name in schedules}
+        samplers = {name: self._timed_sampler() for name in schedules}
         runs = {
             name: lambda sampler=samplers[name], steps=steps: sampler.generate(texts, seeds, steps)
             for name, steps in schedules.items()
         }
-        if self.model.device.type == "cuda":
-            return measure(runs, rounds, self.model.device, warm_up_at_most)
-        with pinned(self.threads):
-            return measure(runs, rounds, self.model.device, warm_up_at_most)
+        with pinned(self.threads) if self.model.device.type != "cuda" else contextlib.nullcontext():
+            found = measure(runs, rounds, self.model.device, warm_up_at_most)
+        for sampler in samplers.values():
+            self._check_engine(sampler)
+        return found
+
+    def _timed_sampler(self) -> Sampler:
+        from stagevar.sampler import Sampler
+
+        return Sampler(self.model, engine=self.engine)
+
+    def _check_engine(self, sampler: Sampler) -> None:
+        why = getattr(sampler.engine, "eager_because", None)
+        if why is not None:
+            raise RuntimeError(f"engine {self.engine} went on eagerly ({why}); use --engine eager")
 
     def step_ms(self, schedules: Sequence[Steps], rounds: int = 3) -> dict[Steps, tuple[float, ...]]:
         """Milliseconds of the last scale of each distinct prefix, one image, a sample per round; a first round is not counted.
@@ -338,12 +362,11 @@ class ModelEvaluator:
         filled from. Schedules that decide on the way are refused with ValueError.
         """
         from stagevar.latency import pinned, time_once
-        from stagevar.sampler import Sampler
 
         if any(step.decision is not None for steps in schedules for step in steps):
             raise ValueError("a schedule that decides on the way has no single path to time")
         prompts, device = self.prompts["search"], self.model.device
-        sampler = Sampler(self.model)
+        sampler = self._timed_sampler()
         found: dict[Steps, list[float]] = {}
 
         def timed(key: Steps, run: Callable[[], object]) -> None:
@@ -363,17 +386,17 @@ class ModelEvaluator:
         with pinned(self.threads) if device.type != "cuda" else contextlib.nullcontext():
             for _ in range(rounds + 1):
                 round_()
+        self._check_engine(sampler)
         return {key: tuple(values[1:]) for key, values in found.items()}
 
     def scale_ms(self, schedules: Mapping[str, Steps], rounds: int = 5) -> dict[str, tuple[float, ...]]:
         """Median milliseconds per scale (`stagevar.scale_latency`), which explain a latency. Optional in an Evaluator."""
         from stagevar.latency import pinned
-        from stagevar.sampler import Sampler
         from stagevar.scale_latency import time_scales
 
         prompts = self.prompts["search"]
-        arguments = (Sampler(self.model), schedules, prompts.texts[0], prompts.seeds[0], rounds)
-        if self.model.device.type == "cuda":
-            return time_scales(*arguments)
-        with pinned(self.threads):
-            return time_scales(*arguments)
+        sampler = self._timed_sampler()
+        with pinned(self.threads) if self.model.device.type != "cuda" else contextlib.nullcontext():
+            found = time_scales(sampler, schedules, prompts.texts[0], prompts.seeds[0], rounds)
+        self._check_engine(sampler)
+        return found

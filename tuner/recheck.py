@@ -75,6 +75,7 @@ def recheck(
     device: str,
     threads: int,
     progress: Any,
+    engine: str = "eager",
 ) -> Recheck:
     """Verifies a profile's schedule against the full one, both measured here and now.
 
@@ -94,8 +95,8 @@ def recheck(
     model = load_model(profile.model["name"], weights=weights, device=device, **(profile.model.get("load") or {}))
     steps = profile.expand(model)
     prompts = load_prompts(space.prompts, seed)
-    evaluator = ModelEvaluator(model, prompts, space.quality, space.floors, threads=threads)
-    warnings = profile.warnings_here(present_envelope(model, profile.envelope.batch, threads))
+    evaluator = ModelEvaluator(model, prompts, space.quality, space.floors, threads=threads, engine=engine)
+    warnings = profile.warnings_here(present_envelope(model, profile.envelope.batch, threads, engine))
     progress.phase("verification", 100)
     timing = evaluator.latency({BASELINE: evaluator.full}, 9)[BASELINE]
     total = sum(w.get("weight", 1.0) if isinstance(w, dict) else w for w in space.quality.values())
