@@ -389,7 +389,7 @@ def table_section(result: StudyResult) -> str:
         roles = "".join(f'<span class="tag">{role}</span>' for role in roles_of(result, candidate.key))
         row = [
             f"<b>{escape(name_of(result, candidate))}</b>{roles}<small>{escape(describe(candidate.steps))}</small>",
-            f"{ms(latency.drift_corrected_ms)}<small>{ms_span(low, high)}</small>",
+            f"{'≈ ' if latency.predicted else ''}{ms(latency.drift_corrected_ms)}<small>{ms_span(low, high)}</small>",
             f"{speed[0]:.2f}×<small>{speed[1]:.2f} to {speed[2]:.2f}</small>" if speed else "1×",
         ]
         if with_quality:
@@ -405,7 +405,7 @@ def table_section(result: StudyResult) -> str:
         check = candidate.verification
         verdicts = check.verdicts if check else candidate.verdicts
         row.append(" ".join(f'<span class="dot {_dot(v)}">{escape(v.name)}</span>' for v in verdicts))
-        row.append(escape(check.status) if check else "search only")
+        row.append(escape(check.status) if check else _search_status(candidate))
         rows.append(row)
     others = len(measured(result)) + 1 - len(chosen)
     note = (
@@ -414,9 +414,17 @@ def table_section(result: StudyResult) -> str:
     numeric = range(1, len(header) - 2)
     intro = (
         '<p class="note">Differences are against the full schedule on the same prompts and seeds; above zero is '
-        f"better, whatever the metric's own direction. Intervals: 95 %. {note}</p>"
+        f"better, whatever the metric's own direction. Intervals: 95 %. ≈: predicted from its steps, not timed. {note}</p>"
     )
     return _rows(header, rows, list(numeric)) + intro
+
+
+def _search_status(candidate: Candidate) -> str:
+    """What the search knows of a schedule that was not verified."""
+    if candidate.stopped_early is None:
+        return "search only"
+    prompts = len(next(iter(candidate.values.values()), ()))
+    return f'stopped early<small title="{escape(candidate.stopped_early)}">after {prompts} prompts</small>'
 
 
 def _dot(verdict: Verdict) -> str:

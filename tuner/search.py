@@ -404,7 +404,7 @@ class Search:
             for members, task, outcomes in self._run(tasks):
                 for member, outcome in zip(members, outcomes, strict=True):
                     gathered[running[member].key][task.batch] = outcome
-                if not self.stop() and all(isinstance(outcome, Failed) for outcome in outcomes) and self.savings.tree:
+                if self.savings.tree and all(isinstance(outcome, Failed) for outcome in outcomes):
                     break  # no prompt could mend it
             for p in running:
                 parts = [gathered[p.key][batch] for batch in sorted(gathered[p.key])]
@@ -416,10 +416,11 @@ class Search:
                     for metric, row in part.items():
                         values[p.key].setdefault(metric, []).extend(float(v) for v in row)
             running, done = [p for p in running if p.key not in errors], look
-            if look == batches or not running:
+            if look < batches and running:
+                stopped |= self._stop_early(running, values, latencies)
+                running = [p for p in running if p.key not in stopped]
+            if not running:
                 break
-            stopped |= self._stop_early(running, values, latencies)
-            running = [p for p in running if p.key not in stopped]
         whole = {key: {m: tuple(v) for m, v in rows.items()} for key, rows in values.items()}
         self._prompts_run += sum(len(rows.get("quality", ())) for rows in whole.values())
         return whole, stopped, errors

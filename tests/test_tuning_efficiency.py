@@ -1,0 +1,52 @@
+"""The benchmark of tuning: its arithmetic, and its replay on a small list."""
+
+import pytest
+
+from benchmarks.tuning_efficiency import Bench, growth, modelled, reached, replay, summarise
+
+
+@pytest.fixture(scope="module")
+def bench():
+    return Bench("nano", prompts=8, heldout=8, micro_batch=4, quality={"ssim": 1.0})
+
+
+def test_a_replay_is_bit_identical_and_says_what_was_shared(bench):
+    figures = replay(bench, bench.drawn(8), repeats=1)
+    assert figures["bit_identical"] and figures["prompts"] == 8
+    assert figures["distinct_prefixes"] < figures["scales_alone"]
+    assert figures["ceiling"] > 1 and figures["share_of_ceiling"] == figures["saved"] / figures["ceiling"]
+    assert figures["rungs"]["prompts_run"] <= figures["rungs"]["prompts_all"] == 64
+
+
+def test_drawn_schedules_are_distinct_and_repeatable(bench):
+    assert bench.drawn(12) == bench.drawn(12) and len(set(bench.drawn(12))) == 12
+    assert bench.drawn(6) == bench.drawn(12)[:6]
+
+
+def test_growth_counts_what_the_last_schedules_added(bench):
+    rows = growth(bench, [2, 5])["by_schedules"]
+    assert [row["schedules"] for row in rows] == [2, 5] and all(row["seconds"] > 0 for row in rows)
+
+
+def test_large_models_share_more_the_more_schedules_there_are():
+    rows = modelled("infinity-2b", [5, 40])["rows"]
+    for engine in ("graphs", "eager"):
+        assert 1 < rows[0][engine]["saved"] < rows[1][engine]["saved"]
+        assert rows[0][engine]["full_generations"] < rows[1][engine]["full_generations"] < 40
+
+
+def test_a_target_is_reached_when_the_run_stays_there():
+    line = [(1.0, 0.1), (2.0, 0.5), (3.0, 0.3), (4.0, 0.6)]
+    assert reached(line, 0.5) == 4.0 and reached(line, 0.05) == 1.0 and reached(line, 0.7) is None
+
+
+def test_runs_are_compared_by_medians_and_misses_are_counted():
+    def run(name, seed, ends):
+        return {"variant": name, "seed": seed, "volume": ends, "seconds": 10.0, "evaluated": 5, "ask_median_s": 0.1}
+
+    runs = [run("plain, TPE", s, [(4.0, 0.2), (8.0, 1.0)]) for s in range(3)]
+    runs += [run("all", 0, [(1.0, 1.1)]), run("all", 1, [(2.0, 1.2)]), run("all", 2, [(3.0, 0.4)])]
+    found = summarise(runs, floor=0.1)
+    assert found["plain, TPE"]["gain"] == pytest.approx(0.9)
+    assert found["all"]["to the gain of plain, TPE"] == {"seconds": 2.0, "missed": 1}
+    assert found["plain, TPE"]["to the gain of plain, TPE"]["seconds"] == 8.0
