@@ -89,16 +89,19 @@ class Bench:
     def evaluator(self, keep_bytes: int | None = None) -> ModelEvaluator:
         return ModelEvaluator(self.model, self.prompts, self.space.quality, keep_bytes=keep_bytes)
 
-    def drawn(self, count: int, seed: int = 0) -> list[Steps]:
-        """Distinct schedules: the presets, then uniform draws from the space."""
+    def drawn(self, count: int, seed: int = 0, first: int = 0) -> list[Steps]:
+        """Distinct schedules: the presets, then uniform draws from the space; all accelerated from scale `first` on only."""
         grids, chunks, rng = self.facts.grids, self.facts.chunks, random.Random(seed)
-        found = {steps_key(s): s for s in (preset(n, grids).expand(grids, chunks) for n in self.space.enqueue)}
+        full = preset("exact", grids).expand(grids, chunks)
+        presets = [preset(n, grids).expand(grids, chunks) for n in self.space.enqueue]
+        found = {steps_key(s): s for s in presets if s[:first] == full[:first]}
         while len(found) < count:
             try:
                 steps = self.space.schedule(draw(self.space, rng), grids).expand(grids, chunks)
             except ScheduleError:
                 continue
-            found.setdefault(steps_key(steps), steps)
+            if steps[:first] == full[:first]:
+                found.setdefault(steps_key(steps), steps)
         return list(found.values())[:count]
 
 
@@ -536,7 +539,11 @@ def main(argv: list[str] | None = None) -> int:
         bench = Bench(args.model, args.prompts, args.heldout, args.micro_batch, {"ssim": 1.0})
         figures: dict[str, Any] = {"environment": environment()}
         if args.what == "replay":
-            schedules = from_run(args.from_run, args.schedules) if args.from_run else bench.drawn(args.schedules)
+            schedules = (
+                from_run(args.from_run, args.schedules)
+                if args.from_run
+                else bench.drawn(args.schedules, first=args.first)
+            )
             figures |= replay(bench, schedules, args.repeats)
             print({k: v for k, v in figures.items() if k != "environment"})
         elif args.what == "search":

@@ -492,6 +492,8 @@ def _savings(result: StudyResult) -> str:
                 f", with an error of {100 * facts['table_error']:.1f} % over {facts['table_checks']} that were timed"
             )
         found.append(f"{line}.")
+    if facts.get("ask_seconds"):
+        found.append(f"An ask took {np.median(facts['ask_seconds']):.2f} s in the median.")
     return " " + " ".join(found) if found else ""
 
 

@@ -354,7 +354,8 @@ class Search:
         try:
             return ahead.result(timeout=ASK_SHARE * round_s if self.auto else None)
         except TimeoutError:
-            self._impatient.set()
+            if self.ledger.evaluated >= STARTUP_TRIALS:  # before that nothing was asked of it
+                self._impatient.set()
             return ahead.result()
 
     def _judge_sampler(self, asking_s: float, round_s: float) -> None:
