@@ -523,6 +523,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--from-run", type=Path, help="replay: the schedules of a study's run directory instead of draws"
     )
+    parser.add_argument("--first", type=int, default=0, help="replay: draws that are accelerated from this scale on")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=3)
