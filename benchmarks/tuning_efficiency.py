@@ -446,10 +446,13 @@ def growth(bench: Bench, counts: Sequence[int]) -> dict[str, Any]:
     """Seconds of one micro-batch for ever more schedules of one list, and what the last ones added."""
     evaluator = bench.evaluator()
     schedules = bench.drawn(max(counts))
-    evaluator.quality([evaluator.full], "search", 0)
+    alone = bench.evaluator(0)
+    for batch in range(bench.prompts["search"].batches):  # references and kept scales, which no schedule pays for
+        evaluator.quality([evaluator.full], "search", batch)
+    alone.quality([evaluator.full], "search", 0)
     start = time.perf_counter()
     for _ in range(3):
-        bench.evaluator(0).quality([evaluator.full], "search", 0)
+        alone.quality([evaluator.full], "search", 0)
     full_s = (time.perf_counter() - start) / 3
     rows, before = [], (0, 0.0)
     for count in counts:
@@ -460,7 +463,7 @@ def growth(bench: Bench, counts: Sequence[int]) -> dict[str, Any]:
         rows.append({"schedules": count, "seconds": seconds, "marginal_of_full": marginal / full_s})
         before = (count, seconds)
     prompts = []
-    for batches in (1, 2, 4):
+    for batches in (n for n in (1, 2, 4, 8, 16) if n <= bench.prompts["search"].batches):
         start = time.perf_counter()
         for batch in range(batches):
             evaluator.quality(schedules[:30], "search", batch)
