@@ -424,7 +424,7 @@ def _search_status(candidate: Candidate) -> str:
     if candidate.stopped_early is None:
         return "search only"
     prompts = len(next(iter(candidate.values.values()), ()))
-    return f'stopped early<small title="{escape(candidate.stopped_early)}">after {prompts} prompts</small>'
+    return f'stopped<small title="{escape(candidate.stopped_early)}">after {prompts} prompts</small>'
 
 
 def _dot(verdict: Verdict) -> str:
