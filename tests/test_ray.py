@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import deque
 from pathlib import Path
 
@@ -359,6 +360,10 @@ def test_a_dead_nodes_batches_go_to_others_and_a_new_node_is_used(start, plain, 
             ray_cluster.remove_node(doomed, allow_graceful=False)
     assert sorted(batch for batch, _ in answers) == BATCHES
     assert all(same(outcomes, plain.quality(TREE, "search", batch)) for batch, outcomes in answers)
+    deadline = time.monotonic() + 60
+    while not executor.counts["lost"] and time.monotonic() < deadline:
+        executor._read_nodes(grow=False)  # Ray calls a dead node alive for a while, longer than the batches took
+        time.sleep(0.1)
     assert executor.counts["lost"] == 1 and executor.counts["quarantined"] == 0
 
     joined = ray_cluster.add_node(**claims("FAKE"))
@@ -388,8 +393,12 @@ def test_a_killed_driver_loses_and_doubles_no_trial(ray_cluster, tmp_path):
     trials = [json.loads(line) for line in (tmp_path / "run" / "trials.jsonl").read_text().splitlines()]
     numbers = [line["candidate"]["trial"] for line in trials if line["kind"] == "trial"]
     assert len(numbers) == len(set(numbers)) == 10
+    # On how many prompts a schedule is judged depends on those known before it, and a killed round is asked again later.
     shared = {c.key: c.values for c in expected.candidates}
-    assert all(c.values == shared[c.key] for c in result.candidates if c.key in shared)
+    for candidate in result.candidates:
+        for metric, values in shared.get(candidate.key, {}).items():
+            both = min(len(values), len(candidate.values[metric]))
+            assert both and candidate.values[metric][:both] == values[:both]
 
 
 # ---------------------------------------------------------------------------------------------------- the worker itself
