@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import random
 import sys
 import tempfile
 import time
@@ -29,7 +28,7 @@ import numpy as np
 import torch
 
 from benchmarks.environment import environment, write_json
-from stagevar.errors import ScheduleError, StagevarError
+from stagevar.errors import StagevarError
 from stagevar.grids import infinity_grids
 from stagevar.models.registry import find, load_model
 from stagevar.schedule import Steps, preset
@@ -45,7 +44,7 @@ from tuner.proposals import Proposal
 from tuner.result import Candidate
 from tuner.rungs import clearly_worse, rungs, shrunk
 from tuner.search import Savings, Search
-from tuner.space import draw, load_space, steps_key
+from tuner.space import draws, load_space, steps_key
 from tuner.stats import ratio_interval
 from tuner.step_costs import StepCosts
 from tuner.verify import BASELINE, latency_stats
@@ -91,15 +90,13 @@ class Bench:
 
     def drawn(self, count: int, seed: int = 0, first: int = 0) -> list[Steps]:
         """Distinct schedules: the presets, then uniform draws from the space; all accelerated from scale `first` on only."""
-        grids, chunks, rng = self.facts.grids, self.facts.chunks, random.Random(seed)
+        grids, chunks = self.facts.grids, self.facts.chunks
         full = preset("exact", grids).expand(grids, chunks)
         presets = [preset(n, grids).expand(grids, chunks) for n in self.space.enqueue]
         found = {steps_key(s): s for s in presets if s[:first] == full[:first]}
-        while len(found) < count:
-            try:
-                steps = self.space.schedule(draw(self.space, rng), grids).expand(grids, chunks)
-            except ScheduleError:
-                continue
+        for steps in draws(self.space, grids, chunks, seed):
+            if len(found) >= count:
+                break
             if steps[:first] == full[:first]:
                 found.setdefault(steps_key(steps), steps)
         return list(found.values())[:count]
@@ -491,12 +488,10 @@ def modelled(name: str, counts: Sequence[int]) -> dict[str, Any]:
         return rows * (12 * width + 2 * (cached + kept))
 
     total = sum(work(full[: d + 1]) for d in range(len(full)))
-    rng, schedules = random.Random(0), {}
-    while len(schedules) < max(counts):
-        try:
-            steps = space.schedule(draw(space, rng), grids).expand(grids, chunks)
-        except ScheduleError:
-            continue
+    schedules: dict[str, Steps] = {}
+    for steps in draws(space, grids, chunks, 0):
+        if len(schedules) >= max(counts):
+            break
         schedules.setdefault(steps_key(steps), steps)
     rows = []
     for count in counts:

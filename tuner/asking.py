@@ -13,11 +13,10 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stagevar.errors import StagevarError
-from tuner.space import SearchSpace, Value
+from tuner.space import Value
 
 if TYPE_CHECKING:
     from tuner.proposals import Proposal, Proposer, Told
@@ -35,17 +34,9 @@ class ProposerProcess:
     The process yields to everything else (nice), ignores Ctrl-C and ends with its parent, however that ends.
     """
 
-    def __init__(
-        self,
-        run_dir: Path,
-        space: SearchSpace,
-        seed: int,
-        constraints: Sequence[str],
-        sampler: str = "auto",
-        storage: str | None = None,
-    ):
+    def __init__(self, *arguments: Any):
         self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-        self._built = self._pool.submit(_build, (run_dir, space, seed, tuple(constraints), sampler, storage))
+        self._built = self._pool.submit(_build, arguments)
 
     def enqueue(self, presets: Mapping[str, Mapping[str, Value]]) -> None:
         self._call("enqueue", presets)

@@ -330,7 +330,7 @@ class ModelEvaluator:
 
         Raises RuntimeError when the engine went on eagerly: its figures would be another engine's.
         """
-        from stagevar.latency import measure, pinned
+        from stagevar.latency import measure
 
         prompts = self.prompts["search"]
         texts, seeds = [prompts.texts[0]], [prompts.seeds[0]]
@@ -339,7 +339,7 @@ class ModelEvaluator:
             name: lambda sampler=samplers[name], steps=steps: sampler.generate(texts, seeds, steps)
             for name, steps in schedules.items()
         }
-        with pinned(self.threads) if self.model.device.type != "cuda" else contextlib.nullcontext():
+        with self._pinned():
             found = measure(runs, rounds, self.model.device, warm_up_at_most)
         for sampler in samplers.values():
             self._check_engine(sampler)
@@ -349,6 +349,12 @@ class ModelEvaluator:
         from stagevar.sampler import Sampler
 
         return Sampler(self.model, engine=self.engine)
+
+    def _pinned(self) -> contextlib.AbstractContextManager[object]:
+        """What CPU figures are timed in; a GPU's do not depend on it."""
+        from stagevar.latency import pinned
+
+        return contextlib.nullcontext() if self.model.device.type == "cuda" else pinned(self.threads)
 
     def _check_engine(self, sampler: Sampler) -> None:
         why = getattr(sampler.engine, "eager_because", None)
@@ -361,7 +367,7 @@ class ModelEvaluator:
         The empty prefix holds text encoding, start and decoding. Optional in an Evaluator: what a table of step costs is
         filled from. Schedules that decide on the way are refused with ValueError.
         """
-        from stagevar.latency import pinned, time_once
+        from stagevar.latency import time_once
 
         if any(step.decision is not None for steps in schedules for step in steps):
             raise ValueError("a schedule that decides on the way has no single path to time")
@@ -383,7 +389,7 @@ class ModelEvaluator:
             decode_ms, _ = time_once(lambda: sampler.decode(begun[0]), device)
             found.setdefault((), []).append(start_ms + decode_ms)
 
-        with pinned(self.threads) if device.type != "cuda" else contextlib.nullcontext():
+        with self._pinned():
             for _ in range(rounds + 1):
                 round_()
         self._check_engine(sampler)
@@ -391,12 +397,11 @@ class ModelEvaluator:
 
     def scale_ms(self, schedules: Mapping[str, Steps], rounds: int = 5) -> dict[str, tuple[float, ...]]:
         """Median milliseconds per scale (`stagevar.scale_latency`), which explain a latency. Optional in an Evaluator."""
-        from stagevar.latency import pinned
         from stagevar.scale_latency import time_scales
 
         prompts = self.prompts["search"]
         sampler = self._timed_sampler()
-        with pinned(self.threads) if self.model.device.type != "cuda" else contextlib.nullcontext():
+        with self._pinned():
             found = time_scales(sampler, schedules, prompts.texts[0], prompts.seeds[0], rounds)
         self._check_engine(sampler)
         return found

@@ -94,6 +94,10 @@ class Ledger:
             self.failed[candidate.key] = candidate
             self.failures.append(Failure(candidate.trial, candidate.params, candidate.error or ""))
 
+    def knows(self, key: str) -> bool:
+        """Whether there is something to tell the sampler of a schedule."""
+        return key == self.full_key or key in self.candidates or key in self.failed or key in self.dropped
+
     @property
     def evaluated(self) -> int:
         """Schedules that trials were spent on."""

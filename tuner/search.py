@@ -8,7 +8,6 @@ the search never saw.
 from __future__ import annotations
 
 import dataclasses
-import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +30,7 @@ from tuner.prompts import PromptSet
 from tuner.proposals import STARTUP_TRIALS, Proposal, Proposer, Told
 from tuner.result import Candidate, LatencyStats, build
 from tuner.rungs import clearly_worse, promoted, rungs
-from tuner.space import draw, steps_key
+from tuner.space import draws, steps_key
 from tuner.step_costs import TOLERANCE, StepCosts
 from tuner.verify import BASELINE, latency_stats, paired_differences
 
@@ -121,7 +120,7 @@ class Search:
         self.table = StepCosts(ledger.full, ledger.facts.chunks)
         self.stop_reason, self.told = "", 0
         self._presets_first = 0
-        self._filled = self._gave_up_table = False
+        self._gave_up_table = False
         self._rounds = 0
         self._best, self._best_at = 0.0, 0
         self._prompts_run = 0
@@ -234,17 +233,12 @@ class Search:
                 self._impatient.clear()
                 self._hand_over()
             proposal = self.proposer.ask(random=misses > ROUND)
-            if proposal.preset is not None:
-                schedule = preset(proposal.preset, ledger.facts.grids)
-            else:
-                schedule = ledger.space.schedule(proposal.values, ledger.facts.grids)
-            key = ledger.register(schedule)
+            key = self._register(proposal)
             if key in seen:
                 found.repeated.append((proposal.trial, key))
-            elif key == ledger.full_key or key in ledger.candidates or key in ledger.failed or key in ledger.dropped:
+            elif ledger.knows(key):
                 self._tell_known(proposal.trial, key)
-            elif proposal.preset is None and self._hopeless(key):
-                ratio = self.table.predict(ledger.steps[key]).ratio
+            elif proposal.preset is None and (ratio := self._hopeless(key)) is not None:
                 ledger.record_dropped(proposal.trial, key, ratio)
                 self._tell_known(proposal.trial, key)
             else:
@@ -256,13 +250,20 @@ class Search:
         self._asked_s += time.perf_counter() - start
         return found
 
-    def _hopeless(self, key: str) -> bool:
-        """Whether a schedule is beyond the budget by more than the table may err."""
+    def _register(self, proposal: Proposal) -> str:
+        ledger, grids = self.ledger, self.ledger.facts.grids
+        if proposal.preset is not None:
+            return ledger.register(preset(proposal.preset, grids))
+        return ledger.register(ledger.space.schedule(proposal.values, grids))
+
+    def _hopeless(self, key: str) -> float | None:
+        """The predicted ratio of a schedule that is beyond the budget by more than the table may err, else None."""
         steps = self.ledger.steps[key]
         if not self._predicts(steps):
-            return False
+            return None
         prediction = self.table.predict(steps)
-        return prediction.ratio * (1 - 2 * prediction.error) > self.ledger.budget_ratio
+        least = prediction.ratio * (1 - 2 * prediction.error)
+        return prediction.ratio if least > self.ledger.budget_ratio else None
 
     def _tell_known(self, trial: int, key: str) -> None:
         ledger = self.ledger
@@ -284,16 +285,14 @@ class Search:
         for pending in round_.pending:
             self.proposer.withdraw(pending.proposal.trial)
         for trial, key in round_.repeated:
-            if key in self.ledger.candidates or key in self.ledger.failed or key == self.ledger.full_key:
+            if self.ledger.knows(key):
                 self._tell_known(trial, key)
             else:
                 self.proposer.withdraw(trial)
 
     def _give_up(self, proposal: Proposal) -> None:
-        ledger, grids = self.ledger, self.ledger.facts.grids
-        named = proposal.preset
-        schedule = preset(named, grids) if named is not None else ledger.space.schedule(proposal.values, grids)
-        candidate = ledger.blank(ledger.register(schedule), proposal)
+        ledger = self.ledger
+        candidate = ledger.blank(self._register(proposal), proposal)
         candidate = dataclasses.replace(candidate, state="failed", error="took its driver down three times")
         if candidate.key not in ledger.candidates and candidate.key not in ledger.failed:
             ledger.record("trial", candidate)
@@ -400,15 +399,14 @@ class Search:
         errors: dict[str, str] = {}
         running, done = list(alive), 0
         for look in looks:
-            tasks = self._tasks([p.steps for p in running], range(done, look))
-            gathered: dict[str, dict[int, Any]] = {p.key: {} for p in running}
-            for members, task, outcomes in self._run(tasks):
-                for member, outcome in zip(members, outcomes, strict=True):
-                    gathered[running[member].key][task.batch] = outcome
+            gathered: dict[Steps, dict[int, Any]] = {p.steps: {} for p in running}
+            for task, outcomes in self.executor.run(self._tasks(list(gathered), range(done, look))):
+                for steps, outcome in zip(task.schedules, outcomes, strict=True):
+                    gathered[steps][task.batch] = outcome
                 if self.savings.tree and all(isinstance(outcome, Failed) for outcome in outcomes):
                     break  # no prompt could mend it
             for p in running:
-                parts = [gathered[p.key][batch] for batch in sorted(gathered[p.key])]
+                parts = [gathered[p.steps][batch] for batch in sorted(gathered[p.steps])]
                 failed = [part.error for part in parts if isinstance(part, Failed)]
                 if failed:
                     errors[p.key] = failed[0]
@@ -426,16 +424,10 @@ class Search:
         self._prompts_run += sum(len(rows.get("quality", ())) for rows in whole.values())
         return whole, stopped, errors
 
-    def _tasks(self, schedules: Sequence[Steps], batches: Sequence[int]) -> list[tuple[list[int], QualityTask]]:
+    def _tasks(self, schedules: Sequence[Steps], batches: Sequence[int]) -> list[QualityTask]:
         """One task per micro-batch for all schedules, or one for each where they are not walked as a tree."""
-        if self.savings.tree:
-            return [(list(range(len(schedules))), QualityTask(tuple(schedules), "search", b)) for b in batches]
-        return [([i], QualityTask((steps,), "search", b)) for i, steps in enumerate(schedules) for b in batches]
-
-    def _run(self, tasks: Sequence[tuple[list[int], QualityTask]]) -> Any:
-        members = {id(task): found for found, task in tasks}
-        for task, outcomes in self.executor.run([task for _, task in tasks]):
-            yield members[id(task)], task, outcomes
+        groups = [tuple(schedules)] if self.savings.tree else [(steps,) for steps in schedules]
+        return [QualityTask(group, "search", batch) for group in groups for batch in batches]
 
     def _stop_early(
         self,
@@ -485,7 +477,7 @@ class Search:
         return found, errors
 
     def _predicts(self, steps: Steps) -> bool:
-        if not (self.savings.table and self._filled and self.table.covers(steps)):
+        if not self.table.covers(steps):
             return False
         if not self.table.trusted and np.isfinite(self.table.error) and not self._gave_up_table:
             self._gave_up_table = True
@@ -498,22 +490,15 @@ class Search:
     def _fill_table(self) -> None:
         """Times the steps of the presets and of schedules drawn from all over the space, one image at a time."""
         time_steps = getattr(self.evaluator, "step_ms", None)
-        self._filled = time_steps is not None
         if time_steps is None:
             return
         ledger = self.ledger
         chosen = {ledger.full_key: ledger.full}
         chosen |= {key: steps for key, steps in ledger.steps.items() if self.table.covers(steps)}
-        rng, wanted = random.Random(self.seed), len(chosen) + min(TABLE_SCHEDULES, 3 * self.trials)
-        for _ in range(20 * wanted):
+        wanted = len(chosen) + min(TABLE_SCHEDULES, 3 * self.trials)
+        for steps in draws(ledger.space, ledger.facts.grids, ledger.facts.chunks, self.seed, 20 * wanted):
             if len(chosen) >= wanted:
                 break
-            try:
-                steps = ledger.space.schedule(draw(ledger.space, rng), ledger.facts.grids).expand(
-                    ledger.facts.grids, ledger.facts.chunks
-                )
-            except ScheduleError:
-                continue
             if self.table.covers(steps):
                 chosen.setdefault(steps_key(steps), steps)
         try:
@@ -521,7 +506,6 @@ class Search:
         except WorkersLost:
             raise
         except Exception as error:
-            self._filled = False
             self.savings = dataclasses.replace(self.savings, table=False)
             self.progress.say(f"steps cannot be timed, schedules are timed end to end: {first_line(error)}")
 

@@ -6,19 +6,21 @@ a StageSchedule here; schedules that expand alike are one schedule, named by `st
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
 import importlib.resources
+import itertools
 import json
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stagevar.errors import StagevarError, UsageError
+from stagevar.errors import ScheduleError, StagevarError, UsageError
 from stagevar.grids import Grid
 from stagevar.profile import read_yaml
 from stagevar.schedule import ACCELERATORS, BOTH, PRECISIONS, PRESETS, StageSchedule, Steps
@@ -236,6 +238,19 @@ def draw(space: SearchSpace, rng: random.Random) -> dict[str, Value]:
             value = rng.uniform(*map(math.log, ends)) if parameter.log else rng.uniform(*ends)
             values[parameter.name] = math.exp(value) if parameter.log else value
     return values
+
+
+def draws(
+    space: SearchSpace, grids: Sequence[Grid], chunks: int, seed: int, at_most: int | None = None
+) -> Iterator[Steps]:
+    """Expanded schedules drawn uniformly from the space, repeats included; points without a schedule are passed over.
+
+    at_most: draws, not schedules; None goes on for ever.
+    """
+    rng = random.Random(seed)
+    for _ in itertools.count() if at_most is None else range(at_most):
+        with contextlib.suppress(ScheduleError):
+            yield space.schedule(draw(space, rng), grids).expand(grids, chunks)
 
 
 def steps_key(steps: Steps) -> str:

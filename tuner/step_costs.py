@@ -10,6 +10,7 @@ its kind. Whole schedules timed end to end correct the sum and give the error th
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -77,11 +78,13 @@ class StepCosts:
             share = float(np.median(np.asarray(values) / unit_R))
             self._entries[step, cached] = _Entry(step, cached, share)
         self._fit()
+        self._forget_errors()
 
     def check(self, steps: Steps, ratio: float) -> None:
         """Takes a schedule's ratio as timed end to end. Schedules that decide on the way teach nothing."""
         if self.covers(steps) and ratio > 0:
             self._checks[steps] = float(ratio)
+            self._forget_errors()
 
     # ------------------------------------------------------------------------------------------------ asking
 
@@ -102,9 +105,17 @@ class StepCosts:
         """
         if not self._entries or len(self._checks) < LEAST_CHECKS:
             return np.inf
-        logs = np.array([np.log(ratio / self._raw(steps)[0]) for steps, ratio in self._checks.items()])
+        logs = self._log_errors
         left_out = np.array([logs[i] - np.median(np.delete(logs, i)) for i in range(len(logs))])
         return float(np.sqrt(np.mean(np.expm1(left_out) ** 2)))
+
+    @functools.cached_property
+    def _log_errors(self) -> np.ndarray:
+        """Logarithm of timed over predicted ratio of every schedule timed end to end; forgotten when more is learnt."""
+        return np.array([np.log(ratio / self._raw(steps)[0]) for steps, ratio in self._checks.items()])
+
+    def _forget_errors(self) -> None:
+        self.__dict__.pop("_log_errors", None)
 
     @property
     def trusted(self) -> bool:
@@ -117,7 +128,7 @@ class StepCosts:
             raise ValueError("nothing to predict from" if not self._entries else "a decision has no single latency")
         ratio, interpolated = self._raw(steps)
         if self._checks:
-            ratio *= float(np.exp(np.median([np.log(r / self._raw(s)[0]) for s, r in self._checks.items()])))
+            ratio *= float(np.exp(np.median(self._log_errors)))
         return Prediction(ratio, self.error, interpolated)
 
     def scale_shares(self, steps: Steps) -> list[float]:
