@@ -209,3 +209,13 @@ def test_doctor_reports_this_machine(tmp_path, capsys):
     assert code == (1 if any(f["state"] == "fail" for f in findings) else 0)
     texts = " | ".join(f["text"] for f in findings)
     assert all(word in texts for word in ("Python", "torch", "timing spread", "search space nano", "nano loads"))
+
+
+def test_engines_and_caches_on_offer_are_those_that_exist():
+    """The command line names them itself, so that --help imports no torch."""
+    from stagevar.cache import KV_CACHES
+    from stagevar.engine import ENGINES
+    from tuner.cli import _tune_parser
+
+    offered = {action.dest: action.choices for action in _tune_parser()._actions}
+    assert offered["engine"] == ENGINES and offered["kv_cache"] == KV_CACHES
