@@ -15,6 +15,16 @@ class UsageError(StagevarError):
     exit_code = 2
 
 
+class InfrastructureError(StagevarError):
+    """What a run stands on gave way: workers, the proposing process, the device, the disk, the database. Exit code 6.
+
+    No schedule is to blame, so none is failed for it; everything measured so far is kept, and once the cause is mended the
+    same command resumes. `except Exception` that turns errors into failed trials must let this class through.
+    """
+
+    exit_code = 6
+
+
 class WeightsError(UsageError):
     """A weights file that is missing, corrupt, or does not match the model key for key."""
 

@@ -241,11 +241,11 @@ def test_a_proposer_that_dies_is_one_clear_line(proposer):
     proposer.ask()
     (process,) = proposer._pool._processes.values()
     process.kill()
-    with pytest.raises(ProposerLost, match="same command continues") as caught:
+    with pytest.raises(ProposerLost, match="same command resumes") as caught:
         for _ in range(100):
             proposer.ask()
             time.sleep(0.05)
-    assert isinstance(caught.value, StagevarError) and caught.value.exit_code == 5
+    assert isinstance(caught.value, StagevarError) and caught.value.exit_code == 6
 
 
 def test_an_error_of_its_construction_comes_through(tmp_path):

@@ -15,17 +15,15 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, Any
 
-from stagevar.errors import StagevarError
+from stagevar.errors import InfrastructureError
 from tuner.space import Value
 
 if TYPE_CHECKING:
     from tuner.proposals import Proposal, Proposer, Told
 
 
-class ProposerLost(StagevarError):
-    """The proposing process died. Nothing is lost: its trials are on disk, and the same command continues."""
-
-    exit_code = 5
+class ProposerLost(InfrastructureError):
+    """The proposing process died; its trials are on disk."""
 
 
 class ProposerProcess:
@@ -88,7 +86,7 @@ class ProposerProcess:
             self._built.result()  # an error of the construction is raised once it matters
             return self._pool.submit(function, *arguments).result()
         except BrokenProcessPool:
-            raise ProposerLost("the process that proposes schedules died; the same command continues") from None
+            raise ProposerLost("the process that proposes schedules died; the same command resumes") from None
 
 
 # ------------------------------------------------------------------------------------------------ in that process

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from stagevar.errors import ScheduleError
+from stagevar.errors import InfrastructureError, ScheduleError
 from stagevar.schedule import Steps, preset
 from tuner.asking import ProposerProcess
 from tuner.evaluate import Evaluator
-from tuner.executors.base import Executor, Failed, QualityTask, WorkersLost
+from tuner.executors.base import Executor, Failed, QualityTask
 from tuner.executors.local import first_line
 from tuner.ledger import Ledger
 from tuner.progress import Progress
@@ -503,7 +503,7 @@ class Search:
                 chosen.setdefault(steps_key(steps), steps)
         try:
             self.table.observe(time_steps(list(chosen.values()), TABLE_ROUNDS))
-        except WorkersLost:
+        except InfrastructureError:
             raise
         except Exception as error:
             self.savings = dataclasses.replace(self.savings, table=False)
@@ -516,7 +516,7 @@ class Search:
         try:
             found = self.evaluator.latency({BASELINE: self.ledger.full, **schedules}, SEARCH_ROUNDS, SEARCH_WARM_UP)
             return {key: (found[key], found[BASELINE]) for key in schedules}, {}
-        except WorkersLost:
+        except InfrastructureError:
             raise
         except Exception as error:
             if len(schedules) == 1:

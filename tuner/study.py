@@ -16,12 +16,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from stagevar.errors import UsageError
+from stagevar.errors import InfrastructureError, UsageError
 from stagevar.profile import write_text_atomically
 from tuner import pareto
 from tuner.budget import Budget
 from tuner.evaluate import Evaluator
-from tuner.executors.base import Executor, Failed, QualityTask, WorkersLost
+from tuner.executors.base import Executor, Failed, QualityTask
 from tuner.executors.local import LocalExecutor, first_line
 from tuner.ledger import Ledger
 from tuner.progress import Progress
@@ -176,7 +176,7 @@ class Study:
             timing = self.evaluator.latency({BASELINE: ledger.full}, BASELINE_ROUNDS)[BASELINE]
             latency = latency_stats(timing.samples_ms, None, None, timing.warm_up_runs, timing.warmed)
             ledger.baseline = dataclasses.replace(blank, latency=latency)
-        except WorkersLost:
+        except InfrastructureError:
             raise
         except Exception as error:
             ledger.baseline = dataclasses.replace(blank, state="failed", error=first_line(error))
@@ -407,6 +407,8 @@ class Study:
             return
         try:
             times = time_scales({key: ledger.steps[key] for key in dict.fromkeys([ledger.full_key, *keys])})
+        except InfrastructureError:
+            raise
         except Exception as error:
             self.progress.say(f"scales were not timed: {first_line(error)}")
             return

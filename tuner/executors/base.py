@@ -9,14 +9,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from stagevar.errors import StagevarError
+from stagevar.errors import InfrastructureError
 from stagevar.schedule import Steps
 
 
-class WorkersLost(StagevarError):
-    """Nothing is left to evaluate on. No trial's fault, so none is failed; the same command continues later."""
-
-    exit_code = 5
+class WorkersLost(InfrastructureError):
+    """Nothing is left to evaluate on."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
+from stagevar.errors import InfrastructureError
 from tuner.evaluate import Evaluator
 from tuner.executors.base import Executor, Failed, Outcome, QualityTask
 
@@ -23,9 +24,11 @@ class LocalExecutor(Executor):
 
 
 def evaluate_task(evaluator: Evaluator, task: QualityTask) -> list[Outcome]:
-    """The outcomes of one task. Errors of the model become `Failed`; KeyboardInterrupt and the like pass through."""
+    """The outcomes of one task. Errors of the model become `Failed`; an InfrastructureError is no schedule's and passes."""
     try:
         return list(evaluator.quality(task.schedules, task.split, task.batch))
+    except InfrastructureError:
+        raise
     except Exception as error:
         if len(task.schedules) == 1:
             return [Failed(first_line(error))]

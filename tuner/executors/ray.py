@@ -633,7 +633,7 @@ class RayExecutor(Executor):
         """No worker is left: waits for nodes to join. Raises WorkersLost when none does."""
         reasons = "; ".join(dict.fromkeys(self._reasons)) or "the cluster has no free " + self._resource
         if any(seat.state == "quarantined" for seat in self.seats.values()):
-            raise WorkersLost(f"no worker is left ({reasons}); mend the cluster, the same command continues")
+            raise WorkersLost(f"no worker is left ({reasons}); mend the cluster, the same command resumes")
         until = time.monotonic() + self.patience_s
         self.say(f"no worker is left, waiting up to {self.patience_s:g} s for nodes to join")
         while time.monotonic() < until:
@@ -642,7 +642,7 @@ class RayExecutor(Executor):
             if any(seat.state == "loading" for seat in self.seats.values()):
                 return
             time.sleep(min(1.0, self.patience_s))
-        raise WorkersLost(f"no worker is left ({reasons}); mend the cluster, the same command continues")
+        raise WorkersLost(f"no worker is left ({reasons}); mend the cluster, the same command resumes")
 
 
 class RemoteEvaluator:
