@@ -223,7 +223,7 @@ def run_bench(args: argparse.Namespace) -> int:
     if args.model is None:
         if not profiles:
             raise UsageError("give --model NAME or --profile FILE")
-        args.model = profiles[0].model["name"]
+        args.model = profiles[0].model.name
     model = load(args)
     extra = {f"profile {path}": profile.expand(model) for path, profile in zip(args.profile, profiles, strict=True)}
     names = [name.strip() for name in args.compare.split(",") if name.strip()]

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from stagevar.choices import ENGINES
 from stagevar.errors import UsageError
 from stagevar.noise import NoiseSource, PromptNoise
 from stagevar.schedule import ScaleStep
@@ -302,10 +303,6 @@ class GraphEngine(Engine):
 
     def forget(self, cache: KVCache) -> None:
         self._residents = {key: r for key, r in self._residents.items() if r.cache is not cache}
-
-
-#: Names of engines: kernels launched one by one or replayed from graphs, with the pieces between products compiled or not.
-ENGINES = ("eager", "compiled", "graph", "graph-compiled")
 
 
 def build_engine(name: str, device: torch.device) -> Engine:

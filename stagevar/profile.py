@@ -13,15 +13,26 @@ import math
 import os
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
 from stagevar.errors import ProfileError, StagevarError, UsageError
+from stagevar.profile_sections import (
+    BaselineSection,
+    ConstraintsSection,
+    EngineSection,
+    LatencySection,
+    ModelSection,
+    ProvenanceSection,
+    QualitySection,
+    SamplingSection,
+)
 from stagevar.schedule import LowRank, ScaleStep, StageSchedule, Steps
+from stagevar.sections import read_section, read_value, section_data, shown
 
 if TYPE_CHECKING:
     from stagevar.models.base import LoadedModel
@@ -29,6 +40,19 @@ if TYPE_CHECKING:
 
 SCHEMA = "stagevar-profile/1"
 MAX_BYTES = 1_000_000
+
+
+#: The typed sections of a profile, by key.
+SECTIONS: dict[str, Any] = {
+    "model": ModelSection,
+    "sampling": SamplingSection,
+    "latency": LatencySection,
+    "quality": QualitySection,
+    "baseline": BaselineSection,
+    "constraints": ConstraintsSection,
+    "provenance": ProvenanceSection,
+    "engine": EngineSection,
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -81,9 +105,14 @@ class Envelope:
     device: str
     dtype: str
     batch: int
-    engine: str
+    engine: Literal["eager", "compiled", "graph", "graph-compiled"]
     threads: int | None
     torch: str
+
+    def __post_init__(self) -> None:
+        for name, value in (("batch", self.batch), ("threads", self.threads)):
+            if value is not None and value < 1:
+                raise ProfileError(f"envelope.{name} {value} must be at least 1")
 
     def differences(self, other: Envelope) -> list[str]:
         """What differs between this (measured) and another (present) envelope, one phrase each."""
@@ -95,37 +124,51 @@ class Envelope:
 class Profile:
     """One schedule with its evidence.
 
+    A section may be given as a mapping, which is checked and becomes the section; ProfileError names what does not fit.
+
     Attributes:
-        model: name, pixels [h, w], weights (hash per file), random_weights.
+        model: which model, and the options that load it. sampling: as used while measuring.
         schedule: the parameters; steps: their expansion as plain data, for readers and as a checksum.
-        sampling: guidance and temperature per scale, top_k, top_p, as used while measuring.
         envelope: where it was measured. verified: whether every constraint was proved.
-        verdict: one sentence. latency, quality, baseline, constraints: measured figures with intervals, as exported.
+        verdict: one sentence. latency, quality, baseline, constraints: measured figures with intervals.
         reproduce: the command that produced it. provenance: versions, hashes, dates.
+        engine: which engine runs it and why, None in profiles of before there was a choice.
     """
 
-    model: dict[str, Any]
+    model: ModelSection
     schedule: StageSchedule
     steps: list[dict[str, Any]]
-    sampling: dict[str, Any]
+    sampling: SamplingSection
     envelope: Envelope
     verified: bool
     verdict: str
-    latency: dict[str, Any] = field(default_factory=dict)
-    quality: dict[str, Any] = field(default_factory=dict)
-    baseline: dict[str, Any] = field(default_factory=dict)
-    constraints: dict[str, Any] = field(default_factory=dict)
+    latency: LatencySection = field(default_factory=LatencySection)
+    quality: QualitySection = field(default_factory=QualitySection)
+    baseline: BaselineSection = field(default_factory=BaselineSection)
+    constraints: ConstraintsSection = field(default_factory=ConstraintsSection)
     reproduce: str = ""
-    provenance: dict[str, Any] = field(default_factory=dict)
+    provenance: ProvenanceSection = field(default_factory=ProvenanceSection)
+    engine: EngineSection | None = None
     schema: str = SCHEMA
+
+    def __post_init__(self) -> None:
+        for name, kind in SECTIONS.items():
+            value = getattr(self, name)
+            if isinstance(value, dict):
+                object.__setattr__(self, name, read_section(kind, plain(value), name))
 
     # ------------------------------------------------------------ files
 
     def to_dict(self) -> dict[str, Any]:
         """Plain YAML data, schema first."""
-        data = dataclasses.asdict(self)
-        data["schedule"] = self.schedule.to_dict()
-        return plain({"schema": data.pop("schema"), **data})
+        data: dict[str, Any] = {"schema": self.schema}
+        for name in (f.name for f in dataclasses.fields(self) if f.name != "schema"):
+            value = getattr(self, name)
+            if name in SECTIONS and value is not None:
+                data[name] = section_data(value)
+            elif value is not None:
+                data[name] = value.to_dict() if name == "schedule" else value
+        return plain({**data, "envelope": dataclasses.asdict(self.envelope)})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the profile atomically."""
@@ -146,23 +189,21 @@ class Profile:
         if not isinstance(data, dict) or not isinstance(data.get("schema"), str):
             raise ProfileError("not a stagevar profile (no schema key)")
         if data["schema"] != SCHEMA:
-            raise ProfileError(f"schema {data['schema']!r} is not supported; this version reads {SCHEMA!r}")
+            raise ProfileError(f"schema {shown(data['schema'])} is not supported; this version reads {SCHEMA!r}")
         data = _checked(cls, data, "profile")
-        for name in ("model", "sampling", "envelope", "latency", "quality", "baseline", "constraints", "provenance"):
-            if not isinstance(data.get(name, {}), dict):
-                raise ProfileError(f"{name} must be a mapping, not {type(data[name]).__name__}")
-        if not isinstance(data["verified"], bool):
-            raise ProfileError(f"verified {data['verified']!r} must be true or false")
-        if not isinstance(data["steps"], list) or not all(isinstance(step, dict) for step in data["steps"]):
-            raise ProfileError("steps must be a list of mappings")
-        if not isinstance(data["model"].get("name"), str):
-            raise ProfileError("model.name is missing")
+        for name, kind in SECTIONS.items():
+            if name in data:
+                data[name] = read_section(kind, data[name], name)
+        for name, kind in (("verified", bool), ("verdict", str), ("reproduce", str)):
+            data[name] = read_value(kind, data.get(name, ""), name)
+        read_value(tuple[Mapping[str, Any], ...], data["steps"], "steps")
+        data["envelope"] = read_section(Envelope, data["envelope"], "envelope")
+        read_value(Any, data["schedule"], "schedule")
         try:
-            schedule = StageSchedule.from_dict(data["schedule"])
+            data["schedule"] = StageSchedule.from_dict(data["schedule"])
         except StagevarError as error:
             raise ProfileError(str(error)) from None
-        envelope = Envelope(**_checked(Envelope, data["envelope"], "envelope"))
-        return cls(**{**data, "schedule": schedule, "envelope": envelope})
+        return cls(**data)
 
     # ------------------------------------------------------------ use
 
@@ -171,9 +212,9 @@ class Profile:
 
         Raises ProfileError when the model is another one or the stored steps are not what the parameters give here.
         """
-        if self.model["name"] != model.name:
-            raise ProfileError(f"the profile is for model {self.model['name']!r}, not {model.name!r}")
-        for file, digest in (self.model.get("weights") or {}).items():
+        if self.model.name != model.name:
+            raise ProfileError(f"the profile is for model {self.model.name!r}, not {model.name!r}")
+        for file, digest in self.model.weights.items():
             here = (model.provenance.get("weights") or {}).get(file)
             if here != digest:
                 raise ProfileError(f"the profile was made with other weights: {file} is {here}, not {digest}")
@@ -197,8 +238,8 @@ class Profile:
         from stagevar.models.registry import load_model
         from stagevar.sampler import Sampler
 
-        options = {"schedule": self.schedule, **self.model.get("load", {}), **load_options}
-        model = load_model(self.model["name"], device=device, **options)
+        options = {"schedule": self.schedule, **self.model.load.given(), **load_options}
+        model = load_model(self.model.name, device=device, **options)
         if model.random_weights:
             raise ProfileError(
                 f"the profile of {model.name} was made on random weights, which draw noise; load trained weights instead"
@@ -286,8 +327,8 @@ def _checked(cls: Any, data: dict[str, Any], what: str) -> dict[str, Any]:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in data:
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)[0]
-            raise ProfileError(f"unknown key {key!r} in {what} (nearest: {near})")
+            near = difflib.get_close_matches(shown(key).strip("'"), fields, n=1, cutoff=0.0)[0]
+            raise ProfileError(f"unknown key {shown(key)} in {what} (nearest: {near})")
     for name, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and name not in data:

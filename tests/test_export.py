@@ -10,6 +10,7 @@ import yaml
 
 from stagevar.errors import UsageError
 from stagevar.profile import Profile, steps_to_data
+from stagevar.profile_sections import QualitySection
 from tests.sample_study import KINDS, make
 from tuner.export import export, profile_of
 
@@ -41,14 +42,14 @@ def test_profile_holds_the_pick_as_the_runtime_expands_it(runs):
     assert profile.steps == steps_to_data(profile.schedule.expand(result.grids, result.chunks))
     assert profile.verified
     assert profile.reproduce == result.command
-    assert profile.latency["ms"] == pytest.approx(pick.verification.latency.drift_corrected_ms, rel=1e-5)
+    assert profile.latency.ms == pytest.approx(pick.verification.latency.drift_corrected_ms, rel=1e-5)
     ratio = pick.verification.latency.ratio
-    assert profile.baseline["speedup"]["interval"] == pytest.approx([1 / ratio.high, 1 / ratio.low], rel=1e-5)
+    assert list(profile.baseline.speedup.interval) == pytest.approx([1 / ratio.high, 1 / ratio.low], rel=1e-5)
     difference = pick.verification.differences["quality"]
-    stored = profile.quality["difference_from_full"]["quality"]
-    assert (stored["mean"], stored["n"]) == (pytest.approx(difference.mean, rel=1e-5), difference.n)
-    assert profile.quality["prompt_set"] == "held-out prompts"
-    assert [v["name"] for v in profile.constraints["verdicts"]] == ["latency", "drop"]
+    stored = profile.quality.difference_from_full["quality"]
+    assert (stored.mean, stored.n) == (pytest.approx(difference.mean, rel=1e-5), difference.n)
+    assert profile.quality.prompt_set == "held-out prompts"
+    assert [v.name for v in profile.constraints.verdicts] == ["latency", "drop"]
     assert profile.envelope.device == "cpu" and profile.envelope.threads == 1 and profile.envelope.torch == "2.15.0"
 
 
@@ -65,16 +66,16 @@ def test_unproved_picks_are_not_called_verified(runs):
     full, _ = runs["full"]
     unchecked = dataclasses.replace(full.pick, verification=None)
     profile = profile_of(full, unchecked)
-    assert not profile.verified and not profile.constraints["proved"]
-    assert profile.quality["prompt_set"] == "search prompts"
+    assert not profile.verified and not profile.constraints.proved
+    assert profile.quality.prompt_set == "search prompts"
 
 
 def test_random_weights_leave_no_quality_figure(runs):
     result, directory = runs["latency_only"]
     export(result, directory)
     profile = Profile.load(directory / "profile.yaml")
-    assert profile.quality == {"measured": False, "why": "random weights"}
-    assert profile.model["random_weights"] and not profile.verified
+    assert profile.quality == QualitySection(measured=False, why="random weights")
+    assert profile.model.random_weights and not profile.verified
 
 
 def test_a_stale_profile_is_removed_when_nothing_is_picked(runs):

@@ -1,7 +1,11 @@
 """Profiles: round trips, refusals, hostile files, the envelope."""
 
 import dataclasses
+import datetime
+import tempfile
+import typing
 import warnings
+from pathlib import Path
 
 import pytest
 import yaml
@@ -85,10 +89,19 @@ def test_foreign_files(tmp_path):
     ("change", "match"),
     [
         ({"verifed": True}, "unknown key 'verifed' in profile .nearest: verified"),
-        ({"verified": "yes please"}, "must be true or false"),
-        ({"steps": 3}, "steps must be a list"),
-        ({"model": {}}, "model.name is missing"),
-        ({"model": "nano"}, "model must be a mapping"),
+        ({"verified": "yes please"}, "verified 'yes please' must be true or false"),
+        ({"steps": 3}, "steps 3 must be a list"),
+        ({"model": {"name": "tiny", "weights": [1]}}, r"model\.weights \[1\] must be a mapping"),
+        ({"model": {"name": "tiny", "load": {"weights": "/etc"}}}, "unknown key 'weights' in model.load"),
+        ({"latency": {"ratio": {"mean": "fast"}}}, r"latency\.ratio\.mean 'fast' must be a number"),
+        ({"latency": {"ms": float("inf")}}, r"latency\.ms must be a finite number"),
+        ({"envelope": {**make().to_dict()["envelope"], "engine": "grap"}}, r"engine 'grap' must be .*nearest: graph"),
+        ({"envelope": {**make().to_dict()["envelope"], "threads": 0}}, r"envelope\.threads 0 must be at least 1"),
+        ({"constraints": {"verdicts": [{"name": "drop", "status": "Met"}]}}, r"verdicts\[0\]\.status 'Met'"),
+        ({"verdict": 3}, "verdict 3 must be text"),
+        ({"reproduce": ["a"]}, "reproduce .* must be text"),
+        ({"model": {}}, "name is missing from the model"),
+        ({"model": "nano"}, "model 'nano' must be a mapping"),
         ({"schedule": {"structure_end": 3, "rank_ratios": [0]}}, "rank ratio 0"),
         ({"schedule": {"structure_end": 3, "rank": 1}}, "unknown schedule parameter 'rank'"),
         ({"envelope": {"device": "cpu"}}, "missing from the envelope"),
@@ -111,6 +124,79 @@ def test_fuzzed_profiles_never_crash(key, value):
     try:
         profile = Profile.from_dict({**make().to_dict(), key: value})
         profile.expand(MODEL)
+    except ProfileError as error:
+        assert "\n" not in str(error)
+
+
+def full_profile():
+    """The data of a profile with every section filled, as a study exports it."""
+    from tests.sample_study import make as sample_study
+    from tuner.export import profile_of
+
+    with tempfile.TemporaryDirectory() as folder:
+        result = sample_study("full", Path(folder))
+    data = profile_of(result, result.pick).to_dict()
+    tried = [{"engine": "eager", "latency_ms": 9.5}, {"engine": "graph", "refused": "needs a CUDA device"}]
+    data["engine"] = {"name": "eager", "asked": "auto", "reason": "a CPU", "tried": tried}
+    data["schedule"] = SCHEDULE.to_dict()
+    data["steps"], data["model"] = (
+        make().to_dict()["steps"],
+        {"name": "tiny", "random_weights": False, "load": {"resolution": "1M", "ratio": 1.0}},
+    )
+    return data
+
+
+def places(data, path=()):
+    """The path of every value in nested mappings and lists."""
+    yield path
+    inner = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in inner:
+        yield from places(value, (*path, key))
+
+
+def replaced(data, path, value):
+    if not path:
+        return value
+    copy = dict(data) if isinstance(data, dict) else list(data)
+    copy[path[0]] = replaced(copy[path[0]], path[1:], value)
+    return copy
+
+
+FULL = full_profile()
+PLACES = list(places(FULL))
+#: What YAML can hold besides JSON: dates, bytes, sets, keys of any kind, numbers of any length, nan and inf.
+ODD = st.sampled_from([
+    datetime.date(2026, 1, 1), datetime.datetime(2026, 1, 1), b"bytes", {"a"}, {1: 2}, {None: "a"}, {(1, 2): 3}, 10**5000,
+    -(2**70), float("nan"), float("inf"), "", "\n\n", [], {}, [[]], [None], {"": None}, "x" * 5000, True, -1, 0, 1e308,
+])  # fmt: skip
+
+
+def test_the_full_profile_is_as_it_was_written():
+    assert Profile.from_dict(FULL).to_dict() == FULL and len(PLACES) > 100
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.sampled_from(PLACES), json_like | ODD)
+def test_fuzzed_at_every_depth_is_one_line(path, value):
+    try:
+        profile = Profile.from_dict(replaced(FULL, path, value))
+        profile.to_dict()
+        profile.expand(MODEL)
+    except ProfileError as error:
+        assert "\n" not in str(error) and len(str(error)) < 500
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from([p for p in PLACES if isinstance(p and p[-1], str)]), st.text(max_size=8) | ODD)
+def test_fuzzed_keys_at_every_depth_are_one_line(path, key):
+    parent = FULL
+    for name in path[:-1]:
+        parent = parent[name]
+    if not isinstance(parent, dict) or not isinstance(key, typing.Hashable) or key in parent:
+        return
+    changed = {(key if name == path[-1] else name): value for name, value in parent.items()}
+    try:
+        Profile.from_dict(replaced(FULL, path[:-1], changed)).to_dict()
     except ProfileError as error:
         assert "\n" not in str(error)
 

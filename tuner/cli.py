@@ -572,7 +572,7 @@ def run_verify(args: argparse.Namespace) -> int:
     for name in ("model", "budget", "max_drop", "prompts", "heldout", "seed", "space", "weights"):
         if getattr(args, name) is None and given is not None:
             setattr(args, name, getattr(given, name))
-    args.model = args.model or profile.model["name"]
+    args.model = args.model or profile.model.name
     if args.budget is None or args.max_drop is None:
         raise UsageError(f"profile {args.profile} does not say how it was made; give --budget and --max-drop")
     from tuner.progress import Progress

@@ -227,15 +227,15 @@ def write_pareto(result: StudyResult, path: Path) -> Path:
 
 
 def _member(result: StudyResult, candidate: Candidate) -> dict[str, Any]:
-    profile = profile_of(result, candidate)
+    profile = profile_of(result, candidate).to_dict()
     return {
         "name": name_of(result, candidate),
         "does": describe(candidate.steps),
-        "verified": profile.verified,
-        "latency": profile.latency,
-        "speedup": profile.baseline.get("speedup", {"mean": 1.0}),
-        "quality": profile.quality,
-        "constraints": profile.constraints["verdicts"],
+        "verified": profile["verified"],
+        "latency": profile["latency"],
+        "speedup": profile["baseline"].get("speedup", {"mean": 1.0}),
+        "quality": profile["quality"],
+        "constraints": profile["constraints"].get("verdicts", []),
         "skipped_scales": candidate.skipped_scales,
         "schedule": dict(candidate.schedule),
     }

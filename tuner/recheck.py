@@ -87,12 +87,12 @@ def recheck(
     from tuner.executors.local import LocalExecutor
     from tuner.prompts import load_prompts
 
-    recorded = (profile.latency.get("ratio") or {}).get("mean")
-    full_profile = "ratio" not in profile.latency
-    if max_regression is not None and not full_profile and not isinstance(recorded, int | float):
+    full_profile = profile.latency.ratio is None
+    recorded = None if full_profile else profile.latency.ratio.mean
+    if max_regression is not None and not full_profile and recorded is None:
         raise UsageError("the profile records no latency ratio to compare with; leave out --max-regression")
     progress.phase("load")
-    model = load_model(profile.model["name"], weights=weights, device=device, **(profile.model.get("load") or {}))
+    model = load_model(profile.model.name, weights=weights, device=device, **profile.model.load.given())
     steps = profile.expand(model)
     prompts = load_prompts(space.prompts, seed)
     evaluator = ModelEvaluator(model, prompts, space.quality, space.floors, threads=threads, engine=engine)

@@ -1,0 +1,165 @@
+"""The sections of a deployment profile, each a frozen dataclass that knows its fields' types.
+
+A field that may be absent has a default. Figures are None where a measurement gave none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Options of `load_model` that load the same model again."""
+
+    resolution: str | int | None = None
+    ratio: float | None = None
+    kv_cache: str | None = None
+
+    def given(self) -> dict[str, Any]:
+        """Those that are stated."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """Which model: registered name, image [height, width] in pixels, SHA-256 per weights file, options to load it."""
+
+    name: str
+    pixels: tuple[int, ...] = ()
+    random_weights: bool = False
+    weights: Mapping[str, str] = field(default_factory=dict)
+    load: LoadOptions = field(default_factory=LoadOptions)
+
+
+@dataclass(frozen=True)
+class SamplingSection:
+    """What the model samples with: guidance and temperature per scale, top_k, top_p."""
+
+    guidance: tuple[float, ...] = ()
+    temperature: tuple[float, ...] = ()
+    top_k: int | None = None
+    top_p: float | None = None
+
+
+@dataclass(frozen=True)
+class IntervalSection:
+    """An estimate with its bootstrap interval [low, high]. level: two-sided coverage. n: samples behind it."""
+
+    mean: float | None
+    interval: tuple[float | None, ...] = ()
+    level: float | None = None
+    n: int | None = None
+
+
+@dataclass(frozen=True)
+class LatencySection:
+    """One image's latency in milliseconds; ratio: over the full schedule's in the same rounds.
+
+    includes: what the figure covers, in words. predicted: from the table of step costs instead of end to end.
+    """
+
+    includes: str | None = None
+    batch: int | None = None
+    ms: float | None = None
+    median_ms: float | None = None
+    p90_ms: float | None = None
+    interval_ms: tuple[float | None, ...] = ()
+    runs: int | None = None
+    warmed: bool | None = None
+    predicted: bool | None = None
+    ratio: IntervalSection | None = None
+    scale_ms: tuple[float | None, ...] = ()
+    samples_ms: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class BaselineSection(LatencySection):
+    """The full schedule's latency, and the profile's speed-up over it."""
+
+    schedule: str | None = None
+    speedup: IntervalSection | None = None
+
+
+@dataclass(frozen=True)
+class QualitySection:
+    """Paired quality against the full schedule. measured False comes with why; else the prompt set and its figures."""
+
+    measured: bool | None = None
+    why: str | None = None
+    prompt_set: str | None = None
+    prompts: int | None = None
+    composite: Mapping[str, Any] = field(default_factory=dict)
+    difference_from_full: Mapping[str, IntervalSection] = field(default_factory=dict)
+    mean: Mapping[str, float | None] = field(default_factory=dict)
+    drop_upper: float | None = None
+
+
+@dataclass(frozen=True)
+class VerdictSection:
+    """One limit: name, status "met", "broken" or "open", the limit, the measured value, its one-sided bound, unit."""
+
+    name: str
+    status: Literal["met", "broken", "open"]
+    limit: float | None = None
+    value: float | None = None
+    bound: float | None = None
+    unit: str | None = None
+
+
+@dataclass(frozen=True)
+class ConstraintsSection:
+    """What had to be kept. budget: as typed. proved: whether the verdicts come from verification."""
+
+    budget: str | None = None
+    budget_ms: float | None = None
+    max_drop: float | None = None
+    floors: Mapping[str, float] = field(default_factory=dict)
+    proved: bool | None = None
+    verdicts: tuple[VerdictSection, ...] = ()
+
+
+@dataclass(frozen=True)
+class StudySection:
+    """The study behind a profile: trials told, distinct schedules drawn, its seed, the schedule's key."""
+
+    trials: int | None = None
+    sampled: int | None = None
+    seed: int | None = None
+    key: str | None = None
+
+
+@dataclass(frozen=True)
+class ProvenanceSection:
+    """Where a profile comes from: date, study, versions, hashes, device."""
+
+    created: str | None = None
+    study: StudySection = field(default_factory=StudySection)
+    skipped_scales: int | None = None
+    source: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    device: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EngineTried:
+    """An engine that was considered: its latency of one image, how far its images are from eager's, why it was not taken."""
+
+    engine: str
+    latency_ms: float | None = None
+    difference: float | None = None
+    refused: str | None = None
+
+
+@dataclass(frozen=True)
+class EngineSection:
+    """Which engine runs the schedule, as asked ("auto" or a name), and why. tried: all that were considered."""
+
+    name: str
+    asked: str
+    reason: str
+    tried: tuple[EngineTried, ...] = ()
