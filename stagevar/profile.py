@@ -32,7 +32,7 @@ from stagevar.profile_sections import (
     SamplingSection,
 )
 from stagevar.schedule import LowRank, ScaleStep, StageSchedule, Steps
-from stagevar.sections import read_section, read_value, section_data, shown
+from stagevar.sections import read_section, read_value, section_data, shortened, shown
 
 if TYPE_CHECKING:
     from stagevar.models.base import LoadedModel
@@ -77,8 +77,9 @@ def read_yaml(path: str | os.PathLike[str], what: str) -> Any:
         raise ProfileError(f"{what} {path} is not a text file") from None
     try:
         return yaml.load(text, _Loader)  # a subclass of SafeLoader
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        # A tag that its value contradicts (`!!int ""`, `!!bool maybe`) comes out of PyYAML as whatever the code met.
+        reason = getattr(error, "problem", None) or next(iter(str(error).splitlines()), type(error).__name__)
         raise ProfileError(f"{what} {path} is not plain YAML: {reason}") from None
 
 
@@ -202,7 +203,7 @@ class Profile:
         try:
             data["schedule"] = StageSchedule.from_dict(data["schedule"])
         except StagevarError as error:
-            raise ProfileError(str(error)) from None
+            raise ProfileError(shortened(error)) from None
         return cls(**data)
 
     # ------------------------------------------------------------ use
@@ -213,15 +214,15 @@ class Profile:
         Raises ProfileError when the model is another one or the stored steps are not what the parameters give here.
         """
         if self.model.name != model.name:
-            raise ProfileError(f"the profile is for model {self.model.name!r}, not {model.name!r}")
+            raise ProfileError(f"the profile is for model {shown(self.model.name)}, not {model.name!r}")
         for file, digest in self.model.weights.items():
             here = (model.provenance.get("weights") or {}).get(file)
             if here != digest:
-                raise ProfileError(f"the profile was made with other weights: {file} is {here}, not {digest}")
+                raise ProfileError(f"the profile was made with other weights: {file:.99} is {here}, not {digest:.99}")
         try:
             steps = self.schedule.expand(model.grids, len(model.transformer.chunk_layers))
         except StagevarError as error:
-            raise ProfileError(str(error)) from None
+            raise ProfileError(shortened(error)) from None
         if steps_to_data(steps) != plain(self.steps):
             raise ProfileError("its steps are not what its schedule expands to on this model; it was edited by hand")
         return steps

@@ -53,7 +53,8 @@ def read_value(kind: Any, value: Any, path: str) -> Any:
         return value
     if origin is typing.Literal:
         if not any(value is one or (type(value) is type(one) and value == one) for one in inner):
-            near = difflib.get_close_matches(str(value), map(str, inner), n=1, cutoff=0.0) if _scalar(value) else ()
+            known = [str(one) for one in inner]
+            near = difflib.get_close_matches(value, known, n=1, cutoff=0.0) if isinstance(value, str) else ()
             hint = f" (nearest: {near[0]})" if near else ""
             raise ProfileError(f"{path} {shown(value)} must be one of {', '.join(map(str, inner))}{hint}")
         return value
@@ -135,6 +136,12 @@ def shown(value: Any) -> str:
         text = f"a number of {value.bit_length()} bits" if isinstance(value, int) else type(value).__name__
     text = " ".join(text.split())
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def shortened(error: Exception) -> str:
+    """An error's message on one line, its middle left out where it repeats a value of any length."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:150]} ... {text[-140:]}"
 
 
 def section_data(section: Any) -> dict[str, Any]:

@@ -72,6 +72,8 @@ def test_hostile_files(tmp_path):
     refused(tmp_path, b"\xff\xfe\x00binary", "not a text file")
     refused(tmp_path, "x" * 1_100_000, "larger than")
     refused(tmp_path, "a: 9999-99-99\n", "not plain YAML|no schema key")
+    for text in ("!!int ''", "!!bool maybe", "!!timestamp soon", "!!float x", "!!binary é", "{{a: b}: c}", "!!map x"):
+        refused(tmp_path, f"a: {text}\n", "not plain YAML")
 
 
 def test_foreign_files(tmp_path):
