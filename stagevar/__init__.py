@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "Profile": "stagevar.profile",
-    "Pipeline": "stagevar.profile",
+    "Pipeline": "stagevar.pipeline",
     "Sampler": "stagevar.sampler",
     "ScaleStep": "stagevar.schedule",
     "StageSchedule": "stagevar.schedule",

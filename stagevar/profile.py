@@ -13,14 +13,14 @@ import math
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from stagevar.errors import ProfileError, StagevarError, UsageError
+from stagevar.errors import ProfileError, StagevarError
 from stagevar.profile_sections import (
     BaselineSection,
     ConstraintsSection,
@@ -36,7 +36,7 @@ from stagevar.sections import read_section, read_value, section_data, shortened,
 
 if TYPE_CHECKING:
     from stagevar.models.base import LoadedModel
-    from stagevar.sampler import Sampler
+    from stagevar.pipeline import Pipeline
 
 SCHEMA = "stagevar-profile/1"
 MAX_BYTES = 1_000_000
@@ -231,12 +231,22 @@ class Profile:
         """What of the measured envelope does not hold here, one line each."""
         return [f"outside the measured envelope: {text}" for text in self.envelope.differences(present)]
 
-    def pipeline(self, device: str = "auto", **load_options: Any) -> Pipeline:
+    def pipeline(
+        self,
+        device: str = "auto",
+        *,
+        engine: str = "auto",
+        batch: int = 0,
+        threads: int | None = None,
+        **load_options: Any,
+    ) -> Pipeline:
         """Loads the model and returns something that makes images with this schedule.
 
+        engine, batch, threads: instead of the profile's own. load_options: of `load_model`.
         Warns (UserWarning) about everything that differs from where the profile was measured.
         """
         from stagevar.models.registry import load_model
+        from stagevar.pipeline import Pipeline
         from stagevar.sampler import Sampler
 
         options = {"schedule": self.schedule, **self.model.load.given(), **load_options}
@@ -245,35 +255,17 @@ class Profile:
             raise ProfileError(
                 f"the profile of {model.name} was made on random weights, which draw noise; load trained weights instead"
             )
-        try:
-            sampler = Sampler(model, engine=self.envelope.engine)
-        except UsageError as error:
-            warnings.warn(f"{error}; going on with engine eager", stacklevel=2)
-            sampler = Sampler(model)
-        return Pipeline(self, sampler)
+        if engine != "auto":
+            return Pipeline(self, Sampler(model, engine=engine), batch, threads)
+        return Pipeline(self, Sampler(model, engine=self.engine_here(model.device.type)), batch, threads)
 
-
-@dataclass
-class Pipeline:
-    """A loaded model with the schedule of a profile."""
-
-    profile: Profile
-    sampler: Sampler
-
-    def __post_init__(self) -> None:
-        self.steps = self.profile.expand(self.sampler.model)
-        threads = self.profile.envelope.threads
-        batch, engine = self.profile.envelope.batch, self.sampler.engine.name
-        present = present_envelope(self.sampler.model, batch=batch, threads=threads, engine=engine)
-        for line in self.profile.warnings_here(present):
-            warnings.warn(line, stacklevel=3)
-
-    def generate(self, prompts: Sequence[str], seeds: Sequence[int] | None = None, **options: Any) -> list[Any]:
-        """PIL images, one per prompt; seeds default to 0, 1, 2, ..."""
-        from PIL import Image
-
-        pixels = self.sampler.generate(list(prompts), list(seeds or range(len(prompts))), self.steps, **options)
-        return [Image.fromarray(image) for image in pixels]
+    def engine_here(self, device: str) -> str:
+        """The profile's engine, or "eager" with a warning on a kind of device that cannot run it."""
+        engine = self.envelope.engine
+        if device == "cuda" or not engine.startswith("graph"):
+            return engine
+        warnings.warn(f"engine {engine} needs a CUDA device, not {device}; falling back to engine eager", stacklevel=3)
+        return "eager"
 
 
 def present_envelope(model: LoadedModel, batch: int, threads: int | None, engine: str = "eager") -> Envelope:

@@ -22,6 +22,7 @@ from stagevar.errors import ScheduleError
 from stagevar.models.base import Around, LoadedModel, NextScaleModel, Sampling, Site, SiteFn
 from stagevar.models.precision import low_precision
 from stagevar.noise import NoiseSource, PromptNoise, philox4x32
+from stagevar.requests import check_negatives, check_prompts, check_seeds
 from stagevar.schedule import BOTH, Branch, Decision, ScaleStep, Steps, exact
 
 
@@ -143,17 +144,18 @@ class Sampler:
         """Starts a batch; an earlier generation of this sampler ends here, because the cache is shared.
 
         Args:
-            prompts, seeds: one per image; the pair decides the noise.
+            prompts, seeds: one per image, as `Pipeline.generate` takes them; the pair decides the noise.
             steps: the only schedule that will run (deployment: smaller cache, nothing kept that it does not restore
                 from). None leaves room for any schedule.
             negative: prompts for the unconditional branch (default: the model's null text).
             sampling: instead of the model's defaults. noise: instead of the keyed streams.
             encoded, encoded_negative: text features made earlier, instead of encoding here.
+
+        Raises UsageError for prompts, seeds or negatives of another kind or number.
         """
-        model = self.model
+        model, prompts = self.model, check_prompts(prompts)
         batch = len(prompts)
-        if len(seeds) != batch:
-            raise ValueError(f"{batch} prompts need {batch} seeds, got {len(seeds)}")
+        seeds, negative = check_seeds(seeds, batch), check_negatives(negative, batch)
         if encoded is None:
             encoded = model.text.encode(prompts)
         if encoded_negative is None and negative is not None:

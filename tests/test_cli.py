@@ -147,7 +147,7 @@ def test_a_profile_keeps_its_kv_cache_and_engine(nano, tmp_path):
     model = {"name": "nano", "weights": eight_bit.provenance["weights"], "load": eight_bit.provenance["load"]}
     envelope = present_envelope(eight_bit, batch=1, threads=1, engine="graph")
     Profile(model, schedule, steps_to_data(steps), {}, envelope, False, "made by a test").save(tmp_path / "p.yaml")
-    with pytest.warns(UserWarning, match="engine graph needs a CUDA device, not cpu.*going on with engine eager"):
+    with pytest.warns(UserWarning, match="engine graph needs a CUDA device, not cpu.*falling back to engine eager"):
         pipeline = Profile.load(tmp_path / "p.yaml").pipeline(device="cpu")
     assert pipeline.sampler.model.kv_cache == "int8" and pipeline.sampler.engine.name == "eager"
     pipeline.generate(["a photo of a red circle"])

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stagevar.errors import ProfileError
-from stagevar.profile import Pipeline, Profile, present_envelope, read_yaml, steps_to_data
+from stagevar.pipeline import Pipeline
+from stagevar.profile import Profile, present_envelope, read_yaml, steps_to_data
 from stagevar.sampler import Sampler
 from stagevar.schedule import StageSchedule
 from tests.test_schedule import schedules

@@ -1,0 +1,141 @@
+"""A loaded model with the schedule of a profile: what production calls."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import warnings
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from stagevar.errors import UsageError
+from stagevar.profile import Profile, present_envelope
+from stagevar.requests import check_negatives, check_prompts, check_seeds
+from stagevar.sections import shown
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from stagevar.sampler import Sampler
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """images: PIL images, the `num_images_per_prompt` of the first prompt first. seeds: the seed of each."""
+
+    images: list[Image]
+    seeds: list[int]
+
+
+@dataclass
+class Pipeline:
+    """Draws with the schedule of a profile, on its engine, in batches of its size, on its CPU threads.
+
+    Args:
+        profile: what tuning wrote. sampler: on the profile's model.
+        batch: images per pass instead of the profile's. threads: CPU threads instead of the profile's.
+
+    Warns (UserWarning) about everything that differs from where the profile was measured.
+    """
+
+    profile: Profile
+    sampler: Sampler
+    batch: int = 0
+    threads: int | None = None
+    steps: Any = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        envelope = self.profile.envelope
+        self.steps = self.profile.expand(self.sampler.model)
+        self.batch = self.batch or envelope.batch
+        self.threads = self.threads or envelope.threads
+        engine = self.sampler.engine.name
+        present = present_envelope(self.sampler.model, batch=self.batch, threads=self.threads, engine=engine)
+        for line in self.profile.warnings_here(present):
+            warnings.warn(line, stacklevel=3)
+
+    def generate(self, prompts: Any, seeds: Any = None, negative: Any = None, **options: Any) -> list[Image]:
+        """One image per prompt.
+
+        Args:
+            prompts: one text or a list of texts.
+            seeds: one per prompt (list, array, tensor), one number that is counted up, or a generator of random numbers
+                (torch, numpy, random), which is drawn from; default 0, 1, 2, ...
+            negative: instead of the model's null text: one text for all, or a list with one per prompt.
+            options: of `Sampler.begin`.
+
+        Raises UsageError for prompts, seeds or negatives of another kind or number. The same prompt and seed give the same
+        image in any batch.
+        """
+        from PIL import Image
+
+        texts = check_prompts(prompts)
+        numbers, negatives = check_seeds(seeds, len(texts)), check_negatives(negative, len(texts))
+        images: list[Image.Image] = []
+        with self._threads():
+            for first in range(0, len(texts), self.batch):
+                part = slice(first, first + self.batch)
+                chosen = {} if negatives is None else {"negative": negatives[part]}
+                pixels = self.sampler.generate(texts[part], numbers[part], self.steps, **chosen, **options)
+                images += [Image.fromarray(image) for image in pixels]
+        return images
+
+    def __call__(
+        self,
+        prompt: Any = None,
+        negative_prompt: Any = None,
+        num_images_per_prompt: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        generator: Any = None,
+        seed: Any = None,
+        **others: Any,
+    ) -> PipelineOutput:
+        """As pipelines of diffusers are called; `.images` of what it returns are PIL images.
+
+        Args:
+            prompt, negative_prompt: one text or a list of texts.
+            num_images_per_prompt: images of each prompt, side by side in the result.
+            height, width: in pixels; a profile is for one size, so others are refused.
+            generator: of random numbers, or a list with one per image. seed: instead of it, as `seeds` of `generate`.
+
+        Raises UsageError for whatever cannot be done, options that belong to diffusion models included.
+        """
+        for name in others:
+            raise UsageError(f"{name} is not an option of this pipeline: the profile decides how images are drawn")
+        if generator is not None and seed is not None:
+            raise UsageError("give either generator= or seed=, not both")
+        if isinstance(num_images_per_prompt, bool) or not isinstance(num_images_per_prompt, int):
+            raise UsageError(f"num_images_per_prompt {shown(num_images_per_prompt)} must be a whole number")
+        if num_images_per_prompt < 1:
+            raise UsageError(f"num_images_per_prompt {num_images_per_prompt} must be at least 1")
+        for name, asked, made in zip(("height", "width"), (height, width), self.sampler.model.pixels, strict=True):
+            if asked is not None and asked != made:
+                raise UsageError(
+                    f"{name} {shown(asked)}: the profile draws {made} pixels; tune one with --resolution for another size"
+                )
+        texts = check_prompts(prompt)
+        negatives = check_negatives(negative_prompt, len(texts))
+        count = len(texts) * num_images_per_prompt
+        seeds = check_seeds(seed if generator is None else generator, count)
+        repeated = None if negatives is None else _repeat(negatives, num_images_per_prompt)
+        return PipelineOutput(self.generate(_repeat(texts, num_images_per_prompt), seeds, repeated), seeds)
+
+    @contextlib.contextmanager
+    def _threads(self) -> Any:
+        """The threads that latency was measured with, for the length of a call; a GPU does not depend on them."""
+        import torch
+
+        if self.threads is None or self.sampler.model.device.type != "cpu":
+            yield
+            return
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+def _repeat(texts: list[str], times: int) -> list[str]:
+    return list(itertools.chain.from_iterable([text] * times for text in texts))
