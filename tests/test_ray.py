@@ -564,3 +564,30 @@ def test_values_of_the_fake_differ_between_schedules(plain):
         np.concatenate([plain.quality((s,), "search", b)[0]["quality"] for b in BATCHES]) for s in TREE
     )
     assert not np.array_equal(full, paper) and not np.array_equal(full, skip)
+
+
+def test_one_worker_chooses_the_engine_and_the_others_take_it():
+    from stagevar.profile_sections import EngineSection
+
+    executor = object.__new__(RayExecutor)
+    executor.recipe, executor._resource, executor.facts = Recipe("a:b", {"engine": "auto"}), "GPU", None
+    executor.say = lambda line: None
+    executor.seats = {name: ray_executor._Seat(name, "node", "host", "held") for name in "abc"}
+    built = []
+
+    def build(seat):
+        seat.state = "loading"
+        built.append((seat.id, executor.recipe.arguments["engine"]))
+
+    executor._build = build
+    executor._build_held()
+    executor._build_held()
+    assert built == [("a", "auto")], "the others wait"
+    executor.seats["a"].state = "quarantined"
+    executor._build_held()
+    assert [name for name, _ in built] == ["a", "b"], "the next one chooses where the first failed"
+    choice = EngineSection("graph", "auto", "60 ms")
+    facts = ray_executor.Facts("fake", GRIDS, CHUNKS, (48, 48), {}, engine="graph", engine_choice=choice)
+    executor._welcome(executor.seats["b"], facts, ray_executor.Place("node", "host", 1))
+    executor._build_held()
+    assert built[2:] == [("c", choice)]

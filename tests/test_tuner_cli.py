@@ -218,4 +218,4 @@ def test_engines_and_caches_on_offer_are_those_that_exist():
     from tuner.cli import _tune_parser
 
     offered = {action.dest: action.choices for action in _tune_parser()._actions}
-    assert offered["engine"] == ENGINES and offered["kv_cache"] == KV_CACHES
+    assert offered["engine"] == ("auto", *ENGINES) and offered["kv_cache"] == KV_CACHES

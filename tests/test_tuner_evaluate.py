@@ -201,7 +201,7 @@ def test_an_engine_that_goes_on_eagerly_gives_no_figure(model, steps, prompts):
     from types import SimpleNamespace
 
     evaluator = ModelEvaluator(model, prompts, {"psnr": 1.0})
-    with pytest.raises(RuntimeError, match="engine eager went on eagerly \\(out of memory\\); use --engine eager"):
+    with pytest.raises(RuntimeError, match="engine eager fell back to eager \\(out of memory\\); use --engine eager"):
         evaluator._check_engine(SimpleNamespace(engine=SimpleNamespace(eager_because="out of memory")))
 
 

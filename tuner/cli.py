@@ -23,9 +23,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import urlsplit
 
 from stagevar import __version__
+from stagevar.choices import ENGINE_OPTIONS
 from stagevar.cli import positive_int, report_errors
 from stagevar.errors import UsageError
 from stagevar.models import registry
+from stagevar.profile_sections import EngineSection
+from stagevar.sections import read_section
 from tuner.budget import parse_budget, parse_share, parse_time
 from tuner.journal import LOCK_FILE, driver_lock, repair
 from tuner.space import SearchSpace, load_space
@@ -131,9 +134,11 @@ def _add_study_options(parser: _Parser, required: bool) -> None:
     parser.add_argument("--threads", type=positive_int, default=1, help="CPU threads, pinned while timing (default: 1)")
     parser.add_argument(
         "--engine",
-        choices=("eager", "compiled", "graph", "graph-compiled"),
-        default="eager" if required else None,
-        help="what latency is timed on, and deployed with (default: eager)",
+        choices=ENGINE_OPTIONS,
+        default="auto" if required else None,
+        help="what latency is timed on, and deployed with (default: auto, the fastest that draws the same images)"
+        if required
+        else "what latency is timed on (default: the profile's)",
     )
 
 
@@ -377,7 +382,7 @@ def build_study(checked: Plan, progress: Any, stop: Callable[[], bool]) -> Study
     prompts = load_prompts(space.prompts, args.seed)
     parts = {"model": args.model, "prompts": prompts, "quality": space.quality, "floors": space.floors}
     parts |= {"weights": args.weights, "device": args.device, "threads": args.threads, "resolution": args.resolution}
-    parts |= {"engine": args.engine, "kv_cache": args.kv_cache}
+    parts |= {"engine": kept_engine(checked.run_dir, args.engine), "kv_cache": args.kv_cache}
     if args.executor == "ray":
         executor = _ray_executor(checked, parts, progress)
         evaluator = executor.evaluator
@@ -397,6 +402,19 @@ def build_study(checked: Plan, progress: Any, stop: Callable[[], bool]) -> Study
         savings=EXHAUSTIVE if args.exhaustive else Savings(),
     )
     return Study(checked.run_dir, space, options, evaluator, prompts, executor, progress, stop)
+
+
+def kept_engine(run_dir: Path, asked: str) -> Any:
+    """The choice that this run made for the same `--engine` when it began; else what is asked for.
+
+    Comparing engines again could end otherwise, and a study has one engine.
+    """
+    try:
+        kept = json.loads((run_dir / "config.json").read_text())["engine_choice"]
+        choice = read_section(EngineSection, kept, "engine_choice")
+    except (OSError, ValueError, KeyError, TypeError, UsageError):
+        return asked
+    return choice if choice.asked == asked == "auto" else asked
 
 
 def _ray_executor(checked: Plan, parts: dict[str, Any], progress: Any) -> RayExecutor:
@@ -495,6 +513,8 @@ def _announce(result: StudyResult, written: Sequence[Path], args: argparse.Names
         full_ms = result.baseline.latency.median_ms  # the one that a budget in per cent is a share of, and the report's
         budget = f"budget {result.budget} = {result.budget_ms:.1f} ms"
         print(f"full schedule    {full_ms:.1f} ms, {budget} ({result.engine} engine)")
+    if result.engine_choice is not None and result.engine_choice.tried:
+        print(f"engine           {result.engine}: {result.engine_choice.reason}")
     if pick is not None and pick is not result.baseline:
         print(f"schedule         {describe(pick.steps)}")
         print(f"speed-up         {_speedup(pick)}")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from stagevar.grids import Grid
+from stagevar.profile_sections import EngineSection
 from stagevar.schedule import ScaleStep, Steps, exact
 from tuner.prompts import PromptSet
 
@@ -36,8 +37,8 @@ class Facts:
     """What is being tuned, for records and for refusing to resume on something else.
 
     model: name. grids, chunks, pixels: of the model. device: name, kind, threads, dtype.
-    engine: how steps run, the one that deployment uses. includes: what a latency figure covers. sampling: guidance and
-    temperature. provenance: weights' hashes and the like. higher_is_better: per metric.
+    engine: how steps run, the one that deployment uses; engine_choice: why that one. includes: what a latency figure
+    covers. sampling: guidance and temperature. provenance: weights' hashes and the like. higher_is_better: per metric.
     """
 
     model: str
@@ -51,6 +52,7 @@ class Facts:
     sampling: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     higher_is_better: dict[str, bool] = field(default_factory=dict)
+    engine_choice: EngineSection | None = None
 
 
 class Evaluator(Protocol):
@@ -142,7 +144,7 @@ def load_evaluator(
     resolution: str | None = None,
     device: str = "auto",
     threads: int = 1,
-    engine: str = "eager",
+    engine: str | EngineSection = "eager",
     kv_cache: str = "model",
     references_dir: Path | None = None,
 ) -> ModelEvaluator:
@@ -165,7 +167,8 @@ class ModelEvaluator:
         model: what `load_model` returned. prompts: "search" and "heldout" sets.
         quality: metric -> weight, as in the search space; ignored for random weights. floors: further metrics to compute.
         threads: CPU threads of every figure, pinned while timing.
-        engine: what latency is timed on (stagevar.engine). Quality is walked eagerly, which gives the same bits: a
+        engine: what latency is timed on (stagevar.engine); "auto" has it chosen here (stagevar.engine_choice), a choice that
+            was made earlier is kept. Quality is walked eagerly, which gives the same bits: a
             prefix that is run once is not worth recording.
         references_dir: where the full schedule's images are kept between batches; memory when None.
         keep_bytes: for the full schedule's scales on the search prompts, which later walks start from; None takes a
@@ -182,7 +185,7 @@ class ModelEvaluator:
         floors: Mapping[str, float] | None = None,
         *,
         threads: int = 1,
-        engine: str = "eager",
+        engine: str | EngineSection = "eager",
         references_dir: Path | None = None,
         keep_bytes: int | None = None,
     ):
@@ -191,9 +194,9 @@ class ModelEvaluator:
         from stagevar.engine import build_engine
         from stagevar.sampler import Sampler
 
-        build_engine(engine, model.device)  # refused before anything is measured
+        if isinstance(engine, str) and engine != "auto":
+            build_engine(engine, model.device)  # refused before anything is measured
         self.model, self.prompts, self.threads, self.references_dir = model, prompts, threads, references_dir
-        self.engine = engine
         self.sampler = Sampler(model)
         if model.device.type == "cpu":
             torch.set_num_threads(threads)
@@ -212,6 +215,8 @@ class ModelEvaluator:
         self._encoded: dict[tuple[str, int], Any] = {}
         self._references: dict[tuple[str, int], np.ndarray] = {}
         self.full = exact(len(model.grids)).expand(model.grids, self.sampler.chunks)
+        choice = engine if isinstance(engine, EngineSection) else self._choose_engine(engine)
+        self.engine = choice.name
         cuda = model.device.type == "cuda"
         self.facts = Facts(
             model.name,
@@ -225,7 +230,8 @@ class ModelEvaluator:
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "torch": torch.__version__,
             },
-            engine=engine,
+            engine=self.engine,
+            engine_choice=choice,
             includes=_WITHOUT_TEXT if hasattr(model.text, "prepare") else _WITH_TEXT,
             random_weights=model.random_weights,
             sampling={
@@ -237,6 +243,14 @@ class ModelEvaluator:
             provenance=dict(model.provenance),
             higher_is_better=directions,
         )
+
+    def _choose_engine(self, asked: str) -> EngineSection:
+        """By the full schedule of two search prompts, where it has to be measured."""
+        from stagevar.engine_choice import engine_for
+
+        prompts = self.prompts["search"]
+        with self._pinned():
+            return engine_for(asked, self.model, self.full, prompts.texts, prompts.seeds)
 
     # ------------------------------------------------------------------------------------------------ quality
 
@@ -328,7 +342,7 @@ class ModelEvaluator:
     def latency(self, schedules: Mapping[str, Steps], rounds: int, warm_up_at_most: int = 12) -> Mapping[str, Timing]:
         """See `Evaluator`. Each schedule has a sampler of its own, so that each keeps the cache it is deployed with.
 
-        Raises RuntimeError when the engine went on eagerly: its figures would be another engine's.
+        Raises RuntimeError when the engine fell back to eager: its figures would be another engine's.
         """
         from stagevar.latency import measure
 
@@ -359,7 +373,7 @@ class ModelEvaluator:
     def _check_engine(self, sampler: Sampler) -> None:
         why = getattr(sampler.engine, "eager_because", None)
         if why is not None:
-            raise RuntimeError(f"engine {self.engine} went on eagerly ({why}); use --engine eager")
+            raise RuntimeError(f"engine {self.engine} fell back to eager ({why}); use --engine eager")
 
     def step_ms(self, schedules: Sequence[Steps], rounds: int = 3) -> dict[Steps, tuple[float, ...]]:
         """Milliseconds of the last scale of each distinct prefix, one image, a sample per round; a first round is not counted.

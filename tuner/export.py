@@ -78,6 +78,7 @@ def profile_of(result: StudyResult, candidate: Candidate) -> Profile:
         baseline=_baseline(full, latency),
         constraints=_constraints(result, candidate),
         reproduce=result.command,
+        engine=result.engine_choice,
         provenance=plain(
             {
                 "created": result.created,

@@ -602,6 +602,7 @@ def run_section(result: StudyResult) -> str:
         ("limits", f"budget {result.budget} = {budget_text(result)}, quality drop at most {result.max_drop:g}"
                    + "".join(f", {m} at least {v:g}" for m, v in result.floors.items())),
         ("quality", " + ".join(f"{w:g} × {m}" for m, w in result.quality_weights.items()) or "not measured"),
+        *_engine_facts(result),
         ("seed", result.seed),
         ("prompts", f"{len(result.search_prompts)} in the search, {len(result.heldout_prompts)} held out, "
                     f"{result.micro_batch} images per batch"),
@@ -616,6 +617,21 @@ def run_section(result: StudyResult) -> str:
     return (
         phases + f'<h3>Provenance</h3><div class="scroll"><table class="facts"><tbody>{rows_html}</tbody></table></div>'
     )
+
+
+def _engine_facts(result: StudyResult) -> list[tuple[str, str]]:
+    """Which engine, why, and what was found of the others."""
+    choice = result.engine_choice
+    if choice is None:
+        return [("engine", result.engine)]
+    facts = [("engine", f"{choice.name}: {choice.reason}")]
+    if choice.tried:
+        found = (
+            f"{one.engine} {one.refused}" if one.latency_ms is None else f"{one.engine} {one.latency_ms:.1f} ms"
+            for one in choice.tried
+        )
+        facts.append(("engines tried", "; ".join(found)))
+    return facts
 
 
 def _fact(value: Any) -> str:

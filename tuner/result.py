@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from stagevar.errors import UsageError
+from stagevar.profile_sections import EngineSection
 
 SCHEMA = 1
 STUDY_FILE = "study.json"
@@ -182,8 +183,9 @@ class StudyResult:
 
     command: what reproduces it. created: UTC, ISO 8601. model: name. random_weights: then there is no quality anywhere.
     provenance: of the model (hashes, preset, source). versions: packages and commit. hashes: "model", "search_prompts",
-    "heldout_prompts", "space", "constraints". device: name, kind, threads, dtype. engine: "eager" or "graph", the one
-    that deployment runs. grids, chunks, pixels: of the model. includes: what one latency figure covers, in words.
+    "heldout_prompts", "space", "constraints". device: name, kind, threads, dtype. engine: the one
+    that deployment runs; engine_choice: why that one, and what was found of the others.
+    grids, chunks, pixels: of the model. includes: what one latency figure covers, in words.
     budget: as typed. budget_ms: resolved. max_drop: allowed drop of the composite. quality_weights: metric -> weight.
     higher_is_better: per metric. floors: metric -> smallest mean allowed. seed: study seed. micro_batch: images per batch
     in quality evaluation. search_prompts, heldout_prompts: texts; prompt i of either runs with its own seed in
@@ -237,6 +239,7 @@ class StudyResult:
     samples: tuple[Sample, ...] = ()
     smallest_budget_ms: float | None = None
     nearest: tuple[str, ...] = ()
+    engine_choice: EngineSection | None = None
     search: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
 

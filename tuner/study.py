@@ -127,7 +127,10 @@ class Study:
         path = self.run_dir / CONFIG_FILE
         mine = json.loads(json.dumps(self.identity()))
         if not path.exists():
-            text = json.dumps({"identity": mine, "command": self.options.command}, indent=1)
+            # Kept beside the identity, so that a resumed run keeps its engine instead of comparing engines again.
+            choice = self.facts.engine_choice
+            kept = {} if choice is None else {"engine_choice": dataclasses.asdict(choice)}
+            text = json.dumps({"identity": mine, "command": self.options.command, **kept}, indent=1)
             write_text_atomically(path, text + "\n")
             return False
         try:
@@ -459,6 +462,7 @@ class Study:
             },
             device=facts.device,
             engine=facts.engine,
+            engine_choice=facts.engine_choice,
             includes=facts.includes,
             grids=facts.grids,
             chunks=facts.chunks,

@@ -20,7 +20,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -203,7 +203,9 @@ def free_memory() -> None:
 
 @dataclass(eq=False)
 class _Seat:
-    """A GPU (or a share of CPUs) and the worker on it. state: "loading", "ready", "quarantined" or "gone".
+    """A GPU (or a share of CPUs) and the worker on it. state: "held", "loading", "ready", "quarantined" or "gone".
+
+    A seat is held until the first worker has chosen the engine, which the others then take.
 
     node: Ray's id. host: the machine, on which there may be several nodes.
     """
@@ -389,6 +391,7 @@ class RayExecutor(Executor):
     def _advance(self, queue: deque[_Job], pending: set[_Job], grow: bool) -> list[tuple[_Job, Any]]:
         """One turn: hand out, wait for something to happen, book it. Returns jobs that ended."""
         self._read_nodes(grow)
+        self._build_held()
         self._hand_out(queue)
         busy = {seat.ref: seat for seat in self.seats.values() if seat.ref is not None}
         if not busy:
@@ -479,6 +482,9 @@ class RayExecutor(Executor):
         seat.state, seat.place = "ready", place
         if self.facts is None:
             self.facts = facts
+            if "engine" in self.recipe.arguments and facts.engine_choice is not None:
+                arguments = {**self.recipe.arguments, "engine": facts.engine_choice}
+                self.recipe = replace(self.recipe, arguments=arguments)
         elif facts != self.facts:
             differing = [n for n in vars(facts) if getattr(facts, n) != getattr(self.facts, n)]
             theirs = {n: getattr(facts, n) for n in differing}
@@ -575,7 +581,16 @@ class RayExecutor(Executor):
             for index in range(int(resources.get(self._resource, 0)) // size):
                 seat = _Seat(f"{node[:8]}:{index}", node, listed[node]["NodeManagerHostname"])
                 self.seats[seat.id] = seat
-                self._build(seat)
+                seat.state = "held"
+
+    def _build_held(self) -> None:
+        """Builds workers that were found since; one after the other as long as none has chosen the engine."""
+        held = [seat for seat in self.seats.values() if seat.state == "held"]
+        alone = self.facts is None and self._resource == "GPU" and self.recipe.arguments.get("engine") == "auto"
+        if alone:
+            held = [] if any(seat.state == "loading" for seat in self.seats.values()) else held[:1]
+        for seat in held:
+            self._build(seat)
 
     def _lose(self, seat: _Seat) -> None:
         """A node died under a worker; its job is handed out again and nobody is blamed.
@@ -639,7 +654,7 @@ class RayExecutor(Executor):
         while time.monotonic() < until:
             self._nodes_read = -float("inf")
             self._read_nodes(grow=True)
-            if any(seat.state == "loading" for seat in self.seats.values()):
+            if any(seat.state in ("held", "loading") for seat in self.seats.values()):
                 return
             time.sleep(min(1.0, self.patience_s))
         raise WorkersLost(f"no worker is left ({reasons}); mend the cluster, the same command resumes")
