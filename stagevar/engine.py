@@ -17,10 +17,12 @@ bucket. Recording is behind a small interface, so that tests on a CPU replay tra
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -79,6 +81,9 @@ class Engine(ABC):
     def forget(self, cache: KVCache) -> None:
         """Drops whatever refers to a cache that is about to be freed."""
 
+    def release(self) -> None:  # noqa: B027  an engine that keeps nothing has nothing to free
+        """Drops everything that takes memory; it is made again when next needed."""
+
 
 class EagerEngine(Engine):
     """Every kernel is launched as the code reaches it. Always available."""
@@ -120,12 +125,49 @@ class Recorder(ABC):
         are at every replay, so whoever records keeps them.
 
         Raises RecordingFailed when `run` works but cannot be recorded; the device is usable then. What `run` itself
-        raises passes through.
+        raises passes through, and so does torch.OutOfMemoryError: with more room it can be recorded.
+        """
+
+    def new_pool(self, apart: bool) -> None:  # noqa: B027  only CUDA graphs have pools
+        """Called before the first of some recordings with this `apart`: none of the earlier ones is left.
+
+        An allocator's pool ends with its last graph and cannot be recorded into again.
         """
 
     def memory_bytes(self) -> int:
         """Memory that recordings hold, 0 where it is not known."""
         return 0
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """The error that others were raised in handling: a failed capture reports its end, not what ended it."""
+    seen = {id(error)}
+    while (earlier := error.__cause__ or error.__context__) is not None and id(earlier) not in seen:
+        seen.add(id(earlier))
+        error = earlier
+    return error
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _ends_capture_cleanly(version: str) -> bool:
+    """Whether a failed capture leaves the allocator as it was (pytorch/pytorch#180395, fixed in 2.12)."""
+    major, minor = (int(part) for part in version.split(".")[:2])
+    return (major, minor) >= (2, 12)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage is collected meanwhile: it may destroy another graph, which is not allowed while capturing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class CudaRecorder(Recorder):
@@ -134,6 +176,9 @@ class CudaRecorder(Recorder):
     Warming up and capturing use one side stream throughout: whatever libraries keep per stream (workspaces) then exists
     before a capture, outside the pools, and the allocator's cache of that stream is reused by the next recording.
     """
+
+    #: Why nothing can be recorded in this process any more.
+    _spoiled: ClassVar[str | None] = None
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -151,19 +196,33 @@ class CudaRecorder(Recorder):
                 run()  # lets libraries choose kernels and allocate workspaces, which is not allowed while capturing
             current.wait_stream(self._side)
             reset()
+            if CudaRecorder._spoiled is not None:
+                raise RecordingFailed(CudaRecorder._spoiled)
             graph = torch.cuda.CUDAGraph()
             # Only this thread's calls are forbidden while capturing: another may load images or score them meanwhile.
             capture = torch.cuda.graph(
                 graph, pool=self._pools[apart], stream=self._side, capture_error_mode="thread_local"
             )
             try:
-                with capture:
+                with capture, _no_collection():
                     outputs = run()
             except RuntimeError as error:
                 torch.cuda.set_stream(current)  # torch before 2.13 stays on the capturing stream
                 torch.cuda.synchronize()  # raises where the device itself is lost
-                raise RecordingFailed(str(error).partition("\n")[0]) from error
+                cause = first_cause(error)
+                if not _ends_capture_cleanly(torch.__version__):
+                    CudaRecorder._spoiled = (
+                        f"recording failed earlier in this process ({first_line(cause)}), after which torch "
+                        f"{torch.__version__} cannot record again; restart the process"
+                    )
+                if isinstance(cause, torch.OutOfMemoryError):
+                    raise cause from error
+                raise RecordingFailed(first_line(cause)) from error
         return graph.replay, outputs
+
+    def new_pool(self, apart: bool) -> None:
+        with torch.cuda.device(self.device):
+            self._pools[apart] = torch.cuda.graph_pool_handle()
 
     def memory_bytes(self) -> int:
         pools = set(self._pools.values())
@@ -257,6 +316,8 @@ class GraphEngine(Engine):
         if self.eager_because is not None:
             return None
         started = time.perf_counter()
+        if not (self._decoders if apart else any(r.nodes for r in self._residents.values())):
+            self.recorder.new_pool(apart)
         try:
             recorded = self.recorder.record(run, reset, apart)
         except RecordingFailed as failure:
@@ -303,6 +364,10 @@ class GraphEngine(Engine):
 
     def forget(self, cache: KVCache) -> None:
         self._residents = {key: r for key, r in self._residents.items() if r.cache is not cache}
+
+    def release(self) -> None:
+        self._residents.clear()
+        self._decoders.clear()
 
 
 def build_engine(name: str, device: torch.device) -> Engine:

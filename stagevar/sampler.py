@@ -6,6 +6,7 @@ cache lengths) and is kept per scale, so rewinding to an earlier scale costs not
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,12 +52,16 @@ class _Updates(dict[Site, Cached]):
             super().__setitem__(site, cached)
 
 
+_ENDED = "this generation ended when the sampler began another one or was released"
+
+
 class Generation:
     """One batch on its way through the scales. Made by `Sampler.begin`.
 
     Attributes:
         scale: index of the next scale. code_sum_BdHW: codes of all scales so far at the final grid.
-        steps: what was run. cache: the sampler's, shared with earlier generations (only the latest one is live).
+        steps: what was run. cache: the sampler's; let go when the generation ends, so that none outlives its sampler's use.
+        live: False once the sampler began another one or was released.
         outcomes: what the schedule's decision chose per image, None before it or without one.
     """
 
@@ -69,11 +74,24 @@ class Generation:
         plan: Steps | None = None,
     ):
         self.conditioning, self.noise, self.resident = start.conditioning, start.noise, start.resident
-        self.sampling, self.batch, self.cache, self.plan = sampling, batch, cache, plan
+        self.sampling, self.batch, self.plan = sampling, batch, plan
+        self._cache: KVCache | None = cache
         self.live = True
         self.steps: list[ScaleStep] = []
         self.outcomes: tuple[str, ...] | None = None
         self._saved = [_Saved(start.code_sum_BdHW, {}, cache.lengths, BOTH)]
+
+    @property
+    def cache(self) -> KVCache:
+        """Raises ValueError when the generation ended."""
+        if self._cache is None:
+            raise ValueError(_ENDED)
+        return self._cache
+
+    def end(self) -> None:
+        """Lets go of the cache and of everything else that takes room; what was run and its code sums stay."""
+        self.live, self._cache, self.resident = False, None, None
+        self._saved = [dataclasses.replace(saved, state={}) for saved in self._saved]
 
     @property
     def scale(self) -> int:
@@ -161,8 +179,7 @@ class Sampler:
         if encoded_negative is None and negative is not None:
             encoded_negative = model.text.encode(negative)
         conditioning = model.transformer.condition(encoded, encoded_negative)
-        if self._current is not None:
-            self._current.live = False
+        self._end_current()  # it would hold a cache that `_allocate` is about to free
         cache = self._allocate(batch, steps or self._full)
         code_sum = model.tokenizer.residual.zeros(batch, model.device)
         noise = noise or PromptNoise(prompts, seeds, model.device, self._philox)
@@ -186,12 +203,16 @@ class Sampler:
         return cache
 
     def release(self) -> None:
-        """Frees the caches; the generation that used one ends."""
-        if self._current is not None:
-            self._current.live = False
-        self._current = None
+        """Frees the caches and what the engine recorded; the generation that used one ends."""
+        self._end_current()
         while self._caches:
             self.engine.forget(self._caches.pop())
+        self.engine.release()
+
+    def _end_current(self) -> None:
+        if self._current is not None:
+            self._current.end()
+        self._current = None
 
     @torch.inference_mode()
     def advance(self, generation: Generation, step: ScaleStep) -> None:
@@ -201,7 +222,7 @@ class Sampler:
         or waits for its decision.
         """
         if not generation.live:
-            raise ValueError("this generation ended when the sampler began another one")
+            raise ValueError(_ENDED)
         if step.scale != generation.scale or step.grid != self.model.grids[step.scale]:
             raise ValueError(
                 f"step for scale {step.scale} {step.grid} does not follow {generation.scale} scales of {self.model.name}"
@@ -219,9 +240,10 @@ class Sampler:
                 self._check_fusing(step, generation.sampling)
             self._transformer(step.precision)  # made here, lest it be part of a recording
             steps = (*generation.steps, step)
+            cache = generation.cache  # recordings outlive the generation that made them
             with attention_kernels(self.model.device):
                 after = self.engine.run(
-                    generation.resident, steps, generation.cache, lambda: self._run(generation, step, before)
+                    generation.resident, steps, cache, lambda: self._run(generation, cache, step, before)
                 )
         generation.steps.append(step)
         generation._saved.append(after)
@@ -275,8 +297,8 @@ class Sampler:
 
         return around
 
-    def _run(self, generation: Generation, step: ScaleStep, before: _Saved) -> _Saved:
-        model, cache, batch = self.model, generation.cache, generation.batch
+    def _run(self, generation: Generation, cache: KVCache, step: ScaleStep, before: _Saved) -> _Saved:
+        model, batch = self.model, generation.batch
         transformer, residual = self._transformer(step.precision), model.tokenizer.residual
         sampling, scale = generation.sampling, step.scale
         start = BOTH.index(step.branches[0]) * batch
@@ -335,13 +357,18 @@ class Sampler:
 
     @torch.inference_mode()
     def decode(self, generation: Generation) -> np.ndarray:
-        """Pixels of the code sum as it stands: uint8 (B, H, W, 3), RGB; truncation as in the reference."""
+        """Pixels of the code sum as it stands: uint8 (B, H, W, 3), RGB; truncation as in the reference.
+
+        Raises ValueError when the generation ended: its code sum may lie in a buffer that a later one has overwritten.
+        """
+        if not generation.live:
+            raise ValueError(_ENDED)
         return to_uint8(self.engine.decode(generation.code_sum_BdHW, self.model.tokenizer.decode))
 
     def generate(self, prompts: Sequence[str], seeds: Sequence[int], steps: Steps, **options: Any) -> np.ndarray:
         """All scales of one schedule, then decode: uint8 (B, H, W, 3). Options as for `begin`.
 
-        Where decoding finds too little memory, the caches are freed and it is tried again.
+        Where decoding finds too little memory, the caches and recordings are freed and it is tried again, eagerly.
         """
         generation = self.begin(prompts, seeds, steps=steps, **options)
         try:
@@ -349,8 +376,13 @@ class Sampler:
         except torch.OutOfMemoryError:
             if generation.scale < len(self.model.grids):
                 raise
+            code_sum_BdHW = generation.code_sum_BdHW.clone()
+        # Only here is the error gone, whose frames hold the generation and with it the cache.
         self.release()
-        return self.decode(generation)
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        with torch.inference_mode():
+            return to_uint8(self.model.tokenizer.decode(code_sum_BdHW))
 
     def finish(self, generation: Generation, steps: Steps) -> np.ndarray:
         """Runs what is left of a schedule, its decision included, then decodes: uint8 (B, H, W, 3), RGB.
