@@ -1,8 +1,32 @@
-"""Names that options accept, without importing what they stand for."""
+"""What options accept, checked without importing what they stand for, so before anything is loaded."""
 
 from __future__ import annotations
+
+import os
+
+from stagevar.errors import UsageError
 
 #: How steps reach the device: kernels launched one by one or replayed from graphs, the pieces between products compiled or not.
 ENGINES = ("eager", "compiled", "graph", "graph-compiled")
 #: What --engine accepts: an engine, or the fastest one that draws the same images here (stagevar.engine_choice).
 ENGINE_OPTIONS = ("auto", *ENGINES)
+
+
+def check_engine(name: str, device: str) -> None:
+    """Raises UsageError for an engine that is unknown, or that a kind of device ("cpu", "cuda") cannot run."""
+    if name not in ENGINE_OPTIONS:
+        raise UsageError(f"unknown engine {name!r}; use {', '.join(ENGINE_OPTIONS)}")
+    if name.startswith("graph") and device != "cuda":
+        raise UsageError(f"engine {name} needs a CUDA device, not {device}; use --engine eager")
+
+
+def processors() -> list[int]:
+    """Numbers of the processors that this process may use, empty where the system does not tell."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
+def check_threads(threads: int, device: str = "cpu") -> None:
+    """Raises UsageError for more CPU threads than this process may use; a GPU's figures do not depend on them."""
+    available = len(processors())
+    if device == "cpu" and (threads < 1 or (available and threads > available)):
+        raise UsageError(f"threads {threads} must be between 1 and the {available} processors this process may use")

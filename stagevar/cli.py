@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stagevar import __version__
+from stagevar.choices import ENGINE_OPTIONS, check_engine, check_threads
 from stagevar.errors import StagevarError, UsageError
 
 if TYPE_CHECKING:
     from stagevar.models.base import LoadedModel
+    from stagevar.profile import Profile
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -51,6 +53,18 @@ def add_model_options(parser: argparse.ArgumentParser, required: bool = True) ->
     parser.add_argument("--ratio", type=float, help="height / width, snapped to one of the model's (default: 1)")
 
 
+def add_running_options(parser: argparse.ArgumentParser, batch: str, threads: str) -> None:
+    """Options that say how steps reach the device."""
+    parser.add_argument(
+        "--engine",
+        choices=ENGINE_OPTIONS,
+        default="auto",
+        help="default: auto, the profile's, else the fastest that draws the same images",
+    )
+    parser.add_argument("--batch", type=positive_int, help=f"images per run (default: {batch})")
+    parser.add_argument("--threads", type=positive_int, help=f"CPU threads (default: {threads})")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = ArgumentParser(prog="stagevar", description="Run next-scale image models with stage-aware schedules.")
@@ -68,6 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--images", type=positive_int, default=1, help="images per prompt, seeds counted up (default: 1)"
     )
+    add_running_options(generate, batch="the profile's, else 1", threads="the profile's, else torch's")
     generate.add_argument("--negative", help="negative prompt instead of the model's null text")
     generate.set_defaults(run=run_generate)
 
@@ -76,9 +91,8 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--profile", type=Path, action="append", default=[], help="a profile to time (may be repeated)")
     bench.add_argument("--compare", default="exact,stagevar-paper,stagevar-released", help="comma list of presets")
     bench.add_argument("--rounds", type=positive_int, default=10, help="timed runs per schedule (default: 10)")
-    bench.add_argument("--batch", type=positive_int, default=1, help="images per run (default: 1)")
+    add_running_options(bench, batch="the profile's, else 1", threads="the profile's, else 1; pinned")
     bench.add_argument("--prompts", type=positive_int, default=32, help="prompts for the quality columns (default: 32)")
-    bench.add_argument("--threads", type=positive_int, default=1, help="CPU threads, pinned (default: 1)")
     bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
     bench.set_defaults(run=run_bench)
 
@@ -146,11 +160,11 @@ def read_prompts(args: argparse.Namespace, model: LoadedModel) -> list[str]:
     return prompts
 
 
-def load(args: argparse.Namespace) -> LoadedModel:
-    """The model that the options name."""
+def load(args: argparse.Namespace, **defaults: Any) -> LoadedModel:
+    """The model that the options name; defaults are for options that were not given."""
     from stagevar.models.registry import load_model
 
-    return load_model(args.model, device=args.device, **given_options(args))
+    return load_model(args.model, device=args.device, **{**defaults, **given_options(args)})
 
 
 def given_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -161,34 +175,64 @@ def given_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def run_generate(args: argparse.Namespace) -> int:
     """Writes PNG files and prints their paths."""
-    from PIL import Image
 
     if (args.profile is None) == (args.model is None):
         raise UsageError("give either --profile FILE or --model NAME")
     outputs = output_paths(args.output, len(args.prompts) * args.images)
     prompts = [prompt for prompt in args.prompts for _ in range(args.images)]
     seeds = [args.seed + i for _ in args.prompts for i in range(args.images)]
-    options: dict[str, Any] = {"negative": [args.negative] * len(prompts)} if args.negative else {}
     if args.profile is not None:
         from stagevar.profile import Profile
 
         profile = Profile.load(args.profile)
-        pipeline = profile.pipeline(device=args.device, **given_options(args))
-        images = pipeline.generate(prompts, seeds, **options)
+        check_running(args, profile.model.name, [profile], args.threads)
+        running = {"engine": args.engine, "batch": args.batch or 0, "threads": args.threads}
+        pipeline = profile.pipeline(device=args.device, **running, **given_options(args))
+        images = pipeline.generate(prompts, seeds, args.negative)
     else:
-        from stagevar.sampler import Sampler
-        from stagevar.schedule import exact
-
-        model = load(args)
-        if model.random_weights:
-            raise UsageError("--weights random draws noise, not images; it is for latency work only")
-        sampler = Sampler(model)
-        steps = exact(len(model.grids)).expand(model.grids, sampler.chunks)
-        images = [Image.fromarray(pixels) for pixels in sampler.generate(prompts, seeds, steps, **options)]
+        check_running(args, args.model, [], args.threads)
+        images = draw_full(args, prompts, seeds)
     for image, path in zip(images, outputs, strict=True):
         image.save(path)
         print(path)
     return 0
+
+
+def check_running(args: argparse.Namespace, model: str, profiles: Sequence[Profile], threads: int | None) -> None:
+    """Raises UsageError, before anything is loaded, for an engine or threads that this device does not have."""
+    from stagevar.models.registry import resolve
+
+    loading = {**(profiles[0].model.load.given() if profiles else {}), **given_options(args)}
+    device = resolve(model, device=args.device, **loading).device.type
+    check_engine(args.engine, device)
+    if threads is not None:
+        check_threads(threads, device)
+
+
+def draw_full(args: argparse.Namespace, prompts: Sequence[str], seeds: Sequence[int]) -> list[Any]:
+    """PIL images of a model's full schedule."""
+    from PIL import Image
+
+    from stagevar.engine_choice import WORTH_COMPARING, engine_for
+    from stagevar.latency import threads_of
+    from stagevar.requests import check_negatives
+    from stagevar.sampler import Sampler
+    from stagevar.schedule import exact
+
+    model = load(args)
+    if model.random_weights:
+        raise UsageError("--weights random draws noise, not images; it is for latency work only")
+    batch, negatives, images = args.batch or 1, check_negatives(args.negative, len(prompts)), []
+    steps = exact(len(model.grids)).expand(model.grids, len(model.transformer.chunk_layers))
+    with threads_of(args.threads):
+        few = args.engine == "auto" and len(prompts) < WORTH_COMPARING
+        engine = "eager" if few else engine_for(args.engine, model, steps, prompts, seeds).name
+        sampler = Sampler(model, engine=engine)
+        for first in range(0, len(prompts), batch):
+            part = slice(first, first + batch)
+            negative = None if negatives is None else negatives[part]
+            images += list(sampler.generate(prompts[part], seeds[part], steps, negative=negative))
+    return [Image.fromarray(pixels) for pixels in images]
 
 
 def run_convert(args: argparse.Namespace) -> int:
@@ -216,28 +260,59 @@ def output_paths(output: Path, count: int) -> list[Path]:
 
 def run_bench(args: argparse.Namespace) -> int:
     """Prints one row per schedule: latency, ratio to the full schedule, tokens, memory, quality against it."""
-    from stagevar.compare import compare, format_table
+    from stagevar.compare import bench_prompts, compare, format_table
+    from stagevar.engine_choice import engine_for
     from stagevar.profile import Profile
+    from stagevar.schedule import preset
 
     profiles = [Profile.load(path) for path in args.profile]
     if args.model is None:
         if not profiles:
             raise UsageError("give --model NAME or --profile FILE")
         args.model = profiles[0].model.name
-    model = load(args)
+    batch = args.batch or shared("batch", [profile.envelope.batch for profile in profiles]) or 1
+    threads = args.threads or shared("threads", [profile.envelope.threads for profile in profiles]) or 1
+    if args.resolution is None:
+        shared("resolution", [profile.model.load.resolution for profile in profiles])
+    if batch > args.prompts:
+        raise UsageError(f"batch {batch} is larger than the {args.prompts} prompts; raise --prompts")
+    check_running(args, args.model, profiles, threads)
+    model = load(args, **(profiles[0].model.load.given() if profiles else {}))
     extra = {f"profile {path}": profile.expand(model) for path, profile in zip(args.profile, profiles, strict=True)}
+    engines = {
+        name: profile.engine_here(model.device.type) for name, profile in zip(extra, profiles, strict=True)
+    }  # what each profile was measured on
+    engine = args.engine
+    if engine != "auto":
+        engines = {}
+    elif profiles:
+        engine = next(iter(engines.values()))
+    else:
+        texts = bench_prompts(model, 2)
+        full = preset("exact", model.grids).expand(model.grids, len(model.transformer.chunk_layers))
+        engine = engine_for(engine, model, full, texts, [0, 1]).name
     names = [name.strip() for name in args.compare.split(",") if name.strip()]
     rows = compare(
         model,
         names,
         extra_steps=extra,
         rounds=args.rounds,
-        batch=args.batch,
+        batch=batch,
         prompts=args.prompts,
-        threads=args.threads,
+        threads=threads,
+        engine=engine,
+        engines=engines,
     )
     print(json.dumps(rows, indent=2) if args.json else format_table(rows))
     return 0
+
+
+def shared(what: str, values: Sequence[Any]) -> Any:
+    """What all profiles agree on, None without any. Raises UsageError where they do not."""
+    different = list(dict.fromkeys(values))
+    if len(different) > 1:
+        raise UsageError(f"the profiles differ in {what} ({', '.join(map(str, different))}); give --{what}")
+    return different[0] if different else None
 
 
 def run_memory(args: argparse.Namespace) -> int:

@@ -43,6 +43,8 @@ def compare(
     threads: int = 1,
     scores: Mapping[str, Score] | None = None,
     warm_up_at_most: int = 12,
+    engine: str = "eager",
+    engines: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """One row per schedule, the full one first, as plain data.
 
@@ -53,11 +55,13 @@ def compare(
         prompts: how many of the model's own bench prompts, or the prompts themselves, for the quality columns.
         threads: on CPU, pinned. scores: further quality columns, as mean paired difference to the full schedule with a
             bootstrap interval over prompts. warm_up_at_most: runs before timing, fewer once they agree.
+        engine: what rows are timed on; engines: by name, for those on another one. Images, and with them memory, are
+            eager's: a run that is made once is not worth recording.
 
-    Columns: tokens (per image, both branches), latency_ms (median), mean_ms, p90_ms, samples_ms, ratio to the full
-    schedule with its interval, memory_mib (CUDA: peak allocated above the weights; CPU: KV cache), and unless the
-    weights are random: psnr_db, ssim (means) and `scores`. outcomes: how often a decision went which way. On a CPU also
-    cpu_ratio, the same ratio of processor time, which other processes on the machine hardly change.
+    Columns: engine (the one that really ran), tokens (per image, both branches), latency_ms (median), mean_ms, p90_ms,
+    samples_ms, ratio to the full schedule with its interval, memory_mib (CUDA: peak allocated above the weights; CPU: KV
+    cache), and unless the weights are random: psnr_db, ssim (means) and `scores`. outcomes: how often a decision went
+    which way. On a CPU also cpu_ratio, the same ratio of processor time, which other processes on the machine hardly change.
     """
     sampler, samplers = Sampler(model), samplers or {}
     plans = {name: preset(name, model.grids).expand(model.grids, sampler.chunks) for name in (BASELINE, *names)}
@@ -70,7 +74,7 @@ def compare(
         sampler.accelerator.check(model, step.decision)  # refused before anything is measured
     with pinned(threads) if model.device.type == "cpu" else contextlib.nullcontext():
         made = {name: _observe(samplers.get(name, Sampler)(model), plans[name], texts, batch) for name in plans}
-        timed = {name: samplers.get(name, Sampler)(model) for name in plans}
+        timed = {name: _timed_sampler(model, samplers.get(name), (engines or {}).get(name, engine)) for name in plans}
         timings, busy = time_in_turn(timed, plans, batches, rounds, warm_up_at_most)
     full = made[BASELINE]
     rows = []
@@ -79,6 +83,7 @@ def compare(
         ratio, low, high = paired_ratio(timing, timings[BASELINE])
         row = {
             "name": name,
+            "engine": _engine_that_ran(timed[name]),
             "tokens": round(made[name].tokens, 1),
             "latency_ms": timing.median_ms,
             "mean_ms": float(np.mean(timing.samples_ms)),
@@ -100,6 +105,15 @@ def compare(
                 row[label], row[f"{label}_interval"] = float(difference_B.mean()), _mean_interval(difference_B)
         rows.append(row)
     return rows
+
+
+def _timed_sampler(model: LoadedModel, make: Callable[[LoadedModel], Sampler] | None, engine: str) -> Sampler:
+    return Sampler(model, engine=engine) if make is None else make(model)
+
+
+def _engine_that_ran(sampler: Sampler) -> str:
+    """The engine's name, or eager's where it fell back."""
+    return "eager" if getattr(sampler.engine, "eager_because", None) else sampler.engine.name
 
 
 @dataclasses.dataclass
@@ -195,6 +209,7 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Plain text, one line per row, the columns that the rows have."""
     titles = {
         "name": ("schedule", "{}"),
+        "engine": ("engine", "{}"),
         "tokens": ("tokens", "{:.0f}"),
         "latency_ms": ("median ms", "{:.1f}"),
         "mean_ms": ("mean ms", "{:.1f}"),

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from stagevar.choices import ENGINES
+from stagevar.choices import ENGINES, check_engine
 from stagevar.errors import UsageError
 from stagevar.noise import NoiseSource, PromptNoise
 from stagevar.schedule import ScaleStep
@@ -374,9 +374,8 @@ def build_engine(name: str, device: torch.device) -> Engine:
     """An engine by name, one of ENGINES. Raises UsageError for an unknown name or where graphs cannot be recorded."""
     if name not in ENGINES:
         raise UsageError(f"unknown engine {name!r}; use {', '.join(ENGINES)}")
+    check_engine(name, device.type)
     compiled = name.endswith("compiled")
     if name.startswith("graph"):
-        if device.type != "cuda":
-            raise UsageError(f"engine {name} needs a CUDA device, not {device.type}; use --engine eager")
         return GraphEngine(CudaRecorder(device), compiled=compiled)
     return EagerEngine(compiled)

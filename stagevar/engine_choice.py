@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 TOLERANCE = 0.01
 #: An engine that is faster than a simpler one by less than this share is not worth its compiling and recording.
 LEAST_GAIN = 0.02
+#: Images below which comparing engines takes longer than drawing them all on the slowest.
+WORTH_COMPARING = 64
 #: Timed images per engine, in turn with eager.
 ROUNDS = 5
 

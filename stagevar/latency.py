@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from stagevar.choices import check_threads, processors
 from stagevar.errors import UsageError
 
 #: Relative spread of the last three warm-up runs below which a schedule counts as warm.
@@ -112,17 +113,25 @@ def paired_ratio(
 
 
 @contextmanager
+def threads_of(count: int | None) -> Iterator[None]:
+    """Runs torch on so many CPU threads, then on as many as before; None changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def pinned(threads: int = 1) -> Iterator[int]:
     """Runs torch on `threads` threads pinned to as many processors, then restores both. Yields the thread count.
 
     A second busy process makes unpinned multi-threaded timings several times worse; one pinned thread is the default for
     CPU figures. Where the system has no affinity calls only the thread count is set.
     """
-    available = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    if threads < 1 or (available and threads > len(available)):
-        raise UsageError(
-            f"threads {threads} must be between 1 and the {len(available)} processors this process may use"
-        )
+    check_threads(threads)
+    available = processors()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     if available:

@@ -121,20 +121,11 @@ class Pipeline:
         repeated = None if negatives is None else _repeat(negatives, num_images_per_prompt)
         return PipelineOutput(self.generate(_repeat(texts, num_images_per_prompt), seeds, repeated), seeds)
 
-    @contextlib.contextmanager
-    def _threads(self) -> Any:
+    def _threads(self) -> contextlib.AbstractContextManager[None]:
         """The threads that latency was measured with, for the length of a call; a GPU does not depend on them."""
-        import torch
+        from stagevar.latency import threads_of
 
-        if self.threads is None or self.sampler.model.device.type != "cpu":
-            yield
-            return
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.threads)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
+        return threads_of(self.threads if self.sampler.model.device.type == "cpu" else None)
 
 
 def _repeat(texts: list[str], times: int) -> list[str]:

@@ -215,6 +215,9 @@ class Profile:
         """
         if self.model.name != model.name:
             raise ProfileError(f"the profile is for model {shown(self.model.name)}, not {model.name!r}")
+        if self.model.pixels and self.model.pixels != tuple(model.pixels):
+            here, there = ("x".join(map(str, pixels)) for pixels in (model.pixels, self.model.pixels))
+            raise ProfileError(f"the profile is for images of {there} pixels, not {here}; leave out --resolution")
         for file, digest in self.model.weights.items():
             here = (model.provenance.get("weights") or {}).get(file)
             if here != digest:

@@ -119,6 +119,7 @@ def _tune_parser() -> _Parser:
 
 def _add_study_options(parser: _Parser, required: bool) -> None:
     """Options that decide what is measured against what."""
+    profiles = "the profile's"
     budget_help = "latency of one image: 2s, 800ms, or 60%% of the measured full schedule"
     models = ", ".join(model.name for model in registry.list_models())
     parser.add_argument("--model", required=required, help=f"one of {models}")
@@ -131,7 +132,12 @@ def _add_study_options(parser: _Parser, required: bool) -> None:
     parser.add_argument("--weights", help="path, or 'random' for seeded random weights (latency only)")
     parser.add_argument("--resolution", help="pixel budget (0.25M, 1M ...) or image side, where a model has several")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
-    parser.add_argument("--threads", type=positive_int, default=1, help="CPU threads, pinned while timing (default: 1)")
+    parser.add_argument(
+        "--threads",
+        type=positive_int,
+        default=1 if required else None,
+        help=f"CPU threads, pinned while timing (default: {'1' if required else profiles})",
+    )
     parser.add_argument(
         "--engine",
         choices=ENGINE_OPTIONS,
@@ -611,9 +617,10 @@ def run_verify(args: argparse.Namespace) -> int:
         args.seed or 0,
         args.weights,
         args.device,
-        args.threads,
+        args.threads or profile.envelope.threads or 1,
         Progress(args.quiet),
         args.engine or profile.envelope.engine,
+        args.resolution,
     )
     if args.json:
         print(json.dumps(outcome.to_dict(), indent=2))

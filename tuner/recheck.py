@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from stagevar.choices import check_engine, check_threads
 from stagevar.errors import UsageError
 from stagevar.profile import Profile, present_envelope
 from tuner.budget import Budget
@@ -76,13 +77,15 @@ def recheck(
     threads: int,
     progress: Any,
     engine: str = "eager",
+    resolution: str | None = None,
 ) -> Recheck:
     """Verifies a profile's schedule against the full one, both measured here and now.
 
+    threads, engine, resolution: what to measure with; None for the resolution takes the profile's.
     Raises ProfileError when the model is another one, UsageError when a regression is asked about but the profile records
     no ratio, or when it was made on random weights.
     """
-    from stagevar.models.registry import load_model
+    from stagevar.models.registry import load_model, resolve
     from tuner.evaluate import ModelEvaluator
     from tuner.executors.local import LocalExecutor
     from tuner.prompts import load_prompts
@@ -91,12 +94,16 @@ def recheck(
     recorded = None if full_profile else profile.latency.ratio.mean
     if max_regression is not None and not full_profile and recorded is None:
         raise UsageError("the profile records no latency ratio to compare with; leave out --max-regression")
+    loading = profile.model.load.given() | ({} if resolution is None else {"resolution": resolution})
+    kind = resolve(profile.model.name, weights=weights, device=device, **loading).device.type
+    check_engine(engine, kind)
+    check_threads(threads, kind)
     progress.phase("load")
-    model = load_model(profile.model.name, weights=weights, device=device, **profile.model.load.given())
+    model = load_model(profile.model.name, weights=weights, device=device, **loading)
     steps = profile.expand(model)
     prompts = load_prompts(space.prompts, seed)
     evaluator = ModelEvaluator(model, prompts, space.quality, space.floors, threads=threads, engine=engine)
-    warnings = profile.warnings_here(present_envelope(model, profile.envelope.batch, threads, engine))
+    warnings = profile.warnings_here(present_envelope(model, profile.envelope.batch, threads, evaluator.engine))
     progress.phase("verification", 100)
     timing = evaluator.latency({BASELINE: evaluator.full}, 9)[BASELINE]
     total = sum(w.get("weight", 1.0) if isinstance(w, dict) else w for w in space.quality.values())
