@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
+#: What every command's exit code means; --help prints it, README lists it.
+EXIT_CODES = {
+    0: "done; for tuning: verified, or the full schedule already meets the budget",
+    1: "doctor: a study cannot run here",
+    2: "unusable input: the line names the value and the fix",
+    3: "no schedule meets the budget within the allowed drop; verify: a limit is broken",
+    4: "all trials failed",
+    5: "inconclusive: the measurements do not decide",
+    6: "infrastructure (workers lost, device broken, disk full, database away): the same command resumes",
+    130: "stopped by Ctrl-C: the same command resumes",
+}
+
 
 class StagevarError(Exception):
     """Base of every error raised on purpose by this project; command lines print it without a traceback."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from stagevar.errors import InfrastructureError, StagevarError
+from stagevar.errors import EXIT_CODES, InfrastructureError, StagevarError, UsageError
 from tests.fakes import FakeEvaluator, study
 from tuner.asking import ProposerLost
 from tuner.executors.base import WorkersLost
@@ -54,3 +54,50 @@ def test_a_broken_device_fails_no_trial_and_the_study_resumes(tmp_path, method, 
     assert not resumed.failures and len(resumed.candidates) == len(whole.candidates)
     assert all(candidate.state != "failed" for candidate in resumed.candidates)
     assert resumed.verdict == whole.verdict
+
+
+def test_a_database_that_goes_away_is_infrastructure_and_the_study_resumes(tmp_path):
+    from optuna.exceptions import StorageInternalError
+
+    url = f"sqlite:///{tmp_path}/studies.db"
+    options = {"trials": 4, "storage": url}
+    broken = study(tmp_path / "run", **options)
+    search = broken._new_search()
+    storage = search.proposer.study._storage
+
+    def away(*_, **__):
+        raise StorageInternalError("An exception is raised during the commit.") from ConnectionError("refused")
+
+    storage.set_trial_state_values = away
+    broken._new_search = lambda: search
+    if hasattr(storage, "_backend"):
+        storage._backend.set_trial_state_values = away
+    with pytest.raises(InfrastructureError, match=r"does not answer.*the same command resumes"):
+        broken.run()
+    assert study(tmp_path / "run", **options).run().verdict != "failed"
+
+
+def test_a_database_that_is_gone_when_a_run_resumes_is_infrastructure_but_a_wrong_url_is_usage(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    options = {"trials": 2, "storage": f"sqlite:///{folder}/studies.db"}
+    study(tmp_path / "run", **options).run()
+    folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(InfrastructureError, match="does not answer"):
+        study(tmp_path / "run", **{**options, "trials": 3}).run()
+    with pytest.raises(UsageError, match="cannot be opened"):
+        study(tmp_path / "other", **options).run()
+
+
+def test_exit_codes_are_listed_once_and_alike():
+    from pathlib import Path
+
+    from tuner.cli import _tune_parser
+    from tuner.result import EXIT_CODES as VERDICTS
+
+    text = " ".join(_tune_parser().format_help().split())
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    for code, meaning in EXIT_CODES.items():
+        assert f"{code} {meaning}" in text and f"| {code} | {meaning} |" in readme
+    assert [verdict for verdict, code in VERDICTS.items() if code == 5] == ["inconclusive"]
+    assert set(VERDICTS.values()) <= set(EXIT_CODES)

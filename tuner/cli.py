@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 from stagevar import __version__
 from stagevar.choices import ENGINE_OPTIONS
 from stagevar.cli import positive_int, report_errors
-from stagevar.errors import UsageError
+from stagevar.errors import EXIT_CODES, UsageError
 from stagevar.models import registry
 from stagevar.profile_sections import EngineSection
 from stagevar.sections import read_section
@@ -46,7 +46,8 @@ RUN_FILES = ("trials.jsonl", "journal.log*", "study.json", "profile.yaml", "pare
 RUN_FILES += ("images", "references", "study.name", "measurements.jsonl", "config.json")
 STOPPED = 130
 
-_EPILOG = """\
+_CODES = "\n".join(f"  {code:<4} {meaning}" for code, meaning in EXIT_CODES.items())
+_EPILOG = f"""\
 verbs:
   stagevar-tune resume RUN           continue a run to its original target (the same command does it too)
   stagevar-tune report RUN           write report.html, pareto.yaml and trials.csv again from study.json
@@ -54,8 +55,8 @@ verbs:
   stagevar-tune sweep SWEEP.yaml     one study per model, budget, seed ... on a Ray cluster, one table
   stagevar-tune doctor               check this machine
 
-exit codes: 0 verified, or the full schedule already meets the budget; 2 unusable input; 3 no schedule meets the budget;
-4 all trials failed; 5 the data cannot tell.
+exit codes:
+{_CODES}
 
 example: stagevar-tune --model nano --budget 60%"""
 

@@ -7,6 +7,7 @@ running are told from the evidence where there is some, else failed and enqueued
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import time
 import uuid
@@ -22,7 +23,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import Trial, TrialState
 
-from stagevar.errors import UsageError
+from stagevar.errors import InfrastructureError, UsageError
 from stagevar.profile import write_text_atomically
 from tuner.journal import JOURNAL_FILE
 from tuner.space import Parameter, SearchSpace, Value
@@ -61,6 +62,35 @@ class Told:
     prompts: int | None = None
 
 
+def _needs_storage(method: Any) -> Any:
+    """A method that reads or writes trials: what the database says when it is away becomes an InfrastructureError."""
+
+    @functools.wraps(method)
+    def reaching(self: Proposer, *arguments: Any, **options: Any) -> Any:
+        try:
+            return method(self, *arguments, **options)
+        except Exception as error:
+            if not self.in_database or not _is_away(error):
+                raise
+            line = str(error).strip().splitlines()[0]
+            raise InfrastructureError(
+                f"the database of --storage does not answer ({line:.160}); once it does, the same command resumes"
+            ) from None
+
+    return reaching
+
+
+def _is_away(error: BaseException | None) -> bool:
+    """Whether an error comes from a database that cannot be reached; Optuna wraps what SQLAlchemy raised."""
+    while error is not None:
+        module, kind = type(error).__module__, type(error).__name__
+        away = kind in ("OperationalError", "InterfaceError", "InternalError") or "Timeout" in kind
+        if kind == "StorageInternalError" or (module.startswith("sqlalchemy") and away):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 class Proposer:
     """One study's asks and tells.
 
@@ -69,7 +99,8 @@ class Proposer:
         sampler: "auto" (Gaussian process, then TPE), or one of SAMPLERS throughout.
         storage: URL of a database instead of the journal; each run directory is a study of its own there.
 
-    Attributes: ask_seconds: one entry per ask.
+    Attributes: ask_seconds: one entry per ask. in_database: whether trials are in a database, which may go away; then
+    methods raise InfrastructureError.
     """
 
     def __init__(
@@ -85,9 +116,14 @@ class Proposer:
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         self.space, self.seed, self.constraints, self.kind = space, seed, tuple(constraints), sampler
         self.ask_seconds: list[float] = []
+        self.in_database = storage is not None
         self._distributions = {p.name: _distribution(p) for p in space.parameters}
         self.study = optuna.create_study(
-            storage=_database(storage) if storage else JournalStorage(JournalFileBackend(str(run_dir / JOURNAL_FILE))),
+            storage=_database(storage, (run_dir / STUDY_NAME_FILE).exists())
+            if storage
+            else JournalStorage(JournalFileBackend(str(run_dir / JOURNAL_FILE))),
+            if storage
+            else JournalStorage(JournalFileBackend(str(run_dir / JOURNAL_FILE))),
             study_name=_name_in_database(run_dir, space) if storage else _STUDY,
             directions=["minimize", "maximize"],
             load_if_exists=True,
@@ -105,6 +141,7 @@ class Proposer:
 
     # ------------------------------------------------------------------------------------------------ start and resume
 
+    @_needs_storage
     def enqueue(self, presets: Mapping[str, Mapping[str, Value]]) -> None:
         """Queues presets at their nearest values, except those that an earlier driver queued."""
         known = {t.user_attrs.get(_PRESET) for t in self.study.get_trials(deepcopy=False)}
@@ -112,6 +149,7 @@ class Proposer:
             if name not in known:
                 self.study.enqueue_trial(self._raw(values), user_attrs={_PRESET: name, _ATTEMPT: 1})
 
+    @_needs_storage
     def recover(self, evidence: Mapping[int, Told | None]) -> list[Proposal]:
         """Settles what a dead driver left running; returns the trials that were given up after ATTEMPTS.
 
@@ -153,6 +191,7 @@ class Proposer:
         done = len(self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
         return "gp" if done < GP_TRIALS else "tpe"
 
+    @_needs_storage
     def ask(self, random: bool = False) -> Proposal:
         """The next trial: a queued one first, else the sampler's, which knows the trials still running.
 
@@ -165,19 +204,23 @@ class Proposer:
         self.ask_seconds.append(time.perf_counter() - start)
         return Proposal(trial.number, self._values(trial.params), trial.user_attrs.get(_PRESET))
 
+    @_needs_storage
     def tell(self, number: int, told: Told) -> None:
         """Finishes a trial. Raises ValueError when a constraint is missing: one trial without it would spoil the model."""
         self._tell(Trial(self.study, self._id(number)), told)
 
+    @_needs_storage
     def fail(self, number: int) -> None:
         """Finishes a trial that gave no values."""
         self.study.tell(number, state=TrialState.FAIL)
 
+    @_needs_storage
     def begin(self, numbers: Sequence[int]) -> None:
         """Notes that evaluation of these trials begins: a driver that dies from now on may have died of them."""
         for number in numbers:
             Trial(self.study, self._id(number)).set_user_attr(_STARTED, True)
 
+    @_needs_storage
     def withdraw(self, number: int) -> None:
         """Takes back an ask that nobody will evaluate; it comes first when the study goes on."""
         frozen = self.study._storage.get_trial(self._id(number))
@@ -199,6 +242,7 @@ class Proposer:
         """Lets TPE propose from now on."""
         self.kind = "tpe"
 
+    @_needs_storage
     def completed(self) -> set[int]:
         """Numbers of the trials that were told."""
         return {t.number for t in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))}
@@ -229,8 +273,11 @@ class Proposer:
         return {p.name: p.decode(raw[p.name]) for p in self.space.parameters if p.name in raw}
 
 
-def _database(url: str) -> optuna.storages.RDBStorage:
-    """A database of studies. Raises UsageError that says what is missing."""
+def _database(url: str, known: bool) -> optuna.storages.RDBStorage:
+    """A database of studies. Raises UsageError that says what is missing.
+
+    known: whether this run has used it before; then one that cannot be reached is away, an InfrastructureError.
+    """
     try:
         try:
             return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
@@ -246,6 +293,10 @@ def _database(url: str) -> optuna.storages.RDBStorage:
         ) from None
     except Exception as error:  # SQLAlchemy, its drivers and Optuna have no common base
         line = str(error).strip().splitlines()[0]
+        if known:
+            raise InfrastructureError(
+                f"--storage {url} does not answer ({line:.160}); once it does, the same command resumes"
+            ) from None
         raise UsageError(f"--storage {url} cannot be opened: {line}; example: sqlite:////data/studies.db") from None
 
 

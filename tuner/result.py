@@ -22,7 +22,7 @@ from stagevar.profile_sections import EngineSection
 
 SCHEMA = 1
 STUDY_FILE = "study.json"
-#: Verdicts and their exit codes. "partial" is a study that was stopped before its picks were verified.
+#: Verdicts and their exit codes. "partial" is a study that Ctrl-C stopped before its picks were verified.
 EXIT_CODES = {
     "verified": 0,
     "baseline_meets_budget": 0,
@@ -31,7 +31,7 @@ EXIT_CODES = {
     "infeasible": 3,
     "failed": 4,
     "inconclusive": 5,
-    "partial": 5,
+    "partial": 130,
 }
 
 

@@ -269,7 +269,7 @@ class Study:
             return self._result("failed", f"all {len(ledger.failures)} trials failed, the first with {first}", {})
         finalists = self._finalists()
         if self.stop():
-            return self._result("partial", f"{self.stop_reason} before verification; the same command continues", {})
+            return self._result("partial", f"{self.stop_reason} before verification; the same command resumes", {})
         self.progress.phase("verification", 100)
         heldout = self.prompts["heldout"] if self.quality else None
         verifier = Verifier(

@@ -22,7 +22,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from stagevar.errors import UsageError
+from stagevar.errors import InfrastructureError, UsageError
 from stagevar.profile import plain, read_yaml, write_text_atomically
 from tuner.executors.local import first_line
 from tuner.executors.ray import free_memory
@@ -220,6 +220,9 @@ def _trainable(tune: Any, runner: str, out: Path) -> Any:
                     row = getattr(importlib.import_module(module), name)(cell["argv"], run_dir)
                 except Exception as error:
                     row = {"verdict": "failed", "reason": first_line(error)}
+                if row.get("exit_code") == InfrastructureError.exit_code:
+                    # No file that says it is done: Ray Tune tries again, and the same command resumes it.
+                    raise RuntimeError(row.get("reason"))
                 row["hours"] = round((time.time() - started) / 3600, 4)
                 run_dir.mkdir(parents=True, exist_ok=True)
                 write_text_atomically(run_dir / CELL_FILE, json.dumps(plain(row)) + "\n")
