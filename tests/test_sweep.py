@@ -149,7 +149,7 @@ def test_a_sweep_that_is_killed_once_and_restored_ends_complete(ray_cluster, tmp
     restored = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert restored.returncode == 0, restored.stderr[-2000:]
     rows = list(csv.DictReader((out / "sweep.csv").open()))
-    assert [row["verdict"] for row in rows] == ["verified"] * 8 + ["failed"]
+    assert [row["verdict"] for row in rows] == ["verified"] * 8 + ["failed"], [row.get("reason") for row in rows]
     assert "no such weights" in rows[8]["reason"] and rows[8]["cell"] == "broken-60pct-0"
     assert all((out / row["profile"]).is_file() and (out / row["report"]).is_file() for row in rows[:8])
     assert restored.stdout == ""  # Ray Tune's words are in a file
@@ -170,3 +170,35 @@ def test_the_verb_checks_its_file_first(tmp_path, capsys):
         main(["sweep", str(sweep_file(tmp_path, "models: [nono]\nbudgets: [60%]")), "--out", str(tmp_path / "o")]) == 2
     )
     assert "nearest" in capsys.readouterr().err and not (tmp_path / "o").exists()
+
+
+def test_a_cell_that_lost_its_infrastructure_is_not_done_and_the_sweep_ends_with_6(tmp_path, monkeypatch, capsys):
+    from types import SimpleNamespace
+
+    from tuner import cli, sweep
+
+    class Tune:
+        Trainable = object
+        PlacementGroupFactory = staticmethod(lambda *_, **__: None)
+        with_resources = staticmethod(lambda kind, _: kind)
+
+    outcomes = iter(
+        [{"verdict": "failed", "exit_code": 6, "reason": "disk full"}, {"verdict": "verified", "exit_code": 0}]
+    )
+    monkeypatch.setattr(sweep, "run_cell", lambda argv, run_dir: next(outcomes))
+    cell = {"name": "a", "argv": ["--seed", "0"]}
+    trainable = sweep._trainable(Tune, "tuner.sweep:run_cell", tmp_path)()
+    trainable.config = {"cell": cell}
+    done = tmp_path / "cells" / "a" / sweep.CELL_FILE
+    with pytest.raises(RuntimeError, match="disk full"):
+        trainable.step()
+    row = sweep._row(SimpleNamespace(name="a", axes={}), tmp_path, "RuntimeError: disk full")
+    assert not done.exists() and (row["exit_code"], row["reason"]) == (6, "RuntimeError: disk full")
+    trainable.step()
+    assert done.exists(), "the rerun tries it again"
+    monkeypatch.setattr(sweep, "load_sweep", lambda path: SimpleNamespace(cells=list))
+    monkeypatch.setattr(sweep, "check_cells", lambda cells: None)
+    monkeypatch.setattr(
+        sweep, "run_sweep", lambda *_, **__: [{**row, "cell": "a"}, {"cell": "b", "verdict": "verified"}]
+    )
+    assert cli.main(["sweep", "s.yaml", "--out", str(tmp_path), "--quiet"]) == 6

@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 from stagevar import __version__
 from stagevar.choices import ENGINE_OPTIONS
 from stagevar.cli import positive_int, report_errors
-from stagevar.errors import EXIT_CODES, UsageError
+from stagevar.errors import EXIT_CODES, InfrastructureError, UsageError
 from stagevar.models import registry
 from stagevar.profile_sections import EngineSection
 from stagevar.sections import read_section
@@ -637,7 +637,7 @@ def check(argv: Sequence[str]) -> Plan:
 
 
 def run_sweep(args: argparse.Namespace) -> int:
-    """Runs or continues a sweep; exit code 4 when every cell failed."""
+    """Runs or continues a sweep; exit code 4 when every cell failed, 6 when one lost what it ran on."""
     from tuner import sweep
 
     cells = sweep.load_sweep(args.sweep).cells()
@@ -656,6 +656,8 @@ def run_sweep(args: argparse.Namespace) -> int:
             print(f"failed           {row['cell']}: {row.get('reason')}")
         for name in (sweep.TABLE_FILE, sweep.REPORT_FILE):
             print(f"file             {out / name}")
+    if any(row.get("exit_code") == InfrastructureError.exit_code for row in failed):
+        return InfrastructureError.exit_code
     return 4 if len(failed) == len(rows) else 0
 
 

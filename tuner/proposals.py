@@ -122,8 +122,6 @@ class Proposer:
             storage=_database(storage, (run_dir / STUDY_NAME_FILE).exists())
             if storage
             else JournalStorage(JournalFileBackend(str(run_dir / JOURNAL_FILE))),
-            if storage
-            else JournalStorage(JournalFileBackend(str(run_dir / JOURNAL_FILE))),
             study_name=_name_in_database(run_dir, space) if storage else _STUDY,
             directions=["minimize", "maximize"],
             load_if_exists=True,

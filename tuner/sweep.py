@@ -290,7 +290,9 @@ def _row(cell: Cell, out: Path, died: str | None) -> dict[str, Any]:
         row |= json.loads(path.read_text(encoding="utf-8"))
     else:
         lines = [line.strip() for line in (died or "").splitlines() if line.strip()]
+        # Only a process that died, or an infrastructure error, leaves a cell without its file; a rerun tries it again.
         row |= {"verdict": "failed", "reason": (lines[-1] if lines else "did not run")[:300]}
+        row |= {"exit_code": InfrastructureError.exit_code}
     for name, file in (("profile", "profile.yaml"), ("report", "report.html")):
         if (run_dir / file).exists():
             row[name] = f"cells/{cell.name}/{file}"
