@@ -31,7 +31,7 @@ from stagevar.profile_sections import EngineSection
 from stagevar.sections import read_section
 from tuner.budget import parse_budget, parse_share, parse_time
 from tuner.journal import LOCK_FILE, driver_lock, repair
-from tuner.space import SearchSpace, load_space
+from tuner.space import PROMPT_SOURCES, SearchSpace, load_space
 
 if TYPE_CHECKING:
     from tuner.executors.ray import RayExecutor
@@ -126,7 +126,12 @@ def _add_study_options(parser: _Parser, required: bool) -> None:
     parser.add_argument("--model", required=required, help=f"one of {models}")
     parser.add_argument("--budget", "--latency-budget", required=required, metavar="LATENCY", help=budget_help)
     parser.add_argument("--max-drop", default="0.05", metavar="SHARE", help="allowed drop of quality (default: 0.05)")
-    parser.add_argument("--prompts", metavar="N|FILE", help="search prompts: how many, or a file (.txt, .jsonl)")
+    sources = ", ".join(PROMPT_SOURCES)
+    parser.add_argument(
+        "--prompts",
+        metavar="N|SOURCE[:N]|FILE",
+        help=f"search prompts: how many, {sources} (geneval:64), or a file (.txt, .jsonl)",
+    )
     parser.add_argument("--heldout", type=positive_int, metavar="N", help="held-out prompts that verify at most")
     parser.add_argument("--seed", type=int, default=0, help="of prompts, noise and sampler (default: 0)")
     parser.add_argument("--space", type=Path, metavar="FILE", help="search space (default: the one shipped)")
@@ -277,20 +282,33 @@ def check_placement(args: argparse.Namespace) -> None:
 
 
 def with_prompts(space: SearchSpace, prompts: str | None, heldout: int | None) -> SearchSpace:
-    """The space with the prompts that the command line asks for: a number or a file, and how many to hold out."""
+    """The space with the prompts that the command line asks for: a number, a source or a file, and how many to hold out."""
     source = space.prompts
     if prompts is not None:
-        if prompts.isdecimal():
-            if int(prompts) < 1:
-                raise UsageError(f"prompts {prompts!r} must be a number of at least 1, or a file")
-            source = dataclasses.replace(source, search=int(prompts))
-        else:
-            if not Path(prompts).is_file():
-                raise UsageError(f"prompts {prompts!r} is neither a number nor a file that exists")
-            source = dataclasses.replace(source, source=prompts)
+        source = dataclasses.replace(source, **_asked_prompts(prompts))
     if heldout is not None:
         source = dataclasses.replace(source, heldout=heldout)
     return dataclasses.replace(space, prompts=source)
+
+
+def _asked_prompts(text: str) -> dict[str, Any]:
+    """Fields of a PromptSource from `--prompts`: "64", "geneval", "geneval:128" or a file. Raises UsageError."""
+    name, colon, count = text.partition(":")
+    number = count if name in PROMPT_SOURCES and colon else text
+    if number.isdecimal() and number.isascii():
+        if int(number) < 1:
+            raise UsageError(f"prompts {text!r} must be a number of at least 1, a source or a file")
+        return {"search": int(number), **({"source": name} if number != text else {})}
+    if name in PROMPT_SOURCES:
+        if colon:
+            raise UsageError(f"prompts {text!r}: {count!r} must be a number of at least 1, such as {name}:64")
+        return {"source": name}
+    if not Path(text).is_file():
+        sources = ", ".join(PROMPT_SOURCES)
+        raise UsageError(
+            f"prompts {text!r} is neither a number nor a file that exists, nor one of {sources} (as in geneval:64)"
+        )
+    return {"source": text}
 
 
 def prepare(run_dir: Path) -> None:

@@ -56,8 +56,9 @@ class PromptSet:
 def load_prompts(source: PromptSource, seed: int = 0) -> dict[str, PromptSet]:
     """{"search": ..., "heldout": ...} of a source.
 
-    A file, or the 1000 class indices of "imagenet", is shuffled by `seed`, its tasks take turns, and it is cut; fewer prompts
-    than asked for make a smaller held-out set, never a shared one.
+    "geneval" generates as many distinct prompts as are asked for, its six tasks in turn. A file, or the 1000 class indices of
+    "imagenet", is shuffled by `seed`, its tasks take turns, and it is cut; fewer prompts than asked for make a smaller
+    held-out set, never a shared one.
     Raises UsageError for a file that cannot be read, is empty, or leaves nothing to hold out.
     """
     if source.source == "nano":
@@ -65,8 +66,13 @@ def load_prompts(source: PromptSource, seed: int = 0) -> dict[str, PromptSet]:
 
         search, heldout = prompts("search", source.search, seed), prompts("heldout", source.heldout, seed)
     else:
-        items = [str(i) for i in range(1000)] if source.source == "imagenet" else read_prompts(source.source)
-        random.Random(seed).shuffle(items)
+        if source.source == "geneval":
+            from tuner.metrics.prompt_sets import generate
+
+            items: list[Prompt] = [*generate(source.search + source.heldout, seed)]
+        else:
+            items = [str(i) for i in range(1000)] if source.source == "imagenet" else read_prompts(source.source)
+            random.Random(seed).shuffle(items)
         items = in_turn(items)
         search, heldout = items[: source.search], items[source.search : source.search + source.heldout]
         if not heldout:

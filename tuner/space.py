@@ -26,6 +26,8 @@ from stagevar.profile import read_yaml
 from stagevar.schedule import ACCELERATORS, BOTH, PRECISIONS, PRESETS, StageSchedule, Steps
 
 NEVER = "never"
+#: Prompts that need no file: nano's captions, GenEval-style ones over COCO's classes, ImageNet's class indices.
+PROMPT_SOURCES = ("nano", "geneval", "imagenet")
 Value = int | float | str
 
 
@@ -106,7 +108,8 @@ class Parameter:
 
 @dataclass(frozen=True)
 class PromptSource:
-    """source: "nano", "imagenet" (class indices, for VAR) or a file (.txt one prompt a line, .jsonl GenEval metadata).
+    """source: "nano", "geneval" (GenEval-style prompts over COCO's classes, from the seed), "imagenet" (class indices, for
+    VAR) or a file (.txt one prompt a line, .jsonl GenEval metadata).
     search, heldout: how many of each. micro_batch: images per batch in quality evaluation, fixed for the study."""
 
     source: str = "nano"
@@ -431,7 +434,9 @@ def _prompt_source(data: Any) -> PromptSource:
     for name, value in data.items():
         if name == "source":
             if not isinstance(value, str):
-                raise UsageError(f"search space: prompts source {value!r} must be nano, imagenet or a file")
+                raise UsageError(
+                    f"search space: prompts source {value!r} must be {', '.join(PROMPT_SOURCES)} or a file"
+                )
         elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UsageError(f"search space: prompts {name} {value!r} must be a whole number of at least 1")
     return PromptSource(**data)
