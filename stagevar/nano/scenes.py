@@ -4,8 +4,8 @@ A scene is one to four objects (shape, colour, texture, place, size) on a dark s
 asks for it and GenEval's metadata. Six tasks and their tags follow GenEval; `texture` is ours. Everything is drawn by
 numpy from a seed, a batch at a time, at any image size.
 
-Texture marks lie on a lattice fixed to the image (period size / 12), not to the object. The lattice beats against the
-tokenizer's patches, so only the last scale can carry it: that is what makes skipping late scales cost something.
+Texture marks lie on a lattice fixed to the image (period size / 16), not to the object. At 64 pixels that is one period
+per patch of the tokenizer, so that a texture is a property of a latent cell that coarse scales can carry.
 
 Five of the 48 shape-colour pairs (`UNSEEN_PAIRS`) are never drawn in training and are prompted in their own split.
 
@@ -55,9 +55,9 @@ SPLITS = ("train", "search", "heldout", "unseen")
 # Radius range (share of the image side) by number of objects.
 RADIUS = {1: (0.17, 0.27), 2: (0.14, 0.22), 3: (0.13, 0.18), 4: (0.125, 0.16)}
 # Positions and radii sit on this lattice of the image side; texture marks repeat every 4 of its steps.
-LATTICE = 48
+LATTICE = 64
 LONGEST_CAPTION = 11  # words: "a photo of a red ring left of a blue star"
-_GAP = 3.0 / LATTICE
+_GAP = 4.0 / LATTICE
 _PROPOSALS = 48
 
 Metadata = dict[str, Any]

@@ -8,6 +8,8 @@ sign quantisation follows BSQ (Zhao et al. 2024) without its entropy term.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -73,14 +75,25 @@ class NanoTokenizer(nn.Module):
         hidden = self.decode_mix(self.decode_in(code_sum_BdHW))
         return F.pixel_shuffle(self.decode_patches(hidden), self.patch)
 
-    def partial_sums(self, latent_BdHW: Tensor, flip_probability: float = 0.0) -> Tensor:
-        """Code sums after every scale (K, B, d, H, W), without gradient; `flip_probability` of the bits are flipped."""
+    def partial_sums(self, latent_BdHW: Tensor, flip_probability: Sequence[float] | None = None) -> Tensor:
+        """Code sums after every scale (K, B, d, H, W), without gradient.
+
+        `flip_probability` (one per scale) is the share of that scale's bits that come out wrong.
+        """
         with torch.no_grad():
             code_sum, sums = torch.zeros_like(latent_BdHW), []
             for scale, grid in enumerate(self.residual.latent_grids):
                 bits = F.interpolate(latent_BdHW - code_sum, size=grid, mode="area") > 0
-                if flip_probability:
-                    bits ^= torch.rand(bits.shape, device=bits.device) < flip_probability
+                if flip_probability is not None and flip_probability[scale] > 0:
+                    bits ^= torch.rand(bits.shape, device=bits.device) < flip_probability[scale]
                 code_sum = self.residual.add(code_sum, bits.flatten(2).transpose(1, 2), scale)
                 sums.append(code_sum)
             return torch.stack(sums)
+
+    def lowpass(self, latent_BdHW: Tensor, scale: int) -> Tensor:
+        """What of a latent (B, d, H, W) the grids up to `scale` can hold; the code sum after `scale` approximates it."""
+        grid = self.residual.latent_grids[scale]
+        if grid == self.residual.final_grid:
+            return latent_BdHW
+        coarse = F.interpolate(latent_BdHW, size=grid, mode="area")
+        return F.interpolate(coarse, size=self.residual.final_grid, mode="bilinear", align_corners=False)

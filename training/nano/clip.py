@@ -21,15 +21,15 @@ from torch import Tensor, nn
 
 from stagevar.nano import scenes
 from stagevar.nano.presets import NanoPreset
-from training.nano.train import Job, draw_images
+from training.nano.jobs import Job, draw_images
 
 CONFIG: dict[str, Any] = {
     "embed_dim": 64,
-    "vision_cfg": {"image_size": 48, "patch_size": 6, "layers": 4, "width": 128, "head_width": 32},
+    "vision_cfg": {"image_size": 64, "patch_size": 8, "layers": 4, "width": 128, "head_width": 32},
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 96, "heads": 3, "layers": 3},
 }
 PREPROCESS: dict[str, Any] = {
-    "size": [48, 48],
+    "size": [64, 64],
     "mode": "RGB",
     "mean": [0.5, 0.5, 0.5],
     "std": [0.5, 0.5, 0.5],
@@ -161,7 +161,7 @@ def config_json() -> str:
 
 
 class ClipJob(Job):
-    """Contrastive training on fresh scenes and their captions, at 48 pixels whatever the preset."""
+    """Contrastive training on fresh scenes and their captions, at 64 pixels whatever the preset."""
 
     name = "clip"
 
@@ -191,3 +191,6 @@ class ClipJob(Job):
 
     def files(self, weights: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         return {"open_clip_model.safetensors": published(weights)}
+
+    def from_files(self, files: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+        return compacted(files["open_clip_model.safetensors"])
