@@ -8,6 +8,7 @@ import pytest
 from stagevar.errors import UsageError
 from stagevar.geneval import check_metadata, relations
 from stagevar.nano import scenes
+from stagevar.nano.presets import preset
 
 
 def test_same_seed_same_scenes():
@@ -16,15 +17,15 @@ def test_same_seed_same_scenes():
     assert not np.array_equal(draws[0], scenes.draw(scenes.sample(16, np.random.default_rng(4))))
 
 
-@pytest.mark.parametrize("size", [48, 96])
+@pytest.mark.parametrize("size", [64, 128])
 def test_drawing_scales_with_the_image_size(size):
     world = scenes.sample(8, np.random.default_rng(0))
     image = scenes.draw(world, size)
     assert image.shape == (8, 3, size, size)
     assert image.dtype == np.float32
     assert image.min() >= 0 and image.max() <= 1
-    coarse = image.reshape(8, 3, 48, size // 48, 48, size // 48).mean((3, 5))
-    assert np.abs(coarse - scenes.draw(world, 48)).mean() < 0.01
+    coarse = image.reshape(8, 3, 64, size // 64, 64, size // 64).mean((3, 5))
+    assert np.abs(coarse - scenes.draw(world, 64)).mean() < 0.01
 
 
 def test_wording_follows_geneval():
@@ -119,8 +120,10 @@ def test_bad_requests_are_named(call, word):
         call()
 
 
-def test_texture_marks_beat_against_the_patches():
-    """The lattice's period does not divide the patch: neighbours differ, and only the last scale can say how."""
-    striped = scenes.marks(scenes.TEXTURES.index("striped"), 48)
-    assert not np.array_equal(striped[0:6], striped[6:12])
-    assert np.array_equal(striped[0:6], striped[12:18])
+def test_a_texture_is_a_property_of_a_cell():
+    """At 64 pixels marks repeat with every patch of the tokenizer, so coarse scales can carry a texture."""
+    patch = preset("64px").patch
+    for name in ("striped", "dotted"):
+        marks = scenes.marks(scenes.TEXTURES.index(name), 64)
+        assert marks.any() and not marks.all()
+        assert np.array_equal(marks[:, patch:], marks[:, :-patch]) and np.array_equal(marks[patch:], marks[:-patch])

@@ -34,11 +34,12 @@ from stagevar.sampler import Sampler
 from stagevar.schedule import StageSchedule, exact, skip_only
 from stagevar.similarity import psnr_db
 from training.nano.clip import NanoClip, compacted
-from training.nano.train import RECIPES, TransformerJob
+from training.nano.jobs import step_scenes
+from training.nano.train import RECIPES, Recipe
 
 BATCH = 32
-# The shipped transformer's steps under the present recipe; earlier ones drew from other mixes of tasks (docs/nano.md).
-SHIPPED_STEPS = (4670, 7600)
+# The piece of training that ended in the shipped transformer; earlier pieces drew other scenes (docs/nano.md).
+SHIPPED_RECIPE = replace(RECIPES["transformer"], steps=700, seed=9)
 
 
 class Evaluation:
@@ -103,19 +104,20 @@ def scores(correct_B: np.ndarray, prompts: list[scenes.Metadata]) -> dict[str, A
     return {"geneval_mean": float(np.mean(six)), **{t: tags[t] for t in scenes.TASKS if t in tags}, "images": len(rows)}
 
 
-def trained_scenes(folder: Path, count: int, steps: range) -> tuple[np.ndarray, list[str]]:
+def trained_scenes(folder: Path, count: int, recipe: Recipe = SHIPPED_RECIPE) -> tuple[np.ndarray, list[str]]:
     """Images the transformer was trained on, uint8 (N, H, W, 3), and captions: the stream of its seed drawn again.
 
-    Evenly from `steps`, which must be steps that the present recipe drew.
+    From the first step of `recipe` on, as many as it drew at most.
     """
-    recipe, config = RECIPES["transformer"], read_preset(folder)
-    needed = -(-count // recipe.batch)
+    config = read_preset(folder)
     images, captions = [], []
-    for step in np.linspace(steps.start, steps.stop - 1, needed).astype(int):
-        rng = np.random.default_rng([recipe.seed, int(step)])
-        world = scenes.sample(recipe.batch, rng, task_weights=TransformerJob.task_weights)
+    for step in range(recipe.steps):
+        rng = np.random.default_rng([recipe.seed, step])
+        world, _ = step_scenes(rng, recipe.batch, step / recipe.steps, config)
         images.append((scenes.draw(world, config.image_size) * 255).astype(np.uint8).transpose(0, 2, 3, 1))
         captions += world.captions
+        if len(captions) >= count:
+            break
     return np.concatenate(images)[:count], captions[:count]
 
 
@@ -197,9 +199,7 @@ def sheet(images_NHW3: np.ndarray, captions: list[str], columns: int, zoom: int 
     return canvas
 
 
-def save_pictures(
-    evaluation: Evaluation, folder: Path, samples: int, training_images: int, steps: range
-) -> dict[str, Any]:
+def save_pictures(evaluation: Evaluation, folder: Path, samples: int, training_images: int) -> dict[str, Any]:
     """Writes the sheets and returns the nearest-neighbour figures."""
     folder.mkdir(parents=True, exist_ok=True)
     prompts = scenes.prompts("heldout", samples)
@@ -216,7 +216,7 @@ def save_pictures(
     )
     if evaluation.clip is None:
         return {}
-    known, captions = trained_scenes(evaluation.folder, training_images, steps)
+    known, captions = trained_scenes(evaluation.folder, training_images)
     similarity = evaluation.image_features(images) @ evaluation.image_features(known).T
     nearest = similarity.argmax(1)
     pairs = np.stack([images, known[nearest.numpy()]], axis=1).reshape(-1, *images.shape[1:])
@@ -291,10 +291,6 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--pictures", type=Path, help="folder for the sheets of images")
     p.add_argument("--samples", type=int, default=64, help="images on the sheet of samples")
     p.add_argument("--training-images", type=int, default=20000, help="trained scenes searched for neighbours")
-    p.add_argument(
-        "--training-steps", type=int, nargs=2, metavar=("FIRST", "END"), default=SHIPPED_STEPS,
-        help="steps of the present recipe to draw them from (default: the shipped weights' last piece)",
-    )  # fmt: skip
     p.add_argument("--json", type=Path, help="file for the figures")
     args = p.parse_args(argv)
     try:
@@ -305,9 +301,7 @@ def main(argv: list[str] | None = None) -> int:
         report = evaluate(evaluation, args.prompts, args.unseen, args.clip_images, args.checker_scenes)
         print(table(report))
         if args.pictures:
-            report["neighbours"] = save_pictures(
-                evaluation, args.pictures, args.samples, args.training_images, range(*args.training_steps)
-            )
+            report["neighbours"] = save_pictures(evaluation, args.pictures, args.samples, args.training_images)
         text = json.dumps(report, indent=1)
         print(text)
         if args.json:

@@ -106,6 +106,22 @@ class TokenizerJob(Job):
         return {"tokenizer.safetensors": weights}
 
 
+# Share of the tasks in the transformer's data, in the order of scenes.TASKS: the harder ones more often.
+TASK_WEIGHTS = (0.3, 1.4, 1.1, 0.4, 2.4, 2.4, 0.7)
+# From which progress on which share of the transformer's steps sees every scale, on a third of the scenes.
+WHOLE_SHARE = ((0.0, 0.15), (0.35, 0.35), (0.6, 0.7))
+
+
+def step_scenes(
+    rng: np.random.Generator, batch: int, progress: float, config: NanoPreset
+) -> tuple[scenes.SceneBatch, int]:
+    """The scenes of one step of the transformer, and how many scales the step trains."""
+    share = [share for start, share in WHOLE_SHARE if progress >= start][-1]
+    whole = rng.random() < share
+    world = scenes.sample(max(1, batch // 3) if whole else batch, rng, task_weights=TASK_WEIGHTS)
+    return world, len(config.scales) if whole else config.meaning_scales
+
+
 class TransformerJob(Job):
     """Bitwise next-scale prediction, teacher forced over several scales at once; the text encoder learns along.
 
@@ -117,10 +133,6 @@ class TransformerJob(Job):
 
     name = "transformer"
     max_flip, caption_drop = 0.15, 0.1
-    # Share of the tasks in the data, in the order of scenes.TASKS: the harder ones more often.
-    task_weights = (0.3, 1.4, 1.1, 0.4, 2.4, 2.4, 0.7)
-    # From which progress on which share of the steps sees every scale, on a third of the scenes.
-    whole_share = ((0.0, 0.15), (0.35, 0.35), (0.6, 0.7))
 
     def __init__(
         self, config: NanoPreset, device: torch.device, dtype: torch.dtype, tokenizer: Path, compiled: bool = False
@@ -140,13 +152,8 @@ class TransformerJob(Job):
         return parameter.ndim == 2 and not any(part in name for part in outer)
 
     def loss(self, rng: np.random.Generator, batch: int, progress: float) -> tuple[Tensor, dict[str, float]]:
-        share = [share for start, share in self.whole_share if progress >= start][-1]
-        count = len(self.config.scales)
-        if rng.random() < share:
-            batch = max(1, batch // 3)
-        else:
-            count = self.config.meaning_scales
-        world = scenes.sample(batch, rng, task_weights=self.task_weights)
+        world, count = step_scenes(rng, batch, progress, self.config)
+        batch = len(world)
         image = draw_images(world, self.config, self.device)
         ids_BT, _ = self.model["text"].tokenize(world.captions)
         ids_BT = F.pad(ids_BT, (0, scenes.LONGEST_CAPTION + 1 - ids_BT.shape[1]))  # one shape for the compiler

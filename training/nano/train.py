@@ -196,17 +196,16 @@ class Trainer:
 def run(trainer: Trainer, minutes: float, save_minutes: float, log_every: int = 50) -> None:
     """Steps until the recipe's end or until the minutes are used, saving now and then and at the end."""
     start = saved = time.monotonic()
-    total: dict[str, float] = {}
-    counted = 0
+    # A figure may be missing from a step: late scales are not in every batch.
+    values: dict[str, list[float]] = {}
     while trainer.step < trainer.recipe.steps and time.monotonic() - start < minutes * 60:
         loss, figures = trainer.advance()
-        counted += 1
         for name, value in {"loss": loss, **figures}.items():
-            total[name] = total.get(name, 0.0) + value
+            values.setdefault(name, []).append(value)
         if trainer.step % log_every == 0:
-            means = " ".join(f"{name} {value / counted:.4f}" for name, value in total.items())
+            means = " ".join(f"{name} {np.mean(seen):.4f}" for name, seen in sorted(values.items()))
             print(f"{trainer.job.name} step {trainer.step} {time.monotonic() - start:.0f} s {means}", flush=True)
-            total, counted = {}, 0
+            values = {}
         if time.monotonic() - saved > save_minutes * 60:
             trainer.save()
             saved = time.monotonic()
