@@ -355,7 +355,7 @@ def marks(texture: int, size: int) -> np.ndarray:
     return np.zeros((size, size), dtype=bool)
 
 
-def draw(scenes: SceneBatch, size: int = 48) -> np.ndarray:
+def draw(scenes: SceneBatch, size: int = 64) -> np.ndarray:
     """Pixels (B, 3, size, size), float32 in [0, 1], edges antialiased."""
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size
     tone, slope_x, slope_y = (scenes.background_B6[:, i, None, None] for i in range(3))
