@@ -319,7 +319,7 @@ def run_memory(args: argparse.Namespace) -> int:
     """Prints one column per schedule and KV cache; the precision is a GPU's unless given."""
     from stagevar.cache import KV_CACHES
     from stagevar.models.memory import MIB, estimate_model
-    from stagevar.models.registry import model_parts, resolve
+    from stagevar.models.registry import model_parts, published, resolve
     from stagevar.schedule import preset
 
     options = {"device": args.device, "batch": args.batch, "dtype": "bfloat16", **given_options(args)}
@@ -327,7 +327,9 @@ def run_memory(args: argparse.Namespace) -> int:
     names = [name.strip() for name in args.compare.split(",") if name.strip()]
     caches = [options.pop("kv_cache")] if "kv_cache" in options else KV_CACHES
     columns = {
-        f"{name}, {cache}": estimate_model(args.model, schedule=preset(name, grids), kv_cache=cache, **options)
+        f"{name}, {cache}": estimate_model(
+            args.model, schedule=preset(name, grids, published(args.model)), kv_cache=cache, **options
+        )
         for name in names
         for cache in caches
     }
