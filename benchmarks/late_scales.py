@@ -22,6 +22,7 @@ from torch import Tensor
 
 from benchmarks.ablation import nano_verdicts
 from benchmarks.environment import environment, write_json
+from stagevar.cache import KVCache
 from stagevar.compare import bench_prompts, compare, format_table
 from stagevar.errors import UsageError
 from stagevar.models.base import LoadedModel, around_nothing
@@ -42,15 +43,15 @@ class Together(Sampler):
         super().__init__(model)
         self.group = tuple(group)
 
-    def _run(self, generation: Generation, step: ScaleStep, before: _Saved) -> _Saved:
+    def _run(self, generation: Generation, cache: KVCache, step: ScaleStep, before: _Saved) -> _Saved:
         if step.scale == self.group[0]:
-            return self._together(generation, step, before)
-        return before if step.scale in self.group else super()._run(generation, step, before)
+            return self._together(generation, cache, step, before)
+        return before if step.scale in self.group else super()._run(generation, cache, step, before)
 
-    def _together(self, generation: Generation, step: ScaleStep, before: _Saved) -> _Saved:
+    def _together(self, generation: Generation, cache: KVCache, step: ScaleStep, before: _Saved) -> _Saved:
         transformer, residual = self.model.transformer, self.model.tokenizer.residual
         assert isinstance(transformer, Infinity)
-        cache, batch, sampling = generation.cache, generation.batch, generation.sampling
+        batch, sampling = generation.batch, generation.sampling
         start = BOTH.index(step.branches[0]) * batch
         conditioning = generation.conditioning.select(slice(start, start + len(step.branches) * batch))
         parts = []

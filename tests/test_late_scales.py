@@ -13,14 +13,14 @@ PROMPTS = ["a red ring", "two blue stars", "a cross"]
 class Stale(Recorder):
     """The plain way: scales 3 and 4 one after the other, both reading what was there before scale 3."""
 
-    def _run(self, generation, step, before):
+    def _run(self, generation, cache, step, before):
         if step.scale <= 3:
-            return super()._run(generation, step, before)
+            return super()._run(generation, cache, step, before)
         residual, stale = self.model.tokenizer.residual, generation.code_sum_before(3)
         fresh = residual.next_input
         residual.next_input = lambda _, scale: fresh(stale, scale)
         try:
-            return super()._run(generation, step, before)
+            return super()._run(generation, cache, step, before)
         finally:
             residual.next_input = fresh
 
