@@ -1,5 +1,6 @@
 """VAR's tokenizer: official names, the residual loop against its plain statement, the decoder in parts."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -92,6 +93,8 @@ def test_the_code_sum_keeps_its_precision_whatever_the_weights_have(vae):
 
 
 def test_large_batches_are_decoded_in_parts_with_the_same_result(vae, monkeypatch):
+    # In float64: some CPUs choose a float32 convolution by batch size, which alone moves an image of this size by 1.1e-5.
+    vae = copy.deepcopy(vae).double()
     latent = torch.randn(3, 8, 5, 5, generator=torch.Generator().manual_seed(2))
     whole = vae.decode(latent)
     monkeypatch.setattr(vqvae, "MAX_DECODE_PIXELS", 2 * 80 * 80)
@@ -100,7 +103,7 @@ def test_large_batches_are_decoded_in_parts_with_the_same_result(vae, monkeypatc
     parts = vae.decode(latent)
     hook.remove()
     assert calls == [2, 1]
-    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=0)
+    torch.testing.assert_close(parts, whole, atol=1e-6, rtol=0)
 
 
 def test_images_become_latents(vae):
