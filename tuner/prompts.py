@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stagevar.errors import UsageError
+from stagevar.seeds import non_negative
 from tuner.metrics.base import Prompt, prompt_text
 from tuner.space import PromptSource
 
@@ -64,7 +65,8 @@ def load_prompts(source: PromptSource, seed: int = 0) -> dict[str, PromptSet]:
     if source.source == "nano":
         from stagevar.nano.scenes import prompts
 
-        search, heldout = prompts("search", source.search, seed), prompts("heldout", source.heldout, seed)
+        drawn = non_negative(seed)
+        search, heldout = prompts("search", source.search, drawn), prompts("heldout", source.heldout, drawn)
     else:
         if source.source == "geneval":
             from tuner.metrics.prompt_sets import generate
@@ -106,25 +108,35 @@ def _seeded(items: list[Prompt], first: int, micro_batch: int) -> PromptSet:
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """Distinct prompts of a .txt (one a line) or .jsonl (GenEval metadata, text under "prompt") file."""
+    """Distinct prompts of a file, see `prompt_lines`."""
+    return [prompt for _, prompt in prompt_lines(path)]
+
+
+def prompt_lines(path: str | Path) -> list[tuple[int, Prompt]]:
+    """Distinct prompts of a .txt (one a line) or .jsonl (GenEval metadata, text under "prompt") file, with their lines.
+
+    Lines count from 1, blank ones too. Raises UsageError.
+    """
     path = Path(path)
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except OSError as error:
         raise UsageError(f"prompts {path} cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise UsageError(f"prompts {path} is not UTF-8 text") from None
-    found: dict[str, Prompt] = {}
+    found: dict[str, tuple[int, Prompt]] = {}
     for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
         item: Prompt = line
         if path.suffix == ".jsonl":
             try:
                 item = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise UsageError(f"prompts {path} line {number} is not JSON") from None
             if not isinstance(item, dict) or not isinstance(item.get("prompt"), str):
                 raise UsageError(f"prompts {path} line {number} has no text under 'prompt'")
-        found.setdefault(prompt_text(item), item)
+        found.setdefault(prompt_text(item), (number, item))
     if not found:
         raise UsageError(f"prompts {path} holds no prompt")
     return list(found.values())
