@@ -77,11 +77,14 @@ def node_ids(executor):
 
 
 def wait_until_all_are_ready(executor):
+    deadline = time.monotonic() + 120
     while any(seat.state == "loading" for seat in executor.seats.values()) or len(node_ids(executor)) < 2:
-        if any(seat.ref is not None for seat in executor.seats.values()):
+        assert time.monotonic() < deadline, {seat.id: seat.state for seat in executor.seats.values()}
+        if any(seat.ref is not None or seat.state == "held" for seat in executor.seats.values()):
             executor._advance(deque(), set(), grow=True)
         else:  # nothing to wait for: a node that was just added is not in Ray's list at once
             executor._read_nodes(grow=True)
+            time.sleep(0.1)
 
 
 # ---------------------------------------------------------------------------------------------------- values
