@@ -140,24 +140,20 @@ def build_parser() -> argparse.ArgumentParser:
 def add_prompt_options(parser: argparse.ArgumentParser, count: int) -> None:
     """Options that say which prompts and seeds are used."""
     parser.add_argument("--prompts", type=positive_int, default=count, help=f"how many prompts (default: {count})")
-    parser.add_argument("--prompts-file", type=Path, help="text file with a prompt per line, instead of built-in ones")
+    parser.add_argument(
+        "--prompts-file", type=Path, help="prompts (.txt, .jsonl, .json, .csv) instead of built-in ones"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the first prompt (default: 0)")
 
 
 def read_prompts(args: argparse.Namespace, model: LoadedModel) -> list[str]:
     """The prompts that the options name."""
     from stagevar.compare import bench_prompts
+    from stagevar.prompt_files import read_prompt_file
 
     if args.prompts_file is None:
         return bench_prompts(model, args.prompts)
-    try:
-        lines = [line.strip() for line in args.prompts_file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"prompts file {args.prompts_file} cannot be read: {error}") from None
-    prompts = [line for line in lines if line][: args.prompts]
-    if not prompts:
-        raise UsageError(f"prompts file {args.prompts_file} has no prompts")
-    return prompts
+    return [entry.text for entry in read_prompt_file(args.prompts_file)][: args.prompts]
 
 
 def load(args: argparse.Namespace, **defaults: Any) -> LoadedModel:

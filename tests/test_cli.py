@@ -83,7 +83,7 @@ def test_unusable_input(profile_path, tmp_path, capsys):
     assert "schedule 'papper'" in fails(capsys, "bench", "--model", "nano", "--compare", "exact,papper")
     empty = tmp_path / "empty.txt"
     empty.write_text("\n\n")
-    assert "has no prompts" in fails(capsys, "analyze", "--model", "nano", "--prompts-file", empty)
+    assert "holds no prompt" in fails(capsys, "analyze", "--model", "nano", "--prompts-file", empty)
     assert "target 1.5" in fails(capsys, "refit", "--model", "nano", "--out", tmp_path / "fit.json", "--target", "1.5")
 
 

@@ -124,8 +124,8 @@ def test_the_official_results_file_is_judged_again_alike(tmp_path):
     ("content", "named"),
     [
         ("", "no images"),
-        ("[1, 2", "neither JSON"),
-        ("3", "holds int"),
+        ("[1, 2", "line 1: not JSON"),
+        ("3", "is 3"),
         ([], "no images"),
         ([5], "image 0: is 5"),
         ([{"detections": []}], "has no metadata"),

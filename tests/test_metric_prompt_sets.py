@@ -113,10 +113,10 @@ def test_files_of_every_kind(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "named"),
     [
-        ("p.jsonl", "{", "not JSON lines"),
-        ("p.jsonl", '{"text": "x"}', "entry 1"),
-        ("p.jsonl", "", "none in it"),
-        ("p.txt", "\n", "none in it"),
+        ("p.jsonl", "{", "line 1: not JSON"),
+        ("p.jsonl", '{"text": "x"}', "line 1 has no text"),
+        ("p.jsonl", "", "holds no prompt"),
+        ("p.txt", "\n", "holds no prompt"),
         ("p.jsonl", '{"tag": "colors", "include": 3}', "line 1"),
     ],
 )

@@ -111,7 +111,7 @@ def test_a_linear_classifier_by_hand():
         ({"scale": [0.0, 1.0]}, "not positive"),
         ({"classes": [0, 1, 2, 4]}, "within 0 to 3"),
         ({"coefficients": [[1, 2]]}, "one row per class"),
-        ({"intercepts": [0, 0, 0, math.nan]}, "not finite"),
+        ({"intercepts": [0, 0, 0, math.nan]}, "NaN is not a number"),
         ({"intercepts": [0, 0, 0, "x"]}, "malformed"),
     ],
     ids=str,

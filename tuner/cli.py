@@ -130,7 +130,7 @@ def _add_study_options(parser: _Parser, required: bool) -> None:
     parser.add_argument(
         "--prompts",
         metavar="N|SOURCE[:N]|FILE",
-        help=f"search prompts: how many, {sources} (geneval:64), or a file (.txt, .jsonl)",
+        help=f"search prompts: how many, {sources} (geneval:64), or a file (.txt, .jsonl, .json, .csv)",
     )
     parser.add_argument("--heldout", type=positive_int, metavar="N", help="held-out prompts that verify at most")
     parser.add_argument("--seed", type=int, default=0, help="of prompts, noise and sampler (default: 0)")

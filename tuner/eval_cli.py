@@ -347,7 +347,7 @@ def _run_prompts(options: argparse.Namespace) -> int:
 
 def _values_of(paths: Sequence[str], metric: str, count: int) -> list[list[float]]:
     """One row per result file: the metric's value per image, which must be one per prompt."""
-    from tuner.metrics.user_study import read_json
+    from stagevar.text_files import read_json
 
     rows = []
     for path in paths:
@@ -385,7 +385,8 @@ def _run_pairs(options: argparse.Namespace) -> int:
 
 
 def _run_preference(options: argparse.Namespace) -> int:
-    from tuner.metrics.user_study import judge_preference, read_json, read_votes
+    from stagevar.text_files import read_json
+    from tuner.metrics.user_study import judge_preference, read_votes
 
     votes = read_votes(read_json(options.key), options.answers)
     result = judge_preference(votes, margin=options.margin, level=options.level)

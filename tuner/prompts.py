@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stagevar.errors import UsageError
+from stagevar.prompt_files import read_prompt_file
 from tuner.metrics.base import Prompt, prompt_text
 from tuner.space import PromptSource
 
@@ -106,25 +107,11 @@ def _seeded(items: list[Prompt], first: int, micro_batch: int) -> PromptSet:
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """Distinct prompts of a .txt (one a line) or .jsonl (GenEval metadata, text under "prompt") file."""
-    path = Path(path)
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except OSError as error:
-        raise UsageError(f"prompts {path} cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"prompts {path} is not UTF-8 text") from None
+    """Distinct prompts of a file in any form that `stagevar.prompt_files` reads: captions, or mappings with more than one.
+
+    Raises UsageError, naming the line, for a file that cannot be read, holds none, or has an entry that is none.
+    """
     found: dict[str, Prompt] = {}
-    for number, line in enumerate(lines, start=1):
-        item: Prompt = line
-        if path.suffix == ".jsonl":
-            try:
-                item = json.loads(line)
-            except ValueError:
-                raise UsageError(f"prompts {path} line {number} is not JSON") from None
-            if not isinstance(item, dict) or not isinstance(item.get("prompt"), str):
-                raise UsageError(f"prompts {path} line {number} has no text under 'prompt'")
-        found.setdefault(prompt_text(item), item)
-    if not found:
-        raise UsageError(f"prompts {path} holds no prompt")
+    for entry in read_prompt_file(path):
+        found.setdefault(entry.text, entry.metadata if entry.fields else entry.text)
     return list(found.values())

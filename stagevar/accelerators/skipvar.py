@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from stagevar.accelerators.base import Accelerator, Cached, ScaleContext
 from stagevar.errors import UsageError
 from stagevar.models.base import Around, LoadedModel, Site, around_nothing
 from stagevar.schedule import UNDECIDED_SCALES, Decision
+from stagevar.text_files import read_json
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,8 @@ def load_rule(name: str, model: str, scales: int) -> SkipRule:
     """
     if name.endswith(".json"):
         try:
-            rule = SkipRule.from_dict(name, json.loads(Path(name).read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
+            rule = SkipRule.from_dict(name, read_json(name, "skip classifier"))
+        except ValueError as error:
             raise UsageError(f"skip classifier {name!r} cannot be read: {error}") from None
     else:
         named = [rules[name] for rules in packaged_rules().values() if name in rules]

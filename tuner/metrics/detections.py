@@ -14,6 +14,7 @@ from typing import Any
 
 from stagevar.errors import UsageError
 from stagevar.geneval import COLORS, Detection, Summary, Verdict, check_metadata, classify_color, judge, summarise
+from stagevar.text_files import read_json_values
 from tuner.metrics.base import Prompt
 
 _NAME_KEYS = ("name", "filename", "file_name", "image", "image_id", "id", "path")
@@ -66,15 +67,12 @@ def read_detections(path: str | Path, metadata_path: str | Path | None = None) -
 
 
 def read_metadata(path: str | Path) -> list[Mapping[str, Any]]:
-    """GenEval metadata, one JSON object a line. Raises UsageError naming the line at fault."""
+    """GenEval metadata, one JSON object a line or a list of them. Raises UsageError naming the line at fault."""
     lines = []
-    for number, line in enumerate(_read_text(Path(path)).splitlines(), start=1):
-        if not line.strip():
-            continue
+    for number, metadata in read_json_values(path):
         try:
-            metadata = json.loads(line)
             check_metadata(metadata)
-        except (json.JSONDecodeError, UsageError) as error:
+        except UsageError as error:
             raise UsageError(f"{path} line {number}: {error}") from None
         lines.append(metadata)
     if not lines:
@@ -119,41 +117,19 @@ def geneval_summary(rows: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt]
     }
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror}); give an existing file") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"{path}: not UTF-8 text; save it as UTF-8") from None
-
-
 def _entries(path: Path) -> Iterator[tuple[str | None, Mapping[str, Any]]]:
     """(name or None, entry) from a JSON list, an object of images by name, or JSON lines."""
-    text = _read_text(path)
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as whole_error:
-        try:
-            content = [json.loads(line) for line in text.splitlines() if line.strip()]
-        except json.JSONDecodeError:
-            raise UsageError(f"{path}: neither JSON nor JSON lines ({whole_error})") from None
-    if isinstance(content, Mapping):
+    values = read_json_values(path)
+    content: Any = [value for _, value in values]
+    if len(content) == 1 and isinstance(content[0], Mapping):
+        content = content[0]
         for wrapper in ("images", "results", "entries"):
             if isinstance(content.get(wrapper), (list, Mapping)):
                 content = content[wrapper]
                 break
-    if isinstance(content, Mapping) and ("detections" in content or "details" in content):
+    if isinstance(content, Mapping) and ("detections" in content or "details" in content or "objects" in content):
         content = [content]
-    named = (
-        content.items()
-        if isinstance(content, Mapping)
-        else ((None, entry) for entry in content)
-        if isinstance(content, list)
-        else None
-    )
-    if named is None:
-        raise UsageError(f"{path}: holds {type(content).__name__}, expected a list of images")
+    named = content.items() if isinstance(content, Mapping) else ((None, entry) for entry in content)
     for position, (name, entry) in enumerate(named):
         if name is not None and isinstance(entry, list):  # {"image": [detections]}, metadata from --metadata
             entry = {"detections": entry}

@@ -14,7 +14,6 @@ counts; category scores use the last tile only, before dependencies act.
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from stagevar.errors import UsageError
+from stagevar.text_files import read_table
 
 Mode = Literal["published", "corrected"]
 MODES: tuple[Mode, ...] = ("published", "corrected")
@@ -196,8 +196,9 @@ _TILE_NAMES = ("TL", "TR", "BL", "BR")  # the grid's quarters in the script's or
 def read_questions(path: str | Path) -> list[Question]:
     """The questions of a file in the layout of `dpg_bench.csv`, in file order."""
     path = Path(path)
-    columns, rows = _read_table(path)
-    return [_question(path, number, row, columns) for number, row in rows]
+    table = read_table(path)
+    columns = _Columns(table.columns)
+    return [_question(path, number, row, columns) for number, row in table.rows]
 
 
 def read_answers(path: str | Path, questions_path: str | Path | None = None) -> tuple[list[Question], dict]:
@@ -207,14 +208,15 @@ def read_answers(path: str | Path, questions_path: str | Path | None = None) -> 
     Raises UsageError naming the line at fault.
     """
     path = Path(path)
-    columns, rows = _read_table(path)
+    table = read_table(path)
+    columns = _Columns(table.columns)
     wide = {int(match[1]): name for name in columns.raw if (match := re.fullmatch(r"answer[_ ]?(\d+)", name))}
     value_column = columns.get("answer") or columns.get("score")
     if not wide and value_column is None:
         raise UsageError(f"{path}: no answer column; expected answer (one row per tile) or answer_0, answer_1, ...")
     questions: dict[tuple[str, int], Question] = {}
     raw: dict[tuple[str, int, int], str] = {}
-    for number, row in rows:
+    for number, row in table.rows:
         question = _question(path, number, row, columns)
         identity = (question.item_id, question.proposition_id)
         known = questions.setdefault(identity, question)
@@ -252,29 +254,6 @@ class _Columns:
 
     def get(self, wanted: str) -> str | None:
         return next((name for name in _ALIASES.get(wanted, (wanted,)) if name in self.raw), None)
-
-
-def _read_table(path: Path) -> tuple[_Columns, list[tuple[int, dict[str, str]]]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror}); give an existing file") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"{path}: not UTF-8 text; save it as UTF-8") from None
-    first_line = text.split("\n", 1)[0]
-    delimiter = max(",\t;", key=first_line.count)
-    reader = csv.reader(text.splitlines(keepends=True), delimiter=delimiter, skipinitialspace=True)
-    try:
-        table = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
-    except csv.Error as error:
-        raise UsageError(f"{path} line {reader.line_num}: not CSV ({error})") from None
-    if len(table) < 2:
-        raise UsageError(f"{path}: no rows in it; expected a header line and one line per question")
-    header = [cell.strip().lower() for cell in table[0][1]]
-    for number, row in table[1:]:
-        if len(row) != len(header):
-            raise UsageError(f'{path} line {number}: {len(row)} cells under {len(header)} columns; quote lists: "1,2"')
-    return _Columns(header), [(number, dict(zip(header, row, strict=True))) for number, row in table[1:]]
 
 
 def _question(path: Path, number: int, row: Mapping[str, str], columns: _Columns) -> Question:

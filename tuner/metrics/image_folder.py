@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from stagevar.errors import UsageError
+from stagevar.text_files import read_json
 from tuner.metrics.base import Metric, Prompt, SetMetric
 from tuner.metrics.prompt_sets import read_prompts
 
@@ -232,12 +233,9 @@ def _images(folder: Path) -> list[Path]:
 
 def _metadata_of(subfolder: Path) -> dict[str, Any]:
     path = subfolder / "metadata.jsonl"
-    try:
-        metadata = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: not one JSON object ({error})") from None
-    if not isinstance(metadata, dict) or "prompt" not in metadata:
-        raise UsageError(f"{path}: holds no object with a prompt")
+    metadata = read_json(path)
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("prompt"), str):
+        raise UsageError(f"{path}: expected one JSON object with a text under 'prompt'")
     return metadata
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from stagevar.errors import UsageError
 from stagevar.geneval import COLORS, RELATIONS, TAGS
-from tuner.metrics.detections import read_metadata
+from stagevar.prompt_files import read_prompt_file
 
 Metadata = dict[str, Any]
 
@@ -183,31 +183,11 @@ def subset_rank_correlation(
 
 
 def read_prompts(path: str | Path) -> list[Metadata]:
-    """Prompts of a file or folder, by its kind.
+    """Prompts of a file or folder in any form that `stagevar.prompt_files` reads, in its order, each with its "prompt".
 
-    `*.jsonl`: GenEval metadata, or objects with "prompt". A folder of `*.txt`: DPG's, one prompt a file, item_id the
-    file's name. `*.txt`: one prompt a line. Raises UsageError for what is empty or unreadable.
+    Raises UsageError, naming the line, for what is empty, unreadable or no prompt.
     """
-    path = Path(path)
-    if path.is_dir():
-        files = sorted(
-            path.glob("*.txt"), key=lambda file: (len(file.stem), file.stem) if file.stem.isdigit() else (0, file.stem)
-        )
-        prompts = [{"item_id": file.stem, "prompt": file.read_text(encoding="utf-8").strip()} for file in files]
-    else:
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(
-                f"prompts {path}: cannot be read ({error}); give a .jsonl, a .txt or a folder of .txt"
-            ) from None
-        if path.suffix == ".jsonl":
-            prompts = _json_prompts(path, text)
-        else:
-            prompts = [{"prompt": line.strip()} for line in text.splitlines() if line.strip()]
-    if not prompts:
-        raise UsageError(f"prompts {path}: none in it")
-    return prompts
+    return [entry.metadata for entry in read_prompt_file(path)]
 
 
 def write_metadata(prompts: Sequence[Mapping[str, Any]], path: str | Path) -> None:
@@ -216,20 +196,6 @@ def write_metadata(prompts: Sequence[Mapping[str, Any]], path: str | Path) -> No
         Path(path).write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts), encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{path}: cannot be written ({error.strerror})") from None
-
-
-def _json_prompts(path: Path, text: str) -> list[Metadata]:
-    lines = [line for line in text.splitlines() if line.strip()]
-    try:
-        prompts = [json.loads(line) for line in lines]
-    except json.JSONDecodeError as error:
-        raise UsageError(f"prompts {path}: not JSON lines ({error})") from None
-    if any(isinstance(prompt, dict) and "include" in prompt for prompt in prompts):
-        return [dict(prompt) for prompt in read_metadata(path)]
-    for number, prompt in enumerate(prompts, start=1):
-        if not isinstance(prompt, dict) or not isinstance(prompt.get("prompt"), str):
-            raise UsageError(f"prompts {path}: entry {number} has no text under 'prompt'")
-    return prompts
 
 
 # The generator ---------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from stagevar.errors import UsageError
+from stagevar.text_files import read_json
 from tuner.metrics.base import prompt_text
 from tuner.metrics.image_folder import FolderImage
 
@@ -163,16 +164,6 @@ def judge_preference(votes: Sequence[tuple[str, str, str]], *, margin: float = 0
         votes={name: sum(said == name for _, _, said in votes) for name in ("A", "B", "tie")},
         voters=len({voter for voter, _, _ in votes}),
     )
-
-
-def read_json(path: str | Path) -> Any:
-    """A JSON file. Raises UsageError if it cannot be read."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror}); give an existing file") from None
-    except ValueError as error:
-        raise UsageError(f"{path}: not JSON ({error})") from None
 
 
 def _wilson(rate: float, count: int, z: float) -> tuple[float, float]:
