@@ -29,14 +29,17 @@ import torch
 from torch import Tensor, nn
 
 from stagevar.errors import UsageError, WeightsError
+from stagevar.models.checkpoint.kinds import kind_in_safetensors, kind_of, kind_of_dtype
+from stagevar.models.checkpoint.names import bare_names, without_wrappers
+from stagevar.models.checkpoint.state_dicts import find_state_dict
 
 #: key -> dtype of that weight on the device; see `block_precision`.
 Precision = Callable[[str], torch.dtype]
 
 _SHARD_BYTES = 4 * 2**30
-_INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_SINGLE_NAMES = ("model.safetensors", "pytorch_model.bin")
-_PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
+#: File names of transformers and diffusers, the preferred first.
+_STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -119,21 +122,15 @@ class TensorFile(ABC):
     """The tensors of one checkpoint, possibly sharded: shapes first, values one at a time.
 
     Args:
-        shapes: by the name in the file. A wrapper's prefix (DDP, FSDP, torch.compile) that all names carry is removed.
+        shapes, kinds: by the name in the file; a kind is as `checkpoint.kinds` says it.
     """
 
-    def __init__(self, files: Iterable[Path], shapes: dict[str, tuple[int, ...]]):
-        self.files = tuple(files)
-        common = (prefix for prefix in _PREFIXES if shapes and all(key.startswith(prefix) for key in shapes))
-        self._prefix = next(common, "")
-        self.shapes = {key.removeprefix(self._prefix): shape for key, shape in shapes.items()}
-
-    def read(self, key: str, device: torch.device) -> Tensor:
-        """The tensor on `device`, in the file's dtype; on the CPU a view of the mapped file."""
-        return self._read(self._prefix + key, device)
+    def __init__(self, files: Iterable[Path], shapes: dict[str, tuple[int, ...]], kinds: Mapping[str, str]):
+        self.files, self.shapes, self.kinds = tuple(files), shapes, kinds
 
     @abstractmethod
-    def _read(self, name: str, device: torch.device) -> Tensor: ...
+    def read(self, key: str, device: torch.device) -> Tensor:
+        """The tensor on `device`, in the file's dtype; on the CPU a view of the mapped file."""
 
 
 class _SafetensorsFile(TensorFile):
@@ -141,30 +138,41 @@ class _SafetensorsFile(TensorFile):
         from safetensors import SafetensorError, safe_open
 
         shapes: dict[str, tuple[int, ...]] = {}
+        kinds: dict[str, str] = {}
         self._handles: dict[str, Any] = {}
         for path in paths:
             try:
                 handle = safe_open(str(path), framework="pt", device=str(device))
                 for key in handle.keys():  # noqa: SIM118  the handle is not a mapping
-                    shapes[key] = tuple(handle.get_slice(key).get_shape())
+                    entry = handle.get_slice(key)
+                    shapes[key], kinds[key] = tuple(entry.get_shape()), kind_in_safetensors(entry.get_dtype())
                     self._handles[key] = handle
             except (SafetensorError, OSError, ValueError) as error:
                 raise WeightsError(f"cannot read weights {path}: {_reason(error)}; download it again") from None
-        super().__init__(paths, shapes)
+        super().__init__(paths, shapes, kinds)
 
-    def _read(self, name: str, device: torch.device) -> Tensor:
-        return self._handles[name].get_tensor(name).to(device)
+    def read(self, key: str, device: torch.device) -> Tensor:
+        return self._handles[key].get_tensor(key).to(device)
 
 
 class _TorchFile(TensorFile):
-    def __init__(self, paths: list[Path], nested: tuple[tuple[str, ...], ...]):
+    def __init__(self, paths: list[Path], nested: tuple[tuple[str, ...], ...], expected: Collection[str]):
         self._tensors: dict[str, Tensor] = {}
         for path in paths:
-            self._tensors.update(_state_dict(_load_pickle(path), nested, path))
-        super().__init__(paths, {key: tuple(value.shape) for key, value in self._tensors.items()})
+            loaded = _load_pickle(path)
+            tensors = find_state_dict(loaded, nested, expected)
+            if tensors is None:
+                keys = ", ".join(map(str, list(loaded)[:6])) if isinstance(loaded, dict) else type(loaded).__name__
+                raise WeightsError(
+                    f"weights {path} hold no state dict of this model (found: {keys[:200] or 'nothing'})"
+                )
+            self._tensors.update(tensors)
+        kinds = {key: kind_of(value) for key, value in self._tensors.items()}
+        shapes = {key: () if kinds[key] == "nested" else tuple(value.shape) for key, value in self._tensors.items()}
+        super().__init__(paths, shapes, kinds)
 
-    def _read(self, name: str, device: torch.device) -> Tensor:
-        return self._tensors[name].to(device)
+    def read(self, key: str, device: torch.device) -> Tensor:
+        return self._tensors[key].to(device)
 
 
 def _reason(error: BaseException) -> str:
@@ -194,43 +202,56 @@ def _load_pickle(path: Path) -> Any:
             raise WeightsError(f"cannot read weights {path}: {_reason(error)}; download it again") from None
 
 
-def _state_dict(loaded: Any, nested: tuple[tuple[str, ...], ...], path: Path) -> dict[str, Tensor]:
-    for route in (*nested, ("state_dict",), ("model",), ()):
-        found: Any = loaded
-        for name in route:
-            found = found.get(name) if isinstance(found, dict) else None
-        if isinstance(found, dict) and found and all(isinstance(value, Tensor) for value in found.values()):
-            return dict(found)
-    keys = ", ".join(map(str, list(loaded)[:6])) if isinstance(loaded, dict) else type(loaded).__name__
-    raise WeightsError(f"weights {path} hold no state dict of this model (found: {keys or 'nothing'})")
-
-
 def open_weights(
-    path: Path | str, nested: tuple[tuple[str, ...], ...] = (), device: torch.device | str = "cpu"
+    path: Path | str,
+    nested: tuple[tuple[str, ...], ...] = (),
+    device: torch.device | str = "cpu",
+    expected: Collection[str] = (),
 ) -> TensorFile:
     """Opens a .safetensors or torch file, a sharded folder or its index file, without reading tensor data.
 
+    nested, expected: see `find_state_dict`.
     Raises WeightsError when it is missing, truncated, corrupt, unsafe or holds no state dict.
     """
     path, device = Path(path), torch.device(device)
     if path.is_dir():
-        names = [name for name in (*_INDEX_NAMES, *_SINGLE_NAMES) if (path / name).is_file()]
-        if not names:
-            raise WeightsError(f"folder {path} holds none of {', '.join((*_INDEX_NAMES, *_SINGLE_NAMES))}")
-        path = path / names[0]
+        path = weights_in(path)
     if not path.is_file():
         raise WeightsError(f"no weights at {path}; give a file, a folder of shards, or 'random'")
     if path.name.endswith(".index.json"):
         paths, indexed = _shards(path)
     else:
         paths, indexed = [path], None
-    if paths[0].suffix == ".safetensors":
+    if paths[0].suffix.lower() == ".safetensors":
         opened: TensorFile = _SafetensorsFile(paths, device)
     else:
-        opened = _TorchFile(paths, nested)
+        opened = _TorchFile(paths, nested, expected)
     if indexed is not None and len(opened.shapes) < len(indexed):
         raise WeightsError(f"shards of {path} hold {len(opened.shapes)} of {len(indexed)} tensors; download them again")
     return opened
+
+
+def weights_in(folder: Path) -> Path:
+    """The weights of a folder: an index of shards or a file under a usual name, else the only weights file there is.
+
+    Raises WeightsError.
+    """
+    indices = [f"{stem}.{suffix}.index.json" for stem in _STEMS for suffix in ("safetensors", "bin")]
+    singles = [f"{stem}.{suffix}" for suffix in ("safetensors", "bin") for stem in _STEMS]
+    for name in (*indices, *singles):
+        if (folder / name).is_file():
+            return folder / name
+    try:
+        others = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in _SUFFIXES and path.name[0] != "."]
+    except OSError as error:
+        raise WeightsError(f"folder {folder} cannot be read: {error.strerror or error}") from None
+    if len(others) == 1:
+        return others[0]
+    if others:
+        raise WeightsError(
+            f"folder {folder} holds {len(others)} weights files ({others[0].name}, ...); name one of them"
+        )
+    raise WeightsError(f"folder {folder} holds no weights ({', '.join(singles[:4])} or *.pth); name a file")
 
 
 def _shards(index: Path) -> tuple[list[Path], set[str]]:
@@ -279,20 +300,29 @@ def looks_like(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def check_keys(
-    file: TensorFile, expected: Mapping[str, tuple[int, ...]], rules: KeyRules, what: str
+    file: TensorFile,
+    expected: Mapping[str, tuple[int, ...]],
+    rules: KeyRules,
+    what: str,
+    kinds: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, str], set[str]]:
     """Matches a file's keys to a module's: ({module key: file key}, module keys to fill with zeros).
 
-    Raises WeightsError in one line naming missing, unknown and mis-shaped keys.
+    Parts of names that wrappers add do not count. kinds: of the module's tensors, see `checkpoint.kinds`.
+    Raises WeightsError in one line naming missing, unknown and mis-shaped keys, and tensors that cannot be weights.
     """
+    kinds = kinds or {}
+    own = {without_wrappers(key): key for key in expected}
     source: dict[str, str] = {}
-    unknown = set()
-    for key in file.shapes:
-        name = rules.rename(key, expected.keys())
-        if name in expected:
+    unknown, twice = set(), set()
+    bare = bare_names(file.shapes, own)
+    for key, short in bare.items():
+        name = own.get(rules.rename(short, own.keys()))
+        if name is not None:
+            twice |= {name} & source.keys()
             source[name] = key
-        elif not _matches(key, rules.dropped):
-            unknown.add(key)
+        elif file.shapes[key] != () and not _matches(short, rules.dropped):
+            unknown.add(key)  # counters of trainers have no dimensions
     absent = set(expected) - set(source)
     zeros = {key for key in absent if _matches(key, rules.optional)}
     missing = absent - zeros
@@ -303,13 +333,25 @@ def check_keys(
         and file.shapes[source[key]] != tuple(shape)
         and not _adaptable(rules, key, file, source, shape)
     }
+    unusable = {
+        f"{key} is {file.kinds[name]}, not {kind}"
+        for key, kind in kinds.items()
+        if (name := source.get(key)) is not None and file.kinds[name] != kind
+    }
     problems = [
         f"{len(keys)} {label} ({_some(keys)})"
-        for label, keys in (("missing", missing), ("unknown", unknown), ("mis-shaped", misshaped))
+        for label, keys in (
+            ("missing", missing),
+            ("unknown", unknown),
+            ("mis-shaped", misshaped),
+            ("of another kind", unusable),
+            ("there twice", twice),
+        )
         if keys
     ]
     if problems:
-        guess = f"; the file looks like {looks_like(file.shapes)}" if len(missing) + len(misshaped) > 3 else ""
+        whose = looks_like({bare[key]: shape for key, shape in file.shapes.items()})
+        guess = f"; the file looks like {whose}" if len(missing) + len(misshaped) > 3 else ""
         raise WeightsError(f"weights {file.files[0]} do not fit {what}: {', '.join(problems)}{guess}")
     return source, zeros
 
@@ -373,9 +415,11 @@ def fit(
     what: the model's name, for messages. Raises WeightsError, see `open_weights` and `check_keys`.
     """
     rules, device = rules or KeyRules(), torch.device(device)
-    file = open_weights(path, rules.nested, device)
-    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    source, zeros = check_keys(file, expected, rules, what)
+    state = module.state_dict()
+    file = open_weights(path, rules.nested, device, state.keys())
+    expected = {key: tuple(value.shape) for key, value in state.items()}
+    kinds = {key: kind_of_dtype(value.dtype) for key, value in state.items()}
+    source, zeros = check_keys(file, expected, rules, what, kinds)
     return Fit(module, file, source, zeros, rules, device)
 
 
