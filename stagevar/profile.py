@@ -11,7 +11,6 @@ import dataclasses
 import difflib
 import math
 import os
-import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from stagevar.errors import ProfileError, StagevarError
+from stagevar.files import write_text_atomically
 from stagevar.profile_sections import (
     BaselineSection,
     ConstraintsSection,
@@ -81,22 +81,6 @@ def read_yaml(path: str | os.PathLike[str], what: str) -> Any:
         # A tag that its value contradicts (`!!int ""`, `!!bool maybe`) comes out of PyYAML as whatever the code met.
         reason = getattr(error, "problem", None) or next(iter(str(error).splitlines()), type(error).__name__)
         raise ProfileError(f"{what} {path} is not plain YAML: {reason}") from None
-
-
-def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a file so that a crash leaves the old one or the new one, never a part."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 @dataclass(frozen=True)
@@ -218,10 +202,7 @@ class Profile:
         if self.model.pixels and self.model.pixels != tuple(model.pixels):
             here, there = ("x".join(map(str, pixels)) for pixels in (model.pixels, self.model.pixels))
             raise ProfileError(f"the profile is for images of {there} pixels, not {here}; leave out --resolution")
-        for file, digest in self.model.weights.items():
-            here = (model.provenance.get("weights") or {}).get(file)
-            if here != digest:
-                raise ProfileError(f"the profile was made with other weights: {file:.99} is {here}, not {digest:.99}")
+        self._check_weights(model)
         try:
             steps = self.schedule.expand(model.grids, len(model.transformer.chunk_layers))
         except StagevarError as error:
@@ -229,6 +210,16 @@ class Profile:
         if steps_to_data(steps) != plain(self.steps):
             raise ProfileError("its steps are not what its schedule expands to on this model; it was edited by hand")
         return steps
+
+    def _check_weights(self, model: LoadedModel) -> None:
+        """Compares contents, part by part. Profiles of before name files instead of parts; their names do not count."""
+        here = model.provenance.get("weights") or {}
+        files = {*here.values(), *model.provenance.get("weight_files", ())}
+        for part, digest in self.model.weights.items():
+            if digest == here.get(part) or (part not in here and digest in files):
+                continue
+            now = here.get(part, "not among those loaded")
+            raise ProfileError(f"the profile was made with other weights: {part:.99} is {now}, not {digest:.99}")
 
     def warnings_here(self, present: Envelope) -> list[str]:
         """What of the measured envelope does not hold here, one line each."""

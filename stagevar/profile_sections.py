@@ -26,7 +26,7 @@ class LoadOptions:
 
 @dataclass(frozen=True)
 class ModelSection:
-    """Which model: registered name, image [height, width] in pixels, SHA-256 per weights file, options to load it."""
+    """Which model: registered name, image [height, width] in pixels, SHA-256 per part, options to load it."""
 
     name: str
     pixels: tuple[int, ...] = ()

@@ -23,7 +23,7 @@ import torch
 
 from stagevar.accelerators.skipvar import LinearClassifier, SkipRule, look
 from stagevar.errors import UsageError
-from stagevar.profile import write_text_atomically
+from stagevar.files import write_text_atomically
 from stagevar.sampler import Sampler, to_uint8
 from stagevar.schedule import UNDECIDED_SCALES, skipvar
 from stagevar.similarity import ssim

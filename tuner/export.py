@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from stagevar.errors import UsageError
-from stagevar.profile import Envelope, Profile, plain, write_text_atomically
+from stagevar.files import write_text_atomically
+from stagevar.profile import Envelope, Profile, plain
 from stagevar.schedule import StageSchedule
 from tuner.report_words import PICK_ORDER, describe, latency_of, name_of
 from tuner.result import Candidate, Interval, LatencyStats, StudyResult, Verdict

@@ -24,7 +24,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import Trial, TrialState
 
 from stagevar.errors import InfrastructureError, UsageError
-from stagevar.profile import write_text_atomically
+from stagevar.files import write_text_atomically
 from tuner.journal import JOURNAL_FILE
 from tuner.space import Parameter, SearchSpace, Value
 

@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from stagevar.errors import UsageError
-from stagevar.profile import write_text_atomically
+from stagevar.files import write_text_atomically
 from tuner.report_sections import (
     failures_section,
     history_section,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from stagevar.errors import InfrastructureError, UsageError
-from stagevar.profile import write_text_atomically
+from stagevar.files import write_text_atomically
 from tuner import pareto
 from tuner.budget import Budget
 from tuner.evaluate import Evaluator

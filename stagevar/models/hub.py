@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from stagevar.errors import WeightsError
+from stagevar.files import write_text_atomically
+from stagevar.folders import cache_dir
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,6 @@ class HubFile:
     def name(self) -> str:
         """File or folder name, as people find it in a local copy."""
         return self.path.rstrip("/").rsplit("/", 1)[-1]
-
-
-def cache_dir() -> Path:
-    """Where prompt embeddings and file hashes are kept: $STAGEVAR_CACHE, else the user's cache folder."""
-    base = os.environ.get("STAGEVAR_CACHE")
-    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "stagevar"
 
 
 def fetch(file: HubFile) -> tuple[Path, str]:
@@ -73,25 +68,39 @@ def sha256_file(path: Path | str) -> str:
     path = Path(path).resolve()
     stat = path.stat()
     key = f"{path}|{stat.st_size}|{stat.st_mtime_ns}"
-    book = cache_dir() / "sha256.json"
-    try:
-        known = json.loads(book.read_text())
-    except (OSError, ValueError):
-        known = {}
+    cache = cache_dir()
+    book = None if cache is None else cache / "sha256.json"
+    known = {} if book is None else _remembered(book)
     if key in known:
         return known[key]
     with path.open("rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    try:
-        book.parent.mkdir(parents=True, exist_ok=True)
-        partial = book.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps({**known, key: digest}, indent=0))
-        partial.replace(book)
-    except OSError:
-        pass  # a read-only cache costs only time
+    if book is not None:
+        try:
+            book.parent.mkdir(parents=True, exist_ok=True)
+            write_text_atomically(book, json.dumps({**known, key: digest}, indent=0))
+        except OSError:
+            pass  # a read-only or full cache costs only time
     return digest
+
+
+def _remembered(book: Path) -> dict[str, str]:
+    """Digests by file; none from a book that is not there or damaged."""
+    try:
+        known = json.loads(book.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(known, dict):
+        return {}
+    return {key: value for key, value in known.items() if isinstance(value, str) and len(value) == 64}
 
 
 def sha256_files(paths: Iterable[Path | str]) -> dict[str, str]:
     """File name to SHA-256, sorted by name; what profiles record."""
     return {path.name: sha256_file(path) for path in sorted(map(Path, paths), key=lambda p: p.name)}
+
+
+def sha256_part(paths: Iterable[Path | str]) -> str:
+    """SHA-256 that names the content of a model's part: of its file, or of the digests of its shards; names do not count."""
+    digests = sorted(sha256_file(path) for path in paths)
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()

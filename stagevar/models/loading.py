@@ -124,8 +124,8 @@ def kv_option(request: LoadRequest) -> dict[str, str]:
 def fill(parts: Parts, request: LoadRequest) -> dict[str, Any]:
     """Puts weights into a model's modules on the request's device, and returns what profiles record about them.
 
-    The record holds "weights" (SHA-256 per file), "sources" (hub files with their commits) and "load" (options that
-    load the same model again), and "random_seed" instead of files.
+    The record holds "weights" (SHA-256 per part, of the content), "weight_files" (SHA-256 of every file), "sources" (hub
+    files with their commits) and "load" (options that load the same model again), and "random_seed" instead of files.
 
     Raises UsageError when the model cannot fit, WeightsError for files that are missing, damaged or another model's.
     """
@@ -146,8 +146,10 @@ def fill(parts: Parts, request: LoadRequest) -> dict[str, Any]:
         for (part, what), path in zip(modules, paths, strict=True)
     ]
     memory.require(needed, request.device, name)  # after the files: a fault there should be heard first
-    read = [path for (part, _), found in zip(modules, fits, strict=True) for path in found.load(part.precision)]
-    return {**record, "weights": hub.sha256_files(read), "sources": sources}
+    read = [found.load(part.precision) for (part, _), found in zip(modules, fits, strict=True)]
+    digests = {name: hub.sha256_part(files) for name, files in zip(("transformer", "tokenizer"), read, strict=True)}
+    every = sorted({hub.sha256_file(path) for files in read for path in files})
+    return {**record, "weights": digests, "weight_files": every, "sources": sources}
 
 
 def assemble(

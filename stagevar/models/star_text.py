@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from stagevar.errors import WeightsError
+from stagevar.folders import visible
 from stagevar.models.hub import HubFile, fetch, sha256_files
 from stagevar.models.text import FeatureCache, LazyEncoder
 
@@ -73,7 +74,8 @@ class ClipText(LazyEncoder):
         """What profiles record: repository and revision, or the hashes of the local files."""
         if isinstance(self.source, HubFile):
             return {"repo": self.source.repo, "revision": self.source.revision}
-        return {"path": str(self.source), "sha256": sha256_files((self.source / "text_encoder").iterdir())}
+        files = [path for path in visible((self.source / "text_encoder").iterdir()) if path.is_file()]
+        return {"path": str(self.source), "sha256": sha256_files(files)}
 
     def encode(self, prompts: Sequence[str]) -> list[PromptText]:
         """Features, one per prompt, in order; a prompt that repeats is encoded once."""

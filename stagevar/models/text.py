@@ -10,6 +10,7 @@ batch is padded to its longest prompt instead of 512 tokens (masked, hence the s
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -26,7 +27,8 @@ import torch
 from torch import Tensor
 
 from stagevar.errors import WeightsError
-from stagevar.models.hub import HubFile, cache_dir, sha256_files
+from stagevar.folders import cache_dir, visible
+from stagevar.models.hub import HubFile, sha256_files
 
 _LOADED_FILES = ("*.safetensors", "pytorch_model*.bin", "*.json", "spiece.model")
 
@@ -36,39 +38,49 @@ class FeatureCache:
 
     Args:
         identity: what makes two encoders give different features (revision or file hashes, dtype, length limit).
-        folder: where to keep them (default: the user's cache).
+        folder: where to keep them (default: the user's cache; without one they are kept in memory).
     """
 
     def __init__(self, identity: str, folder: Path | None = None):
         self._identity = identity
         digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
-        self._folder = (folder or cache_dir() / "text") / digest
+        cache = cache_dir()
+        base = folder or (None if cache is None else cache / "text")
+        self._folder = None if base is None else base / digest
+        self._kept: dict[str, dict[str, Tensor]] = {}
 
-    def _path(self, text: str) -> Path:
-        return self._folder / (hashlib.sha256(f"{self._identity}\0{text}".encode()).hexdigest() + ".safetensors")
+    def _path(self, folder: Path, text: str) -> Path:
+        return folder / (hashlib.sha256(f"{self._identity}\0{text}".encode()).hexdigest() + ".safetensors")
 
     def get(self, text: str) -> dict[str, Tensor] | None:
         """The features of a text, None when they are not cached or not readable."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
+        if self._folder is None:
+            return self._kept.get(text)
         try:
-            return load_file(self._path(text))
+            return load_file(self._path(self._folder, text))
         except (OSError, SafetensorError):
             return None
 
     def put(self, text: str, features: dict[str, Tensor]) -> None:
         """Stores features; a cache that cannot be written is left alone."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        path = self._path(text)
+        if self._folder is None:
+            self._kept[text] = features
+            return
+        path = self._path(self._folder, text)
         partial = path.with_suffix(f".{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file({name: value.contiguous() for name, value in features.items()}, partial)
             partial.replace(path)
-        except OSError:
-            partial.unlink(missing_ok=True)
+        except (OSError, SafetensorError):  # SafetensorError: its way of saying that the disk is full
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
 
 
 class LazyEncoder(ABC):
@@ -134,7 +146,7 @@ class T5Text(LazyEncoder):
         """What profiles record: repository and revision, or the hashes of the local files."""
         if isinstance(self.source, HubFile):
             return {"repo": self.source.repo, "revision": self.source.revision}
-        files = {path for pattern in _LOADED_FILES for path in self.source.glob(pattern)}
+        files = {path for pattern in _LOADED_FILES for path in visible(self.source.glob(pattern))}
         return {"path": str(self.source), "sha256": sha256_files(files)}
 
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:

@@ -1,0 +1,185 @@
+"""Manners of every command: one line per error, its exit code, silence when the reader leaves, 130 after Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import os
+import signal
+import sys
+import threading
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from stagevar.errors import InfrastructureError, StagevarError, UsageError
+from stagevar.files import gave_way, write_error
+from stagevar.sections import shown
+
+#: Exit code after Ctrl-C.
+STOPPED = 130
+#: The largest count that an option takes; more would fill the memory before anything runs.
+MOST = 1_000_000
+#: Exit code when the reader of the output went away.
+_NO_READER = 1
+
+
+def report_errors(prog: str, run: Callable[[], int]) -> int:
+    """Runs a command; what a user caused, the system refused or Ctrl-C stopped becomes one line and its exit code."""
+
+    def one_line(message: Any, *rest: Any) -> None:
+        _say(f"{prog}: warning: {message}")
+
+    with _interruptible() as interrupted:
+        try:
+            with warnings.catch_warnings(), showing_everything():
+                warnings.filterwarnings("default", category=UserWarning)
+                warnings.showwarning = one_line  # type: ignore[assignment]
+                try:
+                    return run()
+                finally:
+                    if sys.stdout is not None and not interrupted.is_set():
+                        sys.stdout.flush()  # --help and --version end with SystemExit, whose text is heard here too
+        except BrokenPipeError:
+            _leave_stdout()
+            return _NO_READER
+        except (Exception, KeyboardInterrupt) as error:
+            if isinstance(error, KeyboardInterrupt) or interrupted.is_set():
+                # Libraries that are interrupted while they load raise all kinds of errors.
+                _say(f"{prog}: stopped; the same command starts again, a tuning run resumes")
+                return STOPPED
+            known = _known(error)
+            if known is None:
+                raise
+            _say(f"{prog}: {' '.join(str(known).split())}")
+            if isinstance(error, OSError):
+                _leave_stdout()  # it may be what is full
+            return known.exit_code
+
+
+def _known(error: BaseException) -> StagevarError | None:
+    """An error that is no fault of the program: ours, or what the system says about files and memory."""
+    if isinstance(error, StagevarError):
+        return error
+    if isinstance(error, OSError) and error.errno is not None:
+        if gave_way(error) or error.filename is not None:
+            return write_error(None, error) if gave_way(error) else UsageError(_about_file(error))
+        return UsageError(error.strerror or str(error))
+    if isinstance(error, MemoryError):
+        return InfrastructureError("out of memory; free some, then the same command resumes")
+    return None
+
+
+def _about_file(error: OSError) -> str:
+    return f"{os.fspath(error.filename)!s:.200}: {error.strerror or error}" if error.filename else str(error)
+
+
+def _say(line: str) -> None:
+    """A line on stderr, whatever it can show; nothing where nobody listens."""
+    if sys.stderr is None:
+        return
+    with contextlib.suppress(OSError, ValueError):
+        encoding = sys.stderr.encoding or "utf-8"
+        print(line.encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr, flush=True)
+
+
+def _leave_stdout() -> None:
+    """Points stdout at nothing, so that the interpreter's last flush stays silent."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """An event that Ctrl-C sets as it raises KeyboardInterrupt."""
+    pressed = threading.Event()
+
+    def press(number: int, frame: types.FrameType | None) -> None:
+        pressed.set()
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed
+        return
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:  # started in the background by a shell without job control
+        yield pressed
+        return
+    signal.signal(signal.SIGINT, press)
+    try:
+        yield pressed
+    finally:
+        # After one Ctrl-C another may come while threads and libraries end: it ends the process without a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_DFL if pressed.is_set() else before)
+
+
+@contextlib.contextmanager
+def showing_everything() -> Iterator[None]:
+    """Output in whose encoding every text can be shown, with escapes, instead of ending in an error."""
+    before = []
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            before.append((stream, stream.errors))
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        for stream, errors in before:
+            with contextlib.suppress(ValueError, OSError):
+                stream.reconfigure(errors=errors)
+
+
+# ------------------------------------------------------------------------------------------------ values of options
+
+
+def positive_int(text: str) -> int:
+    """A whole number from 1 to MOST."""
+    value = _whole(text)
+    if value is None or value < 1:
+        raise argparse.ArgumentTypeError(f"{shown(text)} must be a whole number of at least 1")
+    if value > MOST:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is too large; at most {MOST}")
+    return value
+
+
+def whole_number(text: str) -> int:
+    """A whole number of any sign and size, such as a seed."""
+    value = _whole(text)
+    if value is None:
+        raise argparse.ArgumentTypeError(f"{shown(text)} must be a whole number")
+    return value
+
+
+def _whole(text: str) -> int | None:
+    try:
+        return int(text)
+    except ValueError:
+        return None
+
+
+def finite_number(text: str) -> float:
+    """A number that is neither infinite nor NaN."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{shown(text)} must be a number")
+    return value
+
+
+def path(text: str) -> Path:
+    """The path of a file or folder."""
+    return Path(name(text))
+
+
+def name(text: str) -> str:
+    """Text that is not empty and that the system takes for a name."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is empty")
+    if "\0" in text:
+        raise argparse.ArgumentTypeError(f"{shown(text)} holds a null character")
+    return text

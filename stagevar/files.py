@@ -1,0 +1,159 @@
+"""Files that are written: checked before any work, whole or not there, and one line when the disk gives way.
+
+A long computation never ends by finding that its output cannot be written: `check_output` is asked first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from stagevar.errors import InfrastructureError, StagevarError, UsageError
+
+#: What a disk says that was fine when work began: full, over quota, broken, gone, remounted read-only.
+_GAVE_WAY = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENOTCONN, errno.ETIMEDOUT}
+
+
+def gave_way(error: OSError) -> bool:
+    """Whether the disk is to blame and not what was asked of it."""
+    return error.errno in _GAVE_WAY
+
+
+def write_error(path: str | os.PathLike[str] | None, error: OSError) -> StagevarError:
+    """The line for a file that cannot be written: infrastructure when the disk gave way, else the user's to change."""
+    where = os.fspath(path if path is not None else error.filename or "output")
+    reason = error.strerror or str(error) or type(error).__name__
+    where = f"{where:.200}"
+    if gave_way(error):
+        return InfrastructureError(f"{where} cannot be written: {reason}; make room, then the same command resumes")
+    return UsageError(f"{where} cannot be written: {reason}; choose another path")
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns what the system says about a file into one line, see `write_error`."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise write_error(path, error) from None
+
+
+def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]) -> None:
+    """Lets `write` fill a file so that a crash or a full disk leaves the old one or the new one, never a part.
+
+    A link is followed and keeps pointing; devices and pipes are written to directly.
+    Raises OSError, with the path as its filename.
+    """
+    path = Path(path)
+    try:
+        if path.is_symlink():
+            path = path.resolve()
+        if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+            with open(path, "wb") as file:
+                write(file)
+            return
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name:.80}.")
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = str(path), None
+        raise
+
+
+def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
+    """`write_atomically` of UTF-8 text; half characters, which names of files may hold, become question marks."""
+    write_atomically(path, lambda file: file.write(text.encode("utf-8", "replace")) and None)
+
+
+def check_output(path: str | os.PathLike[str], what: str = "output", make_folder: bool = False) -> Path:
+    """The path of a file that can be written, checked by writing beside it. Raises UsageError, or InfrastructureError.
+
+    what: the option, for messages. make_folder: the folder may be made (it is, now).
+    """
+    text = os.fspath(path)
+    if not text or "\0" in text:
+        raise UsageError(f"{what} {text!r} is no name of a file")
+    path = Path(path)
+    if path.name in ("", "..") or text.endswith(("/", os.sep)):
+        raise UsageError(f"{what} {text:.200} is a folder; name a file in it")
+    try:
+        if path.is_dir():
+            raise UsageError(f"{what} {text:.200} is a folder; name a file in it")
+        if make_folder:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        elif not path.parent.is_dir():
+            raise UsageError(f"{what} {text:.200}: folder {path.parent} does not exist or cannot be written")
+        if path.exists():
+            if not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            if not path.is_file():
+                return path  # a device or a pipe
+        os.lstat(path) if path.is_symlink() else _try_name(path)
+    except OSError as error:
+        raise _checked(what, text, error) from None
+    return path
+
+
+def check_output_folder(path: str | os.PathLike[str], what: str = "output") -> Path:
+    """The path of a folder that can be made, or written into; makes nothing that was not there.
+
+    Raises UsageError, or InfrastructureError.
+    """
+    text = os.fspath(path)
+    if not text or "\0" in text:
+        raise UsageError(f"{what} {text!r} is no name of a folder")
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        os.stat(path.parent / path.name) if path.exists() else _long_names(path)
+        folder = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+        if not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x" * 4096)
+            file.flush()
+    except OSError as error:
+        raise _checked(what, text, error) from None
+    return path
+
+
+def _checked(what: str, text: str, error: OSError) -> StagevarError:
+    """As `write_error`, naming the option."""
+    reason = error.strerror or type(error).__name__
+    if gave_way(error):
+        return InfrastructureError(f"{what} {text:.200} cannot be written: {reason}; make room and try again")
+    return UsageError(f"{what} {text:.200} cannot be written: {reason}; choose another")
+
+
+def _try_name(path: Path) -> None:
+    """Writes a block beside a file, under a name as long, so that a name too long or a full disk is heard now."""
+    _long_names(path)
+    with tempfile.TemporaryFile(dir=path.parent) as file:
+        file.write(b"x" * 4096)
+        file.flush()
+
+
+def _long_names(path: Path) -> None:
+    """Raises OSError for a name that the system does not take."""
+    with contextlib.suppress(FileNotFoundError):
+        os.lstat(path)

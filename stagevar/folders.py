@@ -1,0 +1,36 @@
+"""Folders of the system as they are: no home, empty variables, read-only places, names that systems hide."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+
+def cache_dir() -> Path | None:
+    """Where prompt embeddings and file hashes are kept: $STAGEVAR_CACHE, else `stagevar` in the user's cache folder.
+
+    An empty variable counts as unset, and so does a relative $XDG_CACHE_HOME (XDG Base Directory Specification). None where
+    the process has no home, as under a user id without a passwd entry: nothing is kept then.
+    """
+    if own := os.environ.get("STAGEVAR_CACHE"):
+        return Path(own)
+    shared = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(shared):
+        return Path(shared) / "stagevar"
+    home = os.environ.get("HOME") or _home_of_user()
+    return Path(home) / ".cache" / "stagevar" if home and os.path.isabs(home) else None
+
+
+def _home_of_user() -> str | None:
+    try:
+        import pwd
+
+        return pwd.getpwuid(os.getuid()).pw_dir
+    except (ImportError, KeyError):
+        return None
+
+
+def visible(paths: Iterable[Path]) -> Iterator[Path]:
+    """Paths without those that systems put beside a user's (`.DS_Store`, `._a.png`, `.ipynb_checkpoints`)."""
+    return (path for path in paths if not path.name.startswith("."))
