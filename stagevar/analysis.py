@@ -29,6 +29,7 @@ from torch import Tensor
 from stagevar.accelerators.base import Accelerator, Cached, ScaleContext
 from stagevar.accelerators.composite import Composite
 from stagevar.errors import UsageError
+from stagevar.files import write_text_atomically, writing
 from stagevar.models.base import Around, LoadedModel, Site, SiteFn
 from stagevar.ranks import RankTable
 from stagevar.sampler import Generation, Sampler
@@ -170,14 +171,12 @@ class Analysis:
     def save(self, directory: str | Path) -> list[Path]:
         """Writes analysis.yaml, rank_ratio.json and the plots. Raises UsageError when the folder cannot be written."""
         directory = Path(directory)
-        try:
+        with writing(directory):
             directory.mkdir(parents=True, exist_ok=True)
             text = directory / "analysis.yaml"
-            text.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, width=120, allow_unicode=True))
+            write_text_atomically(text, yaml.safe_dump(self.to_dict(), sort_keys=False, width=120, allow_unicode=True))
             table = directory / "rank_ratio.json"
-            table.write_text(json.dumps(self.rank_table(), indent=1) + "\n")
-        except OSError as error:
-            raise UsageError(f"cannot write {directory}: {error.strerror}; choose another folder") from error
+            write_text_atomically(table, json.dumps(self.rank_table(), indent=1) + "\n")
         return [text, table, *self._plot(directory)]
 
     def _plot(self, directory: Path) -> list[Path]:

@@ -30,3 +30,18 @@ def check_threads(threads: int, device: str = "cpu") -> None:
     available = len(processors())
     if device == "cpu" and (threads < 1 or (available and threads > available)):
         raise UsageError(f"threads {threads} must be between 1 and the {available} processors this process may use")
+
+
+def check_weights(weights: str | None, tokenizer: str | None = None, text: str | None = None) -> None:
+    """Raises UsageError for paths of weights that hold nothing; "random" and None stand for none."""
+    for option, given in (("weights", weights), ("tokenizer", tokenizer), ("text", text)):
+        if given is None or (option == "weights" and given == "random"):
+            continue
+        try:
+            os.stat(given)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            other = ", or 'random'" if option == "weights" else ""
+            raise UsageError(
+                f"no {option} at {given:.200}: {reason}; give a file or folder that exists{other}"
+            ) from None

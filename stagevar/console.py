@@ -171,12 +171,19 @@ def finite_number(text: str) -> float:
     return value
 
 
-def path(text: str) -> Path:
+def path_value(text: str) -> Path:
     """The path of a file or folder."""
-    return Path(name(text))
+    return Path(name_value(text))
 
 
-def name(text: str) -> str:
+def file_value(text: str) -> Path:
+    """The path of a file; a slash at the end names a folder, which Path would forget."""
+    if text.endswith(("/", os.sep)) or text in (".", ".."):
+        raise argparse.ArgumentTypeError(f"{shown(text)} is a folder; name a file in it")
+    return path_value(text)
+
+
+def name_value(text: str) -> str:
     """Text that is not empty and that the system takes for a name."""
     if not text.strip():
         raise argparse.ArgumentTypeError(f"{text!r} is empty")

@@ -12,6 +12,7 @@ training code is not public, the rest is ours.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,10 +24,13 @@ import torch
 
 from stagevar.accelerators.skipvar import LinearClassifier, SkipRule, look
 from stagevar.errors import UsageError
-from stagevar.files import write_text_atomically
+from stagevar.files import check_output, write_text_atomically, writing
 from stagevar.sampler import Sampler, to_uint8
 from stagevar.schedule import UNDECIDED_SCALES, skipvar
 from stagevar.similarity import ssim
+
+#: Prompts below which a fit means nothing.
+LEAST_PROMPTS = 8
 
 Similarity = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -56,9 +60,30 @@ class Fit:
 
     def save(self, path: Path) -> None:
         """Writes the JSON file that a schedule's `decision` may name."""
-        if path.suffix != ".json":
-            raise UsageError(f"classifier file {path} must end in .json, so that a schedule can name it")
-        write_text_atomically(path, json.dumps(self.to_dict(), indent=1) + "\n")
+        check_file(path)
+        with writing(path):
+            write_text_atomically(path, json.dumps(self.to_dict(), indent=1) + "\n")
+
+
+def check_file(path: Path) -> None:
+    """Raises UsageError for a path that a classifier cannot be written to, or that a schedule cannot name."""
+    if path.suffix != ".json":
+        raise UsageError(f"classifier file {path!s:.200} must end in .json, so that a schedule can name it")
+    check_output(path, "classifier file")
+
+
+def check_fitting(prompts: int, random_weights: bool) -> None:
+    """Raises UsageError for what no classifier can be fitted on: random weights, few prompts, no scikit-learn."""
+    if random_weights:
+        raise UsageError("a skip classifier cannot be fitted on random weights: their images mean nothing")
+    if prompts < LEAST_PROMPTS:
+        raise UsageError(f"{prompts} prompts are too few to fit on; give at least {LEAST_PROMPTS}")
+    try:
+        installed = importlib.util.find_spec("sklearn") is not None
+    except ImportError:
+        installed = False
+    if not installed:
+        raise UsageError("fitting needs scikit-learn: pip install scikit-learn")
 
 
 def refit(
@@ -83,12 +108,9 @@ def refit(
     Raises UsageError on random weights, with too few prompts, or without scikit-learn.
     """
     model = sampler.model
-    if model.random_weights:
-        raise UsageError("a skip classifier cannot be fitted on random weights: their images mean nothing")
-    if len(prompts) < 8 or len(prompts) != len(seeds):
-        raise UsageError(
-            f"{len(prompts)} prompts and {len(seeds)} seeds; give at least 8 of each, as many as the other"
-        )
+    check_fitting(len(prompts), model.random_weights)
+    if len(prompts) != len(seeds):
+        raise UsageError(f"{len(prompts)} prompts and {len(seeds)} seeds; give as many of one as of the other")
     image_scale = min(4, len(model.grids) - 1) if image_scale is None else image_scale
     parts = [
         _observe(sampler, prompts[i : i + batch], seeds[i : i + batch], target, image_scale, similarity)

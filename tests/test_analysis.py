@@ -329,5 +329,5 @@ def test_bad_input_is_one_line(model, tmp_path, call, message):
 
 def test_unwritable_folder_is_one_line(analysis, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="cannot write"):
+    with pytest.raises(UsageError, match="cannot be written"):
         analysis.save(tmp_path / "file" / "folder")

@@ -325,8 +325,10 @@ def test_refit_refuses_what_means_nothing(tmp_path):
     model = tiny_infinity(GRIDS)
     with pytest.raises(UsageError, match="random weights"):
         refit(Sampler(dataclasses.replace(model, random_weights=True)), ["a"] * 8, list(range(8)))
-    with pytest.raises(UsageError, match="3 prompts and 2 seeds"):
+    with pytest.raises(UsageError, match="3 prompts are too few to fit on; give at least 8"):
         refit(Sampler(model), ["a"] * 3, [0, 1])
+    with pytest.raises(UsageError, match="9 prompts and 8 seeds"):
+        refit(Sampler(model), ["a"] * 9, list(range(8)))
 
 
 def test_schedule_refuses_a_file_that_could_not_be_named(tmp_path):

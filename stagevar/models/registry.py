@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -242,8 +243,8 @@ def list_models() -> tuple[ModelSpec, ...]:
 def find(name: str) -> ModelSpec:
     """A model by name. Raises UsageError naming the nearest one."""
     if name not in SPECS:
-        near = difflib.get_close_matches(name, SPECS, n=1, cutoff=0.0)[0]
-        raise UsageError(f"unknown model {name!r} (nearest: {near}); known: {', '.join(SPECS)}")
+        near = difflib.get_close_matches(str(name)[:60], SPECS, n=1, cutoff=0.0)[0]
+        raise UsageError(f"unknown model {name!r:.60} (nearest: {near}); known: {', '.join(SPECS)}")
     return SPECS[name]
 
 
@@ -273,13 +274,13 @@ def resolve(
     chosen = spec.resolutions[0] if resolution is None else str(resolution)
     chosen = chosen if chosen in spec.resolutions else _SIDES.get(chosen, chosen)
     if chosen not in spec.resolutions:
-        raise UsageError(f"{name} has no resolution {resolution!r}; it has {', '.join(spec.resolutions)}")
-    if not ratio > 0:
+        raise UsageError(f"{name} has no resolution {resolution!r:.60}; it has {', '.join(spec.resolutions)}")
+    if not 0 < ratio < math.inf:
         raise UsageError(f"aspect ratio {ratio!r} must be height / width, above 0")
     if batch < 1:
         raise UsageError(f"batch {batch} must be at least 1")
     if kv_cache not in KV_CACHES:
-        raise UsageError(f"unknown kv cache {kv_cache!r}; use {' or '.join(KV_CACHES)}")
+        raise UsageError(f"unknown kv cache {kv_cache!r:.60}; use {' or '.join(KV_CACHES)}")
     place = resolve_device(device)
     return LoadRequest(
         spec=spec,
@@ -309,8 +310,10 @@ def resolve_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         place = torch.device(device)
-    except RuntimeError:
-        raise UsageError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:N") from None
+    except (RuntimeError, ValueError, OverflowError, TypeError):
+        raise UsageError(f"unknown device {device!r:.60}; use auto, cpu, cuda or cuda:N") from None
+    if place.type not in ("cpu", "cuda") or (place.type == "cpu" and place.index):
+        raise UsageError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:N")
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"device {device!r} is not here: {torch.cuda.device_count()} CUDA devices; use auto or cpu")
     return place
@@ -323,7 +326,7 @@ def _resolve_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
     if dtype is None or dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if dtype not in known:
-        raise UsageError(f"unknown dtype {dtype!r}; use auto, {', '.join(known)}")
+        raise UsageError(f"unknown dtype {dtype!r:.60}; use auto, {', '.join(known)}")
     return known[dtype]
 
 
