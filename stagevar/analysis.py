@@ -34,6 +34,7 @@ from stagevar.models.base import Around, LoadedModel, Site, SiteFn
 from stagevar.ranks import RankTable
 from stagevar.sampler import Generation, Sampler
 from stagevar.schedule import BOTH, Branch, ScaleStep, StageSchedule, Steps, exact
+from stagevar.seeds import non_negative
 from stagevar.similarity import psnr_db, ssim
 
 SCHEMA = 1
@@ -221,7 +222,7 @@ def nano_inputs(count: int, seed: int = 0) -> tuple[list[str], list[int], dict[s
     from stagevar.nano.checker import check_batch
     from stagevar.nano.scenes import prompts as draw_prompts
 
-    items = draw_prompts("search", count, seed)
+    items = draw_prompts("search", count, non_negative(seed))
     metadata = {item["prompt"]: item for item in items}
 
     def checker(images_BHW3: np.ndarray, prompts: Sequence[str]) -> np.ndarray:

@@ -20,15 +20,17 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
-from urllib.parse import urlsplit
 
 from stagevar import __version__
 from stagevar.choices import ENGINE_OPTIONS
-from stagevar.cli import positive_int, report_errors
+from stagevar.console import MOST, name_value, path_value, positive_int, report_errors, whole_number
 from stagevar.errors import EXIT_CODES, InfrastructureError, UsageError
+from stagevar.files import check_output_folder
+from stagevar.folders import visible
 from stagevar.models import registry
 from stagevar.profile_sections import EngineSection
-from stagevar.sections import read_section
+from stagevar.sections import read_section, shortened
+from tuner import checks
 from tuner.budget import parse_budget, parse_share, parse_time
 from tuner.journal import LOCK_FILE, driver_lock, repair
 from tuner.space import PROMPT_SOURCES, SearchSpace, load_space
@@ -68,7 +70,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see {self.prog} --help)")
+        raise UsageError(shortened(f"{message} (see {self.prog} --help)"))
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         args, rest = self.parse_known_args(argv)
@@ -99,19 +101,27 @@ def _tune_parser() -> _Parser:
     parser.add_argument(
         "--exhaustive", action="store_true", help="time every schedule end to end and judge it on all search prompts"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="run directory (default: outputs/MODEL-BUDGET-sSEED)")
+    parser.add_argument(
+        "--out", type=path_value, metavar="DIR", help="run directory (default: outputs/MODEL-BUDGET-sSEED)"
+    )
     parser.add_argument("--fresh", action="store_true", help="discard what an earlier run left in --out")
     parser.add_argument("--sampler", choices=("auto", "gp", "tpe", "random"), default="auto", help="default: auto")
     parser.add_argument("--executor", choices=("local", "ray"), default="local", help="where it runs (default: local)")
     parser.add_argument(
-        "--ray-address", metavar="ADDRESS", help="cluster to join, such as auto (default: start one here)"
+        "--ray-address",
+        type=name_value,
+        metavar="ADDRESS",
+        help="cluster to join, such as auto (default: start one here)",
     )
     parser.add_argument("--gpu-kind", metavar="NAME", help="the GPUs to use where a Ray cluster has several kinds")
     parser.add_argument(
         "--task-timeout", default="30m", metavar="TIME", help="a Ray worker is stuck after (default: 30m)"
     )
     parser.add_argument(
-        "--storage", metavar="URL", help="database for the trials, as postgresql://HOST/DB (default: a file)"
+        "--storage",
+        type=name_value,
+        metavar="URL",
+        help="database for the trials, as postgresql://HOST/DB (default: a file)",
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, run nothing")
     _add_output_options(parser)
@@ -123,7 +133,7 @@ def _add_study_options(parser: _Parser, required: bool) -> None:
     profiles = "the profile's"
     budget_help = "latency of one image: 2s, 800ms, or 60%% of the measured full schedule"
     models = ", ".join(model.name for model in registry.list_models())
-    parser.add_argument("--model", required=required, help=f"one of {models}")
+    parser.add_argument("--model", type=name_value, required=required, help=f"one of {models}")
     parser.add_argument("--budget", "--latency-budget", required=required, metavar="LATENCY", help=budget_help)
     parser.add_argument("--max-drop", default="0.05", metavar="SHARE", help="allowed drop of quality (default: 0.05)")
     sources = ", ".join(PROMPT_SOURCES)
@@ -133,9 +143,9 @@ def _add_study_options(parser: _Parser, required: bool) -> None:
         help=f"search prompts: how many, {sources} (geneval:64), or a file (.txt, .jsonl, .json, .csv)",
     )
     parser.add_argument("--heldout", type=positive_int, metavar="N", help="held-out prompts that verify at most")
-    parser.add_argument("--seed", type=int, default=0, help="of prompts, noise and sampler (default: 0)")
-    parser.add_argument("--space", type=Path, metavar="FILE", help="search space (default: the one shipped)")
-    parser.add_argument("--weights", help="path, or 'random' for seeded random weights (latency only)")
+    parser.add_argument("--seed", type=whole_number, default=0, help="of prompts, noise and sampler (default: 0)")
+    parser.add_argument("--space", type=path_value, metavar="FILE", help="search space (default: the one shipped)")
+    parser.add_argument("--weights", type=name_value, help="path, or 'random' for seeded random weights (latency only)")
     parser.add_argument("--resolution", help="pixel budget (0.25M, 1M ...) or image side, where a model has several")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
     parser.add_argument(
@@ -162,9 +172,9 @@ def _add_output_options(parser: _Parser) -> None:
 def _verb_parser(verb: str) -> _Parser:
     parser = _Parser(prog=f"{PROG} {verb}")
     if verb in ("resume", "report"):
-        parser.add_argument("run_dir", type=Path, metavar="RUN", help="run directory")
+        parser.add_argument("run_dir", type=path_value, metavar="RUN", help="run directory")
     if verb == "verify":
-        parser.add_argument("profile", type=Path, help="profile.yaml of a run")
+        parser.add_argument("profile", type=path_value, help="profile.yaml of a run")
         parser.add_argument(
             "--max-regression", metavar="SHARE", help="fail when this much slower than recorded, as 3%%"
         )
@@ -172,18 +182,23 @@ def _verb_parser(verb: str) -> _Parser:
         parser.set_defaults(max_drop=None, seed=None)
     if verb == "sweep":
         parser.add_argument(
-            "sweep", type=Path, metavar="SWEEP.yaml", help="models, budgets, seeds and more (docs/cluster.md)"
+            "sweep", type=path_value, metavar="SWEEP.yaml", help="models, budgets, seeds and more (docs/cluster.md)"
         )
         parser.add_argument(
-            "--out", type=Path, metavar="DIR", help="folder that all nodes share (default: outputs/SWEEP)"
+            "--out", type=path_value, metavar="DIR", help="folder that all nodes share (default: outputs/SWEEP)"
         )
         parser.add_argument(
-            "--ray-address", metavar="ADDRESS", help="cluster to join, such as auto (default: one here)"
+            "--ray-address",
+            type=name_value,
+            metavar="ADDRESS",
+            help="cluster to join, such as auto (default: one here)",
         )
     if verb == "doctor":
-        parser.add_argument("--out", type=Path, default=Path("outputs"), help="where runs would go (default: outputs)")
-        parser.add_argument("--model", help="also the memory and files that this model needs")
-        parser.add_argument("--weights", help="with --model: path, or 'random'")
+        parser.add_argument(
+            "--out", type=path_value, default=Path("outputs"), help="where runs would go (default: outputs)"
+        )
+        parser.add_argument("--model", type=name_value, help="also the memory and files that this model needs")
+        parser.add_argument("--weights", type=name_value, help="with --model: path, or 'random'")
         parser.add_argument("--device", default="auto", help="with --model: auto, cpu, cuda, cuda:N (default: auto)")
     _add_output_options(parser)
     return parser
@@ -256,29 +271,48 @@ def plan(args: argparse.Namespace, argv: Sequence[str]) -> Plan:
     args.max_drop = parse_share(args.max_drop, "max-drop")
     args.time_budget = parse_time(args.time_budget) if args.time_budget else None
     registry.find(args.model)
-    space = with_prompts(load_space(args.model, args.space), args.prompts, args.heldout)
-    check_placement(args)
-    name = f"{args.model}-{args.budget.text.replace('%', 'pct')}-s{args.seed}"
-    run_dir = args.out or Path("outputs") / name
-    command = shlex.join([PROG, *(a for a in argv if a not in ("--fresh", "--quiet", "--json"))])
+    run_dir = args.out or Path("outputs") / checks.run_name(args.model, args.budget.text, args.seed)
+    check_placement(args, run_dir)
+    checks.check_running(
+        args.model,
+        device=args.device,
+        threads=args.threads if args.executor == "local" else None,
+        engine=args.engine,
+        resolution=args.resolution,
+        weights=args.weights,
+    )
+    space = checked_space(args.model, args.space, args.prompts, args.heldout, args.seed)
+    check_output_folder(run_dir)
+    check_strangers(run_dir)
+    words = [a for a in argv if a not in ("--fresh", "--quiet", "--json")]
+    command = shlex.join([PROG, *checks.with_absolute_paths(words, [Path.cwd()])])
     return Plan(args, space, run_dir, command)
 
 
-def check_placement(args: argparse.Namespace) -> None:
+def checked_space(model: str, file: Path | None, prompts: str | None, heldout: int | None, seed: int) -> SearchSpace:
+    """The space of a file (the shipped one for None) with the prompts asked for, all checked. Raises UsageError."""
+    space = load_space(model, file)
+    folders = [Path.cwd()] if file is None else [file.absolute().parent, Path.cwd()]
+    space = checks.with_absolute_source(space, folders)
+    space = checks.with_absolute_source(with_prompts(space, prompts, heldout), [Path.cwd()])
+    checks.check_prompts_of(space, seed)
+    checks.check_metric_options(space)
+    return space
+
+
+def check_placement(args: argparse.Namespace, run_dir: Path) -> None:
     """Checks the options that say where work runs and where trials are kept. Raises UsageError."""
     args.task_timeout = parse_time(args.task_timeout)
     if args.executor == "ray":
         from tuner.executors.ray import check_installed
 
         check_installed()
+        if args.ray_address is not None:
+            checks.check_ray_address(args.ray_address)
     elif args.ray_address or args.gpu_kind:
         raise UsageError("--ray-address and --gpu-kind need --executor ray")
     if args.storage is not None:
-        parts = urlsplit(args.storage)
-        if not parts.scheme or "://" not in args.storage:
-            raise UsageError(f"storage {args.storage!r} must be a database URL, such as postgresql://HOST/DB")
-        if parts.password is not None:
-            raise UsageError("--storage holds a password, which would end up in the run's files; use ~/.pgpass")
+        checks.check_storage(args.storage, run_dir)
 
 
 def with_prompts(space: SearchSpace, prompts: str | None, heldout: int | None) -> SearchSpace:
@@ -296,8 +330,8 @@ def _asked_prompts(text: str) -> dict[str, Any]:
     name, colon, count = text.partition(":")
     number = count if name in PROMPT_SOURCES and colon else text
     if number.isdecimal() and number.isascii():
-        if int(number) < 1:
-            raise UsageError(f"prompts {text!r} must be a number of at least 1, a source or a file")
+        if len(number) > 7 or not 1 <= int(number) <= MOST:
+            raise UsageError(f"prompts {text!r:.60} must be a number from 1 to {MOST}, a source or a file")
         return {"search": int(number), **({"source": name} if number != text else {})}
     if name in PROMPT_SOURCES:
         if colon:
@@ -306,7 +340,7 @@ def _asked_prompts(text: str) -> dict[str, Any]:
     if not Path(text).is_file():
         sources = ", ".join(PROMPT_SOURCES)
         raise UsageError(
-            f"prompts {text!r} is neither a number nor a file that exists, nor one of {sources} (as in geneval:64)"
+            f"prompts {text!r:.200} is neither a number nor a file that exists, nor one of {sources} (as in geneval:64)"
         )
     return {"source": text}
 
@@ -321,7 +355,14 @@ def prepare(run_dir: Path) -> None:
     except OSError as error:
         reason = error.strerror or error
         raise UsageError(f"output {run_dir} cannot be written: {reason}; choose another --out") from None
-    strangers = [p.name for p in run_dir.iterdir() if p.name not in (LOCK_FILE, ".gitkeep")]
+    check_strangers(run_dir)
+
+
+def check_strangers(run_dir: Path) -> None:
+    """Raises UsageError for a folder that holds something else than a run; names that systems hide do not count."""
+    if not run_dir.is_dir():
+        return
+    strangers = [p.name for p in visible(run_dir.iterdir()) if p.name != LOCK_FILE]
     if strangers and not (run_dir / "config.json").exists():
         raise UsageError(f"output {run_dir} is not empty and holds no run ({strangers[0]}); choose another --out")
 
@@ -592,6 +633,8 @@ def run_resume(args: argparse.Namespace) -> int:
         words = shlex.split(json.loads(path.read_text())["command"])[1:]
     except (OSError, ValueError, KeyError, TypeError):
         raise UsageError(f"{args.run_dir} holds no run that could be resumed (no readable config.json)") from None
+    # Runs of before have relative paths, from a working directory that is not known: often that of the run itself.
+    words = checks.with_absolute_paths(words, [Path.cwd(), *args.run_dir.absolute().parents])
     parsed = _tune_parser().parse(words)
     parsed.out, parsed.quiet, parsed.json = args.run_dir, args.quiet, args.json
     return run_tune(parsed, words)
@@ -613,6 +656,7 @@ def run_verify(args: argparse.Namespace) -> int:
 
     profile = Profile.load(args.profile)
     words = shlex.split(profile.reproduce)[1:]
+    words = checks.with_absolute_paths(words, [Path.cwd(), *args.profile.absolute().parents])
     given = _tune_parser().parse(words) if words else None
     for name in ("model", "budget", "max_drop", "prompts", "heldout", "seed", "space", "weights"):
         if getattr(args, name) is None and given is not None:
@@ -625,8 +669,15 @@ def run_verify(args: argparse.Namespace) -> int:
 
     share = parse_share(args.max_regression, "max-regression") if args.max_regression else None
     budget, max_drop = parse_budget(args.budget), parse_share(args.max_drop, "max-drop")
-    registry.find(args.model)
-    space = with_prompts(load_space(args.model, args.space), args.prompts, args.heldout)
+    checks.check_running(
+        args.model,
+        device=args.device,
+        threads=args.threads,
+        engine=args.engine,
+        resolution=args.resolution,
+        weights=args.weights,
+    )
+    space = checked_space(args.model, args.space, args.prompts, args.heldout, args.seed or 0)
     outcome = recheck(
         profile,
         space,
@@ -659,6 +710,8 @@ def run_sweep(args: argparse.Namespace) -> int:
     from tuner import sweep
 
     cells = sweep.load_sweep(args.sweep).cells()
+    if args.ray_address is not None:
+        checks.check_ray_address(args.ray_address)
     sweep.check_cells(cells)
     out = args.out or Path("outputs") / args.sweep.stem
     say = (lambda line: None) if args.quiet else (lambda line: print(line, file=sys.stderr))

@@ -16,7 +16,9 @@ from importlib import metadata as package_metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
-from stagevar.errors import StagevarError, UsageError
+from stagevar.console import report_errors
+from stagevar.errors import UsageError
+from stagevar.files import check_output
 
 VERBS = ("images", "geneval", "dpg", "prompts", "pairs", "preference")
 
@@ -70,12 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] not in (*VERBS, "-h", "--help", "--version"):
         arguments.insert(0, "images")  # `stagevar-eval --images DIR --metric NAME` needs no verb
-    try:
+
+    def run() -> int:
         options = _build_parser().parse_args(arguments)
         return options.run(options)
-    except StagevarError as error:
-        print(f"stagevar-eval: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.exit_code
+
+    return report_errors("stagevar-eval", run)
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -110,7 +112,7 @@ def _build_parser() -> argparse.ArgumentParser:
     dpg.set_defaults(run=_run_dpg)
 
     images = _add(verbs, "images", "score a folder of images with metrics by name", _IMAGES_HELP)
-    images.add_argument("--images", required=True, metavar="DIR", help="GenEval's layout, or any folder of images")
+    images.add_argument("--images", metavar="DIR", help="GenEval's layout, or any folder of images")
     images.add_argument("--metric", required=True, action="append", metavar="NAME", help="repeatable; --metric list")
     images.add_argument(
         "--option",
@@ -121,7 +123,7 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     images.add_argument("--reference", metavar="DIR", help="images to compare with, same names (fid, kid: any)")
     images.add_argument("--prompts", metavar="FILE", help="prompts, if the folder has none")
-    images.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
+    images.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default %(default)s)")
     images.add_argument("--batch-size", type=int, default=16, help="images at once (default %(default)s)")
     images.set_defaults(run=_run_images)
 
@@ -240,12 +242,17 @@ def _run_dpg(options: argparse.Namespace) -> int:
 
 
 def _run_images(options: argparse.Namespace) -> int:
+    from stagevar.models.registry import resolve_device
     from tuner.metrics.image_folder import evaluate_folder, match_references, read_folder, reference_set
     from tuner.metrics.registry import METRIC_NAMES, check_name, create, metric_class
 
     if options.metric == ["list"]:
         print("\n".join(METRIC_NAMES))
         return 0
+    if options.images is None:
+        raise UsageError("give --images DIR, the folder to score (see stagevar-eval images --help)")
+    if options.out:
+        check_output(options.out, "--out")
     if options.batch_size < 1:
         raise UsageError(f"--batch-size {options.batch_size}: expected 1 or more")
     for name in options.metric:
@@ -257,7 +264,8 @@ def _run_images(options: argparse.Namespace) -> int:
     references = None
     if options.reference is not None:
         references = match_references(images, options.reference) if paired else reference_set(options.reference)
-    metrics = {name: create(name, device=options.device, **given[name]) for name in classes}
+    device = str(resolve_device(options.device))
+    metrics = {name: create(name, device=device, **given[name]) for name in classes}
     results = evaluate_folder(
         images,
         metrics,

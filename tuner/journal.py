@@ -8,6 +8,7 @@ Locks are POSIX file locks: the kernel drops them with the process, so a dead dr
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -29,7 +30,12 @@ def driver_lock(run_dir: Path) -> Iterator[None]:
     with open(run_dir / LOCK_FILE, "a+", encoding="utf-8") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+                reason = error.strerror or error
+                raise UsageError(
+                    f"output {run_dir} is on a file system without locks ({reason}); choose an --out on a local disk"
+                ) from None
             handle.seek(0)
             holder = handle.read(200).strip() or "another process"
             raise UsageError(

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from stagevar.errors import UsageError
 from stagevar.prompt_files import read_prompt_file
+from stagevar.seeds import non_negative
 from tuner.metrics.base import Prompt, prompt_text
 from tuner.space import PromptSource
 
@@ -65,7 +66,8 @@ def load_prompts(source: PromptSource, seed: int = 0) -> dict[str, PromptSet]:
     if source.source == "nano":
         from stagevar.nano.scenes import prompts
 
-        search, heldout = prompts("search", source.search, seed), prompts("heldout", source.heldout, seed)
+        drawn = non_negative(seed)
+        search, heldout = prompts("search", source.search, drawn), prompts("heldout", source.heldout, drawn)
     else:
         if source.source == "geneval":
             from tuner.metrics.prompt_sets import generate
@@ -107,11 +109,17 @@ def _seeded(items: list[Prompt], first: int, micro_batch: int) -> PromptSet:
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """Distinct prompts of a file in any form that `stagevar.prompt_files` reads: captions, or mappings with more than one.
+    """Distinct prompts of a file, see `prompt_lines`."""
+    return [prompt for _, prompt in prompt_lines(path)]
 
-    Raises UsageError, naming the line, for a file that cannot be read, holds none, or has an entry that is none.
+
+def prompt_lines(path: str | Path) -> list[tuple[int, Prompt]]:
+    """Distinct prompts of a file in any form that `stagevar.prompt_files` reads, with their lines, counted from 1.
+
+    A prompt is a caption, or a mapping where the file says more of it. Raises UsageError, naming the line, for a file that
+    cannot be read, holds none, or has an entry that is none.
     """
-    found: dict[str, Prompt] = {}
+    found: dict[str, tuple[int, Prompt]] = {}
     for entry in read_prompt_file(path):
-        found.setdefault(entry.text, entry.metadata if entry.fields else entry.text)
+        found.setdefault(entry.text, (entry.line, entry.metadata if entry.fields else entry.text))
     return list(found.values())

@@ -25,6 +25,7 @@ from optuna.trial import Trial, TrialState
 
 from stagevar.errors import InfrastructureError, UsageError
 from stagevar.files import write_text_atomically
+from stagevar.seeds import in_32_bits
 from tuner.journal import JOURNAL_FILE
 from tuner.space import Parameter, SearchSpace, Value
 
@@ -127,7 +128,7 @@ class Proposer:
             load_if_exists=True,
         )
         # A resumed sampler starts its random numbers elsewhere, else it would propose its first trials again.
-        self._rng_seed = seed + 1_000_003 * len(self.study.get_trials(deepcopy=False))
+        self._rng_seed = in_32_bits(seed + 1_000_003 * len(self.study.get_trials(deepcopy=False)))
         self._samplers = {
             "gp": lambda: optuna.samplers.GPSampler(seed=self._rng_seed, n_startup_trials=STARTUP_TRIALS),
             "tpe": lambda: optuna.samplers.TPESampler(

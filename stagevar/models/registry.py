@@ -248,6 +248,16 @@ def find(name: str) -> ModelSpec:
     return SPECS[name]
 
 
+def resolution_of(name: str, resolution: str | int | None) -> str:
+    """A model's resolution by its name or by an image side; its first one for None. Raises UsageError."""
+    spec = find(name)
+    chosen = spec.resolutions[0] if resolution is None else str(resolution)
+    chosen = chosen if chosen in spec.resolutions else _SIDES.get(chosen, chosen)
+    if chosen not in spec.resolutions:
+        raise UsageError(f"{name} has no resolution {resolution!r:.60}; it has {', '.join(spec.resolutions)}")
+    return chosen
+
+
 def resolve(
     name: str,
     *,
@@ -271,10 +281,7 @@ def resolve(
     from stagevar.cache import KV_CACHES
 
     spec = find(name)
-    chosen = spec.resolutions[0] if resolution is None else str(resolution)
-    chosen = chosen if chosen in spec.resolutions else _SIDES.get(chosen, chosen)
-    if chosen not in spec.resolutions:
-        raise UsageError(f"{name} has no resolution {resolution!r:.60}; it has {', '.join(spec.resolutions)}")
+    chosen = resolution_of(name, resolution)
     if not 0 < ratio < math.inf:
         raise UsageError(f"aspect ratio {ratio!r} must be height / width, above 0")
     if batch < 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,12 +54,17 @@ def create(name: str, *, device: str = "cpu", **options: Any) -> Metric:
     `options` are the keyword arguments of its class (docs/metrics.md lists them). Raises UsageError for an unknown name
     or option, or a model that cannot be had.
     """
+    check_options(name, options)
+    return metric_class(name)(device=device, **options)
+
+
+def check_options(name: str, options: Iterable[str]) -> None:
+    """Raises UsageError for an option that a metric does not have; imports its module, builds nothing."""
     cls = metric_class(name)
     known = [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "device")]
     for option in options:
         if option not in known:
-            raise UsageError(f"metric {name} has no option {option!r}: it takes {', '.join(known) or 'none'}")
-    return cls(device=device, **options)
+            raise UsageError(f"metric {name} has no option {option!r:.60}: it takes {', '.join(known) or 'none'}")
 
 
 class CompositeQuality(Metric):
