@@ -674,9 +674,8 @@ def run_verify(args: argparse.Namespace) -> int:
         device=args.device,
         threads=args.threads,
         engine=args.engine,
-        resolution=args.resolution,
         weights=args.weights,
-    )
+    )  # the resolution is checked with the profile's options, before loading too
     space = checked_space(args.model, args.space, args.prompts, args.heldout, args.seed or 0)
     outcome = recheck(
         profile,
