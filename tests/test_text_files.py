@@ -88,7 +88,7 @@ def test_every_reader_of_prompts_reads_alike(awkward):
     assert {
         "study": [prompt_text(prompt) for prompt in study_prompts.read_prompts(awkward)],
         "evaluation": [prompt["prompt"] for prompt in prompt_sets.read_prompts(awkward)],
-        "analysis": stagevar_cli.read_prompts(options, None),
+        "analysis": stagevar_cli.prompts_of_file(options),
     } == {"study": PROMPTS, "evaluation": PROMPTS, "analysis": PROMPTS}
 
 
