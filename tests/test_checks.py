@@ -49,13 +49,13 @@ def prompt_file(folder: Path, bad: object, at: int = 40, count: int = 90) -> Pat
     ("bad", "reason"),
     [
         ({"prompt": "a photo of a circle"}, "line 40: geneval_nano: prompt"),
-        ({**GOOD, "prompt": "half \ud83d"}, "line 40: prompt 0 .* half a character"),
+        ({**GOOD, "prompt": "half \ud83d"}, "line 40: .* is half of a character"),
         (
             {**GOOD, "prompt": "x", "include": [{"class": "ring"}]},
             r"line 40: GenEval metadata: include\[0\] has count None",
         ),
         ({"prompt": "x", "include": []}, "line 40: GenEval metadata has tag None"),
-        ("[" * 100_000, "line 40 is not JSON"),
+        ("[" * 100_000, "line 40: JSON nested too deeply"),
         ('{"prompt": 3}', "line 40 has no text under 'prompt'"),
     ],
 )
