@@ -31,6 +31,22 @@ def _home_of_user() -> str | None:
         return None
 
 
+#: Folders that archives, network drives and recycle bins leave beside a user's files.
+_OF_SYSTEMS = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found"}
+
+
 def visible(paths: Iterable[Path]) -> Iterator[Path]:
-    """Paths without those that systems put beside a user's (`.DS_Store`, `._a.png`, `.ipynb_checkpoints`)."""
-    return (path for path in paths if not path.name.startswith("."))
+    """Paths without those that systems put beside a user's (`.DS_Store`, `._a.png`, `.ipynb_checkpoints`, `__MACOSX`)."""
+    return (path for path in paths if not path.name.startswith(".") and path.name.lower() not in _OF_SYSTEMS)
+
+
+def visible_files(folder: Path) -> Iterator[Path]:
+    """Files in a folder and below, without what `visible` leaves out at any depth; a folder behind a link is not entered.
+
+    Raises OSError for a folder that cannot be listed.
+    """
+    for path in visible(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            yield from visible_files(path)
+        elif path.is_file():
+            yield path

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from stagevar.errors import UsageError
+from stagevar.folders import visible, visible_files
+from stagevar.prompt_files import natural_key
 from stagevar.text_files import read_json
 from tuner.metrics.base import Metric, Prompt, SetMetric
+from tuner.metrics.pictures import read_picture
 from tuner.metrics.prompt_sets import read_prompts
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+#: Pictures that are not read; a folder that holds some beside others would be scored in part.
+_OTHER_SUFFIXES = (".tif", ".tiff", ".gif", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".jpe", ".jfif", ".ppm", ".tga")
+#: Keys under which an entry of a prompt file names its image.
+_NAME_KEYS = ("file", "file_name", "item_id")
 
 
 @dataclass(frozen=True)
@@ -29,41 +38,35 @@ class FolderImage:
     prompt: Prompt
 
     def pixels(self) -> np.ndarray:
-        """uint8 (H, W, 3), upright. Raises UsageError if the file is no image."""
-        try:
-            with Image.open(self.path) as image:
-                return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise UsageError(f"{self.path}: not a readable image ({type(error).__name__})") from None
+        """uint8 (H, W, 3), upright. Raises UsageError if the file is no image, or of a kind without a certain conversion."""
+        return read_picture(self.path)
 
 
 def read_folder(folder: str | Path, prompts: str | Path | None = None) -> list[FolderImage]:
-    """Images of a folder in order of name, with their prompts.
+    """Images of a folder with their prompts, in natural order of name: x-2 before x-10.
 
-    GenEval's layout: 00000/metadata.jsonl and 00000/samples/0000.png. Otherwise every image in the folder or below; its
-    prompt comes from `prompts` (see `prompt_sets.read_prompts`): an entry whose "file" or "item_id" is the image's path
-    or stem, else the entries in order if there is one per image, else "". Raises UsageError if there are no images.
+    GenEval's layout: 00000/metadata.jsonl and 00000/samples/0000.png. Otherwise every image in the folder or below, without
+    hidden files and folders; its prompt comes from `prompts` (see `prompt_sets.read_prompts`): an entry whose "file" or
+    "item_id" is the image's path or stem, else the entries in order if there is one per image, else "".
+    Warns of prompts without an image and of images that are left out.
+    Raises UsageError if there are no images, or if which prompt belongs to which image is not certain.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UsageError(f"--images {folder}: not a folder")
     numbered = sorted(
-        path
-        for path in folder.iterdir()
-        if path.is_dir() and path.name.isdigit() and (path / "metadata.jsonl").is_file()
+        (path for path in visible(folder.iterdir()) if path.is_dir() and path.name.isdecimal()),
+        key=lambda path: natural_key(path.name),
     )
-    if numbered:
-        found = [
-            FolderImage(str(path.relative_to(folder)), path, metadata)
-            for subfolder in numbered
-            for metadata in [_metadata_of(subfolder)]
-            for path in _images(subfolder / "samples")
-        ]
+    if any((path / "metadata.jsonl").is_file() for path in numbered):
+        if prompts is not None:
+            warnings.warn(f"--prompts {prompts} is not read: {folder} has GenEval's layout, which carries its prompts")
+        found = _geneval_images(folder, numbered)
     else:
         paths = _images(folder)
         known = read_prompts(prompts) if prompts is not None else []
         found = [
-            FolderImage(str(path.relative_to(folder)), path, prompt)
+            FolderImage(_name_in(folder, path), path, prompt)
             for path, prompt in zip(paths, _assign(folder, paths, known), strict=True)
         ]
     if not found:
@@ -227,8 +230,45 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def _name_in(folder: Path, path: Path) -> str:
+    return path.relative_to(folder).as_posix()
+
+
 def _images(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
+    """Visible images of a folder and below, in natural order. Warns of pictures of a kind that is not read."""
+    paths, others = [], []
+    for path in visible_files(folder):
+        suffix = path.suffix.lower()
+        if suffix in _SUFFIXES:
+            paths.append(path)
+        elif suffix in _OTHER_SUFFIXES:
+            others.append(path)
+    if others:
+        warnings.warn(
+            f"{len(others)} pictures are left out, the first {_name_in(folder, min(others))}: only "
+            f"{', '.join(_SUFFIXES)} are read"
+        )
+    return sorted(paths, key=lambda path: [natural_key(part) for part in path.relative_to(folder).parts])
+
+
+def _geneval_images(folder: Path, numbered: Sequence[Path]) -> list[FolderImage]:
+    found, empty = [], []
+    for subfolder in numbered:
+        samples = subfolder / "samples"
+        paths = _images(samples) if samples.is_dir() else []
+        if not (subfolder / "metadata.jsonl").is_file():
+            raise UsageError(f"{subfolder}: no metadata.jsonl beside its samples; every numbered folder needs one")
+        metadata = _metadata_of(subfolder)
+        found += [FolderImage(_name_in(folder, path), path, metadata) for path in paths]
+        if not paths:
+            empty.append(subfolder.name)
+    if found and empty:
+        warnings.warn(_without_image(empty, len(numbered)))
+    return found
+
+
+def _without_image(names: Sequence[str], total: int) -> str:
+    return f"{len(names)} of {total} prompts have no image and are not scored; the first: {names[0]:.80}"
 
 
 def _metadata_of(subfolder: Path) -> dict[str, Any]:
@@ -240,23 +280,53 @@ def _metadata_of(subfolder: Path) -> dict[str, Any]:
 
 
 def _assign(folder: Path, paths: Sequence[Path], prompts: Sequence[Mapping[str, Any]]) -> list[Prompt]:
+    """The prompt of each image."""
     if not prompts:
         return [""] * len(paths)
-    by_name = {
-        str(prompt[key]): prompt for prompt in prompts for key in ("file", "file_name", "item_id") if key in prompt
-    }
-    if by_name:
-        chosen = []
-        for path in paths:
-            name = str(path.relative_to(folder))
-            prompt = by_name.get(name) or by_name.get(path.name) or by_name.get(path.name.split(".")[0])
-            if prompt is None:
-                raise UsageError(f"--prompts: no entry for {name} (file or item_id)")
-            chosen.append(prompt)
-        return chosen
+    if any(key in prompt for prompt in prompts for key in _NAME_KEYS):
+        return _by_name(folder, paths, prompts)
     if len(prompts) != len(paths):
         raise UsageError(
             f"--prompts: {len(prompts)} prompts for {len(paths)} images; give one per image, in order of "
             "name, or name the image under 'file'"
         )
+    _warn_of_gaps(folder, paths)
     return list(prompts)
+
+
+def _by_name(folder: Path, paths: Sequence[Path], prompts: Sequence[Mapping[str, Any]]) -> list[Prompt]:
+    entries: dict[str, Mapping[str, Any]] = {}
+    for prompt in prompts:
+        names = {str(prompt[key]).removeprefix("./") for key in _NAME_KEYS if key in prompt}
+        if not names:
+            raise UsageError(f"--prompts: {prompt['prompt']!r:.60} names no file, other prompts do; name one for each")
+        for name in names:
+            if entries.setdefault(name, prompt) != prompt:
+                raise UsageError(f"--prompts: two different prompts for {name}; name each image once")
+    chosen, used = [], set()
+    for path in paths:
+        name = _name_in(folder, path)
+        stems = (str(Path(name).with_suffix("")), path.stem, path.name.split(".")[0])
+        key = next((key for key in (name, path.name, *stems) if key in entries), None)
+        if key is None:
+            raise UsageError(f"--prompts: no entry for {name} (file or item_id)")
+        chosen.append(entries[key])
+        used.add(id(entries[key]))
+    unused = [prompt for prompt in prompts if id(prompt) not in used and prompt not in chosen]
+    if unused:
+        warnings.warn(_without_image([prompt["prompt"] for prompt in unused], len(prompts)))
+    return chosen
+
+
+def _warn_of_gaps(folder: Path, paths: Sequence[Path]) -> None:
+    """Prompts go to images in order, which is wrong where an image of a numbered series is gone and another was added."""
+    matches = [re.fullmatch(r"(.*?)([0-9]+)", str(path.relative_to(folder).with_suffix(""))) for path in paths]
+    if not all(matches) or len({match[1] for match in matches if match}) != 1:
+        return
+    numbers = [int(match[2]) for match in matches if match]
+    gap = next((a for a, b in itertools.pairwise(numbers) if b != a + 1), None)
+    if gap is not None:
+        warnings.warn(
+            f"the images' numbers are not consecutive after {gap}: prompts are given to them in order of number; name the "
+            "image of each prompt under 'file' if that is wrong"
+        )

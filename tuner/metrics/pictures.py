@@ -1,0 +1,92 @@
+"""Picture files of any usual kind as the 8-bit RGB that metrics read; a kind that has no certain conversion is refused.
+
+What Pillow's `convert("RGB")` does to them differs: it clips 16-bit gray to white, shows the hidden colors under transparent
+pixels, and takes a CMYK file's inks for those of no press in particular.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from stagevar.errors import UsageError
+
+#: Modes that are 8-bit RGB or gray already, or become it without a choice.
+_PLAIN = {"1", "L", "RGB", "RGBX", "YCbCr"}
+_WITH_ALPHA = {"LA", "La", "PA", "RGBA", "RGBa"}
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """Pixels uint8 (H, W, 3), RGB, upright by the file's EXIF orientation.
+
+    16-bit gray keeps its high byte, as Pillow reads 16-bit color. Transparent pixels lie on white. CMYK is converted by its
+    embedded profile, without one by the plain formula. Profiles of RGB files are not applied: metrics and their published
+    figures take the numbers as they are.
+    Raises UsageError for a file that cannot be read, moves, or has pixels without a known white (32-bit, Lab).
+    """
+    try:
+        with Image.open(path) as image:
+            if getattr(image, "n_frames", 1) > 1:
+                raise UsageError(f"{path}: {image.n_frames} pictures in one file; save the one that is meant")
+            image.load()
+            return np.asarray(_rgb(ImageOps.exif_transpose(image), path))
+    except UsageError:
+        raise
+    except Exception as error:  # decoders of damaged files raise whatever their code met
+        reason = type(error).__name__ if isinstance(error, Image.UnidentifiedImageError) else str(error) or repr(error)
+        raise UsageError(f"{path}: not a readable image ({' '.join(reason.split()):.120})") from None
+
+
+def _rgb(image: Image.Image, path: Path) -> Image.Image:
+    mode = image.mode
+    if mode.startswith("I;16") or (mode == "I" and image.format == "PNG"):  # older Pillows read 16-bit PNG as "I"
+        return _high_byte(image).convert("RGB")
+    if mode in _WITH_ALPHA or (mode in ("P", *_PLAIN) and "transparency" in image.info):
+        return _on_white(image)
+    if mode == "P":
+        return image.convert("RGB")
+    if mode == "CMYK":
+        return _of_inks(image, path)
+    if mode in _PLAIN:
+        return image.convert("RGB")
+    raise UsageError(f"{path}: pixels of kind {mode}, for which black and white are not defined; save it as 8-bit RGB")
+
+
+def _high_byte(image: Image.Image) -> Image.Image:
+    values_HW = np.asarray(image).astype(np.int64)
+    transparent = image.info.get("transparency")
+    gray = Image.fromarray((values_HW >> 8).clip(0, 255).astype(np.uint8))
+    if transparent is None:
+        return gray
+    white_HW = np.where(values_HW == transparent, 255, np.asarray(gray))
+    return Image.fromarray(white_HW.astype(np.uint8))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    picture = image.convert("RGBA")
+    if picture.getextrema()[3][0] == 255:
+        return picture.convert("RGB")
+    white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, picture).convert("RGB")
+
+
+def _of_inks(image: Image.Image, path: Path) -> Image.Image:
+    profile = image.info.get("icc_profile")
+    if not profile:
+        return image.convert("RGB")
+    from PIL import ImageCms
+
+    try:
+        converted = ImageCms.profileToProfile(
+            image, ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"), outputMode="RGB"
+        )
+    except (ImageCms.PyCMSError, OSError) as error:
+        raise UsageError(
+            f"{path}: its CMYK profile cannot be applied ({' '.join(str(error).split()):.80}); save it as RGB"
+        ) from None
+    if converted is None:
+        raise AssertionError("profileToProfile made no picture")
+    return converted
