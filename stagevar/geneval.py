@@ -2,12 +2,14 @@
 
 Source: Ghosh et al. 2023 (GenEval) and github djghosh13/geneval, `evaluation/evaluate_images.py` (rules) and
 `evaluation/summary_scores.py` (arithmetic). What differs: `texture` is judged as colour is (our extension, used by the
-nano model), `Detection.color` carries the classifier's answer instead of a call to it, and where the published code
-raises on malformed metadata we raise `UsageError`.
+nano model), `Detection.color` carries the classifier's answer instead of a call to it, names of classes and colors are
+compared in one spelling (`stagevar.class_names`), and metadata that cannot be followed (no include, an unknown tag or key, a
+count of 0), which the published code scores or stops at, is a `UsageError`.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,11 +17,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from stagevar.class_names import class_name, color_name
 from stagevar.errors import UsageError
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
+#: GenEval's tags and nano's own, whose prompts are judged by the same rules.
+KNOWN_TAGS = (*TAGS, "texture")
+_CLAUSE_KEYS = ("class", "count", "color", "position", "texture")
 
 
 @dataclass(frozen=True)
@@ -60,9 +66,10 @@ def judge(
     `max_per_class` best are kept, and of those only the `count` best are asked for colour and position; an equal score
     goes to the later detection, as in the published order. `max_overlap` below 1 turns on the published optional NMS.
 
-    Raises UsageError for metadata or detections that the rules cannot read.
+    Raises UsageError for metadata or detections that the rules cannot read, and for options outside their range.
     """
     check_metadata(metadata)
+    check_rules(threshold, counting_threshold, max_per_class, position_margin, max_overlap)
     floor = counting_threshold if metadata["tag"] == "counting" else threshold
     objects = _kept(detections, floor, max_per_class, max_overlap)
     failures: list[str] = []
@@ -73,9 +80,10 @@ def judge(
             failures.append(failure)
         groups.append(None if failure else found)
     for clause in metadata.get("exclude", ()):
-        found_count = len(objects.get(clause["class"], ()))
+        excluded = class_name(clause["class"])
+        found_count = len(objects.get(excluded, ()))
         if found_count >= clause["count"]:
-            failures.append(f"expected {clause['class']}<{clause['count']}, found {found_count}")
+            failures.append(f"expected {excluded}<{clause['count']}, found {found_count}")
     return Verdict(correct=not failures, reason="\n".join(failures))
 
 
@@ -155,22 +163,58 @@ def check_metadata(metadata: Mapping) -> None:
     """Raise UsageError, naming the clause, unless `metadata` is a line that `judge` can follow."""
     if not isinstance(metadata, Mapping):
         raise UsageError(f"GenEval metadata is {metadata!r:.80}: expected an object with tag, include, prompt")
-    if not isinstance(metadata.get("tag"), str):
-        raise UsageError(f"GenEval metadata has tag {metadata.get('tag')!r}: expected one such as {', '.join(TAGS)}")
+    tag = metadata.get("tag")
+    if tag not in KNOWN_TAGS:
+        near = difflib.get_close_matches(str(tag).lower(), KNOWN_TAGS, n=1, cutoff=0.6)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(TAGS)}"
+        raise UsageError(f"GenEval metadata has tag {tag!r:.60}: {hint}")
+    for key in metadata:
+        near = difflib.get_close_matches(str(key).lower(), ("include", "exclude"), n=1, cutoff=0.8)
+        if near and key != near[0]:
+            raise UsageError(f"GenEval metadata: unknown key {key!r:.60}; did you mean {near[0]!r}?")
     for key in ("include", "exclude"):
         clauses = metadata.get(key, ())
         if not isinstance(clauses, (list, tuple)):
             raise UsageError(f"GenEval metadata: {key} is {clauses!r:.80}, expected a list of clauses")
         for index, clause in enumerate(clauses):
             _check_clause(clause, f"{key}[{index}]", groups_before=index if key == "include" else 0)
+    if not metadata.get("include"):
+        raise UsageError("GenEval metadata has no clause under 'include': there is nothing to judge")
+
+
+def check_rules(
+    threshold: float, counting_threshold: float, max_per_class: int, position_margin: float, max_overlap: float
+) -> None:
+    """Raise UsageError, naming the rule, unless the options of `judge` are in their ranges."""
+    shares = {
+        "threshold": threshold,
+        "counting_threshold": counting_threshold,
+        "position_margin": position_margin,
+        "max_overlap": max_overlap,
+    }
+    for name, value in shares.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise UsageError(f"{name} {value!r:.40}: expected a number from 0 to 1")
+    if isinstance(max_per_class, bool) or not isinstance(max_per_class, int) or max_per_class < 1:
+        raise UsageError(f"max_per_class {max_per_class!r:.40}: expected a whole number of at least 1")
 
 
 def _check_clause(clause: Mapping, where: str, groups_before: int) -> None:
-    if not isinstance(clause, Mapping) or not isinstance(clause.get("class"), str):
+    if not isinstance(clause, Mapping) or not isinstance(clause.get("class"), str) or not clause["class"].strip():
         raise UsageError(f"GenEval metadata: {where} is {clause!r:.80}, expected an object with class and count")
+    for key in clause:
+        if key not in _CLAUSE_KEYS:
+            near = difflib.get_close_matches(str(key).lower(), _CLAUSE_KEYS, n=1, cutoff=0.6)
+            hint = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(_CLAUSE_KEYS)}"
+            raise UsageError(f"GenEval metadata: {where} has unknown key {key!r:.60}; {hint}")
     count = clause.get("count")
-    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-        raise UsageError(f"GenEval metadata: {where} has count {count!r}, expected a whole number of objects")
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise UsageError(
+            f"GenEval metadata: {where} has count {count!r}, expected a whole number of objects, 1 or more"
+        )
+    for key in ("color", "texture"):
+        if key in clause and not (isinstance(clause[key], str) and clause[key].strip()):
+            raise UsageError(f"GenEval metadata: {where} has {key} {clause[key]!r:.40}, expected a name")
     if "position" not in clause:
         return
     position = clause["position"]
@@ -199,16 +243,16 @@ def _kept(
                 f"detection of {detection.class_name!r} has score {detection.score} and box "
                 f"{detection.box_xyxy}: expected finite numbers, four for the box"
             )
-        by_class.setdefault(detection.class_name, []).append(detection)
+        by_class.setdefault(class_name(detection.class_name), []).append(detection)
     kept = {}
-    for class_name, found in by_class.items():
+    for name, found in by_class.items():
         # Ascending and stable, then reversed: this is where equal scores end up later-first.
         ordered = sorted(found, key=lambda detection: detection.score)[::-1]
         survivors = [detection for detection in ordered if detection.score > floor][:max_per_class]
         if max_overlap != 1:
             survivors = _suppress(survivors, max_overlap)
         if survivors:
-            kept[class_name] = survivors
+            kept[name] = survivors
     return kept
 
 
@@ -237,10 +281,10 @@ def _judge_include(
     position_margin: float,
 ) -> tuple[str, list[Detection]]:
     """(why the clause fails or "", the objects it matched)."""
-    class_name, count = clause["class"], clause["count"]
-    found = objects.get(class_name, [])[:count]
+    name, count = class_name(clause["class"]), clause["count"]
+    found = objects.get(name, [])[:count]
     if len(found) < count:
-        return f"expected {class_name}>={count}, found {len(found)}", found
+        return f"expected {name}>={count}, found {len(found)}", found
     for attribute, order in (("color", COLORS), ("texture", ())):
         if attribute in clause:
             failure = _judge_attribute(clause, attribute, order, found)
@@ -249,21 +293,21 @@ def _judge_include(
     if "position" in clause:
         relation, target = clause["position"]
         if groups[target] is None:
-            return f"no target for {class_name} to be {relation}", found
+            return f"no target for {name} to be {relation}", found
         for detection in found:
             for anchor in groups[target]:
                 true_relations = relations(detection.box_xyxy, anchor.box_xyxy, position_margin=position_margin)
                 if relation not in true_relations:
                     seen = " and ".join(true_relations)
-                    return f"expected {class_name} {relation} target, found {seen} target", found
+                    return f"expected {name} {relation} target, found {seen} target", found
     return "", found
 
 
 def _judge_attribute(clause: Mapping, attribute: str, order: Sequence[str], found: Sequence[Detection]) -> str:
-    wanted, count = clause[attribute], clause["count"]
-    seen = [getattr(detection, attribute) or "unclassified" for detection in found]
+    wanted, count = color_name(clause[attribute]), clause["count"]
+    seen = [color_name(getattr(detection, attribute) or "unclassified") for detection in found]
     if seen.count(wanted) >= count:
         return ""
     names = [name for name in order if name in seen] + sorted(set(seen) - set(order))
     tally = ", ".join(f"{seen.count(name)} {name}" for name in names)
-    return f"expected {wanted} {clause['class']}>={count}, found {seen.count(wanted)} {wanted}; and {tally}"
+    return f"expected {wanted} {class_name(clause['class'])}>={count}, found {seen.count(wanted)} {wanted}; and {tally}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -153,6 +154,127 @@ def test_a_file_that_is_not_there_is_refused(tmp_path):
         read_detections(tmp_path / "none.json")
     with pytest.raises(UsageError, match="line 2"):
         read_metadata(write(tmp_path, json.dumps(METADATA) + "\n{}\n"))
+
+
+def image(metadata, *detections, name="a.png"):
+    return {"name": name, "metadata": metadata, "detections": list(detections)}
+
+
+def asks(label, **extra):
+    return {"tag": "single_object", "include": [{"class": label, "count": 1, **extra}], "prompt": "p"}
+
+
+def score(tmp_path, *images):
+    return score_detections(read_detections(write(tmp_path, list(images)))).summary.overall
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ("computer keyboard", "keyboard"),
+        ("dog", "Dog"),
+        ("TV Remote", "remote"),
+        ("stop sign", "stop_sign"),
+        ("potted plant", "pottedplant"),
+        ("couch", " Sofa "),
+        ("keyboard", "computer keyboard"),
+        ("motorcycle", "MOTORBIKE"),
+        ("wine glass", "wine-glass"),
+        ("circle", "Circle"),
+    ],
+)
+def test_classes_are_matched_by_alias_and_case(tmp_path, asked, found):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert score(tmp_path, image(asks(asked), DOG | {"class": found})) == 1.0
+        counted = asks(asked) | {"tag": "counting", "exclude": [{"class": asked, "count": 2}]}
+        assert score(tmp_path, image(counted, *[DOG | {"class": found, "score": 0.95}] * 2)) == 0.0
+
+
+@pytest.mark.parametrize(("asked", "found"), [("red", "Red"), ("Red", "red"), ("WHITE", " white")])
+def test_colors_are_matched_by_case(tmp_path, asked, found):
+    assert score(tmp_path, image(asks("dog", color=asked), DOG | {"color": found})) == 1.0
+
+
+def test_names_that_nobody_knows_are_said(tmp_path):
+    with pytest.warns(UserWarning) as said:
+        score(
+            tmp_path,
+            image(asks("computer keybord", color="gold"), DOG | {"class": "computer keyboard"}),
+            image(asks("dog"), DOG | {"class": "doge", "color": "crimson"}, CAT, name="b.png"),
+        )
+    assert [str(warning.message) for warning in said] == [
+        "class 'doge' of 1 detections is in no prompt; did you mean 'dog'?",
+        "class 'computer keybord' that prompts ask for is in no detection; did you mean 'computer keyboard'?",
+        "color 'crimson' of 1 detections is in no prompt",
+        "color 'gold' that prompts ask for is in no detection",
+    ]
+
+
+COUNTING = {"tag": "counting", "include": [{"class": "dog", "count": 2}], "prompt": "two dogs"}
+
+
+@pytest.mark.parametrize(
+    ("images", "named"),
+    [
+        ([image({"tag": "counting", "prompt": "three dogs"})], "nothing to judge"),
+        ([image({"tag": "counting", "include": [], "prompt": "three dogs"})], "nothing to judge"),
+        (
+            [image({"tag": "counting", "includes": COUNTING["include"]})],
+            "unknown key 'includes'; did you mean 'include'",
+        ),
+        ([image(COUNTING | {"excluded": []})], "did you mean 'exclude'"),
+        ([image(COUNTING | {"tag": "Counting"})], "tag 'Counting': did you mean 'counting'"),
+        ([image(COUNTING | {"tag": "objects"})], "tag 'objects'"),
+        ([image(asks("dog", colour="red"))], "unknown key 'colour'; did you mean 'color'"),
+        ([image(asks("dog", count=0))], "count 0"),
+        ([image(asks("dog", color=""))], "color ''"),
+        ([image(asks("dog"), DOG | {"score": 97})], "score 97, expected 0 to 1"),
+        ([image(asks("dog"), DOG | {"score": -0.1})], "score -0.1"),
+        ([image(asks("dog"), DOG | {"box": [100, 100, 50, 50]})], "box_xywh"),
+        ([image(asks("dog"), DOG), image(asks("dog"), DOG)], r"image a\.png is there twice"),
+        ('{"a.png": {"detections": []}, "a.png": {"detections": []}}', "twice in one object"),
+        ([image('{"tag": "counting", "tag": "colors"}')], "twice in one object"),
+    ],
+)
+def test_what_does_not_add_up_is_refused(tmp_path, images, named):
+    with pytest.raises(UsageError, match=named):
+        score_detections(read_detections(write(tmp_path, images)))
+
+
+def test_a_probability_that_rounding_put_above_one_is_taken(tmp_path):
+    assert score(tmp_path, image(asks("dog"), DOG | {"score": 1.0000001})) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("rule", "value"),
+    [
+        ("threshold", 30),
+        ("threshold", -1),
+        ("threshold", float("nan")),
+        ("counting_threshold", "0.9"),
+        ("max_overlap", 2),
+        ("max_per_class", 0),
+        ("max_per_class", 1.5),
+        ("position_margin", float("inf")),
+    ],
+)
+def test_rules_outside_of_their_range_are_refused(tmp_path, rule, value):
+    images = read_detections(write(tmp_path, [image(asks("dog"), DOG)]))
+    with pytest.raises(UsageError, match=rule):
+        score_detections(images, **{rule: value})
+
+
+def test_metadata_that_fits_two_lines_or_another_prompt_is_refused(tmp_path):
+    dog, cat = asks("dog"), asks("cat")  # the same caption
+    lines = write(tmp_path, [dog, cat, dog | {"prompt": "q"}], "prompts.json")
+    bare = [{"name": "a", "prompt": "p", "detections": []}]
+    with pytest.raises(UsageError, match="is in the metadata file twice; give the index"):
+        read_detections(write(tmp_path, bare), lines)
+    with pytest.raises(UsageError, match="line 3 of the metadata file has prompt 'q'"):
+        read_detections(write(tmp_path, [bare[0] | {"index": 2}]), lines)
+    with pytest.warns(UserWarning, match=r"2 of 3 lines .* have no image and are not scored; the first: line 2"):
+        read_detections(write(tmp_path, [bare[0] | {"index": 0}]), lines)
 
 
 json_values = st.recursive(

@@ -13,12 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
+from stagevar.class_names import class_name
 from stagevar.errors import UsageError
 from stagevar.geneval import COLORS
 from tests import metric_models
 from tuner.metrics import create
 from tuner.metrics.clip import ClipModel, ColorClassifier
-from tuner.metrics.geneval import GenEval, Mask2Former, coco_name, load_detector, mask_box
+from tuner.metrics.geneval import GenEval, Mask2Former, load_detector, mask_box
 from tuner.metrics.model_files import read_state_dict
 from tuner.metrics.prompt_sets import COCO_CLASSES
 from tuner.metrics.vqa import DpgBench, TransformersVqa, first_word, tile_images
@@ -114,7 +115,7 @@ def test_the_colour_is_the_argmax_over_ten_averaged_sentences(clip_name, picture
 
 
 def test_detectors_words_become_genevals():
-    assert [coco_name(label) for label in ("Mouse", "tvmonitor", "sofa", "hair drier", "stop_sign", "zebra")] == [
+    assert [class_name(label) for label in ("Mouse", "tvmonitor", "sofa", "hair drier", "stop_sign", "zebra")] == [
         "computer mouse",
         "tv",
         "couch",

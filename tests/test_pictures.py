@@ -26,7 +26,9 @@ def test_16_bit_gray_is_the_same_picture_in_8_bits(tmp_path):
 
 
 def test_16_bit_color_is_the_same_picture_in_8_bits(tmp_path):
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in np.repeat(GRAY_HW[..., None].astype(int), 3, -1) * 257)
+    rows = b"".join(
+        b"\0" + row.astype(">u2").tobytes() for row in np.repeat(GRAY_HW[..., None].astype(int), 3, -1) * 257
+    )
     write_png(tmp_path / "wide.png", struct.pack(">IIBBBBB", 16, 16, 16, 2, 0, 0, 0), rows)
     assert np.array_equal(read_picture(tmp_path / "wide.png"), np.stack([GRAY_HW] * 3, axis=-1))
 

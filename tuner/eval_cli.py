@@ -16,7 +16,7 @@ from importlib import metadata as package_metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
-from stagevar.console import report_errors
+from stagevar.console import finite_number, positive_int, report_errors
 from stagevar.errors import UsageError
 from stagevar.files import check_output
 
@@ -93,11 +93,13 @@ def _build_parser() -> argparse.ArgumentParser:
     geneval = _add(verbs, "geneval", "GenEval's official verdicts and score from given detections", _DETECTIONS_HELP)
     geneval.add_argument("--detections", required=True, metavar="FILE.json", help="what a detector found, per image")
     geneval.add_argument("--metadata", metavar="FILE.jsonl", help="evaluation_metadata.jsonl, if entries carry none")
-    geneval.add_argument("--threshold", type=float, default=0.3, help="scores must be above it (default %(default)s)")
-    geneval.add_argument("--counting-threshold", type=float, default=0.9, help="for tag counting (%(default)s)")
-    geneval.add_argument("--max-per-class", type=int, default=16, help="best detections kept (%(default)s)")
-    geneval.add_argument("--position-margin", type=float, default=0.1, help="share of the sizes (%(default)s)")
-    geneval.add_argument("--max-overlap", type=float, default=1.0, help="NMS threshold; 1 is off (%(default)s)")
+    geneval.add_argument(
+        "--threshold", type=finite_number, default=0.3, help="scores must be above it (default %(default)s)"
+    )
+    geneval.add_argument("--counting-threshold", type=finite_number, default=0.9, help="for tag counting (%(default)s)")
+    geneval.add_argument("--max-per-class", type=positive_int, default=16, help="best detections kept (%(default)s)")
+    geneval.add_argument("--position-margin", type=finite_number, default=0.1, help="share of the sizes (%(default)s)")
+    geneval.add_argument("--max-overlap", type=finite_number, default=1.0, help="NMS threshold; 1 is off (%(default)s)")
     geneval.set_defaults(run=_run_geneval)
 
     dpg = _add(verbs, "dpg", "DPG-Bench's score from given answers, as published and corrected", _ANSWERS_HELP)

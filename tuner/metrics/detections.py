@@ -6,16 +6,21 @@ whatever it cannot place for certain is a UsageError that names the image and th
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stagevar.class_names import class_name, color_name
 from stagevar.errors import UsageError
 from stagevar.geneval import COLORS, Detection, Summary, Verdict, check_metadata, classify_color, judge, summarise
-from stagevar.text_files import read_json_values
+from stagevar.text_files import parse_json, read_json_values
 from tuner.metrics.base import Prompt
+from tuner.metrics.prompt_sets import COCO_CLASSES
 
 _NAME_KEYS = ("name", "filename", "file_name", "image", "image_id", "id", "path")
 _CLASS_KEYS = ("class", "class_name", "label", "category", "name")
@@ -23,6 +28,8 @@ _SCORE_KEYS = ("score", "confidence", "conf", "prob", "probability")
 _BOX_KEYS = ("box", "box_xyxy", "bbox", "xyxy", "bbox_xyxy")
 _XYWH_KEYS = ("box_xywh", "xywh", "bbox_xywh")
 _COLOR_KEYS = ("color", "colour")
+#: How far above 1 a probability in single precision may come out.
+_ROUNDING = 1e-6
 _COLOR_SCORE_KEYS = ("color_scores", "colour_scores", "color_probs", "colour_probs", "color_logits", "colour_logits")
 
 
@@ -48,13 +55,18 @@ def read_detections(path: str | Path, metadata_path: str | Path | None = None) -
     """The images of a detections file, in file order.
 
     `metadata_path` is GenEval's `evaluation_metadata.jsonl`, for files whose entries carry none: they are matched by
-    `index` (line number from 0), else by `prompt`, else by the five-digit folder in the image's name.
-    Raises UsageError for what cannot be read.
+    `index` (line number from 0), else by `prompt`, else by the five-digit folder in the image's name. Warns of its prompts
+    that no image belongs to.
+    Raises UsageError for what cannot be read, and for an image that is there twice.
     """
     prompts = None if metadata_path is None else read_metadata(metadata_path)
-    images = []
+    images: list[DetectedImage] = []
+    names: set[str] = set()
     for position, (key, entry) in enumerate(_entries(Path(path))):
         name = str(key if key is not None else _first(entry, _NAME_KEYS, default=f"image {position}"))
+        if name in names:
+            raise UsageError(f"{path}: image {name:.80} is there twice; name every image once")
+        names.add(name)
         metadata = _metadata(name, entry, prompts)
         try:
             check_metadata(metadata)
@@ -63,6 +75,14 @@ def read_detections(path: str | Path, metadata_path: str | Path | None = None) -
             raise UsageError(f"{path}, {name}: {error}") from None
     if not images:
         raise UsageError(f"{path}: no images in it; expected a list of objects with metadata and detections")
+    if prompts is not None:
+        used = {json.dumps(image.metadata) for image in images}
+        unused = [number for number, line in enumerate(prompts, start=1) if json.dumps(line) not in used]
+        if unused:
+            warnings.warn(
+                f"{len(unused)} of {len(prompts)} lines of {metadata_path} have no image and are not scored; the first: "
+                f"line {unused[0]}"
+            )
     return images
 
 
@@ -81,7 +101,11 @@ def read_metadata(path: str | Path) -> list[Mapping[str, Any]]:
 
 
 def score_detections(images: Sequence[DetectedImage], **rules: float) -> GenEvalReport:
-    """Judge every image by the official rules; `rules` are the keyword options of `stagevar.geneval.judge`."""
+    """Judge every image by the official rules; `rules` are the keyword options of `stagevar.geneval.judge`.
+
+    Warns of classes and colors that prompts and detections do not share and that GenEval does not know.
+    """
+    _name_strangers(images)
     verdicts = []
     for image in images:
         try:
@@ -93,6 +117,30 @@ def score_detections(images: Sequence[DetectedImage], **rules: float) -> GenEval
         for image, verdict in zip(images, verdicts, strict=True)
     ]
     return GenEvalReport(tuple(images), tuple(verdicts), summarise(rows))
+
+
+def _name_strangers(images: Sequence[DetectedImage]) -> None:
+    """Warn of names that no other side has: most likely another spelling, scored as absent."""
+    clauses = [clause for image in images for key in ("include", "exclude") for clause in image.metadata.get(key, ())]
+    found = [detection for image in images for detection in image.detections]
+    asked_classes = {class_name(clause["class"]) for clause in clauses}
+    found_classes = Counter(class_name(detection.class_name) for detection in found)
+    asked_colors = {color_name(clause["color"]) for clause in clauses if "color" in clause}
+    found_colors = Counter(color_name(detection.color) for detection in found if detection.color)
+    for what, asked, seen, known in (
+        ("class", asked_classes, found_classes, COCO_CLASSES),
+        ("color", asked_colors, found_colors, COLORS),
+    ):
+        for name in sorted(set(seen) - asked - set(known)):
+            _warn(f"{what} {name!r:.60} of {seen[name]} detections is in no prompt", name, [*asked, *known])
+        if seen:
+            for name in sorted(asked - set(seen) - set(known)):
+                _warn(f"{what} {name!r:.60} that prompts ask for is in no detection", name, [*seen, *known])
+
+
+def _warn(message: str, name: str, others: Iterable[str]) -> None:
+    near = difflib.get_close_matches(name, sorted(set(others)), n=1, cutoff=0.6)
+    warnings.warn(message + (f"; did you mean {near[0]!r}?" if near else ""))
 
 
 def geneval_metadata(metric: str, prompt: Prompt) -> Mapping[str, Any]:
@@ -144,10 +192,7 @@ def _entries(path: Path) -> Iterator[tuple[str | None, Mapping[str, Any]]]:
 def _metadata(name: str, entry: Mapping[str, Any], prompts: Sequence[Mapping[str, Any]] | None) -> Mapping[str, Any]:
     metadata = entry.get("metadata", entry if "tag" in entry or "include" in entry else None)
     if isinstance(metadata, str):  # the official results file keeps it as a JSON string
-        try:
-            metadata = json.loads(metadata)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{name}: metadata is a string that is not JSON ({error})") from None
+        metadata = parse_json(metadata, f"{name}: metadata")
     if metadata is entry:
         metadata = {key: entry[key] for key in ("tag", "include", "exclude", "prompt") if key in entry}
     if metadata is not None:
@@ -156,14 +201,21 @@ def _metadata(name: str, entry: Mapping[str, Any], prompts: Sequence[Mapping[str
         raise UsageError(f"{name}: has no metadata; add it, or pass the prompts' file with --metadata")
     if isinstance(entry.get("index"), int):
         index = entry["index"]
-        if 0 <= index < len(prompts):
-            return prompts[index]
-        raise UsageError(f"{name}: index {index} is outside the {len(prompts)} lines of the metadata file")
+        if not 0 <= index < len(prompts):
+            raise UsageError(f"{name}: index {index} is outside the {len(prompts)} lines of the metadata file")
+        if entry.get("prompt", prompts[index].get("prompt")) != prompts[index].get("prompt"):
+            raise UsageError(
+                f"{name}: line {index + 1} of the metadata file has prompt {prompts[index].get('prompt')!r:.60}, the image "
+                f"{entry['prompt']!r:.60}; index counts from 0"
+            )
+        return prompts[index]
     if "prompt" in entry:
         matches = [line for line in prompts if line.get("prompt") == entry["prompt"]]
-        if matches:
-            return matches[0]
-        raise UsageError(f"{name}: prompt {entry['prompt']!r} is not in the metadata file")
+        if not matches:
+            raise UsageError(f"{name}: prompt {entry['prompt']!r:.80} is not in the metadata file")
+        if any(line != matches[0] for line in matches):
+            raise UsageError(f"{name}: prompt {entry['prompt']!r:.80} is in the metadata file twice; give the index")
+        return matches[0]
     folders = [part for part in Path(name).parts if part.isdigit() and len(part) == 5]
     if folders and int(folders[0]) < len(prompts):
         return prompts[int(folders[0])]
@@ -173,24 +225,21 @@ def _metadata(name: str, entry: Mapping[str, Any], prompts: Sequence[Mapping[str
 def _detections(entry: Mapping[str, Any]) -> Iterator[Detection]:
     if "details" in entry and "detections" not in entry:
         details = entry["details"]
-        try:
-            details = json.loads(details) if isinstance(details, str) else details
-        except json.JSONDecodeError as error:
-            raise UsageError(f"details is a string that is not JSON ({error})") from None
+        details = parse_json(details, "details") if isinstance(details, str) else details
         # The official results file lists them best first, equal scores later-first; reversed, the rules see them as
         # the detector gave them.
-        for class_name, rows in _by_class("details", details):
+        for label, rows in _by_class("details", details):
             for row in reversed(rows):
-                yield _detection({"box": row}, class_name)
+                yield _detection({"box": row}, label)
         return
     found = entry.get("detections", entry.get("objects"))
     if isinstance(found, list):
         for row in found:
             yield _detection(row, None)
         return
-    for class_name, rows in _by_class("detections", found):
+    for label, rows in _by_class("detections", found):
         for row in rows:
-            yield _detection(row if isinstance(row, Mapping) else {"box": row}, class_name)
+            yield _detection(row if isinstance(row, Mapping) else {"box": row}, label)
 
 
 def _by_class(key: str, found: Any) -> list[tuple[str, list[Any]]]:
@@ -199,56 +248,65 @@ def _by_class(key: str, found: Any) -> list[tuple[str, list[Any]]]:
     return list(found.items())
 
 
-def _detection(row: Any, class_name: str | None) -> Detection:
+def _detection(row: Any, given_class: str | None) -> Detection:
     if not isinstance(row, Mapping):
         raise UsageError(f"detection {row!r:.60} is not an object with class, score and box")
-    class_name = _first(row, _CLASS_KEYS, default=None) if class_name is None else class_name
-    if not isinstance(class_name, str):
+    label = _first(row, _CLASS_KEYS, default=None) if given_class is None else given_class
+    if not isinstance(label, str) or not label.strip():
         raise UsageError(f"detection {dict(row)!r:.60} has no class name")
-    box = [_number(value, class_name, "box") for value in _box(row, class_name)]
+    box = [_number(value, label, "box") for value in _box(row, label)]
     score = _first(row, _SCORE_KEYS, default=None)
     if score is None and len(box) == 5:
         score = box[4]
     color = _first(row, _COLOR_KEYS, default=None)
     color_scores = _first(row, _COLOR_SCORE_KEYS, default=None)
     if color is None and color_scores is not None:
-        color = _color_from_scores(color_scores, class_name)
+        color = _color_from_scores(color_scores, label)
     texture = row.get("texture")
     for key, value in (("color", color), ("texture", texture)):
         if value is not None and not isinstance(value, str):
-            raise UsageError(f"detection of {class_name!r} has {key} {value!r}, expected a name")
-    return Detection(class_name, _number(score, class_name, "score"), tuple(box[:4]), color, texture)
+            raise UsageError(f"detection of {label!r} has {key} {value!r}, expected a name")
+    x0, y0, x1, y1 = box[:4]
+    if x1 < x0 or y1 < y0:
+        raise UsageError(
+            f"detection of {label!r} has box {box[:4]}, whose second corner is left of or above the first; corner and "
+            "size are box_xywh"
+        )
+    score = _number(score, label, "score")
+    if not 0 <= score <= 1 + _ROUNDING:
+        raise UsageError(f"detection of {label!r} has score {score:g}, expected 0 to 1 (per cent: divide by 100)")
+    return Detection(label, score, (x0, y0, x1, y1), color, texture)
 
 
-def _box(row: Mapping[str, Any], class_name: str) -> list[Any]:
+def _box(row: Mapping[str, Any], label: str) -> list[Any]:
     box = _first(row, _BOX_KEYS, default=None)
     if isinstance(box, list) and len(box) in (4, 5):
         return box
     box_xywh = _first(row, _XYWH_KEYS, default=None)
     if box is None and isinstance(box_xywh, list) and len(box_xywh) == 4:
-        x, y, width, height = (_number(value, class_name, "box") for value in box_xywh)
+        x, y, width, height = (_number(value, label, "box") for value in box_xywh)
         return [x, y, x + width, y + height]
-    raise UsageError(f"detection of {class_name!r} has box {box!r:.60}, expected [x0, y0, x1, y1]")
+    raise UsageError(f"detection of {label!r} has box {box!r:.60}, expected [x0, y0, x1, y1]")
 
 
-def _color_from_scores(scores: Any, class_name: str) -> str:
+def _color_from_scores(scores: Any, label: str) -> str:
     if isinstance(scores, Mapping):
         unknown = sorted(set(scores) - set(COLORS))
         if unknown:
-            raise UsageError(f"detection of {class_name!r} scores colour {unknown[0]!r}, expected {', '.join(COLORS)}")
+            raise UsageError(f"detection of {label!r} scores colour {unknown[0]!r}, expected {', '.join(COLORS)}")
         scores = [scores.get(color, float("-inf")) for color in COLORS]
     elif not isinstance(scores, list):
-        raise UsageError(f"detection of {class_name!r} has colour scores {scores!r:.60}, expected ten numbers")
-    return classify_color([_number(value, class_name, "colour score") for value in scores])
+        raise UsageError(f"detection of {label!r} has colour scores {scores!r:.60}, expected ten numbers")
+    return classify_color([_number(value, label, "colour score") for value in scores])
 
 
-def _number(value: Any, class_name: str, what: str) -> float:
+def _number(value: Any, label: str, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise UsageError(f"detection of {class_name!r} has {what} {value!r:.40}, expected a number")
+        raise UsageError(f"detection of {label!r} has {what} {value!r:.40}, expected a number")
     try:
         return float(value)
     except OverflowError:
-        raise UsageError(f"detection of {class_name!r} has a {what} beyond floating point") from None
+        raise UsageError(f"detection of {label!r} has a {what} beyond floating point") from None
 
 
 def _first(row: Mapping[str, Any], keys: Sequence[str], *, default: Any) -> Any:

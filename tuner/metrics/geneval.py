@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from stagevar.class_names import class_name
 from stagevar.errors import UsageError
 from stagevar.geneval import Detection, check_metadata, judge
 from tuner.metrics.base import BenchmarkMetric, Prompt
@@ -21,23 +23,6 @@ DETECTORS = {
     "mask2former": "facebook/mask2former-swin-small-coco-instance",  # the official detector's architecture and data
     "rtdetr": "PekingU/rtdetr_r50vd",
     "owlv2": "google/owlv2-base-patch16-ensemble",
-}
-
-# What detectors call the classes that GenEval names otherwise.
-_COCO_ALIASES = {
-    "mouse": "computer mouse",
-    "remote": "tv remote",
-    "keyboard": "computer keyboard",
-    "tvmonitor": "tv",
-    "television": "tv",
-    "sofa": "couch",
-    "pottedplant": "potted plant",
-    "diningtable": "dining table",
-    "motorbike": "motorcycle",
-    "aeroplane": "airplane",
-    "hair dryer": "hair drier",
-    "cellphone": "cell phone",
-    "doughnut": "donut",
 }
 
 
@@ -113,18 +98,18 @@ class GenEval(BenchmarkMetric):
         return results
 
     def _colored(self, image: Image.Image, prompt: Mapping[str, Any], found: list[Found]) -> list[Detection]:
-        wanted = {clause["class"] for clause in prompt.get("include", ()) if "color" in clause}
+        wanted = {class_name(clause["class"]) for clause in prompt.get("include", ()) if "color" in clause}
         colors: dict[int, str] = {}
-        for class_name in sorted(wanted):
+        for name in sorted(wanted):
             indices = [
-                index for index, item in enumerate(found) if item.class_name == class_name and item.color is None
+                index for index, item in enumerate(found) if class_name(item.class_name) == name and item.color is None
             ]
             if not indices:
                 continue
             masks = [found[index].mask_HW for index in indices]
             named = self.color_classifier(
                 image,
-                class_name,
+                name,
                 [found[index].box_xyxy for index in indices],
                 None if masks[0] is None else masks,
             )
@@ -138,6 +123,11 @@ class GenEval(BenchmarkMetric):
         metadata = [geneval_metadata(self.name, prompt) for prompt in prompts]
         for line in metadata:
             check_metadata(line)
+        asked = {class_name(clause["class"]) for line in metadata for clause in line["include"]}
+        for name in sorted(asked - set(COCO_CLASSES)):
+            warnings.warn(
+                f"class {name!r:.60} that a prompt asks for is none of COCO's 80: a COCO detector never finds it"
+            )
         pictures = [Image.fromarray(image) for image in images_uint8_BHW3]
         rows = []
         for line, found in zip(metadata, self.detections(pictures, metadata), strict=True):
@@ -196,7 +186,7 @@ class _TransformersDetector:
 
     def _names(self) -> dict[int, str]:
         """GenEval's names by label id; labels outside COCO's 80 are left out."""
-        names = {int(label): coco_name(text) for label, text in self.model.config.id2label.items()}
+        names = {int(label): class_name(text) for label, text in self.model.config.id2label.items()}
         missing = sorted(set(COCO_CLASSES) - set(names.values()))
         if missing:
             raise UsageError(
@@ -315,12 +305,6 @@ class Owlv2(_TransformersDetector):
                 ]
             )
         return results
-
-
-def coco_name(label: str) -> str:
-    """GenEval's wording of a detector's class label; unknown labels come back as they are, in lower case."""
-    name = label.strip().lower().replace("_", " ")
-    return _COCO_ALIASES.get(name, name)
 
 
 def mask_box(mask_HW: np.ndarray) -> tuple[float, float, float, float]:
