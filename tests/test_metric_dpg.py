@@ -213,6 +213,56 @@ def test_unreadable_files_are_refused_with_their_line(tmp_path, text, named):
         read_answers(path)
 
 
+def read(tmp_path, *cells, column="answer"):
+    path = tmp_path / "answers.csv"
+    path.write_text(f"item_id,proposition_id,tile,{column}\n" + "".join(f"a,{i},0,{c}\n" for i, c in enumerate(cells)))
+    return list(read_answers(path)[1].values())
+
+
+@pytest.mark.parametrize("column", ["answer", "score"])
+@pytest.mark.parametrize(
+    ("cells", "named"),
+    [
+        (("0.9", "0.2"), "line 2: '0.9' is neither an answer nor 0 or 1"),
+        (("1", "0.5"), "line 3: '0.5'"),
+        (("0", "2"), "line 3: '2'"),
+        (("97%", "3%"), "line 2: '97%'"),
+        (("yes", "0.7"), "line 3: '0.7'"),
+        (("yes", "1"), "line 3: '1' among answers in words"),
+        (("no", "nan"), "line 3: 'nan'"),
+        (("yes", "  "), "line 3: the answer is empty"),
+    ],
+)
+def test_numbers_where_yes_or_no_belongs_are_refused(tmp_path, column, cells, named):
+    with pytest.raises(UsageError, match=named):
+        read(tmp_path, *cells, column=column)
+
+
+@pytest.mark.parametrize("cells", [("1", "0"), ("1.0", "0.00"), ("TRUE", "False"), ("true", " 0"), ("1", "false")])
+def test_columns_of_zero_and_one_are_scores(tmp_path, cells):
+    assert read(tmp_path, *cells) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("cells", "said"),
+    [
+        (("Yes", "Yes."), "2 of 2 answers begin with yes but are not exactly 'yes'.* 'Yes' in line 2"),
+        (("yes ", "yes"), "1 of 2 answers .* 'yes ' in line 2"),
+        (("no", '"yes, it is"'), "1 of 2 answers .* in line 3"),
+        (("maybe", "unclear"), "no answer is yes or no, so all count as no; the first: 'maybe'"),
+    ],
+)
+def test_words_that_count_as_no_against_their_looks_are_said(tmp_path, cells, said):
+    with pytest.warns(UserWarning, match=said):
+        assert read(tmp_path, *cells) == [float(cell == "yes") for cell in cells]
+
+
+def test_items_without_all_their_tiles_are_said(tmp_path):
+    (tmp_path / "a.csv").write_text("item_id,proposition_id,tile,answer\na,1,0,yes\na,1,1,no\nb,1,0,yes\n")
+    with pytest.warns(UserWarning, match="1 of 2 items have answers on fewer than 2 tiles; the first: b"):
+        read_answers(tmp_path / "a.csv")
+
+
 cells = st.one_of(
     st.sampled_from(["a", "b", "1", "2", "0", "1,2", "yes", "no", "", "TL", "1e400", "nan", '"', "\x00"]),
     st.text(max_size=4),

@@ -15,6 +15,7 @@ counts; category scores use the last tile only, before dependencies act.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -216,6 +217,7 @@ def read_answers(path: str | Path, questions_path: str | Path | None = None) -> 
         raise UsageError(f"{path}: no answer column; expected answer (one row per tile) or answer_0, answer_1, ...")
     questions: dict[tuple[str, int], Question] = {}
     raw: dict[tuple[str, int, int], str] = {}
+    lines: dict[tuple[str, int, int], int] = {}
     for number, row in table.rows:
         question = _question(path, number, row, columns)
         identity = (question.item_id, question.proposition_id)
@@ -226,24 +228,41 @@ def read_answers(path: str | Path, questions_path: str | Path | None = None) -> 
                 "dependency or tuple than on an earlier line"
             )
         if wide:
-            cells = [(tile, row[name]) for tile, name in sorted(wide.items()) if row[name] != ""]
+            cells = [(tile, row[name]) for tile, name in sorted(wide.items()) if row[name].strip()]
         else:
             cells = [(_tile(path, number, row, columns, raw, identity), row[value_column])]
         for tile, value in cells:
-            if value == "":
+            if not value.strip():
                 raise UsageError(f"{path} line {number}: the answer is empty")
+            lines.setdefault((*identity, tile), number)
             if raw.setdefault((*identity, tile), value) != value:
                 raise UsageError(
                     f"{path} line {number}: a second, different answer to item {identity[0]}, "
                     f"proposition {identity[1]}, tile {tile}"
                 )
+    if not raw:
+        raise UsageError(f"{path}: every answer is empty")
+    values = _values(path, raw, lines)
+    _warn_of_uneven_tiles(path, values)
     if questions_path is not None:
         asked = read_questions(questions_path)
         unknown = sorted(set(questions) - {(question.item_id, question.proposition_id) for question in asked})
         if unknown:
             raise UsageError(f"{path}: item {unknown[0][0]}, proposition {unknown[0][1]} is not in {questions_path}")
-        return asked, _values(raw)
-    return list(questions.values()), _values(raw)
+        return asked, values
+    return list(questions.values()), values
+
+
+def _warn_of_uneven_tiles(path: Path, answers: Answers) -> None:
+    tiles: dict[str, set[int]] = {}
+    for item_id, _, tile in answers:
+        tiles.setdefault(item_id, set()).add(tile)
+    usual = max(map(len, tiles.values()))
+    fewer = [item_id for item_id, given in tiles.items() if len(given) < usual]
+    if fewer:
+        warnings.warn(
+            f"{path}: {len(fewer)} of {len(tiles)} items have answers on fewer than {usual} tiles; the first: {fewer[0]:.60}"
+        )
 
 
 class _Columns:
@@ -299,8 +318,49 @@ def _tile(
     return next(tile for tile in range(len(seen) + 1) if (*identity, tile) not in seen)
 
 
-def _values(raw: Mapping[tuple[str, int, int], str]) -> dict[tuple[str, int, int], float]:
-    numeric = {"0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0, "false": 0.0, "true": 1.0}
-    if all(value.lower() in numeric for value in raw.values()):  # a column of scores instead of words
-        return {key: numeric[value.lower()] for key, value in raw.items()}
-    return {key: is_yes(value) for key, value in raw.items()}
+_SCORES = {"0": 0.0, "1": 1.0, "false": 0.0, "true": 1.0}
+
+
+def _values(
+    path: Path, raw: Mapping[tuple[str, int, int], str], lines: Mapping[tuple[str, int, int], int]
+) -> dict[tuple[str, int, int], float]:
+    """1.0 or 0.0 per answer: of a column of words, where only "yes" is yes, or of a column of 0/1 or true/false.
+
+    Warns of words that people read as yes and the published comparison does not. Raises UsageError for other numbers, and
+    for numbers among words.
+    """
+    numbers = {key: number for key, cell in raw.items() if (number := _score(cell)) is not None}
+    for key, number in numbers.items():
+        if number not in (0.0, 1.0):
+            raise UsageError(
+                f"{path} line {lines[key]}: {raw[key].strip()!r:.40} is neither an answer nor 0 or 1; DPG-Bench counts yes or "
+                "no, decide it before"
+            )
+    if len(numbers) == len(raw):
+        return numbers
+    if numbers:
+        key = next(iter(numbers))
+        raise UsageError(
+            f"{path} line {lines[key]}: {raw[key].strip()!r} among answers in words; use yes and no, or 0 and 1"
+        )
+    almost = [key for key, cell in raw.items() if cell != "yes" and re.match(r"\W*yes\b", cell.casefold())]
+    if almost:
+        warnings.warn(
+            f"{path}: {len(almost)} of {len(raw)} answers begin with yes but are not exactly 'yes', so they count as no, as "
+            f"in the published script; the first: {raw[almost[0]]!r:.40} in line {lines[almost[0]]}"
+        )
+    elif not any(cell.strip().casefold() in ("yes", "no") for cell in raw.values()):
+        cell = next(iter(raw.values()))
+        warnings.warn(f"{path}: no answer is yes or no, so all count as no; the first: {cell!r:.40}")
+    return {key: is_yes(cell) for key, cell in raw.items()}
+
+
+def _score(cell: str) -> float | None:
+    """The number that a cell holds, None for words."""
+    word = cell.strip().casefold()
+    if word in _SCORES:
+        return _SCORES[word]
+    try:
+        return float(word.removesuffix("%").replace(",", "."))
+    except ValueError:
+        return None
