@@ -10,6 +10,7 @@ Importing this module imports no torch; building a ModelEvaluator does.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -209,6 +210,10 @@ class ModelEvaluator:
             self.extra = {n: create(n, device=str(model.device)) for n in floors or {} if n not in quality}
             metrics = {**{name: metric for name, (_, metric) in self.composite.parts.items()}, **self.extra}
             directions = {name: metric.higher_is_better for name, metric in metrics.items()}
+            texts = [text for prompt_set in prompts.values() for text in prompt_set.texts]
+            for name, metric in metrics.items():
+                for remark in metric.remarks(texts) if metric.needs_prompt else ():
+                    warnings.warn(f"{name}: {remark}")
         self.scales_run = self.scales_alone = 0
         self.keep_bytes = keep_bytes
         self._kept: dict[int, Generation] = {}

@@ -82,6 +82,10 @@ class Metric(ABC):
         values = [row["value"] for row in rows]
         return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0}
 
+    def remarks(self, prompts: Sequence[Prompt]) -> list[str]:
+        """What a reader of the figures over these prompts must know, one sentence each, such as that texts were cut."""
+        return []
+
     def describe(self) -> dict[str, Any]:
         """What makes the figure reproducible: model names, file hashes, rules. JSON values only."""
         return {"name": self.name}

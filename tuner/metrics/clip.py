@@ -67,12 +67,32 @@ class ClipModel:
 
     @torch.inference_mode()
     def text_features(self, texts: Sequence[str]) -> torch.Tensor:
-        """Unit features (B, D) on the CPU; texts beyond the context length are cut, as open_clip does."""
+        """Unit features (B, D) on the CPU; texts beyond the context length are cut, as open_clip does, see `is_cut`."""
         parts = []
         for start in range(0, len(texts), self.batch_size):
             tokens = self.tokenizer(list(texts[start : start + self.batch_size]))
             parts.append(self.model.encode_text(tokens.to(self.device), normalize=True).float().cpu())
         return torch.cat(parts)
+
+    def is_cut(self, texts: Sequence[str]) -> list[bool]:
+        """Per text, whether its end is beyond the context length, so that the text tower does not see it."""
+        length = self.tokenizer([""]).shape[1]
+        # Twice the length holds at least one token that would be cut; what fills up short texts is seen on an empty one.
+        padding_T = self.tokenizer([""], context_length=2 * length)[0, length:]
+        return [
+            bool((self.tokenizer([text], context_length=2 * length)[0, length:] != padding_T).any()) for text in texts
+        ]
+
+    def remarks(self, prompts: Sequence[Prompt]) -> list[str]:
+        """How many prompts the text tower cuts, a sentence if there are any."""
+        texts = list(dict.fromkeys(prompt_text(prompt) for prompt in prompts))
+        cut = [text for text, beyond in zip(texts, self.is_cut(texts), strict=True) if beyond]
+        if not cut:
+            return []
+        return [
+            f"{len(cut)} of {len(texts)} prompts are longer than the {self.tokenizer(['']).shape[1]} tokens that the CLIP text "
+            f"tower reads; what is beyond does not count. The first: {cut[0][:60]!r}"
+        ]
 
     def describe(self) -> dict[str, Any]:
         """Model name and a hash of its weights."""
@@ -109,6 +129,9 @@ class ClipScore(Metric):
         image_BD = self.clip.image_features(images_uint8_BHW3)
         text_BD = self.clip.known_text_features([prompt_text(prompt) for prompt in prompts])
         return (100.0 * (image_BD * text_BD).sum(1)).clamp(min=0.0).numpy()
+
+    def remarks(self, prompts: Sequence[Prompt]) -> list[str]:
+        return self.clip.remarks(prompts)
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | self.clip.describe()
@@ -163,6 +186,9 @@ class HumanPreferenceScore(Metric):
         image_BD = self.clip.image_features(images_uint8_BHW3)
         text_BD = self.clip.known_text_features([prompt_text(prompt) for prompt in prompts])
         return (image_BD * text_BD).sum(1).numpy()
+
+    def remarks(self, prompts: Sequence[Prompt]) -> list[str]:
+        return self.clip.remarks(prompts)
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | self.clip.describe()

@@ -94,6 +94,8 @@ def evaluate_folder(
             raise UsageError(f"{name} compares with reference images: pass their folder with --reference")
         if metric.needs_prompt and not images[0].prompt:
             raise UsageError(f"{name} needs prompts: use GenEval's layout or pass --prompts FILE")
+        for remark in metric.remarks([image.prompt for image in images]):
+            warnings.warn(f"{name}: {remark}")
         described = metric.describe()
         if isinstance(metric, SetMetric):
             value = _set_value(metric, images, references, batch_size)
