@@ -39,7 +39,7 @@ from stagevar.latency import Run, Timing, measure, paired_ratio, pinned, time_on
 from stagevar.models.base import LoadedModel
 from stagevar.models.memory import estimate_model
 from stagevar.models.precision import is_product
-from stagevar.models.registry import SPECS, load_model
+from stagevar.models.registry import SPECS, load_model, published
 from stagevar.sampler import Sampler
 from stagevar.schedule import BOTH, ScaleStep, StageSchedule, Steps, preset
 
@@ -75,7 +75,7 @@ def block_bytes(transformer: nn.Module, eight_bit: bool) -> int:
 def parse_schedule(text: str, model: LoadedModel) -> StageSchedule:
     """A preset's schedule, with its precision where one is added. Raises ScheduleError for unknown names."""
     name, _, precision = text.partition("+")
-    return dataclasses.replace(preset(name, model.grids), precision=precision or "model")
+    return dataclasses.replace(preset(name, model.grids, published(model.name)), precision=precision or "model")
 
 
 def prompts_for(model: LoadedModel, batch: int) -> list[str]:

@@ -30,7 +30,7 @@ import torch
 from benchmarks.environment import environment, write_json
 from stagevar.errors import StagevarError
 from stagevar.grids import infinity_grids
-from stagevar.models.registry import find, load_model
+from stagevar.models.registry import find, load_model, published
 from stagevar.schedule import Steps, preset
 from tuner import pareto
 from tuner.budget import Budget
@@ -92,7 +92,7 @@ class Bench:
         """Distinct schedules: the presets, then uniform draws from the space; all accelerated from scale `first` on only."""
         grids, chunks = self.facts.grids, self.facts.chunks
         full = preset("exact", grids).expand(grids, chunks)
-        presets = [preset(n, grids).expand(grids, chunks) for n in self.space.enqueue]
+        presets = [preset(n, grids, published(self.facts.model)).expand(grids, chunks) for n in self.space.enqueue]
         found = {steps_key(s): s for s in presets if s[:first] == full[:first]}
         for steps in draws(self.space, grids, chunks, seed):
             if len(found) >= count:
@@ -352,7 +352,10 @@ def compare(
     runs: list[dict[str, Any]] = []
     schedules: dict[str, Steps] = {}
     grids, chunks = bench.facts.grids, bench.facts.chunks
-    presets = {steps_key(s): s for s in (preset(n, grids).expand(grids, chunks) for n in bench.space.enqueue)}
+    presets = {
+        steps_key(s): s
+        for s in (preset(n, grids, published(bench.facts.model)).expand(grids, chunks) for n in bench.space.enqueue)
+    }
     for seed in range(max(seeds, plot_seeds)):
         due = [name for name in names if seed < (plot_seeds if name in PLOTTED else seeds)]
         for name in due if seed % 2 == 0 else reversed(due):

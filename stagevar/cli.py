@@ -371,7 +371,7 @@ def run_memory(args: argparse.Namespace) -> int:
     """Prints one column per schedule and KV cache; the precision is a GPU's unless given."""
     from stagevar.cache import KV_CACHES
     from stagevar.models.memory import MIB, estimate_model
-    from stagevar.models.registry import model_parts, resolve
+    from stagevar.models.registry import model_parts, published, resolve
     from stagevar.schedule import preset
 
     names = presets(args.compare)
@@ -383,7 +383,9 @@ def run_memory(args: argparse.Namespace) -> int:
     grids = model_parts(resolve(args.model, **options)).grids
     caches = [options.pop("kv_cache")] if "kv_cache" in options else KV_CACHES
     columns = {
-        f"{name}, {cache}": estimate_model(args.model, schedule=preset(name, grids), kv_cache=cache, **options)
+        f"{name}, {cache}": estimate_model(
+            args.model, schedule=preset(name, grids, published(args.model)), kv_cache=cache, **options
+        )
         for name in names
         for cache in caches
     }

@@ -21,6 +21,7 @@ import torch
 from stagevar.errors import UsageError
 from stagevar.latency import Timing, paired_ratio, pinned, time_once, warm_up
 from stagevar.models.base import LoadedModel
+from stagevar.models.registry import published
 from stagevar.sampler import Sampler
 from stagevar.schedule import Steps, preset
 from stagevar.similarity import psnr_db, ssim
@@ -64,7 +65,10 @@ def compare(
     which way. On a CPU also cpu_ratio, the same ratio of processor time, which other processes on the machine hardly change.
     """
     sampler, samplers = Sampler(model), samplers or {}
-    plans = {name: preset(name, model.grids).expand(model.grids, sampler.chunks) for name in (BASELINE, *names)}
+    plans = {
+        name: preset(name, model.grids, published(model.name)).expand(model.grids, sampler.chunks)
+        for name in (BASELINE, *names)
+    }
     plans.update(extra_steps or {})
     texts = bench_prompts(model, prompts) if isinstance(prompts, int) else list(prompts)
     if batch > len(texts):

@@ -20,11 +20,14 @@ import dataclasses
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from stagevar.errors import ScheduleError
 from stagevar.grids import Grid
 from stagevar.ranks import RankTable, rank, ratios_for_energy
+
+if TYPE_CHECKING:
+    from stagevar.published_settings import PublishedSettings
 
 Branch = Literal["cond", "uncond"]
 BOTH: tuple[Branch, ...] = ("cond", "uncond")
@@ -400,30 +403,24 @@ def exact(scales: int) -> StageSchedule:
     return StageSchedule(structure_end=scales)
 
 
-def paper(grids: Sequence[Grid]) -> StageSchedule:
-    """StageVAR's published setting, carried to this model's scales.
+def paper(grids: Sequence[Grid], published: PublishedSettings | None = None) -> StageSchedule:
+    """StageVAR's setting: as published for the model's family at these scales, else carried over to them.
 
-    Accelerated are the scales wider than half the last one (sides 40, 48, 64 of Infinity); null branch only, Gaussian
-    projection per chunk. Where the published table has no rows for the model, its mean ratios are used. STAR at 1024 px
-    (14 scales) has a setting of its own: null branch from side 48, only side 64 reduced, to 5.3 % of its tokens.
+    Carried over, the scales wider than half the last one are accelerated (sides 40, 48, 64 of Infinity): null branch only,
+    Gaussian projection per chunk, the mean ratios of the published table.
     """
+    if published is not None and len(grids) == published.scales:
+        return published.paper
     start = structure_boundary(grids)
-    if len(grids) == 13:
-        return StageSchedule(structure_end=start, semantic_end=min(7, start), cfg_delay=0, energy=0.96)
-    if len(grids) == 14:
-        return StageSchedule(12, semantic_end=7, cfg_delay=0, rank_delay=1, rank_ratios=(0.053,), rope="index")
     return StageSchedule(
         structure_end=start, semantic_end=min(len(grids) // 2, start), cfg_delay=0, rank_ratios=(0.177, 0.157, 0.049)
     )
 
 
-def released(grids: Sequence[Grid]) -> StageSchedule:
-    """The released code's setting: as `paper`, and the last scales (two of 13, one of fewer than ten) are not run.
-
-    On STAR at 1024 px (14 scales) the released code skips nothing.
-    """
-    if len(grids) == 14:
-        return paper(grids)
+def released(grids: Sequence[Grid], published: PublishedSettings | None = None) -> StageSchedule:
+    """The released code's setting: as published, else `paper` without the last scales (two of ten or more, one of fewer)."""
+    if published is not None and len(grids) == published.scales:
+        return published.released
     count = 2 if len(grids) >= 10 else 1
     return dataclasses.replace(paper(grids), skip=tuple(range(len(grids) - count, len(grids))))
 
@@ -477,7 +474,8 @@ def structure_boundary(grids: Sequence[Grid]) -> int:
     return next(s for s, (h, w) in enumerate(grids) if 4 * h * w > final)
 
 
-#: Named schedules: what `bench --compare` and a study's first trials take.
+#: Named schedules carried to any scales: what `bench --compare` and a study's first trials take. `preset` knows besides what
+#: was published for a model's family.
 PRESETS: dict[str, Callable[[Sequence[Grid]], StageSchedule]] = {
     "exact": lambda grids: exact(len(grids)),
     "stagevar-paper": paper,
@@ -494,7 +492,12 @@ PRESETS: dict[str, Callable[[Sequence[Grid]], StageSchedule]] = {
 }
 
 
-def preset(name: str, grids: Sequence[Grid]) -> StageSchedule:
-    """A named schedule for a model's grids. Raises ScheduleError that names the nearest preset."""
+def preset(name: str, grids: Sequence[Grid], published: PublishedSettings | None = None) -> StageSchedule:
+    """A named schedule for a model's grids, with what was published for its family (`stagevar.models.registry.published`).
+
+    Raises ScheduleError that names the nearest preset.
+    """
     _choose("schedule", name, tuple(PRESETS))
-    return PRESETS[name](grids)
+    if name == "stagevar-paper":
+        return paper(grids, published)
+    return released(grids, published) if name == "stagevar-released" else PRESETS[name](grids)

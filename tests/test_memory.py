@@ -10,7 +10,7 @@ from stagevar.errors import UsageError, WeightsError
 from stagevar.grids import square
 from stagevar.models import hub, memory
 from stagevar.models.memory import MIB, MemoryEstimate, estimate_model
-from stagevar.models.registry import load_model
+from stagevar.models.registry import load_model, published
 from stagevar.sampler import Sampler
 from stagevar.schedule import StageSchedule, exact, preset
 
@@ -66,7 +66,7 @@ def test_the_account_names_every_term():
 def test_the_cache_of_a_schedule_is_what_the_sampler_allocates(name, kv_cache):
     options = {"weights": "random", "dtype": "bfloat16", "device": "cpu", "kv_cache": kv_cache, "batch": 2}
     model = load_model("infinity-tiny", **options)
-    schedule = preset(name, model.grids)
+    schedule = preset(name, model.grids, published(model.name))
     sampler = Sampler(model)
     generation = sampler.begin(["a", "b"], [1, 2], steps=schedule.expand(model.grids, sampler.chunks))
     estimate = estimate_model("infinity-tiny", schedule=schedule, **options)
@@ -78,7 +78,7 @@ def test_infinity_8b_on_a_card_of_24_gib():
     grids = square((1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64))
 
     def needed(name: str, kv_cache: str) -> float:
-        schedule = preset(name, grids)
+        schedule = preset(name, grids, published("infinity-8b"))
         estimate = estimate_model("infinity-8b", dtype="bfloat16", device="cpu", schedule=schedule, kv_cache=kv_cache)
         return estimate.generating / 2**30
 

@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stagevar.errors import ScheduleError
+from stagevar.errors import ScheduleError, UsageError
 from stagevar.grids import INFINITY_GRIDS, infinity_grids, nearest_ratio, square
+from stagevar.models.registry import list_models, published, scale_grids
+from stagevar.published_settings import INFINITY_SETTINGS
 from stagevar.ranks import published_table, rank, ratios_for_energy
 from stagevar.schedule import BOTH, LowRank, StageSchedule, exact, paper, preset, released, skip_only
 
@@ -16,13 +18,42 @@ NANO = square((1, 2, 3, 4, 6, 8))
 
 
 def test_paper_preset_is_the_published_setting():
-    steps = paper(GRIDS).expand(GRIDS, 8)
+    steps = paper(GRIDS, INFINITY_SETTINGS).expand(GRIDS, 8)
     assert [s.scale for s in steps if s.branches == ("uncond",)] == [10, 11, 12]
     assert [s.scale for s in steps if s.reduction] == [10, 11, 12]
     assert steps[10].reduction == LowRank((27, 219, 337, 401, 410, 317, 252, 306), "gaussian", "first", "chunk")
     assert [s.stage for s in steps] == ["semantic"] * 7 + ["structure"] * 3 + ["fidelity"] * 3
     assert not any(s.skipped for s in steps)
-    assert [s.scale for s in released(GRIDS).expand(GRIDS, 8) if s.skipped] == [11, 12]
+    assert [s.scale for s in released(GRIDS, INFINITY_SETTINGS).expand(GRIDS, 8) if s.skipped] == [11, 12]
+
+
+@pytest.mark.parametrize("scales", [13, 14])
+def test_another_familys_number_of_scales_is_no_setting(scales):
+    """Thirteen or fourteen scales alone do not make a model Infinity or STAR."""
+    grids = square(tuple(range(1, scales + 1)))
+    carried = paper(grids)
+    assert carried.energy is None and carried.rank_ratios == (0.177, 0.157, 0.049)
+    assert preset("stagevar-paper", grids, published("nano")) == preset("stagevar-paper", grids) == carried
+    assert released(grids).skip == (scales - 2, scales - 1)
+
+
+@pytest.mark.parametrize("model", [model.name for model in list_models()])
+def test_presets_follow_the_models_family(model):
+    row = published(model)
+    if row is None:
+        return
+    grids = scale_grids(model)
+    setting = preset("stagevar-paper", grids, row)
+    assert (setting == row.paper) == (len(grids) == row.scales)
+    assert len(preset("stagevar-released", grids, row).expand(grids, 8)) == len(setting.expand(grids, 8)) == len(grids)
+
+
+def test_scales_follow_the_resolution():
+    assert [len(scale_grids("infinity-8b", r)) for r in (None, "1M", 512, "256")] == [13, 13, 10, 7]
+    with pytest.raises(UsageError, match="no resolution '2M'"):
+        scale_grids("infinity-8b", "2M")
+    with pytest.raises(UsageError, match="not known before"):
+        scale_grids("nano")
 
 
 def test_expansion_decides_equality_not_parameters():

@@ -2,8 +2,8 @@
 
 import pytest
 
-from stagevar.models.registry import model_parts, resolve
-from stagevar.schedule import PRESETS, StageSchedule
+from stagevar.models.registry import model_parts, published, resolve
+from stagevar.schedule import StageSchedule, preset
 from tuner.space import load_space, space_names
 
 
@@ -13,7 +13,7 @@ def test_a_space_fits_its_model_and_holds_the_papers_setting(name):
     chunks = len(parts.transformer.module.chunk_layers)
     space = load_space(name)
     space.fit(parts.grids)
-    presets = {preset: PRESETS[preset](parts.grids) for preset in space.enqueue}
+    presets = {each: preset(each, parts.grids, published(name)) for each in space.enqueue}
     assert {"stagevar-paper", "stagevar-released", "fastvar"} <= set(presets)
     assert len({schedule.expand(parts.grids, chunks) for schedule in presets.values()}) == len(presets)
 

@@ -14,13 +14,14 @@ from stagevar.grids import STAR_SIDES, square
 from stagevar.models import star_text, vq_loader
 from stagevar.models.base import LoadedModel, Sampling, around_nothing
 from stagevar.models.hub import HubFile
-from stagevar.models.registry import find, load_model, model_parts, resolve
+from stagevar.models.registry import find, load_model, model_parts, published, resolve
 from stagevar.models.star import STAR, STARConfig, rope_table, shared_by_position
 from stagevar.models.star_text import ClipText, PromptText, RandomClipText
 from stagevar.models.var import guidance_ramp
 from stagevar.models.vqvae import VQVAE
+from stagevar.published_settings import STAR_SETTINGS
 from stagevar.sampler import Sampler
-from stagevar.schedule import PRESETS, StageSchedule, exact, paper, released
+from stagevar.schedule import StageSchedule, exact, paper, preset, released
 from tests.golden.star_cases import run_case
 from tests.model_contract import SEEDS, ModelContract, Recorder, largest_difference, masked_attend
 from tuner.prompts import load_prompts
@@ -377,12 +378,12 @@ def test_prompt_text_is_plain_data():
 def test_the_papers_setting_on_star_is_what_its_code_runs():
     """Null branch at sides 48 and 64, reduction at 64 alone, positions of the drawn tokens, nothing skipped."""
     grids = square(STAR_SIDES[1024])
-    steps = paper(grids).expand(grids, 30)
+    steps = paper(grids, STAR_SETTINGS).expand(grids, 30)
     assert [s.grid[0] for s in steps if s.branches == ("uncond",)] == [48, 64]
     assert [s.grid[0] for s in steps if s.reduction] == [64]
     reduction = steps[-1].reduction
     assert set(reduction.ranks) == {218} and (reduction.site, reduction.rope) == ("chunk", "index")
-    assert released(grids) == paper(grids) and not any(s.skipped for s in steps)
+    assert released(grids, STAR_SETTINGS) == paper(grids, STAR_SETTINGS) and not any(s.skipped for s in steps)
 
 
 @pytest.mark.parametrize("name", ["star-1.7b", "star-tiny", "var-d30", "var-tiny"])
@@ -391,9 +392,9 @@ def test_shipped_search_spaces_fit_their_models(name):
     space = load_space(name)
     space.fit(parts.grids)
     chunks = len(parts.transformer.module.chunk_layers)
-    presets = [PRESETS[preset](parts.grids).expand(parts.grids, chunks) for preset in space.enqueue]
+    presets = [preset(each, parts.grids, published(name)).expand(parts.grids, chunks) for each in space.enqueue]
     assert len(set(presets)) == len(presets) >= 4
-    start = paper(parts.grids)
+    start = paper(parts.grids, published(name))
     values = space.nearest_values(start, parts.grids)
     assert values["structure_end"] == start.structure_end and values["rank_ratio"] == start.rank_ratios[0]
     assert values["cfg_delay"] == 0 and values["branch"] == "uncond" and values["rank_delay"] == start.rank_delay

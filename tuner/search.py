@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from stagevar.errors import InfrastructureError, ScheduleError
+from stagevar.models.registry import published
 from stagevar.schedule import Steps, preset
 from tuner.asking import ProposerProcess
 from tuner.evaluate import Evaluator
@@ -164,7 +165,7 @@ class Search:
         presets, unfit = {}, []
         for name in ledger.space.enqueue:
             try:
-                schedule = preset(name, facts.grids)
+                schedule = preset(name, facts.grids, published(facts.model))
                 ledger.register(schedule)
                 presets[name] = ledger.space.nearest_values(schedule, facts.grids)
             except ScheduleError as error:
@@ -253,7 +254,7 @@ class Search:
     def _register(self, proposal: Proposal) -> str:
         ledger, grids = self.ledger, self.ledger.facts.grids
         if proposal.preset is not None:
-            return ledger.register(preset(proposal.preset, grids))
+            return ledger.register(preset(proposal.preset, grids, published(ledger.facts.model)))
         return ledger.register(ledger.space.schedule(proposal.values, grids))
 
     def _hopeless(self, key: str) -> float | None:

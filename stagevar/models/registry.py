@@ -12,14 +12,15 @@ from __future__ import annotations
 import difflib
 import importlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stagevar.errors import UsageError
-from stagevar.grids import STAR_SIDES, VAR_SIDES
+from stagevar.grids import STAR_SIDES, VAR_SIDES, Grid, infinity_grids, square
 from stagevar.models.hub import HubFile
+from stagevar.published_settings import INFINITY_SETTINGS, STAR_SETTINGS, PublishedSettings
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +41,8 @@ class ModelSpec:
         a single number over their scales).
     weights, tokenizer, text: public files; None where there are none.
     settings: what the family's constructors need.
+    scales: token grids of a resolution, square; None where only the loaded model knows them.
+    published: the settings of acceleration that were published for the family.
     """
 
     name: str
@@ -56,6 +59,8 @@ class ModelSpec:
     tokenizer: HubFile | None = None
     text: HubFile | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    scales: Callable[[str], tuple[Grid, ...]] | None = None
+    published: PublishedSettings | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ def _infinity(name: str, summary: str, settings: dict[str, Any], first: str, **f
     defaults = {"guidance": 3.0, "temperature": 0.5, "top_p": 0.97, "text": FLAN_T5_XL}
     return ModelSpec(
         name, "infinity", f"{module}:build", summary, resolutions, parts=f"{module}:parts", settings=settings,
-        **{**defaults, **fields},
+        scales=lambda resolution: infinity_grids(resolution)[0], published=INFINITY_SETTINGS, **{**defaults, **fields},
     )  # fmt: skip
 
 
@@ -146,7 +151,8 @@ def _vq(name: str, family: str, summary: str, pixels: int, transformer: dict[str
     return ModelSpec(
         name, family, f"{module}:build", summary, (str(pixels),), guidance=guidance, temperature=1.0,
         top_k=top_k, top_p=top_p, parts=f"{module}:parts", tokenizer=_TOKENIZER_VQ,
-        settings={"transformer": transformer, "sides": sides, **fields.pop("settings", {})}, **fields,
+        settings={"transformer": transformer, "sides": sides, **fields.pop("settings", {})},
+        scales=lambda _: square(sides), published=STAR_SETTINGS if family == "star" else None, **fields,
     )  # fmt: skip
 
 
@@ -246,6 +252,22 @@ def find(name: str) -> ModelSpec:
         near = difflib.get_close_matches(str(name)[:60], SPECS, n=1, cutoff=0.0)[0]
         raise UsageError(f"unknown model {name!r:.60} (nearest: {near}); known: {', '.join(SPECS)}")
     return SPECS[name]
+
+
+def published(name: str) -> PublishedSettings | None:
+    """The published settings of a model's family; None where there are none, and for models that are not registered."""
+    return SPECS[name].published if name in SPECS else None
+
+
+def scale_grids(name: str, resolution: str | int | None = None) -> tuple[Grid, ...]:
+    """Token grids of a model at a resolution (default: its first), nothing loaded.
+
+    Raises UsageError for an unknown model or resolution, and where only the loaded model knows its scales.
+    """
+    spec = find(name)
+    if spec.scales is None:
+        raise UsageError(f"the scales of {name} are not known before it is loaded")
+    return spec.scales(resolution_of(name, resolution))
 
 
 def resolution_of(name: str, resolution: str | int | None) -> str:
