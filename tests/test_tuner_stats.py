@@ -59,8 +59,9 @@ def test_bounds_lie_on_their_sides():
     assert (lower < mean).all() and (mean < upper).all()
 
 
-def test_spread_is_the_range_seen_or_the_weights():
-    assert spread([0.0, 1.0, 0.3], 5.0) == 1.0
+def test_spread_is_what_is_declared_or_the_range_seen_where_that_is_larger():
+    assert spread([0.0, 1.0, 0.3], 0.5) == 1.0
+    assert spread([0.0, 1.0, 0.3], 5.0) == 5.0
     assert spread([1.0, 1.0], 5.0) == 5.0
 
 
