@@ -108,7 +108,7 @@ def rows(result: StudyResult) -> list[dict[str, Any]]:
             "method": method(candidate.steps),
             "setting": setting(candidate.steps),
             "time": _plain(latency.ratio),
-            "quality": _plain(candidate.differences["quality"]),
+            "quality": _plain(candidate.differences[result.limits[0].metric]),
         }
         if "ssim" in candidate.differences:
             row["ssim"] = _plain(_mean(candidate, result, "ssim"))

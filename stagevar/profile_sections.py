@@ -85,14 +85,31 @@ class BaselineSection(LatencySection):
 
 
 @dataclass(frozen=True)
+class MetricSection:
+    """One metric of the quality. unit, kind: as declared. weight: in the composite. max_drop: allowed mean paired drop, absent
+    for a metric that only ranks. drop_upper: one-sided 95 % bound of the drop on the held-out prompts, with its status."""
+
+    unit: str | None = None
+    kind: str | None = None
+    weight: float | None = None
+    max_drop: float | None = None
+    drop_upper: float | None = None
+    status: Literal["met", "broken", "open"] | None = None
+
+
+@dataclass(frozen=True)
 class QualitySection:
-    """Paired quality against the full schedule. measured False comes with why; else the prompt set and its figures."""
+    """Paired quality against the full schedule. measured False comes with why; else the prompt set and its figures.
+
+    difference_from_full: per metric, and for the composite "quality", which counts in allowances (-1: one max_drop used up).
+    """
 
     measured: bool | None = None
     why: str | None = None
     prompt_set: str | None = None
     prompts: int | None = None
     composite: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, MetricSection] = field(default_factory=dict)
     difference_from_full: Mapping[str, IntervalSection] = field(default_factory=dict)
     mean: Mapping[str, float | None] = field(default_factory=dict)
     drop_upper: float | None = None
@@ -112,11 +129,12 @@ class VerdictSection:
 
 @dataclass(frozen=True)
 class ConstraintsSection:
-    """What had to be kept. budget: as typed. proved: whether the verdicts come from verification."""
+    """What had to be kept. budget: as typed. max_drop: per metric; a number in profiles of before, the composite's.
+    proved: whether the verdicts come from verification."""
 
     budget: str | None = None
     budget_ms: float | None = None
-    max_drop: float | None = None
+    max_drop: Mapping[str, float] | float | None = None
     floors: Mapping[str, float] = field(default_factory=dict)
     proved: bool | None = None
     verdicts: tuple[VerdictSection, ...] = ()

@@ -56,6 +56,7 @@ class FakeEvaluator:
         drop: mean drop of a schedule (share of prompts that the full schedule gets right and it does not); the default
             grows with what is left out. ratio: latency over the full schedule's. noise: relative spread of timings.
         discordance: share of prompts on which schedules differ from the full one at random, both ways alike.
+        points: mean loss of a schedule in CLIP points; then there is a second metric, clip_score.
         broken: schedules for which quality raises.
     """
 
@@ -67,6 +68,7 @@ class FakeEvaluator:
         noise: float = 0.01,
         seed: int = 0,
         discordance: float = 0.0,
+        points: Callable[[Steps], float] | None = None,
         broken: Callable[[Steps], bool] = lambda steps: False,
         random_weights: bool = False,
         full_ms: float = 100.0,
@@ -74,12 +76,13 @@ class FakeEvaluator:
         self.prompts, self.noise, self.seed, self.discordance, self.broken = prompts, noise, seed, discordance, broken
         self.drop = drop or (lambda steps: 0.1 * (1 - tokens(steps) / FULL_TOKENS))
         self.ratio = ratio or (lambda steps: 0.2 + 0.8 * tokens(steps) / FULL_TOKENS)
-        self.full_ms = full_ms
+        self.full_ms, self.points = full_ms, points
         self.clock = np.random.default_rng([seed, 7])
         self.quality_calls = 0
         self.facts = Facts(
             "fake", GRIDS, CHUNKS, (48, 48), {"name": "fake", "kind": "cpu", "threads": 1, "dtype": "float32"},
-            random_weights=random_weights, higher_is_better={"geneval_nano": True}, provenance={"weights": {"w": "00"}},
+            random_weights=random_weights, higher_is_better={"geneval_nano": True, "clip_score": True},
+            provenance={"weights": {"w": "00"}},
         )  # fmt: skip
 
     def quality(self, schedules: Sequence[Steps], split: str, batch: int) -> list[Values]:
@@ -89,7 +92,7 @@ class FakeEvaluator:
             if self.broken(steps):
                 raise RuntimeError("this schedule is broken")
             accelerated = tokens(steps) < FULL_TOKENS or self.drop(steps) > 0
-            rows = []
+            rows, scores = [], []
             for prompt, seed in zip(*self.prompts[split].batch(batch), strict=True):
                 base = np.random.default_rng([self.seed, seed, zlib.crc32(repr(prompt).encode())])
                 right = base.random() < 0.7
@@ -98,7 +101,14 @@ class FakeEvaluator:
                 if accelerated:
                     right = (right and not lost) ^ flip
                 rows.append(float(right))
-            found.append({"geneval_nano": np.array(rows), "quality": np.array(rows)})
+                if self.points is not None:
+                    loss = self.points(steps)
+                    scores.append(25 + base.normal(0, 3) - (own.normal(loss, 1) if loss else 0.0))
+            values = {"geneval_nano": np.array(rows), "quality": np.array(rows)}
+            if self.points is not None:
+                values["clip_score"] = np.array(scores)
+                values["quality"] = values["quality"] / 0.05 + values["clip_score"] / 0.3
+            found.append(values)
         return found
 
     def latency(

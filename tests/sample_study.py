@@ -15,6 +15,7 @@ from PIL import Image
 
 from stagevar.grids import INFINITY_GRIDS, square
 from stagevar.schedule import StageSchedule, exact, paper, released, skip_only
+from tuner.quality_limits import MetricLimit
 from tuner.result import (
     EXIT_CODES,
     Candidate,
@@ -29,6 +30,10 @@ from tuner.result import (
 
 NANO_GRIDS = square((1, 2, 3, 4, 6, 8))
 MAX_DROP = 0.02
+LIMITS = (
+    MetricLimit("checker", 0.7, MAX_DROP, "bounded", "share of prompts", 1.0),
+    MetricLimit("ssim", 0.3, None, "continuous", "SSIM", 1.0),
+)
 KINDS = ("full", "one_trial", "infeasible", "latency_only", "all_failed", "baseline_meets_budget", "infinity")
 
 
@@ -97,7 +102,7 @@ class _Maker:
                     "checker": _interval(0.9 * (own - self.base)),
                     "ssim": _interval(-((self.base - own) ** 2)),
                 }
-                verdicts.append(_verdict("drop", MAX_DROP, "quality", drop, drop + 0.006))
+                verdicts.append(_verdict("drop:checker", MAX_DROP, "share of prompts", drop, drop + 0.006))
         verdicts.insert(0, _verdict("latency", self.budget_ms, "ms", latency.drift_corrected_ms, latency.high_ms))
         verification = None
         if verified:
@@ -275,8 +280,7 @@ def make(kind: str, run_dir: Path) -> StudyResult:
         pixels=(48, 48),
         budget=f"{share:.0%}",
         budget_ms=full_ms * share,
-        max_drop=MAX_DROP,
-        quality_weights={"checker": 0.7, "ssim": 0.3} if quality else {},
+        limits=LIMITS if quality else (),
         higher_is_better={"checker": True, "ssim": True} if quality else {},
         floors={},
         seed=0,

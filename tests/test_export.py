@@ -49,7 +49,7 @@ def test_profile_holds_the_pick_as_the_runtime_expands_it(runs):
     stored = profile.quality.difference_from_full["quality"]
     assert (stored.mean, stored.n) == (pytest.approx(difference.mean, rel=1e-5), difference.n)
     assert profile.quality.prompt_set == "held-out prompts"
-    assert [v.name for v in profile.constraints.verdicts] == ["latency", "drop"]
+    assert [v.name for v in profile.constraints.verdicts] == ["latency", "drop:checker"]
     assert profile.envelope.device == "cpu" and profile.envelope.threads == 1 and profile.envelope.torch == "2.15.0"
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from stagevar.errors import UsageError
 from tests.sample_study import KINDS, make
 from tuner.importance import importance
+from tuner.quality_limits import MetricLimit
 from tuner.report import MAX_BYTES, render, write_report
 from tuner.report_charts import place_labels, ticks
 from tuner.report_words import describe, signed
@@ -117,15 +118,15 @@ def test_the_first_sentence_answers(runs, kind, start):
 def test_the_answer_carries_both_figures_with_intervals(runs):
     result, directory = runs["full"]
     heading = re.search(r"<h1>.*?</h1>", render(result, directory)).group(0)
-    ratio, change = result.pick.verification.latency.ratio, result.pick.verification.differences["quality"]
+    ratio, change = result.pick.verification.latency.ratio, result.pick.verification.differences["checker"]
     assert f"{1 / ratio.mean:.2f}× faster (95 % interval {1 / ratio.high:.2f} to {1 / ratio.low:.2f})" in heading
     assert f"{signed(change.mean)} ({signed(change.low)} to {signed(change.high)}) on 16 held-out prompts" in heading
 
 
 def test_random_weights_show_no_quality(pages):
     text = pages["latency_only"].text
-    assert "Random weights" in text and "checker" not in text and "quality changed" not in text
-    assert "Quality change" not in text and not pages["latency_only"].attributes("src")
+    assert "Random weights" in text and "checker" not in text and "changed by" not in text
+    assert "Change of" not in text and not pages["latency_only"].attributes("src")
 
 
 def test_skipped_scales_are_pointed_out(runs):
@@ -151,7 +152,8 @@ def test_user_text_is_escaped_everywhere(runs):
         result, model=hostile, command=hostile, reason=hostile, engine=hostile, includes=hostile, budget=hostile,
         stop_reason=hostile, created=hostile, device={"name": hostile, hostile: hostile}, samples=samples,
         versions={hostile: hostile}, provenance={hostile: {hostile: [hostile]}}, hashes={hostile: hostile},
-        quality_weights={hostile: 1.0}, phases_s={hostile: 1.0}, floors={hostile: 0.5},
+        limits=(MetricLimit(hostile, 1.0, 0.1, hostile, hostile, 1.0), *result.limits),
+        phases_s={hostile: 1.0}, floors={hostile: 0.5},
         failures=(Failure(1, {hostile: hostile}, hostile),),
         candidates=tuple(
             dataclasses.replace(

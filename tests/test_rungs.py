@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tuner.prompts import in_turn
+from tuner.quality_limits import quality_limits
 from tuner.rungs import clearly_worse, promoted, rungs, shrunk
 
 
@@ -14,7 +15,12 @@ def test_rungs_are_a_quarter_a_half_and_all(batches, expected):
     assert rungs(batches) == expected
 
 
-BASE = np.ones(64)
+BASE = {"geneval_nano": np.ones(64), "quality": np.ones(64)}
+
+
+def worse(own, ratio, max_drop, rivals):
+    limits = quality_limits({"geneval_nano": 1.0}, max_drop)
+    return clearly_worse({"geneval_nano": own, "quality": own / max_drop}, ratio, BASE, limits, rivals)
 
 
 def values(drop, count, seed=0):
@@ -22,29 +28,27 @@ def values(drop, count, seed=0):
 
 
 def test_a_large_loss_is_stopped_on_few_prompts_and_a_small_one_never():
-    assert "at least" in clearly_worse(values(0.6, 16), 0.5, BASE, 0.05, {}, 1.0)
+    assert "at least" in worse(values(0.6, 16), 0.5, 0.05, {})
     for seed in range(50):
-        assert clearly_worse(values(0.04, 16, seed), 0.5, BASE, 0.05, {}, 1.0) is None
+        assert worse(values(0.04, 16, seed), 0.5, 0.05, {}) is None
 
 
 def test_a_schedule_at_the_limit_is_stopped_in_few_cases():
     """One-sided 95 % bounds, two looks: at most about one in ten of those that just keep the limit."""
-    stopped = sum(
-        any(clearly_worse(values(0.2, 64, seed)[:n], 0.5, BASE, 0.2, {}, 1.0) for n in (16, 32)) for seed in range(400)
-    )
+    stopped = sum(any(worse(values(0.2, 64, seed)[:n], 0.5, 0.2, {}) for n in (16, 32)) for seed in range(400))
     assert 0 < stopped < 60
 
 
 def test_only_a_rival_that_is_as_fast_stops():
     own, rival = values(0.5, 32, 1), np.ones(64)
-    assert "rival" in clearly_worse(own, 0.6, BASE, 1.0, {"rival": (0.6, rival)}, 1.0)
-    assert clearly_worse(own, 0.6, BASE, 1.0, {"rival": (0.61, rival)}, 1.0) is None
+    assert "rival" in worse(own, 0.6, 1.0, {"rival": (0.6, rival)})
+    assert worse(own, 0.6, 1.0, {"rival": (0.61, rival)}) is None
 
 
 def test_comparison_with_a_rival_is_paired():
     """Both fail on the same prompts: nothing tells them apart, however bad they are."""
     own = values(0.5, 32, 2)
-    assert clearly_worse(own, 0.6, BASE, 1.0, {"rival": (0.5, np.concatenate([own, own]))}, 1.0) is None
+    assert worse(own, 0.6, 1.0, {"rival": (0.5, np.concatenate([own, own]))}) is None
 
 
 def test_promotion_goes_by_non_dominated_rank():

@@ -16,6 +16,8 @@ from tuner.result import Interval, StudyResult
 from tuner.verify import latency_stats
 
 GOOD = ["--model", "nano", "--budget", "60%"]
+#: A limit that a handful of held-out prompts can prove.
+LOOSE = [*GOOD, "--max-drop", "1"]
 #: A study of seconds on the shipped model.
 QUICK = ["--model", "nano", "--budget", "97%", "--trials", "4", "--prompts", "8", "--heldout", "16", "--max-drop", "1"]
 
@@ -84,7 +86,7 @@ def test_bad_search_spaces_are_one_line_and_exit_2(change, says, small_space, tm
     space = yaml.safe_load(small_space.read_text())
     change(space)
     small_space.write_text(yaml.safe_dump(space))
-    assert says in bad([*GOOD, "--space", small_space, "--out", tmp_path / "run", "--quiet"], capsys)
+    assert says in bad([*LOOSE, "--space", small_space, "--out", tmp_path / "run", "--quiet"], capsys)
 
 
 def test_an_unwritable_output_is_one_line_and_exit_2(tmp_path, capsys):
@@ -116,6 +118,48 @@ def test_a_dry_run_measures_and_writes_nothing(tmp_path, capsys):
     assert data["schedules"] == 7 and data["run_directory"] == str(out) and not out.exists()
     assert main([*GOOD, "--dry-run"]) == 0
     assert "nothing was loaded" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--heldout", "8", "--max-drop", "0.05"], "cannot be proved on 8 held-out prompts"),
+        (["--heldout", "8"], "it takes 64"),
+        (["--heldout", "1", "--max-drop", "1"], "on 1 held-out prompt (they prove nothing; it takes 16)"),
+        (["--max-drop", "0.1%"], "cannot be proved on 1024 held-out prompts"),
+        (["--max-drop", "clip_score=0.001"], "clip_score of at most 0.001 CLIP points"),
+        (["--max-drop", "1e-9"], "no number of prompts would do"),
+    ],
+)
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_limits_that_the_heldout_prompts_cannot_prove_are_refused_before_anything_runs(
+    options, says, dry, tmp_path, capsys
+):
+    out = tmp_path / "run"
+    line = bad([*GOOD, *options, *dry, "--out", str(out)], capsys)
+    assert says in line and "raise --heldout" in line and not out.exists()
+
+
+def test_a_file_that_leaves_one_prompt_to_verify_on_is_refused(tmp_path, capsys):
+    path = tmp_path / "nine.txt"
+    path.write_text("".join(f"a photo of {n} rings\n" for n in range(9)))
+    space = {**SPACE, "model": "nano", "prompts": {"source": str(path), "search": 8, "heldout": 8, "micro_batch": 8}}
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(space))
+    line = bad([*GOOD, "--space", str(tmp_path / "space.yaml"), "--max-drop", "1"], capsys)
+    assert "on 1 held-out prompt (" in line
+    assert main([*GOOD, "--space", str(tmp_path / "space.yaml"), "--weights", "random", "--dry-run"]) == 0
+
+
+def test_a_dry_run_says_what_the_heldout_prompts_can_prove(capsys):
+    assert main([*GOOD, "--dry-run", "--json", "--max-drop", "3%", "--heldout", "256"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert {"model", "engine", "prompts", "limits", "space"} <= data.keys()
+    assert data["prompts"]["heldout"] == 256
+    limit = data["limits"][0]
+    assert (limit["metric"], limit["unit"], limit["max_drop"]) == ("geneval_nano", "share of prompts", 0.03)
+    assert limit["provable_drop"] == pytest.approx(0.0116, abs=1e-4) and limit["provable_drop_discordant"] < 0.03
+    assert main([*GOOD, "--dry-run", "--weights", "random"]) == 0
+    assert "random weights have no quality" in capsys.readouterr().out
 
 
 def test_the_command_reproduces_without_what_only_concerns_the_screen():

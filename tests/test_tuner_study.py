@@ -1,12 +1,16 @@
 """Verdicts on fakes: what is verified, what is not, and every way a study can end."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 
 from stagevar.errors import UsageError
+from stagevar.profile import Profile
 from tests.fakes import FULL_TOKENS, study, tokens
+from tuner.export import export
+from tuner.report import write_report
 from tuner.result import StudyResult, build, to_plain
 from tuner.stats import ratio_interval
 from tuner.verify import LEAST_GAIN
@@ -20,10 +24,79 @@ def test_a_harmless_schedule_is_verified_and_exported_with_bounds(tmp_path):
     pick = result.pick
     assert pick.verification.status == "verified" and pick.verification.prompts >= 256
     assert pick.verification.latency_upper_ms <= result.budget_ms
-    assert pick.verification.drop_upper <= result.max_drop
+    [limit] = result.limits
+    assert pick.verification.drop_upper <= limit.max_drop == 0.05 and limit.metric == "geneval_nano"
     assert result.picks["fastest"] in {c.key for c in result.candidates}
     assert len(pick.verification.latency.samples_ms) >= 15
     assert StudyResult.load(tmp_path) == result
+
+
+BOTH = {
+    **BIG,
+    "objectives": {
+        "latency": "ms",
+        "quality": {
+            "metrics": [
+                {"name": "geneval_nano", "weight": 1, "max_drop": 0.05},
+                {"name": "clip_score", "weight": 1, "max_drop": 0.3},
+            ]
+        },
+    },
+}
+
+
+def test_every_metric_must_keep_its_own_limit(tmp_path):
+    kept = study(tmp_path / "a", {"drop": lambda s: 0.0, "points": lambda s: 0.0}, BOTH, trials=8).run()
+    assert kept.verdict == "verified" and [m.max_drop for m in kept.limits] == [0.05, 0.3]
+    verdicts = {v.name: v for v in kept.pick.verification.verdicts}
+    assert verdicts.keys() == {"latency", "gain", "drop:geneval_nano", "drop:clip_score"}
+    assert verdicts["drop:clip_score"].bound <= 0.3 and verdicts["drop:clip_score"].unit == "CLIP points"
+    assert "clip_score" in kept.reason and "CLIP points" in kept.reason
+    options = {"drop": lambda s: 0.0, "points": lambda s: 1.0 * (tokens(s) < FULL_TOKENS)}
+    lost = study(tmp_path / "b", options, BOTH, trials=8).run()
+    assert lost.verdict == "infeasible" and not lost.picks
+    loose = study(tmp_path / "c", options, BOTH, trials=8, max_drop={"clip_score": 2.0}).run()
+    assert loose.verdict == "verified"
+    assert StudyResult.load(tmp_path / "c") == loose
+
+
+def test_a_small_loss_of_either_metric_is_never_verified(tmp_path):
+    """The composite of both is within one allowance; the second metric alone is not."""
+    for seed in range(3):
+        options = {"drop": lambda s: 0.0, "points": lambda s: 0.4 * (tokens(s) < FULL_TOKENS), "seed": seed}
+        result = study(tmp_path / str(seed), options, BOTH, trials=5, seed=seed).run()
+        assert not [c for c in result.candidates if c.verification and c.verification.status == "verified"]
+
+
+@pytest.mark.parametrize("heldout", [1, 8])
+def test_a_handful_of_prompts_proves_nothing_and_the_report_draws(tmp_path, heldout):
+    space = {"prompts": {"source": "nano", "search": 8, "heldout": heldout, "micro_batch": 8}}
+    result = study(tmp_path, {"drop": lambda steps: 0.0}, space, max_drop=0.3, trials=4).run()
+    assert (result.verdict, result.exit_code, result.pick) == ("inconclusive", 5, None)
+    export(result, tmp_path)
+    assert write_report(StudyResult.load(tmp_path), tmp_path).exists()
+
+
+def test_one_search_prompt_draws_too(tmp_path):
+    space = {"prompts": {"source": "nano", "search": 1, "heldout": 64, "micro_batch": 8}}
+    result = study(tmp_path, {"drop": lambda steps: 0.0}, space, max_drop=0.3, trials=4).run()
+    export(result, tmp_path)
+    assert write_report(result, tmp_path).exists()
+
+
+def test_a_result_of_schema_1_still_loads_and_draws(tmp_path):
+    result = study(tmp_path, {"drop": lambda steps: 0.0}, BIG, trials=6).run()
+    data = json.loads(result.to_json().replace("drop:geneval_nano", "drop"))
+    del data["limits"]
+    old = StudyResult.from_json(
+        json.dumps({**data, "schema": 1, "max_drop": 0.05, "quality_weights": {"geneval_nano": 1.0}})
+    )
+    assert [(m.metric, m.max_drop) for m in old.limits] == [("quality", 0.05), ("geneval_nano", None)]
+    assert old.verdict == "verified" and old.composite_floor == -0.05
+    assert [v.name for v in old.pick.verification.verdicts] == ["latency", "gain", "drop:quality"]
+    export(old, tmp_path)
+    assert "Allowed drop of quality" in write_report(old, tmp_path).read_text()
+    assert Profile.load(tmp_path / "profile.yaml").constraints.max_drop == {"quality": 0.05}
 
 
 def test_among_equals_the_least_accelerated_is_the_pick(tmp_path):

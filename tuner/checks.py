@@ -101,7 +101,11 @@ def check_metric_options(space: SearchSpace) -> None:
     from tuner.metrics.registry import check_options
 
     for name, value in space.quality.items():
-        options = {key: one for key, one in value.items() if key != "weight"} if isinstance(value, Mapping) else {}
+        options = (
+            {key: one for key, one in value.items() if key not in ("weight", "max_drop")}
+            if isinstance(value, Mapping)
+            else {}
+        )
         if options:
             check_options(name, options)
 

@@ -16,7 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -33,6 +33,7 @@ from stagevar.sections import read_section, shortened
 from tuner import checks
 from tuner.budget import parse_budget, parse_share, parse_time
 from tuner.journal import LOCK_FILE, driver_lock, repair
+from tuner.quality_limits import composite_options, limited, parse_max_drops, quality_limits
 from tuner.space import PROMPT_SOURCES, SearchSpace, load_space
 
 if TYPE_CHECKING:
@@ -135,7 +136,13 @@ def _add_study_options(parser: _Parser, required: bool) -> None:
     models = ", ".join(model.name for model in registry.list_models())
     parser.add_argument("--model", type=name_value, required=required, help=f"one of {models}")
     parser.add_argument("--budget", "--latency-budget", required=required, metavar="LATENCY", help=budget_help)
-    parser.add_argument("--max-drop", default="0.05", metavar="SHARE", help="allowed drop of quality (default: 0.05)")
+    parser.add_argument(
+        "--max-drop",
+        action="append",
+        metavar="[METRIC=]DROP",
+        help="largest drop: 2%% for the first metric of the space, clip_score=0.3 for another; may be repeated "
+        "(default: the space's)",
+    )
     sources = ", ".join(PROMPT_SOURCES)
     parser.add_argument(
         "--prompts",
@@ -179,7 +186,7 @@ def _verb_parser(verb: str) -> _Parser:
             "--max-regression", metavar="SHARE", help="fail when this much slower than recorded, as 3%%"
         )
         _add_study_options(parser, required=False)
-        parser.set_defaults(max_drop=None, seed=None)
+        parser.set_defaults(seed=None)
     if verb == "sweep":
         parser.add_argument(
             "sweep", type=path_value, metavar="SWEEP.yaml", help="models, budgets, seeds and more (docs/cluster.md)"
@@ -268,7 +275,6 @@ class Plan:
 def plan(args: argparse.Namespace, argv: Sequence[str]) -> Plan:
     """Checks everything that can be checked without loading a model. Raises UsageError."""
     args.budget = parse_budget(args.budget)
-    args.max_drop = parse_share(args.max_drop, "max-drop")
     args.time_budget = parse_time(args.time_budget) if args.time_budget else None
     registry.find(args.model)
     run_dir = args.out or Path("outputs") / checks.run_name(args.model, args.budget.text, args.seed)
@@ -282,6 +288,8 @@ def plan(args: argparse.Namespace, argv: Sequence[str]) -> Plan:
         weights=args.weights,
     )
     space = checked_space(args.model, args.space, args.prompts, args.heldout, args.seed)
+    args.max_drop = parse_max_drops(args.max_drop or (), space.quality)
+    check_provable(space, args.max_drop, args.weights)
     check_output_folder(run_dir)
     check_strangers(run_dir)
     words = [a for a in argv if a not in ("--fresh", "--quiet", "--json")]
@@ -298,6 +306,19 @@ def checked_space(model: str, file: Path | None, prompts: str | None, heldout: i
     checks.check_prompts_of(space, seed)
     checks.check_metric_options(space)
     return space
+
+
+def check_provable(space: SearchSpace, max_drop: Mapping[str, float], weights: str | None) -> None:
+    """Raises UsageError when the held-out prompts cannot prove the limits even for a schedule that changes no image."""
+    if weights == "random":  # only latency is judged
+        return
+    from tuner.prompts import heldout_count
+    from tuner.provable import shortfalls
+
+    limits = quality_limits(space.quality, max_drop)
+    missing = shortfalls(limits, heldout_count(space.prompts), space.prompts.micro_batch)
+    if missing:
+        raise UsageError(f"{'; '.join(missing)}; raise --heldout (and add prompts to a file), or loosen --max-drop")
 
 
 def check_placement(args: argparse.Namespace, run_dir: Path) -> None:
@@ -446,7 +467,8 @@ def build_study(checked: Plan, progress: Any, stop: Callable[[], bool]) -> Study
             progress.say(f"micro-batches of {size} instead of {space.prompts.micro_batch} images fit the memory here")
             space = dataclasses.replace(space, prompts=dataclasses.replace(space.prompts, micro_batch=size))
     prompts = load_prompts(space.prompts, args.seed)
-    parts = {"model": args.model, "prompts": prompts, "quality": space.quality, "floors": space.floors}
+    quality = composite_options(space.quality, quality_limits(space.quality, args.max_drop))
+    parts = {"model": args.model, "prompts": prompts, "quality": quality, "floors": space.floors}
     parts |= {"weights": args.weights, "device": args.device, "threads": args.threads, "resolution": args.resolution}
     parts |= {"engine": kept_engine(checked.run_dir, args.engine), "kv_cache": args.kv_cache}
     if args.executor == "ray":
@@ -526,25 +548,39 @@ def _write(result: StudyResult, run_dir: Path) -> list[Path]:
 
 
 def _print_plan(checked: Plan) -> int:
+    from tuner.prompts import heldout_count
+    from tuner.provable import limit_lines, limits_table
+
     space, args = checked.space, checked.args
+    limits = () if args.weights == "random" else quality_limits(space.quality, args.max_drop)
+    heldout, micro_batch = heldout_count(space.prompts), space.prompts.micro_batch
     plan_data = {
         "model": args.model,
         "budget": args.budget.text,
-        "max_drop": args.max_drop,
+        "engine": args.engine,
+        "space": str(args.space) if args.space else "shipped",
+        "prompts": {"source": space.prompts.source, "search": space.prompts.search, "heldout": heldout},
+        "limits": limits_table(limits, heldout, micro_batch),
+        "without_limit": [m.metric for m in limits if m.max_drop is None],
         "run_directory": str(checked.run_dir),
         "schedules": args.trials,
         "enqueued": ["the full schedule", *space.enqueue],
         "searched": [p.name for p in space.parameters],
-        "quality": dict(space.quality),
         "floors": dict(space.floors),
-        "search_prompts": space.prompts.search,
-        "heldout_prompts": space.prompts.heldout,
-        "micro_batch": space.prompts.micro_batch,
+        "micro_batch": micro_batch,
     }
     if args.json:
         print(json.dumps(plan_data, indent=2))
     else:
         for key, value in plan_data.items():
+            if key == "limits":
+                for line in limit_lines(limits, heldout, micro_batch) or ["none: random weights have no quality"]:
+                    print(f"{'limit':<16} {line}")
+                continue
+            if key == "without_limit":
+                continue
+            if isinstance(value, dict):
+                value = [f"{name} {entry}" for name, entry in value.items()]
             text = ", ".join(map(str, value)) if isinstance(value, list) else value
             print(f"{key.replace('_', ' '):<16} {text}")
         print("dry run: nothing was loaded, measured or written")
@@ -554,6 +590,7 @@ def _print_plan(checked: Plan) -> int:
 def _announce(result: StudyResult, written: Sequence[Path], args: argparse.Namespace) -> int:
     """Prints the verdict: one line each for speed, quality, time and files."""
     from tuner.report_words import describe
+    from tuner.result import to_plain
 
     pick = result.pick
     if args.json:
@@ -565,6 +602,7 @@ def _announce(result: StudyResult, written: Sequence[Path], args: argparse.Names
             "nearest": list(result.nearest),
             "speedup": _bounds(pick, "speedup") if pick is not None else None,
             "quality_change": _bounds(pick, "quality") if pick is not None else None,
+            "metrics": [] if pick is None else _metrics(result, pick),
             "baseline_ms": result.baseline.latency.median_ms if result.baseline.latency else None,
             "budget_ms": None if result.budget_ms != result.budget_ms else result.budget_ms,
             "schedules": len(result.candidates),
@@ -572,7 +610,7 @@ def _announce(result: StudyResult, written: Sequence[Path], args: argparse.Names
             "phases_s": result.phases_s,
             "files": [str(path) for path in written],
         }
-        print(json.dumps(summary, indent=2))
+        print(json.dumps(to_plain(summary), indent=2))
         return result.exit_code
     print(f"{result.verdict.replace('_', ' ')}: {result.reason}")
     if result.baseline.latency:
@@ -584,15 +622,21 @@ def _announce(result: StudyResult, written: Sequence[Path], args: argparse.Names
     if pick is not None and pick is not result.baseline:
         print(f"schedule         {describe(pick.steps)}")
         print(f"speed-up         {_speedup(pick)}")
-        if not result.random_weights:
-            print(f"quality change   {_change(pick)}")
+        for metric in _metrics(result, pick):
+            mean, low, high = metric["change"]
+            limit = f", limit -{metric['max_drop']:g}" if metric["max_drop"] is not None else ""
+            bound = f"; drop at most {metric['drop_upper']:.3g}" if metric["drop_upper"] is not None else ""
+            what = (
+                f"{mean:+.3g} [{low:+.3g}, {high:+.3g}] {metric['unit']} on {metric['prompts']} prompts{bound}{limit}"
+            )
+            print(f"{metric['metric']:<16} {what}")
     whole = result.picks.get("no_skip")
     if whole and whole != result.picks.get("pick"):
         best = result.candidate(whole)
-        print(f"without skips    {_speedup(best)}, quality {_change(best)}")
+        print(f"without skips    {_speedup(best)}, {_change(result, best)}")
     for key in result.nearest:
         near = result.candidate(key)
-        print(f"nearest          {_speedup(near)}, quality {_change(near)}: {describe(near.steps)}")
+        print(f"nearest          {_speedup(near)}, {_change(result, near)}: {describe(near.steps)}")
     tried = f"{len(result.candidates)} besides the full one, {result.sampled} of them not enqueued"
     print(f"schedules        {tried}; {result.stop_reason}")
     print("seconds          " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.phases_s.items()))
@@ -614,13 +658,27 @@ def _speedup(candidate: Candidate) -> str:
     return f"{1 / ratio.mean:.2f}x [{1 / ratio.high:.2f}, {1 / ratio.low:.2f}]"
 
 
-def _change(candidate: Candidate) -> str:
-    change = candidate.best_differences.get("quality")
-    return (
-        "not measured"
-        if change is None
-        else (f"{change.mean:+.4f} [{change.low:+.4f}, {change.high:+.4f}] on {change.n} prompts")
-    )
+def _metrics(result: StudyResult, candidate: Candidate) -> list[dict[str, Any]]:
+    """Per metric: unit, paired change [estimate, low, high], bound of the drop where it was verified, and limit."""
+    verdicts = {v.name: v for v in candidate.verification.verdicts} if candidate.verification else {}
+    rows = []
+    for limit in result.limits:
+        change, verdict = candidate.best_differences.get(limit.metric), verdicts.get(limit.name)
+        if change is None:
+            continue
+        row = {"metric": limit.metric, "unit": limit.unit, "change": [change.mean, change.low, change.high]}
+        row |= {"prompts": change.n, "drop_upper": verdict and verdict.bound, "max_drop": limit.max_drop}
+        rows.append(row | {"status": verdict and verdict.status})
+    return rows
+
+
+def _change(result: StudyResult, candidate: Candidate) -> str:
+    changes = [
+        f"{m.metric} {d.mean:+.3g} [{d.low:+.3g}, {d.high:+.3g}] on {d.n} prompts"
+        for m in limited(result.limits)
+        if (d := candidate.best_differences.get(m.metric)) is not None
+    ]
+    return ", ".join(changes) or "quality not measured"
 
 
 # ------------------------------------------------------------------------------------------------ verbs
@@ -662,13 +720,13 @@ def run_verify(args: argparse.Namespace) -> int:
         if getattr(args, name) is None and given is not None:
             setattr(args, name, getattr(given, name))
     args.model = args.model or profile.model.name
-    if args.budget is None or args.max_drop is None:
-        raise UsageError(f"profile {args.profile} does not say how it was made; give --budget and --max-drop")
+    if args.budget is None:
+        raise UsageError(f"profile {args.profile} does not say how it was made; give --budget")
     from tuner.progress import Progress
     from tuner.recheck import recheck
 
     share = parse_share(args.max_regression, "max-regression") if args.max_regression else None
-    budget, max_drop = parse_budget(args.budget), parse_share(args.max_drop, "max-drop")
+    budget = parse_budget(args.budget)
     checks.check_running(
         args.model,
         device=args.device,
@@ -677,11 +735,13 @@ def run_verify(args: argparse.Namespace) -> int:
         weights=args.weights,
     )  # the resolution is checked with the profile's options, before loading too
     space = checked_space(args.model, args.space, args.prompts, args.heldout, args.seed or 0)
+    max_drop = parse_max_drops(args.max_drop or (), space.quality)
+    check_provable(space, max_drop, args.weights)
     outcome = recheck(
         profile,
         space,
         budget,
-        max_drop,
+        quality_limits(space.quality, max_drop),
         share,
         args.seed or 0,
         args.weights,

@@ -16,6 +16,7 @@ from stagevar.errors import UsageError
 from stagevar.files import write_text_atomically
 from stagevar.profile import Envelope, Profile, plain
 from stagevar.schedule import StageSchedule
+from tuner.quality_limits import MetricLimit, limited
 from tuner.report_words import PICK_ORDER, describe, latency_of, name_of
 from tuner.result import Candidate, Interval, LatencyStats, StudyResult, Verdict
 
@@ -158,6 +159,7 @@ def _quality(result: StudyResult, candidate: Candidate) -> dict[str, Any]:
         "prompt_set": "held-out prompts" if held else "search prompts",
         "prompts": len(next(iter(values.values()))),
         "composite": dict(result.quality_weights),
+        "metrics": {m.metric: _metric(m, candidate) for m in result.limits},
         "difference_from_full": {name: _interval(i) for name, i in candidate.best_differences.items()},
         "mean": {name: _round(sum(v) / len(v)) for name, v in values.items() if v},
     }
@@ -166,10 +168,26 @@ def _quality(result: StudyResult, candidate: Candidate) -> dict[str, Any]:
     return plain(data)
 
 
+def _metric(limit: MetricLimit, candidate: Candidate) -> dict[str, Any]:
+    """One metric's declaration, limit, and, where it was verified, the bound that decided."""
+    data: dict[str, Any] = {"unit": limit.unit, "kind": limit.kind, "weight": _round(limit.weight)}
+    if limit.max_drop is not None:
+        data["max_drop"] = _round(limit.max_drop)
+    check = candidate.verification
+    bounds = [v for v in check.verdicts if v.name == limit.name] if check is not None else []
+    return data | ({"drop_upper": _round(bounds[0].bound), "status": bounds[0].status} if bounds else {})
+
+
+def _max_drop(result: StudyResult) -> dict[str, float]:
+    return {m.metric: _round(m.max_drop) for m in result.limits if m.max_drop is not None}
+
+
 def _constraints(result: StudyResult, candidate: Candidate) -> dict[str, Any]:
     check = candidate.verification
     verdicts = check.verdicts if check else candidate.verdicts
-    data: dict[str, Any] = {"budget": result.budget, "budget_ms": _round(result.budget_ms), "max_drop": result.max_drop}
+    data: dict[str, Any] = {"budget": result.budget, "budget_ms": _round(result.budget_ms)}
+    if limits := _max_drop(result):
+        data["max_drop"] = limits
     if result.floors:
         data["floors"] = dict(result.floors)
     return plain({**data, "proved": check is not None, "verdicts": [_verdict(v) for v in verdicts]})
@@ -217,7 +235,7 @@ def write_pareto(result: StudyResult, path: Path) -> Path:
         "reason": result.reason,
         "budget": result.budget,
         "budget_ms": _round(result.budget_ms),
-        "max_drop": result.max_drop,
+        "max_drop": _max_drop(result),
         "picks": {role: result.picks[role] for role in PICK_ORDER if role in result.picks},
         "front": [key for key in result.front if key in members],
         "members": members,
@@ -315,6 +333,11 @@ def _row(result: StudyResult, candidate: Candidate) -> dict[str, Any]:
             row |= _triple("verified_quality", check.differences["quality"])
         if check.drop_upper is not None:
             row["verified_drop_upper"] = _round(check.drop_upper)
+        for limit in limited(result.limits):
+            for verdict in (v for v in check.verdicts if v.name == limit.name):
+                row |= _triple(f"verified_metric.{limit.metric}", check.differences[limit.metric])
+                row |= {f"verified_metric.{limit.metric}_drop_upper": _round(verdict.bound)}
+                row |= {f"verified_metric.{limit.metric}_max_drop": limit.max_drop}
     row["error"] = candidate.error
     return row | _cells("param", candidate.params) | _cells("schedule", candidate.schedule)
 

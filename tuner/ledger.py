@@ -7,7 +7,7 @@ crash with all that was measured.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from tuner.budget import Budget
 from tuner.evaluate import Facts
 from tuner.journal import Evidence
 from tuner.proposals import Proposal, Told
+from tuner.quality_limits import MetricLimit, limited
 from tuner.result import Candidate, Failure, Interval, LatencyStats, Verdict, to_plain
 from tuner.rungs import shrunk
 from tuner.space import SearchSpace, steps_key
@@ -30,14 +31,14 @@ class Ledger:
     """Schedules by key, and their figures.
 
     Args:
-        facts: of the model. budget, max_drop: the user's limits.
+        facts: of the model. budget, metrics: the user's limits.
 
     Attributes: full, full_key: the full schedule. baseline: its figures, None before it was measured. candidates, failed:
     by key. failures: in order. dropped: keys that were not judged, with the ratio predicted for them.
     """
 
-    def __init__(self, run_dir: Path, space: SearchSpace, facts: Facts, budget: Budget, max_drop: float):
-        self.space, self.facts, self.budget, self.max_drop = space, facts, budget, max_drop
+    def __init__(self, run_dir: Path, space: SearchSpace, facts: Facts, budget: Budget, metrics: Sequence[MetricLimit]):
+        self.space, self.facts, self.budget, self.metrics = space, facts, budget, tuple(metrics)
         self.quality = not facts.random_weights
         self.evidence = Evidence(run_dir)
         self.schedules: dict[str, StageSchedule] = {}
@@ -107,20 +108,15 @@ class Ledger:
 
     @property
     def constraint_names(self) -> tuple[str, ...]:
-        return ("latency", "drop", *(f"floor:{m}" for m in self.space.floors)) if self.quality else ("latency",)
+        if not self.quality:
+            return ("latency",)
+        return ("latency", *(m.name for m in limited(self.metrics)), *(f"floor:{m}" for m in self.space.floors))
 
     @property
     def limits(self) -> Limits:
         """What schedules must keep; known once the full schedule was measured."""
-        weights = (w.get("weight", 1.0) if isinstance(w, Mapping) else w for w in self.space.quality.values())
-        return Limits(
-            self.budget,
-            self.baseline.latency.median_ms,
-            self.max_drop,
-            self.space.floors,
-            float(sum(weights)),
-            self.quality,
-        )
+        full_ms = self.baseline.latency.median_ms
+        return Limits(self.budget, full_ms, self.metrics, self.space.floors, self.quality)
 
     @property
     def budget_ratio(self) -> float:
@@ -133,8 +129,9 @@ class Ledger:
         scale = latency.drift_corrected_ms / latency.ratio.mean
         verdicts = [_point("latency", limits.budget_ms, "ms", latency.drift_corrected_ms, latency.ratio.high * scale)]
         if self.quality:
-            drop = candidate.differences["quality"]
-            verdicts.append(_point("drop", limits.max_drop, "quality", -drop.mean, -drop.low))
+            for limit in limited(limits.metrics):
+                change = candidate.differences[limit.metric]
+                verdicts.append(_point(limit.name, limit.max_drop, limit.unit, -change.mean, -change.low))
             for metric, floor in limits.floors.items():
                 mean = float(np.mean(candidate.values[metric]))
                 state = "met" if mean >= floor else "broken"
@@ -172,7 +169,8 @@ class Ledger:
         difference = candidate.differences["quality"].mean if candidate.differences else 0.0
         if not candidate.whole:
             difference = shrunk(self._paired(candidate), self._known_differences())
-        constraints["drop"] = -difference - limits.max_drop
+        for limit in limited(limits.metrics):
+            constraints[limit.name] = -self._metric_change(candidate, limit) / limit.max_drop - 1
         for metric, floor in limits.floors.items():
             constraints[f"floor:{metric}"] = (floor - float(np.mean(candidate.values[metric]))) / max(abs(floor), 1e-9)
         prompts = len(candidate.values.get("quality", ())) or None
@@ -187,15 +185,23 @@ class Ledger:
             tokens = sum(step.processed_tokens(self.facts.chunks) for step in self.steps[key])
             return Told(latency_ms, float(tokens), constraints, 0)
         guess = shrunk((), self._known_differences())
-        return Told(latency_ms, guess, constraints | {"drop": -guess - self.max_drop}, 0)
+        for limit in limited(self.metrics):
+            constraints[limit.name] = -shrunk((), self._known_differences(limit.metric)) / limit.max_drop - 1
+        return Told(latency_ms, guess, constraints, 0)
 
-    def _paired(self, candidate: Candidate) -> np.ndarray:
-        own = np.asarray(candidate.values["quality"])
-        return own - np.asarray(self.baseline.values["quality"])[: own.size]
+    def _metric_change(self, candidate: Candidate, limit: MetricLimit) -> float:
+        """Mean difference of a metric, shrunken for a candidate that was stopped early."""
+        if candidate.whole or not candidate.differences:
+            return candidate.differences[limit.metric].mean if candidate.differences else 0.0
+        return shrunk(limit.sign * self._paired(candidate, limit.metric), self._known_differences(limit.metric))
 
-    def _known_differences(self) -> list[float]:
+    def _paired(self, candidate: Candidate, metric: str = "quality") -> np.ndarray:
+        own = np.asarray(candidate.values[metric])
+        return own - np.asarray(self.baseline.values[metric])[: own.size]
+
+    def _known_differences(self, metric: str = "quality") -> list[float]:
         # Those stopped early as well: survivors alone would make a prior that flatters.
-        return [c.differences["quality"].mean for c in self.candidates.values() if c.differences]
+        return [c.differences[metric].mean for c in self.candidates.values() if c.differences]
 
     # ------------------------------------------------------------------------------------------------ comparing
 
@@ -214,7 +220,9 @@ class Ledger:
         """Whether the intervals leave it possible that every limit is kept."""
         limits, latency = self.limits, candidate.latency
         fast = latency.ratio.low <= min(self.budget_ratio, LEAST_GAIN)
-        good = not self.quality or -candidate.differences["quality"].high <= limits.max_drop
+        good = not self.quality or all(
+            -candidate.differences[m.metric].high <= m.max_drop for m in limited(limits.metrics)
+        )
         floors = all(v.status == "met" for v in candidate.verdicts if v.name.startswith("floor:"))
         return candidate.whole and fast and good and floors
 
@@ -232,8 +240,9 @@ class Ledger:
 
     def hypervolume(self) -> float:
         """Area that feasible schedules dominate within the limits: latency in shares of the full schedule's, up to the
-        budget, times quality above the largest allowed drop (tokens left, in shares, for random weights)."""
-        points, floor = [], -self.max_drop if self.quality else 0.0
+        budget, times quality above that of a schedule that uses up every allowance (tokens left, in shares, for random
+        weights)."""
+        points, floor = [], -sum(m.weight for m in limited(self.metrics)) if self.quality else 0.0
         for candidate in self.candidates.values():
             if candidate.feasible:
                 tokens = candidate.processed_tokens / self.baseline.processed_tokens

@@ -89,6 +89,14 @@ def load_prompts(source: PromptSource, seed: int = 0) -> dict[str, PromptSet]:
     }
 
 
+def heldout_count(source: PromptSource) -> int:
+    """Number of held-out prompts that `load_prompts` will find. Raises UsageError for a file that cannot be read."""
+    if source.source in ("nano", "geneval"):
+        return source.heldout
+    held = 1000 if source.source == "imagenet" else len(read_prompts(source.source))
+    return min(source.heldout, max(0, held - source.search))
+
+
 def in_turn(items: Sequence[Prompt]) -> list[Prompt]:
     """Prompts ordered so that every stretch holds GenEval's tasks in their overall proportions; without tags, as they are.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from stagevar.choices import check_engine, check_threads
 from stagevar.errors import UsageError
 from stagevar.profile import Profile, present_envelope
 from tuner.budget import Budget
+from tuner.quality_limits import COMPOSITE, MetricLimit, composite_options
 from tuner.result import Verdict, Verification
 from tuner.space import SearchSpace
 from tuner.verify import BASELINE, Limits, Verifier, decide
@@ -32,16 +34,16 @@ class Recheck:
     @property
     def lines(self) -> list[str]:
         """What to print."""
-        latency, change = self.verification.latency, self.verification.differences.get("quality")
+        latency = self.verification.latency
         lines = [f"warning: {text}" for text in self.warnings]
         ratio = latency.ratio
         if ratio is not None:
             span = f"[{1 / ratio.high:.2f}, {1 / ratio.low:.2f}]"
             lines.append(f"speed-up {1 / ratio.mean:.2f}x {span}, {latency.median_ms:.1f} ms")
-        if change is not None:
-            lines.append(
-                f"quality change {change.mean:+.4f} [{change.low:+.4f}, {change.high:+.4f}] on {change.n} held-out prompts"
-            )
+        for metric, change in self.verification.differences.items():
+            if metric != COMPOSITE:
+                span = f"{change.mean:+.3g} [{change.low:+.3g}, {change.high:+.3g}]"
+                lines.append(f"{metric} changed by {span} on {change.n} held-out prompts")
         for v in self.verdicts:
             lines.append(
                 f"{_STATES[v.status]}: {v.name} {v.value:.4g} (bound {v.bound:.4g}, limit {v.limit:.4g} {v.unit})"
@@ -69,7 +71,7 @@ def recheck(
     profile: Profile,
     space: SearchSpace,
     budget: Budget,
-    max_drop: float,
+    metrics: Sequence[MetricLimit],
     max_regression: float | None,
     seed: int,
     weights: str | None,
@@ -81,7 +83,8 @@ def recheck(
 ) -> Recheck:
     """Verifies a profile's schedule against the full one, both measured here and now.
 
-    threads, engine, resolution: what to measure with; None for the resolution takes the profile's.
+    metrics: how far each metric may fall. threads, engine, resolution: what to measure with; None for the resolution takes
+    the profile's.
     Raises ProfileError when the model is another one, UsageError when a regression is asked about but the profile records
     no ratio, or when it was made on random weights.
     """
@@ -102,12 +105,13 @@ def recheck(
     model = load_model(profile.model.name, weights=weights, device=device, **loading)
     steps = profile.expand(model)
     prompts = load_prompts(space.prompts, seed)
-    evaluator = ModelEvaluator(model, prompts, space.quality, space.floors, threads=threads, engine=engine)
+    evaluator = ModelEvaluator(
+        model, prompts, composite_options(space.quality, metrics), space.floors, threads=threads, engine=engine
+    )
     warnings = profile.warnings_here(present_envelope(model, profile.envelope.batch, threads, evaluator.engine))
     progress.phase("verification", 100)
     timing = evaluator.latency({BASELINE: evaluator.full}, 9)[BASELINE]
-    total = sum(w.get("weight", 1.0) if isinstance(w, dict) else w for w in space.quality.values())
-    limits = Limits(budget, timing.median_ms, max_drop, space.floors, float(total), not model.random_weights)
+    limits = Limits(budget, timing.median_ms, tuple(metrics), space.floors, not model.random_weights)
     verifier = Verifier(
         evaluator,
         LocalExecutor(evaluator),

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from stagevar.errors import UsageError
 from stagevar.files import write_text_atomically
+from tuner.quality_limits import limited
 from tuner.report_sections import (
     failures_section,
     history_section,
@@ -33,6 +34,7 @@ from tuner.report_words import (
     interval_text,
     latency_of,
     latency_span_ms,
+    limits_text,
     measured,
     ms,
     quality_change,
@@ -122,7 +124,7 @@ def _answer(result: StudyResult) -> str:
             f"No tuning is needed: the full schedule of {model} meets the budget of {budget}{shown}, so it is the pick."
         )
     if result.verdict == "infeasible" or pick is None or (latency := latency_of(result, pick)) is None:
-        quality = f" within a quality drop of {result.max_drop:g}" if has_quality(result) else ""
+        quality = f" within {limits_text(result)}" if has_quality(result) else ""
         if result.smallest_budget_ms is not None:
             count = len(measured(result))
             tried = f"none of {count} measured schedules of {model} meets"
@@ -146,10 +148,14 @@ def _answer(result: StudyResult) -> str:
         return f"{model} runs {faster}{times}; the weights are random, so this says nothing about quality."
     held = pick.verification is not None and bool(pick.verification.values)
     where = f"{difference.n} {'held-out' if held else 'search'} prompts"
-    change = f"{signed(difference.mean)} ({interval_text(difference)})"
-    sentence = f"{model} runs {faster}{times}, with quality changed by {change} on {where}"
+    changes = ", ".join(
+        f"{m.metric} changed by {signed(d.mean)} ({interval_text(d)})"
+        for m in limited(result.limits)
+        if (d := pick.best_differences.get(m.metric)) is not None
+    )
+    sentence = f"{model} runs {faster}{times}, with {changes} on {where}"
     if result.verdict == "verified":
-        return f"Tuning helped: {sentence}; both limits are proved."
+        return f"Tuning helped: {sentence}; all limits are proved."
     if result.verdict == "partial":
         return f"Stopped before verification: so far {sentence}; nothing is proved yet."
     verdicts = pick.verification.verdicts if pick.verification else pick.verdicts
@@ -200,9 +206,11 @@ def _tiles(result: StudyResult) -> str:
         tiles.append(("Budget", ms(result.budget_ms), escape(typed)))
     difference = quality_change(shown) if shown is not None and not result.random_weights else None
     if difference is not None:
-        tiles.append(
-            ("Quality change", signed(difference.mean), f"{interval_text(difference)}; limit −{result.max_drop:g}")
-        )
+        for limit in limited(result.limits):
+            if (change := shown.best_differences.get(limit.metric)) is None:
+                continue
+            note = f"{interval_text(change)} {limit.unit}; limit −{limit.max_drop:g}"
+            tiles.append((f"Change of {escape(limit.metric)}", signed(change.mean), escape(note)))
     elif not result.random_weights and shown is result.baseline:
         tiles.append(("Quality change", "none", "the full schedule is the pick"))
     body = "".join(f"<div><dt>{name}</dt><dd>{value}</dd><dd>{note}</dd></div>" for name, value, note in tiles)
@@ -280,12 +288,14 @@ def _verdict_line(verdict: Verdict, proved: bool) -> tuple[str, str]:
     else:
         value, limit, bound = f"{verdict.value:.3f}", f"{verdict.limit:.3f}", f"{verdict.bound:.3f}"
         value, limit, bound = (v.replace("-", "−") for v in (value, limit, bound))
+    if not math.isfinite(verdict.bound):
+        bound = "unknown"
     names = {
         "latency": "Latency budget",
-        "drop": "Allowed quality drop",
         "gain": "Ratio to the full schedule's latency, at most",
     }
-    name = names.get(verdict.name, f"Floor of {verdict.name.partition(':')[2]}")
+    kind, _, metric = verdict.name.partition(":")
+    name = names.get(verdict.name, f"{'Allowed drop' if kind == 'drop' else 'Floor'} of {escape(metric)}")
     how = f"95 % bound {bound}, estimate {value}" if proved else f"estimate {value} only"
     joined = f"{name} {limit}" if verdict.name == "gain" else f"{name} of {limit}"
     return {"met": "yes" if proved else "info"}.get(verdict.status, "no"), f"{escape(joined)} {word}: {how}."

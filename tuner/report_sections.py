@@ -15,6 +15,7 @@ from PIL import Image
 
 from tuner import published
 from tuner.importance import LEAST, Importance, importance
+from tuner.quality_limits import factors
 from tuner.report_charts import Point, Rule, StripCell, bars, paired_bars, scatter, strip
 from tuner.report_words import (
     PICK_ORDER,
@@ -26,6 +27,7 @@ from tuner.report_words import (
     kept_share,
     latency_of,
     latency_span_ms,
+    limits_text,
     measured,
     ms,
     ms_span,
@@ -192,13 +194,18 @@ def _points(result: StudyResult) -> list[Point]:
                 difference.mean if difference else 0.0,
                 kind,
                 shape,
-                latency_span_ms(latency),
-                (difference.low, difference.high) if difference else None,
+                _finite(latency_span_ms(latency)),
+                _finite((difference.low, difference.high)) if difference else None,
                 _label(result, candidate),
                 _title(result, candidate),
             )
         )
     return points
+
+
+def _finite(span: tuple[float, float]) -> tuple[float, float] | None:
+    """A span that can be drawn: one sample has none."""
+    return span if all(map(math.isfinite, span)) else None
 
 
 def tradeoff_section(result: StudyResult) -> str:
@@ -215,7 +222,7 @@ def tradeoff_section(result: StudyResult) -> str:
     x_range = (max(0.0, min(xs) - x_pad), max(xs) + x_pad)
     # The picture is about the trade-off near the limit: one terrible schedule must not flatten everything else.
     core = [v for p in points if p.kind != "infeasible" or p.label for v in (p.y_span or (p.y, p.y))]
-    core += [-1.6 * result.max_drop, 0.25 * result.max_drop]
+    core += [1.6 * result.composite_floor, -0.25 * result.composite_floor]
     spread = max(core) - min(core)
     rest = [v for p in points for v in (p.y_span or (p.y, p.y)) if v > min(core) - spread]
     y_pad = 0.05 * spread
@@ -230,13 +237,14 @@ def tradeoff_section(result: StudyResult) -> str:
             path.append((shown_ms(result, candidate), height))
     failed = [f"trial {f.trial}: {f.error}" for f in result.failures]
     comparable = set(result.quality_weights) == {"geneval"}
+    unit = factors(result.limits)["geneval"] if comparable else 0.0
     lane = y_range[1] + 0.08 * (y_range[1] - y_range[0])
     if reference and not comparable:
         y_range = (y_range[0], lane + 0.05 * (y_range[1] - y_range[0]))
     for row in reference[1:]:
         if row.speedup is None or row.geneval is None or reference[0].geneval is None:
             continue
-        height = row.geneval - reference[0].geneval if comparable else lane
+        height = (row.geneval - reference[0].geneval) * unit if comparable else lane
         title = (
             f"{row.name} as published: {row.speedup:g}×, GenEval {row.geneval:.2f} against {reference[0].geneval:.2f}"
         )
@@ -249,11 +257,11 @@ def tradeoff_section(result: StudyResult) -> str:
             points,
             label="Quality change against latency of every schedule tried",
             x_title="latency of one image, ms",
-            y_title="quality change against the full schedule",
+            y_title="quality change against the full schedule, in allowed drops",
             x_range=x_range,
             y_range=y_range,
             x_rule=Rule(result.budget_ms, "budget", "right"),
-            y_rule=Rule(-result.max_drop, "allowed drop", "below"),
+            y_rule=Rule(result.composite_floor, "allowed drop", "below"),
             path=path,
             top=("speed-up", [(full_ms / times, f"{times:g}×") for times in _SPEEDS]),
             gutter=(f"{len(failed)} failed", failed) if failed else None,
@@ -599,7 +607,7 @@ def run_section(result: StudyResult) -> str:
         ("command", result.command),
         ("made", result.created),
         ("verdict", f"{result.verdict} (exit code {result.exit_code}): {result.reason}"),
-        ("limits", f"budget {result.budget} = {budget_text(result)}, quality drop at most {result.max_drop:g}"
+        ("limits", f"budget {result.budget} = {budget_text(result)}, {limits_text(result)}"
                    + "".join(f", {m} at least {v:g}" for m, v in result.floors.items())),
         ("quality", " + ".join(f"{w:g} × {m}" for m, w in result.quality_weights.items()) or "not measured"),
         *_engine_facts(result),

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tuner.quality_limits import limited
 from tuner.result import Candidate, Interval, LatencyStats, StudyResult
 
 PICK_ORDER = ("pick", "fastest", "balanced", "best_quality", "no_skip")
@@ -32,6 +33,8 @@ def signed(value: float, digits: int = 3) -> str:
 
 
 def interval_text(interval: Interval) -> str:
+    if not (math.isfinite(interval.low) and math.isfinite(interval.high)):
+        return f"no interval from {interval.n} {'sample' if interval.n == 1 else 'samples'}"
     return f"{signed(interval.low)} to {signed(interval.high)}"
 
 
@@ -67,6 +70,12 @@ def shown_ms(result: StudyResult, candidate: Candidate) -> float:
 
 def quality_change(candidate: Candidate) -> Interval | None:
     return candidate.best_differences.get("quality")
+
+
+def limits_text(result: StudyResult) -> str:
+    """ "a drop of geneval of at most 2 % of prompts and of clip_score of at most 0.3 CLIP points" """
+    parts = [f"of {m.metric} of at most {m.amount(m.max_drop)}" for m in limited(result.limits)]
+    return f"a drop {' and '.join(parts)}" if parts else "no limit of quality"
 
 
 def has_quality(result: StudyResult) -> bool:

@@ -19,8 +19,9 @@ from typing import Any
 
 from stagevar.errors import UsageError
 from stagevar.profile_sections import EngineSection
+from tuner.quality_limits import COMPOSITE, MetricLimit, limited, old_limits
 
-SCHEMA = 1
+SCHEMA = 2
 STUDY_FILE = "study.json"
 #: Verdicts and their exit codes. "partial" is a study that Ctrl-C stopped before its picks were verified.
 EXIT_CODES = {
@@ -76,7 +77,7 @@ class LatencyStats:
 class Verdict:
     """One constraint against the data.
 
-    name: "latency", "drop" or "floor:<metric>". limit: what it had to keep (`unit`: "ms", "quality" or the metric's name).
+    name: "latency", "gain", "drop:<metric>" or "floor:<metric>". limit: what it had to keep, in `unit`.
     value: the point estimate. bound: the confidence bound that decides. status: "met", "broken" or "open" (the interval
     straddles the limit); in the search, where nothing is proved, only the point estimate decides.
     """
@@ -95,7 +96,7 @@ class Verification:
 
     prompts: number of held-out prompts used, the first so many of StudyResult.heldout_prompts. values: raw value per
     metric and held-out prompt. differences: paired difference per metric. drop_upper: one-sided 95 % upper bound of the
-    drop of "quality". latency: round-robin samples. latency_upper_ms: one-sided 95 % upper bound. verdicts: per
+    primary metric's drop. latency: round-robin samples. latency_upper_ms: one-sided 95 % upper bound. verdicts: per
     constraint. status: "verified", "broken" or "open" ("baseline" for the full schedule itself).
     """
 
@@ -186,7 +187,8 @@ class StudyResult:
     "heldout_prompts", "space", "constraints". device: name, kind, threads, dtype. engine: the one
     that deployment runs; engine_choice: why that one, and what was found of the others.
     grids, chunks, pixels: of the model. includes: what one latency figure covers, in words.
-    budget: as typed. budget_ms: resolved. max_drop: allowed drop of the composite. quality_weights: metric -> weight.
+    budget: as typed. budget_ms: resolved. limits: metrics of the quality with weight and max_drop, the primary one first;
+    empty for random weights. The composite "quality" counts in allowances: -1 is one max_drop used up.
     higher_is_better: per metric. floors: metric -> smallest mean allowed. seed: study seed. micro_batch: images per batch
     in quality evaluation. search_prompts, heldout_prompts: texts; prompt i of either runs with its own seed in
     search_seeds, heldout_seeds. baseline: the full schedule. candidates: all others, in order of first trial.
@@ -214,8 +216,7 @@ class StudyResult:
     pixels: tuple[int, int]
     budget: str
     budget_ms: float
-    max_drop: float
-    quality_weights: dict[str, float]
+    limits: tuple[MetricLimit, ...]
     higher_is_better: dict[str, bool]
     floors: dict[str, float]
     seed: int
@@ -252,6 +253,18 @@ class StudyResult:
         """What profile.yaml holds; None when nothing was picked."""
         return self.candidate(self.picks["pick"]) if "pick" in self.picks else None
 
+    @property
+    def quality_weights(self) -> dict[str, float]:
+        """Weight per metric."""
+        return {limit.metric: limit.weight for limit in self.limits}
+
+    @property
+    def composite_floor(self) -> float:
+        """The composite of a schedule that uses up every allowance; in results of schema 1 the allowed drop, negative."""
+        if self.limits and self.limits[0].metric == COMPOSITE:
+            return -(self.limits[0].max_drop or 0.0)
+        return -sum(limit.weight for limit in limited(self.limits))
+
     def to_json(self) -> str:
         """Strict JSON, one line per top-level key. Non-finite numbers are the strings "inf", "-inf" and "nan"."""
         plain = to_plain(dataclasses.asdict(self))
@@ -266,10 +279,10 @@ class StudyResult:
         except ValueError as error:
             raise UsageError(f"not a study result: {error}") from None
         schema = data.get("schema") if isinstance(data, dict) else None
-        if schema != SCHEMA:
-            raise UsageError(f"study result has schema {schema!r}, this version reads {SCHEMA}; rerun the study")
+        if schema not in (1, SCHEMA):
+            raise UsageError(f"study result has schema {schema!r}, this version reads 1 and {SCHEMA}; rerun the study")
         try:
-            return build(cls, data)
+            return build(cls, _from_schema_1(data) if schema == 1 else data)
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise UsageError(f"study result is damaged: {error}") from None
 
@@ -291,6 +304,25 @@ class StudyResult:
             reason = getattr(error, "strerror", None) or "not UTF-8"
             raise UsageError(f"{path} cannot be read ({reason}); give the directory of a run") from None
         return cls.from_json(text)
+
+
+def _from_schema_1(data: dict[str, Any]) -> dict[str, Any]:
+    """A result of schema 1, whose one limit was the composite's, in the form of schema 2."""
+    limits = [dataclasses.asdict(m) for m in old_limits(data.pop("quality_weights"), data.pop("max_drop"))]
+
+    def renamed(value: Any) -> Any:
+        if isinstance(value, list):
+            return [renamed(entry) for entry in value]
+        if not isinstance(value, dict):
+            return value
+        entries = {key: renamed(entry) for key, entry in value.items()}
+        return (
+            entries | {"name": f"drop:{COMPOSITE}"}
+            if {"name", "bound"} <= entries.keys() and entries["name"] == "drop"
+            else entries
+        )
+
+    return {**renamed(data), "limits": limits, "schema": SCHEMA}
 
 
 def to_plain(value: Any) -> Any:

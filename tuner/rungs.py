@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from tuner import pareto
-from tuner.stats import drop_bounds, spread
+from tuner.quality_limits import MetricLimit, composite_change, limited
+from tuner.stats import continuous_drop_bounds, drop_bounds, spread
 
 #: Shares of the search set.
 SHARES = (0.25, 0.5, 1.0)
@@ -26,30 +27,36 @@ def rungs(batches: int) -> list[int]:
 
 
 def clearly_worse(
-    own: Sequence[float],
+    own: Mapping[str, Sequence[float]],
     ratio: float,
-    baseline: Sequence[float],
-    max_drop: float,
+    baseline: Mapping[str, Sequence[float]],
+    limits: Sequence[MetricLimit],
     rivals: Mapping[str, tuple[float, Sequence[float]]],
-    weight_total: float,
 ) -> str | None:
     """Why a schedule needs no more prompts, or None.
 
     Args:
-        own: its quality on the first n prompts. ratio: its latency. baseline: the full schedule's quality, at least n.
+        own: its values per metric, and "quality", on the first n prompts. ratio: its latency. baseline: the full schedule's
+            values, at least n each. limits: how far each metric may fall.
         rivals: key -> (latency ratio, quality per prompt) of schedules judged on the whole set.
 
-    One-sided 95 % bounds of paired differences, with the pseudo-prompts of `drop_bounds`, so that a handful of prompts
-    on which nothing went wrong elsewhere does not condemn it.
+    One-sided 95 % bounds of paired differences that take into account how few prompts there are, so that a handful on which
+    nothing went wrong elsewhere does not condemn a schedule.
     """
-    count = len(own)
-    values, base = np.asarray(own, dtype=np.float64), np.asarray(baseline[:count], dtype=np.float64)
-    width = spread(base, weight_total)
-    _, lower = drop_bounds((values - base)[None], width)
-    if lower[0] > max_drop:
-        return f"loses {-(values - base).mean():.3f} on {count} prompts, at least {lower[0]:.3f} (allowed {max_drop:g})"
+    values = np.asarray(own["quality"], dtype=np.float64)
+    count = len(values)
+    for limit in limited(limits):
+        differences_1N = _paired(own[limit.metric], baseline[limit.metric])[None] * limit.sign
+        bounds = continuous_drop_bounds if limit.kind == "continuous" else drop_bounds
+        _, lower = bounds(differences_1N, limit.change)
+        if lower[0] > limit.max_drop:
+            return (
+                f"{limit.metric} falls by {limit.amount(-differences_1N.mean())} on {count} prompts, at least "
+                f"{limit.amount(lower[0])} (allowed {limit.amount(limit.max_drop)})"
+            )
     faster = {key: np.asarray(theirs[:count]) for key, (other, theirs) in rivals.items() if other <= ratio}
     if faster:
+        width = spread(baseline["quality"][:count], composite_change(limits))
         _, lowers = drop_bounds(np.stack([values - theirs for theirs in faster.values()]), width)
         best = int(np.argmax(lowers))
         if lowers[best] > 0:
@@ -57,6 +64,10 @@ def clearly_worse(
                 f"worse on {count} prompts than {list(faster)[best]}, which is as fast, by at least {lowers[best]:.3f}"
             )
     return None
+
+
+def _paired(own: Sequence[float], baseline: Sequence[float]) -> np.ndarray:
+    return np.asarray(own, dtype=np.float64) - np.asarray(baseline[: len(own)], dtype=np.float64)
 
 
 def promoted(points: Sequence[tuple[float, float]], share: float = PROMOTED) -> list[int]:

@@ -437,12 +437,11 @@ class Search:
         latencies: Mapping[str, LatencyStats],
     ) -> dict[str, str]:
         ledger = self.ledger
-        rivals, base = ledger.rivals(), ledger.baseline.values["quality"]
-        weight = ledger.limits.weight_total
+        rivals, base = ledger.rivals(), ledger.baseline.values
         found = {}
         for p in running:
             ratio = latencies[p.key].ratio.mean
-            why = clearly_worse(values[p.key]["quality"], ratio, base, ledger.max_drop, rivals, weight)
+            why = clearly_worse(values[p.key], ratio, base, ledger.metrics, rivals)
             if why is not None:
                 found[p.key] = why
         left = [p for p in running if p.key not in found]
@@ -541,7 +540,8 @@ class Search:
             gain = ledger.baseline.latency.median_ms / best.latency.drift_corrected_ms
             line = f"{ledger.evaluated} of {self.trials} schedules, best so far {gain:.2f}x"
             if ledger.quality:
-                line += f", quality {best.differences['quality'].mean:+.3f}"
+                primary = ledger.metrics[0].metric
+                line += f", {primary} {best.differences[primary].mean:+.3g}"
         self.progress.update(ledger.evaluated, line)
 
     def facts(self) -> dict[str, Any]:

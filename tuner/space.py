@@ -24,6 +24,7 @@ from stagevar.errors import ScheduleError, StagevarError, UsageError
 from stagevar.grids import Grid
 from stagevar.profile import read_yaml
 from stagevar.schedule import ACCELERATORS, BOTH, PRECISIONS, PRESETS, StageSchedule, Steps
+from tuner.quality_limits import check_max_drop
 
 NEVER = "never"
 #: Prompts that need no file: nano's captions, GenEval-style ones over COCO's classes, ImageNet's class indices.
@@ -122,7 +123,8 @@ class PromptSource:
 class SearchSpace:
     """A checked search space.
 
-    model: name. quality: metric -> weight (or options with a weight). floors: metric -> smallest mean allowed.
+    model: name. quality: metric -> weight, or options with `weight` and `max_drop`; the first is the primary one.
+    floors: metric -> smallest mean allowed.
     parameters: what is searched. enqueue: presets of stagevar.schedule evaluated first. semantic_end: first scale of
     the structure stage, from analysis; structure_end is never searched below it.
     """
@@ -396,18 +398,39 @@ def _parameter(name: str, data: Any) -> Parameter:
 
 
 def _quality(data: Any) -> dict[str, Any]:
+    """Metric -> weight or options, from `{geneval: 1.0}` or `{metrics: [{name: geneval, weight: 1, max_drop: 0.02}]}`."""
     if not isinstance(data, dict) or not data:
         raise UsageError(
-            f"search space: quality {data!r:.60} must be metrics with weights, such as {{clip_score: 1.0}}"
+            f"search space: quality {data!r:.60} must be metrics with weights, such as "
+            "{metrics: [{name: clip_score, weight: 1, max_drop: 0.3}]}"
         )
     from tuner.metrics.registry import METRIC_NAMES
 
-    for name, value in data.items():
+    data = _listed_metrics(data) if "metrics" in data else data
+    for position, (name, value) in enumerate(data.items()):
         _metric(name, METRIC_NAMES)
         weight = value.get("weight", 1.0) if isinstance(value, dict) else value
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-            raise UsageError(f"search space: quality weight of {name} is {weight!r}; it must be a number above 0")
+        number = not isinstance(weight, bool) and isinstance(weight, int | float) and 0 <= weight < math.inf
+        if not number or (weight == 0 and position == 0):
+            least = "above 0" if position == 0 else "of at least 0"
+            raise UsageError(f"search space: quality weight of {name} is {weight!r}; it must be a number {least}")
+        if isinstance(value, dict) and value.get("max_drop") is not None:
+            check_max_drop(name, value["max_drop"], f"search space: max_drop {value['max_drop']!r} of {name}")
     return data
+
+
+def _listed_metrics(data: dict[str, Any]) -> dict[str, Any]:
+    listed = _mapping(data, "quality", ("metrics",))["metrics"]
+    if not isinstance(listed, list) or not listed:
+        raise UsageError(f"search space: quality metrics {listed!r:.60} must be a list, such as [{{name: geneval}}]")
+    found: dict[str, Any] = {}
+    for entry in listed:
+        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+            raise UsageError(f"search space: quality metric {entry!r:.60} must have a name, such as {{name: geneval}}")
+        if entry["name"] in found:
+            raise UsageError(f"search space: quality lists {entry['name']} twice")
+        found[entry["name"]] = {key: value for key, value in entry.items() if key != "name"}
+    return found
 
 
 def _floors(data: Any) -> dict[str, float]:

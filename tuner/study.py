@@ -27,6 +27,7 @@ from tuner.ledger import Ledger
 from tuner.progress import Progress
 from tuner.prompts import PromptSet
 from tuner.proposals import Proposal
+from tuner.quality_limits import limited, quality_limits
 from tuner.result import EXIT_CODES, Candidate, Failure, Sample, StudyResult, build
 from tuner.search import Savings, Search
 from tuner.space import SearchSpace
@@ -43,6 +44,7 @@ FINALISTS_PER_KIND = 3
 class Options:
     """What a user asks of a study.
 
+    max_drop: largest drop per metric; a number is the primary metric's, and what is not said comes from the space.
     trials: distinct schedules to evaluate, the full one not counted. time_budget_s: tuning time, verification included.
     sampler, storage: see Proposer. command: what reproduces the study. versions: for the record. samples: prompts whose images
     are kept for the report. patience: schedules without a larger feasible hypervolume after which the search ends; None
@@ -50,7 +52,7 @@ class Options:
     """
 
     budget: Budget
-    max_drop: float = 0.05
+    max_drop: float | Mapping[str, float] | None = None
     trials: int = 30
     time_budget_s: float | None = None
     seed: int = 0
@@ -91,7 +93,8 @@ class Study:
         self.facts = evaluator.facts
         self.quality = not self.facts.random_weights
         space.fit(self.facts.grids)
-        self.ledger = Ledger(run_dir, space, self.facts, options.budget, options.max_drop)
+        self.metrics = quality_limits(space.quality, options.max_drop)
+        self.ledger = Ledger(run_dir, space, self.facts, options.budget, self.metrics)
         self.told = 0
         self.stop_reason = ""
         self.search_facts: dict[str, Any] = {}
@@ -113,7 +116,7 @@ class Study:
             "search prompts": self.prompts["search"].digest,
             "held-out prompts": self.prompts["heldout"].digest,
             "budget": self.options.budget.text,
-            "max_drop": self.options.max_drop,
+            "max_drop": {m.metric: m.max_drop for m in self.metrics},
             "seed": self.options.seed,
             "storage": self.options.storage,
             "savings": {name: getattr(self.options.savings, name) for name in ("table", "rungs")},
@@ -318,12 +321,13 @@ class Study:
             return self._result("latency_only", reason, picks)
         if verified:
             pick = ledger.candidates[picks["pick"]]
-            change = pick.verification.differences["quality"]
-            reason = (
-                f"{speedup(pick)} within {budget}, quality {change.mean:+.4f} [{change.low:+.4f}, {change.high:+.4f}] on "
-                f"{pick.verification.prompts} held-out prompts, drop at most {pick.verification.drop_upper:.4f} "
-                f"(allowed {limits.max_drop:g})"
+            proved = ", ".join(
+                f"{m.metric} {metric_change(pick, m.metric)}, drop at most {m.amount(v.bound)} (allowed {m.amount(v.limit)})"
+                for m in limited(limits.metrics)
+                for v in pick.verification.verdicts
+                if v.name == m.name
             )
+            reason = f"{speedup(pick)} within {budget} on {pick.verification.prompts} held-out prompts: {proved}"
             return self._result("verified", reason, picks)
         if waiting:
             best = max(waiting, key=ledger.preference)
@@ -448,7 +452,6 @@ class Study:
         self.progress.end_phase()
         facts, space, options = self.facts, self.space, self.options
         search, heldout = self.prompts["search"], self.prompts["heldout"]
-        weights = {n: float(w.get("weight", 1.0) if isinstance(w, Mapping) else w) for n, w in space.quality.items()}
         everyone = [*ledger.candidates.values(), *ledger.failed.values()]
         return StudyResult(
             command=options.command,
@@ -472,8 +475,7 @@ class Study:
             pixels=facts.pixels,
             budget=options.budget.text,
             budget_ms=ledger.limits.budget_ms if ledger.baseline.latency else math.nan,
-            max_drop=options.max_drop,
-            quality_weights=weights if self.quality else {},
+            limits=self.metrics if self.quality else (),
             higher_is_better=facts.higher_is_better,
             floors=dict(space.floors),
             seed=options.seed,
@@ -505,6 +507,12 @@ def speedup(candidate: Candidate) -> str:
     """ "1.72x [1.70, 1.74]" from the best measurement of a candidate."""
     ratio = candidate.best_latency.ratio
     return f"{1 / ratio.mean:.2f}x [{1 / ratio.high:.2f}, {1 / ratio.low:.2f}]"
+
+
+def metric_change(candidate: Candidate, metric: str) -> str:
+    """ "-0.0040 [-0.0120, +0.0040]" of a metric from the best measurement of a candidate."""
+    change = candidate.best_differences[metric]
+    return f"{change.mean:+.3g} [{change.low:+.3g}, {change.high:+.3g}]"
 
 
 def difference(old: Any, new: Any, path: str = "") -> list[str]:

@@ -262,7 +262,8 @@ def run_cell(argv: Sequence[str], run_dir: Path) -> dict[str, Any]:
 
 
 def summary(result: StudyResult) -> dict[str, Any]:
-    """The columns that a study fills: times in ms of one image, quality as the paired difference to the full schedule."""
+    """The columns that a study fills: times in ms of one image, quality as the
+    paired difference of the primary metric to the full schedule."""
     pick, full = result.pick, result.baseline.best_latency
     row: dict[str, Any] = {
         "verdict": result.verdict,
@@ -273,11 +274,13 @@ def summary(result: StudyResult) -> dict[str, Any]:
         "schedules": len(result.candidates),
     }
     if pick is not None and pick.best_latency is not None:
-        latency, change = pick.best_latency, pick.best_differences.get("quality")
+        primary = result.limits[0].metric if result.limits else ""
+        latency, change = pick.best_latency, pick.best_differences.get(primary)
         row |= {"pick": pick.key, "pick_ms": latency.drift_corrected_ms, "skipped_scales": pick.skipped_scales}
         if latency.ratio is not None:
             row |= {"speedup": 1 / latency.ratio.mean, "speedup_low": 1 / latency.ratio.high}
         if change is not None:
+            row |= {"metric": primary, "unit": result.limits[0].unit}
             row |= {"quality": change.mean, "quality_low": change.low, "quality_high": change.high}
     return {**row, "reason": result.reason}
 

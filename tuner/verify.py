@@ -1,8 +1,9 @@
 """Verification: finalists against the full schedule on held-out prompts and in one round-robin of timings.
 
 Verified means that every bound is on the right side: the upper bound of latency within the budget, the upper bound of the
-latency ratio at most 0.98 (a gain under 2 % is no acceleration), the one-sided 95 % upper bound of the paired drop within the
-allowed one, every floor kept. The bounds hold for all finalists together, so choosing among them afterwards is fair.
+latency ratio at most 0.98 (a gain under 2 % is no acceleration), for every metric the one-sided 95 % upper bound of the
+paired drop within the allowed one, every floor kept. All must hold, so the metrics share no error; the bounds hold for all
+finalists together, so choosing among them afterwards is fair.
 Prompts and rounds are added in steps until each finalist is decided or the limit is reached; giving up early on a bad
 one costs nothing, while claims are made at few looks only, which share the 5 %.
 """
@@ -18,16 +19,16 @@ from stagevar.schedule import Steps
 from tuner.budget import Budget
 from tuner.evaluate import Evaluator
 from tuner.executors.base import Executor, Failed, QualityTask
+from tuner.looks import claims, looks
 from tuner.prompts import PromptSet
+from tuner.quality_limits import MetricLimit, limited
 from tuner.result import Interval, LatencyStats, Verdict, Verification
-from tuner.stats import ALPHA, drop_bounds, mean_interval, median_interval, ratio_interval, spread
+from tuner.stats import ALPHA, continuous_drop_bounds, drop_bounds, mean_interval, median_interval, ratio_interval
 
 #: No schedule above this ratio to the full one is an acceleration.
 LEAST_GAIN = 0.98
-#: Timing rounds after which decisions are taken, and held-out prompts before which none is verified (or the limit).
+#: Timing rounds after which decisions are taken.
 ROUNDS = (15, 30, 60)
-FIRST_CLAIM = 256
-EARLY_ALPHA = 0.005
 BASELINE = "baseline"
 
 
@@ -35,16 +36,14 @@ BASELINE = "baseline"
 class Limits:
     """What a schedule must keep.
 
-    budget: as typed. baseline_ms: the study's figure for the full schedule, which a share refers to. max_drop: of the
-    composite. floors: smallest mean per metric. weight_total: sum of the composite's weights. quality: False for random
-    weights, where only latency is judged.
+    budget: as typed. baseline_ms: the study's figure for the full schedule, which a share refers to. metrics: how far each
+    may fall. floors: smallest mean per metric. quality: False for random weights, where only latency is judged.
     """
 
     budget: Budget
     baseline_ms: float
-    max_drop: float
+    metrics: tuple[MetricLimit, ...]
     floors: Mapping[str, float] = field(default_factory=dict)
-    weight_total: float = 1.0
     quality: bool = True
 
     @property
@@ -163,17 +162,11 @@ class Verifier:
     # ------------------------------------------------------------------------------------------------ quality
 
     def _looks(self) -> list[int]:
-        """Numbers of held-out prompts at which finalists are looked at, multiples of the micro-batch up to the limit."""
-        step, count = self.heldout.micro_batch, len(self.heldout)
-        sizes = {count, *(-(-(FIRST_CLAIM // 4 << k) // step) * step for k in range(14))}
-        return sorted(size for size in sizes if size <= count)
+        return looks(len(self.heldout), self.heldout.micro_batch)
 
     def _alpha(self, count: int) -> float | None:
         """Error that a claim at this look may make; None where none is made."""
-        claims = [n for n in self._looks() if n >= min(FIRST_CLAIM, len(self.heldout))]
-        if count not in claims:
-            return None
-        return EARLY_ALPHA if count < claims[-1] else ALPHA - EARLY_ALPHA * (len(claims) - 1)
+        return claims(len(self.heldout), self.heldout.micro_batch).get(count)
 
     def _judge(self) -> None:
         running = [n for n in self.finalists if all(v.status != "broken" for v in self._latency_verdicts(n))]
@@ -211,29 +204,32 @@ class Verifier:
                 break
 
     def _quality_verdicts(self, name: str) -> list[Verdict]:
-        own = self.values[name].get("quality", [])
-        count = len(own)
+        count = len(self.values[name].get("quality", []))
         if not count:
             return []
-        base = np.asarray(self.values[BASELINE]["quality"])
-        # All finalists that reached this number of prompts, also those decided here, take part in the joint bound.
-        peers = [k for k in self.finalists if len(self.values[k].get("quality", [])) >= count]
-        matrix = np.stack([np.asarray(self.values[k]["quality"][:count]) - base[:count] for k in peers])
         alpha = self._alpha(count)
-        wide = spread(base[:count], self.limits.weight_total)
-        uppers, lowers = drop_bounds(matrix, wide, alpha or ALPHA)
-        upper, lower = float(uppers[peers.index(name)]), float(lowers[peers.index(name)])
-        status = decide(self.limits.max_drop, lower, upper)
-        if status == "met" and alpha is None:
-            status = "open"  # promising, but claims wait for the next look
-        drop = -float(matrix[peers.index(name)].mean())
-        verdicts = [Verdict("drop", self.limits.max_drop, "quality", drop, upper, status)]
+        verdicts = [self._drop_verdict(name, limit, count, alpha) for limit in limited(self.limits.metrics)]
         for metric, floor in self.limits.floors.items():
             interval = mean_interval(self.values[name][metric], level=1 - 2 * (alpha or ALPHA))
             state = decide(-floor, -interval.high, -interval.low)
             state = "open" if state == "met" and alpha is None else state
             verdicts.append(Verdict(f"floor:{metric}", floor, metric, interval.mean, interval.low, state))
         return verdicts
+
+    def _drop_verdict(self, name: str, limit: MetricLimit, count: int, alpha: float | None) -> Verdict:
+        """One metric of one finalist after `count` prompts."""
+        base = np.asarray(self.values[BASELINE][limit.metric][:count])
+        # All finalists that reached this number of prompts, also those decided here, take part in the joint bound.
+        peers = [k for k in self.finalists if len(self.values[k].get(limit.metric, [])) >= count]
+        differences_KN = np.stack([np.asarray(self.values[k][limit.metric][:count]) - base for k in peers]) * limit.sign
+        bounds = continuous_drop_bounds if limit.kind == "continuous" else drop_bounds
+        upper_K, lower_K = bounds(differences_KN, limit.change, alpha or ALPHA)
+        own = peers.index(name)
+        status = decide(limit.max_drop, float(lower_K[own]), float(upper_K[own]))
+        if status == "met" and alpha is None:
+            status = "open"  # promising, but claims wait for the next look
+        drop = -float(differences_KN[own].mean())
+        return Verdict(limit.name, limit.max_drop, limit.unit, drop, float(upper_K[own]), status)
 
     # ------------------------------------------------------------------------------------------------ result
 
@@ -263,7 +259,7 @@ class Verifier:
             if count:
                 base = {metric: v[:count] for metric, v in self.values[BASELINE].items()}
                 differences = paired_differences(values, base, self.evaluator.facts.higher_is_better)
-                drop_upper = next(v.bound for v in verdicts if v.name == "drop")
+                drop_upper = next(v.bound for v in verdicts if v.name.startswith("drop:"))
         status = "broken" if name in self.errors else self._status(verdicts)
         if status == "met" and self.limits.quality and not count:
             status = "open"  # stopped before any held-out prompt

@@ -110,7 +110,8 @@ class CompositeQuality(Metric):
 def create_composite(quality: Mapping[str, float | Mapping[str, Any]], *, device: str = "cpu") -> CompositeQuality:
     """The composite of a search-space YAML: `{clip_score: 0.1, lpips: {weight: 0.5, net: vgg}}`.
 
-    Raises UsageError for weights that are not positive numbers and for anything `create` refuses.
+    A metric of weight 0 is computed and not added. Raises UsageError for weights that are negative or no numbers and for
+    anything `create` refuses.
     """
     if not isinstance(quality, Mapping):
         raise UsageError(f"quality is {quality!r:.60}: expected metrics and weights, such as {{geneval: 1.0}}")
@@ -118,7 +119,7 @@ def create_composite(quality: Mapping[str, float | Mapping[str, Any]], *, device
     for name, value in quality.items():
         options = dict(value) if isinstance(value, Mapping) else {"weight": value}
         weight = options.pop("weight", 1.0)
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
-            raise UsageError(f"quality weight of {name} is {weight!r}: expected a number above 0")
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
+            raise UsageError(f"quality weight of {name} is {weight!r}: expected a number of at least 0")
         parts[name] = (float(weight), create(name, device=device, **options))
     return CompositeQuality(parts)

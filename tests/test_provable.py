@@ -1,0 +1,87 @@
+"""What a number of held-out prompts can prove is what the verdicts then prove."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from tuner.looks import claims, looks
+from tuner.provable import limit_lines, limits_table, prompts_needed, provable_drop, shortfalls
+from tuner.quality_limits import quality_limits
+from tuner.space import load_space, space_names
+from tuner.stats import continuous_drop_bounds, drop_bounds
+
+YES_NO = quality_limits({"geneval": {"max_drop": 0.02}})[0]
+POINTS = quality_limits({"clip_score": {"max_drop": 0.3}})[0]
+
+
+def test_looks_and_what_each_may_err():
+    assert looks(1024, 16) == [64, 128, 256, 512, 1024]
+    assert claims(256, 16) == {256: 0.05}
+    assert claims(1024, 16) == {256: 0.005, 512: 0.005, 1024: pytest.approx(0.04)}
+    assert claims(16, 8) == {16: 0.05}
+    for count in (1, 16, 300, 5000, 100_000):
+        assert sum(claims(count, 16).values()) == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("limit", [YES_NO, POINTS], ids=lambda limit: limit.metric)
+@pytest.mark.parametrize("prompts", [64, 256, 512, 1024])
+def test_identical_images_prove_exactly_what_was_said(limit, prompts):
+    bounds = continuous_drop_bounds if limit.kind == "continuous" else drop_bounds
+    shown = [bounds(np.zeros((3, n)), limit.change, alpha)[0].max() for n, alpha in claims(prompts, 16).items()]
+    assert provable_drop(limit, prompts, 16) == pytest.approx(min(shown), rel=1e-9)
+
+
+@pytest.mark.parametrize("limit", [YES_NO, POINTS], ids=lambda limit: limit.metric)
+def test_discordant_pairs_prove_about_what_was_said(limit):
+    differences = np.zeros((1, 512))
+    differences[0, :26:2], differences[0, 1:26:2] = limit.change, -limit.change
+    bounds = continuous_drop_bounds if limit.kind == "continuous" else drop_bounds
+    shown = bounds(differences, limit.change, 0.045)[0][0]
+    assert provable_drop(limit, 512, 16, discordant=26 / 512) == pytest.approx(shown, rel=0.05)
+
+
+@pytest.mark.parametrize("discordant", [0.0, 0.05])
+@pytest.mark.parametrize("max_drop", [0.3, 0.05, 0.02, 0.01])
+def test_the_number_that_would_do_does_and_the_one_before_does_not(max_drop, discordant):
+    limit = dataclasses.replace(YES_NO, max_drop=max_drop)
+    needed = prompts_needed(limit, 16, discordant)
+    assert provable_drop(limit, needed, 16, discordant) <= max_drop
+    assert needed == 16 or provable_drop(limit, needed - 16, 16, discordant) > max_drop
+
+
+def test_what_no_number_proves_is_said_so():
+    assert prompts_needed(dataclasses.replace(YES_NO, max_drop=1e-9), 16) is None
+    [line] = shortfalls([dataclasses.replace(YES_NO, max_drop=1e-9)], 256, 16)
+    assert "no number of prompts would do" in line
+
+
+def test_too_few_prompts_are_named_with_the_number_that_would_do():
+    assert shortfalls([YES_NO, POINTS], 256, 16) == []
+    [few, fewer] = shortfalls([YES_NO, POINTS], 8, 8)
+    assert "geneval of at most 2 % of prompts" in few and "on 8 held-out prompts" in few and "it takes 152" in few
+    assert "clip_score" in fewer and "they prove nothing" in fewer and "it takes 104" in fewer
+    [one] = shortfalls([dataclasses.replace(YES_NO, max_drop=1.0)], 1, 1)
+    assert "on 1 held-out prompt (" in one
+    assert shortfalls(quality_limits({"geneval": 1.0, "clip_score": 0.1}, 1.0), 8, 8) == [], "it only ranks"
+
+
+def test_the_table_of_limits_is_plain_data():
+    [first] = limits_table(quality_limits({"geneval": {"max_drop": 0.02}, "clip_score": 0.1}), 448, 16)
+    assert first["metric"] == "geneval" and first["unit"] == "share of prompts" and first["max_drop"] == 0.02
+    assert first["provable_drop"] <= 0.01 and first["provable_drop_discordant"] <= 0.02
+    assert first["prompts_needed"] <= first["prompts_needed_discordant"] <= 448
+    both = limit_lines(quality_limits({"geneval": {"max_drop": 0.02}, "clip_score": 0.1}), 8, 8)
+    assert "8 held-out prompts prove 31.2 % of prompts when nothing changes (152 would do)" in both[0]
+    assert both[1] == "clip_score: none, it only ranks"
+
+
+@pytest.mark.parametrize("name", [n for n in space_names() if "tiny" not in n])
+def test_identical_images_verify_with_every_shipped_space(name):
+    space = load_space(name)
+    limits = quality_limits(space.quality)
+    assert shortfalls(limits, space.prompts.heldout, space.prompts.micro_batch) == []
+    for limit in limits:
+        if limit.max_drop is not None:
+            proved = provable_drop(limit, space.prompts.heldout, space.prompts.micro_batch)
+            assert proved <= limit.max_drop / 2, limit.metric

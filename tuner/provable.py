@@ -1,0 +1,111 @@
+"""What a number of held-out prompts can prove: known before anything runs, and said before anything runs.
+
+The figures follow from the same bounds (tuner.stats) and looks (tuner.looks) as the verdicts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from scipy import special
+
+from tuner.looks import claims
+from tuner.quality_limits import MetricLimit, limited
+from tuner.stats import LEAST_CONTINUOUS, unseen_share
+
+#: Share of prompts on which an innocent schedule usually differs from the full one, half of them either way.
+DISCORDANT = 0.05
+_MOST_PROMPTS = 1 << 17
+
+
+def provable_drop(limit: MetricLimit, prompts: int, micro_batch: int, discordant: float = 0.0) -> float:
+    """The smallest largest-drop that so many held-out prompts can prove of a schedule that changes nothing on average.
+
+    discordant: share of prompts that differ, half of them by +change and half by -change. Infinite where nothing is proved.
+    """
+    bounds = (_bound(limit, n, alpha, discordant) for n, alpha in claims(prompts, micro_batch).items())
+    return min(bounds, default=math.inf)
+
+
+def _bound(limit: MetricLimit, prompts: int, alpha: float, discordant: float) -> float:
+    """As `drop_bounds` and `continuous_drop_bounds` have it, for one finalist."""
+    change = limit.change
+    unseen = change * unseen_share(alpha, prompts)
+    if limit.kind == "continuous":
+        if prompts < LEAST_CONTINUOUS:
+            return math.inf
+        quantile = special.stdtrit(prompts - 1, 1 - alpha)
+        worst = change / prompts if discordant else 0.0
+        return max(quantile * change * math.sqrt(discordant / prompts) + worst, unseen)
+    if prompts < 2:
+        return math.inf
+    variance = change**2 * (discordant * prompts + 2) / (prompts + 2)
+    return max(float(special.ndtri(1 - alpha)) * math.sqrt(variance / prompts), unseen)
+
+
+def prompts_needed(limit: MetricLimit, micro_batch: int, discordant: float = 0.0) -> int | None:
+    """Least number of held-out prompts, in whole micro-batches, that proves the limit; None where 131,072 do not.
+
+    More prompts do not always prove more, since an additional look takes its error from the last one; so it is searched.
+    """
+    prompts = micro_batch
+    while prompts <= _MOST_PROMPTS:
+        if provable_drop(limit, prompts, micro_batch, discordant) <= limit.max_drop:
+            return prompts
+        prompts += micro_batch * max(1, prompts // (256 * micro_batch))
+    return None
+
+
+def shortfalls(limits: Sequence[MetricLimit], prompts: int, micro_batch: int) -> list[str]:
+    """One phrase per limit that so many held-out prompts could not prove even if no image changed."""
+    found = []
+    for limit in limited(limits):
+        least = provable_drop(limit, prompts, micro_batch)
+        if least > limit.max_drop:
+            needed = prompts_needed(limit, micro_batch)
+            would = "no number of prompts would do" if needed is None else f"it takes {needed}"
+            proves = "they prove nothing" if math.isinf(least) else f"the least they prove is {limit.amount(least)}"
+            found.append(
+                f"a drop of {limit.metric} of at most {limit.amount(limit.max_drop)} cannot be proved on {prompts} "
+                f"held-out {'prompt' if prompts == 1 else 'prompts'} ({proves}; {would})"
+            )
+    return found
+
+
+def limits_table(limits: Sequence[MetricLimit], prompts: int, micro_batch: int) -> list[dict[str, Any]]:
+    """Per metric what is allowed and what so many held-out prompts can prove, as plain data for `--dry-run`.
+
+    provable_drop: when nothing changes; provable_drop_discordant: with 5 % of prompts that differ. prompts_needed and
+    prompts_needed_discordant prove the limit; None where nothing is proved and no number would do. Metrics without a limit
+    are left out.
+    """
+    rows = []
+    for limit in limited(limits):
+        row = dataclasses.asdict(limit)
+        for suffix, discordant in (("", 0.0), ("_discordant", DISCORDANT)):
+            drop = provable_drop(limit, prompts, micro_batch, discordant)
+            row[f"provable_drop{suffix}"] = None if math.isinf(drop) else float(f"{drop:.4g}")
+            row[f"prompts_needed{suffix}"] = prompts_needed(limit, micro_batch, discordant)
+        rows.append(row)
+    return rows
+
+
+def limit_lines(limits: Sequence[MetricLimit], prompts: int, micro_batch: int) -> list[str]:
+    """The same in words, a line per metric, those without a limit included."""
+    rows = {row["metric"]: row for row in limits_table(limits, prompts, micro_batch)}
+    lines = []
+    for limit in limits:
+        if limit.max_drop is None:
+            lines.append(f"{limit.metric}: none, it {'only ranks' if limit.weight else 'is only reported'}")
+            continue
+        row, words = rows[limit.metric], []
+        for suffix, when in (("", "when nothing changes"), ("_discordant", f"when {DISCORDANT:.0%} of prompts differ")):
+            drop, needed = row[f"provable_drop{suffix}"], row[f"prompts_needed{suffix}"]
+            proved = "nothing" if drop is None else limit.amount(drop)
+            words.append(f"{proved} {when} ({'no number' if needed is None else needed} would do)")
+        allowed = limit.amount(limit.max_drop)
+        lines.append(f"{limit.metric}: at most {allowed}; {prompts} held-out prompts prove {', '.join(words)}")
+    return lines

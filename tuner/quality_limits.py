@@ -1,0 +1,173 @@
+"""How far each metric may fall: a weight and a largest drop per metric, in the metric's own unit. No torch.
+
+The first metric of a space is the primary one and always has a limit. A metric without a limit only ranks: its weight is
+then per unit, as in `{geneval_nano: 1.0, clip_score: 0.0005}`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stagevar.errors import UsageError
+from tuner.metrics.declarations import DECLARATIONS, Declaration
+
+#: The composite of results that were written before limits went by metric.
+COMPOSITE = "quality"
+_NUMBER = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)(?:[eE]([+-]?\d{1,3}))?\s*(%?)\s*", re.ASCII)
+
+
+@dataclass(frozen=True)
+class MetricLimit:
+    """One metric of the quality.
+
+    metric: name. weight: in the composite. max_drop: largest allowed mean paired drop in `unit`, None for a metric that
+    only ranks or is only reported. kind, unit, change, higher_is_better: as declared (tuner.metrics.declarations).
+    """
+
+    metric: str
+    weight: float
+    max_drop: float | None
+    kind: str
+    unit: str
+    change: float
+    higher_is_better: bool = True
+
+    @property
+    def sign(self) -> float:
+        return 1.0 if self.higher_is_better else -1.0
+
+    @property
+    def name(self) -> str:
+        """Of its verdict and its constraint."""
+        return f"drop:{self.metric}"
+
+    def amount(self, value: float) -> str:
+        """A drop in words: "2 % of prompts", "0.3 CLIP points"."""
+        share = self.unit.removeprefix("share of ")
+        return f"{value:.3g} {self.unit}" if share == self.unit else f"{100 * value:.3g} % of {share}"
+
+
+def quality_limits(
+    quality: Mapping[str, Any], asked: float | Mapping[str, float] | None = None
+) -> tuple[MetricLimit, ...]:
+    """The limits of a space's metrics, in its order.
+
+    quality: metric -> weight, or options among them `weight` and `max_drop`. asked: limits that take precedence; a number is
+    the primary metric's.
+    """
+    primary = next(iter(quality))
+    given = dict(asked) if isinstance(asked, Mapping) else {} if asked is None else {primary: float(asked)}
+    found = []
+    for metric, value in quality.items():
+        options = value if isinstance(value, Mapping) else {"weight": value}
+        declared = DECLARATIONS[metric]
+        max_drop = given.get(metric, options.get("max_drop"))
+        if max_drop is None and metric == primary:
+            max_drop = declared.max_drop
+        found.append(
+            MetricLimit(
+                metric,
+                float(options.get("weight", 1.0)),
+                None if max_drop is None else float(max_drop),
+                declared.kind,
+                declared.unit,
+                declared.change,
+                declared.higher_is_better,
+            )
+        )
+    return tuple(found)
+
+
+def old_limits(weights: Mapping[str, float], max_drop: float) -> tuple[MetricLimit, ...]:
+    """The limits of a result of schema 1: one for the composite, none for its metrics."""
+    if not weights:
+        return ()
+    parts = [
+        MetricLimit(metric, weight, None, d.kind, d.unit, d.change, d.higher_is_better)
+        for metric, weight in weights.items()
+        for d in (DECLARATIONS.get(metric, Declaration("continuous", metric, 0.0, 0.0)),)
+    ]
+    return (MetricLimit(COMPOSITE, 1.0, max_drop, "continuous", "of the composite", 0.0), *parts)
+
+
+def limited(limits: Sequence[MetricLimit]) -> list[MetricLimit]:
+    """Those that a schedule has to keep."""
+    return [limit for limit in limits if limit.max_drop is not None]
+
+
+def factors(limits: Sequence[MetricLimit]) -> dict[str, float]:
+    """What one unit of each metric adds to the composite, which counts in allowances: -1 is one max_drop used up.
+
+    A metric without a limit enters by its weight per unit, measured in allowances of the primary metric.
+    """
+    first = limits[0].max_drop
+    return {limit.metric: limit.weight / (first if limit.max_drop is None else limit.max_drop) for limit in limits}
+
+
+def composite_change(limits: Sequence[MetricLimit]) -> float:
+    """What one image can change the composite by, in allowances."""
+    return sum(limit.change * factor for limit, factor in zip(limits, factors(limits).values(), strict=True))
+
+
+def composite_options(quality: Mapping[str, Any], limits: Sequence[MetricLimit]) -> dict[str, dict[str, Any]]:
+    """The metrics of a space as `create_composite` builds them: their options, and as weight what `factors` says."""
+    scale = factors(limits)
+    options = {name: dict(value) if isinstance(value, Mapping) else {} for name, value in quality.items()}
+    return {
+        name: {**{k: v for k, v in given.items() if k != "max_drop"}, "weight": scale[name]}
+        for name, given in options.items()
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def parse_max_drops(texts: Sequence[str], quality: Mapping[str, Any]) -> dict[str, float]:
+    """Limits typed as `2%` or `0.3` (the primary metric's) and `clip_score=0.3`, several apart or joined by commas.
+
+    Raises UsageError for an unknown or repeated metric, anything but a number above 0, per cent of what is no share, and
+    more than a metric can fall.
+    """
+    primary = next(iter(quality))
+    found: dict[str, float] = {}
+    for text in (part for given in texts for part in str(given).split(",")):
+        name, equals, value = text.rpartition("=")
+        metric = name.strip() if equals else primary
+        if metric not in quality:
+            near = difflib.get_close_matches(metric, list(quality), n=1, cutoff=0.0)[0]
+            raise UsageError(f"max-drop {_shown(text)}: the quality has no metric {metric!r} (nearest: {near})")
+        max_drop = _max_drop(metric, value, f"max-drop {_shown(text)}")
+        if metric in found:
+            raise UsageError(f"max-drop {_shown(text)}: {metric} has a limit already")
+        found[metric] = max_drop
+    return found
+
+
+def _max_drop(metric: str, text: str, what: str) -> float:
+    declared = DECLARATIONS[metric]
+    example = "2% or 0.02" if declared.is_share else f"{metric}={declared.max_drop:g}"
+    match = _NUMBER.fullmatch(text)
+    if match is None:
+        raise UsageError(f"{what} is not a drop of {metric} in {declared.unit}; write {example}")
+    if match[3] and not declared.is_share:
+        raise UsageError(f"{what}: {metric} counts in {declared.unit}, not in shares; write {example}")
+    return check_max_drop(metric, float(f"{match[1]}e{match[2] or 0}") / (100 if match[3] else 1), what)
+
+
+def check_max_drop(metric: str, value: Any, what: str) -> float:
+    """A largest drop as a number. Raises UsageError, beginning with `what`."""
+    declared = DECLARATIONS[metric]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise UsageError(f"{what} must be a number above 0, in {declared.unit}")
+    if declared.kind != "continuous" and value > declared.change:
+        raise UsageError(f"{what} allows {metric} to fall by more than it can ({declared.change:g} {declared.unit})")
+    return float(value)
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:37] + "...")
