@@ -144,6 +144,7 @@ def test_a_file_that_leaves_one_prompt_to_verify_on_is_refused(tmp_path, capsys)
     path = tmp_path / "nine.txt"
     path.write_text("".join(f"a photo of {n} rings\n" for n in range(9)))
     space = {**SPACE, "model": "nano", "prompts": {"source": str(path), "search": 8, "heldout": 8, "micro_batch": 8}}
+    space["objectives"] = {"latency": "ms", "quality": {"ssim": 1.0}}
     (tmp_path / "space.yaml").write_text(yaml.safe_dump(space))
     line = bad([*GOOD, "--space", str(tmp_path / "space.yaml"), "--max-drop", "1"], capsys)
     assert "on 1 held-out prompt (" in line
