@@ -2,12 +2,12 @@
 
 import pytest
 
-from stagevar.models.registry import model_parts, published, resolve
+from stagevar.models.registry import list_models, model_parts, published, resolve
 from stagevar.schedule import StageSchedule, preset
-from tuner.space import load_space, space_names
+from tuner.space import load_space
 
 
-@pytest.mark.parametrize("name", [name for name in space_names() if name.startswith("infinity")])
+@pytest.mark.parametrize("name", [model.name for model in list_models() if model.family == "infinity"])
 def test_a_space_fits_its_model_and_holds_the_papers_setting(name):
     parts = model_parts(resolve(name, weights="random", device="cpu"))
     chunks = len(parts.transformer.module.chunk_layers)

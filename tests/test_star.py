@@ -399,7 +399,7 @@ def test_shipped_search_spaces_fit_their_models(name):
     assert values["structure_end"] == start.structure_end and values["rank_ratio"] == start.rank_ratios[0]
     assert values["cfg_delay"] == 0 and values["branch"] == "uncond" and values["rank_delay"] == start.rank_delay
     assert ("rope" in values) == name.startswith("star")
-    assert space.prompts.source == ("nano" if name.startswith("star") else "imagenet")
+    assert space.prompts.source == ("geneval" if name.startswith("star") else "imagenet")
 
 
 def test_class_indices_are_a_prompt_source():

@@ -51,7 +51,7 @@ def bad(argv, capsys):
         (["--model", "nano", "--budget", "-1s"], "budget"),
         (["--model", "nano", "--latency-budget", "0%"], "budget '0%'"),
         (["--model", "nanu", "--budget", "60%"], "nearest: nano"),
-        (["--model", "var-d16", "--budget", "60%"], "no search space is shipped for var-d16"),
+        (["--model", "infinity-8b", "--budget", "2s", "--resolution", "2M"], "infinity-8b has no resolution '2M'"),
         ([*GOOD, "--tirals", "3"], "did you mean --trials?"),
         ([*GOOD, "--trials", "0"], "'0'"),
         ([*GOOD, "--trials", "many"], "'many'"),

@@ -287,7 +287,7 @@ def plan(args: argparse.Namespace, argv: Sequence[str]) -> Plan:
         resolution=args.resolution,
         weights=args.weights,
     )
-    space = checked_space(args.model, args.space, args.prompts, args.heldout, args.seed)
+    space = checked_space(args.model, args.space, args.prompts, args.heldout, args.seed, args.resolution)
     args.max_drop = parse_max_drops(args.max_drop or (), space.quality)
     check_provable(space, args.max_drop, args.weights)
     check_output_folder(run_dir)
@@ -297,9 +297,16 @@ def plan(args: argparse.Namespace, argv: Sequence[str]) -> Plan:
     return Plan(args, space, run_dir, command)
 
 
-def checked_space(model: str, file: Path | None, prompts: str | None, heldout: int | None, seed: int) -> SearchSpace:
-    """The space of a file (the shipped one for None) with the prompts asked for, all checked. Raises UsageError."""
-    space = load_space(model, file)
+def checked_space(
+    model: str,
+    file: Path | None,
+    prompts: str | None,
+    heldout: int | None,
+    seed: int,
+    resolution: str | int | None = None,
+) -> SearchSpace:
+    """The space of a file (the model's for None) with the prompts asked for, all checked. Raises UsageError."""
+    space = load_space(model, file, resolution)
     folders = [Path.cwd()] if file is None else [file.absolute().parent, Path.cwd()]
     space = checks.with_absolute_source(space, folders)
     space = checks.with_absolute_source(with_prompts(space, prompts, heldout), [Path.cwd()])
@@ -558,7 +565,7 @@ def _print_plan(checked: Plan) -> int:
         "model": args.model,
         "budget": args.budget.text,
         "engine": args.engine,
-        "space": str(args.space) if args.space else "shipped",
+        "space": {"source": str(args.space or "default"), **space.to_data()},
         "prompts": {"source": space.prompts.source, "search": space.prompts.search, "heldout": heldout},
         "limits": limits_table(limits, heldout, micro_batch),
         "without_limit": [m.metric for m in limits if m.max_drop is None],
@@ -566,7 +573,6 @@ def _print_plan(checked: Plan) -> int:
         "schedules": args.trials,
         "enqueued": ["the full schedule", *space.enqueue],
         "searched": [p.name for p in space.parameters],
-        "floors": dict(space.floors),
         "micro_batch": micro_batch,
     }
     if args.json:
@@ -579,12 +585,26 @@ def _print_plan(checked: Plan) -> int:
                 continue
             if key == "without_limit":
                 continue
+            if key == "space":
+                for line in _space_lines(value):
+                    print(line)
+                continue
             if isinstance(value, dict):
                 value = [f"{name} {entry}" for name, entry in value.items()]
             text = ", ".join(map(str, value)) if isinstance(value, list) else value
             print(f"{key.replace('_', ' '):<16} {text}")
         print("dry run: nothing was loaded, measured or written")
     return 0
+
+
+def _space_lines(space: Mapping[str, Any]) -> list[str]:
+    """Where the space comes from, and every searched parameter with its values."""
+    lines = [f"{'space':<16} {space['source']}; structure stage from scale {space['semantic_end']}"]
+    for name, values in space["parameters"].items():
+        text = ", ".join(map(str, values)) if isinstance(values, list) else f"{values['low']} to {values['high']}"
+        lines.append(f"  {name:<14} {text}")
+    floors = space["constraints"]["floors"]
+    return [*lines, *(f"  {'floor':<14} {metric} {value:g}" for metric, value in floors.items())]
 
 
 def _announce(result: StudyResult, written: Sequence[Path], args: argparse.Namespace) -> int:
@@ -734,7 +754,9 @@ def run_verify(args: argparse.Namespace) -> int:
         engine=args.engine,
         weights=args.weights,
     )  # the resolution is checked with the profile's options, before loading too
-    space = checked_space(args.model, args.space, args.prompts, args.heldout, args.seed or 0)
+    made_at = profile.model.load.given().get("resolution") if args.model == profile.model.name else None
+    resolution = args.resolution or made_at
+    space = checked_space(args.model, args.space, args.prompts, args.heldout, args.seed or 0, resolution)
     max_drop = parse_max_drops(args.max_drop or (), space.quality)
     check_provable(space, max_drop, args.weights)
     outcome = recheck(

@@ -22,8 +22,10 @@ from typing import Any
 
 from stagevar.errors import ScheduleError, StagevarError, UsageError
 from stagevar.grids import Grid
+from stagevar.models import registry
 from stagevar.profile import read_yaml
 from stagevar.schedule import ACCELERATORS, BOTH, PRECISIONS, PRESETS, StageSchedule, Steps
+from tuner.config.default_space import completed, default_space
 from tuner.quality_limits import check_max_drop
 
 NEVER = "never"
@@ -102,6 +104,12 @@ class Parameter:
         clipped = min(max(_number(value), self.low), self.high)
         return round(clipped) if self.kind == "int" else clipped
 
+    def to_data(self) -> Any:
+        """The parameter as a search-space file writes it."""
+        if self.values:
+            return list(self.values)
+        return {"low": self.low, "high": self.high, **({"log": True} if self.log else {})}
+
     def decode(self, raw: Value) -> Value:
         """The value that the sampler's choice stands for."""
         return self.values[int(raw)] if self.kind == "ordered" else raw
@@ -142,6 +150,22 @@ class SearchSpace:
         """SHA-256 of everything the space says."""
         text = json.dumps(dataclasses.asdict(self), sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_data(self) -> dict[str, Any]:
+        """The space as the plain data of a search-space file, nothing left out."""
+        metrics = [
+            {"name": name, **(value if isinstance(value, Mapping) else {"weight": value})}
+            for name, value in self.quality.items()
+        ]
+        return {
+            "model": self.model,
+            "objectives": {"latency": "ms", "quality": {"metrics": metrics}},
+            "constraints": {"floors": dict(self.floors)},
+            "semantic_end": self.semantic_end,
+            "parameters": {p.name: p.to_data() for p in self.parameters},
+            "enqueue": list(self.enqueue),
+            "prompts": dataclasses.asdict(self.prompts),
+        }
 
     def fit(self, grids: Sequence[Grid]) -> None:
         """Raises UsageError when a range does not fit a model of these scales."""
@@ -273,19 +297,37 @@ def space_names() -> list[str]:
     return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
 
 
-def load_space(model: str, path: Path | str | None = None) -> SearchSpace:
-    """The space of a file, or the shipped one of a model. Raises UsageError in one line for whatever is wrong with it."""
-    if path is None:
-        if model not in space_names():
-            raise UsageError(
-                f"no search space is shipped for {model}; write one and pass --space FILE (shipped: {', '.join(space_names())})"
-            )
+def load_space(model: str, path: Path | str | None = None, resolution: str | int | None = None) -> SearchSpace:
+    """The space of a file, or the shipped one of a model, completed by the default space of the model at the resolution.
+
+    Raises UsageError in one line for whatever is wrong with it, for a range beyond the model's scales where these are known
+    before it is loaded, and for a model that has neither a default space nor a shipped file.
+    """
+    spec = registry.find(model)
+    data = default_space(spec, resolution) if spec.scales is not None else None
+    if model in space_names():
         with importlib.resources.as_file(importlib.resources.files("search_spaces") / f"{model}.yaml") as shipped:
-            return parse_space(read_yaml(shipped, "search space"))
-    space = parse_space(read_yaml(path, "search space"))
-    if space.model != model:
-        raise UsageError(f"search space {path} is for model {space.model!r}, not {model!r}")
+            data = _completed(read_yaml(shipped, "search space"), data)
+    if path is not None:
+        given = read_yaml(path, "search space")
+        named = given.get("model") if isinstance(given, dict) else None
+        if isinstance(named, str) and named != model:
+            raise UsageError(f"search space {path} is for model {named!r}, not {model!r}")
+        data = _completed(given, data)
+    if data is None:
+        raise UsageError(
+            f"{model} has no default search space, since its scales are not known before it is loaded; "
+            "write one and pass --space FILE"
+        )
+    space = parse_space(data)
+    if spec.scales is not None:
+        space.fit(registry.scale_grids(model, resolution))
     return space
+
+
+def _completed(given: Any, base: dict[str, Any] | None) -> Any:
+    """What a file says, completed by `base`; as it is where there is none, or where the checks will refuse it."""
+    return completed(given, base) if isinstance(given, dict) and base is not None else given
 
 
 def parse_space(data: Any) -> SearchSpace:
@@ -311,10 +353,11 @@ def parse_space(data: Any) -> SearchSpace:
     if "structure_end" not in found:
         raise UsageError("search space: parameters lack structure_end, the first accelerated scale")
     for parameter in parameters:
-        if parameter.name == "structure_end" and parameter.low < semantic_end:
-            raise UsageError(
-                f"search space: structure_end starts at {parameter.low:g}, before semantic_end {semantic_end}"
-            )
+        if parameter.name != "structure_end":
+            continue
+        first = min(map(_number, parameter.values), default=parameter.low)
+        if first < semantic_end:
+            raise UsageError(f"search space: structure_end starts at {first:g}, before semantic_end {semantic_end}")
     enqueue = data.get("enqueue") or []
     if not isinstance(enqueue, list):
         raise UsageError(f"search space: enqueue {enqueue!r} must be a list of presets: {', '.join(PRESETS)}")

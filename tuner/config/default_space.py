@@ -1,0 +1,121 @@
+"""The search space of a model that has no file of its own, and what a file leaves out. No torch.
+
+It is data in the notation of a search-space file, made from the model's family, its scales at the asked resolution and the
+settings that were published for the family, so it passes the same checks as a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from stagevar.grids import Grid
+from stagevar.models.registry import ModelSpec, scale_grids
+from stagevar.schedule import PRESETS, paper, preset
+
+#: Kept shares of the tokens that are searched, whatever the family; the published mean share is among them.
+_RATIOS = (0.05, 0.1, 0.177, 0.25, 0.35, 0.5, 0.7, 1)
+#: Shares this near to the published one are left to it.
+_SAME = 0.1
+#: Presets that are evaluated before anything is proposed, most telling first.
+_PRESETS = ("stagevar-paper", "stagevar-released", "fastvar", "skip-1", "skip-2")
+_ENQUEUED = 4
+#: Images per batch of quality evaluation, by the number of tokens of the last scale: about 16,000 tokens at a time.
+_BATCH_TOKENS = 16_384
+_LARGEST_BATCH = 16
+#: Prompts that rank, and others that verify: enough to prove half of every default limit when no image changes.
+_SEARCH, _HELDOUT = 64, 512
+
+
+def default_space(spec: ModelSpec, resolution: str | int | None = None) -> dict[str, Any]:
+    """The default space of a registered model, as plain YAML data.
+
+    Raises UsageError for an unknown resolution, and for a model whose scales are not known before it is loaded.
+    """
+    grids = scale_grids(spec.name, resolution)
+    published = spec.published if spec.published and spec.published.scales == len(grids) else None
+    setting = paper(grids, published)
+    scales = len(grids)
+    parameters: dict[str, Any] = {
+        "structure_end": {"low": setting.semantic_end, "high": scales - 1},
+        "cfg_delay": [0, 1, 2, "never"],
+        "branch": ["uncond", "cond"],
+        "rank_ratio": _ratios(published.rank_ratio if published else 0.177),
+        "rank_decay": [0.35, 0.53, 0.75, 1],
+        "rank_delay": {"low": 0, "high": min(2, scales - 1)},
+        "projection": ["gaussian", "rows"],
+        "rope": ["first", "index"],
+        "site": ["chunk", "trunk"],
+        "skip_last": {"low": 0, "high": 2 if scales >= 10 else 1},
+    }
+    if spec.family == "var":  # positions are learned and part of the tokens
+        del parameters["rope"]
+    return {
+        "model": spec.name,
+        "objectives": {"latency": "ms", "quality": _quality(spec.family)},
+        "constraints": {"floors": {}},
+        "semantic_end": setting.semantic_end,
+        "parameters": parameters,
+        "enqueue": _presets(grids, spec),
+        "prompts": {
+            "source": "imagenet" if spec.family == "var" else "geneval",
+            "search": _SEARCH,
+            "heldout": _HELDOUT,
+            "micro_batch": max(1, min(_LARGEST_BATCH, _BATCH_TOKENS // (grids[-1][0] * grids[-1][1]))),
+        },
+    }
+
+
+def _ratios(published: float) -> list[float]:
+    """The searched shares with the published one among them, and a smaller one below it where it is the smallest."""
+    others = [ratio for ratio in _RATIOS if abs(ratio - published) > _SAME * published]
+    smaller = [0.02] if published < min(others) else []
+    return sorted([*smaller, published, *others])
+
+
+def _quality(family: str) -> dict[str, Any]:
+    """Metrics by family. A class index has no caption, so VAR is judged by likeness to the full schedule's image."""
+    if family == "var":
+        metrics = [
+            {"name": "lpips", "weight": 1, "max_drop": 0.1},
+            {"name": "clip_image_similarity", "weight": 1, "max_drop": 0.05},
+        ]
+    else:
+        metrics = [
+            {"name": "geneval", "weight": 1, "max_drop": 0.02},
+            {"name": "clip_score", "weight": 1, "max_drop": 0.3},
+            {"name": "clip_image_similarity", "weight": 0},  # reported, no limit
+        ]
+    return {"metrics": metrics}
+
+
+def _presets(grids: Sequence[Grid], spec: ModelSpec) -> list[str]:
+    """Presets that expand differently for this model; STAR's released code, for one, runs the paper's setting."""
+    expanded: dict[Any, str] = {}
+    for name in _PRESETS:
+        assert name in PRESETS
+        expanded.setdefault(preset(name, grids, spec.published).expand(grids, 1), name)
+    return list(expanded.values())[:_ENQUEUED]
+
+
+def completed(given: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """A space's data with what it leaves out taken from another: section by section, the prompts key by key.
+
+    Given parameters replace all others; without a semantic_end of their own they bring theirs down to where they start.
+    """
+    found = {**base, **{section: value for section, value in given.items() if value is not None}}
+    if isinstance(given.get("prompts"), dict):
+        found["prompts"] = {**base.get("prompts", {}), **given["prompts"]}
+    if given.get("parameters") is not None and given.get("semantic_end") is None:
+        start = _first(given["parameters"])
+        if start is not None:
+            found["semantic_end"] = min(base.get("semantic_end", 0), start)
+    return found
+
+
+def _first(parameters: Any) -> int | None:
+    """Where structure_end starts, None for anything that the checks will refuse."""
+    values = parameters.get("structure_end") if isinstance(parameters, dict) else None
+    values = [values.get("low")] if isinstance(values, dict) else values
+    whole = isinstance(values, list) and values and all(type(value) is int for value in values)
+    return max(0, min(values)) if whole else None
