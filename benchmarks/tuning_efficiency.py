@@ -41,6 +41,7 @@ from tuner.ledger import Ledger
 from tuner.progress import Progress
 from tuner.prompts import load_prompts
 from tuner.proposals import Proposal
+from tuner.quality_limits import composite_options, quality_limits
 from tuner.result import Candidate
 from tuner.rungs import clearly_worse, rungs, shrunk
 from tuner.search import Savings, Search
@@ -81,12 +82,14 @@ class Bench:
         space = load_space(model)
         source = dataclasses.replace(space.prompts, search=prompts, heldout=heldout, micro_batch=micro_batch)
         self.space = dataclasses.replace(space, prompts=source, quality=quality, enqueue=PUBLISHED)
+        self.limits, self.metric = quality_limits(quality, MAX_DROP), next(iter(quality))
         self.prompts = load_prompts(source, 0)
         self.facts = self.evaluator().facts
         self.space.fit(self.facts.grids)
 
     def evaluator(self, keep_bytes: int | None = None) -> ModelEvaluator:
-        return ModelEvaluator(self.model, self.prompts, self.space.quality, keep_bytes=keep_bytes)
+        quality = composite_options(self.space.quality, self.limits)
+        return ModelEvaluator(self.model, self.prompts, quality, keep_bytes=keep_bytes)
 
     def drawn(self, count: int, seed: int = 0, first: int = 0) -> list[Steps]:
         """Distinct schedules: the presets, then uniform draws from the space; all accelerated from scale `first` on only."""
@@ -133,7 +136,7 @@ def replay(bench: Bench, schedules: Sequence[Steps], repeats: int) -> dict[str, 
     saved = float(np.median(np.array(seconds["alone"]) / np.array(seconds["tree"])))
     costs = batch_costs(bench, schedules)
     ceiling = costs["alone_s"] / costs["tree_s"]
-    quality = np.stack([[np.concatenate([b[i]["quality"] for b in values["tree"]])] for i in range(len(schedules))])[
+    quality = np.stack([[np.concatenate([b[i][bench.metric] for b in values["tree"]])] for i in range(len(schedules))])[
         :, 0
     ]
     return {
@@ -196,7 +199,11 @@ def rung_bias(bench: Bench, schedules: Sequence[Steps], quality_KN: np.ndarray) 
     Latency is the share of token rows, the same for both sides. A stop is wrong when the schedule is on the front of the
     whole list or within the standard error of it.
     """
-    full_N = np.ones(quality_KN.shape[1])
+
+    def values(own_N: np.ndarray) -> dict[str, np.ndarray]:
+        return {bench.metric: own_N, "quality": own_N / MAX_DROP}
+
+    full = values(np.ones(quality_KN.shape[1]))
     rows = [sum(step.processed_tokens(bench.facts.chunks) for step in steps) for steps in schedules]
     full_rows = 2 * sum(h * w for h, w in bench.facts.grids)
     ratios = [r / full_rows for r in rows]
@@ -211,7 +218,7 @@ def rung_bias(bench: Bench, schedules: Sequence[Steps], quality_KN: np.ndarray) 
             count = min(look * size, own.size)
             why = None
             if count < own.size:
-                why = clearly_worse(own[:count], ratios[index], full_N, MAX_DROP, known, 1.0)
+                why = clearly_worse(values(own[:count]), ratios[index], full, bench.limits, known)
             if why is not None:
                 differences = own[:count] - 1
                 told.append(shrunk(differences, shown) - means[index])
@@ -220,7 +227,7 @@ def rung_bias(bench: Bench, schedules: Sequence[Steps], quality_KN: np.ndarray) 
                 wrong += index in front
                 break
         else:
-            known[str(index)] = (ratios[index], own)
+            known[str(index)] = (ratios[index], own / MAX_DROP)
         prompts_run += count
         shown.append(float(own[:count].mean()) - 1)
     return {
@@ -261,7 +268,7 @@ def searched(
     for batch in range(bench.prompts["search"].batches):
         evaluator.quality([evaluator.full], "search", batch)
     with tempfile.TemporaryDirectory() as folder:
-        ledger = Watched(Path(folder), bench.space, bench.facts, BUDGET, MAX_DROP)
+        ledger = Watched(Path(folder), bench.space, bench.facts, BUDGET, bench.limits)
         ledger.baseline = baseline
         began = float("inf")
         search = Search(
@@ -300,7 +307,7 @@ def measured_baseline(bench: Bench) -> Candidate:
     evaluator = bench.evaluator(0)
     search = bench.prompts["search"]
     with tempfile.TemporaryDirectory() as folder:
-        ledger = Ledger(Path(folder), bench.space, bench.facts, BUDGET, MAX_DROP)
+        ledger = Ledger(Path(folder), bench.space, bench.facts, BUDGET, bench.limits)
         blank = ledger.blank(ledger.full_key, Proposal(-1, {}))
     timing = evaluator.latency({BASELINE: evaluator.full}, 15)[BASELINE]
     parts = [evaluator.quality([evaluator.full], "search", b)[0] for b in range(search.batches)]
@@ -317,7 +324,7 @@ def truth(bench: Bench, schedules: Mapping[str, Steps], rounds: int = 9) -> dict
     tasks = [QualityTask((evaluator.full, *schedules.values()), "heldout", b) for b in range(heldout.batches)]
     for _, (full, *others) in executor.run(tasks):
         for key, own in zip(keys, others, strict=True):
-            rows[key] += list(own["quality"] - full["quality"])
+            rows[key] += list(own[bench.metric] - full[bench.metric])
     found = {}
     for first in range(0, len(keys), 12):
         part = keys[first : first + 12]

@@ -15,6 +15,8 @@ from scipy import special
 from tuner.result import Interval
 
 RESAMPLES = 2000
+#: Samples whose resamples are kept, 16 MB for 1024; more would hold memory that models want.
+_KEPT = 1024
 ALPHA = 0.05
 #: Prompts below which a continuous metric is not bounded: the t bound of skewed losses is too narrow there.
 LEAST_CONTINUOUS = 64
@@ -175,7 +177,11 @@ def median_interval(samples: Sequence[float], level: float = 0.95, seed: int = 0
     return Interval(float(np.median(sample)), float(low), float(high), sample.size, level)
 
 
-@functools.lru_cache(maxsize=2)
 def _draws(count: int, seed: int) -> np.ndarray:
-    """Indices (RESAMPLES, count) of resampled prompts; kept, since studies ask for the same ones again and again."""
+    """Indices (RESAMPLES, count) of resampled prompts; few are kept, since studies ask for the same ones again and again."""
+    return _kept_draws(count, seed) if count <= _KEPT else _kept_draws.__wrapped__(count, seed)
+
+
+@functools.lru_cache(maxsize=2)
+def _kept_draws(count: int, seed: int) -> np.ndarray:
     return np.random.default_rng([seed, count]).integers(count, size=(RESAMPLES, count))

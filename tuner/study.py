@@ -28,7 +28,7 @@ from tuner.progress import Progress
 from tuner.prompts import PromptSet
 from tuner.proposals import Proposal
 from tuner.quality_limits import limited, quality_limits
-from tuner.result import EXIT_CODES, Candidate, Failure, Sample, StudyResult, build
+from tuner.result import EXIT_CODES, Candidate, Failure, Sample, StudyResult, Verification, build
 from tuner.search import Savings, Search
 from tuner.space import SearchSpace
 from tuner.stats import indistinguishable
@@ -335,7 +335,7 @@ class Study:
             texts = ", ".join(
                 f"{v.name} {v.value:.4g} with bound {v.bound:.4g} around {v.limit:.4g}" for v in undecided
             )
-            reason = f"the data cannot tell: {texts}; add held-out prompts or loosen the limit"
+            reason = f"the data cannot tell: {texts}; {advice(best.verification)} or loosen the limit"
             return self._result("inconclusive", reason, picks, nearest=[c.key for c in waiting])
         kept = [c for c in ledger.candidates.values() if ledger.keeps_quality(c)]
         fastest = min((c.best_latency for c in kept), key=lambda latency: latency.drift_corrected_ms, default=None)
@@ -507,6 +507,20 @@ def speedup(candidate: Candidate) -> str:
     """ "1.72x [1.70, 1.74]" from the best measurement of a candidate."""
     ratio = candidate.best_latency.ratio
     return f"{1 / ratio.mean:.2f}x [{1 / ratio.high:.2f}, {1 / ratio.low:.2f}]"
+
+
+def advice(verification: Verification) -> str:
+    """What could decide an undecided quality: more held-out prompts, and how many if the estimates hold."""
+    shares = [
+        (v.bound - v.value) / (v.limit - v.value)
+        for v in verification.verdicts
+        if v.status == "open" and v.name.startswith("drop:") and v.value < v.limit and math.isfinite(v.bound)
+    ]
+    if not shares:
+        return "add held-out prompts"
+    # The distance from estimate to bound shrinks as one over the root of their number.
+    count = math.ceil(verification.prompts * max(1.0, *shares) ** 2)
+    return f"raise --heldout (about {float(f'{count:.2g}'):.0f} prompts would do if the estimates hold)"
 
 
 def metric_change(candidate: Candidate, metric: str) -> str:

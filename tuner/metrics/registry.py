@@ -110,8 +110,8 @@ class CompositeQuality(Metric):
 def create_composite(quality: Mapping[str, float | Mapping[str, Any]], *, device: str = "cpu") -> CompositeQuality:
     """The composite of a search-space YAML: `{clip_score: 0.1, lpips: {weight: 0.5, net: vgg}}`.
 
-    A metric of weight 0 is computed and not added. Raises UsageError for weights that are negative or no numbers and for
-    anything `create` refuses.
+    A metric of weight 0 is computed and not added, unless it is the first. Raises UsageError for weights that are negative or
+    no numbers and for anything `create` refuses.
     """
     if not isinstance(quality, Mapping):
         raise UsageError(f"quality is {quality!r:.60}: expected metrics and weights, such as {{geneval: 1.0}}")
@@ -119,7 +119,9 @@ def create_composite(quality: Mapping[str, float | Mapping[str, Any]], *, device
     for name, value in quality.items():
         options = dict(value) if isinstance(value, Mapping) else {"weight": value}
         weight = options.pop("weight", 1.0)
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
-            raise UsageError(f"quality weight of {name} is {weight!r}: expected a number of at least 0")
+        number = not isinstance(weight, bool) and isinstance(weight, (int, float)) and 0 <= weight < float("inf")
+        if not number or (weight == 0 and not parts):
+            least = "of at least 0" if parts else "above 0"
+            raise UsageError(f"quality weight of {name} is {weight!r}: expected a number {least}")
         parts[name] = (float(weight), create(name, device=device, **options))
     return CompositeQuality(parts)
