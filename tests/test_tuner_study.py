@@ -95,7 +95,8 @@ def test_a_result_of_schema_1_still_loads_and_draws(tmp_path):
     assert old.verdict == "verified" and old.composite_floor == -0.05
     assert [v.name for v in old.pick.verification.verdicts] == ["latency", "gain", "drop:quality"]
     export(old, tmp_path)
-    assert "Allowed drop of quality" in write_report(old, tmp_path).read_text()
+    page = write_report(old, tmp_path).read_text()
+    assert "Allowed drop of quality" in page and "of an earlier version" in page
     assert Profile.load(tmp_path / "profile.yaml").constraints.max_drop == {"quality": 0.05}
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from stagevar.errors import UsageError
 from stagevar.files import write_text_atomically
-from tuner.quality_limits import limited
+from tuner.quality_limits import COMPOSITE, limited
 from tuner.report_sections import (
     failures_section,
     history_section,
@@ -227,6 +227,14 @@ def _trust(result: StudyResult) -> str:
         check = pick.verification
         for verdict in check.verdicts if check else pick.verdicts:
             lines.append(_verdict_line(verdict, proved=check is not None))
+        if result.limits and result.limits[0].metric == COMPOSITE:
+            lines.append(
+                (
+                    "no",
+                    "This study is of an earlier version, whose bound of the quality drop took the range seen for the "
+                    "range possible: on few prompts it proves less than it says. Run the command again, or verify.",
+                )
+            )
         if check and check.values and pick.key != result.baseline.key:
             held = f"Quality was judged on {check.prompts} held-out prompts that the search never saw, image by image"
             lines.append(("yes", f"{held} against the full schedule with the same seed."))
