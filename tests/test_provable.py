@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tuner.looks import claims, looks
-from tuner.provable import limit_lines, limits_table, prompts_needed, provable_drop, shortfalls
+from tuner.provable import floor_shortfalls, limit_lines, limits_table, prompts_needed, provable_drop, shortfalls
 from tuner.quality_limits import quality_limits
 from tuner.space import load_space, space_names
 from tuner.stats import continuous_drop_bounds, drop_bounds
@@ -64,6 +64,14 @@ def test_too_few_prompts_are_named_with_the_number_that_would_do():
     [one] = shortfalls([dataclasses.replace(YES_NO, max_drop=1.0)], 1, 1)
     assert "on 1 held-out prompt (" in one
     assert shortfalls(quality_limits({"geneval": 1.0, "clip_score": 0.1}, 1.0), 8, 8) == [], "it only ranks"
+
+
+def test_floors_that_perfect_images_could_not_prove_are_named():
+    assert floor_shortfalls({"geneval": 0.95, "psnr": 20.0}, 64, 16) == []
+    [floor] = floor_shortfalls({"geneval": 0.95}, 32, 16)
+    assert "a floor of geneval of 0.95 cannot be proved on 32 held-out prompts (it takes 64)" in floor
+    assert "it takes 64" in floor_shortfalls({"psnr": 20.0}, 32, 16)[0]
+    assert "no number" in floor_shortfalls({"geneval": 1.0}, 4096, 16)[0]
 
 
 def test_the_table_of_limits_is_plain_data():

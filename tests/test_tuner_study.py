@@ -8,7 +8,7 @@ import pytest
 
 from stagevar.errors import UsageError
 from stagevar.profile import Profile
-from tests.fakes import FULL_TOKENS, study, tokens
+from tests.fakes import FULL_TOKENS, FakeEvaluator, study, tokens
 from tuner.export import export
 from tuner.report import write_report
 from tuner.result import StudyResult, build, to_plain
@@ -208,6 +208,25 @@ def test_floors_are_kept(tmp_path):
     assert all(
         any(v.name == "floor:geneval_nano" and v.status == "broken" for v in c.verdicts) for c in result.candidates
     )
+
+
+@pytest.mark.parametrize(("heldout", "verdict"), [(32, "inconclusive"), (320, "verified")])
+def test_a_floor_that_every_prompt_keeps_is_proved_by_many_only(tmp_path, monkeypatch, heldout, verdict):
+    """All values 1, so the range seen is nothing: 32 prompts still prove no more than a mean of 0.91."""
+    monkeypatch.setattr(FakeEvaluator, "quality", _always_right)
+    space = {
+        "constraints": {"floors": {"geneval_nano": 0.95}},
+        "prompts": {"source": "nano", "search": 16, "heldout": heldout, "micro_batch": 16},
+    }
+    result = study(tmp_path, space=space, trials=4, max_drop=0.3).run()
+    assert result.verdict == verdict
+    floors = [v for c in result.candidates if c.verification for v in c.verification.verdicts if "floor" in v.name]
+    assert floors and all(v.value == 1 and v.bound < 1 - 2 / heldout for v in floors)
+
+
+def _always_right(self, schedules, split, batch):
+    ones = np.ones(len(self.prompts[split].batch(batch)[0]))
+    return [{"geneval_nano": ones, "quality": ones} for _ in schedules]
 
 
 def test_known_expansions_are_told_and_not_evaluated_again(tmp_path):

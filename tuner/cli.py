@@ -320,10 +320,11 @@ def check_provable(space: SearchSpace, max_drop: Mapping[str, float], weights: s
     if weights == "random":  # only latency is judged
         return
     from tuner.prompts import heldout_count
-    from tuner.provable import shortfalls
+    from tuner.provable import floor_shortfalls, shortfalls
 
     limits = quality_limits(space.quality, max_drop)
-    missing = shortfalls(limits, heldout_count(space.prompts), space.prompts.micro_batch)
+    size = heldout_count(space.prompts), space.prompts.micro_batch
+    missing = [*shortfalls(limits, *size), *floor_shortfalls(space.floors, *size)]
     if missing:
         raise UsageError(f"{'; '.join(missing)}; raise --heldout (and add prompts to a file), or loosen --max-drop")
 

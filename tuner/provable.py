@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scipy import special
 
 from tuner.looks import claims
+from tuner.metrics.declarations import DECLARATIONS
 from tuner.quality_limits import MetricLimit, limited
 from tuner.stats import LEAST_CONTINUOUS, unseen_share
 
@@ -53,7 +54,8 @@ def prompts_needed(limit: MetricLimit, micro_batch: int, discordant: float = 0.0
     """
     prompts = micro_batch
     while prompts <= _MOST_PROMPTS:
-        if provable_drop(limit, prompts, micro_batch, discordant) <= limit.max_drop:
+        proved = provable_drop(limit, prompts, micro_batch, discordant)
+        if proved <= limit.max_drop and math.isfinite(proved):
             return prompts
         prompts += micro_batch * max(1, prompts // (256 * micro_batch))
     return None
@@ -72,6 +74,20 @@ def shortfalls(limits: Sequence[MetricLimit], prompts: int, micro_batch: int) ->
                 f"a drop of {limit.metric} of at most {limit.amount(limit.max_drop)} cannot be proved on {prompts} "
                 f"held-out {'prompt' if prompts == 1 else 'prompts'} ({proves}; {would})"
             )
+    return found
+
+
+def floor_shortfalls(floors: Mapping[str, float], prompts: int, micro_batch: int) -> list[str]:
+    """One phrase per floor that so many held-out prompts could not prove even if every image were perfect."""
+    found = []
+    for metric, floor in floors.items():
+        declared = DECLARATIONS[metric]
+        room = math.inf if declared.kind == "continuous" else declared.change - floor
+        limit = MetricLimit(metric, 1.0, room, declared.kind, declared.unit, declared.change)
+        if provable_drop(limit, prompts, micro_batch) > room or math.isinf(provable_drop(limit, prompts, micro_batch)):
+            needed = prompts_needed(limit, micro_batch)
+            would = "no number of prompts would do" if needed is None else f"it takes {needed}"
+            found.append(f"a floor of {metric} of {floor:g} cannot be proved on {prompts} held-out prompts ({would})")
     return found
 
 

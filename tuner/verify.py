@@ -20,6 +20,7 @@ from tuner.budget import Budget
 from tuner.evaluate import Evaluator
 from tuner.executors.base import Executor, Failed, QualityTask
 from tuner.looks import claims, looks
+from tuner.metrics.declarations import DECLARATIONS
 from tuner.prompts import PromptSet
 from tuner.quality_limits import MetricLimit, limited
 from tuner.result import Interval, LatencyStats, Verdict, Verification
@@ -54,6 +55,11 @@ class Limits:
 def decide(limit: float, lower: float, upper: float) -> str:
     """ "met", "broken" or "open" for a value that must stay at or below a limit."""
     return "met" if upper <= limit else "broken" if lower > limit else "open"
+
+
+def _claimed(status: str, alpha: float | None) -> str:
+    """A promising status between two looks at which claims are made (alpha is None) waits for the next one."""
+    return "open" if status == "met" and alpha is None else status
 
 
 def latency_stats(
@@ -209,27 +215,38 @@ class Verifier:
             return []
         alpha = self._alpha(count)
         verdicts = [self._drop_verdict(name, limit, count, alpha) for limit in limited(self.limits.metrics)]
-        for metric, floor in self.limits.floors.items():
-            interval = mean_interval(self.values[name][metric], level=1 - 2 * (alpha or ALPHA))
-            state = decide(-floor, -interval.high, -interval.low)
-            state = "open" if state == "met" and alpha is None else state
-            verdicts.append(Verdict(f"floor:{metric}", floor, metric, interval.mean, interval.low, state))
-        return verdicts
+        floors = self.limits.floors.items()
+        return [*verdicts, *(self._floor_verdict(name, metric, floor, count, alpha) for metric, floor in floors)]
 
     def _drop_verdict(self, name: str, limit: MetricLimit, count: int, alpha: float | None) -> Verdict:
         """One metric of one finalist after `count` prompts."""
         base = np.asarray(self.values[BASELINE][limit.metric][:count])
-        # All finalists that reached this number of prompts, also those decided here, take part in the joint bound.
-        peers = [k for k in self.finalists if len(self.values[k].get(limit.metric, [])) >= count]
-        differences_KN = np.stack([np.asarray(self.values[k][limit.metric][:count]) - base for k in peers]) * limit.sign
+        own, values_KN = self._with_peers(name, limit.metric, count)
+        differences_KN = (values_KN - base) * limit.sign
         bounds = continuous_drop_bounds if limit.kind == "continuous" else drop_bounds
         upper_K, lower_K = bounds(differences_KN, limit.change, alpha or ALPHA)
-        own = peers.index(name)
-        status = decide(limit.max_drop, float(lower_K[own]), float(upper_K[own]))
-        if status == "met" and alpha is None:
-            status = "open"  # promising, but claims wait for the next look
+        status = _claimed(decide(limit.max_drop, float(lower_K[own]), float(upper_K[own])), alpha)
         drop = -float(differences_KN[own].mean())
         return Verdict(limit.name, limit.max_drop, limit.unit, drop, float(upper_K[own]), status)
+
+    def _floor_verdict(self, name: str, metric: str, floor: float, count: int, alpha: float | None) -> Verdict:
+        """Whether the mean of a metric, not its difference, stays at or above a floor: the drop from the top of the range."""
+        declared = DECLARATIONS[metric]
+        own, values_KN = self._with_peers(name, metric, count)
+        top = 0.0 if declared.kind == "continuous" else declared.change
+        bounds = continuous_drop_bounds if declared.kind == "continuous" else drop_bounds
+        upper_K, lower_K = bounds(values_KN - top, declared.change, alpha or ALPHA)
+        low, high = top - float(upper_K[own]), top - float(lower_K[own])
+        status = _claimed(decide(-floor, -high, -low), alpha)
+        return Verdict(f"floor:{metric}", floor, metric, float(values_KN[own].mean()), low, status)
+
+    def _with_peers(self, name: str, metric: str, count: int) -> tuple[int, np.ndarray]:
+        """Values (K, count) of all finalists that reached this number of prompts, and the row of one of them.
+
+        Those decided here take part too: the bounds hold for all of them together.
+        """
+        peers = [k for k in self.finalists if len(self.values[k].get(metric, [])) >= count]
+        return peers.index(name), np.stack([np.asarray(self.values[k][metric][:count]) for k in peers])
 
     # ------------------------------------------------------------------------------------------------ result
 

@@ -15,10 +15,10 @@ Kind = Literal["binary", "bounded", "continuous"]
 class Declaration:
     """One metric.
 
-    kind: "binary" (0 or 1 per image), "bounded" (any value in a range) or "continuous" (no range that bounds would profit
-    from). unit: of its mean and of its max_drop. change: what one image can lose at most (binary, bounded: the width of the
-    range) or what a ruined image usually loses (continuous); 0 where that is not known. max_drop: of a metric that comes
-    first in a space and states none. higher_is_better: direction.
+    kind: "binary" (0 or 1 per image), "bounded" (any value from 0 to `change`) or "continuous" (no range that bounds would
+    profit from). unit: of its mean and of its max_drop. change: what one image can lose at most (binary, bounded) or what a
+    ruined image usually loses (continuous); 0 where that is not known. max_drop: of a metric that comes first in a space and
+    states none. higher_is_better: direction.
     """
 
     kind: Kind
