@@ -36,6 +36,7 @@ from stagevar.sampler import Generation, Sampler
 from stagevar.schedule import BOTH, Branch, ScaleStep, StageSchedule, Steps, exact
 from stagevar.seeds import non_negative
 from stagevar.similarity import psnr_db, ssim
+from stagevar.yaml_files import read_yaml
 
 SCHEMA = 1
 PROJECTIONS = ("gaussian", "rows")
@@ -191,10 +192,7 @@ class Analysis:
 
 def load_proposal(path: str | Path) -> StageSchedule:
     """The proposed schedule of an analysis.yaml. Raises UsageError for anything else."""
-    try:
-        data = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+    data = read_yaml(path, "analysis")
     if not isinstance(data, dict) or data.get("kind") != "stagevar-analysis" or "proposal" not in data:
         raise UsageError(f"{path} is not an analysis.yaml; make one with `stagevar analyze`")
     return StageSchedule.from_dict(data["proposal"])

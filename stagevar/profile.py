@@ -14,7 +14,6 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
@@ -33,14 +32,13 @@ from stagevar.profile_sections import (
 )
 from stagevar.schedule import LowRank, ScaleStep, StageSchedule, Steps
 from stagevar.sections import read_section, read_value, section_data, shortened, shown
+from stagevar.yaml_files import read_yaml
 
 if TYPE_CHECKING:
     from stagevar.models.base import LoadedModel
     from stagevar.pipeline import Pipeline
 
 SCHEMA = "stagevar-profile/1"
-MAX_BYTES = 1_000_000
-
 
 #: The typed sections of a profile, by key.
 SECTIONS: dict[str, Any] = {
@@ -53,34 +51,6 @@ SECTIONS: dict[str, Any] = {
     "provenance": ProvenanceSection,
     "engine": EngineSection,
 }
-
-
-class _Loader(yaml.SafeLoader):
-    """The safe loader without aliases: a few nested ones can stand for gigabytes."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases are not allowed")
-        return super().compose_node(parent, index)
-
-
-def read_yaml(path: str | os.PathLike[str], what: str) -> Any:
-    """Plain data from a YAML file. Raises ProfileError with one line for whatever is wrong with it."""
-    path = Path(path)
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ProfileError(f"{what} {path} is larger than {MAX_BYTES} bytes; it was not written by this program")
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ProfileError(f"{what} {path} cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise ProfileError(f"{what} {path} is not a text file") from None
-    try:
-        return yaml.load(text, _Loader)  # a subclass of SafeLoader
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
-        # A tag that its value contradicts (`!!int ""`, `!!bool maybe`) comes out of PyYAML as whatever the code met.
-        reason = getattr(error, "problem", None) or next(iter(str(error).splitlines()), type(error).__name__)
-        raise ProfileError(f"{what} {path} is not plain YAML: {reason}") from None
 
 
 @dataclass(frozen=True)

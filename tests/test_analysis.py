@@ -317,8 +317,8 @@ def test_installed_similarities_are_found_by_name():
         (lambda m, d: analyze(m, ["one"], [0]), "at least 2 prompts"),
         (lambda m, d: analyze(m, ["one", "two"], [0]), "a seed each"),
         (lambda m, d: Rules(semantic=1.5), "semantic 1.5 must lie between"),
-        (lambda m, d: load_proposal(d / "absent.yaml"), "cannot read"),
-        (lambda m, d: load_proposal(__file__), "cannot read|not an analysis"),
+        (lambda m, d: load_proposal(d / "absent.yaml"), "cannot be read"),
+        (lambda m, d: load_proposal(__file__), "not plain YAML|not an analysis"),
     ],
 )
 def test_bad_input_is_one_line(model, tmp_path, call, message):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from stagevar.errors import ProfileError
 from stagevar.pipeline import Pipeline
-from stagevar.profile import Profile, present_envelope, read_yaml, steps_to_data
+from stagevar.profile import Profile, present_envelope, steps_to_data
 from stagevar.sampler import Sampler
 from stagevar.schedule import StageSchedule
 from tests.test_schedule import schedules
@@ -70,7 +70,7 @@ def test_hostile_files(tmp_path):
     assert not canary.exists()
     refused(tmp_path, "a: &a [x]\nb: *a\n", "aliases are not allowed")
     refused(tmp_path, "[" * 5000, "not plain YAML")
-    refused(tmp_path, b"\xff\xfe\x00binary", "not a text file")
+    refused(tmp_path, b"\xff\xfe\x00binary", "not UTF-16|zero byte|is not UTF")
     refused(tmp_path, "x" * 1_100_000, "larger than")
     refused(tmp_path, "a: 9999-99-99\n", "not plain YAML|no schema key")
     for text in ("!!int ''", "!!bool maybe", "!!timestamp soon", "!!float x", "!!binary é", "{{a: b}: c}", "!!map x"):
@@ -237,9 +237,3 @@ def test_outside_the_envelope_warns_and_inside_does_not():
     lines = [str(w.message) for w in caught]
     assert lines[0] == "outside the measured envelope: device 'cpu' instead of 'NVIDIA H200'"
     assert len(lines) == 2 and "torch" in lines[1]
-
-
-def test_yaml_reader_names_the_file(tmp_path):
-    (tmp_path / "space.yaml").write_text("a: [1\n")
-    with pytest.raises(ProfileError, match=r"search space .*space\.yaml is not plain YAML"):
-        read_yaml(tmp_path / "space.yaml", "search space")

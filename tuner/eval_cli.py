@@ -286,7 +286,7 @@ def _run_images(options: argparse.Namespace) -> int:
 
 def _metric_options(assignments: Sequence[str], metrics: Sequence[str]) -> dict[str, dict[str, Any]]:
     """`metric.name=value` by metric; values are read as YAML, so numbers and true/false are what they look like."""
-    import yaml
+    from stagevar.yaml_files import parse_yaml
 
     options: dict[str, dict[str, Any]] = {name: {} for name in metrics}
     for assignment in assignments:
@@ -295,8 +295,8 @@ def _metric_options(assignments: Sequence[str], metrics: Sequence[str]) -> dict[
         if not (equals and dot and name) or metric not in options:
             raise UsageError(f"--option {assignment}: expected METRIC.NAME=VALUE with a metric of --metric")
         try:
-            options[metric][name] = yaml.safe_load(value)
-        except yaml.YAMLError:
+            options[metric][name] = parse_yaml(value, assignment)
+        except UsageError:
             options[metric][name] = value
     return options
 

@@ -23,8 +23,8 @@ from typing import Any
 from stagevar.errors import ScheduleError, StagevarError, UsageError
 from stagevar.grids import Grid
 from stagevar.models import registry
-from stagevar.profile import read_yaml
 from stagevar.schedule import ACCELERATORS, BOTH, PRECISIONS, PRESETS, StageSchedule, Steps
+from stagevar.yaml_files import read_yaml
 from tuner.config.default_space import completed, default_space
 from tuner.quality_limits import check_max_drop
 

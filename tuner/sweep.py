@@ -24,7 +24,8 @@ from typing import Any
 
 from stagevar.errors import InfrastructureError, UsageError
 from stagevar.files import write_text_atomically
-from stagevar.profile import plain, read_yaml
+from stagevar.profile import plain
+from stagevar.yaml_files import read_yaml
 from tuner.executors.local import first_line
 from tuner.executors.ray import free_memory
 from tuner.result import STUDY_FILE, StudyResult
