@@ -71,7 +71,7 @@ def test_every_line_of_a_prompt_file_is_checked_before_anything_runs(tmp_path, c
 
 def test_good_files_and_blank_lines_pass(tmp_path, capsys):
     path = prompt_file(tmp_path, "")
-    assert cli.main([*WORDS, "--prompts", str(path)]) == 0
+    assert cli.main([*WORDS, "--prompts", str(path), "--weights", "random"]) == 0
     assert "nothing was loaded" in capsys.readouterr().out
 
 

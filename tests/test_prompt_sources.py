@@ -1,12 +1,13 @@
 """Where a study's prompts come from: named sources on the command line and in a space."""
 
+import contextlib
 from collections import Counter
 
 import pytest
 
 from stagevar.errors import UsageError
 from tuner.cli import with_prompts
-from tuner.prompts import load_prompts
+from tuner.prompts import load_prompts, set_sizes, warn_of_short_files
 from tuner.space import PromptSource, load_space, parse_space
 
 GENEVAL = PromptSource("geneval", search=60, heldout=240, micro_batch=8)
@@ -64,3 +65,24 @@ def test_a_space_names_geneval():
     data = {"model": "nano", "objectives": {"latency": "ms", "quality": {"clip_score": 1.0}},
             "parameters": {"structure_end": {"low": 1, "high": 2}}, "prompts": {"source": "geneval"}}  # fmt: skip
     assert parse_space(data).prompts.source == "geneval"
+
+
+@pytest.mark.parametrize(
+    ("lines", "sizes"), [(24, (12, 12)), (65, (32, 33)), (2, (1, 1)), (200, (64, 136)), (3000, (64, 1024))]
+)
+def test_a_short_file_makes_both_sets_smaller(tmp_path, lines, sizes):
+    (tmp_path / "p.txt").write_text("".join(f"prompt {i}\n" for i in range(lines)))
+    source = PromptSource(str(tmp_path / "p.txt"), 64, 1024, 8)
+    said = pytest.warns(UserWarning, match=f"holds {lines} prompts: {sizes[0]} are searched with, {sizes[1]} are held")
+    with said if sizes[0] < 64 else contextlib.nullcontext():
+        warn_of_short_files(source)
+    sets = load_prompts(source)
+    assert (len(sets["search"]), len(sets["heldout"])) == set_sizes(source) == sizes
+    assert not set(sets["search"].texts) & set(sets["heldout"].texts)
+
+
+def test_one_prompt_is_no_study(tmp_path):
+    (tmp_path / "p.txt").write_text("the same\nthe same\n")
+    for ask in (load_prompts, set_sizes):
+        with pytest.raises(UsageError, match=r"holds 1 prompt; .* add prompts"):
+            ask(PromptSource(str(tmp_path / "p.txt"), 64, 64, 8))

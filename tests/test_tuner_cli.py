@@ -147,7 +147,7 @@ def test_a_file_that_leaves_one_prompt_to_verify_on_is_refused(tmp_path, capsys)
     space["objectives"] = {"latency": "ms", "quality": {"ssim": 1.0}}
     (tmp_path / "space.yaml").write_text(yaml.safe_dump(space))
     line = bad([*GOOD, "--space", str(tmp_path / "space.yaml"), "--max-drop", "1"], capsys)
-    assert "on 1 held-out prompt (" in line
+    assert "on 5 held-out prompts (" in line
     assert main([*GOOD, "--space", str(tmp_path / "space.yaml"), "--weights", "random", "--dry-run"]) == 0
 
 

@@ -290,6 +290,9 @@ def plan(args: argparse.Namespace, argv: Sequence[str]) -> Plan:
     space = checked_space(args.model, args.space, args.prompts, args.heldout, args.seed, args.resolution)
     args.max_drop = parse_max_drops(args.max_drop or (), space.quality)
     check_provable(space, args.max_drop, args.weights)
+    from tuner.prompts import warn_of_short_files
+
+    warn_of_short_files(space.prompts)
     check_output_folder(run_dir)
     check_strangers(run_dir)
     words = [a for a in argv if a not in ("--fresh", "--quiet", "--json")]
@@ -319,11 +322,11 @@ def check_provable(space: SearchSpace, max_drop: Mapping[str, float], weights: s
     """Raises UsageError when the held-out prompts cannot prove the limits even for a schedule that changes no image."""
     if weights == "random":  # only latency is judged
         return
-    from tuner.prompts import heldout_count
+    from tuner.prompts import set_sizes
     from tuner.provable import floor_shortfalls, shortfalls
 
     limits = quality_limits(space.quality, max_drop)
-    size = heldout_count(space.prompts), space.prompts.micro_batch
+    size = set_sizes(space.prompts)[1], space.prompts.micro_batch
     missing = [*shortfalls(limits, *size), *floor_shortfalls(space.floors, *size)]
     if missing:
         raise UsageError(f"{'; '.join(missing)}; raise --heldout (and add prompts to a file), or loosen --max-drop")
@@ -556,18 +559,18 @@ def _write(result: StudyResult, run_dir: Path) -> list[Path]:
 
 
 def _print_plan(checked: Plan) -> int:
-    from tuner.prompts import heldout_count
+    from tuner.prompts import set_sizes
     from tuner.provable import limit_lines, limits_table
 
     space, args = checked.space, checked.args
     limits = () if args.weights == "random" else quality_limits(space.quality, args.max_drop)
-    heldout, micro_batch = heldout_count(space.prompts), space.prompts.micro_batch
+    (search, heldout), micro_batch = set_sizes(space.prompts), space.prompts.micro_batch
     plan_data = {
         "model": args.model,
         "budget": args.budget.text,
         "engine": args.engine,
         "space": {"source": str(args.space or "default"), **space.to_data()},
-        "prompts": {"source": space.prompts.source, "search": space.prompts.search, "heldout": heldout},
+        "prompts": {"source": space.prompts.source, "search": search, "heldout": heldout},
         "limits": limits_table(limits, heldout, micro_batch),
         "without_limit": [m.metric for m in limits if m.max_drop is None],
         "run_directory": str(checked.run_dir),

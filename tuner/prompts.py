@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -60,8 +61,8 @@ def load_prompts(source: PromptSource, seed: int = 0) -> dict[str, PromptSet]:
 
     "geneval" generates as many distinct prompts as are asked for, its six tasks in turn. A file, or the 1000 class indices of
     "imagenet", is shuffled by `seed`, its tasks take turns, and it is cut; fewer prompts than asked for make a smaller
-    held-out set, never a shared one.
-    Raises UsageError for a file that cannot be read, is empty, or leaves nothing to hold out.
+    held-out set, never a shared one, and where less than half would be left to hold out, a smaller search set too.
+    Raises UsageError for a file that cannot be read, is empty, or holds one prompt.
     """
     if source.source == "nano":
         from stagevar.nano.scenes import prompts
@@ -77,24 +78,42 @@ def load_prompts(source: PromptSource, seed: int = 0) -> dict[str, PromptSet]:
             items = [str(i) for i in range(1000)] if source.source == "imagenet" else read_prompts(source.source)
             random.Random(seed).shuffle(items)
         items = in_turn(items)
-        search, heldout = items[: source.search], items[source.search : source.search + source.heldout]
-        if not heldout:
-            raise UsageError(
-                f"{source.source} holds {len(items)} prompts: {source.search} for the search leave none to verify on; "
-                "lower --prompts or add prompts"
-            )
+        searched, held = _sizes(source, len(items))
+        search, heldout = items[:searched], items[searched : searched + held]
     return {
         "search": _seeded(search, seed, source.micro_batch),
         "heldout": _seeded(heldout, seed + HELDOUT_SEED, source.micro_batch),
     }
 
 
-def heldout_count(source: PromptSource) -> int:
-    """Number of held-out prompts that `load_prompts` will find. Raises UsageError for a file that cannot be read."""
+def set_sizes(source: PromptSource) -> tuple[int, int]:
+    """Numbers of prompts that `load_prompts` will find for the search and hold out.
+
+    Raises UsageError for a file that cannot be read or holds one prompt.
+    """
     if source.source in ("nano", "geneval"):
-        return source.heldout
-    held = 1000 if source.source == "imagenet" else len(read_prompts(source.source))
-    return min(source.heldout, max(0, held - source.search))
+        return source.search, source.heldout
+    return _sizes(source, 1000 if source.source == "imagenet" else len(read_prompts(source.source)))
+
+
+def warn_of_short_files(source: PromptSource) -> None:
+    """Warn where a file makes the search set smaller than asked for."""
+    search, heldout = set_sizes(source)
+    if search < source.search:
+        warnings.warn(
+            f"{source.source:.200} holds {search + heldout} prompts: {search} are searched with, {heldout} are held out to "
+            f"verify on ({source.search} and {source.heldout} were asked for)"
+        )
+
+
+def _sizes(source: PromptSource, count: int) -> tuple[int, int]:
+    """How `count` prompts are divided: what the search asks for, but never more than half of them."""
+    if count < 2:
+        raise UsageError(
+            f"{source.source} holds {count} prompt; a study needs some to search with and others to verify on: add prompts"
+        )
+    search = min(source.search, count // 2)
+    return search, min(source.heldout, count - search)
 
 
 def in_turn(items: Sequence[Prompt]) -> list[Prompt]:
