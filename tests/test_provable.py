@@ -5,10 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
+from stagevar.models.registry import list_models
 from tuner.looks import claims, looks
 from tuner.provable import floor_shortfalls, limit_lines, limits_table, prompts_needed, provable_drop, shortfalls
 from tuner.quality_limits import quality_limits
-from tuner.space import load_space, space_names
+from tuner.space import load_space
 from tuner.stats import continuous_drop_bounds, drop_bounds
 
 YES_NO = quality_limits({"geneval": {"max_drop": 0.02}})[0]
@@ -84,8 +85,8 @@ def test_the_table_of_limits_is_plain_data():
     assert both[1] == "clip_score: none, it only ranks"
 
 
-@pytest.mark.parametrize("name", [n for n in space_names() if "tiny" not in n])
-def test_identical_images_verify_with_every_shipped_space(name):
+@pytest.mark.parametrize("name", [model.name for model in list_models()])
+def test_identical_images_verify_with_the_space_of_every_model(name):
     space = load_space(name)
     limits = quality_limits(space.quality)
     assert shortfalls(limits, space.prompts.heldout, space.prompts.micro_batch) == []

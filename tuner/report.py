@@ -298,6 +298,8 @@ def _verdict_line(verdict: Verdict, proved: bool) -> tuple[str, str]:
         value, limit, bound = (v.replace("-", "−") for v in (value, limit, bound))
     if not math.isfinite(verdict.bound):
         bound = "unknown"
+    if verdict.name.startswith("drop:"):
+        limit = f"{limit} {escape(verdict.unit)}"
     names = {
         "latency": "Latency budget",
         "gain": "Ratio to the full schedule's latency, at most",

@@ -15,7 +15,7 @@ from PIL import Image
 
 from tuner import published
 from tuner.importance import LEAST, Importance, importance
-from tuner.quality_limits import factors
+from tuner.quality_limits import factors, limited
 from tuner.report_charts import Point, Rule, StripCell, bars, paired_bars, scatter, strip
 from tuner.report_words import (
     PICK_ORDER,
@@ -236,6 +236,7 @@ def tradeoff_section(result: StudyResult) -> str:
         if not path or height > path[-1][1]:
             path.append((shown_ms(result, candidate), height))
     failed = [f"trial {f.trial}: {f.error}" for f in result.failures]
+    several = len(limited(result.limits)) > 1
     comparable = set(result.quality_weights) == {"geneval"}
     unit = factors(result.limits)["geneval"] if comparable else 0.0
     lane = y_range[1] + 0.08 * (y_range[1] - y_range[0])
@@ -261,7 +262,7 @@ def tradeoff_section(result: StudyResult) -> str:
             x_range=x_range,
             y_range=y_range,
             x_rule=Rule(result.budget_ms, "budget", "right"),
-            y_rule=Rule(result.composite_floor, "allowed drop", "below"),
+            y_rule=Rule(result.composite_floor, "allowed drops" if several else "allowed drop", "below"),
             path=path,
             top=("speed-up", [(full_ms / times, f"{times:g}×") for times in _SPEEDS]),
             gutter=(f"{len(failed)} failed", failed) if failed else None,
@@ -386,7 +387,7 @@ def table_section(result: StudyResult) -> str:
     metrics = [] if result.random_weights else [m for m in result.quality_weights if m != "quality"]
     with_quality = has_quality(result)
     header = ["Schedule", "Latency", "Speed-up"]
-    header += ["Quality change", *(escape(m) for m in metrics)] if with_quality else []
+    header += ["Composite", *(escape(m) for m in metrics)] if with_quality else []
     header += ["Limits", "Status"]
     rows = []
     for candidate in chosen:
