@@ -32,6 +32,7 @@ from stagevar.profile_sections import EngineSection
 from stagevar.sections import read_section, shortened
 from tuner import checks
 from tuner.budget import parse_budget, parse_share, parse_time
+from tuner.config.analysis import Findings, read_analysis
 from tuner.journal import LOCK_FILE, driver_lock, repair
 from tuner.quality_limits import composite_options, limited, parse_max_drops, quality_limits
 from tuner.space import PROMPT_SOURCES, SearchSpace, load_space
@@ -91,6 +92,12 @@ def _tune_parser() -> _Parser:
     )
     parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
     _add_study_options(parser, required=True)
+    parser.add_argument(
+        "--analysis",
+        type=path_value,
+        metavar="DIR",
+        help="boundaries, ranks and proposals of `stagevar analyze --out DIR`",
+    )
     parser.add_argument("--trials", type=positive_int, default=30, help="distinct schedules to evaluate (default: 30)")
     parser.add_argument("--time-budget", metavar="TIME", help="tuning time, such as 10m; verification included")
     parser.add_argument(
@@ -151,7 +158,9 @@ def _add_study_options(parser: _Parser, required: bool) -> None:
     )
     parser.add_argument("--heldout", type=positive_int, metavar="N", help="held-out prompts that verify at most")
     parser.add_argument("--seed", type=whole_number, default=0, help="of prompts, noise and sampler (default: 0)")
-    parser.add_argument("--space", type=path_value, metavar="FILE", help="search space (default: the one shipped)")
+    parser.add_argument(
+        "--space", type=path_value, metavar="FILE", help="search space, or what of it differs from the model's default"
+    )
     parser.add_argument("--weights", type=name_value, help="path, or 'random' for seeded random weights (latency only)")
     parser.add_argument("--resolution", help="pixel budget (0.25M, 1M ...) or image side, where a model has several")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
@@ -287,7 +296,8 @@ def plan(args: argparse.Namespace, argv: Sequence[str]) -> Plan:
         resolution=args.resolution,
         weights=args.weights,
     )
-    space = checked_space(args.model, args.space, args.prompts, args.heldout, args.seed, args.resolution)
+    findings = checked_findings(args)
+    space = checked_space(args.model, args.space, args.prompts, args.heldout, args.seed, args.resolution, findings)
     args.max_drop = parse_max_drops(args.max_drop or (), space.quality)
     check_provable(space, args.max_drop, args.weights)
     from tuner.prompts import warn_of_short_files
@@ -300,6 +310,16 @@ def plan(args: argparse.Namespace, argv: Sequence[str]) -> Plan:
     return Plan(args, space, run_dir, command)
 
 
+def checked_findings(args: argparse.Namespace) -> Findings | None:
+    """What --analysis found, where it is of the model, resolution and weights that are tuned. Raises UsageError."""
+    if args.analysis is None:
+        return None
+    findings = read_analysis(args.analysis)
+    known = registry.find(args.model).scales is not None
+    findings.check(args.model, args.weights, registry.scale_grids(args.model, args.resolution) if known else None)
+    return findings
+
+
 def checked_space(
     model: str,
     file: Path | None,
@@ -307,9 +327,10 @@ def checked_space(
     heldout: int | None,
     seed: int,
     resolution: str | int | None = None,
+    findings: Findings | None = None,
 ) -> SearchSpace:
     """The space of a file (the model's for None) with the prompts asked for, all checked. Raises UsageError."""
-    space = load_space(model, file, resolution)
+    space = load_space(model, file, resolution, findings)
     folders = [Path.cwd()] if file is None else [file.absolute().parent, Path.cwd()]
     space = checks.with_absolute_source(space, folders)
     space = checks.with_absolute_source(with_prompts(space, prompts, heldout), [Path.cwd()])
@@ -575,7 +596,7 @@ def _print_plan(checked: Plan) -> int:
         "without_limit": [m.metric for m in limits if m.max_drop is None],
         "run_directory": str(checked.run_dir),
         "schedules": args.trials,
-        "enqueued": ["the full schedule", *space.enqueue],
+        "enqueued": ["the full schedule", *space.known],
         "searched": [p.name for p in space.parameters],
         "micro_batch": micro_batch,
     }

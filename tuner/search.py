@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 
 from stagevar.errors import InfrastructureError, ScheduleError
-from stagevar.models.registry import published
-from stagevar.schedule import Steps, preset
+from stagevar.schedule import Steps
 from tuner.asking import ProposerProcess
 from tuner.evaluate import Evaluator
 from tuner.executors.base import Executor, Failed, QualityTask
@@ -163,9 +162,9 @@ class Search:
                 self.table.check(ledger.steps[candidate.key], candidate.latency.ratio.mean)
         self._note_hypervolume()
         presets, unfit = {}, []
-        for name in ledger.space.enqueue:
+        for name in ledger.space.known:
             try:
-                schedule = preset(name, facts.grids, published(facts.model))
+                schedule = ledger.space.known_schedule(name, facts.grids)
                 ledger.register(schedule)
                 presets[name] = ledger.space.nearest_values(schedule, facts.grids)
             except ScheduleError as error:
@@ -254,7 +253,7 @@ class Search:
     def _register(self, proposal: Proposal) -> str:
         ledger, grids = self.ledger, self.ledger.facts.grids
         if proposal.preset is not None:
-            return ledger.register(preset(proposal.preset, grids, published(ledger.facts.model)))
+            return ledger.register(ledger.space.known_schedule(proposal.preset, grids))
         return ledger.register(ledger.space.schedule(proposal.values, grids))
 
     def _hopeless(self, key: str) -> float | None:

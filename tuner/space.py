@@ -23,8 +23,9 @@ from typing import Any
 from stagevar.errors import ScheduleError, StagevarError, UsageError
 from stagevar.grids import Grid
 from stagevar.models import registry
-from stagevar.schedule import ACCELERATORS, BOTH, PRECISIONS, PRESETS, StageSchedule, Steps
+from stagevar.schedule import ACCELERATORS, BOTH, PRECISIONS, PRESETS, StageSchedule, Steps, preset
 from stagevar.yaml_files import read_yaml
+from tuner.config.analysis import Findings
 from tuner.config.default_space import completed, default_space
 from tuner.quality_limits import check_max_drop
 
@@ -134,7 +135,8 @@ class SearchSpace:
     model: name. quality: metric -> weight, or options with `weight` and `max_drop`; the first is the primary one.
     floors: metric -> smallest mean allowed.
     parameters: what is searched. enqueue: presets of stagevar.schedule evaluated first. semantic_end: first scale of
-    the structure stage, from analysis; structure_end is never searched below it.
+    the structure stage, from analysis; structure_end is never searched below it. proposals: schedules by name that are
+    evaluated before the presets.
     """
 
     model: str
@@ -144,6 +146,16 @@ class SearchSpace:
     enqueue: tuple[str, ...]
     prompts: PromptSource
     semantic_end: int = 0
+    proposals: tuple[tuple[str, StageSchedule], ...] = ()
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """Names of the schedules that are evaluated before the sampler proposes any."""
+        return (*(name for name, _ in self.proposals), *self.enqueue)
+
+    def known_schedule(self, name: str, grids: Sequence[Grid]) -> StageSchedule:
+        """The schedule of one of `known` for these scales. Raises ScheduleError for a preset that they cannot hold."""
+        return dict(self.proposals).get(name) or preset(name, grids, registry.published(self.model))
 
     @property
     def digest(self) -> str:
@@ -164,6 +176,7 @@ class SearchSpace:
             "semantic_end": self.semantic_end,
             "parameters": {p.name: p.to_data() for p in self.parameters},
             "enqueue": list(self.enqueue),
+            **({"proposals": {n: schedule.to_dict() for n, schedule in self.proposals}} if self.proposals else {}),
             "prompts": dataclasses.asdict(self.prompts),
         }
 
@@ -186,6 +199,11 @@ class SearchSpace:
                 )
         for name in self.enqueue:
             PRESETS[name](grids)
+        for name, schedule in self.proposals:
+            if schedule.structure_end > scales:
+                raise UsageError(
+                    f"search space: proposal {name} begins at scale {schedule.structure_end}, but {self.model} has {scales}"
+                )
 
     def schedule(self, values: Mapping[str, Value], grids: Sequence[Grid]) -> StageSchedule:
         """The schedule of one set of values: the k-th accelerated scale keeps rank_ratio * rank_decay ** k.
@@ -297,8 +315,15 @@ def space_names() -> list[str]:
     return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
 
 
-def load_space(model: str, path: Path | str | None = None, resolution: str | int | None = None) -> SearchSpace:
+def load_space(
+    model: str,
+    path: Path | str | None = None,
+    resolution: str | int | None = None,
+    findings: Findings | None = None,
+) -> SearchSpace:
     """The space of a file, or the shipped one of a model, completed by the default space of the model at the resolution.
+
+    findings: an analysis of the model, whose boundaries, ranks and proposals go before the default's, not before a file's.
 
     Raises UsageError in one line for whatever is wrong with it, for a range beyond the model's scales where these are known
     before it is loaded, and for a model that has neither a default space nor a shipped file.
@@ -308,6 +333,8 @@ def load_space(model: str, path: Path | str | None = None, resolution: str | int
     if model in space_names():
         with importlib.resources.as_file(importlib.resources.files("search_spaces") / f"{model}.yaml") as shipped:
             data = _completed(read_yaml(shipped, "search space"), data)
+    if findings is not None and data is not None:
+        data = findings.applied(data)
     if path is not None:
         given = read_yaml(path, "search space")
         named = given.get("model") if isinstance(given, dict) else None
@@ -332,9 +359,8 @@ def _completed(given: Any, base: dict[str, Any] | None) -> Any:
 
 def parse_space(data: Any) -> SearchSpace:
     """Checked space from plain YAML data. Raises UsageError naming the key, the value and the nearest valid one."""
-    data = _mapping(
-        data, "search space", ("model", "objectives", "constraints", "parameters", "enqueue", "prompts", "semantic_end")
-    )
+    sections = ("model", "objectives", "constraints", "parameters", "enqueue", "proposals", "prompts", "semantic_end")
+    data = _mapping(data, "search space", sections)
     if not isinstance(data.get("model"), str):
         raise UsageError("search space: model is missing; name it, such as model: nano")
     objectives = _mapping(data.get("objectives"), "objectives", ("latency", "quality"))
@@ -372,7 +398,25 @@ def parse_space(data: Any) -> SearchSpace:
         tuple(enqueue),
         _prompt_source(data.get("prompts") or {}),
         semantic_end,
+        _proposals(data.get("proposals") or {}),
     )
+
+
+def _proposals(data: Any) -> tuple[tuple[str, StageSchedule], ...]:
+    """Named schedules. Raises UsageError naming the one that is none."""
+    if not isinstance(data, dict):
+        raise UsageError(
+            f"search space: proposals {data!r:.60} must be schedules by name, such as {{mine: {{structure_end: 10}}}}"
+        )
+    found = []
+    for name, schedule in data.items():
+        if not isinstance(name, str) or not name or name in PRESETS:
+            raise UsageError(f"search space: proposal {name!r:.60} must have a name of its own, not a preset's")
+        try:
+            found.append((name, StageSchedule.from_dict(schedule)))
+        except ScheduleError as error:
+            raise UsageError(f"search space: proposal {name:.60}: {error}") from None
+    return tuple(found)
 
 
 def _nearest(word: Any, known: Sequence[str] | Mapping[str, Any]) -> str:

@@ -112,7 +112,7 @@ class Study:
             "device": facts.device,
             "engine": facts.engine,
             "sampling": facts.sampling,
-            "space": dataclasses.asdict(self.space),
+            "space": {k: v for k, v in dataclasses.asdict(self.space).items() if k != "proposals" or v},
             "search prompts": self.prompts["search"].digest,
             "held-out prompts": self.prompts["heldout"].digest,
             "budget": self.options.budget.text,
