@@ -6,15 +6,13 @@ text layers, shared AdaLN and head stay in float32.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from stagevar.grids import infinity_grids
 from stagevar.models.base import LoadedModel, TextEncoder
 from stagevar.models.bsqvae import BSQVAE
 from stagevar.models.infinity import Infinity, InfinityConfig
-from stagevar.models.loading import Part, Parts, assemble, default_sampling, fill
+from stagevar.models.loading import Part, Parts, assemble, default_sampling, fill, made_up_text, text_beside
 from stagevar.models.registry import LoadRequest
 from stagevar.models.text import RandomText, T5Text
 from stagevar.models.weights import BSQVAE_RULES, INFINITY_RULES, block_precision, everywhere
@@ -62,13 +60,10 @@ def _text(request: LoadRequest, made: Parts) -> TextEncoder:
     assert isinstance(config, InfinityConfig)
     if request.text is not None:
         return T5Text(request.text, device=request.device, max_length=config.text_maxlen)
+    beside = text_beside(request)
+    if beside is not None:
+        return T5Text(beside, device=request.device, max_length=config.text_maxlen)
     if request.random or request.spec.text is None:
+        made_up_text(request, "a folder text/ with a T5 encoder of its width")
         return RandomText(config.text_dim, config.text_maxlen)
-    if request.weights is not None:
-        # A local copy of the public files has the encoder beside them.
-        folder = Path(request.weights)
-        for base in (folder, folder.parent):
-            for name in ("flan-t5-xl", "flan-t5-xl-official", "text"):
-                if (base / name / "config.json").is_file():
-                    return T5Text(base / name, device=request.device, max_length=config.text_maxlen)
     return T5Text(request.spec.text, device=request.device, max_length=config.text_maxlen)

@@ -6,6 +6,7 @@ Shared by every family whose models are a transformer file and a tokenizer file.
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,17 @@ from stagevar.models.weights import KeyRules, Precision, fit, randomise
 
 #: File that marks a folder written by `stagevar convert`.
 MARK = "stagevar.json"
+#: How a family's public files are named, transformer and tokenizer, so that a local pair under other names is found too.
+_FILE_NAMES = {
+    "infinity": ("infinity_*", "infinity_vae*"),
+    "star": ("star_*", "vae_*"),
+    "var": ("var_*", "vae_*"),
+}
+#: Folders of a family's text encoder as they lie beside local weights, and what such a folder holds.
+_TEXT_FOLDERS = {
+    "infinity": (("flan-t5-xl", "flan-t5-xl-official", "text"), "config.json"),
+    "star": (("CLIP", "stable-diffusion-2-1", "text"), "text_encoder"),
+}
 
 
 @dataclass(frozen=True)
@@ -69,6 +81,40 @@ def _tokenizer_names(file: HubFile | None) -> tuple[str, ...]:
     return () if file is None else (file.name, file.name.replace("d32reg", "d32_reg"))
 
 
+def _named_alike(folder: Path, pattern: str, but: str = "") -> Path | None:
+    """The one weight file of a folder whose name follows a pattern, None without any. Raises WeightsError for several."""
+    files = [
+        path
+        for suffix in (".pth", ".pt", ".safetensors")
+        for path in sorted(folder.glob(pattern + suffix))
+        if not (but and path.match(but + suffix))
+    ]
+    if len(files) > 1:
+        names = ", ".join(path.name for path in files[:4])
+        raise WeightsError(f"folder {folder} holds several files that could be meant ({names}); give the path of one")
+    return files[0] if files else None
+
+
+def text_beside(request: LoadRequest) -> Path | None:
+    """The folder of the text encoder beside local weights, as a copy of the public files has it; None without one."""
+    if request.weights is None or request.random or request.spec.family not in _TEXT_FOLDERS:
+        return None
+    names, part = _TEXT_FOLDERS[request.spec.family]
+    given = Path(request.weights)
+    folders = (base / name for base in (given, given.parent) for name in names)
+    return next((folder for folder in folders if (folder / part).exists()), None)
+
+
+def made_up_text(request: LoadRequest, needed: str) -> None:
+    """Warns where a model with weights of its own reads made-up text features: what it draws has nothing to do with prompts."""
+    if not request.random:
+        warnings.warn(
+            f"{request.spec.name} reads made-up text features, so its images do not follow the prompts: beside its weights "
+            f"there is no text encoder ({needed})",
+            stacklevel=4,
+        )
+
+
 def locate(request: LoadRequest) -> tuple[Path, Path, dict[str, str]]:
     """Paths of the transformer's and the tokenizer's weights, and where they came from. Fetches what is not local."""
     spec, sources = request.spec, {}
@@ -91,6 +137,7 @@ def locate(request: LoadRequest) -> tuple[Path, Path, dict[str, str]]:
         if given.is_dir():
             _check_mark(given, spec.name)
             found = _converted(given, "transformer") or (spec.weights and _first(given, spec.weights.name))
+            found = found or _named_alike(given, *_FILE_NAMES.get(spec.family, ("transformer",)))
         transformer = found or given
     tokenizer = request.tokenizer
     if tokenizer is None and near is not None:
@@ -99,6 +146,8 @@ def locate(request: LoadRequest) -> tuple[Path, Path, dict[str, str]]:
             tokenizer = (
                 tokenizer or _converted(folder, "tokenizer") or _first(folder, *_tokenizer_names(spec.tokenizer))
             )
+    if tokenizer is None and near is not None and spec.family in _FILE_NAMES:
+        tokenizer = _named_alike(near, _FILE_NAMES[spec.family][1])
     if tokenizer is None:
         tokenizer = public("tokenizer", spec.tokenizer)
     return Path(transformer), Path(tokenizer), sources

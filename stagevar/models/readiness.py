@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from stagevar.errors import StagevarError, UsageError
 from stagevar.models import memory
 from stagevar.models.hub import HubFile
+from stagevar.models.loading import text_beside
 from stagevar.models.registry import LoadRequest, model_parts, resolve
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def _packages(request: LoadRequest) -> list[tuple[str, str]]:
     needed = {}
     if request.weights is None and request.spec.weights:
         needed["huggingface_hub"] = "fetching public weights"
-    if request.spec.text and not request.random:
+    if (request.spec.text and not request.random) or text_beside(request) is not None:
         needed["transformers"] = "the text encoder"
     return [
         ("fail", f"{package} is missing ({use}): pip install 'stagevar-tune[infinity]'")
@@ -62,11 +63,21 @@ def _files(request: LoadRequest) -> list[tuple[str, str]]:
         from stagevar.models.loading import locate
 
         try:
-            return [("ok", f"weights {path}") for path in locate(request)[:2]]
+            return [*(("ok", f"weights {path}") for path in locate(request)[:2]), *_text_of(request)]
         except StagevarError as error:
             return [("fail", str(error))]
     wanted = {"weights": spec.weights, "tokenizer": spec.tokenizer, "text encoder": spec.text}
     return [_hub_state(part, file) for part, file in wanted.items() if file is not None]
+
+
+def _text_of(request: LoadRequest) -> list[tuple[str, str]]:
+    """The text encoder that goes with local weights."""
+    spec, beside = request.spec, text_beside(request)
+    if beside is not None:
+        return [("ok", f"text encoder {beside}")]
+    if spec.text is not None:
+        return [_hub_state("text encoder", spec.text)]
+    return [] if spec.family == "var" else [("warn", "no text encoder in text/ beside the weights: made-up features")]
 
 
 def _hub_state(part: str, file: HubFile) -> tuple[str, str]:

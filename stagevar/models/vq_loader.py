@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import torch
 
 from stagevar.errors import UsageError
 from stagevar.grids import square
 from stagevar.models.base import LoadedModel, NextScaleModel, Sampling, TextEncoder
-from stagevar.models.loading import Part, Parts, assemble, default_sampling, fill
+from stagevar.models.loading import Part, Parts, assemble, default_sampling, fill, made_up_text, text_beside
 from stagevar.models.registry import LoadRequest
 from stagevar.models.star import STAR, STARConfig
 from stagevar.models.star_text import ClipText, RandomClipText
@@ -83,13 +82,10 @@ def _text(request: LoadRequest, made: Parts) -> TextEncoder:
     assert isinstance(config, STARConfig)
     if request.text is not None:
         return ClipText(request.text, device=request.device)
+    beside = text_beside(request)
+    if beside is not None:
+        return ClipText(beside, device=request.device)
     if request.random or request.spec.text is None:
+        made_up_text(request, "a folder text/ with tokenizer/ and text_encoder/ of a CLIP model of its width")
         return RandomClipText(config.text_dim)
-    if request.weights is not None:
-        # A local copy of the public files has the encoder beside them.
-        folder = Path(request.weights)
-        for base in (folder, folder.parent):
-            for name in (request.spec.text.name, "stable-diffusion-2-1", "text"):
-                if (base / name / "text_encoder").is_dir():
-                    return ClipText(base / name, device=request.device)
     return ClipText(request.spec.text, device=request.device)
