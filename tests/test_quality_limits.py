@@ -79,6 +79,20 @@ def test_limits_come_from_the_command_line_then_the_space_then_the_metric():
     assert [m.metric for m in limited(old)] == ["geneval_nano"]
 
 
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"genevil": 0.1}, "no metric 'genevil' (nearest: geneval)"),
+        (0.0, "above 0"),
+        ({"clip_score": float("nan")}, "above 0"),
+    ],
+)
+def test_limits_given_from_python_are_checked_too(asked, says):
+    with pytest.raises(UsageError) as caught:
+        quality_limits(TWO, asked)
+    assert says in str(caught.value)
+
+
 def test_the_composite_counts_allowances():
     assert factors(quality_limits(TWO)) == pytest.approx({"geneval": 100.0, "clip_score": 1 / 0.3})
     tie_breaker = factors(quality_limits({"geneval_nano": 1.0, "clip_score": 0.0005}, 0.04))

@@ -769,6 +769,7 @@ def run_verify(args: argparse.Namespace) -> int:
         raise UsageError(f"profile {args.profile} does not say how it was made; give --budget")
     from tuner.progress import Progress
     from tuner.recheck import recheck
+    from tuner.result import to_plain
 
     share = parse_share(args.max_regression, "max-regression") if args.max_regression else None
     budget = parse_budget(args.budget)
@@ -799,7 +800,7 @@ def run_verify(args: argparse.Namespace) -> int:
         args.resolution,
     )
     if args.json:
-        print(json.dumps(outcome.to_dict(), indent=2))
+        print(json.dumps(to_plain(outcome.to_dict()), indent=2))
     else:
         for line in outcome.lines:
             print(line)

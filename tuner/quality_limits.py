@@ -59,9 +59,14 @@ def quality_limits(
 
     quality: metric -> weight, or options among them `weight` and `max_drop`. asked: limits that take precedence; a number is
     the primary metric's.
+    Raises UsageError for a limit of no metric of the space, or one that `check_max_drop` refuses.
     """
     primary = next(iter(quality))
     given = dict(asked) if isinstance(asked, Mapping) else {} if asked is None else {primary: float(asked)}
+    for metric, value in given.items():
+        if metric not in quality:
+            raise UsageError(_no_metric(f"max-drop {value!r:.40}", metric, quality))
+        check_max_drop(metric, value, f"max-drop {value!r:.40}")
     found = []
     for metric, value in quality.items():
         options = value if isinstance(value, Mapping) else {"weight": value}
@@ -139,13 +144,17 @@ def parse_max_drops(texts: Sequence[str], quality: Mapping[str, Any]) -> dict[st
         name, equals, value = text.rpartition("=")
         metric = name.strip() if equals else primary
         if metric not in quality:
-            near = difflib.get_close_matches(metric, list(quality), n=1, cutoff=0.0)[0]
-            raise UsageError(f"max-drop {_shown(text)}: the quality has no metric {metric!r} (nearest: {near})")
+            raise UsageError(_no_metric(f"max-drop {_shown(text)}", metric, quality))
         max_drop = _max_drop(metric, value, f"max-drop {_shown(text)}")
         if metric in found:
             raise UsageError(f"max-drop {_shown(text)}: {metric} has a limit already")
         found[metric] = max_drop
     return found
+
+
+def _no_metric(what: str, metric: str, quality: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(metric, list(quality), n=1, cutoff=0.0)[0]
+    return f"{what}: the quality has no metric {_shown(metric)} (nearest: {near})"
 
 
 def _max_drop(metric: str, text: str, what: str) -> float:
