@@ -83,10 +83,11 @@ def test_the_continuous_bound_is_no_wider_than_it_must_be():
     assert 1.645 / 16 < np.mean(widths) < 1.3 * 1.645 / 16
 
 
-def test_finalists_with_continuous_metrics_hold_together():
-    rng = np.random.default_rng(2)
-    drops = rng.normal(0, 1, (60, 4, 128))
-    missed = sum(bool((continuous_drop_bounds(-row, 0.0)[0] < 0).any()) for row in drops)
+@pytest.mark.parametrize("name", ["normal", "lognormal"])
+def test_finalists_with_continuous_metrics_hold_together(name):
+    draw, truth = DISTRIBUTIONS[name]
+    drops = draw(np.random.default_rng(2), (60, 4, 128))
+    missed = sum(bool((continuous_drop_bounds(-row, 0.0)[0] < truth).any()) for row in drops)
     assert missed / 60 <= 0.05 + 3 * (0.05 * 0.95 / 60) ** 0.5
     same = np.repeat(drops[0][:1], 4, axis=0)
     assert continuous_drop_bounds(-same, 0.0)[0] == pytest.approx(continuous_drop_bounds(-same[:1], 0.0)[0][0], rel=0.1)
