@@ -580,12 +580,15 @@ def _write(result: StudyResult, run_dir: Path) -> list[Path]:
 
 
 def _print_plan(checked: Plan) -> int:
+    from tuner.config import costs
     from tuner.prompts import set_sizes
     from tuner.provable import limit_lines, limits_table
 
     space, args = checked.space, checked.args
     limits = () if args.weights == "random" else quality_limits(space.quality, args.max_drop)
     (search, heldout), micro_batch = set_sizes(space.prompts), space.prompts.micro_batch
+    place = {"weights": args.weights, "resolution": args.resolution, "device": args.device, "kv_cache": args.kv_cache}
+    downloads, memory = costs.downloads_of(space, place), costs.memory_plan(space, place)
     plan_data = {
         "model": args.model,
         "budget": args.budget.text,
@@ -599,6 +602,10 @@ def _print_plan(checked: Plan) -> int:
         "enqueued": ["the full schedule", *space.known],
         "searched": [p.name for p in space.parameters],
         "micro_batch": micro_batch,
+        "settings": costs.settings_of(space),
+        "images_at_most": 0 if args.weights == "random" else costs.images_at_most(args.trials, search, heldout),
+        "downloads": [dataclasses.asdict(download) for download in downloads],
+        "memory": memory,
     }
     if args.json:
         print(json.dumps(plan_data, indent=2))
@@ -608,12 +615,20 @@ def _print_plan(checked: Plan) -> int:
                 for line in limit_lines(limits, heldout, micro_batch) or ["none: random weights have no quality"]:
                     print(f"{'limit':<16} {line}")
                 continue
-            if key == "without_limit":
+            if key in ("without_limit", "searched"):
                 continue
             if key == "space":
                 for line in _space_lines(value):
                     print(line)
                 continue
+            if key == "downloads":
+                for download in downloads:
+                    print(f"{'file':<16} {download.line}")
+                continue
+            if key == "memory":
+                value = costs.memory_line(memory) if memory else "fits anywhere"
+            if key in ("settings", "images_at_most"):
+                value = "no end: a parameter is continuous" if value is None else f"{value:,}"
             if isinstance(value, dict):
                 value = [f"{name} {entry}" for name, entry in value.items()]
             text = ", ".join(map(str, value)) if isinstance(value, list) else value

@@ -20,6 +20,7 @@ from stagevar.errors import InfrastructureError, UsageError
 from stagevar.files import write_text_atomically
 from tuner import pareto
 from tuner.budget import Budget
+from tuner.config.costs import FINALISTS_PER_KIND, images_at_most
 from tuner.evaluate import Evaluator
 from tuner.executors.base import Executor, Failed, QualityTask
 from tuner.executors.local import LocalExecutor, first_line
@@ -36,8 +37,6 @@ from tuner.verify import BASELINE, LEAST_GAIN, Verifier, latency_stats
 
 CONFIG_FILE = "config.json"
 BASELINE_ROUNDS = 15
-#: Finalists with and without a skipped scale.
-FINALISTS_PER_KIND = 3
 
 
 @dataclass(frozen=True)
@@ -185,6 +184,8 @@ class Study:
             timing = self.evaluator.latency({BASELINE: ledger.full}, BASELINE_ROUNDS)[BASELINE]
             latency = latency_stats(timing.samples_ms, None, None, timing.warm_up_runs, timing.warmed)
             ledger.baseline = dataclasses.replace(blank, latency=latency)
+            if self.quality:
+                self.progress.say(self._expected(latency.median_ms))
         except InfrastructureError:
             raise
         except Exception as error:
@@ -197,6 +198,13 @@ class Study:
                 return
             ledger.baseline = dataclasses.replace(ledger.baseline, values=values)
         ledger.record("baseline", ledger.baseline)
+
+    def _expected(self, full_ms: float) -> str:
+        """What drawing takes at most, from the first timing; batches and shared scales make it less."""
+        sizes = (len(self.prompts[split]) for split in ("search", "heldout"))
+        images = images_at_most(self.options.trials, *sizes)
+        hours = images * full_ms / 3.6e6
+        return f"at most {images:,} images of {full_ms:,.0f} ms: {hours:.1f} hours of drawing, metrics not counted"
 
     def _full_values(self) -> tuple[dict[str, tuple[float, ...]], str | None]:
         """The full schedule's value per metric over the whole search set, in prompt order; or its first error."""

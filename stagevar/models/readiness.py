@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from stagevar.errors import StagevarError, UsageError
 from stagevar.models import memory
+from stagevar.models.downloads import is_cached
 from stagevar.models.hub import HubFile
 from stagevar.models.loading import text_beside
 from stagevar.models.registry import LoadRequest, model_parts, resolve
@@ -81,19 +82,9 @@ def _text_of(request: LoadRequest) -> list[tuple[str, str]]:
 
 
 def _hub_state(part: str, file: HubFile) -> tuple[str, str]:
-    try:
-        from huggingface_hub import try_to_load_from_cache
-    except ImportError:
+    cached = is_cached(file)
+    if cached is None:
         return "warn", f"{part} {file}: not known, huggingface_hub is missing"
-    # A folder is there when its index is; the text encoder when its configuration is.
-    probes = (
-        [file.path]
-        if file.path and not file.path.endswith("/")
-        else [
-            file.path + name for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json", "config.json")
-        ]
-    )
-    for probe in probes:
-        if isinstance(try_to_load_from_cache(file.repo, probe, revision=file.revision), str):
-            return "ok", f"{part} {file} is in the hub's cache"
+    if cached:
+        return "ok", f"{part} {file} is in the hub's cache"
     return "warn", f"{part} {file} will be fetched from the hub on first use"

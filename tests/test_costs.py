@@ -1,0 +1,81 @@
+"""What a study takes, as a dry run says it: settings, images, files with sizes, memory."""
+
+import json
+
+import pytest
+
+from stagevar.models.downloads import model_downloads
+from stagevar.models.registry import resolve
+from tuner.cli import main
+from tuner.config.costs import images_at_most, memory_line, memory_plan, settings_of
+from tuner.metrics.downloads import metric_downloads
+from tuner.space import load_space, parse_space
+
+
+def files(quality):
+    return {download.source: download for download in metric_downloads(quality)}
+
+
+def test_settings_are_the_product_of_the_values():
+    data = load_space("infinity-tiny").to_data()
+    data["parameters"] = {"structure_end": {"low": 3, "high": 6}, "rank_ratio": [0.1, 0.5, 1], "branch": ["cond"]}
+    assert settings_of(parse_space(data)) == 4 * 3
+    data["parameters"]["rank_ratio"] = {"low": 0.1, "high": 1}
+    assert settings_of(parse_space(data)) is None
+
+
+def test_images_count_every_schedule_and_finalist_once():
+    assert images_at_most(30, 64, 512) == 31 * 64 + 7 * 512
+
+
+def test_the_default_metrics_name_detector_and_clip_once():
+    found = files(load_space("infinity-8b").quality)
+    assert set(found) == {"facebook/mask2former-swin-small-coco-instance", "open_clip ViT-L-14 openai"}
+    assert set(files(load_space("var-d16").quality)) == {"torchvision alexnet", "open_clip ViT-L-14 openai"}
+    assert all(download.about_bytes > 1e8 for download in found.values())
+
+
+def test_local_metrics_fetch_nothing():
+    local = {
+        "geneval": {"detector_model": "/models/detector", "clip_model": "local-dir:/models/clip"},
+        "clip_score": {"model": "ViT-L-14", "pretrained": "/models/clip.safetensors"},
+        "lpips": {"weights": "/models/alex.pth"},
+        "psnr": 1.0,
+    }
+    assert metric_downloads(local) == []
+
+
+def test_a_models_files_have_the_size_of_their_parameters(tmp_path):
+    found = {d.part: d for d in model_downloads(resolve("infinity-2b", device="cpu"))}
+    assert list(found) == ["transformer", "tokenizer", "text encoder"]
+    assert 8.5e9 < found["transformer"].about_bytes < 9.5e9  # 2.2 B parameters
+    assert "infinity_2b_reg.pth" in found["transformer"].line and "about 11.4 GB" in found["text encoder"].line
+    assert model_downloads(resolve("infinity-2b", weights="random", device="cpu")) == []
+    assert [d.part for d in model_downloads(resolve("infinity-2b", weights=tmp_path, device="cpu"))] == ["text encoder"]
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "config.json").write_text("{}")
+    assert model_downloads(resolve("infinity-2b", weights=tmp_path, device="cpu")) == []
+
+
+def test_memory_says_whether_it_fits(monkeypatch):
+    from stagevar.models import memory
+
+    space, options = load_space("infinity-tiny"), {"weights": "random", "device": "cpu"}
+    for free, fits in ((1 << 40, True), (1 << 20, False), (None, None)):
+        monkeypatch.setattr(memory, "available_bytes", lambda device, free=free: free)
+        plan = memory_plan(space, options)
+        assert plan["fits"] is fits and plan["micro_batch_bytes"] > plan["one_image_bytes"]
+        assert ("does not fit" in memory_line(plan)) == (fits is False)
+
+
+@pytest.mark.parametrize("weights", [[], ["--weights", "random"]])
+def test_a_dry_run_says_it(weights, capsys):
+    words = ["--model", "infinity-tiny", "--budget", "80%", "--dry-run", "--device", "cpu", *weights]
+    assert main([*words, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["settings"] > 10_000 and plan["memory"]["device"] == "cpu"
+    assert (plan["images_at_most"], plan["downloads"] == []) == ((0, True) if weights else (31 * 64 + 7 * 512, False))
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "images at most" in shown and "GiB for one image" in shown
+    assert ("mask2former" in shown) != bool(weights)

@@ -1,0 +1,69 @@
+"""What a study will take, known before anything is loaded: settings of the space, images, files to fetch, memory."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from stagevar.models.downloads import Download, model_downloads
+from tuner.metrics.downloads import metric_downloads
+from tuner.space import Parameter, SearchSpace
+
+#: Schedules that are verified at most: the best ones with skipped scales, and as many without.
+FINALISTS_PER_KIND = 3
+
+
+def settings_of(space: SearchSpace) -> int | None:
+    """How many settings the space holds; several may expand to one schedule. None where a parameter is continuous."""
+    counts = [_values(parameter) for parameter in space.parameters]
+    return None if None in counts else math.prod(count for count in counts if count is not None)
+
+
+def _values(parameter: Parameter) -> int | None:
+    if parameter.values:
+        return len(parameter.values)
+    return int(parameter.high) - int(parameter.low) + 1 if parameter.kind == "int" else None
+
+
+def images_at_most(trials: int, search: int, heldout: int) -> int:
+    """Images that are drawn for quality when no schedule is stopped early and none shares scales with another."""
+    return (1 + trials) * search + (1 + 2 * FINALISTS_PER_KIND) * heldout
+
+
+def downloads_of(space: SearchSpace, options: dict[str, Any]) -> list[Download]:
+    """Files of the model and of the metrics. options: as for `registry.load_model`. Imports torch, loads nothing."""
+    from stagevar.models.registry import resolve
+
+    request = resolve(space.model, **options)
+    return [*model_downloads(request), *([] if request.random else metric_downloads(space.quality))]
+
+
+def memory_plan(space: SearchSpace, options: dict[str, Any]) -> dict[str, Any] | None:
+    """Bytes that one image and a micro-batch need at most, and what the device has; None for a model that fits anywhere."""
+    from stagevar.models.memory import available_bytes, estimate_model
+    from stagevar.models.registry import resolve
+
+    request = resolve(space.model, **options)
+    if not request.spec.parts:
+        return None
+    one = estimate_model(space.model, **options)
+    batch = estimate_model(space.model, batch=space.prompts.micro_batch, **options)
+    least = max(one.generating, one.encoding)
+    free = available_bytes(request.device)
+    return {
+        "device": str(request.device),
+        "one_image_bytes": least,
+        "micro_batch_bytes": batch.peak,
+        "free_bytes": free,
+        "fits": None if free is None else least <= free,
+    }
+
+
+def memory_line(plan: dict[str, Any]) -> str:
+    """The memory plan in words."""
+    gib = 2**30
+    needs = f"{plan['one_image_bytes'] / gib:.1f} GiB for one image, {plan['micro_batch_bytes'] / gib:.1f} for a micro-batch"
+    if plan["free_bytes"] is None:
+        return f"{needs} on {plan['device']}"
+    fits = "" if plan["fits"] else ": it does not fit here"
+    return f"{needs} on {plan['device']}, {plan['free_bytes'] / gib:.1f} GiB are free{fits}"

@@ -1,0 +1,64 @@
+"""Weights that metrics fetch when they are built, by metric and options. Nothing is imported, fetched or asked here.
+
+Sizes follow from the published numbers of parameters in float32, or are those of the published files; they are estimates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from stagevar.models.downloads import Download
+from stagevar.models.hub import HubFile
+
+_MASK2FORMER = "facebook/mask2former-swin-small-coco-instance"
+#: Where a metric's default weights come from, and about how many bytes: 69 M parameters of Mask2Former, 428 M of CLIP ViT-L/14.
+_DETECTORS = {
+    "mask2former": (_MASK2FORMER, 4 * 69_000_000),
+    "rtdetr": ("PekingU/rtdetr_r50vd", 4 * 43_000_000),
+    "owlv2": ("google/owlv2-base-patch16-ensemble", 4 * 155_000_000),
+}
+_TRUNKS = {"alex": ("alexnet", 244_408_911), "vgg": ("vgg16", 553_433_881)}
+_CLIP_BYTES = {"ViT-L-14": 4 * 428_000_000}
+#: Metric -> its options that name a CLIP model and the model's tag.
+_CLIP = {
+    "clip_score": ("model", "pretrained"),
+    "clip_image_similarity": ("model", "pretrained"),
+    "geneval": ("clip_model", "clip_pretrained"),
+}
+
+
+def metric_downloads(quality: Mapping[str, Any]) -> list[Download]:
+    """What the metrics of a space fetch, each once; local files and folders are left out."""
+    found: dict[str, Download] = {}
+    for metric, value in quality.items():
+        options = value if isinstance(value, Mapping) else {}
+        for download in _of(metric, options):
+            found.setdefault(download.source, download)
+    return list(found.values())
+
+
+def _of(metric: str, options: Mapping[str, Any]) -> list[Download]:
+    found = []
+    if metric == "geneval":
+        kind, given = options.get("detector", "mask2former"), options.get("detector_model")
+        if given is None and kind in _DETECTORS:
+            repo, size = _DETECTORS[kind]
+            found.append(Download("detector of geneval", repo, size, _cached(repo)))
+    if metric in _CLIP:
+        model, tag = (options.get(name) for name in _CLIP[metric])
+        model, tag = model or "ViT-L-14", tag or "openai"
+        if model != "nano" and not model.startswith("local-dir:") and "/" not in tag:
+            found.append(
+                Download("CLIP model of the metrics", f"open_clip {model} {tag}", _CLIP_BYTES.get(model), None)
+            )
+    if metric in ("lpips", "dists") and options.get("weights") is None:
+        name, size = _TRUNKS["vgg" if metric == "dists" else options.get("net", "alex")]
+        found.append(Download(f"network of {metric}", f"torchvision {name}", size, None))
+    return found
+
+
+def _cached(repo: str) -> bool | None:
+    from stagevar.models.downloads import is_cached
+
+    return is_cached(HubFile(repo, ""))
