@@ -121,6 +121,36 @@ def test_verify_measures_with_the_profiles_settings_or_those_given(saved, monkey
     assert threads == [4, 2]
 
 
+@pytest.mark.parametrize(
+    ("stated", "command", "options", "expected"),
+    [
+        ({"geneval_nano": 0.3, "clip_score": 7.0, "gone": 1.0}, "", [], {"geneval_nano": 0.3, "clip_score": 7.0}),
+        ({"geneval_nano": 0.3}, "", ["--max-drop", "clip_score=5"], {"geneval_nano": 0.3, "clip_score": 5.0}),
+        (0.2, "--max-drop 0.2", [], {"geneval_nano": 0.2}),
+        (0.2, "--max-drop 0.2", ["--max-drop", "30%"], {"geneval_nano": 0.3}),
+    ],
+)
+def test_verify_keeps_the_limits_of_the_profile_unless_told_otherwise(
+    saved, tmp_path, monkeypatch, stated, command, options, expected
+):
+    limits = []
+
+    class Stop(Exception):
+        pass
+
+    def recheck(profile, space, budget, metrics, *rest):
+        limits.extend(metrics)
+        raise Stop
+
+    monkeypatch.setattr(recheck_module, "recheck", recheck)
+    path = tmp_path / "p.yaml"
+    reproduce = f"stagevar-tune --model nano --budget 60% {command}"
+    make(model={"name": "nano"}, reproduce=reproduce, constraints={"max_drop": stated}).save(path)
+    with pytest.raises(Stop):
+        tuner_cli.main(["verify", str(path), "--quiet", *options])
+    assert {m.metric: m.max_drop for m in limits if m.max_drop is not None} == expected
+
+
 def test_another_resolution_is_named_as_such():
     with pytest.raises(ProfileError, match="for images of 48x48 pixels, not 24x24; leave out --resolution"):
         make(model={"name": "tiny", "pixels": [48, 48]}).expand(MODEL)

@@ -38,6 +38,7 @@ from tuner.quality_limits import composite_options, limited, parse_max_drops, qu
 from tuner.space import PROMPT_SOURCES, SearchSpace, load_space
 
 if TYPE_CHECKING:
+    from stagevar.profile import Profile
     from tuner.executors.ray import RayExecutor
     from tuner.result import Candidate, StudyResult
     from tuner.study import Study
@@ -768,6 +769,14 @@ def run_report(args: argparse.Namespace) -> int:
     return 0
 
 
+def kept_max_drops(profile: Profile, given: argparse.Namespace | None, space: SearchSpace) -> dict[str, float]:
+    """The limits that a profile was made under, of the metrics that the space has; old profiles say them in their command."""
+    stated = profile.constraints.max_drop
+    if isinstance(stated, Mapping):
+        return {metric: value for metric, value in stated.items() if metric in space.quality}
+    return parse_max_drops((given.max_drop if given is not None else None) or (), space.quality)
+
+
 def run_verify(args: argparse.Namespace) -> int:
     """Measures a profile again here, against the full schedule in the same run."""
     from stagevar.profile import Profile
@@ -776,7 +785,7 @@ def run_verify(args: argparse.Namespace) -> int:
     words = shlex.split(profile.reproduce)[1:]
     words = checks.with_absolute_paths(words, [Path.cwd(), *args.profile.absolute().parents])
     given = _tune_parser().parse(words) if words else None
-    for name in ("model", "budget", "max_drop", "prompts", "heldout", "seed", "space", "weights"):
+    for name in ("model", "budget", "prompts", "heldout", "seed", "space", "weights"):
         if getattr(args, name) is None and given is not None:
             setattr(args, name, getattr(given, name))
     args.model = args.model or profile.model.name
@@ -798,7 +807,7 @@ def run_verify(args: argparse.Namespace) -> int:
     made_at = profile.model.load.given().get("resolution") if args.model == profile.model.name else None
     resolution = args.resolution or made_at
     space = checked_space(args.model, args.space, args.prompts, args.heldout, args.seed or 0, resolution)
-    max_drop = parse_max_drops(args.max_drop or (), space.quality)
+    max_drop = kept_max_drops(profile, given, space) | parse_max_drops(args.max_drop or (), space.quality)
     check_provable(space, max_drop, args.weights)
     outcome = recheck(
         profile,
