@@ -123,5 +123,10 @@ def create_composite(quality: Mapping[str, float | Mapping[str, Any]], *, device
         if not number or (weight == 0 and not parts):
             least = "of at least 0" if parts else "above 0"
             raise UsageError(f"quality weight of {name} is {weight!r}: expected a number {least}")
-        parts[name] = (float(weight), create(name, device=device, **options))
+        try:
+            parts[name] = (float(weight), create(name, device=device, **options))
+        except UsageError as error:
+            others = ", ".join(other for other in quality if other != name)
+            rest = f"; without it {others} would remain: leave it out of the quality, or mend this" if others else ""
+            raise type(error)(f"metric {name}: {error}{rest}") from None
     return CompositeQuality(parts)
