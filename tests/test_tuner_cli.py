@@ -10,7 +10,6 @@ import yaml
 from stagevar.profile import Profile
 from tests.fakes import SPACE
 from tuner.cli import Interrupts, main, plan
-from tuner.progress import Progress
 from tuner.recheck import Recheck, regression_verdict
 from tuner.result import Interval, StudyResult
 from tuner.verify import latency_stats
@@ -231,21 +230,6 @@ def test_a_regression_is_judged_by_the_ratio_to_the_full_schedule(now_ms, status
 class _Verification:
     def __init__(self, latency):
         self.latency, self.differences = latency, {"quality": Interval(0.0, -0.01, 0.01, 64)}
-
-
-def test_plain_progress_says_phases_and_seconds(capsys):
-    progress = Progress()
-    progress.phase("search", 3)
-    with progress.part("asking"):
-        progress.update(1, "1 of 3")
-    progress.close()
-    text = capsys.readouterr().err
-    assert "search: 1 of 3" in text and "asking" in text
-    assert set(progress.seconds) == {"search"} and set(progress.parts) == {"search: asking"}
-    quiet = Progress(quiet=True)
-    quiet.phase("search")
-    quiet.close()
-    assert capsys.readouterr().err == "" and "search" in quiet.seconds
 
 
 def test_doctor_reports_this_machine(tmp_path, capsys):

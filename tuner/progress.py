@@ -1,6 +1,7 @@
-"""Progress on stderr: a bar with the best so far on a terminal, plain lines elsewhere, nothing when quiet.
+"""Progress on stderr: a bar with the best so far on a terminal, a few plain lines elsewhere, nothing when quiet.
 
-The only module that imports rich.
+A log gets one line as a phase starts, at most one per tenth of it, and its seconds at its end; none of them twice. The only
+module that imports rich.
 """
 
 from __future__ import annotations
@@ -11,8 +12,15 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-#: Plain lines come at most this often, except at the end of a phase.
-_PLAIN_SECONDS = 5.0
+#: What a phase is about, for the line that starts it.
+_BEGINNINGS = {
+    "load": "the model, its metrics and the prompts",
+    "baseline": "the full schedule, timed and judged on the search prompts",
+    "search": "schedules are proposed, timed and judged on the search prompts",
+    "verification": "the finalists and the full schedule, timed in turn, then judged on held-out prompts",
+    "images": "the full schedule and the picks draw for the report",
+    "report": "profile, table and report are written",
+}
 
 
 class Progress:
@@ -23,7 +31,8 @@ class Progress:
         self.seconds: dict[str, float] = {}
         self.parts: dict[str, float] = {}
         self._phase: str | None = None
-        self._began = self._printed = 0.0
+        self._total, self._tenth, self._began = 1, 0, 0.0
+        self._last = ""
         self._bar: Any = None
         self._task: Any = None
         if not quiet and self.stream.isatty():
@@ -45,17 +54,23 @@ class Progress:
     def phase(self, name: str, total: int = 1) -> None:
         """Ends the phase before, if any, and begins one of `total` units."""
         self.end_phase()
-        self._phase, self._began, self._printed = name, time.perf_counter(), 0.0
+        self._phase, self._total, self._tenth, self._began = name, max(1, total), 0, time.perf_counter()
         if self._bar is not None:
             self._task = self._bar.add_task(name, total=total, line="")
+        else:
+            self.say(f"{name}: {_BEGINNINGS.get(name, 'begins')}")
 
     def update(self, done: float, line: str = "") -> None:
-        """States the units done so far and what to say beside them."""
+        """States the units done so far and what to say beside them; where there is no bar, once per tenth."""
         if self._bar is not None:
             self._bar.update(self._task, completed=done, line=line)
-        elif not self.quiet and line and time.perf_counter() - self._printed > _PLAIN_SECONDS:
-            self._printed = time.perf_counter()
-            print(f"{self._phase}: {line}", file=self.stream, flush=True)
+            return
+        share = min(1.0, done / self._total)
+        # A hair above, since 0.3 * 100 units are 29.999... of them.
+        tenth = int(10 * share + 1e-9)
+        if line and tenth > self._tenth:
+            self._tenth = tenth
+            self.say(f"{self._phase} {100 * share:.0f} %: {line}")
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -68,9 +83,10 @@ class Progress:
             self.parts[key] = self.parts.get(key, 0.0) + time.perf_counter() - start
 
     def say(self, line: str) -> None:
-        """A line that stays."""
-        if self.quiet:
+        """A line that stays; the same one in a row is said once."""
+        if self.quiet or line == self._last:
             return
+        self._last = line
         if self._bar is not None:
             self._bar.console.print(line, markup=False, highlight=False)
         else:
