@@ -23,6 +23,8 @@ from stagevar.sections import shown
 STOPPED = 130
 #: The largest count that an option takes; more would fill the memory before anything runs.
 MOST = 1_000_000
+#: The longest line on stderr; whatever would be longer repeats a value of any length.
+LONGEST_LINE = 600
 #: Exit code when the reader of the output went away.
 _NO_READER = 1
 
@@ -54,7 +56,7 @@ def report_errors(prog: str, run: Callable[[], int]) -> int:
             known = _known(error)
             if known is None:
                 raise
-            _say(f"{prog}: {' '.join(str(known).split())}")
+            _say(f"{prog}: {known}")
             if isinstance(error, OSError):
                 _leave_stdout()  # it may be what is full
             return known.exit_code
@@ -78,12 +80,15 @@ def _about_file(error: OSError) -> str:
 
 
 def _say(line: str) -> None:
-    """A line on stderr, whatever it can show; nothing where nobody listens."""
+    """A line on stderr, whatever it can show, its middle left out where it is too long; nothing where nobody listens."""
     if sys.stderr is None:
         return
     with contextlib.suppress(OSError, ValueError):
         encoding = sys.stderr.encoding or "utf-8"
-        print(line.encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr, flush=True)
+        text = " ".join(line.split()).encode(encoding, "backslashreplace").decode(encoding)
+        if len(text) > LONGEST_LINE:  # the fix stands at the end of a message
+            text = f"{text[: LONGEST_LINE // 2]} ... {text[5 - LONGEST_LINE // 2 :]}"
+        print(text, file=sys.stderr, flush=True)
 
 
 def _leave_stdout() -> None:
@@ -171,6 +176,19 @@ def finite_number(text: str) -> float:
     return value
 
 
+def between(low: float, high: float, ends: bool = True) -> Callable[[str], float]:
+    """The type of numbers between two, which are among them or not."""
+
+    def value_of(text: str) -> float:
+        value = finite_number(text)
+        if not (low <= value <= high if ends else low < value < high):
+            wanted = f"be a number from {low:g} to {high:g}" if ends else f"lie between {low:g} and {high:g}"
+            raise argparse.ArgumentTypeError(f"{shown(text)} must {wanted}")
+        return value
+
+    return value_of
+
+
 def path_value(text: str) -> Path:
     """The path of a file or folder."""
     return Path(name_value(text))
@@ -181,6 +199,38 @@ def file_value(text: str) -> Path:
     if text.endswith(("/", os.sep)) or text in (".", ".."):
         raise argparse.ArgumentTypeError(f"{shown(text)} is a folder; name a file in it")
     return path_value(text)
+
+
+def existing_path(text: str) -> Path:
+    """The path of a file or folder that is there."""
+    return _existing(path_value(text), "a file or folder")
+
+
+def existing_file(text: str) -> Path:
+    """The path of a file, device or pipe that is there."""
+    path = _existing(file_value(text), "a file")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{shown(text)} is a folder; name a file in it")
+    return path
+
+
+def existing_folder(text: str) -> Path:
+    """The path of a folder that is there."""
+    path = _existing(path_value(text), "a folder")
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a folder; name the folder that it lies in")
+    return path
+
+
+def _existing(path: Path, what: str) -> Path:
+    try:
+        os.stat(path)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise argparse.ArgumentTypeError(
+            f"{shown(str(path))} cannot be read: {reason}; give {what} that exists"
+        ) from None
+    return path
 
 
 def name_value(text: str) -> str:

@@ -220,6 +220,29 @@ def test_a_study_from_page_to_verdict(capsys, folder):
         ["pairs", "--a", "{folder}/images", "--b", "{folder}", "--page", "{folder}/x.html"],
         ["preference", "--key", "{detections}", "--answers", "{detections}"],
         ["frobnicate"],
+        ["geneval", "--detections", "{folder}"],
+        ["geneval", "--detections", "{detections}", "--threshold", "97"],
+        ["geneval", "--detections", "{detections}", "--max-per-class", "0"],
+        ["--images", "{detections}", "--metric", "psnr"],
+        ["--images", "{folder}/images", "--metric", "psnr", "--reference", "{folder}/images", "--batch-size", "0"],
+        [
+            "--images",
+            "{folder}/images",
+            "--metric",
+            "lpips",
+            "--reference",
+            "{folder}/images",
+            "--option",
+            "lpips.net=3",
+        ],
+        ["prompts"],
+        ["prompts", "--count", "5", "--tags", ","],
+        ["prompts", "--count", "5", "--seed", "1.5"],
+        ["prompts", "--from", "{detections}", "--tags", "colors"],
+        ["prompts", "--count", "5", "--check", "{detections}"],
+        ["preference", "--key", "{detections}", "--answers", "{detections}", "--margin", "0.5"],
+        ["preference", "--key", "{detections}", "--answers", "{detections}", "--level", "95"],
+        ["preference", "--key", "{detections}", "--answers", "{detections}", "--margin", "nan"],
     ],
 )
 def test_wrong_input_is_one_line_and_exit_2(capsys, detections, answers, folder, arguments):
@@ -227,6 +250,70 @@ def test_wrong_input_is_one_line_and_exit_2(capsys, detections, answers, folder,
     code, out, err = run(capsys, *filled)
     assert code == 2 and out == ""
     assert err.startswith("stagevar-eval: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["geneval", "--detections", "{detections}", "--out", "{detections}"], "the file of --detections too"),
+        (["geneval", "--detections", "{detections}", "--out", "{folder}/./found.json"], "the file of --detections too"),
+        (["geneval", "--detections", "{detections}", "--out", "{folder}/none/x.json"], "folder .* does not exist"),
+        (["geneval", "--detections", "{detections}", "--out", "{folder}"], "is a folder; name a file in it"),
+        (["geneval", "--detections", "{detections}", "--out", "{folder}/" + "x" * 300], "File name too long"),
+        (["dpg", "--answers", "{answers}", "--out", "/proc/x.json"], "cannot be written"),
+        (["prompts", "--count", "3", "--to", "{folder}/p", "--out", "{folder}/p"], "the file of --to too"),
+        (["prompts", "--from", "{folder}/p", "--to", "{folder}/p"], "the file of --from too"),
+        (
+            [
+                "pairs",
+                "--a",
+                "{folder}/images",
+                "--b",
+                "{folder}/images",
+                "--page",
+                "{folder}/k",
+                "--key",
+                "{folder}/k",
+            ],
+            "--key .* is the file of --page too",
+        ),
+        (
+            ["--images", "{folder}/images", "--metric", "psnr", "--out", "{folder}/" + "x" * 250],
+            "File name too long",
+        ),
+    ],
+)
+def test_outputs_are_checked_before_anything_is_computed(
+    capsys, monkeypatch, detections, answers, folder, arguments, says
+):
+    for place in ("detections.read_detections", "dpg.read_answers", "image_folder.read_folder", "prompt_sets.generate"):
+        monkeypatch.setattr(f"tuner.metrics.{place}", lambda *a, **k: pytest.fail("work began"))
+    (folder / "p").write_text("a dog\n")
+    filled = [argument.format(detections=detections, answers=answers, folder=folder) for argument in arguments]
+    code, out, err = run(capsys, *filled)
+    assert code == 2 and out == "" and re.search(says, err), err
+    assert (folder / "p").read_text() == "a dog\n" and json.loads(detections.read_text())
+
+
+def test_prompts_of_a_folder_are_taken_in_natural_order_with_the_folders_hash(capsys, tmp_path):
+    (tmp_path / "dpg").mkdir()
+    for name in ("x-10", "x-2", ".x-3"):
+        (tmp_path / "dpg" / f"{name}.txt").write_text(f"prompt of {name}\n")
+    document = results(capsys, "prompts", "--from", tmp_path / "dpg", "--to", tmp_path / "p.jsonl")
+    assert [prompt["item_id"] for prompt in document["results"]["prompts"]] == ["x-2", "x-10"]
+    assert [json.loads(row)["prompt"] for row in (tmp_path / "p.jsonl").read_text().splitlines()] == [
+        "prompt of x-2",
+        "prompt of x-10",
+    ]
+    before = next(iter(document["inputs"].values()))
+    (tmp_path / "dpg" / "x-2.txt").write_text("another\n")
+    assert before != next(iter(results(capsys, "prompts", "--from", tmp_path / "dpg")["inputs"].values()))
+
+
+def test_a_device_takes_the_results_and_gets_no_neighbors(capsys, folder):
+    arguments = ("--images", folder / "images", "--metric", "geneval_nano", "--out", "/dev/null")
+    assert run(capsys, *arguments)[0] == 0
+    assert not Path("/dev/null.rows.jsonl").exists()
 
 
 def test_help_loads_no_model_library():

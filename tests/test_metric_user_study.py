@@ -25,7 +25,11 @@ def study(tmp_path):
         for side, color in (("a", (200, index, 0)), ("b", (0, index, 200))):
             path = tmp_path / f"{side}{index}.jpg"
             Image.fromarray(np.full((8, 8, 3), color, dtype=np.uint8)).save(path)
-        images.append(FolderImage(f"{index}.jpg", tmp_path / f"a{index}.jpg", {"prompt": f"prompt </script> {index}"}))
+        images.append(
+            FolderImage(
+                f"{index}.jpg", tmp_path / f"a{index}.jpg", {"prompt": f"prompt </script> <!-- <script> & {index}"}
+            )
+        )
         references[f"{index}.jpg"] = tmp_path / f"b{index}.jpg"
     return build_study(images, references, seed=1)
 
@@ -51,6 +55,17 @@ def page_data(page):
 
 def pixel(uri):
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/png;base64,")))))[0, 0]
+
+
+def test_prompts_cannot_end_or_comment_out_the_script_that_they_stand_in(study):
+    """Browsers read on past </script> after "<!-- <script>"; only data without any "<" is safe."""
+    data = re.search(r'id="data">(.*?)</script>', study.page, re.DOTALL)[1]
+    assert "<" not in data
+    assert [pair["prompt"] for pair in json.loads(data)["pairs"]] == [
+        f"prompt </script> <!-- <script> & {study.key['pairs'][pair['id']]['name'][0]}"
+        for pair in json.loads(data)["pairs"]
+    ]
+    assert study.page.count("<script") == study.page.count("</script>") == 2
 
 
 def test_the_key_says_where_a_is_and_the_page_does_not(study):

@@ -9,16 +9,31 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
+import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata as package_metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
-from stagevar.console import finite_number, positive_int, report_errors
+from stagevar.console import (
+    between,
+    existing_file,
+    existing_folder,
+    existing_path,
+    file_value,
+    name_value,
+    positive_int,
+    report_errors,
+    whole_number,
+)
 from stagevar.errors import UsageError
-from stagevar.files import check_output
+from stagevar.files import check_output, write_text_atomically, writing
+from stagevar.folders import visible_files
+from stagevar.prompt_files import natural_key
+from stagevar.sections import shortened, shown
 
 VERBS = ("images", "geneval", "dpg", "prompts", "pairs", "preference")
 
@@ -64,7 +79,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse with errors on one line; the exit code stays 2."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see {self.prog} --help)")
+        raise UsageError(shortened(f"{message} (see {self.prog} --help)"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         options = _build_parser().parse_args(arguments)
+        if "out" in options:  # a verb was given
+            _check_outputs(options)
         return options.run(options)
 
     return report_errors("stagevar-eval", run)
@@ -91,30 +108,43 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.set_defaults(run=lambda options: parser.print_help() or 0)
 
     geneval = _add(verbs, "geneval", "GenEval's official verdicts and score from given detections", _DETECTIONS_HELP)
-    geneval.add_argument("--detections", required=True, metavar="FILE.json", help="what a detector found, per image")
-    geneval.add_argument("--metadata", metavar="FILE.jsonl", help="evaluation_metadata.jsonl, if entries carry none")
     geneval.add_argument(
-        "--threshold", type=finite_number, default=0.3, help="scores must be above it (default %(default)s)"
+        "--detections", type=existing_file, required=True, metavar="FILE.json", help="what a detector found, per image"
     )
-    geneval.add_argument("--counting-threshold", type=finite_number, default=0.9, help="for tag counting (%(default)s)")
+    geneval.add_argument(
+        "--metadata", type=existing_file, metavar="FILE.jsonl", help="evaluation_metadata.jsonl, if entries carry none"
+    )
+    geneval.add_argument(
+        "--threshold", type=between(0, 1), default=0.3, help="scores must be above it (default %(default)s)"
+    )
+    geneval.add_argument("--counting-threshold", type=between(0, 1), default=0.9, help="for tag counting (%(default)s)")
     geneval.add_argument("--max-per-class", type=positive_int, default=16, help="best detections kept (%(default)s)")
-    geneval.add_argument("--position-margin", type=finite_number, default=0.1, help="share of the sizes (%(default)s)")
-    geneval.add_argument("--max-overlap", type=finite_number, default=1.0, help="NMS threshold; 1 is off (%(default)s)")
-    geneval.set_defaults(run=_run_geneval)
+    geneval.add_argument("--position-margin", type=between(0, 1), default=0.1, help="share of the sizes (%(default)s)")
+    geneval.add_argument("--max-overlap", type=between(0, 1), default=1.0, help="NMS threshold; 1 is off (%(default)s)")
+    geneval.set_defaults(run=_run_geneval, inputs=("detections", "metadata"))
 
     dpg = _add(verbs, "dpg", "DPG-Bench's score from given answers, as published and corrected", _ANSWERS_HELP)
-    dpg.add_argument("--answers", required=True, metavar="FILE.csv", help="what a VQA model answered")
-    dpg.add_argument("--questions", metavar="dpg_bench.csv", help="official questions, if the answers file has none")
+    dpg.add_argument(
+        "--answers", type=existing_file, required=True, metavar="FILE.csv", help="what a VQA model answered"
+    )
+    dpg.add_argument(
+        "--questions",
+        type=existing_file,
+        metavar="dpg_bench.csv",
+        help="official questions, if the answers file has none",
+    )
     dpg.add_argument(
         "--mode",
         choices=("both", "published", "corrected"),
         default="both",
         help="published keeps the released script's bugs (default %(default)s)",
     )
-    dpg.set_defaults(run=_run_dpg)
+    dpg.set_defaults(run=_run_dpg, inputs=("answers", "questions"))
 
     images = _add(verbs, "images", "score a folder of images with metrics by name", _IMAGES_HELP)
-    images.add_argument("--images", metavar="DIR", help="GenEval's layout, or any folder of images")
+    images.add_argument(
+        "--images", type=existing_folder, metavar="DIR", help="GenEval's layout, or any folder of images"
+    )
     images.add_argument("--metric", required=True, action="append", metavar="NAME", help="repeatable; --metric list")
     images.add_argument(
         "--option",
@@ -123,44 +153,72 @@ def _build_parser() -> argparse.ArgumentParser:
         metavar="METRIC.NAME=VALUE",
         help="option of a metric, such as clip_score.model=ViT-B-32; repeatable",
     )
-    images.add_argument("--reference", metavar="DIR", help="images to compare with, same names (fid, kid: any)")
-    images.add_argument("--prompts", metavar="FILE", help="prompts, if the folder has none")
+    images.add_argument(
+        "--reference", type=existing_folder, metavar="DIR", help="images to compare with, same names (fid, kid: any)"
+    )
+    images.add_argument("--prompts", type=existing_path, metavar="FILE", help="prompts, if the folder has none")
     images.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default %(default)s)")
-    images.add_argument("--batch-size", type=int, default=16, help="images at once (default %(default)s)")
-    images.set_defaults(run=_run_images)
+    images.add_argument("--batch-size", type=positive_int, default=16, help="images at once (default %(default)s)")
+    images.set_defaults(run=_run_images, inputs=("prompts",))
 
     prompts = _add(verbs, "prompts", "make a GenEval-style prompt set, or a stratified subset of one", _PROMPTS_HELP)
-    prompts.add_argument("--count", type=int, required=True, help="number of prompts")
-    prompts.add_argument("--from", dest="source", metavar="FILE", help="take a stratified subset of these prompts")
-    prompts.add_argument("--tags", metavar="TAG,...", help="tasks to generate (default: all six)")
-    prompts.add_argument("--seed", type=int, default=0, help="seed (default %(default)s)")
-    prompts.add_argument("--to", metavar="FILE.jsonl", help="write the prompts here, as GenEval metadata")
-    prompts.add_argument("--check", nargs="+", metavar="RESULT.json", help="results of `images`, one per system")
-    prompts.add_argument("--metric", default="geneval", help="metric of --check (default %(default)s)")
-    prompts.set_defaults(run=_run_prompts)
+    prompts.add_argument("--count", type=positive_int, help="number of prompts (with --from: all of them)")
+    prompts.add_argument(
+        "--from",
+        dest="source",
+        type=existing_path,
+        metavar="FILE",
+        help="take a stratified subset of these prompts (.jsonl, .json, .csv, .txt, or a folder of .txt, one prompt each)",
+    )
+    prompts.add_argument("--tags", type=_tags, metavar="TAG,...", help="tasks to generate (default: all six)")
+    prompts.add_argument("--seed", type=whole_number, default=0, help="seed (default %(default)s)")
+    prompts.add_argument(
+        "--to", type=file_value, metavar="FILE.jsonl", help="write the prompts here, as GenEval metadata"
+    )
+    prompts.add_argument(
+        "--check", type=existing_file, nargs="+", metavar="RESULT.json", help="results of `images`, one per system"
+    )
+    prompts.add_argument("--metric", type=name_value, default="geneval", help="metric of --check (default %(default)s)")
+    prompts.set_defaults(run=_run_prompts, inputs=("source", "check"), outputs=("to", "out"))
 
     pairs = _add(verbs, "pairs", "make a blind A/B page from two folders of images", _PAIRS_HELP)
-    pairs.add_argument("--a", required=True, metavar="DIR", help="images of A, with prompts if it has GenEval's layout")
-    pairs.add_argument("--b", required=True, metavar="DIR", help="images of B, same names")
-    pairs.add_argument("--page", required=True, metavar="FILE.html", help="the page to write")
-    pairs.add_argument("--key", metavar="FILE.json", help="the key to write (default: beside the page, .key.json)")
-    pairs.add_argument("--prompts", metavar="FILE", help="prompts, if A's folder has none")
-    pairs.add_argument("--count", type=int, help="number of pairs (default: all)")
-    pairs.add_argument("--seed", type=int, default=0, help="seed of choice, order and sides (default %(default)s)")
-    pairs.add_argument("--question", default="Which image is better?", help="heading of the page")
-    pairs.set_defaults(run=_run_pairs)
+    pairs.add_argument(
+        "--a",
+        type=existing_folder,
+        required=True,
+        metavar="DIR",
+        help="images of A, with prompts if it has GenEval's layout",
+    )
+    pairs.add_argument("--b", type=existing_folder, required=True, metavar="DIR", help="images of B, same names")
+    pairs.add_argument("--page", type=file_value, required=True, metavar="FILE.html", help="the page to write")
+    pairs.add_argument(
+        "--key", type=file_value, metavar="FILE.json", help="the key to write (default: beside the page, .key.json)"
+    )
+    pairs.add_argument("--prompts", type=existing_path, metavar="FILE", help="prompts, if A's folder has none")
+    pairs.add_argument("--count", type=positive_int, help="number of pairs (default: all)")
+    pairs.add_argument(
+        "--seed", type=whole_number, default=0, help="seed of choice, order and sides (default %(default)s)"
+    )
+    pairs.add_argument("--question", type=name_value, default="Which image is better?", help="heading of the page")
+    pairs.set_defaults(run=_run_pairs, inputs=("prompts",), outputs=("page", "key", "out"))
 
     preference = _add(verbs, "preference", "win rate of a study, and whether no preference is supported")
-    preference.add_argument("--key", required=True, metavar="FILE.json", help="the key that `pairs` wrote")
-    preference.add_argument("--answers", required=True, nargs="+", metavar="FILE.json", help="answers, all voters")
+    preference.add_argument(
+        "--key", type=existing_file, required=True, metavar="FILE.json", help="the key that `pairs` wrote"
+    )
+    preference.add_argument(
+        "--answers", type=existing_file, required=True, nargs="+", metavar="FILE.json", help="answers, all voters"
+    )
     preference.add_argument(
         "--margin",
-        type=float,
+        type=between(0, 0.5, ends=False),
         default=0.1,
         help="win rates within 0.5 -+ this count as no preference (default %(default)s)",
     )
-    preference.add_argument("--level", type=float, default=0.95, help="confidence (default %(default)s)")
-    preference.set_defaults(run=_run_preference)
+    preference.add_argument(
+        "--level", type=between(0.5, 1, ends=False), default=0.95, help="confidence (default %(default)s)"
+    )
+    preference.set_defaults(run=_run_preference, inputs=("key", "answers"))
     return parser
 
 
@@ -172,9 +230,58 @@ def _add(verbs: Any, name: str, summary: str, epilog: str = "") -> argparse.Argu
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verb.add_argument("--out", metavar="FILE.json", help="also write the results, with versions and hashes, here")
+    verb.add_argument(
+        "--out", type=file_value, metavar="FILE.json", help="also write the results, with versions and hashes, here"
+    )
     verb.add_argument("--json", action="store_true", help="print that JSON instead of the table")
+    verb.set_defaults(outputs=("out",))
     return verb
+
+
+def _tags(text: str) -> list[str]:
+    """GenEval's tasks with commas between them."""
+    from stagevar.geneval import TAGS
+
+    tags = [word.strip() for word in text.split(",") if word.strip()]
+    unknown = [tag for tag in tags if tag not in TAGS]
+    if unknown or not tags:
+        named = shown(unknown[0] if unknown else text)
+        raise argparse.ArgumentTypeError(f"{named} is no task; give some of {', '.join(TAGS)} with commas between them")
+    return tags
+
+
+# Files that a command reads and writes ---------------------------------------------------------------------------------
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Raises UsageError, before anything is computed, for a file that cannot be written or that is read or written twice."""
+    if options.verb == "pairs" and options.key is None:
+        options.key = options.page.with_suffix(".key.json")
+    taken = {os.path.realpath(path): f"--{_spelled(name)}" for name, path in _read_by(options) if path.is_file()}
+    for name in options.outputs:
+        path = getattr(options, name)
+        if path is None:
+            continue
+        check_output(path, f"--{name}")
+        if path.exists() and not path.is_file():
+            continue  # a device or a pipe takes several
+        place = os.path.realpath(path)
+        if place in taken:
+            raise UsageError(f"--{name} {path!s:.200} is the file of {taken[place]} too; choose another")
+        taken[place] = f"--{name}"
+
+
+def _spelled(name: str) -> str:
+    return {"source": "from"}.get(name, name)
+
+
+def _read_by(options: argparse.Namespace) -> Iterator[tuple[str, Path]]:
+    """(option, path) of the files and folders that a command reads whole."""
+    for name in options.inputs:
+        value = getattr(options, name)
+        for path in value if isinstance(value, list) else [value]:
+            if path is not None:
+                yield name, path
 
 
 # Benchmarks from given detections and answers ----------------------------------------------------------------------
@@ -210,7 +317,7 @@ def _run_geneval(options: argparse.Namespace) -> int:
         f"prompts {summary.prompts}, any image correct {summary.correct_prompts:.2%}",
         f"GenEval overall (mean of tags) {summary.overall:.5f}",
     ]
-    return _deliver(options, "geneval", results, lines, [options.detections, options.metadata])
+    return _deliver(options, results, lines)
 
 
 def _run_dpg(options: argparse.Namespace) -> int:
@@ -237,7 +344,7 @@ def _run_dpg(options: argparse.Namespace) -> int:
             lines.append(f"  {len(score.unanswered)} items of the question file have no answers")
         lines += [f"  L1 {name:<28} {value:9.4f}" for name, value in score.l1.items()]
         lines += [f"  L2 {name:<28} {value:9.4f}" for name, value in score.l2.items()]
-    return _deliver(options, "dpg", results, lines, [options.answers, options.questions])
+    return _deliver(options, results, lines)
 
 
 # Image folders and prompt sets -------------------------------------------------------------------------------------
@@ -246,42 +353,43 @@ def _run_dpg(options: argparse.Namespace) -> int:
 def _run_images(options: argparse.Namespace) -> int:
     from stagevar.models.registry import resolve_device
     from tuner.metrics.image_folder import evaluate_folder, match_references, read_folder, reference_set
-    from tuner.metrics.registry import METRIC_NAMES, check_name, create, metric_class
+    from tuner.metrics.registry import METRIC_NAMES, check_name, check_options, create, metric_class
 
     if options.metric == ["list"]:
         print("\n".join(METRIC_NAMES))
         return 0
     if options.images is None:
         raise UsageError("give --images DIR, the folder to score (see stagevar-eval images --help)")
-    if options.out:
-        check_output(options.out, "--out")
-    if options.batch_size < 1:
-        raise UsageError(f"--batch-size {options.batch_size}: expected 1 or more")
+    progress = None
+    if options.out is not None and (options.out.is_file() or not options.out.exists()):  # beside no device
+        progress = check_output(options.out.with_name(options.out.name + ".rows.jsonl"), "--out")
     for name in options.metric:
         check_name(name)
     given = _metric_options(options.option, options.metric)
     images = read_folder(options.images, options.prompts)
     classes = {name: metric_class(name) for name in options.metric}  # imports torch: after all cheap refusals
+    for name in classes:
+        check_options(name, given[name])
     paired = any(cls.needs_reference for name, cls in classes.items() if name not in ("fid", "kid"))
     references = None
     if options.reference is not None:
         references = match_references(images, options.reference) if paired else reference_set(options.reference)
     device = str(resolve_device(options.device))
+    digest = _files_digest([image.path for image in images])
     metrics = {name: create(name, device=device, **given[name]) for name in classes}
     results = evaluate_folder(
         images,
         metrics,
         references=references,
         batch_size=options.batch_size,
-        progress=Path(options.out + ".rows.jsonl") if options.out else None,
+        progress=progress,
     )
     lines = []
     for name, result in results.items():
         lines.append(f"{name}  ({result['images']} images)")
         lines += [f"  {label:<28} {value}" for label, value in _flat(result["summary"])]
     versions = ("torch", "transformers", "open_clip_torch", "torchmetrics", "torch-fidelity", "lpips")
-    document = {"metrics": results, "images_sha256": _files_digest([image.path for image in images])}
-    return _deliver(options, "images", document, lines, [], versions)
+    return _deliver(options, {"metrics": results, "images_sha256": digest}, lines, packages=versions)
 
 
 def _metric_options(assignments: Sequence[str], metrics: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -293,7 +401,7 @@ def _metric_options(assignments: Sequence[str], metrics: Sequence[str]) -> dict[
         target, equals, value = assignment.partition("=")
         metric, dot, name = target.partition(".")
         if not (equals and dot and name) or metric not in options:
-            raise UsageError(f"--option {assignment}: expected METRIC.NAME=VALUE with a metric of --metric")
+            raise UsageError(f"--option {shown(assignment)}: expected METRIC.NAME=VALUE with a metric of --metric")
         try:
             options[metric][name] = parse_yaml(value, assignment)
         except UsageError:
@@ -320,7 +428,6 @@ def _files_digest(paths: Sequence[Path]) -> str:
 
 
 def _run_prompts(options: argparse.Namespace) -> int:
-    from stagevar.geneval import TAGS
     from tuner.metrics.prompt_sets import (
         generate,
         read_prompts,
@@ -331,31 +438,37 @@ def _run_prompts(options: argparse.Namespace) -> int:
 
     results: dict[str, Any] = {}
     if options.source is None:
-        prompts = generate(options.count, options.seed, options.tags.split(",") if options.tags else TAGS)
+        if options.check:
+            raise UsageError("--check needs --from: the prompts that the results were made with")
+        if options.count is None:
+            raise UsageError("give --count N, how many prompts to make, or --from FILE")
+        prompts = generate(options.count, options.seed, **({"tags": options.tags} if options.tags else {}))
     else:
+        if options.tags:
+            raise UsageError("--tags says which prompts to make; with --from they are those of the file: leave one out")
         whole = read_prompts(options.source)
-        indices = stratified_subset(whole, options.count, options.seed)
+        if options.check and options.count is None:
+            raise UsageError("--check needs --count N: how many prompts the subsets have that it judges")
+        indices = stratified_subset(whole, len(whole) if options.count is None else options.count, options.seed)
         prompts = [whole[index] for index in indices]
         results["indices"] = indices
         if options.check:
             results["subset"] = subset_rank_correlation(
                 _values_of(options.check, options.metric, len(whole)), whole, options.count, seed=options.seed
             )
-    if options.check and options.source is None:
-        raise UsageError("--check needs --from: the prompts that the results were made with")
-    if options.to:
+    if options.to is not None:
         write_metadata(prompts, options.to)
     by_tag: dict[str, int] = {}
     for prompt in prompts:
         by_tag[prompt.get("tag", "")] = by_tag.get(prompt.get("tag", ""), 0) + 1
     results |= {"count": len(prompts), "tags": by_tag, "prompts": prompts}
-    lines = [prompt["prompt"] for prompt in prompts] if not options.to and not options.check else []
+    lines = [prompt["prompt"] for prompt in prompts] if options.to is None and not options.check else []
     lines += [f"{name:<16} {value:.4f}" for name, value in results.get("subset", {}).items()]
     lines += [f"{tag or 'prompts':<16} {count}" for tag, count in by_tag.items()]
-    return _deliver(options, "prompts", results, lines, [options.source, *(options.check or [])])
+    return _deliver(options, results, lines)
 
 
-def _values_of(paths: Sequence[str], metric: str, count: int) -> list[list[float]]:
+def _values_of(paths: Sequence[Path], metric: str, count: int) -> list[list[float]]:
     """One row per result file: the metric's value per image, which must be one per prompt."""
     from stagevar.text_files import read_json
 
@@ -363,10 +476,14 @@ def _values_of(paths: Sequence[str], metric: str, count: int) -> list[list[float
     for path in paths:
         try:
             values = [float(row["value"]) for row in read_json(path)["results"]["metrics"][metric]["rows"]]
-        except (KeyError, TypeError, ValueError):
-            raise UsageError(f"{path}: no rows of {metric} in it; make it with stagevar-eval images --out") from None
+        except (KeyError, TypeError, ValueError, OverflowError):
+            raise UsageError(f"{path}: no rows of {shown(metric)} in it; make it with stagevar-eval images") from None
+        if not all(map(math.isfinite, values)):
+            raise UsageError(f"{path}: a value of {shown(metric)} is beyond floating point")
         if len(values) != count:
-            raise UsageError(f"{path}: {len(values)} rows of {metric} for {count} prompts; one image per prompt needed")
+            raise UsageError(
+                f"{path}: {len(values)} rows of {shown(metric)} for {count} prompts; one image per prompt needed"
+            )
         rows.append(values)
     return rows
 
@@ -382,16 +499,13 @@ def _run_pairs(options: argparse.Namespace) -> int:
     study = build_study(
         images, match_references(images, options.b), count=options.count, seed=options.seed, question=options.question
     )
-    page = Path(options.page)
-    key = Path(options.key) if options.key else page.with_suffix(".key.json")
+    page, key = options.page, options.key
     for path, text in ((page, study.page), (key, json.dumps(study.key, indent=2) + "\n")):
-        try:
-            path.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"{path}: cannot be written ({error.strerror})") from None
+        with writing(path):
+            write_text_atomically(path, text)
     results = {"page": str(page), "key": str(key), "pairs": len(study.key["pairs"]), "study": study.key["study"]}
     lines = [f"{results['pairs']} pairs: send {page}, keep {key}"]
-    return _deliver(options, "pairs", results, lines, [str(page), str(key)])
+    return _deliver(options, results, lines, [page, key])
 
 
 def _run_preference(options: argparse.Namespace) -> int:
@@ -410,7 +524,7 @@ def _run_preference(options: argparse.Namespace) -> int:
     ]
     if result.verdict == "undecided":
         lines.append(f"about {result.pairs_needed} pairs would support no preference, if there is none")
-    return _deliver(options, "preference", dataclasses.asdict(result), lines, [options.key, *options.answers])
+    return _deliver(options, dataclasses.asdict(result), lines)
 
 
 # Output -----------------------------------------------------------------------------------------------------------
@@ -418,32 +532,45 @@ def _run_preference(options: argparse.Namespace) -> int:
 
 def _deliver(
     options: argparse.Namespace,
-    command: str,
     results: Any,
     lines: Sequence[str],
-    inputs: Sequence[str | None],
+    written: Sequence[Path] = (),
     packages: Sequence[str] = (),
 ) -> int:
-    """Print the table (or JSON) and write `--out`; the JSON states versions and the hashes of the inputs."""
+    """Print the table (or JSON) and write `--out`; the JSON states versions and the hashes of what was read and written."""
     document = {
         "schema": "stagevar-eval/1",
-        "command": command,
-        "inputs": {str(path): _sha256(Path(path)) for path in inputs if path is not None},
+        "command": options.verb,
+        "inputs": {str(path): _digest(path) for path in (*(path for _, path in _read_by(options)), *written)},
         "versions": {
             "stagevar-tune": _version("stagevar-tune"),
             "python": platform.python_version(),
             **{package: _version(package) for package in ("numpy", *packages)},
         },
-        "results": results,
+        "results": _plain(results),
     }
     text = json.dumps(document, indent=2, allow_nan=False)
-    if options.out:
-        try:
-            Path(options.out).write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"--out {options.out}: cannot be written ({error.strerror})") from None
+    if options.out is not None:
+        with writing(options.out):
+            write_text_atomically(options.out, text + "\n")
     print(text if options.json else "\n".join(lines))
     return 0
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinities: null stands for them."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _digest(path: Path) -> str | None:
+    """SHA-256 of a file, or of the visible files of a folder in natural order; None for a pipe, which is read only once."""
+    if path.is_dir():
+        return _files_digest(sorted(visible_files(path), key=lambda file: natural_key(str(file))))
+    return _sha256(path) if path.is_file() else None
 
 
 def _sha256(path: Path) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from stagevar.errors import UsageError
+from stagevar.files import write_text_atomically, writing
 from stagevar.geneval import COLORS, RELATIONS, TAGS
 from stagevar.prompt_files import read_prompt_file
 
@@ -192,10 +193,8 @@ def read_prompts(path: str | Path) -> list[Metadata]:
 
 def write_metadata(prompts: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Write GenEval's evaluation_metadata.jsonl. Raises UsageError if the path cannot be written."""
-    try:
-        Path(path).write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts), encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written ({error.strerror})") from None
+    with writing(path):
+        write_text_atomically(path, "".join(json.dumps(prompt) + "\n" for prompt in prompts))
 
 
 # The generator ---------------------------------------------------------------------------------------------------

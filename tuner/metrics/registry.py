@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from stagevar.errors import UsageError
+from stagevar.sections import shown
 from tuner.metrics.base import Metric, Prompt
 
 # name -> (module, class). Modules are imported on use: torch takes seconds, open_clip fifteen.
@@ -31,6 +33,9 @@ _REGISTRY: dict[str, tuple[str, str]] = {
     "is": ("tuner.metrics.distribution", "InceptionScore"),
 }
 METRIC_NAMES: tuple[str, ...] = tuple(_REGISTRY)
+#: Kinds of options that a file or command line can give, by their annotation.
+_PLAIN = {"str": str, "int": int, "float": float, "bool": bool, "None": type(None)}
+_KIND_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "empty"}
 
 
 def check_name(name: str) -> None:
@@ -58,13 +63,31 @@ def create(name: str, *, device: str = "cpu", **options: Any) -> Metric:
     return metric_class(name)(device=device, **options)
 
 
-def check_options(name: str, options: Iterable[str]) -> None:
-    """Raises UsageError for an option that a metric does not have; imports its module, builds nothing."""
-    cls = metric_class(name)
-    known = [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "device")]
-    for option in options:
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Raises UsageError for an option that a metric does not have, or whose value is of another kind than its annotation.
+
+    Counts are at least 1; objects that Python callers hand in (a detector, a classifier) pass. Imports the metric's module,
+    builds nothing.
+    """
+    parameters = inspect.signature(metric_class(name).__init__).parameters
+    known = [parameter for parameter in parameters if parameter not in ("self", "device")]
+    for option, value in options.items():
         if option not in known:
             raise UsageError(f"metric {name} has no option {option!r:.60}: it takes {', '.join(known) or 'none'}")
+        kinds = [_PLAIN.get(word.strip()) for word in str(parameters[option].annotation).split("|")]
+        if None in kinds and not (value is None or isinstance(value, str | int | float | list | Mapping)):
+            continue
+        plain = [kind for kind in kinds if kind is not None]
+        fits = any(isinstance(value, kind) or (kind is float and isinstance(value, int)) for kind in plain)
+        if plain and (not fits or (isinstance(value, bool) and bool not in plain)):
+            wanted = " or ".join(_KIND_NAMES[kind] for kind in plain)
+            raise UsageError(f"metric {name}: option {option} is {shown(value)}, expected {wanted}")
+        if int in plain and option != "seed" and isinstance(value, int) and value < 1:
+            raise UsageError(f"metric {name}: option {option} is {shown(value)}, expected at least 1")
+        if isinstance(value, str) and (not value.strip() or "\0" in value):
+            raise UsageError(f"metric {name}: option {option} is {shown(value)}, expected text that is not empty")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"metric {name}: option {option} is {shown(value)}, expected a finite number")
 
 
 class CompositeQuality(Metric):

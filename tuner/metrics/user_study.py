@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from stagevar.errors import UsageError
+from stagevar.sections import shown
 from stagevar.text_files import read_json
 from tuner.metrics.base import prompt_text
 from tuner.metrics.image_folder import FolderImage
@@ -86,7 +87,8 @@ def build_study(
         left, right = (sides["A"], sides["B"]) if a_side == "left" else (sides["B"], sides["A"])
         pairs.append({"id": identity, "prompt": prompt_text(image.prompt), "left": left, "right": right})
     study_id = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    data = json.dumps({"study": study_id, "pairs": pairs}).replace("</", "<\\/")
+    # Inside <script>, "<!--" and "<script" of a prompt would keep the element from ending: no "<" is left as it is.
+    data = json.dumps({"study": study_id, "pairs": pairs}).replace("<", "\\u003c")
     before, between, after = _PAGE.replace("@QUESTION@", "@DATA@").split("@DATA@")
     page = before + html.escape(question) + between + data + after
     return Study(page, {"study": study_id, "seed": seed, "pairs": key})
@@ -96,6 +98,9 @@ def read_votes(key: Mapping[str, Any], paths: Sequence[str | Path]) -> list[tupl
     """(voter, pair name, "A" | "B" | "tie") of answers files. Raises UsageError for foreign or broken ones."""
     if not isinstance(key, Mapping) or not isinstance(key.get("pairs"), Mapping) or "study" not in key:
         raise UsageError("--key: not a key file of `stagevar-eval pairs`")
+    for identity, pair in key["pairs"].items():
+        if not isinstance(pair, Mapping) or pair.get("a") not in CHOICES[:2] or not isinstance(pair.get("name"), str):
+            raise UsageError(f"--key: pair {shown(identity)} has no name, or no side that A is on; make the page again")
     votes: dict[tuple[str, str], str] = {}
     for path in paths:
         content = read_json(path)
@@ -103,7 +108,9 @@ def read_votes(key: Mapping[str, Any], paths: Sequence[str | Path]) -> list[tupl
         if not isinstance(answers, list):
             raise UsageError(f"{path}: not an answers file of the study page")
         if content.get("study") != key["study"]:
-            raise UsageError(f"{path}: answers study {content.get('study')!r}, the key is of {key['study']!r}")
+            raise UsageError(
+                f"{path}: answers study {shown(content.get('study'))}, the key is of {shown(key['study'])}"
+            )
         voter = str(content.get("voter") or path)
         for answer in answers:
             pair = key["pairs"].get(str(answer.get("pair"))) if isinstance(answer, Mapping) else None
@@ -112,7 +119,7 @@ def read_votes(key: Mapping[str, Any], paths: Sequence[str | Path]) -> list[tupl
             choice = answer["choice"]
             said = "tie" if choice == "tie" else "A" if choice == pair["a"] else "B"
             if votes.setdefault((voter, pair["name"]), said) != said:
-                raise UsageError(f"{path}: voter {voter!r} answers {pair['name']} twice, differently")
+                raise UsageError(f"{path}: voter {shown(voter)} answers {pair['name']} twice, differently")
     return [(voter, name, said) for (voter, name), said in votes.items()]
 
 
