@@ -7,6 +7,7 @@ import contextlib
 import math
 import os
 import signal
+import stat
 import sys
 import threading
 import types
@@ -208,28 +209,25 @@ def existing_path(text: str) -> Path:
 
 def existing_file(text: str) -> Path:
     """The path of a file, device or pipe that is there."""
-    path = _existing(file_value(text), "a file")
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{shown(text)} is a folder; name a file in it")
-    return path
+    return _existing(file_value(text), "a file")
 
 
 def existing_folder(text: str) -> Path:
     """The path of a folder that is there."""
-    path = _existing(path_value(text), "a folder")
-    if not path.is_dir():
-        raise argparse.ArgumentTypeError(f"{shown(text)} is not a folder; name the folder that it lies in")
-    return path
+    return _existing(path_value(text), "a folder")
 
 
 def _existing(path: Path, what: str) -> Path:
+    named = shown(str(path))
     try:
-        os.stat(path)
+        is_folder = stat.S_ISDIR(os.stat(path).st_mode)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise argparse.ArgumentTypeError(
-            f"{shown(str(path))} cannot be read: {reason}; give {what} that exists"
-        ) from None
+        raise argparse.ArgumentTypeError(f"{named} cannot be read: {reason}; give {what} that exists") from None
+    if is_folder and what == "a file":
+        raise argparse.ArgumentTypeError(f"{named} is a folder; name a file in it")
+    if not is_folder and what == "a folder":
+        raise argparse.ArgumentTypeError(f"{named} is not a folder; name the folder that it lies in")
     return path
 
 
