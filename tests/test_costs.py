@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+import tuner.evaluate
+from stagevar.errors import UsageError
 from stagevar.models.downloads import model_downloads
 from stagevar.models.registry import resolve
 from tuner.cli import main
@@ -79,3 +81,19 @@ def test_a_dry_run_says_it(weights, capsys):
     shown = capsys.readouterr().out
     assert "images at most" in shown and "GiB for one image" in shown
     assert ("mask2former" in shown) != bool(weights)
+
+
+def test_a_run_names_the_files_to_fetch_before_it_loads_anything(monkeypatch, capsys, tmp_path):
+    said = []
+
+    def load(**options):
+        said.append(capsys.readouterr().err)
+        raise UsageError("no network here")
+
+    monkeypatch.setattr(tuner.evaluate, "load_evaluator", load)
+    run = ["--budget", "80%", "--device", "cpu"]
+    assert main(["--model", "infinity-125m", *run, "--out", str(tmp_path / "a")]) == 2
+    assert main(["--model", "infinity-125m", *run, "--out", str(tmp_path / "b"), "--weights", "random"]) == 2
+    assert "file: transformer: FoundationVision/Infinity/infinity_125M_256x256.pth" in said[0] and " GB, " in said[0]
+    assert "file: detector of geneval: facebook/mask2former" in said[0] and "file: CLIP model" in said[0]
+    assert "file: " not in said[1]

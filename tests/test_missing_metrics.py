@@ -1,8 +1,16 @@
 """A metric whose weights cannot be had is named, and so are those that would remain; nothing is dropped in silence."""
 
+import ast
+import importlib.util
+import sys
+from pathlib import Path
+
 import pytest
 
 from stagevar.errors import UsageError
+from tuner import doctor
+from tuner.cli import main
+from tuner.metrics import registry
 from tuner.metrics.registry import create_composite
 
 
@@ -18,3 +26,34 @@ def test_the_only_metric_leaves_nothing(tmp_path):
     with pytest.raises(UsageError) as caught:
         create_composite({"clip_score": {"weight": 1, "model": f"local-dir:{tmp_path / 'nowhere'}"}})
     assert "remain" not in str(caught.value)
+
+
+def test_a_missing_package_is_named_before_anything_is_loaded(monkeypatch, capsys, tmp_path):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "lpips" else found(name, *rest)
+    )
+    run = ["--model", "var-tiny", "--budget", "80%", "--out", str(tmp_path / "run"), "--device", "cpu"]
+    assert main(run) == 2
+    assert "metric lpips needs lpips: pip install 'stagevar-tune[metrics]'" in capsys.readouterr().err
+    assert main([*run, "--dry-run", "--weights", "random"]) == 0, "only latency is judged"
+    findings = doctor._metrics("var-tiny")
+    assert [(f.state, f.text.partition(":")[0]) for f in findings] == [("fail", "metric lpips needs lpips")]
+    assert doctor._metrics("infinity-tiny") == []
+
+
+def test_the_packages_of_a_metric_are_those_that_its_module_imports():
+    own = {*sys.stdlib_module_names, "tuner", "stagevar", "numpy", "torch", "PIL", "open_clip"}
+    brought_along = {"torchvision", "huggingface_hub"}  # open_clip needs both
+    imported: dict[str, set[str]] = {}
+    for name, (module, _) in registry._REGISTRY.items():
+        tree = ast.parse(Path(importlib.util.find_spec(module).origin).read_text())
+        names = [n.names[0].name for n in ast.walk(tree) if isinstance(n, ast.Import)]
+        names += [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module]
+        imported.setdefault(module, set()).update(n.split(".")[0] for n in names)
+        assert set(registry._PACKAGES.get(name, ())) <= imported[module] | {"torchmetrics"}, name
+    for module, packages in imported.items():
+        named = {
+            p for name, (m, _) in registry._REGISTRY.items() if m == module for p in registry._PACKAGES.get(name, ())
+        }
+        assert packages - own - brought_along <= named, module

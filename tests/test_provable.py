@@ -1,16 +1,23 @@
 """What a number of held-out prompts can prove is what the verdicts then prove."""
 
 import dataclasses
+import types
 
 import numpy as np
 import pytest
 
 from stagevar.models.registry import list_models
+from stagevar.schedule import exact, preset
+from tests.fakes import GRIDS, FakeTiming
+from tuner.budget import parse_budget
+from tuner.executors.local import LocalExecutor
 from tuner.looks import claims, looks
+from tuner.prompts import load_prompts
 from tuner.provable import floor_shortfalls, limit_lines, limits_table, prompts_needed, provable_drop, shortfalls
 from tuner.quality_limits import quality_limits
 from tuner.space import load_space
 from tuner.stats import continuous_drop_bounds, drop_bounds
+from tuner.verify import BASELINE, Limits, Verifier
 
 YES_NO = quality_limits({"geneval": {"max_drop": 0.02}})[0]
 POINTS = quality_limits({"clip_score": {"max_drop": 0.3}})[0]
@@ -94,3 +101,49 @@ def test_identical_images_verify_with_the_space_of_every_model(name):
         if limit.max_drop is not None:
             proved = provable_drop(limit, space.prompts.heldout, space.prompts.micro_batch)
             assert proved <= limit.max_drop / 2, limit.metric
+
+
+class Unchanged:
+    """Every schedule draws what the full one draws; continuous metrics differ by rounding, as in batches of other sizes."""
+
+    def __init__(self, prompts, limits):
+        self.prompts, self.limits, self.rng = prompts, limits, np.random.default_rng(0)
+        self.facts = types.SimpleNamespace(higher_is_better={m.metric: m.higher_is_better for m in limits})
+
+    def latency(self, schedules, rounds, warm_up_at_most=12):
+        drift = 1 + 0.02 * self.rng.random(rounds)
+        return {name: FakeTiming((100 if name == BASELINE else 50) * drift) for name in schedules}
+
+    def quality(self, schedules, split, batch):
+        count = len(self.prompts[split].batch(batch)[0])
+        images = {m.metric: self.rng.random(count) for m in self.limits}
+        values = [{m.metric: self.score(m, images[m.metric]) for m in self.limits} for _ in schedules]
+        return [{**each, "quality": np.zeros(count)} for each in values]
+
+    def score(self, limit, drawn):
+        if limit.kind == "binary":
+            return (drawn < 0.7).astype(float)
+        return drawn * limit.change + (self.rng.normal(0, 1e-7, len(drawn)) if limit.kind == "continuous" else 0)
+
+
+def test_identical_images_end_verified_with_every_shipped_space():
+    """By the verifier itself, on the default number of prompts; models that share limits and prompts are tried once."""
+    full = exact(len(GRIDS)).expand(GRIDS, 1)
+    finalists = {name: preset(name, GRIDS).expand(GRIDS, 1) for name in ("stagevar-paper", "skip-1", "skip-2")}
+    tried = set()
+    for name in [model.name for model in list_models()]:
+        space = load_space(name)
+        limits = quality_limits(space.quality)
+        alike = (limits, space.prompts)
+        if alike in tried:
+            continue
+        tried.add(alike)
+        evaluator = Unchanged(load_prompts(space.prompts), limits)
+        heldout = evaluator.prompts["heldout"]
+        verifier = Verifier(
+            evaluator, LocalExecutor(evaluator), finalists, full, heldout, Limits(parse_budget("80%"), 100.0, limits)
+        )
+        found = verifier.run()
+        assert {found[key].status for key in finalists} == {"verified"}, name
+        assert all(found[key].prompts <= len(heldout) for key in finalists)
+    assert len(tried) >= 4

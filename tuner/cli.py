@@ -341,12 +341,18 @@ def checked_space(
 
 
 def check_provable(space: SearchSpace, max_drop: Mapping[str, float], weights: str | None) -> None:
-    """Raises UsageError when the held-out prompts cannot prove the limits even for a schedule that changes no image."""
+    """What the verdict needs: the metrics' packages, and prompts that prove the limits at least where no image changes.
+
+    Raises UsageError.
+    """
     if weights == "random":  # only latency is judged
         return
+    from tuner.metrics.registry import check_packages
     from tuner.prompts import set_sizes
     from tuner.provable import floor_shortfalls, shortfalls
 
+    for metric in (*space.quality, *space.floors):
+        check_packages(metric)
     limits = quality_limits(space.quality, max_drop)
     size = set_sizes(space.prompts)[1], space.prompts.micro_batch
     missing = [*shortfalls(limits, *size), *floor_shortfalls(space.floors, *size)]
@@ -493,13 +499,14 @@ def build_study(checked: Plan, progress: Any, stop: Callable[[], bool]) -> Study
     from tuner.study import Options, Study
 
     args, space = checked.args, checked.space
+    place = {"weights": args.weights, "resolution": args.resolution, "device": args.device}
     if args.executor == "local":
-        place = {"weights": args.weights, "resolution": args.resolution, "device": args.device}
         size = fitting_micro_batch(args.model, space.prompts.micro_batch, **place)
         if size < space.prompts.micro_batch:
             progress.say(f"micro-batches of {size} instead of {space.prompts.micro_batch} images fit the memory here")
             space = dataclasses.replace(space, prompts=dataclasses.replace(space.prompts, micro_batch=size))
     prompts = load_prompts(space.prompts, args.seed)
+    say_downloads(space, {**place, "kv_cache": args.kv_cache}, progress)
     quality = composite_options(space.quality, quality_limits(space.quality, args.max_drop))
     parts = {"model": args.model, "prompts": prompts, "quality": quality, "floors": space.floors}
     parts |= {"weights": args.weights, "device": args.device, "threads": args.threads, "resolution": args.resolution}
@@ -523,6 +530,15 @@ def build_study(checked: Plan, progress: Any, stop: Callable[[], bool]) -> Study
         savings=EXHAUSTIVE if args.exhaustive else Savings(),
     )
     return Study(checked.run_dir, space, options, evaluator, prompts, executor, progress, stop)
+
+
+def say_downloads(space: SearchSpace, place: dict[str, Any], progress: Any) -> None:
+    """Names what model and metrics are about to fetch, with sizes, while nothing has been fetched yet."""
+    from tuner.config.costs import downloads_of
+
+    for download in downloads_of(space, place):
+        if not download.cached:
+            progress.say(f"file: {download.line}")
 
 
 def kept_engine(run_dir: Path, asked: str) -> Any:
@@ -809,6 +825,8 @@ def run_verify(args: argparse.Namespace) -> int:
     space = checked_space(args.model, args.space, args.prompts, args.heldout, args.seed or 0, resolution)
     max_drop = kept_max_drops(profile, given, space) | parse_max_drops(args.max_drop or (), space.quality)
     check_provable(space, max_drop, args.weights)
+    progress = Progress(args.quiet)
+    say_downloads(space, {"weights": args.weights, "resolution": resolution, "device": args.device}, progress)
     outcome = recheck(
         profile,
         space,
@@ -819,7 +837,7 @@ def run_verify(args: argparse.Namespace) -> int:
         args.weights,
         args.device,
         args.threads or profile.envelope.threads or 1,
-        Progress(args.quiet),
+        progress,
         args.engine or profile.envelope.engine,
         args.resolution,
     )

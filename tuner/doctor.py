@@ -45,6 +45,7 @@ def examine(out: Path, model: str | None = None, weights: str | None = None, dev
         from stagevar.models import readiness
 
         findings += [Finding(*found) for found in readiness.examine(model, weights=weights, device=device)]
+        findings += [] if weights == "random" else _metrics(model)
     return findings
 
 
@@ -132,6 +133,20 @@ def _disk(out: Path) -> Finding:
     except OSError as error:
         return Finding("fail", f"{folder} cannot be written: {error.strerror or error}")
     return Finding("warn" if each_ms > 50 else "ok", f"{folder} is writable, {each_ms:.1f} ms per durable line")
+
+
+def _metrics(model: str) -> list[Finding]:
+    """Packages that the model's default quality lacks."""
+    from tuner.metrics.registry import check_packages
+    from tuner.space import load_space
+
+    findings = []
+    for metric in load_space(model).quality:
+        try:
+            check_packages(metric)
+        except StagevarError as error:
+            findings.append(Finding("fail", str(error)))
+    return findings
 
 
 def _models() -> list[Finding]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -124,6 +125,7 @@ class Verifier:
         self.warmth: dict[str, tuple[int, bool]] = {}
         self.values: dict[str, dict[str, list[float]]] = {name: {} for name in (BASELINE, *finalists)}
         self.errors: dict[str, str] = {}
+        self._bounds: dict[Any, tuple[np.ndarray, np.ndarray]] = {}
 
     def run(self) -> dict[str, Verification]:
         """Verifications by key, the full schedule's under BASELINE."""
@@ -221,10 +223,12 @@ class Verifier:
     def _drop_verdict(self, name: str, limit: MetricLimit, count: int, alpha: float | None) -> Verdict:
         """One metric of one finalist after `count` prompts."""
         base = np.asarray(self.values[BASELINE][limit.metric][:count])
-        own, values_KN = self._with_peers(name, limit.metric, count)
+        peers, values_KN = self._with_peers(limit.metric, count)
         differences_KN = (values_KN - base) * limit.sign
         bounds = continuous_drop_bounds if limit.kind == "continuous" else drop_bounds
-        upper_K, lower_K = bounds(differences_KN, limit.change, alpha or ALPHA)
+        key = (limit.name, count, alpha, peers)
+        upper_K, lower_K = self._together(key, bounds, differences_KN, limit.change, alpha or ALPHA)
+        own = peers.index(name)
         status = _claimed(decide(limit.max_drop, float(lower_K[own]), float(upper_K[own])), alpha)
         drop = -float(differences_KN[own].mean())
         return Verdict(limit.name, limit.max_drop, limit.unit, drop, float(upper_K[own]), status)
@@ -232,21 +236,29 @@ class Verifier:
     def _floor_verdict(self, name: str, metric: str, floor: float, count: int, alpha: float | None) -> Verdict:
         """Whether the mean of a metric, not its difference, stays at or above a floor: the drop from the top of the range."""
         declared = DECLARATIONS[metric]
-        own, values_KN = self._with_peers(name, metric, count)
+        peers, values_KN = self._with_peers(metric, count)
         top = 0.0 if declared.kind == "continuous" else declared.change
         bounds = continuous_drop_bounds if declared.kind == "continuous" else drop_bounds
-        upper_K, lower_K = bounds(values_KN - top, declared.change, alpha or ALPHA)
+        key = (f"floor:{metric}", count, alpha, peers)
+        upper_K, lower_K = self._together(key, bounds, values_KN - top, declared.change, alpha or ALPHA)
+        own = peers.index(name)
         low, high = top - float(upper_K[own]), top - float(lower_K[own])
         status = _claimed(decide(-floor, -high, -low), alpha)
         return Verdict(f"floor:{metric}", floor, metric, float(values_KN[own].mean()), low, status)
 
-    def _with_peers(self, name: str, metric: str, count: int) -> tuple[int, np.ndarray]:
-        """Values (K, count) of all finalists that reached this number of prompts, and the row of one of them.
+    def _with_peers(self, metric: str, count: int) -> tuple[tuple[str, ...], np.ndarray]:
+        """All finalists that reached this number of prompts, and their values (K, count).
 
         Those decided here take part too: the bounds hold for all of them together.
         """
-        peers = [k for k in self.finalists if len(self.values[k].get(metric, [])) >= count]
-        return peers.index(name), np.stack([np.asarray(self.values[k][metric][:count]) for k in peers])
+        peers = tuple(k for k in self.finalists if len(self.values[k].get(metric, [])) >= count)
+        return peers, np.stack([np.asarray(self.values[k][metric][:count]) for k in peers])
+
+    def _together(self, key: Any, bounds: Callable[..., Any], *arguments: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Bounds (upper, lower), each (K,), computed once for all finalists: values are only ever added to."""
+        if key not in self._bounds:
+            self._bounds[key] = bounds(*arguments)
+        return self._bounds[key]
 
     # ------------------------------------------------------------------------------------------------ result
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import inspect
 import math
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,19 @@ METRIC_NAMES: tuple[str, ...] = tuple(_REGISTRY)
 #: Kinds of options that a file or command line can give, by their annotation.
 _PLAIN = {"str": str, "int": int, "float": float, "bool": bool, "None": type(None)}
 _KIND_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "empty"}
+#: Packages beyond the base installation that metrics import, by the names that imports use.
+_PACKAGES: dict[str, tuple[str, ...]] = {
+    "geneval": ("transformers",),
+    "dpg": ("transformers",),
+    "psnr": ("torchmetrics",),
+    "ssim": ("torchmetrics",),
+    "lpips": ("lpips", "torchmetrics"),
+    "dists": ("torchmetrics",),
+    "dino": ("transformers", "torchmetrics"),
+    "fid": ("torchmetrics", "torch_fidelity"),
+    "kid": ("torchmetrics", "torch_fidelity"),
+    "is": ("torchmetrics", "torch_fidelity"),
+}
 
 
 def check_name(name: str) -> None:
@@ -46,9 +60,22 @@ def check_name(name: str) -> None:
         raise UsageError(f"unknown metric {name!r}: {hint}")
 
 
+def missing_packages(name: str) -> list[str]:
+    """Packages that a metric needs and that are not installed; imports nothing."""
+    return [package for package in _PACKAGES.get(name, ()) if importlib.util.find_spec(package) is None]
+
+
+def check_packages(name: str) -> None:
+    """Raises UsageError, with the command that installs them, when a metric needs packages that are not there."""
+    missing = missing_packages(name)
+    if missing:
+        raise UsageError(f"metric {name} needs {' and '.join(missing)}: pip install 'stagevar-tune[metrics]'")
+
+
 def metric_class(name: str) -> type[Metric]:
-    """The class behind a name. Raises UsageError naming the nearest one."""
+    """The class behind a name. Raises UsageError naming the nearest one, or the package that it lacks."""
     check_name(name)
+    check_packages(name)
     module, class_name = _REGISTRY[name]
     return getattr(importlib.import_module(module), class_name)
 
