@@ -3,18 +3,26 @@
 import argparse
 import codecs
 import json
+import re
 
 import pytest
+from PIL import Image
 
 from stagevar import cli as stagevar_cli
 from stagevar.errors import UsageError
 from stagevar.prompt_files import natural_key, read_prompt_file
 from stagevar.text_files import read_json, read_json_values, read_table, split_lines
+from stagevar.yaml_files import read_yaml
+from tuner import cli as tuner_cli
+from tuner import eval_cli
 from tuner import prompts as study_prompts
 from tuner.metrics import prompt_sets
 from tuner.metrics.base import prompt_text
 from tuner.metrics.detections import read_detections, read_metadata
-from tuner.metrics.dpg import read_answers
+from tuner.metrics.dpg import read_answers, read_questions
+from tuner.metrics.image_folder import read_folder
+from tuner.metrics.user_study import read_votes
+from tuner.space import PromptSource
 
 # U+2028, U+0085, a form feed and a no-break space are characters; a comma, quotes and a semicolon look like CSV.
 PROMPTS = [
@@ -40,6 +48,15 @@ BYTES = {
     "no last line end": lambda text: text.removesuffix("\n").encode(),
     "blank lines": lambda text: ("\n\n" + text.replace("\n", "\n \t\n") + "\n\n").encode(),
     "mixed line ends": lambda text: text.replace("\n", "\r\n", 1).replace("\n", "\r", 2).encode(),
+    "utf-32 and crlf": lambda text: text.replace("\n", "\r\n").encode("utf-32"),
+    "utf-32 be": lambda text: codecs.BOM_UTF32_BE + text.encode("utf-32-be"),
+    "utf-16 le and crlf": lambda text: codecs.BOM_UTF16_LE + text.replace("\n", "\r\n").encode("utf-16-le"),
+    "utf-16 be and cr": lambda text: codecs.BOM_UTF16_BE + text.replace("\n", "\r").encode("utf-16-be"),
+    "two marks": lambda text: 2 * codecs.BOM_UTF8 + text.encode(),
+    "a mark on every line": lambda text: re.sub(r"^", "\ufeff", text, flags=re.MULTILINE).encode(),
+    "mark and cr": lambda text: codecs.BOM_UTF8 + text.replace("\n", "\r").encode(),
+    "blank lines and crlf": lambda text: ("\r\n" + text.replace("\n", "\r\n\r\n")).encode(),
+    "many last line ends": lambda text: (text + 5 * "\r\n").encode(),
 }
 
 #: The same four prompts, twenty times and more: file name and bytes.
@@ -80,16 +97,44 @@ def awkward(request, tmp_path):
 
 
 def test_there_are_twenty_awkward_files():
-    assert len({data for _, data in AWKWARD.values()}) >= 20
+    assert len({write(TEXT) for write in BYTES.values()}) >= 20
+    assert len(set(AWKWARD.values())) >= 35
 
 
-def test_every_reader_of_prompts_reads_alike(awkward):
-    options = argparse.Namespace(prompts_file=awkward, prompts=100)
-    assert {
-        "study": [prompt_text(prompt) for prompt in study_prompts.read_prompts(awkward)],
-        "evaluation": [prompt["prompt"] for prompt in prompt_sets.read_prompts(awkward)],
-        "analysis": stagevar_cli.prompts_of_file(options),
-    } == {"study": PROMPTS, "evaluation": PROMPTS, "analysis": PROMPTS}
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """One picture per prompt, without prompts of their own."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for index in range(len(PROMPTS)):
+        Image.new("RGB", (4, 4)).save(folder / f"x-{index}.png")
+    return folder
+
+
+def every_reading(path, pictures):
+    """The prompts of a file or folder by who reads them."""
+    asked = tuner_cli._asked_prompts(str(path))["source"]
+    sets = study_prompts.load_prompts(PromptSource(source=asked, search=2, heldout=2, micro_batch=2))
+    order = {prompt: place for place, prompt in enumerate(PROMPTS)}
+    return {
+        "stagevar-tune": [prompt_text(prompt) for prompt in study_prompts.read_prompts(asked)],
+        "a study's sets": sorted([*sets["search"].texts, *sets["heldout"].texts], key=lambda text: order.get(text, -1)),
+        "checks before loading": [prompt_text(prompt) for _, prompt in study_prompts.prompt_lines(path)],
+        "stagevar-eval": [prompt["prompt"] for prompt in prompt_sets.read_prompts(path)],
+        "stagevar-eval images": [prompt_text(image.prompt) for image in read_folder(pictures, path)],
+        "stagevar analyze": stagevar_cli.prompts_of_file(argparse.Namespace(prompts_file=path, prompts=100)),
+    }
+
+
+def test_every_reader_of_prompts_reads_alike(awkward, pictures):
+    readings = every_reading(awkward, pictures)
+    assert readings == dict.fromkeys(readings, PROMPTS)
+
+
+def test_every_reader_takes_a_folder_with_a_prompt_in_each_file(tmp_path, pictures):
+    for index, (prompt, write) in enumerate(zip(PROMPTS, BYTES.values(), strict=False)):
+        (tmp_path / f"x-{index}.txt").write_bytes(write(prompt + "\n"))
+    readings = every_reading(tmp_path, pictures)
+    assert readings == dict.fromkeys(readings, PROMPTS)
 
 
 METADATA = [{"tag": "two_object", "include": [{"class": "dog", "count": 1}], "prompt": prompt} for prompt in PROMPTS]
@@ -111,8 +156,37 @@ def test_readers_of_json_and_csv_take_the_same_bytes(tmp_path, write):
     (tmp_path / "a.csv").write_bytes(write("item_id,proposition_id,text,answer\n" + cells))
     questions, answers = read_answers(tmp_path / "a.csv")
     assert [question.prompt for question in questions] == PROMPTS and set(answers.values()) == {1.0}
+    (tmp_path / "q.csv").write_bytes(write("item_id,proposition_id,text\n" + cells.replace(",yes", "")))
+    assert [question.prompt for question in read_questions(tmp_path / "q.csv")] == PROMPTS
     (tmp_path / "x.json").write_bytes(write(json.dumps({"prompts": PROMPTS}, indent=1) + "\n"))
     assert read_json(tmp_path / "x.json") == {"prompts": PROMPTS}
+
+
+@pytest.mark.parametrize("write", BYTES.values(), ids=BYTES.keys())
+def test_readers_of_what_a_folder_a_vote_a_result_and_a_space_say_take_the_same_bytes(tmp_path, write):
+    for index, metadata in enumerate(METADATA):
+        samples = tmp_path / "images" / f"{index:05d}" / "samples"
+        samples.mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(samples / "0000.png")
+        text = json.dumps(metadata, ensure_ascii=False, indent=1 if index else None) + "\n"
+        (samples.parent / "metadata.jsonl").write_bytes(write(text))
+    assert [image.prompt for image in read_folder(tmp_path / "images")] == METADATA
+
+    def document(name, content):
+        (tmp_path / name).write_bytes(write(json.dumps(content, ensure_ascii=False, indent=1) + "\n"))
+        return tmp_path / name
+
+    key = document("key.json", {"study": "s", "pairs": {"p": {"name": PROMPTS[1], "a": "left"}}})
+    votes = document("votes.json", {"study": "s", "voter": PROMPTS[2], "answers": [{"pair": "p", "choice": "left"}]})
+    assert read_votes(read_json(key), [votes]) == [(PROMPTS[2], PROMPTS[1], "A")]
+    rows = document("result.json", {"results": {"metrics": {"psnr": {"rows": [{"value": 1.5}, {"value": 2}]}}}})
+    assert eval_cli._values_of([rows], "psnr", 2) == [[1.5, 2.0]]
+    space = write("prompts: {source: nano}\nquality:\n  clip_score: 1.0\n")
+    (tmp_path / "space.yaml").write_bytes(space.replace(b"\t", b""))  # no tab may stand on a line of YAML, blank or not
+    assert read_yaml(tmp_path / "space.yaml", "space") == {
+        "prompts": {"source": "nano"},
+        "quality": {"clip_score": 1.0},
+    }
 
 
 def test_lines_end_at_line_feeds_and_carriage_returns_only():

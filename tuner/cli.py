@@ -397,10 +397,11 @@ def _asked_prompts(text: str) -> dict[str, Any]:
         if colon:
             raise UsageError(f"prompts {text!r}: {count!r} must be a number of at least 1, such as {name}:64")
         return {"source": name}
-    if not Path(text).is_file():
+    if not (os.path.isfile(text) or os.path.isdir(text)):  # a pipe could be read only once
         sources = ", ".join(PROMPT_SOURCES)
         raise UsageError(
-            f"prompts {text!r:.200} is neither a number nor a file that exists, nor one of {sources} (as in geneval:64)"
+            f"prompts {text!r:.200} is neither a number nor a file or folder that exists, nor one of {sources} (as in "
+            "geneval:64)"
         )
     return {"source": text}
 
