@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from benchmarks.relaunch import RelaunchRecorder
-from stagevar import engine as engine_module
 from stagevar.cache import KVCache
 from stagevar.engine import GraphEngine, RecordingFailed, first_cause
+from stagevar.engine import graph as engine_module
 from stagevar.sampler import Sampler
 from stagevar.schedule import exact, preset
 from tests.tiny import GRIDS, tiny_infinity

@@ -1,0 +1,33 @@
+"""How computations reach the device: engines, recorders of graphs, and the kernels that a card runs."""
+
+from stagevar.choices import ENGINES
+from stagevar.engine.graph import (
+    TEXT_BUCKET,
+    CudaRecorder,
+    EagerEngine,
+    Engine,
+    GraphEngine,
+    Recorder,
+    RecordingFailed,
+    Resident,
+    Start,
+    build_engine,
+    first_cause,
+    first_line,
+)
+
+__all__ = [
+    "ENGINES",
+    "TEXT_BUCKET",
+    "CudaRecorder",
+    "EagerEngine",
+    "Engine",
+    "GraphEngine",
+    "Recorder",
+    "RecordingFailed",
+    "Resident",
+    "Start",
+    "build_engine",
+    "first_cause",
+    "first_line",
+]
