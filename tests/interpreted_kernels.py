@@ -1,0 +1,73 @@
+"""Runs every kernel in Triton's interpreter and prints how far it is from its twin, as JSON; TRITON_INTERPRET=1 is set.
+
+A process of its own, because Triton reads that variable when it is imported.
+"""
+
+import itertools
+import json
+
+import torch
+
+from stagevar.engine import kernels
+from tests.kernel_cases import CASES, LEAST, MODELS, OFFSET, Numbers
+
+
+def _ulps(ours: torch.Tensor, twin: torch.Tensor) -> float:
+    """Largest difference in units of the twin's rounding, at values of at least `LEAST`."""
+    assert ours.dtype == twin.dtype and ours.shape == twin.shape
+    unit = twin.float().abs().clamp_min(LEAST[twin.dtype]) * torch.finfo(twin.dtype).eps
+    return float(((ours.float() - twin.float()).abs() / unit).max())
+
+
+def gated_norm():
+    for model, dtype in CASES:
+        width, _ = MODELS[model]
+        for tokens, updated, gated, shared in (
+            (1, True, True, False),
+            (9, True, False, True),
+            (4, False, False, False),
+        ):
+            make = Numbers()
+            x_RLC, update_RLC = make(2, tokens, width) * 4, make(2, tokens, width, dtype=dtype)
+            gate_R1C = make(2, 1, width) if gated else None
+            scale, shift = (make(1 if shared else 2, 1, width) for _ in range(2))
+            given = (x_RLC, update_RLC if updated else None, gate_R1C, scale, shift, not shared, dtype)
+            before = x_RLC.clone()
+            ours = kernels.gated_norm_launch(kernels.gated_norm_kernel, *given)
+            twin = kernels.gated_norm_twin(*given)
+            assert torch.equal(x_RLC, before)
+            yield (
+                f"gated_norm {model} {dtype} {tokens} {updated} {gated}",
+                [_ulps(a, b) for a, b in zip(ours, twin, strict=True)],
+            )
+
+
+def heads_into_cache():
+    for model, dtype in CASES:
+        width, heads = MODELS[model]
+        c = width // heads
+        for tokens, table in ((1, "shared"), (9, "by row"), (4, None)):
+            make = Numbers()
+            qkv, factor_H = make(2, tokens, 3 * width, dtype=dtype), make(heads).exp()
+            cos_sin = None
+            if table is not None:
+                angles = make(2, tokens + 3, c // 2) if table == "by row" else make(tokens + 3, c // 2)
+                # The part of a scale in the table of all scales: rows and sines are farther apart than its tokens.
+                cos_sin = torch.stack([angles.cos(), angles.sin()])[..., 3:, :]
+            # As large as the real cache, but for what is never touched.
+            ours, twin = (torch.zeros(2, 2, heads, OFFSET + tokens + 2, c, dtype=dtype) for _ in range(2))
+            place = slice(OFFSET, OFFSET + tokens)
+            q = kernels.heads_into_cache_launch(
+                kernels.heads_into_cache_kernel, qkv, factor_H, cos_sin, ours[0, :, :, place], ours[1, :, :, place]
+            )
+            q_twin = kernels.heads_into_cache_twin(qkv, factor_H, cos_sin, twin[0, :, :, place], twin[1, :, :, place])
+            assert q.stride() == q_twin.stride()
+            around = [OFFSET - 1, OFFSET + tokens]
+            assert not ours[..., around, :].any()  # neither before nor behind its place
+            pairs = ((q, q_twin), (ours[0, :, :, place], twin[0, :, :, place]))
+            assert torch.equal(ours[1, :, :, place], twin[1, :, :, place])  # v is copied
+            yield f"heads_into_cache {model} {dtype} {tokens} {table}", [_ulps(a, b) for a, b in pairs]
+
+
+if __name__ == "__main__":
+    print(json.dumps(dict(itertools.chain(gated_norm(), heads_into_cache()))))
