@@ -7,7 +7,7 @@ import difflib
 import json
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -396,11 +396,33 @@ def run_memory(args: argparse.Namespace) -> int:
     if args.card is not None:
         fits = ["yes" if needed.generating <= args.card * 1024 * MIB else "no" for needed in columns.values()]
         rows[f"sampling fits {args.card:g} GiB"] = fits
+        for name, values in _study_rows(args, columns, options).items():
+            rows[f"{name}, {args.card:g} GiB"] = values
     print(f"{args.model}, batch {args.batch}, MiB")
     print(f"{'':<40}" + "".join(f"{name:>28}" for name in columns))
     for name, values in rows.items():
         print(f"{name:<40}" + "".join(f"{value:>28}" for value in values))
     return 0
+
+
+def _study_rows(
+    args: argparse.Namespace, columns: Mapping[str, Any], options: Mapping[str, Any]
+) -> dict[str, list[str]]:
+    """What a study on the card draws and times at once, per schedule and KV cache: labels to values."""
+    from stagevar.models.memory import MIB, largest_batch
+    from stagevar.models.memory_plan import CARD_SHARE, STUDY_BATCH, timed_beside_full
+
+    card_bytes = int(args.card * 1024 * MIB)
+    drawn, timed = [], {"eager": [], "graph": []}
+    for column in columns:
+        name, cache = column.rsplit(", ", 1)
+        chosen = {**options, "kv_cache": cache}
+        one = {key: value for key, value in chosen.items() if key != "batch"}
+        drawn.append(str(largest_batch(args.model, STUDY_BATCH, int(CARD_SHARE * card_bytes), **one)))
+        for engine, values in timed.items():
+            values.append(str(timed_beside_full(args.model, name, engine, card_bytes, **one)))
+    label = "timed beside the full schedule"
+    return {"images a study draws at once": drawn, **{f"{label}, {e}": values for e, values in timed.items()}}
 
 
 def run_analyze(args: argparse.Namespace) -> int:

@@ -37,6 +37,14 @@ class InfrastructureError(StagevarError):
     exit_code = 6
 
 
+class DeviceBroken(InfrastructureError):
+    """No kernel can run on a device in this process any more."""
+
+
+class OutOfDeviceMemory(InfrastructureError):
+    """A computation needs more memory than its device has free. With more room, or in smaller parts, it can run."""
+
+
 class WeightsError(UsageError):
     """A weights file that is missing, corrupt, or does not match the model key for key."""
 

@@ -38,14 +38,16 @@ class _Saved:
 
 
 class _Updates(dict[Site, Cached]):
-    """What a scale keeps for later ones; with a planned schedule only what the accelerator can still use."""
+    """What a scale keeps for later ones; with planned schedules only what the accelerator can still use."""
 
-    def __init__(self, accelerator: Accelerator, later: Steps | None):
+    def __init__(self, accelerator: Accelerator, later: Sequence[Steps] | None):
         super().__init__()
         self.accelerator, self.later = accelerator, later
 
     def wanted(self, site: Site) -> bool:
-        return self.later is None or (bool(self.later) and self.accelerator.keeps(site, self.later))
+        if self.later is None:
+            return True
+        return any(bool(steps) and self.accelerator.keeps(site, steps) for steps in self.later)
 
     def __setitem__(self, site: Site, cached: Cached) -> None:
         if self.wanted(site):
@@ -71,10 +73,10 @@ class Generation:
         sampling: Sampling,
         batch: int,
         cache: KVCache,
-        plan: Steps | None = None,
+        plans: Sequence[Steps] | None = None,
     ):
         self.conditioning, self.noise, self.resident = start.conditioning, start.noise, start.resident
-        self.sampling, self.batch, self.plan = sampling, batch, plan
+        self.sampling, self.batch, self.plans = sampling, batch, plans
         self._cache: KVCache | None = cache
         self.live = True
         self.steps: list[ScaleStep] = []
@@ -153,6 +155,7 @@ class Sampler:
         seeds: Sequence[int],
         *,
         steps: Steps | None = None,
+        among: Sequence[Steps] | None = None,
         negative: Sequence[str] | None = None,
         sampling: Sampling | None = None,
         noise: NoiseSource | None = None,
@@ -165,6 +168,7 @@ class Sampler:
             prompts, seeds: one per image, as `Pipeline.generate` takes them; the pair decides the noise.
             steps: the only schedule that will run (deployment: smaller cache, nothing kept that it does not restore
                 from). None leaves room for any schedule.
+            among: instead, the schedules that may run: there is room for any, but nothing is kept that none restores from.
             negative: prompts for the unconditional branch (default: the model's null text).
             sampling: instead of the model's defaults. noise: instead of the keyed streams.
             encoded, encoded_negative: text features made earlier, instead of encoding here.
@@ -184,8 +188,9 @@ class Sampler:
         code_sum = model.tokenizer.residual.zeros(batch, model.device)
         noise = noise or PromptNoise(prompts, seeds, model.device, self._philox)
         sampling = sampling or model.sampling
-        start = self.engine.start(Start(conditioning, noise, code_sum), cache, (sampling, steps))
-        self._current = Generation(start, sampling, batch, cache, steps)
+        plans = None if steps is None and among is None else tuple(among or (steps,))
+        start = self.engine.start(Start(conditioning, noise, code_sum), cache, (sampling, plans))
+        self._current = Generation(start, sampling, batch, cache, plans)
         return self._current
 
     def _allocate(self, batch: int, steps: Steps) -> KVCache:
@@ -305,7 +310,8 @@ class Sampler:
         conditioning = generation.conditioning.select(slice(start, start + len(step.branches) * batch))
         noise = generation.noise.at(scale, step.branches)
         last = scale == len(self.model.grids) - 1
-        later = () if last else None if generation.plan is None else generation.plan[scale + 1 :]
+        plans = generation.plans
+        later = () if last else None if plans is None else {plan[scale + 1 :] for plan in plans}
         updates = _Updates(self.accelerator, later)
         around = self._around(generation, step, before.state, updates)
 
@@ -437,7 +443,7 @@ class Sampler:
             generation.sampling,
             len(rows),
             generation.cache.select(rows),
-            generation.plan,
+            generation.plans,
         )
         part.steps = list(generation.steps)
         if generation.outcomes is not None:

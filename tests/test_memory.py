@@ -10,7 +10,8 @@ from stagevar.errors import UsageError, WeightsError
 from stagevar.grids import square
 from stagevar.models import hub, memory
 from stagevar.models.memory import MIB, MemoryEstimate, estimate_model
-from stagevar.models.registry import load_model, published
+from stagevar.models.memory_plan import timed_beside_full, timed_bytes
+from stagevar.models.registry import load_model, model_parts, published, resolve
 from stagevar.sampler import Sampler
 from stagevar.schedule import StageSchedule, exact, preset
 
@@ -150,3 +151,25 @@ def test_the_largest_batch_that_fits_goes_by_halves():
     assert largest_batch("infinity-tiny", 8, needs[8] - 1, **options) == 4
     assert largest_batch("infinity-tiny", 8, needs[2], **options) == 2
     assert largest_batch("infinity-tiny", 8, 0, **options) == 1
+
+
+@pytest.mark.parametrize(("name", "card", "kv_cache"), [("infinity-8b", 80, "model"), ("infinity-2b", 24, "model")])
+@pytest.mark.parametrize("engine", ["eager", "graph-compiled"])
+def test_what_a_study_keeps_alive_fits_the_card(name, card, kv_cache, engine):
+    """The full schedule and six finalists, timed in groups: together they never fit."""
+    gib = 2**30
+    request = resolve(name, dtype="bfloat16", device="cpu")
+    parts = model_parts(request)
+    transformer = parts.transformer.module
+    paper = preset("stagevar-paper", parts.grids, published(name)).expand(parts.grids, len(transformer.chunk_layers))
+    full = exact(len(parts.grids)).expand(parts.grids, len(transformer.chunk_layers))
+    schedules = {"full": full, **{f"finalist {i}": paper for i in range(6)}}
+    needed = timed_bytes(transformer, parts.tokenizer.module, schedules, parts.pixels, 2, kv_cache, engine)
+    held = memory.estimate(parts, request).held
+    room = card * gib - held
+    groups = needed.groups(int(0.9 * room), "full")
+    assert sorted(n for group in groups for n in group if n != "full") == sorted(schedules.keys() - {"full"})
+    assert all(group[0] == "full" and needed.together(group) + held <= card * gib for group in groups)
+    assert needed.together(list(schedules)) > room and len(groups) > 1
+    beside = timed_beside_full(name, "stagevar-paper", engine, card * gib, dtype="bfloat16", device="cpu")
+    assert beside == max(len(group) - 1 for group in groups) or beside >= 6

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stagevar.errors import UsageError
+from stagevar.errors import DeviceBroken, UsageError
 from stagevar.schedule import exact, preset
 from tests import cluster_fakes
 from tests.conftest import claims
@@ -408,22 +408,24 @@ def test_a_killed_driver_loses_and_doubles_no_trial(ray_cluster, tmp_path):
 
 
 def test_a_broken_cuda_context_ends_the_process(monkeypatch, tmp_path):
-    torch = pytest.importorskip("torch")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-
-    def broken(*_, **__):
-        raise RuntimeError("CUDA error: device-side assert triggered")
-
-    monkeypatch.setattr(torch, "zeros", broken)
     left = []
     monkeypatch.setattr(ray_executor.os, "_exit", left.append)
     worker = Worker(cluster_fakes.recipe(tmp_path, broken_skips=True), "node")
     worker.load()
-    worker.quality(QualityTask((FULL,), "search", 0))
-    assert left == []
-    worker.quality(QualityTask((SKIP,), "search", 0))
-    assert left == [ray_executor.BROKEN_CUDA]
+    assert isinstance(worker.quality(QualityTask((SKIP,), "search", 0))[0], Failed)
+    assert left == [], "the schedule failed, not the device"
+
+    def broken(*_):
+        raise DeviceBroken("cuda:0 is broken (device-side assert triggered)")
+
+    for method, call in {
+        "quality": lambda: worker.quality(QualityTask((FULL,), "search", 0)),
+        "latency": lambda: worker.timed("latency", {"full": FULL}, 1),
+        "images": lambda: worker.images(FULL, "search", 0),
+    }.items():
+        monkeypatch.setattr(worker.evaluator, method, broken, raising=False)
+        call()
+    assert left == [ray_executor.BROKEN_CUDA] * 3
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,9 @@ class ProposerProcess:
     def enqueue(self, presets: Mapping[str, Mapping[str, Value]]) -> None:
         self._call("enqueue", presets)
 
+    def again(self, proposals: Sequence[Proposal]) -> None:
+        self._call("again", proposals)
+
     def recover(self, evidence: Mapping[int, Told | None]) -> list[Proposal]:
         return self._call("recover", evidence)
 

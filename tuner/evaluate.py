@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from stagevar.errors import OutOfDeviceMemory
 from stagevar.grids import Grid
 from stagevar.profile_sections import EngineSection
 from stagevar.schedule import ScaleStep, Steps, exact
 from tuner.prompts import PromptSet
+from tuner.timed_groups import merged
 
 if TYPE_CHECKING:
     from stagevar.latency import Timing
@@ -113,10 +115,6 @@ def walk(
     return runs
 
 
-#: Share of a device's memory that a micro-batch may need; metrics, references and kept scales want the rest.
-_ROOM = 0.8
-
-
 def fitting_micro_batch(
     model: str, wanted: int, *, weights: str | None = None, resolution: str | None = None, device: str = "auto"
 ) -> int:
@@ -125,6 +123,7 @@ def fitting_micro_batch(
     It follows from all of the device's memory, not from what is free, so that the same command gives the same study.
     """
     from stagevar.models.memory import largest_batch, total_bytes
+    from stagevar.models.memory_plan import CARD_SHARE
     from stagevar.models.registry import resolve
 
     options = {"weights": weights, "resolution": resolution, "device": device}
@@ -132,7 +131,7 @@ def fitting_micro_batch(
     total = total_bytes(request.device)
     if total is None or not request.spec.parts:  # nano fits anywhere
         return wanted
-    return largest_batch(model, wanted, int(_ROOM * total), **options)
+    return largest_batch(model, wanted, int(CARD_SHARE * total), **options)
 
 
 def load_evaluator(
@@ -176,6 +175,11 @@ class ModelEvaluator:
             quarter of what is free. 0 keeps nothing.
 
     Attributes: scales_run, scales_alone: scales run by the walks, and what running each schedule alone had needed.
+    rows_at_once: images of a micro-batch that are drawn together, fewer once memory ran out; None for all of them.
+
+    Where memory runs out, methods free what they hold and try again in smaller parts: fewer images, fewer schedules timed
+    in turn. They raise OutOfDeviceMemory when the smallest part does not fit either, and DeviceBroken where no kernel runs
+    in this process any more; neither is a schedule's fault.
     """
 
     def __init__(
@@ -216,8 +220,9 @@ class ModelEvaluator:
                     warnings.warn(f"{name}: {remark}")
         self.scales_run = self.scales_alone = 0
         self.keep_bytes = keep_bytes
+        self.rows_at_once: int | None = None
         self._kept: dict[int, Generation] = {}
-        self._encoded: dict[tuple[str, int], Any] = {}
+        self._encoded: dict[tuple[str, int, int, int], Any] = {}
         self._references: dict[tuple[str, int], np.ndarray] = {}
         self.full = exact(len(model.grids)).expand(model.grids, self.sampler.chunks)
         choice = engine if isinstance(engine, EngineSection) else self._choose_engine(engine)
@@ -263,25 +268,67 @@ class ModelEvaluator:
         """See `Evaluator`. Raises RuntimeError for random weights, which draw noise that no metric should judge."""
         if self.composite is None:
             raise RuntimeError(f"{self.model.name} has random weights: there is no quality to measure")
-        prompts, _ = self.prompts[split].batch(batch)
         reference = self._reference(split, batch) if self._needs_reference else None
+        parts = self._in_parts(split, batch, lambda rows: self._quality(schedules, split, batch, rows, reference))
+        self.scales_alone += sum(not step.skipped for steps in schedules for step in steps)
+        return [
+            {metric: np.concatenate([part[index][metric] for part in parts]) for metric in parts[0][index]}
+            for index in range(len(schedules))
+        ]
+
+    def _quality(
+        self, schedules: Sequence[Steps], split: str, batch: int, rows: slice, reference: np.ndarray | None
+    ) -> list[Values]:
+        """Values of some images of a micro-batch, per schedule."""
+        everything, _ = self.prompts[split].batch(batch)
+        prompts, mine = everything[rows], None if reference is None else reference[rows]
         found: dict[int, Values] = {}
 
         def score(indices: list[int], images: np.ndarray) -> None:
-            values = self.composite.score_parts(images, prompts, reference)
-            values |= {name: metric.score(images, prompts, reference) for name, metric in self.extra.items()}
+            values = self.composite.score_parts(images, prompts, mine)
+            values |= {name: metric.score(images, prompts, mine) for name, metric in self.extra.items()}
             values["quality"] = np.asarray(self.composite.combine(values))
             found.update(dict.fromkeys(indices, values))
 
-        advance = self._advance(batch) if split == "search" else None
-        self.scales_run += walk(self.sampler, self._begin(split, batch), schedules, score, advance)
-        self.scales_alone += sum(not step.skipped for steps in schedules for step in steps)
+        advance = self._advance(batch) if split == "search" and len(prompts) == len(everything) else None
+        self.scales_run += walk(self.sampler, self._begin(split, batch, rows), schedules, score, advance)
         return [found[index] for index in range(len(schedules))]
 
     def images(self, steps: Steps, split: str, batch: int) -> np.ndarray:
-        found: list[np.ndarray] = []
-        walk(self.sampler, self._begin(split, batch), [steps], lambda _, images: found.append(images))
-        return found[0]
+        def part(rows: slice) -> np.ndarray:
+            found: list[np.ndarray] = []
+            walk(self.sampler, self._begin(split, batch, rows), [steps], lambda _, images: found.append(images))
+            return found[0]
+
+        return np.concatenate(self._in_parts(split, batch, part))
+
+    def _in_parts(self, split: str, batch: int, run: Callable[[slice], Any]) -> list[Any]:
+        """`run` of the rows of a micro-batch, all at once or in parts that fit: one after the other, in order."""
+        from stagevar.device_faults import free_unused, told_apart
+
+        count, done, found = len(self.prompts[split].batch(batch)[0]), 0, []
+        while done < count:
+            size = min(self.rows_at_once or count, count - done)
+            try:
+                with told_apart(self.model.device, f"drawing {size} images at once"):
+                    found.append(run(slice(done, done + size)))
+                done += size
+                continue
+            except OutOfDeviceMemory:
+                if size == 1 and not self._kept:
+                    raise
+            # Out here the error is gone, whose frames hold what ran out.
+            if self._kept:
+                self._kept.clear()
+                self.keep_bytes = 0
+            else:
+                self.rows_at_once = -(-size // 2)
+                warnings.warn(
+                    f"{size} images at once need more memory than is free: {self.rows_at_once} are drawn at once"
+                )
+            self.sampler.release()
+            free_unused(self.model.device)
+        return found
 
     def _advance(self, batch: int) -> Callable[[Generation, ScaleStep], bool]:
         """Advances along what is kept of the full schedule where the paths agree; keeps it when it comes by."""
@@ -318,14 +365,14 @@ class ModelEvaluator:
     def _needs_reference(self) -> bool:
         return self.composite.needs_reference or any(metric.needs_reference for metric in self.extra.values())
 
-    def _begin(self, split: str, batch: int) -> Generation:
+    def _begin(self, split: str, batch: int, rows: slice) -> Generation:
         from tuner.metrics.base import prompt_text
 
-        prompts, seeds = self.prompts[split].batch(batch)
-        texts = [prompt_text(prompt) for prompt in prompts]
-        if (split, batch) not in self._encoded:
-            self._encoded[split, batch] = self.model.text.encode(texts)
-        return self.sampler.begin(texts, list(seeds), encoded=self._encoded[split, batch])
+        prompts, seeds = (part[rows] for part in self.prompts[split].batch(batch))
+        texts, key = [prompt_text(prompt) for prompt in prompts], (split, batch, rows.start, rows.stop)
+        if key not in self._encoded:
+            self._encoded[key] = self.model.text.encode(texts)
+        return self.sampler.begin(texts, list(seeds), encoded=self._encoded[key])
 
     def _reference(self, split: str, batch: int) -> np.ndarray:
         """The full schedule's images of a micro-batch, made once per study."""
@@ -347,8 +394,33 @@ class ModelEvaluator:
     def latency(self, schedules: Mapping[str, Steps], rounds: int, warm_up_at_most: int = 12) -> Mapping[str, Timing]:
         """See `Evaluator`. Each schedule has a sampler of its own, so that each keeps the cache it is deployed with.
 
-        Raises RuntimeError when the engine fell back to eager: its figures would be another engine's.
+        As many are timed in turn as the device holds; the others in further groups, each beside the full schedule
+        (`tuner.timed_groups`). Raises RuntimeError when the engine fell back to eager: its figures would be another engine's.
         """
+        from stagevar.device_faults import free_unused, told_apart
+        from stagevar.models.memory_plan import groups_that_fit
+
+        sentinel = next((name for name, steps in schedules.items() if steps == self.full), None)
+        self.sampler.release()  # the cache that quality was walked with is made again when next needed
+        waiting = groups_that_fit(self.model, schedules, sentinel, self.engine)
+        found: list[Mapping[str, Timing]] = []
+        while waiting:
+            group = waiting.pop(0)
+            try:
+                with told_apart(self.model.device, f"timing {len(group)} schedules in turn"):
+                    found.append(self._timings({name: schedules[name] for name in group}, rounds, warm_up_at_most))
+                continue
+            except OutOfDeviceMemory:
+                others = [name for name in group if name != sentinel]
+                if sentinel is None or len(others) < 2:
+                    raise
+            free_unused(self.model.device)
+            half = len(others) // 2
+            waiting[:0] = [[sentinel, *others[:half]], [sentinel, *others[half:]]]
+        timings = merged(found, sentinel)
+        return {name: timings[name] for name in schedules}
+
+    def _timings(self, schedules: Mapping[str, Steps], rounds: int, warm_up_at_most: int) -> Mapping[str, Timing]:
         from stagevar.latency import measure
 
         prompts = self.prompts["search"]
@@ -358,11 +430,15 @@ class ModelEvaluator:
             name: lambda sampler=samplers[name], steps=steps: sampler.generate(texts, seeds, steps)
             for name, steps in schedules.items()
         }
-        with self._pinned():
-            found = measure(runs, rounds, self.model.device, warm_up_at_most)
-        for sampler in samplers.values():
-            self._check_engine(sampler)
-        return found
+        try:
+            with self._pinned():
+                found = measure(runs, rounds, self.model.device, warm_up_at_most)
+            for sampler in samplers.values():
+                self._check_engine(sampler)
+            return found
+        finally:
+            for sampler in samplers.values():
+                sampler.release()
 
     def _timed_sampler(self) -> Sampler:
         from stagevar.sampler import Sampler
@@ -386,6 +462,13 @@ class ModelEvaluator:
         The empty prefix holds text encoding, start and decoding. Optional in an Evaluator: what a table of step costs is
         filled from. Schedules that decide on the way are refused with ValueError.
         """
+        from stagevar.device_faults import told_apart
+
+        self.sampler.release()
+        with told_apart(self.model.device, "timing steps"):
+            return self._step_ms(schedules, rounds)
+
+    def _step_ms(self, schedules: Sequence[Steps], rounds: int) -> dict[Steps, tuple[float, ...]]:
         from stagevar.latency import time_once
 
         if any(step.decision is not None for steps in schedules for step in steps):
@@ -403,7 +486,8 @@ class ModelEvaluator:
 
         def round_() -> None:
             begun: list[Generation] = []
-            start_ms, _ = time_once(lambda: begun.append(sampler.begin([prompts.texts[0]], [prompts.seeds[0]])), device)
+            first = [prompts.texts[0]], [prompts.seeds[0]]
+            start_ms, _ = time_once(lambda: begun.append(sampler.begin(*first, among=schedules)), device)
             walk(sampler, begun[0], schedules, None, advance)
             decode_ms, _ = time_once(lambda: sampler.decode(begun[0]), device)
             found.setdefault((), []).append(start_ms + decode_ms)
@@ -416,11 +500,13 @@ class ModelEvaluator:
 
     def scale_ms(self, schedules: Mapping[str, Steps], rounds: int = 5) -> dict[str, tuple[float, ...]]:
         """Median milliseconds per scale (`stagevar.scale_latency`), which explain a latency. Optional in an Evaluator."""
+        from stagevar.device_faults import told_apart
         from stagevar.scale_latency import time_scales
 
         prompts = self.prompts["search"]
+        self.sampler.release()
         sampler = self._timed_sampler()
-        with self._pinned():
+        with self._pinned(), told_apart(self.model.device, "timing scales"):
             found = time_scales(sampler, schedules, prompts.texts[0], prompts.seeds[0], rounds)
         self._check_engine(sampler)
         return found

@@ -34,7 +34,8 @@ class Ledger:
         facts: of the model. budget, metrics: the user's limits.
 
     Attributes: full, full_key: the full schedule. baseline: its figures, None before it was measured. candidates, failed:
-    by key. failures: in order. dropped: keys that were not judged, with the ratio predicted for them.
+    by key. unmeasured: by key, those that found too little memory in this run. failures: both in order. dropped: keys that
+    were not judged, with the ratio predicted for them.
     """
 
     def __init__(self, run_dir: Path, space: SearchSpace, facts: Facts, budget: Budget, metrics: Sequence[MetricLimit]):
@@ -45,6 +46,7 @@ class Ledger:
         self.steps: dict[str, Steps] = {}
         self.candidates: dict[str, Candidate] = {}
         self.failed: dict[str, Candidate] = {}
+        self.unmeasured: dict[str, Candidate] = {}
         self.failures: list[Failure] = []
         self.dropped: dict[str, float] = {}
         self.baseline: Candidate | None = None
@@ -87,17 +89,18 @@ class Ledger:
         self.dropped[key] = ratio
 
     def keep(self, candidate: Candidate) -> None:
-        """Takes in a candidate, complete or failed."""
+        """Takes in a candidate: complete, failed or not measured."""
         self.register(StageSchedule.from_dict(candidate.schedule))
         if candidate.state == "complete":
             self.candidates[candidate.key] = candidate
         else:
-            self.failed[candidate.key] = candidate
+            (self.failed if candidate.state == "failed" else self.unmeasured)[candidate.key] = candidate
             self.failures.append(Failure(candidate.trial, candidate.params, candidate.error or ""))
 
     def knows(self, key: str) -> bool:
         """Whether there is something to tell the sampler of a schedule."""
-        return key == self.full_key or key in self.candidates or key in self.failed or key in self.dropped
+        kinds = (self.candidates, self.failed, self.unmeasured, self.dropped)
+        return key == self.full_key or any(key in known for known in kinds)
 
     @property
     def evaluated(self) -> int:

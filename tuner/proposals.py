@@ -149,6 +149,13 @@ class Proposer:
                 self.study.enqueue_trial(self._raw(values), user_attrs={_PRESET: name, _ATTEMPT: 1})
 
     @_needs_storage
+    def again(self, proposals: Sequence[Proposal]) -> None:
+        """Queues trials once more that an earlier driver could not measure."""
+        for proposal in proposals:
+            attrs = {_ATTEMPT: 1, **({_PRESET: proposal.preset} if proposal.preset else {})}
+            self.study.enqueue_trial(self._raw(proposal.values), user_attrs=attrs)
+
+    @_needs_storage
     def recover(self, evidence: Mapping[int, Told | None]) -> list[Proposal]:
         """Settles what a dead driver left running; returns the trials that were given up after ATTEMPTS.
 

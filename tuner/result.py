@@ -117,11 +117,12 @@ class Candidate:
     key: short hash of the expansion; equal keys are equal schedules. params: search-space values that gave it (empty for
     an enqueued preset outside the space). schedule: StageSchedule.to_dict(). steps: one mapping per scale
     (`stagevar.profile` spelling). accelerator: its name. source: "enqueued: <preset>" or "sampler". trial: first trial
-    number. state: "complete" or "failed". latency: search measurement. values: raw value per metric (and "quality", the
-    composite) and search prompt. differences: paired, per metric. verdicts: per constraint, point estimates.
-    feasible: all verdicts met. skipped_scales: count. processed_tokens: token rows through the trunk, both branches.
-    verification: None when it was not a finalist. error: one line when failed. stopped_early: why it was judged on the
-    first few search prompts only (tuner/rungs.py), None where all were used.
+    number. state: "complete", "failed" or "not measured" (too little memory, tried again on resume). latency: search
+    measurement. values: raw value per metric (and "quality", the composite) and search prompt. differences: paired, per
+    metric. verdicts: per constraint, point estimates. feasible: all verdicts met. skipped_scales: count.
+    processed_tokens: token rows through the trunk, both branches. verification: None when it was not a finalist. error: one
+    line when not complete. stopped_early: why it was judged on the first few search prompts only (tuner/rungs.py), None
+    where all were used.
     """
 
     key: str
@@ -171,7 +172,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Failure:
-    """A trial that raised: number, parameters and the error's first line."""
+    """A trial that raised or was not measured: number, parameters and the error's first line."""
 
     trial: int
     params: dict[str, Any]

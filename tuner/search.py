@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from stagevar.errors import InfrastructureError, ScheduleError
+from stagevar.errors import InfrastructureError, OutOfDeviceMemory, ScheduleError
 from stagevar.schedule import Steps
 from tuner.asking import ProposerProcess
 from tuner.evaluate import Evaluator
-from tuner.executors.base import Executor, Failed, QualityTask
+from tuner.executors.base import Executor, Failed, NotMeasured, QualityTask
 from tuner.executors.local import first_line
 from tuner.ledger import Ledger
 from tuner.progress import Progress
@@ -36,6 +36,8 @@ from tuner.verify import BASELINE, latency_stats, paired_differences
 
 #: Schedules proposed and walked together.
 ROUND = 5
+#: State of a candidate that found too little memory, and how its error begins.
+NOT_MEASURED = "not measured"
 SEARCH_ROUNDS = 7
 #: Warm-up runs per schedule in the search at most; a noisy machine never settles, and finalists are measured again.
 SEARCH_WARM_UP = 4
@@ -150,13 +152,18 @@ class Search:
     def _begin(self, records: Sequence[Mapping[str, Any]]) -> None:
         ledger, facts = self.ledger, self.ledger.facts
         known: dict[int, Told | None] = {}
+        unmeasured: dict[str, Candidate] = {}
         for record in records:
+            if record["kind"] == "unmeasured":
+                candidate = build(Candidate, record["candidate"])
+                unmeasured[candidate.key], known[candidate.trial] = candidate, None
             if record["kind"] == "dropped":
                 ledger.dropped[record["key"]] = record["ratio"]
             if record["kind"] != "trial":
                 continue
             candidate = build(Candidate, record["candidate"])
             ledger.keep(candidate)
+            unmeasured.pop(candidate.key, None)
             known[candidate.trial] = ledger.told(candidate) if candidate.state == "complete" else None
             if candidate.state == "complete" and not candidate.latency.predicted:
                 self.table.check(ledger.steps[candidate.key], candidate.latency.ratio.mean)
@@ -177,8 +184,26 @@ class Search:
         for proposal in self.proposer.recover(known):
             self._give_up(proposal)
         self.proposer.enqueue(presets)
+        self._again(list(unmeasured.values()))
         self._presets_first = len(presets)
         self._show()
+
+    def _again(self, unmeasured: Sequence[Candidate]) -> None:
+        """Proposes first what an earlier run found too little memory for: there may be more now."""
+        if not unmeasured:
+            return
+        ledger = self.ledger
+        presets = {
+            c.trial: c.source.removeprefix("enqueued: ") for c in unmeasured if c.source.startswith("enqueued: ")
+        }
+        grids = ledger.facts.grids
+        values = {
+            c.trial: ledger.space.nearest_values(ledger.space.known_schedule(presets[c.trial], grids), grids)
+            if c.trial in presets
+            else c.params
+            for c in unmeasured
+        }
+        self.proposer.again([Proposal(trial, found, presets.get(trial)) for trial, found in values.items()])
 
     def _loop(self) -> None:
         round_ = _Round()
@@ -267,7 +292,7 @@ class Search:
 
     def _tell_known(self, trial: int, key: str) -> None:
         ledger = self.ledger
-        if key in ledger.failed:
+        if key in ledger.failed or key in ledger.unmeasured:
             self.proposer.fail(trial)
         elif key in ledger.dropped:
             self.proposer.tell(trial, ledger.told_dropped(key))
@@ -321,10 +346,10 @@ class Search:
         for p in pending:
             candidate = ledger.blank(p.key, p.proposal)
             if p.key in errors:
-                candidate = dataclasses.replace(candidate, state="failed", error=errors[p.key])
+                candidate = self._without_values(candidate, errors[p.key])
             else:
                 candidate = self._measured(candidate, latencies[p.key], values[p.key], stopped.get(p.key))
-            ledger.record("trial", candidate)
+            ledger.record("unmeasured" if candidate.state == NOT_MEASURED else "trial", candidate)
             found.append(candidate)
         start = time.perf_counter()
         with self.progress.part("waiting for asks"):
@@ -341,6 +366,12 @@ class Search:
         if self._thread is None:
             self._judge_sampler(self._asked_s - asked, time.perf_counter() - began)
         return following
+
+    @staticmethod
+    def _without_values(candidate: Candidate, outcome: Failed) -> Candidate:
+        if isinstance(outcome, NotMeasured):
+            return dataclasses.replace(candidate, state=NOT_MEASURED, error=f"{NOT_MEASURED} here: {outcome.error}")
+        return dataclasses.replace(candidate, state="failed", error=outcome.error)
 
     def _ask_ahead(self, pending: Sequence[_Pending]) -> Future[_Round] | None:
         left = self.trials - self.ledger.evaluated - len(pending)
@@ -390,13 +421,13 @@ class Search:
 
     def _judge(
         self, alive: Sequence[_Pending], latencies: Mapping[str, LatencyStats]
-    ) -> tuple[dict[str, dict[str, tuple[float, ...]]], dict[str, str], dict[str, str]]:
-        """Values per metric and prompt by key; why some were stopped early; errors."""
+    ) -> tuple[dict[str, dict[str, tuple[float, ...]]], dict[str, str], dict[str, Failed]]:
+        """Values per metric and prompt by key; why some were stopped early; why others have no values."""
         batches = self.prompts.batches
         looks = rungs(batches) if self.savings.rungs else [batches]
         values: dict[str, dict[str, list[float]]] = {p.key: {} for p in alive}
         stopped: dict[str, str] = {}
-        errors: dict[str, str] = {}
+        errors: dict[str, Failed] = {}
         running, done = list(alive), 0
         for look in looks:
             gathered: dict[Steps, dict[int, Any]] = {p.steps: {} for p in running}
@@ -407,9 +438,10 @@ class Search:
                     break  # no prompt could mend it
             for p in running:
                 parts = [gathered[p.steps][batch] for batch in sorted(gathered[p.steps])]
-                failed = [part.error for part in parts if isinstance(part, Failed)]
+                failed = [part for part in parts if isinstance(part, Failed)]
                 if failed:
-                    errors[p.key] = failed[0]
+                    # One that fails on some prompts has failed, whatever others found too little memory for.
+                    errors[p.key] = next((f for f in failed if not isinstance(f, NotMeasured)), failed[0])
                     continue
                 for part in parts:
                     for metric, row in part.items():
@@ -456,7 +488,7 @@ class Search:
 
     # ------------------------------------------------------------------------------------------------ latency
 
-    def _latencies(self, pending: Sequence[_Pending]) -> tuple[dict[str, LatencyStats], dict[str, str]]:
+    def _latencies(self, pending: Sequence[_Pending]) -> tuple[dict[str, LatencyStats], dict[str, Failed]]:
         """Latency by key, predicted where the table may be trusted and timed end to end elsewhere; errors by key."""
         predicted = {p.key for p in pending if p.proposal.preset is None and self._predicts(p.steps)}
         if predicted and self._rounds % CHECK_EVERY == 0:
@@ -502,24 +534,27 @@ class Search:
                 chosen.setdefault(steps_key(steps), steps)
         try:
             self.table.observe(time_steps(list(chosen.values()), TABLE_ROUNDS))
-        except InfrastructureError:
-            raise
         except Exception as error:
+            if isinstance(error, InfrastructureError) and not isinstance(error, OutOfDeviceMemory):
+                raise
             self.savings = dataclasses.replace(self.savings, table=False)
             self.progress.say(f"steps cannot be timed, schedules are timed end to end: {first_line(error)}")
 
-    def _timings(self, schedules: Mapping[str, Steps]) -> tuple[dict[str, tuple[Any, Any]], dict[str, str]]:
-        """Timing and the full schedule's in the same rounds, by key; and the error of those that cannot run."""
+    def _timings(self, schedules: Mapping[str, Steps]) -> tuple[dict[str, tuple[Any, Any]], dict[str, Failed]]:
+        """Timing and the full schedule's in the same rounds, by key; and why others have none."""
         if not schedules:
             return {}, {}
         try:
             found = self.evaluator.latency({BASELINE: self.ledger.full, **schedules}, SEARCH_ROUNDS, SEARCH_WARM_UP)
             return {key: (found[key], found[BASELINE]) for key in schedules}, {}
+        except OutOfDeviceMemory as error:
+            if len(schedules) == 1:
+                return {}, dict.fromkeys(schedules, NotMeasured(str(error)))
         except InfrastructureError:
             raise
         except Exception as error:
             if len(schedules) == 1:
-                return {}, dict.fromkeys(schedules, first_line(error))
+                return {}, dict.fromkeys(schedules, Failed(first_line(error)))
         timings, broken = {}, {}
         for key, steps in schedules.items():
             one, bad = self._timings({key: steps})

@@ -16,13 +16,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from stagevar.errors import InfrastructureError, UsageError
+from stagevar.errors import InfrastructureError, OutOfDeviceMemory, UsageError
 from stagevar.files import write_text_atomically
 from tuner import pareto
 from tuner.budget import Budget
 from tuner.config.costs import FINALISTS_PER_KIND, images_at_most
 from tuner.evaluate import Evaluator
-from tuner.executors.base import Executor, Failed, QualityTask
+from tuner.executors.base import Executor, Failed, NotMeasured, QualityTask
 from tuner.executors.local import LocalExecutor, first_line
 from tuner.ledger import Ledger
 from tuner.progress import Progress
@@ -211,6 +211,8 @@ class Study:
         tasks = [QualityTask((self.ledger.full,), "search", b) for b in range(self.prompts["search"].batches)]
         found: dict[int, Any] = {}
         for task, (outcome,) in self.executor.run(tasks):
+            if isinstance(outcome, NotMeasured):
+                raise OutOfDeviceMemory(outcome.error)
             if isinstance(outcome, Failed):
                 return {}, outcome.error
             found[task.batch] = outcome
@@ -278,6 +280,10 @@ class Study:
         ledger = self.ledger
         if ledger.baseline.state == "failed":
             return self._result("failed", f"the full schedule failed: {ledger.baseline.error}", {})
+        if not ledger.candidates and ledger.unmeasured and not ledger.failed:
+            raise OutOfDeviceMemory(
+                f"none of {len(ledger.unmeasured)} schedules was measured: {ledger.failures[0].error}"
+            )
         if not ledger.candidates and ledger.failures:
             first = ledger.failures[0].error
             return self._result("failed", f"all {len(ledger.failures)} trials failed, the first with {first}", {})
@@ -302,9 +308,11 @@ class Study:
             if key != BASELINE:
                 ledger.candidates[key] = dataclasses.replace(ledger.candidates[key], verification=verification)
                 ledger.record("verification", ledger.candidates[key])
-        for key, error in verifier.errors.items():
+        for key, error in {**verifier.errors, **verifier.unmeasured}.items():
             ledger.failures.append(Failure(ledger.candidates[key].trial, ledger.candidates[key].params, error))
-        return self._verdict([ledger.candidates[c.key] for c in finalists])
+        if finalists and len(verifier.unmeasured) == len(finalists):
+            raise OutOfDeviceMemory(next(iter(verifier.unmeasured.values())))
+        return self._verdict([ledger.candidates[c.key] for c in finalists if c.key not in verifier.unmeasured])
 
     def _verdict(self, finalists: Sequence[Candidate]) -> StudyResult:
         ledger = self.ledger
@@ -460,7 +468,7 @@ class Study:
         self.progress.end_phase()
         facts, space, options = self.facts, self.space, self.options
         search, heldout = self.prompts["search"], self.prompts["heldout"]
-        everyone = [*ledger.candidates.values(), *ledger.failed.values()]
+        everyone = [*ledger.candidates.values(), *ledger.failed.values(), *ledger.unmeasured.values()]
         return StudyResult(
             command=options.command,
             created=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -12,20 +12,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stagevar.errors import OutOfDeviceMemory
 from stagevar.schedule import Steps
 from tuner.budget import Budget
 from tuner.evaluate import Evaluator
-from tuner.executors.base import Executor, Failed, QualityTask
+from tuner.executors.base import Executor, Failed, NotMeasured, QualityTask
 from tuner.looks import claims, looks
 from tuner.metrics.declarations import DECLARATIONS
 from tuner.prompts import PromptSet
 from tuner.quality_limits import MetricLimit, limited
 from tuner.result import Interval, LatencyStats, Verdict, Verification
 from tuner.stats import ALPHA, continuous_drop_bounds, drop_bounds, mean_interval, median_interval, ratio_interval
+
+if TYPE_CHECKING:
+    from stagevar.latency import Timing
 
 #: No schedule above this ratio to the full one is an acceleration.
 LEAST_GAIN = 0.98
@@ -106,6 +110,9 @@ class Verifier:
     Args:
         finalists: key -> steps. full: the full schedule's steps. heldout: prompts to verify on, all of them at most.
         note: called with a line of progress and the share done. stop: asked between steps whether to end early.
+
+    Attributes: errors: of finalists that could not run. unmeasured: of those that found too little memory; they leave the
+    finalists, and nothing is said about them.
     """
 
     def __init__(
@@ -126,6 +133,7 @@ class Verifier:
         self.values: dict[str, dict[str, list[float]]] = {name: {} for name in (BASELINE, *finalists)}
         self.errors: dict[str, str] = {}
         self._bounds: dict[Any, tuple[np.ndarray, np.ndarray]] = {}
+        self.unmeasured: dict[str, str] = {}
 
     def run(self) -> dict[str, Verification]:
         """Verifications by key, the full schedule's under BASELINE."""
@@ -140,7 +148,7 @@ class Verifier:
         for rounds in ROUNDS:
             missing = rounds - len(self.samples[BASELINE])
             self.note(f"timing {len(self.finalists)} finalists and the full schedule, {rounds} rounds", 0.0)
-            timings = self.evaluator.latency({BASELINE: self.full, **self.finalists}, missing)
+            timings = self._timings(missing)
             for name, timing in timings.items():
                 self.samples[name] += timing.samples_ms
                 runs, _ = self.warmth.get(name, (0, True))
@@ -148,6 +156,24 @@ class Verifier:
             undecided = [v for n in self.finalists for v in self._latency_verdicts(n) if v.status == "open"]
             if not undecided or self.stop():
                 break
+
+    def _timings(self, rounds: int) -> Mapping[str, Timing]:
+        """Of the full schedule and the finalists; those that find too little memory beside it leave."""
+        try:
+            return self.evaluator.latency({BASELINE: self.full, **self.finalists}, rounds)
+        except OutOfDeviceMemory:
+            if not self.finalists:
+                raise
+        for name, steps in list(self.finalists.items()):
+            try:
+                self.evaluator.latency({BASELINE: self.full, name: steps}, 1, 1)
+            except OutOfDeviceMemory as error:
+                self._leave(name, str(error))
+        return self.evaluator.latency({BASELINE: self.full, **self.finalists}, rounds)
+
+    def _leave(self, name: str, error: str) -> None:
+        del self.finalists[name]
+        self.unmeasured[name] = f"not measured here: {error}"
 
     def _latency_verdicts(self, name: str) -> list[Verdict]:
         # One-sided 95 % for all finalists together (Bonferroni): timings are cheap, so the price is a few rounds.
@@ -197,6 +223,12 @@ class Verifier:
                 )
             for batch in sorted(gathered):  # executors may answer in any order; prompts keep theirs
                 for key, outcome in zip(keys, gathered[batch], strict=True):
+                    if isinstance(outcome, NotMeasured):
+                        if key == BASELINE:
+                            raise OutOfDeviceMemory(outcome.error)
+                        if key in self.finalists:
+                            self._leave(key, outcome.error)
+                        continue
                     if isinstance(outcome, Failed):
                         self.errors[key] = outcome.error
                         continue
@@ -205,7 +237,7 @@ class Verifier:
             done = count
             if BASELINE in self.errors:
                 raise RuntimeError(f"the full schedule failed on held-out prompts: {self.errors[BASELINE]}")
-            running = [k for k in running if k not in self.errors]
+            running = [k for k in running if k not in self.errors and k in self.finalists]
             # A finalist that is decided either way needs no more prompts.
             running = [k for k in running if self._status(self._quality_verdicts(k)) == "open"]
             if self.stop():

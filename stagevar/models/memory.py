@@ -27,12 +27,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stagevar.errors import UsageError
-from stagevar.schedule import LowRank, Pivotal, ScaleStep
+from stagevar.schedule import LowRank, Pivotal, ScaleStep, Steps
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from stagevar.models.base import NextScaleModel
     from stagevar.models.loading import Part, Parts
     from stagevar.models.registry import LoadRequest
 
@@ -101,7 +102,6 @@ def estimate(parts: Parts, request: LoadRequest) -> MemoryEstimate:
 
     Raises ScheduleError when the request's schedule does not fit the model.
     """
-    from stagevar.cache import step_lengths
     from stagevar.schedule import exact
 
     transformer = parts.transformer.module
@@ -109,19 +109,6 @@ def estimate(parts: Parts, request: LoadRequest) -> MemoryEstimate:
     chunks, depth = transformer.chunk_layers, transformer.depth
     schedule = request.schedule or exact(len(parts.grids))
     steps = schedule.expand(parts.grids, len(chunks))
-    entries = sum(sum(layers) for layers in step_lengths(steps, chunks).values())
-    entry = transformer.heads * (transformer.head_dim + 4) if request.kv_cache == "int8" else width * element
-    hidden = 4 * width
-    attention = 3 * width * element + 4 * width * 4 + width * element
-    per_token = width * element + max(attention, 2 * hidden * element)
-
-    def working(index: int) -> int:
-        step = steps[index]
-        rows = len(step.branches) * batch
-        widened = 0
-        if request.kv_cache == "int8":
-            widened = 2 * width * element * max(map(max, step_lengths(steps[: index + 1], chunks).values()))
-        return rows * (step.tokens * 8 * width + max(_reduced_tokens(step, depth)) * per_token + widened)
 
     def kept(index: int) -> int:
         """Outputs of a scale that a later one may be restored from; any may be where the schedule is still searched."""
@@ -136,17 +123,52 @@ def estimate(parts: Parts, request: LoadRequest) -> MemoryEstimate:
 
     eight_bit = any(step.precision != "model" for step in steps)
     ran = [index for index, step in enumerate(steps) if not step.skipped]
-    height, image_width = parts.pixels
-    pixels = min(batch * height * image_width, max(2 * MIB, height * image_width))
     return MemoryEstimate(
         weights=_part_bytes(parts.transformer) + (_eight_bit_bytes(transformer) if eight_bit else 0),
         tokenizer=_part_bytes(parts.tokenizer),
-        kv_cache=2 * batch * entries * entry,
-        activations=max(working(index) for index in ran),
-        decoding=4 * 2 * _decoder_channels(parts.tokenizer) * pixels * element,
+        kv_cache=kv_cache_bytes(transformer, steps, batch, element, request.kv_cache),
+        activations=working_bytes(transformer, steps, batch, element, request.kv_cache),
+        decoding=decoding_bytes(parts.tokenizer.module, parts.pixels, batch, element),
         text_encoder=parts.text_bytes,
         restoration=max(kept(one) + kept(other) for one, other in zip(ran, ran[1:] or ran, strict=False)),
     )
+
+
+def kv_cache_bytes(transformer: NextScaleModel, steps: Steps, batch: int, element: int, kv_cache: str) -> int:
+    """The KV cache of one schedule; element: bytes of the blocks' precision, kv_cache: "model" or "int8"."""
+    from stagevar.cache import step_lengths
+
+    entries = sum(sum(layers) for layers in step_lengths(steps, transformer.chunk_layers).values())
+    eight_bit = kv_cache == "int8"
+    entry = transformer.heads * (transformer.head_dim + 4) if eight_bit else transformer.width * element
+    return 2 * batch * entries * entry
+
+
+def working_bytes(transformer: NextScaleModel, steps: Steps, batch: int, element: int, kv_cache: str) -> int:
+    """Activations of the scale that needs most; arguments as for `kv_cache_bytes`."""
+    from stagevar.cache import step_lengths
+
+    width, chunks, depth = transformer.width, transformer.chunk_layers, transformer.depth
+    hidden = 4 * width
+    attention = 3 * width * element + 4 * width * 4 + width * element
+    per_token = width * element + max(attention, 2 * hidden * element)
+
+    def working(index: int) -> int:
+        step = steps[index]
+        rows = len(step.branches) * batch
+        widened = 0
+        if kv_cache == "int8":
+            widened = 2 * width * element * max(map(max, step_lengths(steps[: index + 1], chunks).values()))
+        return rows * (step.tokens * 8 * width + max(_reduced_tokens(step, depth)) * per_token + widened)
+
+    return max(working(index) for index, step in enumerate(steps) if not step.skipped)
+
+
+def decoding_bytes(tokenizer: nn.Module, pixels: tuple[int, int], batch: int, element: int) -> int:
+    """Maps of the decoder at full resolution."""
+    height, width = pixels
+    at_once = min(batch * height * width, max(2 * MIB, height * width))
+    return 4 * 2 * _decoder_channels(tokenizer) * at_once * element
 
 
 def _reduced_tokens(step: ScaleStep, depth: int) -> list[int]:
@@ -177,18 +199,20 @@ def _part_bytes(part: Part) -> int:
     return total
 
 
-def _decoder_channels(part: Part) -> int:
+def _decoder_channels(tokenizer: nn.Module) -> int:
     """Channels at full resolution: what the last convolution of the decoder reads."""
-    weights = [value for key, value in part.module.state_dict().items() if "conv_out" in key and key.endswith("weight")]
+    state = tokenizer.state_dict() if hasattr(tokenizer, "state_dict") else {}  # some decode without weights
+    weights = [value for key, value in state.items() if "conv_out" in key and key.endswith("weight")]
     return max((value.shape[1] for value in weights if value.shape[0] == 3), default=128)
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Free memory of a device now; None where the system does not tell."""
+    """Free memory of a device now, what torch's allocator keeps for reuse included; None where the system does not tell."""
     if device.type == "cuda":
         import torch
 
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     return _meminfo("MemAvailable")
 
 

@@ -33,6 +33,11 @@ class Failed:
     error: str
 
 
+@dataclass(frozen=True)
+class NotMeasured(Failed):
+    """There was too little memory for a schedule here, alone and in the smallest parts: no fault of its own."""
+
+
 #: Values per metric (and "quality"), one per prompt of the micro-batch; or why there are none.
 Outcome = Mapping[str, np.ndarray] | Failed
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
-from stagevar.errors import InfrastructureError
+from stagevar.errors import InfrastructureError, OutOfDeviceMemory
 from tuner.evaluate import Evaluator
-from tuner.executors.base import Executor, Failed, Outcome, QualityTask
+from tuner.executors.base import Executor, Failed, NotMeasured, Outcome, QualityTask
 
 
 class LocalExecutor(Executor):
@@ -24,9 +24,15 @@ class LocalExecutor(Executor):
 
 
 def evaluate_task(evaluator: Evaluator, task: QualityTask) -> list[Outcome]:
-    """The outcomes of one task. Errors of the model become `Failed`; an InfrastructureError is no schedule's and passes."""
+    """The outcomes of one task. Errors of the model become `Failed`; an InfrastructureError is no schedule's and passes.
+
+    Where memory runs out each schedule is tried alone; one that does not fit even so is `NotMeasured`.
+    """
     try:
         return list(evaluator.quality(task.schedules, task.split, task.batch))
+    except OutOfDeviceMemory as error:
+        if len(task.schedules) == 1:
+            return [NotMeasured(str(error))]
     except InfrastructureError:
         raise
     except Exception as error:

@@ -20,6 +20,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,11 +28,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from stagevar.errors import StagevarError, UsageError
+from stagevar.errors import DeviceBroken, InfrastructureError, StagevarError, UsageError
 from stagevar.schedule import Steps, exact
 from tuner.evaluate import Evaluator, Facts
 from tuner.executors.base import Executor, Failed, Outcome, QualityTask, WorkersLost
 from tuner.executors.local import evaluate_task, first_line
+from tuner.timed_groups import deal, merged
 
 if TYPE_CHECKING:
     from stagevar.latency import Timing
@@ -144,25 +146,17 @@ class Worker:
         return self.evaluator.facts, self._place()
 
     def quality(self, task: QualityTask) -> list[Outcome]:
-        outcomes = evaluate_task(self.evaluator, task)
-        if any(isinstance(outcome, Failed) for outcome in outcomes):
-            leave_if_cuda_is_broken()
-        return outcomes
+        with _leaving_when_broken():
+            return evaluate_task(self.evaluator, task)
 
     def timed(self, method: str, *arguments: Any) -> tuple[Any, Place]:
         """What a method of the evaluator that times measured, and where."""
-        try:
+        with _leaving_when_broken():
             return getattr(self.evaluator, method)(*arguments), self._place()
-        except Exception:
-            leave_if_cuda_is_broken()
-            raise
 
     def images(self, steps: Steps, split: str, batch: int) -> np.ndarray:
-        try:
+        with _leaving_when_broken():
             return self.evaluator.images(steps, split, batch)
-        except Exception:
-            leave_if_cuda_is_broken()
-            raise
 
     def _place(self) -> Place:
         gpu = ""
@@ -173,19 +167,12 @@ class Worker:
         return Place(self.node, socket.gethostname(), os.getpid(), gpu)
 
 
-def leave_if_cuda_is_broken() -> None:
-    """Ends this process when no kernel can run in it any more.
-
-    After an illegal access or a device-side assert every CUDA call of the process fails; only a new process helps.
-    """
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
-        return
+@contextmanager
+def _leaving_when_broken() -> Iterator[None]:
+    """Ends this process where no kernel can run in it any more: only a new one helps, and the driver builds it."""
     try:
-        torch.zeros(1, device="cuda").add_(1).item()
-    except torch.cuda.OutOfMemoryError:
-        return
-    except RuntimeError:
+        yield
+    except DeviceBroken:
         os._exit(BROKEN_CUDA)
 
 
@@ -194,7 +181,10 @@ def free_memory() -> None:
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        leave_if_cuda_is_broken()
+        from stagevar.device_faults import is_broken
+
+        if is_broken(RuntimeError("an ended study"), torch.device("cuda")):
+            os._exit(BROKEN_CUDA)
         torch.cuda.empty_cache()
 
 
@@ -326,6 +316,8 @@ class RayExecutor(Executor):
         found: list[dict[int, Outcome]] = [{} for _ in tasks]
         for job, result in self._drive(jobs):
             outcomes = found[job.number]
+            if isinstance(result, InfrastructureError):
+                raise result
             if isinstance(result, BaseException):
                 result = [Failed(first_line(result)) for _ in job.members]
             outcomes.update(zip(job.members, result, strict=True))
@@ -687,11 +679,7 @@ class RemoteEvaluator:
         measured = self.executor.time("latency", [(share, rounds, warm_up_at_most) for share in shares])
         samples = [{name: timing.samples_ms for name, timing in timings.items()} for timings, _ in measured]
         self._record("latency", samples, measured, sentinel=sentinel)
-        (found, _), *others = measured
-        found = dict(found)
-        for timings, _ in others:
-            for name in timings.keys() - {sentinel}:
-                found[name] = scaled(timings[name], timings[sentinel], found[sentinel])
+        found = merged([timings for timings, _ in measured], sentinel)
         return {name: found[name] for name in schedules}
 
     def step_ms(self, schedules: Sequence[Steps], rounds: int = 3) -> Mapping[Steps, tuple[float, ...]]:
@@ -735,27 +723,6 @@ class RemoteEvaluator:
                 record = {"measured": now, "what": what, **vars(place), "device": self.facts.device["name"], **more}
                 plain = {name: list(values) for name, values in samples.items()}
                 handle.write(json.dumps({**record, "samples_ms": plain}) + "\n")
-
-
-def deal(schedules: Mapping[str, Steps], sentinel: str | None, shares: int) -> list[dict[str, Steps]]:
-    """Schedules in at most `shares` groups, each with the sentinel first; in one group where there is no sentinel."""
-    if sentinel is None:
-        return [dict(schedules)]
-    others = [name for name in schedules if name != sentinel]
-    groups = [others[i::shares] for i in range(min(shares, len(others)))] or [[]]
-    return [{name: schedules[name] for name in (sentinel, *group)} for group in groups]
-
-
-def scaled(timing: Timing, sentinel: Timing, reference: Timing) -> Timing:
-    """A timing as on the GPU of `reference`: each sample times what the full schedule took there over what it took here.
-
-    All have the same rounds. CUDA events are left out: they are this GPU's.
-    """
-    from stagevar.latency import Timing
-
-    factors = np.asarray(reference.samples_ms) / np.asarray(sentinel.samples_ms)
-    samples = tuple(float(ms) for ms in np.asarray(timing.samples_ms) * factors)
-    return Timing(samples, (), timing.warm_up_runs, timing.warmed)
 
 
 def _why(error: Exception) -> str:
