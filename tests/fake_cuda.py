@@ -62,6 +62,8 @@ def begin_on_fake_cuda(model: LoadedModel, prompts: Sequence[str], steps: Steps,
     transformer, tokenizer = _moved(model.transformer), model.tokenizer
     transformer.set_grids(model.grids)
     conditioning = dataclasses.replace(conditioning, **_elsewhere(vars(conditioning)))
+    if hasattr(conditioning, "constants"):
+        conditioning = dataclasses.replace(conditioning, constants=transformer.constants())
     transformer.condition = lambda prompts, negative=None: conditioning
     if isinstance(tokenizer, nn.Module):
         tokenizer = _moved(tokenizer)

@@ -161,14 +161,14 @@ def test_padded_text_changes_logits_by_rounding_only(model):
     encoded = model.text.encode(["a red ring", "a blue cross"])
     exact_length = model.transformer.condition(encoded)
     padded = exact_length.padded(32)
-    assert padded.text_kv[0][0].shape[2] == 32 and padded.mask_R11T.shape[-1] == 32
+    assert padded.text_kv[0][0].shape[2] == 32 and padded.bias_R11T.shape[-1] == 32
     x = torch.randn(4, 5, 32, generator=torch.Generator().manual_seed(0))
     attention = model.transformer.layers()[0].ca
     for row in (exact_length, padded):
         assert row.text_kv[0][0].shape[0] == 4
     with torch.inference_mode():
-        one = attention(x, *exact_length.text_kv[0], exact_length.mask_R11T)
-        other = attention(x, *padded.text_kv[0], padded.mask_R11T)
+        one = attention(x, *exact_length.text_kv[0], exact_length.bias_R11T)
+        other = attention(x, *padded.text_kv[0], padded.bias_R11T)
     assert (one - other).abs().max() < 1e-6
 
 

@@ -1,12 +1,14 @@
 """Compiled pieces against the plain ones: each whole, without a graph break, equal to the bit or to rounding."""
 
+import copy
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from stagevar import noise
 from stagevar.models import fused
-from stagevar.models.infinity import Pieces, cosine_heads, modulated_norm, rope_table, rotate
+from stagevar.models.infinity import Pieces, Rotation, cosine_heads, modulated_norm, rope_table, rotate, turns
 from stagevar.models.registry import load_model
 from stagevar.sampler import Sampler
 from tests.model_contract import Recorder, largest_difference
@@ -27,9 +29,35 @@ def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def test_pairs_are_rotated_as_complex_numbers_are():
     x, table = numbers(4, 2, 14, 8), rope_table(GRIDS[1:4], GRIDS[-1], 8)[:, :14]
-    assert torch.allclose(fused.rotate_pairs(x, table), rotate(x, table), atol=1e-6)
+    assert torch.allclose(fused.rotate_pairs(x, table), rotate(x, turns(table)), atol=1e-6)
     by_row = table[:, torch.stack([torch.randperm(14) for _ in range(4)])]
-    assert torch.allclose(fused.rotate_pairs(x, by_row), rotate(x, by_row), atol=1e-6)
+    assert torch.allclose(fused.rotate_pairs(x, by_row), rotate(x, turns(by_row)), atol=1e-6)
+
+
+def test_a_scale_makes_its_rotary_table_once_for_the_same_positions():
+    table, made = rope_table(GRIDS[1:4], GRIDS[-1], 8)[:, :14], []
+    rotation = Rotation(table, lambda part: made.append(part) or turns(part))
+    some, others = torch.tensor([3, 1]), torch.tensor([[0, 2], [5, 4]])
+    for _ in range(3):
+        assert torch.equal(rotation.at(None), turns(table))
+    for positions in (some, others):
+        for _ in range(3):
+            assert torch.equal(rotation.at(positions), turns(table[:, positions]))
+    assert torch.equal(rotation.at(some), turns(table[:, some]))
+    assert len(made) == 4  # all, some, others, and some again after others
+
+
+def test_constants_follow_weights_that_are_trained_between_prompts(model):
+    """A conditioning made after the weights changed has the new ones."""
+    transformer = copy.deepcopy(model.transformer)
+    before = transformer.condition(model.text.encode(["a"])).constants[0]
+    with torch.no_grad():
+        block = transformer.layers()[0]
+        for weight in (block.sa.q_bias, block.sa.scale_mul_1H11, block.ca_norm.weight):
+            weight += 0.5
+    after = transformer.condition(model.text.encode(["a"])).constants[0]
+    assert not torch.equal(before.heads[0], after.heads[0]) and not torch.equal(before.heads[1], after.heads[1])
+    assert torch.equal(after.norm_weight_C, block.ca_norm.weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -46,8 +74,8 @@ def test_every_piece_is_one_graph(dtype):
             x, scale, shift = numbers(rows, tokens, 32), numbers(rows, 1, 32, seed=1), numbers(rows, 1, 32, seed=2)
             assert torch.equal(norm(x, scale, shift, dtype), modulated_norm(x, scale, shift, dtype))
             qkv, table = numbers(rows, tokens, 96).to(dtype), rope_table([(1, tokens)], (6, 36), 16)
-            ours = heads(qkv, 2, torch.zeros(1, 2, 1, 1), table)
-            for one, other in zip(ours, cosine_heads(qkv, 2, torch.zeros(1, 2, 1, 1), table), strict=True):
+            ours = heads(qkv, 2, torch.ones(1, 2, 1, 1), table)
+            for one, other in zip(ours, cosine_heads(qkv, 2, torch.ones(1, 2, 1, 1), turns(table)), strict=True):
                 assert one.dtype == dtype and torch.allclose(one.float(), other.float(), atol=1e-6, rtol=2**-7)
             keys = noise.key_tensor([(seed, "x") for seed in range(rows)])
             draws = (noise.uniform(keys, tokens, (1, 2), philox=who) for who in (philox, noise.philox4x32))
@@ -68,10 +96,10 @@ def test_compiled_draws_are_the_plain_ones():
 def test_compiled_kernels_are_near_the_plain_pieces():
     """The default compiler's kernels, at a size that none of them was special for."""
     x, scale, shift, qkv = (numbers(4, n, 32 * k, seed=k) for n, k in ((9, 1), (1, 1), (1, 1), (9, 3)))
-    table, scales = rope_table([(3, 3)], (6, 6), 16), torch.zeros(1, 2, 1, 1)
+    table, scales = rope_table([(3, 3)], (6, 6), 16), torch.ones(1, 2, 1, 1)
     with torch.inference_mode():
         ours = (fused.pieces().modulated_norm(x, scale, shift), *fused.pieces().cosine_heads(qkv, 2, scales, table))
-        plain = (modulated_norm(x, scale, shift), *cosine_heads(qkv, 2, scales, table))
+        plain = (modulated_norm(x, scale, shift), *cosine_heads(qkv, 2, scales, turns(table)))
     assert all(torch.allclose(one, other, atol=2e-6) for one, other in zip(ours, plain, strict=True))
 
 
@@ -81,7 +109,7 @@ def test_a_compiled_generation_is_the_plain_one(model, monkeypatch):
     plain.run(SCHEDULES["paper"], PROMPTS, SEEDS)
     ours = Recorder(model, forced=plain.tokens)
     traced = (torch.compile(piece, dynamic=True, backend="aot_eager") for piece in (modulated_norm, fused.real_heads))
-    made = Pieces(*traced)
+    made = Pieces(*traced, fused.pair_table)
     monkeypatch.setattr(fused, "pieces", lambda: made)
     ours._transformers["model"] = fused.compiled(model.transformer)
     ours.run(SCHEDULES["paper"], PROMPTS, SEEDS)

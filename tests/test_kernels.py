@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from stagevar.engine import kernels
-from stagevar.models.infinity import cosine_heads, modulated_norm
+from stagevar.models.infinity import cosine_heads, modulated_norm, turns
 from tests.kernel_cases import MODELS, Numbers
 
 triton = pytest.importorskip("triton")
@@ -61,12 +61,12 @@ def test_twins_are_what_the_model_computes():
     _, normed = kernels.gated_norm_twin(stream, None, None, weight[None, None], bias[None, None], False, torch.float32)
     assert torch.allclose(normed, F.layer_norm(stream, (64,), weight, bias, 1e-6), atol=1e-6)
 
-    qkv, log_scale = make(2, 9, 192), make(1, 4, 1, 1)
+    qkv, factor = make(2, 9, 192), make(1, 4, 1, 1).exp()
     angle = make(9, 8)
     table = torch.stack([angle.cos(), angle.sin()])
     keys, values = torch.zeros(2, 2, 4, 9, 16)
-    q = kernels.heads_into_cache_twin(qkv, log_scale.exp().flatten(), table, keys, values)
-    for one, other in zip((q, keys, values), cosine_heads(qkv, 4, log_scale, table), strict=True):
+    q = kernels.heads_into_cache_twin(qkv, factor.flatten(), table, keys, values)
+    for one, other in zip((q, keys, values), cosine_heads(qkv, 4, factor, turns(table)), strict=True):
         assert torch.allclose(one, other, atol=1e-6)
 
 

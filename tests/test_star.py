@@ -14,6 +14,7 @@ from stagevar.grids import STAR_SIDES, square
 from stagevar.models import star_text, vq_loader
 from stagevar.models.base import LoadedModel, Sampling, around_nothing
 from stagevar.models.hub import HubFile
+from stagevar.models.infinity import Rotation, turns
 from stagevar.models.registry import find, load_model, model_parts, published, resolve
 from stagevar.models.star import STAR, STARConfig, rope_table, shared_by_position
 from stagevar.models.star_text import ClipText, PromptText, RandomClipText
@@ -63,8 +64,9 @@ class TestContract(ModelContract):
 
     def uncached_logits(self, model, x_RLC, conditioning):
         attend = masked_attend([h * w for h, w in model.grids])
+        rotation = Rotation(model.transformer._rope, turns)
         for layer, block in enumerate(model.transformer.blocks):
-            x_RLC = block(x_RLC, layer, model.transformer._rope, None, conditioning, attend, around_nothing)
+            x_RLC = block(x_RLC, layer, rotation, None, conditioning, attend, around_nothing)
         return model.transformer.logits(x_RLC, conditioning)
 
 

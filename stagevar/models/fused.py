@@ -26,7 +26,7 @@ Model = TypeVar("Model", bound=NextScaleModel)
 
 
 def rotate_pairs(x_RHLc: Tensor, cos_sin: Tensor) -> Tensor:
-    """`infinity.rotate` without complex numbers, for which compilers generate no code."""
+    """`infinity.rotate` of (cos, sin), without complex numbers, for which compilers generate no code."""
     cos, sin = cos_sin.unbind(0)
     if cos.ndim == 3:
         cos, sin = cos[:, None], sin[:, None]
@@ -34,11 +34,16 @@ def rotate_pairs(x_RHLc: Tensor, cos_sin: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 
+def pair_table(cos_sin: Tensor) -> Tensor:
+    """The table that `rotate_pairs` takes."""
+    return cos_sin
+
+
 def real_heads(
-    qkv_RL3C: Tensor, heads: int, log_scale_1H11: Tensor, cos_sin: Tensor | None
+    qkv_RL3C: Tensor, heads: int, factor_1H11: Tensor, cos_sin: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`infinity.cosine_heads`, q and k already in the precision that attention casts them to."""
-    q, k, v = cosine_heads(qkv_RL3C, heads, log_scale_1H11, cos_sin, rotate_pairs)
+    q, k, v = cosine_heads(qkv_RL3C, heads, factor_1H11, cos_sin, rotate_pairs)
     return q.to(v.dtype), k.to(v.dtype), v
 
 
@@ -67,7 +72,7 @@ def compiler(function: Callable[..., Any]) -> Callable[..., Any]:
 @cache
 def pieces() -> Pieces:
     """The compiled pieces, one set for all models of a process."""
-    return Pieces(compiler(modulated_norm), compiler(real_heads))
+    return Pieces(compiler(modulated_norm), compiler(real_heads), pair_table)
 
 
 @cache

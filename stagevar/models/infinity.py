@@ -37,7 +37,7 @@ from stagevar.models.precision import LowPrecisionLinear
 from stagevar.noise import ScaleNoise
 
 MAX_SCALE_MUL = math.log(100.0)
-#: turn(x_RHLc, cos_sin) -> x_RHLc
+#: turn(x_RHLc, table) -> x_RHLc, with the table in the form that the function takes
 Turn = Callable[[Tensor, Tensor], Tensor]
 _ANY_SDPA = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
 
@@ -96,15 +96,43 @@ def rope_table(grids: Sequence[Grid], rope_grid: Grid, head_dim: int) -> Tensor:
     return torch.stack([angle_Lc.cos(), angle_Lc.sin()])
 
 
-def rotate(x_RHLc: Tensor, cos_sin: Tensor) -> Tensor:
-    """Rotary embedding of interleaved pairs, as one complex product; leading axes before RHLc are allowed.
-
-    cos_sin is (2, L, c/2) or, per row, (2, R, L, c/2).
-    """
+def turns(cos_sin: Tensor) -> Tensor:
+    """The table that `rotate` takes, complex: (L, c/2) of (2, L, c/2), or (R, 1, L, c/2) of (2, R, L, c/2) for all heads."""
     table = torch.complex(cos_sin[0], cos_sin[1])
-    if table.ndim == 3:
-        table = table[:, None]
+    return table[:, None] if table.ndim == 3 else table
+
+
+def rotate(x_RHLc: Tensor, table: Tensor) -> Tensor:
+    """Rotary embedding of interleaved pairs, as one complex product with `turns`; axes before RHLc are allowed."""
     return torch.view_as_real(torch.view_as_complex(x_RHLc.unflatten(-1, (-1, 2))) * table).flatten(-2)
+
+
+class Rotation:
+    """The rotary table of one scale in the form that the heads take, made once for all layers with the same positions.
+
+    Args:
+        cos_sin: (2, L, c/2) of all positions in order. prepare: makes of such a table what the heads take.
+    """
+
+    def __init__(self, cos_sin: Tensor, prepare: Callable[[Tensor], Tensor]):
+        self._cos_sin, self._prepare = cos_sin, prepare
+        self._whole: Tensor | None = None
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Positions of the scale."""
+        return self._cos_sin.shape[1]
+
+    def at(self, positions: Tensor | None) -> Tensor:
+        """The table of these raster positions, as a site gives them."""
+        if positions is None:
+            if self._whole is None:
+                self._whole = self._prepare(self._cos_sin)
+            return self._whole
+        if self._last is None or self._last[0] is not positions:
+            self._last = (positions, self._prepare(self._cos_sin[:, positions]))
+        return self._last[1]
 
 
 def modulated_norm(x_RLC: Tensor, scale_R1C: Tensor, shift_R1C: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -114,23 +142,27 @@ def modulated_norm(x_RLC: Tensor, scale_R1C: Tensor, shift_R1C: Tensor, dtype: t
 
 
 def cosine_heads(
-    qkv_RL3C: Tensor, heads: int, log_scale_1H11: Tensor, cos_sin: Tensor | None, turn: Turn = rotate
+    qkv_RL3C: Tensor, heads: int, factor_1H11: Tensor, table: Tensor | None, turn: Turn = rotate
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v, each (R, H, L, c): q and k of unit length, rotated by `turn` (not, without a table), q scaled."""
+    """q, k and v, each (R, H, L, c): q and k of unit length, rotated by `turn` (not, without a table), q times its factor."""
     qkv = qkv_RL3C.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     # q and k together: on small scales the number of kernels is what counts. The scale of q commutes with the rotation.
     qk = F.normalize(qkv[:2].float(), dim=-1, eps=1e-12)
-    if cos_sin is not None:
-        qk = turn(qk, cos_sin)
-    return qk[0] * log_scale_1H11.float().clamp_max(MAX_SCALE_MUL).exp(), qk[1], qkv[2]
+    if table is not None:
+        qk = turn(qk, table)
+    return qk[0] * factor_1H11, qk[1], qkv[2]
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """What runs between the matrix products; stagevar.models.fused has the same as compiled kernels."""
+    """What runs between the matrix products; stagevar.models.fused has the same as compiled kernels.
+
+    table: makes of (cos, sin) the rotary table that cosine_heads takes.
+    """
 
     modulated_norm: Callable[..., Tensor] = modulated_norm
     cosine_heads: Callable[..., tuple[Tensor, Tensor, Tensor]] = cosine_heads
+    table: Callable[[Tensor], Tensor] = turns
 
 
 PLAIN = Pieces()
@@ -159,11 +191,17 @@ class SelfAttention(nn.Module):
         self.scale_mul_1H11 = nn.Parameter(torch.full((1, self.heads, 1, 1), math.log(4.0)))
         self.proj = nn.Linear(width, width)
 
-    def qkv(self, x_RLC: Tensor, cos_sin: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k (normalised and rotated; None: not rotated) and v, each (R, H, L, c)."""
-        bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
-        qkv = linear(x_RLC, self.mat_qkv, bias)
-        return self.pieces.cosine_heads(qkv, self.heads, self.scale_mul_1H11, cos_sin)
+    def constants(self) -> tuple[Tensor, Tensor]:
+        """(bias of the qkv product (3C,), factor of q (1, H, 1, 1), float32): the same at every scale of every image."""
+        factor_1H11 = self.scale_mul_1H11.float().clamp_max(MAX_SCALE_MUL).exp()
+        return torch.cat([self.q_bias, self.zero_k_bias, self.v_bias]), factor_1H11
+
+    def qkv(
+        self, x_RLC: Tensor, table: Tensor | None, constants: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k (normalised and rotated; None: not rotated) and v, each (R, H, L, c); with `constants()`, made earlier."""
+        bias_3C, factor_1H11 = constants
+        return self.pieces.cosine_heads(linear(x_RLC, self.mat_qkv, bias_3C), self.heads, factor_1H11, table)
 
 
 class CrossAttention(nn.Module):
@@ -248,7 +286,7 @@ class Block(nn.Module):
         self,
         x_RLC: Tensor,
         layer: int,
-        cos_sin: Tensor,
+        rotation: Rotation,
         positions: Tensor | None,
         conditioning: InfinityConditioning,
         attend: Attend,
@@ -256,17 +294,18 @@ class Block(nn.Module):
     ) -> Tensor:
         gamma1, gamma2, scale1, scale2, shift1, shift2 = conditioning.modulation[layer]
         text_k, text_v = conditioning.text_kv[layer]
+        constants = conditioning.constants[layer]
         dtype = text_k.dtype  # of the products
 
         def attention(x: Tensor, positions: Tensor | None) -> Tensor:
-            table = cos_sin if positions is None else cos_sin[:, positions]
-            q, k, v = self.sa.qkv(self.pieces.modulated_norm(x, scale1, shift1, dtype), table)
+            normed = self.pieces.modulated_norm(x, scale1, shift1, dtype)
+            q, k, v = self.sa.qkv(normed, rotation.at(positions), constants.heads)
             out_RHLc = attend(layer, q, k, v, 1.0)
             return linear(out_RHLc.transpose(1, 2).flatten(2), self.sa.proj) * gamma1
 
         def cross(x: Tensor, positions: Tensor | None) -> Tensor:
-            normed = F.layer_norm(x, x.shape[-1:], self.ca_norm.weight.to(x.dtype), self.ca_norm.bias.to(x.dtype), 1e-6)
-            return self.ca(normed, text_k, text_v, conditioning.mask_R11T)
+            normed = F.layer_norm(x, x.shape[-1:], constants.norm_weight_C, constants.norm_bias_C, 1e-6)
+            return self.ca(normed, text_k, text_v, conditioning.bias_R11T)
 
         def feed_forward(x: Tensor, positions: Tensor | None) -> Tensor:
             return self.ffn(self.pieces.modulated_norm(x, scale2, shift2, dtype)) * gamma2
@@ -274,6 +313,23 @@ class Block(nn.Module):
         x_RLC = x_RLC + around(Site("attn", layer), x_RLC, positions, attention)
         x_RLC = x_RLC + around(Site("cross", layer), x_RLC, positions, cross)
         return x_RLC + around(Site("mlp", layer), x_RLC, positions, feed_forward)
+
+    def constants(self) -> LayerConstants:
+        """Made once per prompt, not per scale: the model may be trained in between."""
+        return LayerConstants(self.sa.constants(), self.ca_norm.weight.float(), self.ca_norm.bias.float())
+
+
+@dataclass(frozen=True)
+class LayerConstants:
+    """What a block makes of its weights alone. No prompt changes it, so a recorded graph reads it where it is.
+
+    heads: `SelfAttention.constants`. norm_weight_C, norm_bias_C: of the norm before cross-attention, in the precision of
+    the residual stream, float32.
+    """
+
+    heads: tuple[Tensor, Tensor]
+    norm_weight_C: Tensor
+    norm_bias_C: Tensor
 
 
 class _Chunk(nn.Module):
@@ -303,13 +359,18 @@ class _Scale(nn.Module):
 
 @dataclass
 class InfinityConditioning(Conditioning):
-    """pooled_RC; modulation per layer: six (R, 1, C); text_kv per layer: two (R, H, T, c); mask_R11T: None when no padding."""
+    """pooled_RC; modulation per layer: six (R, 1, C); text_kv per layer: two (R, H, T, c).
+
+    bias_R11T: added to cross-attention's scores, 0 for real text rows and -inf for padding, in the precision of text_kv, so
+    that no scale converts a mask; None without padding. constants: per layer.
+    """
 
     pooled_RC: Tensor
     modulation: list[tuple[Tensor, ...]]
     text_kv: list[tuple[Tensor, Tensor]]
-    mask_R11T: Tensor | None
+    bias_R11T: Tensor | None
     head_modulation: tuple[Tensor, Tensor]
+    constants: tuple[LayerConstants, ...]
 
     @property
     def rows(self) -> int:
@@ -322,18 +383,19 @@ class InfinityConditioning(Conditioning):
             self.pooled_RC[rows],
             [tuple(part[rows] for part in layer) for layer in self.modulation],
             [(k[rows], v[rows]) for k, v in self.text_kv],
-            None if self.mask_R11T is None else self.mask_R11T[rows],
+            None if self.bias_R11T is None else self.bias_R11T[rows],
             (self.head_modulation[0][rows], self.head_modulation[1][rows]),
+            self.constants,
         )
 
     def padded(self, multiple: int) -> InfinityConditioning:
-        length = self.text_kv[0][0].shape[2]
-        extra = -length % multiple
-        mask = self.mask_R11T
-        if mask is None:
-            mask = torch.ones(self.rows, 1, 1, length, dtype=torch.bool, device=self.pooled_RC.device)
+        k_RHTc = self.text_kv[0][0]
+        extra = -k_RHTc.shape[2] % multiple
+        bias = self.bias_R11T
+        if bias is None:
+            bias = k_RHTc.new_zeros(self.rows, 1, 1, k_RHTc.shape[2])
         text_kv = [(F.pad(k, (0, 0, 0, extra)), F.pad(v, (0, 0, 0, extra))) for k, v in self.text_kv]
-        return dataclasses.replace(self, text_kv=text_kv, mask_R11T=F.pad(mask, (0, extra)))
+        return dataclasses.replace(self, text_kv=text_kv, bias_R11T=F.pad(bias, (0, extra), value=-math.inf))
 
 
 def pad_text(features: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -417,6 +479,9 @@ class Infinity(NextScaleModel):
         h, w = self.grids[scale]
         return self._rope[:, start : start + h * w]
 
+    def _rotation(self, cos_sin: Tensor) -> Rotation:
+        return Rotation(cos_sin, self.layers()[0].sa.pieces.table)
+
     # ---------------------------------------------------------------- text
 
     def condition(self, prompts: Sequence[Tensor], negative: Sequence[Tensor] | None = None) -> InfinityConditioning:
@@ -444,7 +509,14 @@ class Infinity(NextScaleModel):
         for block in self.layers():
             modulation.append(tuple((block.ada_gss.float() + gss).unbind(2)))
             text_kv.append(block.ca.text_kv(text_RTC))
-        return InfinityConditioning(pooled_RC, modulation, text_kv, mask_R11T, (head_scale, head_shift))
+        bias = (
+            None if mask_R11T is None else text_kv[0][0].new_zeros(mask_R11T.shape).masked_fill(~mask_R11T, -math.inf)
+        )
+        return InfinityConditioning(pooled_RC, modulation, text_kv, bias, (head_scale, head_shift), self.constants())
+
+    def constants(self) -> tuple[LayerConstants, ...]:
+        """What the blocks make of their weights alone, as they are now."""
+        return tuple(block.constants() for block in self.layers())
 
     # ---------------------------------------------------------------- forward
 
@@ -467,14 +539,14 @@ class Infinity(NextScaleModel):
     ) -> Tensor:
         level_C = self.lvl_embed.weight[scale]
         every_chunk = self.config.level_embedding_every_chunk
-        cos_sin = self._scale_rope(scale)
+        rotation = self._rotation(self._scale_rope(scale))
         blocks, conditioning_of = self.layers(), by_layer(conditioning, fuse)
 
         def run_chunk(layers: range, x: Tensor, positions: Tensor | None) -> Tensor:
             for layer in layers:
                 if fuse is not None and layer == fuse[0]:
                     x = mixed(x, fuse[1])
-                x = blocks[layer](x, layer, cos_sin, positions, conditioning_of(layer), attend, around)
+                x = blocks[layer](x, layer, rotation, positions, conditioning_of(layer), attend, around)
                 if inner_guidance and layer in inner_guidance:
                     x = mixed(x, inner_guidance[layer]).repeat(2, 1, 1)
             return x
@@ -527,11 +599,12 @@ class Infinity(NextScaleModel):
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
             return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=visible_LL, scale=scale)
 
-        x = x + level_LC
+        assert self._rope is not None, "set_grids was not called"
+        x, rotation = x + level_LC, self._rotation(self._rope)
         for layer, block in enumerate(self.layers()):
             if layer and layer % len(self.chunk_layers[0]) == 0 and self.config.level_embedding_every_chunk:
                 x = x + level_LC
-            x = block(x, layer, self._rope, None, conditioning, attend, around_nothing)
+            x = block(x, layer, rotation, None, conditioning, attend, around_nothing)
         return self.logits(x, conditioning)
 
 

@@ -38,7 +38,7 @@ from stagevar.models.base import (
     around_nothing,
     by_layer,
 )
-from stagevar.models.infinity import MAX_SCALE_MUL, FeedForward, SelfAttention, linear
+from stagevar.models.infinity import MAX_SCALE_MUL, FeedForward, Rotation, SelfAttention, linear
 from stagevar.models.star_text import PromptText
 from stagevar.models.var import draw_index, run_trunk
 from stagevar.noise import ScaleNoise
@@ -189,19 +189,18 @@ class Block(nn.Module):
         self,
         x_RLC: Tensor,
         layer: int,
-        cos_sin: Tensor,
+        rotation: Rotation,
         positions: Tensor | None,
         conditioning: STARConditioning,
         attend: Attend,
         around: Around,
     ) -> Tensor:
         def attention(x: Tensor, positions: Tensor | None) -> Tensor:
-            table = cos_sin if positions is None else cos_sin[:, positions]
-            q, k, v = self.attn.qkv(plain_norm(x), table)
+            q, k, v = self.attn.qkv(plain_norm(x), rotation.at(positions), self.attn.constants())
             return linear(attend(layer, q, k, v, 1.0).transpose(1, 2).flatten(2), self.attn.proj)
 
         def cross(x: Tensor, positions: Tensor | None) -> Tensor:
-            return self._cross(x, positions, conditioning, layer, cos_sin.shape[1])
+            return self._cross(x, positions, conditioning, layer, rotation.tokens)
 
         def feed_forward(x: Tensor, positions: Tensor | None) -> Tensor:
             return self.ffn(plain_norm(x))
@@ -299,10 +298,11 @@ class STAR(NextScaleModel):
         inner_guidance: dict[int, float] | None = None,
         fuse: tuple[int, float] | None = None,
     ) -> Tensor:
-        cos_sin, conditioning_of = self._scale_rope(scale), by_layer(conditioning, fuse)
+        conditioning_of = by_layer(conditioning, fuse)
+        rotation = Rotation(self._scale_rope(scale), self.blocks[0].attn.pieces.table)
 
         def run_layer(layer: int, x: Tensor, positions: Tensor | None) -> Tensor:
-            return self.blocks[layer](x, layer, cos_sin, positions, conditioning_of(layer), attend, around)
+            return self.blocks[layer](x, layer, rotation, positions, conditioning_of(layer), attend, around)
 
         return run_trunk(x_RLC, self.chunk_layers, run_layer, around, inner_guidance, fuse)
 

@@ -168,7 +168,8 @@ class Block(nn.Module):
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
 
         def attention(x: Tensor, positions: Tensor | None) -> Tensor:
-            q, k, v = self.attn.qkv(self.pieces.modulated_norm(x, scale1, shift1), None)
+            normed = self.pieces.modulated_norm(x, scale1, shift1)
+            q, k, v = self.attn.qkv(normed, None, self.attn.constants())
             return linear(attend(layer, q, k, v, 1.0).transpose(1, 2).flatten(2), self.attn.proj) * gamma1
 
         def feed_forward(x: Tensor, positions: Tensor | None) -> Tensor:
