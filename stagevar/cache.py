@@ -16,45 +16,17 @@ goes on as it did; one layer at a time is widened for its attention.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stagevar.errors import UsageError
+from stagevar import attention
 from stagevar.schedule import BOTH, Branch, LowRank, Pivotal, Steps
 
 #: How entries are stored: in the blocks' precision, or in 8 bits.
 KV_CACHES = ("model", "int8")
-#: Attention kernels on a card, the first that can is taken. Cached attention has no mask, so flash attention always can;
-#: attention to padded text has one.
-_KERNELS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
-}
 #: lengths[branch][layer]
 Lengths = tuple[tuple[int, ...], ...]
-
-
-def prefer_attention(name: str) -> None:
-    """Puts a kernel first for this process: flash (the default), cudnn, efficient or math. Raises UsageError."""
-    if name not in _KERNELS:
-        raise UsageError(f"unknown attention {name!r}; use {', '.join(_KERNELS)}")
-    chosen = _KERNELS.pop(name)
-    others = dict(_KERNELS)
-    _KERNELS.clear()
-    _KERNELS.update({name: chosen, **others})
-
-
-def attention_kernels(device: torch.device) -> AbstractContextManager[object]:
-    """Fixes the order in which a card's attention kernels are tried, instead of the library's of the day."""
-    if device.type != "cuda":
-        return nullcontext()
-    return sdpa_kernel(list(_KERNELS.values()), set_priority=True)
 
 
 def step_lengths(steps: Steps, chunk_layers: Sequence[range]) -> dict[Branch, list[int]]:
@@ -208,4 +180,4 @@ class KVCache:
             # Written as it is multiplied: a float32 product beside it would be the largest tensor of all.
             wide = store.new_empty((*store.shape[:3], stop, store.shape[4]), dtype=self.dtype)
             keys, values = torch.mul(store[..., :stop, :], scales[..., :stop, :], out=wide)
-        return F.scaled_dot_product_attention(q.to(self.dtype), keys, values, scale=scale)
+        return attention.attend(q.to(self.dtype), keys, values, scale=scale)

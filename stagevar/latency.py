@@ -59,14 +59,15 @@ def time_once(run: Run, device: torch.device | str = "cpu") -> tuple[float, floa
         start = time.perf_counter()
         run()
         return (time.perf_counter() - start) * 1e3, None
-    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    first.record()
-    run()
-    last.record()
-    torch.cuda.synchronize(device)
-    return (time.perf_counter() - start) * 1e3, first.elapsed_time(last)
+    with torch.cuda.device(device):  # events are recorded where they are made, on the current device
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        first.record()
+        run()
+        last.record()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) * 1e3, first.elapsed_time(last)
 
 
 def warm_up(run: Run, device: torch.device | str = "cpu", at_most: int = 12) -> tuple[int, bool]:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from stagevar.accelerators.base import Accelerator, Cached, ScaleContext, State
 from stagevar.accelerators.composite import Composite
-from stagevar.cache import KVCache, Lengths, attention_kernels, step_lengths
+from stagevar.attention import attention_kernels
+from stagevar.cache import KVCache, Lengths, step_lengths
 from stagevar.engine import Engine, Start, build_engine
 from stagevar.errors import ScheduleError
 from stagevar.models.base import Around, LoadedModel, NextScaleModel, Sampling, Site, SiteFn

@@ -8,12 +8,13 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from benchmarks.relaunch import RelaunchRecorder, tensors_of, with_tensors
-from stagevar.cache import attention_kernels, prefer_attention
+from stagevar.attention import attend, attention_kernels, order_of, prefer_attention
 from stagevar.engine import CudaRecorder, GraphEngine, Recorder, RecordingFailed, build_engine
 from stagevar.errors import UsageError
 from stagevar.noise import PromptNoise
@@ -332,20 +333,50 @@ def test_kernels_launched_one_by_one_over_the_same_buffers(model):
             assert np.array_equal(images(sampler, steps, prompts, seeds, False), expected)
 
 
-def test_a_card_tries_flash_attention_first_unless_told_otherwise():
-    def order():
-        with attention_kernels(torch.device("cuda")):
-            return [torch.nn.attention.SDPBackend(value).name for value in torch._C._get_sdp_priority_order()]
-
-    before = torch._C._get_sdp_priority_order()
-    assert order()[0] == "FLASH_ATTENTION"
+@pytest.fixture
+def cudnn_preferred():
     prefer_attention("cudnn")
-    assert order()[:2] == ["CUDNN_ATTENTION", "FLASH_ATTENTION"]
+    yield
     prefer_attention("flash")
-    assert order()[:2] == ["FLASH_ATTENTION", "CUDNN_ATTENTION"]
+
+
+def priorities():
+    return [torch.nn.attention.SDPBackend(value).name for value in torch._C._get_sdp_priority_order()]
+
+
+def test_a_card_tries_flash_attention_first_and_never_cudnn_unless_told_otherwise():
+    before = torch._C._get_sdp_priority_order()
+    with attention_kernels(torch.device("cuda")):
+        assert priorities()[:3] == ["FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"]
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert torch._C._get_sdp_priority_order() == before, "nothing is left behind"
     with pytest.raises(UsageError, match="unknown attention 'fast'; use flash, cudnn, efficient, math"):
         prefer_attention("fast")
+
+
+def test_masked_and_small_calls_never_take_cudnn(cudnn_preferred):
+    """It would build a plan of a third of a second for every new shape."""
+    assert order_of(masked=True, queries=4096) == order_of(masked=False, queries=256) == ["flash", "efficient", "math"]
+    assert order_of(masked=False, queries=257) == ["cudnn", "flash", "efficient", "math"]
+    with attention_kernels(torch.device("cuda")):
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_large_calls_without_a_mask_take_cudnn_where_it_is_preferred(cudnn_preferred, monkeypatch):
+    enabled, plain = [], torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*arguments, **options):
+        enabled.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return arguments[0]
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    with FakeTensorMode():
+        large, small = (torch.empty(1, 2, n, 8, device="cuda:0") for n in (300, 200))
+        with attention_kernels(torch.device("cuda")):
+            attend(large, large, large)
+            attend(small, small, small)
+            attend(large, large, large, torch.empty(1, 1, 1, 300, device="cuda:0"))
+    assert enabled == [True, False, False] and plain is not spy
 
 
 class StandInCuda:

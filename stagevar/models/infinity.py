@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from stagevar import attention
 from stagevar.models.base import (
     Around,
     Attend,
@@ -224,9 +225,9 @@ class CrossAttention(nn.Module):
         k, v = kv.unflatten(-1, (2, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
         return k, v
 
-    def forward(self, x_RLC: Tensor, k_RHTc: Tensor, v_RHTc: Tensor, mask_R11T: Tensor | None) -> Tensor:
+    def forward(self, x_RLC: Tensor, k_RHTc: Tensor, v_RHTc: Tensor, bias_R11T: Tensor | None) -> Tensor:
         q = linear(x_RLC, self.mat_q).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
-        out = F.scaled_dot_product_attention(q, k_RHTc, v_RHTc, attn_mask=mask_R11T)
+        out = attention.attend(q, k_RHTc, v_RHTc, bias_R11T)
         return linear(out.transpose(1, 2).flatten(2), self.proj)
 
 

@@ -19,6 +19,8 @@ from stagevar.models.weights import BSQVAE_RULES, INFINITY_RULES, block_precisio
 
 #: Parameters of flan-t5-xl's encoder: embeddings and 24 layers of width 2048 with gated feed-forwards of 5120.
 _T5_PARAMETERS = 32128 * 2048 + 24 * (4 * 2048 * 2048 + 3 * 2048 * 5120)
+#: Of these, the feed-forwards' output layers, which transformers keeps in float32 where the rest is float16.
+_T5_WIDE = 24 * 2048 * 5120
 
 
 def parts(request: LoadRequest) -> Parts:
@@ -31,7 +33,7 @@ def parts(request: LoadRequest) -> Parts:
         tokenizer = BSQVAE(settings["latent_dim"], grids, settings["patchify"], settings.get("base_ch", 128))
     text_bytes = 0
     if request.spec.text and not request.random:
-        text_bytes = _T5_PARAMETERS * (2 if request.device.type == "cuda" else 4)
+        text_bytes = 2 * (_T5_PARAMETERS + _T5_WIDE) if request.device.type == "cuda" else 4 * _T5_PARAMETERS
     return Parts(
         Part(transformer, INFINITY_RULES, block_precision(request.dtype)),
         Part(tokenizer, BSQVAE_RULES, everywhere(request.dtype)),

@@ -353,10 +353,19 @@ def _resolve_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
 
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype is None or dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return _card_dtype(device) if device.type == "cuda" else torch.float32
     if dtype not in known:
         raise UsageError(f"unknown dtype {dtype!r:.60}; use auto, {', '.join(known)}")
     return known[dtype]
+
+
+def _card_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16, or float16 on cards before compute capability 8.0, whose tensor cores and fused attention lack the other."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
+        return torch.float16
+    return torch.bfloat16
 
 
 def load_model(name: str, **options: Any) -> LoadedModel:

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stagevar import attention
 from stagevar.errors import UsageError
 from stagevar.grids import Grid, square
 from stagevar.models.base import (
@@ -119,7 +120,7 @@ class CrossAttention(nn.Module):
         q = linear(x_BLC, self.mat_q, self.q_bias)
         q = q.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2).float()
         q = F.normalize(q, dim=-1, eps=1e-12) * self.scale_mul_1H11.float().clamp_max(MAX_SCALE_MUL).exp()
-        out = F.scaled_dot_product_attention(q.to(v.dtype), k, v, attn_mask=mask_B11T, scale=1.0)
+        out = attention.attend(q.to(v.dtype), k, v, mask_B11T, scale=1.0)
         return linear(out.transpose(1, 2).flatten(2), self.proj)
 
 

@@ -59,6 +59,8 @@ class _Attention(nn.Module):
 
     def forward(self, x_BChw: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm(x_BChw)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)
+        if x_BChw.device.type == "cuda":  # channels are far apart here, and no fused kernel of a card takes that
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         out_BLC = F.scaled_dot_product_attention(q, k, v)[:, 0]
         return x_BChw + self.proj_out(out_BLC.transpose(1, 2).unflatten(2, x_BChw.shape[-2:]))
 
