@@ -15,7 +15,7 @@ goes on as it did; one layer at a time is widened for its attention.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from stagevar.schedule import BOTH, Branch, LowRank, Pivotal, Steps
 
 #: How entries are stored: in the blocks' precision, or in 8 bits.
 KV_CACHES = ("model", "int8")
+#: (qkv_RL3C, factor_H, cos_sin, keys_RHLc, values_RHLc) -> q_RHLc: `stagevar.engine.kernels.heads_into_cache_twin`.
+HeadsIntoCache = Callable[[Tensor, Tensor, "Tensor | None", Tensor, Tensor], Tensor]
 #: lengths[branch][layer]
 Lengths = tuple[tuple[int, ...], ...]
 
@@ -141,8 +143,47 @@ class KVCache:
 
         Raises RuntimeError when the capacity is exceeded (a schedule larger than the one the cache was built for).
         """
+        start = self._extend(branches, layer, k_RHLc.shape[2])
+        if len(branches) == 1 or self.joint:
+            return self._attend(tuple(branches), layer, start, q_RHLc, k_RHLc, v_RHLc, scale)
+        halves = zip(branches, *(x.chunk(2) for x in (q_RHLc, k_RHLc, v_RHLc)), strict=True)
+        return torch.cat([self._attend((branch,), layer, start, q, k, v, scale) for branch, q, k, v in halves])
+
+    def attend_heads(
+        self,
+        branches: Sequence[Branch],
+        layer: int,
+        qkv_RL3C: Tensor,
+        factor_H: Tensor,
+        cos_sin: Tensor | None,
+        write: HeadsIntoCache,
+        scale: float,
+    ) -> Tensor:
+        """As `attend`, of the qkv product's output: `write` makes the heads and puts keys and values where they are kept.
+
+        Args:
+            factor_H, cos_sin: of `write`; a table per row is (2, R, L, c/2).
+
+        Raises RuntimeError as `attend` does; not for entries in 8 bits.
+        """
+        start = self._extend(branches, layer, qkv_RL3C.shape[1])
+        stop = start + qkv_RL3C.shape[1]
+        if len(branches) == 1 or self.joint:
+            parts = [(tuple(branches), qkv_RL3C, cos_sin)]
+        else:
+            tables = (cos_sin, cos_sin) if cos_sin is None or cos_sin.ndim == 3 else cos_sin.chunk(2, dim=1)
+            parts = [((branch,), *part) for branch, *part in zip(branches, qkv_RL3C.chunk(2), tables, strict=True)]
+        out = []
+        for rows, qkv, table in parts:
+            store = self._store[rows[0] if len(rows) == 1 else rows][layer]
+            q = write(qkv, factor_H, table, store[0, :, :, start:stop], store[1, :, :, start:stop])
+            out.append(attention.attend(q, store[0, :, :, :stop], store[1, :, :, :stop], scale=scale))
+        return out[0] if len(out) == 1 else torch.cat(out)
+
+    def _extend(self, branches: Sequence[Branch], layer: int, tokens: int) -> int:
+        """Books entries of a layer; returns where they begin."""
         start = self._length[branches[0]][layer]
-        stop = start + k_RHLc.shape[2]
+        stop = start + tokens
         for branch in branches:
             if self._length[branch][layer] != start:
                 raise RuntimeError(
@@ -154,10 +195,7 @@ class KVCache:
                     f"entry {stop}; build it for a schedule that keeps as many tokens"
                 )
             self._length[branch][layer] = stop
-        if len(branches) == 1 or self.joint:
-            return self._attend(tuple(branches), layer, start, q_RHLc, k_RHLc, v_RHLc, scale)
-        halves = zip(branches, *(x.chunk(2) for x in (q_RHLc, k_RHLc, v_RHLc)), strict=True)
-        return torch.cat([self._attend((branch,), layer, start, q, k, v, scale) for branch, q, k, v in halves])
+        return start
 
     def _attend(
         self, branches: tuple[Branch, ...], layer: int, start: int, q: Tensor, k: Tensor, v: Tensor, scale: float

@@ -122,7 +122,9 @@ class EngineTrials:
                 sampler = self.build(name)
                 difference = self._difference(self._images(sampler))
                 timings = self._timings({"eager": self._eager, name: sampler})
-            why = getattr(sampler.engine, "eager_because", None)
+            from stagevar.engine import fell_back_because
+
+            why = fell_back_because(sampler.engine)
             if why is not None:
                 return EngineTried(name, refused=f"falls back to eager ({why:.160})")
             return EngineTried(name, self._eager_ms * timings[name] / timings["eager"], difference)

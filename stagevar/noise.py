@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -87,6 +88,14 @@ def normal(
     return torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)[:, :count]
 
 
+@dataclass(frozen=True)
+class Draws:
+    """Who draws: the functions above, or a card's kernels that give the same (stagevar.engine.kernels)."""
+
+    uniform: Callable[..., Tensor] = uniform
+    normal: Callable[..., Tensor] = normal
+
+
 class ScaleNoise(Protocol):
     """The draws of one scale for the rows of one forward pass. Golden tests inject their own."""
 
@@ -120,17 +129,17 @@ class PromptNoise:
 
     Args:
         prompts, seeds: one per image of the batch, any order.
-        device: where the draws are made and used. philox: who makes them.
+        device: where the draws are made and used. draws: who makes them.
 
     Attributes: keys_B2, which a recorded graph reads and `refresh` overwrites. words_R1: a word per row of both branches
     (R = 2B) that tells the branches apart.
     """
 
     def __init__(
-        self, prompts: Sequence[str], seeds: Sequence[int], device: torch.device | str, philox: Philox = philox4x32
+        self, prompts: Sequence[str], seeds: Sequence[int], device: torch.device | str, draws: Draws = Draws()
     ):
         self.identities = tuple(zip(map(int, seeds), prompts, strict=True))
-        self.device, self.philox = device, philox
+        self.device, self.draws = device, draws
         self.keys_B2 = key_tensor(self.identities, device)
         words = torch.tensor(list(_BRANCH_WORDS.values()), dtype=torch.int64)
         self.words_R1 = words.repeat_interleave(len(self.identities))[:, None].to(device)
@@ -144,7 +153,7 @@ class PromptNoise:
             [self.identities[i][1] for i in indices],
             [self.identities[i][0] for i in indices],
             self.device,
-            self.philox,
+            self.draws,
         )
 
     def refresh(self, other: PromptNoise) -> None:
@@ -159,7 +168,7 @@ class _PromptScaleNoise:
 
     def uniform(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
         keys_B2, draw = self.source.keys_B2, hash_words(purpose, self.scale)
-        return uniform(keys_B2, math.prod(shape), draw, philox=self.source.philox).reshape(len(keys_B2), *shape)
+        return self.source.draws.uniform(keys_B2, math.prod(shape), draw).reshape(len(keys_B2), *shape)
 
     def _rows(self) -> tuple[Tensor, Tensor]:
         keys_B2 = self.source.keys_B2
@@ -170,9 +179,11 @@ class _PromptScaleNoise:
     def site_uniform(self, purpose: str, site: object, shape: tuple[int, ...]) -> Tensor:
         keys_R2, words_R1 = self._rows()
         draw = hash_words(purpose, self.scale, site)
-        return uniform(keys_R2, math.prod(shape), draw, words_R1, self.source.philox).reshape(len(keys_R2), *shape)
+        draws_RN = self.source.draws.uniform(keys_R2, math.prod(shape), draw, words_R1)
+        return draws_RN.reshape(len(keys_R2), *shape)
 
     def site_normal(self, purpose: str, site: object, shape: tuple[int, ...]) -> Tensor:
         keys_R2, words_R1 = self._rows()
         draw = hash_words(purpose, self.scale, site)
-        return normal(keys_R2, math.prod(shape), draw, words_R1, self.source.philox).reshape(len(keys_R2), *shape)
+        draws_RN = self.source.draws.normal(keys_R2, math.prod(shape), draw, words_R1)
+        return draws_RN.reshape(len(keys_R2), *shape)

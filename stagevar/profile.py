@@ -60,7 +60,7 @@ class Envelope:
     device: str
     dtype: str
     batch: int
-    engine: Literal["eager", "compiled", "graph", "graph-compiled"]
+    engine: Literal["eager", "compiled", "graph", "graph-compiled", "graph-kernels"]
     threads: int | None
     torch: str
 

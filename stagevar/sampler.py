@@ -18,12 +18,12 @@ from torch import Tensor
 from stagevar.accelerators.base import Accelerator, Cached, ScaleContext, State
 from stagevar.accelerators.composite import Composite
 from stagevar.attention import attention_kernels
-from stagevar.cache import KVCache, Lengths, step_lengths
+from stagevar.cache import HeadsIntoCache, KVCache, Lengths, step_lengths
 from stagevar.engine import Engine, Start, build_engine
 from stagevar.errors import ScheduleError
 from stagevar.models.base import Around, LoadedModel, NextScaleModel, Sampling, Site, SiteFn
 from stagevar.models.precision import low_precision
-from stagevar.noise import NoiseSource, PromptNoise, philox4x32
+from stagevar.noise import Draws, NoiseSource, PromptNoise
 from stagevar.requests import check_negatives, check_prompts, check_seeds
 from stagevar.schedule import BOTH, Branch, Decision, ScaleStep, Steps, exact
 
@@ -53,6 +53,26 @@ class _Updates(dict[Site, Cached]):
     def __setitem__(self, site: Site, cached: Cached) -> None:
         if self.wanted(site):
             super().__setitem__(site, cached)
+
+
+class _CachedAttention:
+    """What a scale's layers attend with: `stagevar.models.base.Attend`, and the same from the qkv product's output."""
+
+    def __init__(self, cache: KVCache, step: ScaleStep):
+        self._cache, self._step = cache, step
+
+    @property
+    def takes_products(self) -> bool:
+        """Whether `heads` can be called: entries in 8 bits are made of finished keys and values."""
+        return not self._cache.eight_bit
+
+    def __call__(self, layer: int, q_RHLc: Tensor, k_RHLc: Tensor, v_RHLc: Tensor, scale: float) -> Tensor:
+        return self._cache.attend(self._step.branches_at(layer), layer, q_RHLc, k_RHLc, v_RHLc, scale)
+
+    def heads(
+        self, layer: int, qkv_RL3C: Tensor, factor_H: Tensor, cos_sin: Tensor, write: HeadsIntoCache, scale: float
+    ) -> Tensor:
+        return self._cache.attend_heads(self._step.branches_at(layer), layer, qkv_RL3C, factor_H, cos_sin, write, scale)
 
 
 _ENDED = "this generation ended when the sampler began another one or was released"
@@ -130,11 +150,12 @@ class Sampler:
         transformer = model.transformer
         self._full = exact(len(model.grids)).expand(model.grids, len(transformer.chunk_layers))
         self._caches: list[KVCache] = []
-        self._philox, plain = philox4x32, transformer
+        self._draws, plain = Draws(), transformer
         if self.engine.compiled:
             from stagevar.models import fused  # compilers take long to import
 
-            self._philox, plain = fused.philox(), fused.compiled(transformer)
+            self._draws, plain = fused.draws(), fused.compiled(transformer, self.engine.chained)
+            self._draws = self.engine.draws or self._draws
         self._transformers: dict[str, NextScaleModel] = {"model": plain}
         self._current: Generation | None = None
 
@@ -187,7 +208,7 @@ class Sampler:
         self._end_current()  # it would hold a cache that `_allocate` is about to free
         cache = self._allocate(batch, steps or self._full)
         code_sum = model.tokenizer.residual.zeros(batch, model.device)
-        noise = noise or PromptNoise(prompts, seeds, model.device, self._philox)
+        noise = noise or PromptNoise(prompts, seeds, model.device, self._draws)
         sampling = sampling or model.sampling
         plans = None if steps is None and among is None else tuple(among or (steps,))
         start = self.engine.start(Start(conditioning, noise, code_sum), cache, (sampling, plans))
@@ -326,7 +347,7 @@ class Sampler:
             x_RLC,
             scale,
             conditioning,
-            lambda layer, q, k, v, softmax_scale: cache.attend(step.branches_at(layer), layer, q, k, v, softmax_scale),
+            _CachedAttention(cache, step),
             around,
             inner,
             (step.fuse_layer, guidance) if step.fuse_layer else None,

@@ -8,8 +8,12 @@ import json
 
 import torch
 
+from stagevar import noise
 from stagevar.engine import kernels
 from tests.kernel_cases import CASES, LEAST, MODELS, OFFSET, Numbers
+
+#: Words of a draw at both ends of their range.
+DRAW = (2**32 - 1, 1)
 
 
 def _ulps(ours: torch.Tensor, twin: torch.Tensor) -> float:
@@ -69,5 +73,17 @@ def heads_into_cache():
             yield f"heads_into_cache {model} {dtype} {tokens} {table}", [_ulps(a, b) for a, b in pairs]
 
 
+def draws():
+    """In the dtype's rounding as the others; uniform draws are the same to the bit."""
+    keys = noise.key_tensor([(seed, "x") for seed in (1, 2, 2**40)])
+    words = torch.tensor([[1], [2], [1]])
+    for count, word in ((1, 0), (700, words), (1025, 2)):
+        for normal in (False, True):
+            ours = kernels.draws_launch(kernels.draws_kernel, keys, count, DRAW, word, normal)
+            twin = (noise.normal if normal else noise.uniform)(keys, count, DRAW, word)
+            assert normal or torch.equal(ours, twin)
+            yield f"draws torch.float32 {count} {normal}", [_ulps(ours, twin)]
+
+
 if __name__ == "__main__":
-    print(json.dumps(dict(itertools.chain(gated_norm(), heads_into_cache()))))
+    print(json.dumps(dict(itertools.chain(gated_norm(), heads_into_cache(), draws()))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from unittest import mock
 
 import torch
@@ -9,14 +10,14 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from stagevar.engine import TEXT_BUCKET
+from stagevar.engine import TEXT_BUCKET, kernels
 from stagevar.grids import infinity_grids
 from stagevar.models import fused
 from stagevar.models.base import LoadedModel
-from stagevar.models.infinity import Pieces, modulated_norm
+from stagevar.models.infinity import Chained, Pieces, modulated_norm
 from stagevar.models.loading import default_sampling
 from stagevar.models.registry import model_parts, published, resolve
-from stagevar.noise import PromptNoise, philox4x32
+from stagevar.noise import Draws, PromptNoise, normal, philox4x32, uniform
 from stagevar.sampler import Sampler
 from stagevar.schedule import preset
 from tests.fake_cuda import CUDA, fake_mode
@@ -36,6 +37,8 @@ _KERNELS = {
 }
 #: Kernels of each compiled piece, as Inductor generates them for a card.
 _COMPILED = {"modulated_norm": 1, "real_heads": 3, "philox": 1}
+#: Those of stagevar.engine.kernels; GELU is part of its product.
+_KERNELS_OF_OURS = {"gated_norm": 1, "heads_into_cache": 1, "gelu_linear": 1, "draws": 1}
 
 
 class Launches(TorchDispatchMode):
@@ -73,7 +76,7 @@ class Launches(TorchDispatchMode):
                 return function(*arguments)
             finally:
                 self._inside = False
-                self.count += _COMPILED[name]
+                self.count += {**_COMPILED, **_KERNELS_OF_OURS}[name]
 
         return run
 
@@ -90,8 +93,12 @@ def _on_card(module: nn.Module, precision) -> nn.Module:
     return module.eval()
 
 
-def launches_per_scale(schedule: str, compiled: bool = True) -> list[int]:
-    """Kernels of every scale of Infinity-2B at 1024 px, batch 1, as the graph engine records them."""
+def _draw(keys_R2, count, draw, word_R1=0):
+    return torch.empty(len(keys_R2), count, device=CUDA)
+
+
+def launches_per_scale(schedule: str, engine: str) -> list[int]:
+    """Kernels of every scale of Infinity-2B at 1024 px, batch 1, as "graph-compiled" or "graph-kernels" records them."""
     with mock.patch("stagevar.models.registry.resolve_device", lambda device: CUDA):
         request = resolve("infinity-2b", weights="random", device="cuda", dtype=torch.bfloat16)
     made, counter = model_parts(request), Launches()
@@ -101,16 +108,24 @@ def launches_per_scale(schedule: str, compiled: bool = True) -> list[int]:
         noise = PromptNoise(["a"], [0], "cpu")
         noise.device, noise.keys_B2 = CUDA, torch.empty(1, 2, dtype=torch.int64, device=CUDA)
         noise.words_R1 = torch.empty(2, 1, dtype=torch.int64, device=CUDA)
-        if compiled:
-            pieces = Pieces(
-                counter.piece("modulated_norm", modulated_norm),
-                counter.piece("real_heads", fused.real_heads),
-                fused.pair_table,
+        chained, philox = None, counter.piece("philox", philox4x32)
+        noise.draws = Draws(functools.partial(uniform, philox=philox), functools.partial(normal, philox=philox))
+        if engine == "graph-kernels":
+            chained = Chained(
+                counter.piece("gated_norm", kernels.gated_norm_twin),
+                counter.piece("heads_into_cache", kernels.heads_into_cache_twin),
+                counter.piece("gelu_linear", kernels.gelu_linear),
             )
-            for part in transformer.modules():
-                if hasattr(part, "pieces"):
-                    part.pieces = pieces
-            noise.philox = counter.piece("philox", philox4x32)
+            noise.draws = Draws(counter.piece("draws", _draw), counter.piece("draws", _draw))
+        pieces = Pieces(
+            counter.piece("modulated_norm", modulated_norm),
+            counter.piece("real_heads", fused.real_heads),
+            fused.pair_table,
+            chained,
+        )
+        for part in transformer.modules():
+            if hasattr(part, "pieces"):
+                part.pieces = pieces
         text = torch.empty(25, transformer.config.text_dim, device=CUDA)
         conditioning = transformer.condition([text]).padded(TEXT_BUCKET)
         transformer.condition = lambda prompts, negative=None: conditioning

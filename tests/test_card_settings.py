@@ -1,4 +1,4 @@
-"""What a card gets that a CPU does not: precision by its generation, events on the right device, fused attention in decoders."""
+"""What a card gets that a CPU does not: precision by its generation, events on the right device, fused attention."""
 
 import contextlib
 

@@ -236,11 +236,14 @@ def test_a_study_of_which_nothing_fits_ends_as_infrastructure(tmp_path):
 
 
 def test_a_finalist_that_finds_too_little_memory_leaves_the_others(tmp_path):
-    made = short_study(tmp_path / "run", "latency", lambda steps: False)
+    made = short_study(
+        tmp_path / "run", "latency", lambda steps: False, evaluator_options={"drop": lambda steps: 0.0}, trials=12
+    )
     finalists = made._finalists
 
     def chosen():
         found = finalists()
+        assert len(found) > 1
         made.evaluator.needs_too_much = lambda steps: steps == made.ledger.steps[found[0].key]
         return found
 

@@ -7,6 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from stagevar import noise
+from stagevar.engine import EagerEngine, fell_back_because
 from stagevar.models import fused
 from stagevar.models.infinity import Pieces, Rotation, cosine_heads, modulated_norm, rope_table, rotate, turns
 from stagevar.models.registry import load_model
@@ -121,12 +122,49 @@ def test_what_cannot_be_compiled_runs_plainly_and_says_why(monkeypatch):
         raise RuntimeError("no C++ compiler")
 
     real = torch.compile
+    monkeypatch.setattr(fused, "_plain_because", {})
+    assert fused.plain_because() is None
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: real(function, dynamic=dynamic, backend=refusing))
     norm, arguments = fused.compiler(modulated_norm), (numbers(2, 3, 8), numbers(2, 1, 8), numbers(2, 1, 8))
     with pytest.warns(UserWarning, match="modulated_norm runs without being compiled: .*no C") as warned:
         for _ in range(2):
             assert torch.equal(norm(*arguments), modulated_norm(*arguments))
     assert len(warned) == 1
+    assert "modulated_norm is not compiled" in fused.plain_because()
+    assert "modulated_norm" in fell_back_because(EagerEngine(compiled=True))
+    assert fell_back_because(EagerEngine()) is None
+
+
+@pytest.mark.parametrize("batches", [(1, 2, 4)])
+def test_no_piece_has_more_variants_than_the_compiler_keeps(model, monkeypatch, batches):
+    """Beyond eight it would run plainly and say nothing; only numbers of tokens are variables of the kernels."""
+    counters = []
+
+    def counted(function, dynamic):
+        counters.append(CompileCounterWithBackend("eager"))
+        return real(function, dynamic=dynamic, backend=counters[-1])
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", counted)
+    made = Pieces(
+        fused.compiler(modulated_norm, fused.NORM_AXES),
+        fused.compiler(fused.real_heads, fused.HEADS_AXES),
+        fused.pair_table,
+    )
+    monkeypatch.setattr(fused, "pieces", lambda: made)
+    sampler = Sampler(model)
+    sampler._transformers["model"] = fused.compiled(model.transformer)
+    for batch in batches:
+        for steps in SCHEDULES.values():
+            sampler.generate(["a"] * batch, range(batch), steps)
+    assert counters and all(counter.frame_count <= 4 for counter in counters)
+    width = model.transformer.width
+    for counter in counters:
+        for graph in counter.graphs:
+            shapes = [tuple(n.meta["example_value"].shape) for n in graph.graph.nodes if n.op == "placeholder"
+                      and isinstance(n.meta["example_value"], torch.Tensor)]  # fmt: skip
+            stream = next(shape for shape in shapes if len(shape) == 3)
+            assert isinstance(stream[0], int) and stream[2] in (width, 3 * width) and isinstance(stream[2], int)
 
 
 def test_the_engine_takes_the_compiled_pieces(model):
@@ -136,7 +174,7 @@ def test_the_engine_takes_the_compiled_pieces(model):
     blocks = [*sampler._transformer("model").layers(), *coarse.layers()]
     assert all(part.pieces is fused.pieces() for block in blocks for part in (block, block.sa))
     assert all(block.pieces is not fused.pieces() for block in model.transformer.layers())
-    assert sampler._philox is fused.philox()
+    assert sampler._draws is fused.draws()
 
 
 def test_other_families_have_compiled_pieces_too():

@@ -33,10 +33,10 @@ def interpreted():
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("kernel", ["gated_norm", "heads_into_cache"])
-def test_kernels_equal_their_twins(interpreted, kernel):
+@pytest.mark.parametrize(("kernel", "count"), [("gated_norm", 12), ("heads_into_cache", 12), ("draws", 6)])
+def test_kernels_equal_their_twins(interpreted, kernel, count):
     cases = {name: ulps for name, ulps in interpreted.items() if name.startswith(kernel)}
-    assert len(cases) == 12
+    assert len(cases) == count
     far = {
         name: ulps
         for name, ulps in cases.items()
@@ -89,7 +89,11 @@ def compiled(kernel, types, constants, warps, capability, monkeypatch):
     monkeypatch.setattr(triton.runtime.driver, "_active", _Card(target), raising=False)
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in types and name != "tokens"}
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if types.get(name, "i")[0] == "*" or name.endswith("_stride")
+    }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -134,6 +138,16 @@ def test_heads_into_cache_compiles_for_cards_with_wide_loads(model, capability, 
     widths = accesses(built)
     # Only the angles are half as wide: a lane turns two pairs.
     assert set(widths) == {("ld", 128), ("ld", 64), ("st", 128)} and widths["ld", 64] == 2
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90])
+@pytest.mark.parametrize("normal", [False, True])
+def test_draws_compile_for_cards(normal, capability, monkeypatch):
+    types = {"keys_ptr": "*i64", "words_ptr": "*i64", "out_ptr": "*fp32", "count": "i32", "pairs": "i32"}
+    types |= {"draw0": "i64", "draw1": "i64"}
+    constants = {"NORMAL": normal, "WORDS": True, "BLOCK": kernels.DRAWS_AT_ONCE}
+    built = compiled(kernels.draws_kernel, types, constants, 4, capability, monkeypatch)
+    assert built.asm["cubin"] and "mul.hi.u32" in built.asm["ptx"]
 
 
 def test_kernels_say_why_they_cannot_run(monkeypatch):

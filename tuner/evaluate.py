@@ -452,7 +452,9 @@ class ModelEvaluator:
         return contextlib.nullcontext() if self.model.device.type == "cuda" else pinned(self.threads)
 
     def _check_engine(self, sampler: Sampler) -> None:
-        why = getattr(sampler.engine, "eager_because", None)
+        from stagevar.engine import fell_back_because
+
+        why = fell_back_because(sampler.engine)
         if why is not None:
             raise RuntimeError(f"engine {self.engine} fell back to eager ({why}); use --engine eager")
 

@@ -15,7 +15,7 @@ from stagevar.accelerators.base import SUBLAYERS, Accelerator, Cached, ScaleCont
 from stagevar.accelerators.fastvar import FastVAR
 from stagevar.accelerators.skipvar import SkipVAR
 from stagevar.accelerators.stagevar import StageVAR
-from stagevar.models.base import Around, LoadedModel, Site, SiteFn
+from stagevar.models.base import Around, LoadedModel, Site, SiteFn, leaves_layers_alone
 from stagevar.schedule import Decision, LowRank, Pivotal, Steps
 
 
@@ -34,6 +34,7 @@ class Composite(Accelerator):
         def around(site: Site, x_RLC: Tensor, positions: Tensor | None, run: SiteFn) -> Tensor:
             return (narrow if site.kind in SUBLAYERS else wide)(site, x_RLC, positions, run)
 
+        around.leaves_layers_alone = leaves_layers_alone(narrow)  # type: ignore[attr-defined]
         return around
 
     def keeps(self, site: Site, later: Steps) -> bool:

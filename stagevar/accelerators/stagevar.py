@@ -69,6 +69,7 @@ class StageVAR(Accelerator):
                 updates[site] = Cached(y, step.grid, step.branches)
             return y
 
+        around.leaves_layers_alone = True  # type: ignore[attr-defined]
         return around
 
     def _reduced(self, context: ScaleContext, reduction: LowRank, site: Site, x: Tensor, run: SiteFn) -> Tensor:

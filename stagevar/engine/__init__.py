@@ -12,6 +12,7 @@ from stagevar.engine.graph import (
     Resident,
     Start,
     build_engine,
+    fell_back_because,
     first_cause,
     first_line,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "Resident",
     "Start",
     "build_engine",
+    "fell_back_because",
     "first_cause",
     "first_line",
 ]

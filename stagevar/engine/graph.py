@@ -31,12 +31,13 @@ from torch import Tensor
 
 from stagevar.choices import ENGINES, check_engine
 from stagevar.errors import UsageError
-from stagevar.noise import NoiseSource, PromptNoise
+from stagevar.noise import Draws, NoiseSource, PromptNoise
 from stagevar.schedule import ScaleStep
 
 if TYPE_CHECKING:
     from stagevar.cache import KVCache
     from stagevar.models.base import Conditioning
+    from stagevar.models.infinity import Chained
 
 #: Text rows are padded to a multiple of this, so that prompts of different lengths replay the same graphs.
 TEXT_BUCKET = 32
@@ -56,12 +57,15 @@ class Engine(ABC):
     """Carries out scales and decoding for a sampler.
 
     Attributes: name, part of every latency figure. max_caches: KV caches kept for different batches or schedules.
-    compiled: whether the pieces between matrix products are compiled kernels (stagevar.models.fused).
+    compiled: whether the pieces between matrix products are compiled kernels (stagevar.models.fused). chained, draws: what
+    stands in for some of them (stagevar.engine.kernels), None where nothing does.
     """
 
     name: str
     max_caches: ClassVar[int] = 1
     compiled: bool = False
+    chained: Chained | None = None
+    draws: Draws | None = None
 
     @abstractmethod
     def start(self, wanted: Start, cache: KVCache, fixed: object) -> Start:
@@ -370,12 +374,35 @@ class GraphEngine(Engine):
         self._decoders.clear()
 
 
+def fell_back_because(engine: Engine) -> str | None:
+    """Why an engine no longer does what its name says, None while it does; figures of one that does not are another's."""
+    why = getattr(engine, "eager_because", None)
+    if why is None and getattr(engine, "compiled", False):
+        from stagevar.models import fused
+
+        why = fused.plain_because()
+    return why
+
+
 def build_engine(name: str, device: torch.device) -> Engine:
     """An engine by name, one of ENGINES. Raises UsageError for an unknown name or where graphs cannot be recorded."""
     if name not in ENGINES:
         raise UsageError(f"unknown engine {name!r}; use {', '.join(ENGINES)}")
     check_engine(name, device.type)
     compiled = name.endswith("compiled")
+    if name == "graph-kernels":
+        return _with_kernels(GraphEngine(CudaRecorder(device), compiled=True))
     if name.startswith("graph"):
         return GraphEngine(CudaRecorder(device), compiled=compiled)
     return EagerEngine(compiled)
+
+
+def _with_kernels(engine: GraphEngine) -> GraphEngine:
+    """The engine with Triton kernels. Raises UsageError where they cannot run."""
+    from stagevar.engine import kernels
+
+    why = kernels.available()
+    if why is not None:
+        raise UsageError(f"engine graph-kernels cannot run here: {why}; use --engine graph-compiled")
+    engine.name, engine.chained, engine.draws = "graph-kernels", kernels.chained(), kernels.draws()
+    return engine

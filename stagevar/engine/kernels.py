@@ -14,9 +14,17 @@ where these keep a value in the products' precision.
 
 from __future__ import annotations
 
+import functools
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from stagevar import noise
+
+if TYPE_CHECKING:
+    from stagevar.models.infinity import Chained
 
 try:
     import triton
@@ -188,9 +196,67 @@ def _heads_into_cache_kernel(
     tl.store(values_ptr + row * values_row_stride + wide * values_head_stride + place * c + channel, v.to(stored))
 
 
+# ------------------------------------------------------------------------------------------------------------------ draws
+
+
+def _draws_kernel(
+    keys_ptr,
+    words_ptr,
+    out_ptr,
+    count,
+    pairs,
+    draw0,
+    draw1,
+    NORMAL: tl.constexpr,
+    WORDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # Every draw makes its own words: integer units are idle anyway, and what is stored is four times what is read.
+    row = tl.program_id(1).to(tl.int64)
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if NORMAL:
+        pair = tl.where(place < pairs, place, place - pairs)
+        at = pair[:, None] + pairs * tl.arange(0, 2)[None, :]
+    else:
+        at = place
+    k0 = tl.load(keys_ptr + 2 * row).to(tl.uint32)
+    k1 = tl.load(keys_ptr + 2 * row + 1).to(tl.uint32)
+    zero = (at * 0).to(tl.uint32)
+    c0 = (at // 4).to(tl.uint32)
+    c1 = zero
+    if WORDS:
+        c1 = zero + tl.load(words_ptr + row).to(tl.uint32)
+    c2 = zero + draw0.to(tl.uint32)
+    c3 = zero + draw1.to(tl.uint32)
+    for _ in tl.static_range(10):
+        high0 = tl.umulhi(c0, zero + 0xD2511F53)
+        low0 = c0 * (zero + 0xD2511F53)
+        high1 = tl.umulhi(c2, zero + 0xCD9E8D57)
+        low1 = c2 * (zero + 0xCD9E8D57)
+        c0 = high1 ^ c1 ^ k0
+        c1 = low1
+        c2 = high0 ^ c3 ^ k1
+        c3 = low0
+        k0 = k0 + 0x9E3779B9
+        k1 = k1 + 0xBB67AE85
+    lane = at % 4
+    word = tl.where(lane == 0, c0, tl.where(lane == 1, c1, tl.where(lane == 2, c2, c3)))
+    uniform = ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
+    if NORMAL:
+        first, second = tl.split(uniform)
+        radius = tl.sqrt(-2.0 * tl.log(first))
+        angle = 6.283185307179586 * second
+        value = radius * tl.where(place < pairs, tl.cos(angle), tl.sin(angle))
+    else:
+        value = uniform
+    tl.store(out_ptr + row * count + place, value, mask=place < count)
+
+
 if triton is not None:
     gated_norm_kernel = triton.jit(_gated_norm_kernel)
     heads_into_cache_kernel = triton.jit(_heads_into_cache_kernel)
+    # Draws differ in these alone: one compiled kernel for all.
+    draws_kernel = triton.jit(_draws_kernel, do_not_specialize=["count", "pairs", "draw0", "draw1"])
 
 
 # --------------------------------------------------------------------------------------------------------------- launches
@@ -259,6 +325,59 @@ def heads_into_cache_launch(kernel, qkv_RL3C, factor_H, cos_sin, keys_RHLc, valu
         num_warps=1,
     )
     return q_RLHc.transpose(1, 2)
+
+
+#: Draws of one program.
+DRAWS_AT_ONCE = 512
+
+
+def draws_launch(kernel, key_R2, count, draw, word_R1=0, normal=False):
+    """`noise.uniform` or `noise.normal` by a kernel: the same bits, or up to the rounding of a logarithm and a cosine."""
+    words = isinstance(word_R1, Tensor)
+    if not words and word_R1:
+        word_R1, words = torch.full_like(key_R2[:, :1], word_R1), True
+    out_RN = torch.empty(len(key_R2), count, dtype=torch.float32, device=key_R2.device)
+    key_R2 = key_R2.contiguous()
+    kernel[(-(-count // DRAWS_AT_ONCE), len(key_R2))](
+        key_R2,
+        word_R1 if words else key_R2,
+        out_RN,
+        count,
+        -(-count // 2),
+        *draw,
+        NORMAL=normal,
+        WORDS=words,
+        BLOCK=DRAWS_AT_ONCE,
+    )
+    return out_RN
+
+
+def gelu_linear(x: Tensor, layer: nn.Module) -> Tensor:
+    """A layer and a tanh-approximated GELU; on a card of a plain layer the second is part of the product."""
+    if not isinstance(layer, nn.Linear) or x.device.type != "cuda":
+        from stagevar.models.infinity import linear
+
+        return F.gelu(linear(x, layer), approximate="tanh")
+    product = torch._addmm_activation(layer.bias, x.flatten(0, -2), layer.weight.t(), use_gelu=True)
+    return product.unflatten(0, x.shape[:-1])
+
+
+def chained() -> Chained:
+    """The kernels that a block of Infinity is chained of."""
+    from stagevar.models.infinity import Chained
+
+    return Chained(
+        functools.partial(gated_norm_launch, gated_norm_kernel),
+        functools.partial(heads_into_cache_launch, heads_into_cache_kernel),
+        gelu_linear,
+    )
+
+
+def draws() -> noise.Draws:
+    """Draws by one kernel each."""
+    return noise.Draws(
+        functools.partial(draws_launch, draws_kernel), functools.partial(draws_launch, draws_kernel, normal=True)
+    )
 
 
 def heads_at_once(heads: int) -> int:

@@ -48,6 +48,11 @@ def around_nothing(site: Site, x_RLC: Tensor, positions: Tensor | None, run: Sit
     return run(x_RLC, positions)
 
 
+def leaves_layers_alone(around: Around) -> bool:
+    """Whether a hook runs every site inside layers as it is and keeps nothing of it, so that sublayers may be chained."""
+    return around is around_nothing or getattr(around, "leaves_layers_alone", False)
+
+
 class Conditioning(ABC):
     """What a prompt batch contributes to every scale, precomputed once. Rows as described in the module docstring."""
 

@@ -1,16 +1,18 @@
 """The pieces between matrix products as compiled kernels: fewer launches, the same values up to rounding.
 
 Norm, modulation and cast become one kernel; unit length, rotation, scale and cast of q and k another; the integer
-arithmetic of a draw, some two hundred operations, a third, which gives the same bits. Sizes are variables of the kernels,
-but for those of one: a piece is compiled a few times per process, when first met. Where that fails, for want of a compiler
-for instance, the plain piece runs and a warning says why.
+arithmetic of a draw, some two hundred operations, a third, which gives the same bits. A piece is compiled when first met,
+a few times per model and batch: the number of tokens is a variable of its kernels, widths are not. Where that fails, for
+want of a compiler for instance, the plain piece runs, a warning says why, and no figure counts as the engine's.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, TypeVar
 
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from stagevar import noise
 from stagevar.models.base import NextScaleModel
-from stagevar.models.infinity import Pieces, cosine_heads, modulated_norm
+from stagevar.models.infinity import Chained, Pieces, cosine_heads, modulated_norm
 from stagevar.models.variants import variant
 
 Model = TypeVar("Model", bound=NextScaleModel)
@@ -47,15 +49,41 @@ def real_heads(
     return q.to(v.dtype), k.to(v.dtype), v
 
 
-def compiler(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled for any size; the plain function, with one warning, once compiling it has failed."""
-    current = torch.compile(function, dynamic=True)
+#: Axes of tokens in the arguments of `modulated_norm` and `real_heads`.
+NORM_AXES = (1, None, None, None)
+HEADS_AXES = (1, None, None, -2)
+#: Why a piece runs plainly, by its name: a compiler was missing or failed.
+_plain_because: dict[str, str] = {}
+
+
+def plain_because() -> str | None:
+    """Why some piece of this process is not compiled; figures that were taken meanwhile are not a compiled engine's."""
+    return next((f"{name} is not compiled: {reason}" for name, reason in _plain_because.items()), None)
+
+
+def compiler(function: Callable[..., Any], token_axes: Sequence[int | None] | None = None) -> Callable[..., Any]:
+    """The function, compiled when first met; the plain one, with a warning, once compiling it has failed.
+
+    Args:
+        token_axes: per argument the axis of its tokens, None where it has none. There the compiled kernels take any size;
+            every other size, type and number is fixed in a kernel of its own, so that loads are as wide as the card has
+            them and no function meets the compiler's limit of variants, beyond which it would run plainly unsaid. Without
+            token_axes all sizes are variables of one kernel.
+    """
+    variants: dict[Any, Callable[..., Any]] = {}
 
     @functools.wraps(function)
     def run(*arguments: Any) -> Any:
-        nonlocal current
+        if function.__name__ in _plain_because:
+            return function(*arguments)
+        key = None if token_axes is None else tuple(map(_fixed, arguments, token_axes))
+        if key not in variants:
+            # A copy with a code object of its own: compiled variants are kept, and limited, per code object.
+            own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+            own.__defaults__ = function.__defaults__  # type: ignore[attr-defined]
+            variants[key] = torch.compile(own, dynamic=True if token_axes is None else None)
         try:
-            return current(*arguments)
+            return variants[key](*arguments)
         except RuntimeError as error:
             from torch._dynamo.exc import TorchDynamoException  # imports a great deal, by now already there
 
@@ -63,16 +91,27 @@ def compiler(function: Callable[..., Any]) -> Callable[..., Any]:
                 raise
             reason = " ".join(str(error).strip().splitlines()[:2])
             warnings.warn(f"{function.__name__} runs without being compiled: {reason}", stacklevel=2)
-            current = function
-            return current(*arguments)
+            _plain_because[function.__name__] = reason
+            return function(*arguments)
 
+    run.variants = variants  # type: ignore[attr-defined]
     return run
+
+
+def _fixed(argument: Any, token_axis: int | None) -> Any:
+    """What a kernel is compiled for: of a tensor everything but its number of tokens, though one token is a case apart."""
+    if not isinstance(argument, Tensor):
+        return argument
+    shape = list(argument.shape)
+    if token_axis is not None:
+        shape[token_axis] = min(shape[token_axis], 2)
+    return argument.dtype, argument.device, argument.is_inference(), tuple(shape)
 
 
 @cache
 def pieces() -> Pieces:
     """The compiled pieces, one set for all models of a process."""
-    return Pieces(compiler(modulated_norm), compiler(real_heads), pair_table)
+    return Pieces(compiler(modulated_norm, NORM_AXES), compiler(real_heads, HEADS_AXES), pair_table)
 
 
 @cache
@@ -81,10 +120,22 @@ def philox() -> noise.Philox:
     return compiler(noise.philox4x32)
 
 
-def compiled(transformer: Model) -> Model:
-    """The transformer with compiled pieces; every tensor is shared with the one given."""
+@cache
+def draws() -> noise.Draws:
+    """Draws whose integer arithmetic is the compiled `philox`."""
+    return noise.Draws(
+        functools.partial(noise.uniform, philox=philox()), functools.partial(noise.normal, philox=philox())
+    )
+
+
+def compiled(transformer: Model, chained: Chained | None = None) -> Model:
+    """The transformer with compiled pieces; every tensor is shared with the one given.
+
+    chained: pieces across sublayers besides, for models that have a use for them.
+    """
     copied = variant(transformer, lambda name, module: None)
+    own = pieces() if chained is None else dataclasses.replace(pieces(), chained=chained)
     for part in copied.modules():
         if hasattr(part, "pieces"):
-            part.pieces = pieces()
+            part.pieces = own
     return copied

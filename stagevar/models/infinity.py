@@ -15,6 +15,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ from stagevar.models.base import (
     Site,
     around_nothing,
     by_layer,
+    leaves_layers_alone,
     mixed,
 )
 from stagevar.models.precision import LowPrecisionLinear
@@ -155,15 +157,29 @@ def cosine_heads(
 
 
 @dataclass(frozen=True)
+class Chained:
+    """What runs between the matrix products where nothing looks at the sublayers: fewer, larger pieces.
+
+    gated_norm, heads_into_cache: as the twins of stagevar.engine.kernels. gelu_linear: (x, layer) -> the layer's output
+    after a tanh-approximated GELU.
+    """
+
+    gated_norm: Callable[..., tuple[Tensor, Tensor]]
+    heads_into_cache: Callable[..., Tensor]
+    gelu_linear: Callable[[Tensor, nn.Module], Tensor]
+
+
+@dataclass(frozen=True)
 class Pieces:
     """What runs between the matrix products; stagevar.models.fused has the same as compiled kernels.
 
-    table: makes of (cos, sin) the rotary table that cosine_heads takes.
+    table: makes of (cos, sin) the rotary table that cosine_heads takes. chained: pieces across sublayers, where there are.
     """
 
     modulated_norm: Callable[..., Tensor] = modulated_norm
     cosine_heads: Callable[..., tuple[Tensor, Tensor, Tensor]] = cosine_heads
     table: Callable[[Tensor], Tensor] = turns
+    chained: Chained | None = None
 
 
 PLAIN = Pieces()
@@ -315,9 +331,49 @@ class Block(nn.Module):
         x_RLC = x_RLC + around(Site("cross", layer), x_RLC, positions, cross)
         return x_RLC + around(Site("mlp", layer), x_RLC, positions, feed_forward)
 
+    def chain(
+        self,
+        stream: Stream,
+        layer: int,
+        table: Tensor,
+        conditioning: InfinityConditioning,
+        attend: Any,
+        chained: Chained,
+    ) -> Stream:
+        """`forward` in pieces across sublayers; the last sublayer's output is added by whoever comes next."""
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = conditioning.modulation[layer]
+        text_k, text_v = conditioning.text_kv[layer]
+        constants, dtype = conditioning.constants[layer], text_k.dtype
+        bias_3C, factor_1H11 = constants.heads
+
+        x, normed = chained.gated_norm(stream.x_RLC, stream.update_RLC, stream.gate_R1C, scale1, shift1, True, dtype)
+        qkv = linear(normed, self.sa.mat_qkv, bias_3C)
+        out_RHLc = attend.heads(layer, qkv, factor_1H11.flatten(), table, chained.heads_into_cache, 1.0)
+        attended = linear(out_RHLc.transpose(1, 2).flatten(2), self.sa.proj)
+        weight, bias = constants.norm_weight_C[None, None], constants.norm_bias_C[None, None]
+        x, normed = chained.gated_norm(x, attended, gamma1, weight, bias, False, dtype)
+        crossed = self.ca(normed, text_k, text_v, conditioning.bias_R11T)
+        x, normed = chained.gated_norm(x, crossed, None, scale2, shift2, True, dtype)
+        return Stream(x, linear(chained.gelu_linear(normed, self.ffn.fc1), self.ffn.fc2), gamma2)
+
     def constants(self) -> LayerConstants:
         """Made once per prompt, not per scale: the model may be trained in between."""
         return LayerConstants(self.sa.constants(), self.ca_norm.weight.float(), self.ca_norm.bias.float())
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The residual stream (R, L, C), float32, and what is still to be added to it: update times gate (R, 1, C)."""
+
+    x_RLC: Tensor
+    update_RLC: Tensor | None = None
+    gate_R1C: Tensor | None = None
+
+    def whole(self) -> Tensor:
+        """The stream with everything added."""
+        if self.update_RLC is None:
+            return self.x_RLC
+        return torch.addcmul(self.x_RLC, self.update_RLC, self.gate_R1C)
 
 
 @dataclass(frozen=True)
@@ -543,7 +599,18 @@ class Infinity(NextScaleModel):
         rotation = self._rotation(self._scale_rope(scale))
         blocks, conditioning_of = self.layers(), by_layer(conditioning, fuse)
 
+        chained = blocks[0].pieces.chained
+        # Guidance inside the layers, an accelerator at their sublayers and 8-bit entries need what chains leave out.
+        plain = inner_guidance or fuse is not None or not leaves_layers_alone(around)
+        if plain or not getattr(attend, "takes_products", False):
+            chained = None
+
         def run_chunk(layers: range, x: Tensor, positions: Tensor | None) -> Tensor:
+            if chained is not None:
+                stream, table = Stream(x.contiguous()), rotation.at(positions)
+                for layer in layers:
+                    stream = blocks[layer].chain(stream, layer, table, conditioning, attend, chained)
+                return stream.whole()
             for layer in layers:
                 if fuse is not None and layer == fuse[0]:
                     x = mixed(x, fuse[1])
