@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from unittest import mock
 
@@ -22,6 +23,8 @@ from stagevar.sampler import Sampler
 from stagevar.schedule import preset
 from tests.fake_cuda import CUDA, fake_mode
 
+#: Blocks and chunks of Infinity-2B.
+DEPTH, CHUNKS = 32, 8
 #: Operations that are several kernels, or none.
 _KERNELS = {
     "aten.scatter.src": 2,
@@ -98,9 +101,24 @@ def _draw(keys_R2, count, draw, word_R1=0):
 
 
 def launches_per_scale(schedule: str, engine: str) -> list[int]:
-    """Kernels of every scale of Infinity-2B at 1024 px, batch 1, as "graph-compiled" or "graph-kernels" records them."""
+    """Kernels of every scale of Infinity-2B at 1024 px, batch 1, as "graph-compiled" or "graph-kernels" records them.
+
+    Counted for one block, for two in one chunk and for two in two: all blocks launch alike, and so do all chunks.
+    """
+    counts = {shape: _launches(schedule, engine, *shape) for shape in ((1, 1), (2, 1), (2, 2))}
+    return [
+        one + (DEPTH - 1) * (two - one) + (CHUNKS - 1) * (apart - two)
+        for one, two, apart in zip(counts[1, 1], counts[2, 1], counts[2, 2], strict=True)
+    ]
+
+
+def _launches(schedule: str, engine: str, depth: int, chunks: int) -> list[int]:
     with mock.patch("stagevar.models.registry.resolve_device", lambda device: CUDA):
         request = resolve("infinity-2b", weights="random", device="cuda", dtype=torch.bfloat16)
+    shape = request.spec.settings["transformer"]
+    assert (shape["depth"], shape["chunks"]) == (DEPTH, CHUNKS)
+    settings = {**request.spec.settings, "transformer": {**shape, "depth": depth, "chunks": chunks}}
+    request = dataclasses.replace(request, spec=dataclasses.replace(request.spec, settings=settings))
     made, counter = model_parts(request), Launches()
     with fake_mode(), torch.inference_mode():
         transformer = _on_card(made.transformer.module, made.transformer.precision)
