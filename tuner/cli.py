@@ -137,6 +137,11 @@ def _tune_parser() -> _Parser:
     return parser
 
 
+def heldout_numbers(text: str) -> tuple[int, ...]:
+    """Numbers of held-out prompts: those that a study began with, then those that were added, as "512+640"."""
+    return tuple(positive_int(part) for part in text.split("+"))
+
+
 def _add_study_options(parser: _Parser, required: bool) -> None:
     """Options that decide what is measured against what."""
     profiles = "the profile's"
@@ -157,7 +162,12 @@ def _add_study_options(parser: _Parser, required: bool) -> None:
         metavar="N|SOURCE[:N]|FILE",
         help=f"search prompts: how many, {sources} (geneval:64), or a file (.txt, .jsonl, .json, .csv)",
     )
-    parser.add_argument("--heldout", type=positive_int, metavar="N", help="held-out prompts that verify at most")
+    parser.add_argument(
+        "--heldout",
+        type=heldout_numbers,
+        metavar="N[+N]",
+        help="held-out prompts that verify at most; more of them continue a run (with geneval as 512+640: 640 added)",
+    )
     parser.add_argument("--seed", type=whole_number, default=0, help="of prompts, noise and sampler (default: 0)")
     parser.add_argument(
         "--space", type=path_value, metavar="FILE", help="search space, or what of it differs from the model's default"
@@ -325,7 +335,7 @@ def checked_space(
     model: str,
     file: Path | None,
     prompts: str | None,
-    heldout: int | None,
+    heldout: Sequence[int] | None,
     seed: int,
     resolution: str | int | None = None,
     findings: Findings | None = None,
@@ -375,13 +385,13 @@ def check_placement(args: argparse.Namespace, run_dir: Path) -> None:
         checks.check_storage(args.storage, run_dir)
 
 
-def with_prompts(space: SearchSpace, prompts: str | None, heldout: int | None) -> SearchSpace:
+def with_prompts(space: SearchSpace, prompts: str | None, heldout: Sequence[int] | None) -> SearchSpace:
     """The space with the prompts that the command line asks for: a number, a source or a file, and how many to hold out."""
     source = space.prompts
     if prompts is not None:
         source = dataclasses.replace(source, **_asked_prompts(prompts))
     if heldout is not None:
-        source = dataclasses.replace(source, heldout=heldout)
+        source = dataclasses.replace(source, heldout=sum(heldout), added=tuple(heldout[1:]))
     return dataclasses.replace(space, prompts=source)
 
 
@@ -454,7 +464,17 @@ def _finished(checked: Plan) -> StudyResult | None:
     if not (checked.run_dir / STUDY_FILE).exists():
         return None
     result = StudyResult.load(checked.run_dir)
-    return result if result.command == checked.command and result.verdict != "partial" else None
+    if result.command != checked.command or result.verdict == "partial" or _times_undecided(result):
+        return None
+    return result
+
+
+def _times_undecided(result: StudyResult) -> bool:
+    """Whether the timings left a study open, so that measuring again may end it."""
+    if result.verdict != "inconclusive" or not result.nearest:
+        return False
+    check = result.candidate(result.nearest[0]).verification
+    return check is not None and check.times_open
 
 
 def _drive(checked: Plan) -> int:
@@ -473,7 +493,7 @@ def _drive(checked: Plan) -> int:
                 result = _finished(checked)
                 if result is not None:
                     progress.close()
-                    return _announce(result, _write(result, checked.run_dir), args)
+                    return _announce(result, checked.run_dir, _write(result, checked.run_dir), args)
                 result = study.run()
             finally:
                 study.executor.close()
@@ -489,7 +509,7 @@ def _drive(checked: Plan) -> int:
             raise
     result = dataclasses.replace(result, phases_s={**progress.seconds, **progress.parts})
     result.save(checked.run_dir)
-    return _announce(result, written, args)
+    return _announce(result, checked.run_dir, written, args)
 
 
 def build_study(checked: Plan, progress: Any, stop: Callable[[], bool]) -> Study:
@@ -665,12 +685,13 @@ def _space_lines(space: Mapping[str, Any]) -> list[str]:
     return [*lines, *(f"  {'floor':<14} {metric} {value:g}" for metric, value in floors.items())]
 
 
-def _announce(result: StudyResult, written: Sequence[Path], args: argparse.Namespace) -> int:
-    """Prints the verdict: one line each for speed, quality, time and files."""
+def _announce(result: StudyResult, run_dir: Path, written: Sequence[Path], args: argparse.Namespace) -> int:
+    """Prints the verdict: one line each for speed, quality, time and files, then what it means and what to do next."""
+    from tuner.next_steps import next_steps
     from tuner.report_words import describe
     from tuner.result import to_plain
 
-    pick = result.pick
+    pick, following = result.pick, next_steps(result, run_dir, shlex.split(result.command))
     if args.json:
         summary = {
             "verdict": result.verdict,
@@ -687,6 +708,7 @@ def _announce(result: StudyResult, written: Sequence[Path], args: argparse.Names
             "sampled": result.sampled,
             "phases_s": result.phases_s,
             "files": [str(path) for path in written],
+            "next": dataclasses.asdict(following),
         }
         print(json.dumps(to_plain(summary), indent=2))
         return result.exit_code
@@ -720,6 +742,10 @@ def _announce(result: StudyResult, written: Sequence[Path], args: argparse.Names
     print("seconds          " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.phases_s.items()))
     for path in written:
         print(f"file             {path}")
+    if following.lines:
+        print()
+    for line in following.lines:
+        print(line)
     return result.exit_code
 
 
@@ -782,7 +808,7 @@ def run_report(args: argparse.Namespace) -> int:
 
     result = StudyResult.load(args.run_dir)
     written = _write(result, args.run_dir)
-    _announce(result, written, args)
+    _announce(result, args.run_dir, written, args)
     return 0
 
 

@@ -381,7 +381,8 @@ class ModelEvaluator:
                 self._references[split, batch] = self.images(self.full, split, batch)
             return self._references[split, batch]
         path = self.references_dir / f"{split}-{batch:04d}.npy"
-        if not path.exists():
+        # A batch that was the last one and not full may have grown since, with the set.
+        if not path.exists() or len(np.load(path, mmap_mode="r")) != len(self.prompts[split].batch(batch)[1]):
             self.references_dir.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(".tmp")
             with open(partial, "wb") as handle:

@@ -44,6 +44,10 @@ class PromptSet:
     def batches(self) -> int:
         return -(-len(self.items) // self.micro_batch)
 
+    def first(self, count: int) -> PromptSet:
+        """The set of the first so many prompts, in the same batches."""
+        return PromptSet(self.items[:count], self.seeds[:count], self.micro_batch)
+
     def batch(self, index: int) -> tuple[tuple[Prompt, ...], tuple[int, ...]]:
         """Prompts and seeds of one micro-batch; the last may be smaller."""
         part = slice(index * self.micro_batch, (index + 1) * self.micro_batch)
@@ -62,6 +66,8 @@ def load_prompts(source: PromptSource, seed: int = 0) -> dict[str, PromptSet]:
     "geneval" generates as many distinct prompts as are asked for, its six tasks in turn. A file, or the 1000 class indices of
     "imagenet", is shuffled by `seed`, its tasks take turns, and it is cut; fewer prompts than asked for make a smaller
     held-out set, never a shared one, and where less than half would be left to hold out, a smaller search set too.
+    A larger held-out set begins with the smaller one, and the search set stays. Those of "geneval" are ordered by how many
+    there are of each task, so there it holds for prompts that are asked for as `added`.
     Raises UsageError for a file that cannot be read, is empty, or holds one prompt.
     """
     if source.source == "nano":
@@ -73,11 +79,15 @@ def load_prompts(source: PromptSource, seed: int = 0) -> dict[str, PromptSet]:
         if source.source == "geneval":
             from tuner.metrics.prompt_sets import generate
 
-            items: list[Prompt] = [*generate(source.search + source.heldout, seed)]
+            made = generate(source.search + source.heldout, seed)
+            ends = [len(made) - sum(source.added[i:]) for i in range(len(source.added) + 1)]
+            items: list[Prompt] = []
+            for end in ends:
+                items += in_turn(made[len(items) : end])
         else:
             items = [str(i) for i in range(1000)] if source.source == "imagenet" else read_prompts(source.source)
             random.Random(seed).shuffle(items)
-        items = in_turn(items)
+            items = in_turn(items)
         searched, held = _sizes(source, len(items))
         search, heldout = items[:searched], items[searched : searched + held]
     return {

@@ -10,16 +10,20 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from scipy import special
 
 from tuner.looks import claims
 from tuner.metrics.declarations import DECLARATIONS
 from tuner.quality_limits import MetricLimit, limited
-from tuner.stats import LEAST_CONTINUOUS, unseen_share
+from tuner.stats import ALPHA, LEAST_CONTINUOUS, binomial_upper, unseen_share
 
 #: Share of prompts on which an innocent schedule usually differs from the full one, half of them either way.
 DISCORDANT = 0.05
-_MOST_PROMPTS = 1 << 17
+#: More are not considered.
+MOST_PROMPTS = 1 << 17
+#: Chance with which a further judgement shall decide, if what was seen so far is what there is to see.
+DECIDING = 0.8
 
 
 def provable_drop(limit: MetricLimit, prompts: int, micro_batch: int, discordant: float = 0.0) -> float:
@@ -32,19 +36,62 @@ def provable_drop(limit: MetricLimit, prompts: int, micro_batch: int, discordant
 
 
 def _bound(limit: MetricLimit, prompts: int, alpha: float, discordant: float) -> float:
-    """As `drop_bounds` and `continuous_drop_bounds` have it, for one finalist."""
+    """As `drop_bounds` and `continuous_drop_bounds` have it, for one finalist that loses nothing on average."""
     change = limit.change
-    unseen = change * unseen_share(alpha, prompts)
+    return _expected_bound(limit, prompts, alpha, 0.0, discordant * change**2, change if discordant else 0.0)
+
+
+def _expected_bound(
+    limit: MetricLimit, prompts: int, alpha: float, mean: float, variance: float, worst: float, skewness: float = 0.0
+) -> float:
+    """The upper bound for one finalist whose drops have this mean, variance, largest value and skewness."""
+    change = limit.change
     if limit.kind == "continuous":
         if prompts < LEAST_CONTINUOUS:
             return math.inf
-        quantile = special.stdtrit(prompts - 1, 1 - alpha)
-        worst = change / prompts if discordant else 0.0
-        return max(quantile * change * math.sqrt(discordant / prompts) + worst, unseen)
+        t = float(special.stdtrit(prompts - 1, 1 - alpha))
+        skewed = max(skewness, 0.0) / (6 * prompts) * (1 + 2 * t**2)
+        width = math.sqrt(variance) * (t / math.sqrt(prompts) + skewed) + (worst - mean) / prompts
+        return mean + max(width, change * unseen_share(alpha, prompts))
     if prompts < 2:
         return math.inf
-    variance = change**2 * (discordant * prompts + 2) / (prompts + 2)
-    return max(float(special.ndtri(1 - alpha)) * math.sqrt(variance / prompts), unseen)
+    error = math.sqrt((variance * prompts + 2 * change**2) / (prompts + 2) / prompts)
+    losses = np.clip(mean * prompts / change, 0, prompts)
+    exact = change * float(binomial_upper(losses, prompts, alpha))
+    return max(mean + float(special.ndtri(1 - alpha)) * error, exact)
+
+
+def prompts_to_decide(
+    limit: MetricLimit, drops_N: Sequence[float], bound: float, alphas: tuple[float, float], micro_batch: int
+) -> int | None:
+    """Held-out prompts, old ones included, on which one more judgement decides a limit four times out of five.
+
+    For an estimate within the limit that is to prove it, for one beyond it to refute it; supposed that mean and spread stay
+    as they are. None where no number up to 131,072 does, or where the estimate is the limit.
+
+    drops_N: what was seen, in the metric's unit. bound: what it proved. alphas: the error of the claim that bound was for,
+    and of the next one.
+    """
+    drops_N = np.asarray(drops_N, dtype=np.float64)
+    count, mean, sd = drops_N.size, float(drops_N.mean()), float(drops_N.std())
+    skewness = float(((drops_N - mean) ** 3).mean()) / sd**3 if sd > 0 else 0.0
+    shape = mean, sd**2, float(drops_N.max()), skewness
+    alone = _expected_bound(limit, count, alphas[0], *shape)
+    # What holding for all finalists together costs; it stays about the same on more prompts.
+    wider = max(1.0, (bound - mean) / (alone - mean)) if math.isfinite(bound) and alone > mean else 1.0
+    luck = float(special.ndtri(DECIDING))
+    prompts = count
+    while prompts <= MOST_PROMPTS:
+        prompts = micro_batch * (prompts // micro_batch + max(1, prompts // (256 * micro_batch)))
+        error = sd / math.sqrt(prompts)
+        if mean > limit.max_drop:
+            decided = mean - (luck + float(special.ndtri(1 - ALPHA))) * error > limit.max_drop
+        else:
+            expected = mean + wider * (_expected_bound(limit, prompts, alphas[1], *shape) - mean)
+            decided = expected + luck * error <= limit.max_drop
+        if decided:
+            return prompts
+    return None
 
 
 def prompts_needed(limit: MetricLimit, micro_batch: int, discordant: float = 0.0) -> int | None:
@@ -53,7 +100,7 @@ def prompts_needed(limit: MetricLimit, micro_batch: int, discordant: float = 0.0
     More prompts do not always prove more, since an additional look takes its error from the last one; so it is searched.
     """
     prompts = micro_batch
-    while prompts <= _MOST_PROMPTS:
+    while prompts <= MOST_PROMPTS:
         proved = provable_drop(limit, prompts, micro_batch, discordant)
         if proved <= limit.max_drop and math.isfinite(proved):
             return prompts

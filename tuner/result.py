@@ -35,6 +35,9 @@ EXIT_CODES = {
     "partial": 130,
 }
 
+#: Verdicts that rest on timings alone.
+OF_TIME = ("latency", "gain")
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -108,6 +111,11 @@ class Verification:
     latency_upper_ms: float
     verdicts: tuple[Verdict, ...]
     status: str
+
+    @property
+    def times_open(self) -> bool:
+        """Whether the timings did not decide; more prompts would not help then."""
+        return any(v.status == "open" for v in self.verdicts if v.name in OF_TIME)
 
 
 @dataclass(frozen=True)
@@ -198,8 +206,11 @@ class StudyResult:
     key, only those that exist. verdict: a key of EXIT_CODES; exit_code, reason: one line. smallest_budget_ms: least
     latency with the quality constraints kept, when infeasible. nearest: keys nearest to feasible, then. stop_reason:
     why the search ended. trials: told, duplicates included. sampled: distinct schedules that were not enqueued.
-    phases_s: seconds per phase. search: how the search saved work, for the report: schedules stopped early and dropped,
-    error of the step table, scales run and what each schedule alone had needed, seconds per ask, who proposed.
+    phases_s: seconds per phase. judged_on: number of held-out prompts of each judgement of this run, this one the last.
+    settle_heldout: what --heldout must be for one more judgement to decide an inconclusive study, as "1152", or "512+640"
+    where prompts have to be added to the earlier ones; None where prompts are not what is missing.
+    search: how the search saved work, for the report: schedules stopped early and dropped, error of the step table,
+    scales run and what each schedule alone had needed, seconds per ask, who proposed.
     """
 
     command: str
@@ -243,6 +254,8 @@ class StudyResult:
     nearest: tuple[str, ...] = ()
     engine_choice: EngineSection | None = None
     search: dict[str, Any] = field(default_factory=dict)
+    judged_on: tuple[int, ...] = ()
+    settle_heldout: str | None = None
     schema: int = SCHEMA
 
     def candidate(self, key: str) -> Candidate:

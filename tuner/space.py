@@ -120,12 +120,14 @@ class Parameter:
 class PromptSource:
     """source: "nano", "geneval" (GenEval-style prompts over COCO's classes, from the seed), "imagenet" (class indices, for
     VAR) or a file (.txt one prompt a line, .jsonl GenEval metadata).
-    search, heldout: how many of each. micro_batch: images per batch in quality evaluation, fixed for the study."""
+    search, heldout: how many of each. micro_batch: images per batch in quality evaluation, fixed for the study. added: how
+    many of the held-out ones a study took in later, in order; no space file says that."""
 
     source: str = "nano"
     search: int = 32
     heldout: int = 256
     micro_batch: int = 16
+    added: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ class SearchSpace:
             "parameters": {p.name: p.to_data() for p in self.parameters},
             "enqueue": list(self.enqueue),
             **({"proposals": {n: schedule.to_dict() for n, schedule in self.proposals}} if self.proposals else {}),
-            "prompts": dataclasses.asdict(self.prompts),
+            "prompts": {k: v for k, v in dataclasses.asdict(self.prompts).items() if k != "added"},
         }
 
     def fit(self, grids: Sequence[Grid]) -> None:
@@ -540,7 +542,7 @@ def _metric(name: Any, known: Sequence[str]) -> None:
 
 
 def _prompt_source(data: Any) -> PromptSource:
-    data = _mapping(data, "prompts", tuple(f.name for f in dataclasses.fields(PromptSource)))
+    data = _mapping(data, "prompts", ("source", "search", "heldout", "micro_batch"))
     for name, value in data.items():
         if name == "source":
             if not isinstance(value, str):

@@ -15,6 +15,8 @@ from scipy import special
 from tuner.result import Interval
 
 RESAMPLES = 2000
+#: Resampled medians that must lie beyond a bound for it to be read off them.
+_LEAST_RESAMPLES = 10
 #: Samples whose resamples are kept, 16 MB for 1024; more would hold memory that models want.
 _KEPT = 1024
 ALPHA = 0.05
@@ -71,7 +73,7 @@ def drop_bounds(
         together = max(normal, float(np.quantile(studentized_RK.max(axis=1), 1 - alpha)))
         one_sided_K = np.maximum(normal, np.quantile(studentized_RK, 1 - alpha, axis=0))
     losses_K = np.clip(mean_K * count / spread, 0, count)
-    exact_K = spread * _binomial_upper(losses_K, count, float(special.ndtr(-together)))
+    exact_K = spread * binomial_upper(losses_K, count, float(special.ndtr(-together)))
     return np.maximum(mean_K + together * error_K, exact_K), mean_K - one_sided_K * error_K
 
 
@@ -121,7 +123,7 @@ def unseen_share(alpha: float, count: int) -> float:
     return float(-np.expm1(np.log(alpha) / count))
 
 
-def _binomial_upper(losses_K: np.ndarray, count: int, alpha: float) -> np.ndarray:
+def binomial_upper(losses_K: np.ndarray, count: int, alpha: float) -> np.ndarray:
     """Upper bounds of shares of which `losses_K` of `count` were seen; fractions are interpolated."""
     return np.where(
         losses_K < count, special.betaincinv(losses_K + 1, np.maximum(count - losses_K, 1e-9), 1 - alpha), 1.0
@@ -161,8 +163,7 @@ def ratio_interval(
 ) -> Interval:
     """Latency ratio of two schedules timed in the same rounds: median of paired log-ratios, bootstrapped over rounds."""
     logs = np.log(np.asarray(samples_ms, dtype=np.float64)) - np.log(np.asarray(baseline_ms, dtype=np.float64))
-    medians = np.median(logs[_draws(logs.size, seed)], axis=1)
-    low, high = np.exp(np.quantile(medians, [(1 - level) / 2, (1 + level) / 2]))
+    low, high = np.exp(_median_bounds(logs, (1 - level) / 2, seed))
     ratio = float(np.exp(np.median(logs)))
     if logs.size < 2:
         return Interval(ratio, 0.0, np.inf, logs.size, level)
@@ -172,9 +173,24 @@ def ratio_interval(
 def median_interval(samples: Sequence[float], level: float = 0.95, seed: int = 0) -> Interval:
     """Median with a two-sided bootstrap interval (`mean` holds the median)."""
     sample = np.asarray(samples, dtype=np.float64)
-    medians = np.median(sample[_draws(sample.size, seed)], axis=1)
-    low, high = np.quantile(medians, [(1 - level) / 2, (1 + level) / 2])
+    low, high = _median_bounds(sample, (1 - level) / 2, seed)
     return Interval(float(np.median(sample)), float(low), float(high), sample.size, level)
+
+
+def _median_bounds(sample: np.ndarray, tail: float, seed: int) -> tuple[float, float]:
+    """Bounds of a median that each err by `tail`: a bootstrap, or order statistics where it has too few resamples for that.
+
+    Source of the latter: the sign test turned round (David and Nagaraja, Order Statistics, 7.1).
+    """
+    if tail * RESAMPLES >= _LEAST_RESAMPLES:
+        medians = np.median(sample[_draws(sample.size, seed)], axis=1)
+        low, high = np.quantile(medians, [tail, 1 - tail])
+        return float(low), float(high)
+    below = int((special.bdtr(np.arange(sample.size), sample.size, 0.5) <= tail).sum())
+    if not below:
+        return -np.inf, np.inf
+    ordered = np.sort(sample)
+    return float(ordered[below - 1]), float(ordered[-below])
 
 
 def _draws(count: int, seed: int) -> np.ndarray:

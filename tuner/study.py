@@ -16,6 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from stagevar.errors import InfrastructureError, OutOfDeviceMemory, UsageError
 from stagevar.files import write_text_atomically
 from tuner import pareto
@@ -25,14 +27,17 @@ from tuner.evaluate import Evaluator
 from tuner.executors.base import Executor, Failed, NotMeasured, QualityTask
 from tuner.executors.local import LocalExecutor, first_line
 from tuner.ledger import Ledger
+from tuner.looks import claims, judgement_alpha
+from tuner.metrics.declarations import DECLARATIONS
 from tuner.progress import Progress
-from tuner.prompts import PromptSet
+from tuner.prompts import PromptSet, set_sizes
 from tuner.proposals import Proposal
-from tuner.quality_limits import limited, quality_limits
-from tuner.result import EXIT_CODES, Candidate, Failure, Sample, StudyResult, Verification, build
+from tuner.provable import MOST_PROMPTS, prompts_to_decide
+from tuner.quality_limits import MetricLimit, limited, quality_limits
+from tuner.result import EXIT_CODES, OF_TIME, Candidate, Failure, Sample, StudyResult, Verdict, Verification, build
 from tuner.search import Savings, Search
 from tuner.space import SearchSpace
-from tuner.stats import indistinguishable
+from tuner.stats import ALPHA, indistinguishable
 from tuner.verify import BASELINE, LEAST_GAIN, Verifier, latency_stats
 
 CONFIG_FILE = "config.json"
@@ -94,6 +99,7 @@ class Study:
         space.fit(self.facts.grids)
         self.metrics = quality_limits(space.quality, options.max_drop)
         self.ledger = Ledger(run_dir, space, self.facts, options.budget, self.metrics)
+        self.judged_on: list[int] = []
         self.told = 0
         self.stop_reason = ""
         self.search_facts: dict[str, Any] = {}
@@ -124,6 +130,7 @@ class Study:
     def check_identity(self) -> bool:
         """Writes the identity of a new run; compares that of an old one. Returns whether the run is an old one.
 
+        An old run may go on with more held-out prompts, if those it had are the first of them; that becomes its identity.
         Raises UsageError that says what differs.
         """
         path = self.run_dir / CONFIG_FILE
@@ -132,22 +139,48 @@ class Study:
             # Kept beside the identity, so that a resumed run keeps its engine instead of comparing engines again.
             choice = self.facts.engine_choice
             kept = {} if choice is None else {"engine_choice": dataclasses.asdict(choice)}
-            text = json.dumps({"identity": mine, "command": self.options.command, **kept}, indent=1)
-            write_text_atomically(path, text + "\n")
+            self._write_config({"identity": mine, "command": self.options.command, **kept})
             return False
         try:
-            theirs = json.loads(path.read_text())["identity"]
-        except (OSError, ValueError, KeyError, TypeError):
+            config = json.loads(path.read_text())
+            theirs, self.judged_on = config["identity"], [int(count) for count in config.get("judged_on", ())]
+            had = int(theirs["space"]["prompts"]["heldout"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UsageError(f"{path} is damaged; start anew with another --out, or with --fresh") from None
+        new = json.loads(json.dumps(mine))
         for identity in (theirs, mine):
-            # Where the prompts lie does not matter: their contents are compared.
-            identity.get("space", {}).get("prompts", {}).pop("source", None)
+            # Where the prompts lie and how they were asked for does not matter: their contents are compared.
+            for name in ("source", "added"):
+                identity.get("space", {}).get("prompts", {}).pop(name, None)
         differing = difference(theirs, mine)
-        if differing:
+        if not differing:
+            return True
+        heldout = self.prompts["heldout"]
+        if len(heldout) > had and heldout.first(had).digest == theirs.get("held-out prompts"):
+            theirs["held-out prompts"] = mine["held-out prompts"]
+            theirs["space"]["prompts"]["heldout"] = mine["space"]["prompts"]["heldout"]
+            differing = difference(theirs, mine)
+            if not differing:
+                self._write_config({**config, "identity": new, "command": self.options.command})
+                return True
+        asked = self.space.prompts
+        if asked.source == "geneval" and asked.heldout > had and not asked.added:
             raise UsageError(
-                f"{self.run_dir} holds another study: {'; '.join(differing[:3])}; choose another --out, or --fresh"
+                f"{self.run_dir} has {had} held-out prompts, whose order depends on their number; "
+                f"write --heldout {had}+{asked.heldout - had} to add to them"
             )
-        return True
+        raise UsageError(
+            f"{self.run_dir} holds another study: {'; '.join(differing[:3])}; choose another --out, or --fresh"
+        )
+
+    def _write_config(self, config: Mapping[str, Any]) -> None:
+        write_text_atomically(self.run_dir / CONFIG_FILE, json.dumps(config, indent=1) + "\n")
+
+    def _note_judged(self) -> None:
+        """Writes on how many prompts the run was judged, each time; the verdict is told after that only."""
+        config = json.loads((self.run_dir / CONFIG_FILE).read_text())
+        if self.judged_on != config.get("judged_on", []):
+            self._write_config({**config, "judged_on": self.judged_on})
 
     # ------------------------------------------------------------------------------------------------ running
 
@@ -165,7 +198,8 @@ class Study:
                 self.told, self.stop_reason, self.search_facts = search.told, search.stop_reason, search.facts()
         finally:
             search.close()
-        result = self._conclude()
+        result = self._conclude(records)
+        self._note_judged()
         result.save(self.run_dir)
         return result
 
@@ -276,7 +310,7 @@ class Study:
             chosen += kind[:FINALISTS_PER_KIND]
         return chosen
 
-    def _conclude(self) -> StudyResult:
+    def _conclude(self, records: Sequence[Mapping[str, Any]]) -> StudyResult:
         ledger = self.ledger
         if ledger.baseline.state == "failed":
             return self._result("failed", f"the full schedule failed: {ledger.baseline.error}", {})
@@ -287,9 +321,18 @@ class Study:
         if not ledger.candidates and ledger.failures:
             first = ledger.failures[0].error
             return self._result("failed", f"all {len(ledger.failures)} trials failed, the first with {first}", {})
-        finalists = self._finalists()
+        earlier = self._earlier(records)
+        # A claim that was made stands, whatever is judged after it.
+        claimed = {key for key, check in earlier.items() if check.status == "verified" and key in ledger.candidates}
+        finalists = [c for c in self._finalists() if c.key not in claimed]
         if self.stop():
             return self._result("partial", f"{self.stop_reason} before verification; the same command resumes", {})
+        for key in claimed:
+            ledger.candidates[key] = dataclasses.replace(ledger.candidates[key], verification=earlier[key])
+        chosen = [*(ledger.candidates[key] for key in claimed), *finalists]
+        if claimed and not finalists:
+            ledger.baseline = dataclasses.replace(ledger.baseline, verification=earlier[BASELINE])
+            return self._verdict(chosen)
         self.progress.phase("verification", 100)
         heldout = self.prompts["heldout"] if self.quality else None
         verifier = Verifier(
@@ -301,21 +344,47 @@ class Study:
             ledger.limits,
             lambda line, share: self.progress.update(100 * share, line),
             self.stop,
+            earlier,
+            extensions=len(self.judged_on),
         )
         verifications = verifier.run()
-        ledger.baseline = dataclasses.replace(ledger.baseline, verification=verifications[BASELINE])
+        own = verifications[BASELINE]
+        if BASELINE in earlier and earlier[BASELINE].prompts > own.prompts:
+            own = dataclasses.replace(own, prompts=earlier[BASELINE].prompts, values=earlier[BASELINE].values)
+        ledger.baseline = dataclasses.replace(ledger.baseline, verification=own)
+        if finalists:
+            ledger.record("verification", ledger.baseline)
         for key, verification in verifications.items():
             if key != BASELINE:
                 ledger.candidates[key] = dataclasses.replace(ledger.candidates[key], verification=verification)
                 ledger.record("verification", ledger.candidates[key])
         for key, error in {**verifier.errors, **verifier.unmeasured}.items():
             ledger.failures.append(Failure(ledger.candidates[key].trial, ledger.candidates[key].params, error))
-        if finalists and len(verifier.unmeasured) == len(finalists):
+        if finalists and len(verifier.unmeasured) == len(finalists) and not claimed:
             raise OutOfDeviceMemory(next(iter(verifier.unmeasured.values())))
-        return self._verdict([ledger.candidates[c.key] for c in finalists if c.key not in verifier.unmeasured])
+        chosen = [ledger.candidates[c.key] for c in chosen if c.key not in verifier.unmeasured]
+        if verifier.cut_short and not any(c.verification.status == "verified" for c in chosen):
+            return self._result("partial", "stopped during verification; the same command resumes", {})
+        return self._verdict(chosen, judged=len(verifier.unmeasured) < len(finalists))
 
-    def _verdict(self, finalists: Sequence[Candidate]) -> StudyResult:
-        ledger = self.ledger
+    def _earlier(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Verification]:
+        """What earlier parts of this study found on held-out prompts, by key: what was verified, else what saw most."""
+        found: dict[str, Verification] = {}
+        for record in records:
+            if record["kind"] != "verification":
+                continue
+            candidate = build(Candidate, record["candidate"])
+            key = BASELINE if candidate.key == self.ledger.full_key else candidate.key
+            check, before = candidate.verification, found.get(key)
+            if before is None or (before.status != "verified" and check.prompts >= before.prompts):
+                found[key] = check
+        return found if BASELINE in found else {}  # runs of before have no values of the full schedule to pair with
+
+    def _verdict(self, finalists: Sequence[Candidate], judged: bool = False) -> StudyResult:
+        """The verdict on verified or waiting finalists. judged: whether it is a new judgement."""
+        ledger, extensions = self.ledger, len(self.judged_on)
+        if judged:
+            self.judged_on.append(len(self.prompts["heldout"]) if self.quality else 0)
         budget, limits = self.options.budget, ledger.limits
         verified = [c for c in finalists if c.verification.status == "verified"]
         waiting = [c for c in finalists if c.verification.status == "open"]
@@ -346,13 +415,24 @@ class Study:
             reason = f"{speedup(pick)} within {budget} on {pick.verification.prompts} held-out prompts: {proved}"
             return self._result("verified", reason, picks)
         if waiting:
-            best = max(waiting, key=ledger.preference)
+            needed = {c.key: self._needed(c, extensions) for c in waiting}
+
+            def easiest(c: Candidate) -> Any:
+                # First those that only prompts are missing for, then those that look as if they kept their limits.
+                beyond = any(v.value > v.limit for v in c.verification.verdicts if v.name.startswith("drop:"))
+                return c.verification.times_open, beyond, needed[c.key] or math.inf, c.key
+
+            waiting = sorted(waiting, key=easiest)
+            best = waiting[0]
             undecided = [v for v in best.verification.verdicts if v.status == "open"]
             texts = ", ".join(
                 f"{v.name} {v.value:.4g} with bound {v.bound:.4g} around {v.limit:.4g}" for v in undecided
             )
-            reason = f"the data cannot tell: {texts}; {advice(best.verification)} or loosen the limit"
-            return self._result("inconclusive", reason, picks, nearest=[c.key for c in waiting])
+            advice, settle = "measure again on a quieter machine or loosen --budget", None
+            if not best.verification.times_open:
+                advice, settle = self._advice(needed[best.key])
+            reason = f"the data cannot tell: {texts}; {advice}"
+            return self._result("inconclusive", reason, picks, nearest=[c.key for c in waiting], settle=settle)
         kept = [c for c in ledger.candidates.values() if ledger.keeps_quality(c)]
         fastest = min((c.best_latency for c in kept), key=lambda latency: latency.drift_corrected_ms, default=None)
         smallest = fastest.drift_corrected_ms if fastest else None
@@ -373,6 +453,58 @@ class Study:
                 f"{', predicted from its steps' if fastest.predicted else ''})"
             )
         return self._result("infeasible", reason, picks, smallest=smallest, nearest=[c.key for c in nearest])
+
+    def _needed(self, candidate: Candidate, extensions: int) -> int | None:
+        """Held-out prompts on which the next judgement would decide all that is open of a finalist's quality."""
+        check, heldout = candidate.verification, self.prompts["heldout"]
+        seen = claims(len(heldout), heldout.micro_batch, extensions).get(check.prompts, ALPHA)
+        alphas = seen, judgement_alpha(extensions + 1)
+        counts = []
+        for verdict in check.verdicts:
+            if verdict.status == "open" and verdict.name not in OF_TIME and check.prompts:
+                limit, drops_N, bound = self._open_drop(candidate, verdict)
+                counts.append(prompts_to_decide(limit, drops_N, bound, alphas, heldout.micro_batch))
+        return max(counts) if counts and None not in counts else None
+
+    def _open_drop(self, candidate: Candidate, verdict: Verdict) -> tuple[MetricLimit, np.ndarray, float]:
+        """The limit behind a verdict on quality, drops per prompt, and their bound; a floor is a drop from the top."""
+        values, metric = candidate.verification.values, verdict.name.partition(":")[2]
+        own = np.asarray(values[metric])
+        if verdict.name.startswith("floor:"):
+            declared = DECLARATIONS[metric]
+            top = 0.0 if declared.kind == "continuous" else declared.change
+            limit = MetricLimit(
+                metric,
+                1.0,
+                top - verdict.limit,
+                declared.kind,
+                declared.unit,
+                declared.change,
+                declared.higher_is_better,
+            )
+            return limit, top - own, top - verdict.bound
+        limit = next(m for m in limited(self.metrics) if m.metric == metric)
+        full = np.asarray(self.ledger.baseline.verification.values[metric])[: own.size]
+        return limit, (full - own) * limit.sign, verdict.bound
+
+    def _advice(self, needed: int | None) -> tuple[str, str | None]:
+        """What would decide an undecided quality, in words and as a value of --heldout."""
+        source, had = self.space.prompts, len(self.prompts["heldout"])
+        if needed is None:
+            return (
+                f"no number of held-out prompts up to {MOST_PROMPTS:,} would do if the estimates hold: loosen the limit",
+                None,
+            )
+        _, there = set_sizes(dataclasses.replace(source, heldout=needed))
+        if there < needed:
+            return (
+                f"about {needed} held-out prompts would do if the estimates hold, and {source.source:.200} leaves {there}: "
+                "add prompts and start anew, or loosen the limit"
+            ), None
+        # Those of geneval are ordered by how many there are of each task (tuner.prompts).
+        parts = had - sum(source.added), *source.added, needed - had
+        text = "+".join(map(str, parts)) if source.source == "geneval" else str(needed)
+        return f"raise --heldout (about {needed} prompts would do if the estimates hold) or loosen the limit", text
 
     def _picks(self, verified: Sequence[Candidate]) -> dict[str, str]:
         """Named picks among the verified.
@@ -458,6 +590,7 @@ class Study:
         picks: dict[str, str],
         smallest: float | None = None,
         nearest: Sequence[str] = (),
+        settle: str | None = None,
     ) -> StudyResult:
         ledger = self.ledger
         shown = {**picks, **{f"nearest {i}": key for i, key in enumerate(nearest[:1])}}
@@ -516,6 +649,8 @@ class Study:
             samples=tuple(samples),
             smallest_budget_ms=smallest,
             nearest=tuple(nearest),
+            judged_on=tuple(self.judged_on),
+            settle_heldout=settle,
         )
 
 
@@ -523,20 +658,6 @@ def speedup(candidate: Candidate) -> str:
     """ "1.72x [1.70, 1.74]" from the best measurement of a candidate."""
     ratio = candidate.best_latency.ratio
     return f"{1 / ratio.mean:.2f}x [{1 / ratio.high:.2f}, {1 / ratio.low:.2f}]"
-
-
-def advice(verification: Verification) -> str:
-    """What could decide an undecided quality: more held-out prompts, and how many if the estimates hold."""
-    shares = [
-        (v.bound - v.value) / (v.limit - v.value)
-        for v in verification.verdicts
-        if v.status == "open" and v.name.startswith("drop:") and v.value < v.limit and math.isfinite(v.bound)
-    ]
-    if not shares:
-        return "add held-out prompts"
-    # The distance from estimate to bound shrinks as one over the root of their number.
-    count = math.ceil(verification.prompts * max(1.0, *shares) ** 2)
-    return f"raise --heldout (about {float(f'{count:.2g}'):.0f} prompts would do if the estimates hold)"
 
 
 def metric_change(candidate: Candidate, metric: str) -> str:

@@ -5,7 +5,7 @@ latency ratio at most 0.98 (a gain under 2 % is no acceleration), for every metr
 paired drop within the allowed one, every floor kept. All must hold, so the metrics share no error; the bounds hold for all
 finalists together, so choosing among them afterwards is fair.
 Prompts and rounds are added in steps until each finalist is decided or the limit is reached; giving up early on a bad
-one costs nothing, while claims are made at few looks only, which share the 5 %.
+one costs nothing, while claims are made at few looks only, which share the 5 % with all judgements of the study.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from stagevar.schedule import Steps
 from tuner.budget import Budget
 from tuner.evaluate import Evaluator
 from tuner.executors.base import Executor, Failed, NotMeasured, QualityTask
-from tuner.looks import claims, looks
+from tuner.looks import claims, judgement_alpha, looks
 from tuner.metrics.declarations import DECLARATIONS
 from tuner.prompts import PromptSet
 from tuner.quality_limits import MetricLimit, limited
@@ -110,9 +110,12 @@ class Verifier:
     Args:
         finalists: key -> steps. full: the full schedule's steps. heldout: prompts to verify on, all of them at most.
         note: called with a line of progress and the share done. stop: asked between steps whether to end early.
+        earlier: verifications of an earlier part of the same study by key, the full schedule's under BASELINE; their values
+            per held-out prompt are not measured again. extensions: judgements of the study before this one.
 
     Attributes: errors: of finalists that could not run. unmeasured: of those that found too little memory; they leave the
-    finalists, and nothing is said about them.
+    finalists, and nothing is said about them. cut_short: whether `stop` ended it before everything was decided or every
+    prompt was used.
     """
 
     def __init__(
@@ -125,9 +128,12 @@ class Verifier:
         limits: Limits,
         note: Callable[[str, float], None] = lambda line, share: None,
         stop: Callable[[], bool] = lambda: False,
+        earlier: Mapping[str, Verification] | None = None,
+        extensions: int = 0,
     ):
         self.evaluator, self.executor, self.finalists, self.full = evaluator, executor, dict(finalists), full
         self.heldout, self.limits, self.note, self.stop = heldout, limits, note, stop
+        self.earlier, self.extensions, self.cut_short = dict(earlier or {}), extensions, False
         self.samples: dict[str, list[float]] = {name: [] for name in (BASELINE, *finalists)}
         self.warmth: dict[str, tuple[int, bool]] = {}
         self.values: dict[str, dict[str, list[float]]] = {name: {} for name in (BASELINE, *finalists)}
@@ -154,7 +160,10 @@ class Verifier:
                 runs, _ = self.warmth.get(name, (0, True))
                 self.warmth[name] = (runs + timing.warm_up_runs, timing.warmed)
             undecided = [v for n in self.finalists for v in self._latency_verdicts(n) if v.status == "open"]
-            if not undecided or self.stop():
+            if not undecided:
+                break
+            if self.stop():
+                self.cut_short = rounds < ROUNDS[-1]
                 break
 
     def _timings(self, rounds: int) -> Mapping[str, Timing]:
@@ -176,8 +185,9 @@ class Verifier:
         self.unmeasured[name] = f"not measured here: {error}"
 
     def _latency_verdicts(self, name: str) -> list[Verdict]:
-        # One-sided 95 % for all finalists together (Bonferroni): timings are cheap, so the price is a few rounds.
-        level = 1 - 2 * ALPHA / max(1, len(self.finalists))
+        # One-sided, for all finalists together (Bonferroni): timings are cheap, so the price is a few rounds. Every
+        # judgement times anew and may take a limit for kept by luck, so they share the 5 % as those of the prompts do.
+        level = 1 - 2 * judgement_alpha(self.extensions) / max(1, len(self.finalists))
         own = median_interval(self.samples[name], level)
         budget_ms = self.limits.budget_ms
         if name == BASELINE:
@@ -200,7 +210,7 @@ class Verifier:
 
     def _alpha(self, count: int) -> float | None:
         """Error that a claim at this look may make; None where none is made."""
-        return claims(len(self.heldout), self.heldout.micro_batch).get(count)
+        return claims(len(self.heldout), self.heldout.micro_batch, self.extensions).get(count)
 
     def _judge(self) -> None:
         running = [n for n in self.finalists if all(v.status != "broken" for v in self._latency_verdicts(n))]
@@ -209,20 +219,9 @@ class Verifier:
             if not running:
                 break
             first, last = done // self.heldout.micro_batch, -(-count // self.heldout.micro_batch)
-            keys = [BASELINE, *running]
-            tasks = [
-                QualityTask(tuple(self.full if k == BASELINE else self.finalists[k] for k in keys), "heldout", batch)
-                for batch in range(first, last)
-            ]
-            gathered = {}
-            for task, outcomes in self.executor.run(tasks):
-                gathered[task.batch] = outcomes
-                self.note(
-                    f"verifying {len(running)} finalists on held-out prompts",
-                    (done + len(gathered) * self.heldout.micro_batch) / len(self.heldout),
-                )
+            gathered = self._measure([BASELINE, *running], range(first, last))
             for batch in sorted(gathered):  # executors may answer in any order; prompts keep theirs
-                for key, outcome in zip(keys, gathered[batch], strict=True):
+                for key, outcome in gathered[batch].items():
                     if isinstance(outcome, NotMeasured):
                         if key == BASELINE:
                             raise OutOfDeviceMemory(outcome.error)
@@ -241,7 +240,41 @@ class Verifier:
             # A finalist that is decided either way needs no more prompts.
             running = [k for k in running if self._status(self._quality_verdicts(k)) == "open"]
             if self.stop():
+                self.cut_short |= bool(running) and done < len(self.heldout)
                 break
+
+    def _measure(self, keys: Sequence[str], batches: Sequence[int]) -> dict[int, dict[str, Any]]:
+        """Values or Failed by micro-batch and key; what an earlier part of the study measured is taken from there."""
+        found: dict[int, dict[str, Any]] = {batch: {} for batch in batches}
+        missing: dict[int, list[str]] = {}
+        for batch in batches:
+            for key in keys:
+                kept = self._kept(key, batch)
+                if kept is None:
+                    missing.setdefault(batch, []).append(key)
+                else:
+                    found[batch][key] = kept
+        tasks = [
+            QualityTask(tuple(self.full if k == BASELINE else self.finalists[k] for k in wanted), "heldout", batch)
+            for batch, wanted in missing.items()
+        ]
+        done = len(batches) - len(tasks)
+        for task, outcomes in self.executor.run(tasks):
+            found[task.batch] |= zip(missing[task.batch], outcomes, strict=True)
+            done += 1
+            self.note(
+                f"verifying {len(keys) - 1} finalists on held-out prompts",
+                (batches[0] + done) * self.heldout.micro_batch / len(self.heldout),
+            )
+        return found
+
+    def _kept(self, key: str, batch: int) -> dict[str, Sequence[float]] | None:
+        """Values of a whole micro-batch from an earlier part of the study, or None."""
+        start = batch * self.heldout.micro_batch
+        end = min(start + self.heldout.micro_batch, len(self.heldout))
+        if key not in self.earlier or self.earlier[key].prompts < end:
+            return None
+        return {metric: values[start:end] for metric, values in self.earlier[key].values.items()}
 
     def _quality_verdicts(self, name: str) -> list[Verdict]:
         count = len(self.values[name].get("quality", []))
@@ -259,7 +292,7 @@ class Verifier:
         differences_KN = (values_KN - base) * limit.sign
         bounds = continuous_drop_bounds if limit.kind == "continuous" else drop_bounds
         key = (limit.name, count, alpha, peers)
-        upper_K, lower_K = self._together(key, bounds, differences_KN, limit.change, alpha or ALPHA)
+        upper_K, lower_K = self._together(key, bounds, differences_KN, limit.change, alpha)
         own = peers.index(name)
         status = _claimed(decide(limit.max_drop, float(lower_K[own]), float(upper_K[own])), alpha)
         drop = -float(differences_KN[own].mean())
@@ -272,7 +305,7 @@ class Verifier:
         top = 0.0 if declared.kind == "continuous" else declared.change
         bounds = continuous_drop_bounds if declared.kind == "continuous" else drop_bounds
         key = (f"floor:{metric}", count, alpha, peers)
-        upper_K, lower_K = self._together(key, bounds, values_KN - top, declared.change, alpha or ALPHA)
+        upper_K, lower_K = self._together(key, bounds, values_KN - top, declared.change, alpha)
         own = peers.index(name)
         low, high = top - float(upper_K[own]), top - float(lower_K[own])
         status = _claimed(decide(-floor, -high, -low), alpha)
@@ -286,10 +319,16 @@ class Verifier:
         peers = tuple(k for k in self.finalists if len(self.values[k].get(metric, [])) >= count)
         return peers, np.stack([np.asarray(self.values[k][metric][:count]) for k in peers])
 
-    def _together(self, key: Any, bounds: Callable[..., Any], *arguments: Any) -> tuple[np.ndarray, np.ndarray]:
+    def _together(
+        self, key: Any, bounds: Callable[..., Any], differences_KN: np.ndarray, change: float, alpha: float | None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Bounds (upper, lower), each (K,), computed once for all finalists: values are only ever added to."""
         if key not in self._bounds:
-            self._bounds[key] = bounds(*arguments)
+            upper_K, lower_K = bounds(differences_KN, change, alpha or ALPHA)
+            if alpha is not None and self.extensions:
+                # The small error of a later judgement is for claims, not for giving up.
+                _, lower_K = bounds(differences_KN, change, ALPHA)
+            self._bounds[key] = upper_K, lower_K
         return self._bounds[key]
 
     # ------------------------------------------------------------------------------------------------ result
