@@ -160,7 +160,7 @@ def _add_study_options(parser: _Parser, required: bool) -> None:
     parser.add_argument(
         "--prompts",
         metavar="N|SOURCE[:N]|FILE",
-        help=f"search prompts: how many, {sources} (geneval:64), or a file (.txt, .jsonl, .json, .csv)",
+        help=f"search prompts: how many, {sources} (geneval:64), a file (.txt, .jsonl, .json, .csv), or a folder of .txt",
     )
     parser.add_argument(
         "--heldout",
