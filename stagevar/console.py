@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import math
 import os
 import signal
@@ -28,6 +29,17 @@ MOST = 1_000_000
 LONGEST_LINE = 600
 #: Exit code when the reader of the output went away.
 _NO_READER = 1
+
+
+def start(prog: str, module: str) -> int:
+    """Imports the module of a command and runs its `main`; Ctrl-C while it is imported is one line too."""
+    loaded = []
+
+    def load() -> int:
+        loaded.append(importlib.import_module(module))
+        return 0
+
+    return report_errors(prog, load) or loaded[0].main()
 
 
 def report_errors(prog: str, run: Callable[[], int]) -> int:

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import importlib
 import json
 import os
 import shlex
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -240,6 +242,26 @@ sys.exit(report_errors("x", run))
 def test_an_error_that_ctrl_c_caused_is_no_traceback():
     done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 130 and done.stderr.count("\n") == 1 and done.stderr.startswith("x: stopped"), done.stderr
+
+
+def test_ctrl_c_while_the_modules_of_a_command_load_is_one_line(monkeypatch, capsys):
+    scripts = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["scripts"]
+
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    for command, place in scripts.items():
+        module, function = place.split(":")
+        entry = getattr(importlib.import_module(module), function)
+        with monkeypatch.context() as patch:
+            patch.setattr("stagevar.console.importlib.import_module", interrupted)
+            assert entry() == 130
+        assert capsys.readouterr().err.startswith(f"{command}: stopped;")
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [command, "--version"])
+            with pytest.raises(SystemExit, match="0"):
+                entry()
+        assert capsys.readouterr().out.startswith("stagevar")
 
 
 @pytest.mark.parametrize(

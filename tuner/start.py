@@ -1,0 +1,13 @@
+"""Entry points of `stagevar-tune` and `stagevar-eval`: Ctrl-C is one line also while their modules load."""
+
+from stagevar.console import start
+
+
+def tune() -> int:
+    """Runs `stagevar-tune`. Exit codes as in stagevar.errors."""
+    return start("stagevar-tune", "tuner.cli")
+
+
+def evaluate() -> int:
+    """Runs `stagevar-eval`. Exit codes as in stagevar.errors."""
+    return start("stagevar-eval", "tuner.eval_cli")
