@@ -17,6 +17,8 @@ from tuner.result import Candidate, StudyResult, Verdict
 
 #: What one more attempt at a budget leaves for timings to scatter.
 _ROOM = 1.03
+#: A larger drop is worth a word up to so many times the allowed one.
+_MOST_ALLOWANCES = 3
 _REGRESSION = "3%"
 
 
@@ -112,19 +114,23 @@ def _infeasible(result: StudyResult, run_dir: Path, words: Sequence[str]) -> _To
             return told, [(what, _other_study(result, run_dir, words, budget))]
         told = [f"not proved: no schedule meets {result.budget}, and none is much faster than the full one"]
         return told, []
-    told = [f"not proved: no schedule meets {result.budget} and keeps the quality"]
+    told, steps = [f"not proved: no schedule meets {result.budget} and keeps the quality"], []
+    share = (result.budget_ms / full_ms + 1) / 2
+    if share < 1:
+        budget = _budget(result, share * full_ms)
+        steps.append((f"give it more time, {budget}", _other_study(result, run_dir, words, budget)))
     limit = next(iter(limited(result.limits)), None)
     change = nearest.best_differences.get(limit.metric) if nearest is not None and limit is not None else None
-    if change is None or not math.isfinite(change.low) or -change.low <= limit.max_drop:
-        return told, []
-    drop = _max_drop(limit, -change.low)
-    if drop is None:
-        return told, []
+    if change is None or change.mean >= 0:
+        return told, steps
     told.append(
         f"            the nearest one loses {limit.amount(-change.mean)} by {limit.metric}, where {_allowed(limit)}"
     )
-    again = [*_kept_limits(words, limit.metric), "--max-drop", drop]
-    return told, [(f"allow a larger drop, {drop}", _line(_with(again, "--out", f"{run_dir}-drop")))]
+    if limit.max_drop < -change.low <= _MOST_ALLOWANCES * limit.max_drop:
+        drop = _max_drop(limit, -change.low)
+        again = [*_kept_limits(words, limit.metric), "--max-drop", drop]
+        steps.append((f"or allow a larger drop, {drop}", _line(_with(again, "--out", f"{run_dir}-drop"))))
+    return told, steps
 
 
 def _inconclusive(result: StudyResult, run_dir: Path, words: Sequence[str]) -> _Told:
@@ -197,9 +203,12 @@ def _open(result: StudyResult, candidate: Candidate, verdict: Verdict) -> str:
             f"where {verdict.limit:g} is the least allowed"
         )
     limit = next(m for m in limited(result.limits) if m.name == verdict.name)
+    told = "unknown" if math.isinf(verdict.bound) else limit.amount(verdict.bound)
+    if told == limit.amount(limit.max_drop):
+        told = f"just above {told}"
     return (
-        f"on {prompts} held-out prompts the loss of {metric} is {limit.amount(verdict.value)} and may be "
-        f"{limit.amount(verdict.bound)}, where {_allowed(limit)}"
+        f"on {prompts} held-out prompts the loss of {metric} is {limit.amount(verdict.value)} and may be {told}, "
+        f"where {_allowed(limit)}"
     )
 
 
@@ -211,7 +220,8 @@ def _files(result: StudyResult, run_dir: Path) -> str:
     report = f"{_path(run_dir / 'report.html')} shows all that was found"
     if result.pick is None:
         return f"files: {report}"
-    return f"files: {_path(run_dir / 'profile.yaml')} is the schedule to deploy, {report}"
+    what = "holds the schedule" if result.random_weights else "is the schedule to deploy"
+    return f"files: {_path(run_dir / 'profile.yaml')} {what}, {report}"
 
 
 def _joined(parts: Sequence[str]) -> str:
@@ -254,10 +264,10 @@ def _below(budget: str, full_ms: float) -> str:
     return "60%" if budget.endswith("%") else f"{max(1, math.floor(0.6 * full_ms))}ms"
 
 
-def _max_drop(limit: MetricLimit, drop: float) -> str | None:
-    """A value of --max-drop that allows this much; None where it would allow anything."""
+def _max_drop(limit: MetricLimit, drop: float) -> str:
+    """A value of --max-drop that allows this much."""
     if limit.unit.startswith("share of "):
-        return f"{limit.metric}={math.ceil(100 * drop)}%" if drop < 0.99 else None
+        return f"{limit.metric}={math.ceil(100 * drop)}%"
     return f"{limit.metric}={_up(drop)}"
 
 
