@@ -50,6 +50,15 @@ def step_lengths(steps: Steps, chunk_layers: Sequence[range]) -> dict[Branch, li
     return needed
 
 
+def even(lengths: dict[Branch, list[int]]) -> dict[Branch, list[int]]:
+    """The smallest capacity of these entries that all layers and both branches have alike.
+
+    Both branches then lie in one tensor, so a guided scale writes and attends once, and all layers have the same strides.
+    """
+    most = max(map(max, lengths.values()))
+    return {branch: [most] * len(entries) for branch, entries in lengths.items()}
+
+
 class KVCache:
     """Keys and values of one batch.
 

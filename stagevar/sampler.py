@@ -18,14 +18,18 @@ from torch import Tensor
 from stagevar.accelerators.base import Accelerator, Cached, ScaleContext, State
 from stagevar.accelerators.composite import Composite
 from stagevar.attention import attention_kernels
-from stagevar.cache import HeadsIntoCache, KVCache, Lengths, step_lengths
+from stagevar.cache import HeadsIntoCache, KVCache, Lengths, even, step_lengths
 from stagevar.engine import Engine, Start, build_engine
 from stagevar.errors import ScheduleError
 from stagevar.models.base import Around, LoadedModel, NextScaleModel, Sampling, Site, SiteFn
+from stagevar.models.memory import total_bytes
 from stagevar.models.precision import low_precision
 from stagevar.noise import Draws, NoiseSource, PromptNoise
 from stagevar.requests import check_negatives, check_prompts, check_seeds
 from stagevar.schedule import BOTH, Branch, Decision, ScaleStep, Steps, exact
+
+#: Share of a card's memory that a cache may take beyond its entries, to have as many in every layer and branch.
+EVEN_SHARE = 0.02
 
 
 @dataclass(frozen=True)
@@ -217,7 +221,7 @@ class Sampler:
 
     def _allocate(self, batch: int, steps: Steps) -> KVCache:
         transformer = self.model.transformer
-        capacity = step_lengths(steps, transformer.chunk_layers)
+        capacity = self._capacity(batch, steps)
         wanted = {branch: tuple(entries) for branch, entries in capacity.items()}
         cache = next((c for c in self._caches if c.batch == batch and c.capacity == wanted), None)
         if cache is None:
@@ -228,6 +232,18 @@ class Sampler:
             self._caches.append(cache)
         cache.rewind(tuple((0,) * transformer.depth for _ in BOTH))
         return cache
+
+    def _capacity(self, batch: int, steps: Steps) -> dict[Branch, list[int]]:
+        """Entries per branch and layer: as few as the schedule makes, on a card the same everywhere where that costs little."""
+        transformer, device = self.model.transformer, self.model.device
+        least = step_lengths(steps, transformer.chunk_layers)
+        total = total_bytes(device) if device.type == "cuda" else None
+        if total is None:
+            return least
+        alike = even(least)
+        further = sum(map(sum, alike.values())) - sum(map(sum, least.values()))
+        entry_bytes = 2 * batch * transformer.width * self.model.dtype.itemsize
+        return alike if further * entry_bytes <= EVEN_SHARE * total else least
 
     def release(self) -> None:
         """Frees the caches and what the engine recorded; the generation that used one ends."""

@@ -27,7 +27,8 @@ def fake_mode():
     """The mode under which everything here happens."""
     # Which attention kernel can run is asked of a real card once an order is given.
     unordered = mock.patch("stagevar.sampler.attention_kernels", lambda device: contextlib.nullcontext())
-    with FakeTensorMode(allow_non_fake_inputs=True), unordered:
+    card = mock.patch("stagevar.sampler.total_bytes", lambda device: 80 * 2**30)
+    with FakeTensorMode(allow_non_fake_inputs=True), unordered, card:
         yield
 
 

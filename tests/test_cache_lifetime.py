@@ -1,5 +1,6 @@
 """Caches and recordings die when they are let go: what is looked at here are live objects, not lists of them."""
 
+import dataclasses
 import gc
 import weakref
 
@@ -8,11 +9,11 @@ import pytest
 import torch
 
 from benchmarks.relaunch import RelaunchRecorder
-from stagevar.cache import KVCache
+from stagevar.cache import KVCache, even, step_lengths
 from stagevar.engine import GraphEngine, RecordingFailed, first_cause
 from stagevar.engine import graph as engine_module
 from stagevar.sampler import Sampler
-from stagevar.schedule import exact, preset
+from stagevar.schedule import StageSchedule, exact, preset
 from tests.tiny import GRIDS, tiny_infinity
 
 FULL = exact(len(GRIDS)).expand(GRIDS, 2)
@@ -70,6 +71,22 @@ def test_the_old_cache_is_gone_before_the_new_one_is_made(model, alive):
     sampler.generate(["a"], [0], OTHER)
     assert alive.at_allocation == [0, 0, 0, 0], "though each generation is still held"
     assert [generation.live for generation in held] == [False] * 3
+
+
+@pytest.mark.parametrize(("card_bytes", "joint"), [(10**9, True), (10**5, False)])
+def test_branches_share_a_tensor_where_that_costs_a_card_little(model, monkeypatch, card_bytes, joint):
+    """A cache alike in every layer and branch gives the same images."""
+    steps = StageSchedule(3, cfg_delay=0, branch="cond", rank_ratios=(0.5, 0.2)).expand(GRIDS, 2)
+    expected = Sampler(model).generate(["a", "b"], [0, 1], steps)
+    least = step_lengths(steps, model.transformer.chunk_layers)
+    monkeypatch.setattr("stagevar.sampler.total_bytes", lambda device: card_bytes)
+    on_card = Sampler(dataclasses.replace(model, device=torch.device("cuda", 0)))
+    capacity = on_card._capacity(2, steps)
+    assert capacity == (even(least) if joint else least) != (least if joint else even(least))
+    sampler = Sampler(model)
+    sampler._capacity = lambda batch, steps: capacity
+    assert np.array_equal(sampler.generate(["a", "b"], [0, 1], steps), expected)
+    assert sampler._caches[0].joint == joint
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -168,8 +168,9 @@ class ModelEvaluator:
         quality: metric -> weight, as in the search space; ignored for random weights. floors: further metrics to compute.
         threads: CPU threads of every figure, pinned while timing.
         engine: what latency is timed on (stagevar.engine); "auto" has it chosen here (stagevar.engine_choice), a choice that
-            was made earlier is kept. Quality is walked eagerly, which gives the same bits: a
-            prefix that is run once is not worth recording.
+            was made earlier is kept. Quality is walked eagerly: a prefix that is run once is not worth recording. On a CPU
+            that gives the same bits; on a card other kernels round otherwise and images drift apart a little, alike for a
+            schedule and the full one that it is paired with.
         references_dir: where the full schedule's images are kept between batches; memory when None.
         keep_bytes: for the full schedule's scales on the search prompts, which later walks start from; None takes a
             quarter of what is free. 0 keeps nothing.

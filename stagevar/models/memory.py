@@ -134,11 +134,19 @@ def estimate(parts: Parts, request: LoadRequest) -> MemoryEstimate:
     )
 
 
-def kv_cache_bytes(transformer: NextScaleModel, steps: Steps, batch: int, element: int, kv_cache: str) -> int:
-    """The KV cache of one schedule; element: bytes of the blocks' precision, kv_cache: "model" or "int8"."""
-    from stagevar.cache import step_lengths
+def kv_cache_bytes(
+    transformer: NextScaleModel, steps: Steps, batch: int, element: int, kv_cache: str, alike: bool = False
+) -> int:
+    """The KV cache of one schedule.
 
-    entries = sum(sum(layers) for layers in step_lengths(steps, transformer.chunk_layers).values())
+    Args:
+        element: bytes of the blocks' precision. kv_cache: "model" or "int8". alike: with as many entries in every layer and
+            branch, as cards with room get it.
+    """
+    from stagevar.cache import even, step_lengths
+
+    lengths = step_lengths(steps, transformer.chunk_layers)
+    entries = sum(sum(layers) for layers in (even(lengths) if alike else lengths).values())
     eight_bit = kv_cache == "int8"
     entry = transformer.heads * (transformer.head_dim + 4) if eight_bit else transformer.width * element
     return 2 * batch * entries * entry

@@ -75,7 +75,7 @@ def timed_bytes(
     # The steps' pool and the decoder's are two, since a decoder is replayed in the middle of a walk.
     pools = {name: bytes_ + decoding if engine.startswith("graph") else 0 for name, bytes_ in working.items()}
     kept = {
-        name: kv_cache_bytes(transformer, steps, 1, element, kv_cache) + pools[name]
+        name: kv_cache_bytes(transformer, steps, 1, element, kv_cache, alike=True) + pools[name]
         for name, steps in schedules.items()
     }
     return TimedBytes(kept, max((max(bytes_, decoding) for bytes_ in working.values()), default=0))
