@@ -16,11 +16,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from stagevar.card_state import CardState, disturbed_by, read_card
 from stagevar.choices import check_threads, processors
 from stagevar.errors import UsageError
 
 #: Relative spread of the last three warm-up runs below which a schedule counts as warm.
 WARM_TOLERANCE = 0.02
+#: How often a disturbed measurement is made.
+ATTEMPTS = 2
 Run = Callable[[], object]
 
 
@@ -29,13 +32,16 @@ class Timing:
     """Raw samples of one schedule, in milliseconds, in the order of the rounds.
 
     samples_ms: host clock. device_ms: CUDA events over the same span (empty on CPU). warm_up_runs: runs before the first
-    sample. warmed: whether the last three of them agreed within WARM_TOLERANCE.
+    sample. warmed: whether the last three of them agreed within WARM_TOLERANCE. card: its state before and after, where it is
+    known. disturbed: why the samples may be wrong although they were taken again, in words.
     """
 
     samples_ms: tuple[float, ...]
     device_ms: tuple[float, ...] = ()
     warm_up_runs: int = 0
     warmed: bool = True
+    card: tuple[CardState, ...] = ()
+    disturbed: tuple[str, ...] = ()
 
     @property
     def median_ms(self) -> float:
@@ -85,12 +91,30 @@ def measure(
 ) -> dict[str, Timing]:
     """Times several schedules in turn, `rounds` times each; every other round goes backwards, which cancels a linear drift.
 
+    On a card that was throttled meanwhile, or that other processes used, everything is timed once more, and marked if that
+    was no better.
+
     Args:
         runs: name -> one whole generation. rounds: samples per name, at least 1.
     """
     if rounds < 1:
         raise UsageError(f"rounds {rounds} must be at least 1")
     warmth = {name: warm_up(run, device, warm_up_at_most) for name, run in runs.items()}
+    for _ in range(ATTEMPTS):
+        before = read_card(device)
+        host, events = _rounds(runs, rounds, device)
+        after = read_card(device)
+        disturbed = disturbed_by(before, after)
+        if not disturbed:
+            break
+    card = () if before is None or after is None else (before, after)
+    return {name: Timing(host[name], events[name], *warmth[name], card, disturbed) for name in runs}
+
+
+def _rounds(
+    runs: Mapping[str, Run], rounds: int, device: torch.device | str
+) -> tuple[dict[str, tuple[float, ...]], dict[str, tuple[float, ...]]]:
+    """Milliseconds of the host and of the device by name."""
     host: dict[str, list[float]] = {name: [] for name in runs}
     events: dict[str, list[float]] = {name: [] for name in runs}
     for index in range(rounds):
@@ -100,7 +124,7 @@ def measure(
             host[name].append(host_ms)
             if event_ms is not None:
                 events[name].append(event_ms)
-    return {name: Timing(tuple(host[name]), tuple(events[name]), *warmth[name]) for name in runs}
+    return {n: tuple(ms) for n, ms in host.items()}, {n: tuple(ms) for n, ms in events.items()}
 
 
 def paired_ratio(

@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from stagevar.errors import ScheduleError, UsageError
+from stagevar.models import precision as eight_bits
 from stagevar.models.memory import estimate_model
 from stagevar.models.precision import LowPrecisionLinear, low_precision, quantise
 from stagevar.models.registry import load_model
@@ -109,7 +110,7 @@ def test_eight_bit_scales_are_recorded_and_replayed(model):
 
 @pytest.mark.parametrize("precision", STEP)
 def test_a_card_accepts_the_shapes_and_need_not_be_waited_for(model, precision, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(eight_bits, "refused_because", lambda precision, device: None)
     steps = StageSchedule(1, cfg_delay=0, rank_ratios=(0.5,), precision=precision).expand(GRIDS, 2)
     with fake_mode(), torch.inference_mode():
         sampler, generation = begin_on_fake_cuda(model, PROMPTS, steps)
@@ -118,15 +119,30 @@ def test_a_card_accepts_the_shapes_and_need_not_be_waited_for(model, precision, 
                 sampler.advance(generation, step)
 
 
-def test_a_card_without_float8_units_is_refused(model, monkeypatch):
+@pytest.mark.parametrize("precision", STEP)
+def test_a_small_product_tells_whether_a_device_can(precision, monkeypatch):
+    cpu = torch.device("cpu")
+    refused = eight_bits.refused_because.__wrapped__
+    assert refused(precision, cpu) is None
+
+    def unsupported(*_, **__):
+        raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED when calling cublasLtMatmul\nmore")
+
+    name, product = {"int8": ("_int_mm", torch._int_mm), "fp8": ("_scaled_mm", torch._scaled_mm)}[precision]
+    monkeypatch.setattr(torch, name, unsupported)
+    assert refused(precision, cpu) == "CUBLAS_STATUS_NOT_SUPPORTED when calling cublasLtMatmul"
+    monkeypatch.setattr(torch, name, lambda *given, **options: 2 * product(*given, **options))
+    assert refused(precision, cpu) == "its products are wrong"
+
+
+def test_a_card_that_cannot_multiply_in_eight_bits_is_refused(monkeypatch):
     transformer = tiny_infinity().transformer
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
-    monkeypatch.setattr(transformer, "parameters", lambda: iter([torch.empty(0, device="meta")]))
-    low_precision(transformer, "int8")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "RTX 5090")
+    monkeypatch.setattr(eight_bits, "refused_because", lambda precision, device: f"no {precision} here")
+    low_precision(transformer, "int8")  # a CPU is not asked
     parameter = type("P", (), {"device": torch.device("cuda")})
     monkeypatch.setattr(transformer, "parameters", lambda: iter([parameter]))
-    with pytest.raises(UsageError, match=r"fp8 needs a card of compute capability 8\.9, A100 has 8\.0; use int8"):
+    with pytest.raises(UsageError, match=r"precision fp8 cannot run on RTX 5090 \(no fp8 here\); use precision model"):
         low_precision(transformer, "fp8")
 
 

@@ -11,8 +11,12 @@ import time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stagevar.errors import StagevarError
+
+if TYPE_CHECKING:
+    import torch
 
 _REQUIRED = {"torch": (2, 11), "numpy": (2, 0), "optuna": (5, 0), "scipy": (1, 13), "pandas": (2, 2), "rich": (13, 7)}
 _OPTIONAL = {
@@ -97,7 +101,35 @@ def _device() -> list[Finding]:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         findings.append(Finding("ok", f"cuda:{index} {properties.name}, {properties.total_memory / 2**30:.0f} GiB"))
-    return findings
+        findings.append(_card_state(index))
+    return [*findings, *_selftest(torch.device("cuda", torch.cuda.current_device()))]
+
+
+def _card_state(index: int) -> Finding:
+    """Clocks, power and who else is on the card; a tuner's milliseconds are worth what these are."""
+    from stagevar.card_state import disturbed_by, read_card
+
+    state = read_card(f"cuda:{index}")
+    if state is None:
+        return Finding("warn", f"cuda:{index}: clocks and throttling unknown; pip install nvidia-ml-py")
+    text = (
+        f"cuda:{index} driver {state.driver}, {state.sm_mhz} MHz, {state.temperature_c} C, "
+        f"{state.power_w:.0f} of {state.power_limit_w:.0f} W{', a MIG slice' if state.mig else ''}"
+    )
+    disturbed = disturbed_by(state, state)
+    return Finding("warn" if disturbed else "ok", "; ".join([text, *disturbed]))
+
+
+def _selftest(device: torch.device) -> list[Finding]:
+    """What works on the card, on a tiny model with random weights."""
+    from stagevar.card_selftest import selftest
+    from stagevar.models.registry import load_model
+
+    model = load_model("infinity-tiny", weights="random", device=str(device))
+    return [
+        Finding("warn" if check.fault else "ok", f"{device} {check.name}" + (f": {check.fault}" if check.fault else ""))
+        for check in selftest(model)
+    ]
 
 
 def _timings() -> Finding:

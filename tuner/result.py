@@ -59,6 +59,7 @@ class LatencyStats:
     drift_corrected_ms: ratio x the full schedule's median, the figure that the search ranks on (equals median_ms for the
     full schedule). warmup_runs: discarded runs before it settled; settled: three runs in a row agreed within 2 %.
     scale_ms: median of each scale's share, one per scale (0 where skipped), empty where scales were not timed.
+    disturbed: why the samples may be wrong (throttling, other processes on the card), in words.
     predicted: not timed but read off the table of step costs (tuner/step_costs.py): no samples, no p90_ms, and the
     interval of the ratio is the table's error.
     """
@@ -74,6 +75,7 @@ class LatencyStats:
     settled: bool = True
     scale_ms: tuple[float, ...] = ()
     predicted: bool = False
+    disturbed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

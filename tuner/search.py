@@ -502,7 +502,12 @@ class Search:
             elif p.key not in errors:
                 timing, sentinel = timings[p.key]
                 found[p.key] = latency_stats(
-                    timing.samples_ms, sentinel.samples_ms, full_ms, timing.warm_up_runs, timing.warmed
+                    timing.samples_ms,
+                    sentinel.samples_ms,
+                    full_ms,
+                    timing.warm_up_runs,
+                    timing.warmed,
+                    timing.disturbed,
                 )
                 self.table.check(p.steps, found[p.key].ratio.mean)
         return found, errors

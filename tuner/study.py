@@ -216,7 +216,9 @@ class Study:
         try:
             self.progress.update(0, "timing the full schedule")
             timing = self.evaluator.latency({BASELINE: ledger.full}, BASELINE_ROUNDS)[BASELINE]
-            latency = latency_stats(timing.samples_ms, None, None, timing.warm_up_runs, timing.warmed)
+            latency = latency_stats(timing.samples_ms, None, None, timing.warm_up_runs, timing.warmed, timing.disturbed)
+            for why in timing.disturbed:
+                self.progress.say(f"timings may be wrong, also when taken again: {why}")
             ledger.baseline = dataclasses.replace(blank, latency=latency)
             if self.quality:
                 self.progress.say(self._expected(latency.median_ms))

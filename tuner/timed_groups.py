@@ -46,4 +46,4 @@ def scaled(timing: Timing, sentinel: Timing, reference: Timing) -> Timing:
 
     factors = np.asarray(reference.samples_ms) / np.asarray(sentinel.samples_ms)
     samples = tuple(float(ms) for ms in np.asarray(timing.samples_ms) * factors)
-    return Timing(samples, (), timing.warm_up_runs, timing.warmed)
+    return Timing(samples, (), timing.warm_up_runs, timing.warmed, timing.card, timing.disturbed)

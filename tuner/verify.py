@@ -73,6 +73,7 @@ def latency_stats(
     baseline_ms: float | None,
     warm_up_runs: int = 0,
     warmed: bool = True,
+    disturbed: Sequence[str] = (),
 ) -> LatencyStats:
     """Figures of one schedule; with the baseline's samples of the same rounds also the ratio.
 
@@ -91,6 +92,7 @@ def latency_stats(
         ratio=ratio,
         warmup_runs=warm_up_runs,
         settled=warmed,
+        disturbed=tuple(disturbed),
     )
 
 
@@ -137,6 +139,7 @@ class Verifier:
         self.samples: dict[str, list[float]] = {name: [] for name in (BASELINE, *finalists)}
         self.warmth: dict[str, tuple[int, bool]] = {}
         self.values: dict[str, dict[str, list[float]]] = {name: {} for name in (BASELINE, *finalists)}
+        self.disturbed: dict[str, None] = {}
         self.errors: dict[str, str] = {}
         self._bounds: dict[Any, tuple[np.ndarray, np.ndarray]] = {}
         self.unmeasured: dict[str, str] = {}
@@ -159,6 +162,7 @@ class Verifier:
                 self.samples[name] += timing.samples_ms
                 runs, _ = self.warmth.get(name, (0, True))
                 self.warmth[name] = (runs + timing.warm_up_runs, timing.warmed)
+                self.disturbed |= dict.fromkeys(timing.disturbed)
             undecided = [v for n in self.finalists for v in self._latency_verdicts(n) if v.status == "open"]
             if not undecided:
                 break
@@ -346,6 +350,7 @@ class Verifier:
             None if name == BASELINE else self.samples[BASELINE],
             self.limits.baseline_ms if share else None,
             *self.warmth[name],
+            tuple(self.disturbed),
         )
         verdicts = self._latency_verdicts(name)
         upper_ms = verdicts[0].bound

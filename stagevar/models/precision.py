@@ -10,6 +10,7 @@ Source: LLM.int8() (arXiv 2208.07339) for scales per row and column; no outlier 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -69,17 +70,31 @@ class LowPrecisionLinear(nn.Module):
         return y_MN.to(self.dtype).unflatten(0, x.shape[:-1])
 
 
+@cache
+def refused_because(precision: str, device: torch.device) -> str | None:
+    """Why a device cannot multiply in 8 bits, found out by a small product; None where it can."""
+    layer = nn.Linear(64, 32, device=device, dtype=torch.bfloat16)
+    x_NK = torch.linspace(-1, 1, 32 * 64, device=device).reshape(32, 64).to(torch.bfloat16)
+    try:
+        with torch.inference_mode():
+            ours, plain = LowPrecisionLinear(layer, precision)(x_NK).float(), layer(x_NK).float()
+    except RuntimeError as error:  # libraries refuse by card and by version, each in words of its own
+        return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+    if not bool((ours - plain).abs().max() <= 0.1 * plain.abs().max()):
+        return "its products are wrong"
+    return None
+
+
 def low_precision(transformer: Model, precision: str) -> Model:
     """The transformer with the products of its blocks in 8 bits; everything else is shared with the one given.
 
     Raises UsageError where the device has no units for it.
     """
     device = next(transformer.parameters()).device
-    if precision == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        raise UsageError(
-            f"precision fp8 needs a card of compute capability 8.9, {torch.cuda.get_device_name(device)} has "
-            f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}; use int8 or model"
-        )
+    why = refused_because(precision, device) if device.type == "cuda" else None
+    if why is not None:
+        card = torch.cuda.get_device_name(device)
+        raise UsageError(f"precision {precision} cannot run on {card} ({why}); use precision model")
 
     def exchange(name: str, module: nn.Module) -> nn.Module | None:
         return LowPrecisionLinear(module, precision) if is_product(name, module) else None
