@@ -33,6 +33,7 @@ from benchmarks.environment import environment, write_json
 from benchmarks.growing_cache import GrowingSampler
 from benchmarks.relaunch import RelaunchRecorder
 from stagevar import attention
+from stagevar.device_faults import free_unused
 from stagevar.engine import ENGINES, GraphEngine, build_engine
 from stagevar.errors import StagevarError, UsageError
 from stagevar.latency import Run, Timing, measure, paired_ratio, pinned, time_once
@@ -42,6 +43,7 @@ from stagevar.models.precision import is_product
 from stagevar.models.registry import SPECS, load_model, published
 from stagevar.sampler import Sampler
 from stagevar.schedule import BOTH, ScaleStep, StageSchedule, Steps, preset
+from tuner.timed_groups import merged
 
 PROMPT = "a photo of a red circle left of a blue star, on a wooden table in the evening light"
 #: As much of it as nano knows.
@@ -86,6 +88,12 @@ def sampler_on(model: LoadedModel, engine: str) -> Sampler:
     return GrowingSampler(model) if engine == "growing" else Sampler(model, engine=engine)
 
 
+def let_go(sampler: Sampler) -> None:
+    """Frees what a sampler holds, before another one is made."""
+    sampler.release()
+    free_unused(sampler.model.device)
+
+
 def cost(sampler: Sampler, step: ScaleStep, generation: Any) -> dict[str, Any]:
     """Runs the next scale: its FLOPs, bytes read, tokens, branches, and the cache's length after it."""
     with FlopCounterMode(display=False) as counter:
@@ -110,22 +118,24 @@ def cost(sampler: Sampler, step: ScaleStep, generation: Any) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def per_scale(samplers: Mapping[str, Sampler], steps: Steps, rounds: int, batch: int) -> list[dict[str, Any]]:
-    """One row per scale: its cost, and median milliseconds of its own per engine ("ms")."""
-    first = next(iter(samplers.values()))
-    device = first.model.device
-    prompts, seeds = prompts_for(first.model, batch), list(range(batch))
-    plain = Sampler(first.model)
+def per_scale(model: LoadedModel, engines: list[str], steps: Steps, rounds: int, batch: int) -> list[dict[str, Any]]:
+    """One row per scale: its cost, and median milliseconds of its own per engine ("ms"). One sampler is alive at a time."""
+    device = model.device
+    prompts, seeds = prompts_for(model, batch), list(range(batch))
+    plain = Sampler(model)
     generation = plain.begin(prompts, seeds, steps=steps)
     rows = [cost(plain, step, generation) for step in steps]
-    samples: dict[str, list[list[float]]] = {name: [[] for _ in steps] for name in samplers}
-    for round_ in range(-2, rounds):
-        for name, sampler in samplers.items():
+    plain.release()
+    samples: dict[str, list[list[float]]] = {name: [[] for _ in steps] for name in engines}
+    for name in engines:
+        sampler = sampler_on(model, name)
+        for round_ in range(-2, rounds):
             generation = sampler.begin(prompts, seeds, steps=steps)
             for index, step in enumerate(steps):
                 elapsed_ms = time_once(lambda s=step, g=generation, of=sampler: of.advance(g, s), device)[0]
                 if round_ >= 0:
                     samples[name][index].append(elapsed_ms)
+        let_go(sampler)
     for index, row in enumerate(rows):
         row["ms"] = {name: float(np.median(times[index])) for name, times in samples.items()}
     return rows
@@ -189,7 +199,7 @@ def check(model: LoadedModel, expanded: Mapping[str, Steps], engines: list[str])
     found = {}
     for engine in (name for name in engines if name.startswith("graph")):
         replayed = Sampler(model, engine=engine)
-        launched = Sampler(model, engine=GraphEngine(RelaunchRecorder(), compiled=engine.endswith("compiled")))
+        launched = Sampler(model, engine=build_engine(engine, model.device, RelaunchRecorder()))
         for name, steps in expanded.items():
             equal = True
             for prompts, seeds in ((["a red circle"], [1]), (prompts_for(model, 1), [2]), (["a red circle"], [3])):
@@ -204,6 +214,8 @@ def check(model: LoadedModel, expanded: Mapping[str, Steps], engines: list[str])
         if replayed.engine.eager_because:  # type: ignore[attr-defined]
             found[f"recorded {engine}"] = False
             print(f"  {engine} went on eagerly: {replayed.engine.eager_because}")  # type: ignore[attr-defined]
+        replayed.release()
+        launched.release()
     return found
 
 
@@ -220,6 +232,8 @@ def end_to_end(timings: Mapping[str, Timing], images: Mapping[str, int]) -> dict
             "speed_up": [ratio, low, high],
             "images_per_s": 1e3 * images[name] / timing.median_ms if name in images else None,
             "warmed": timing.warmed,
+            "card": [state.to_dict() for state in timing.card],
+            "disturbed": list(timing.disturbed),
         }
         rate = f"{found[name]['images_per_s']:>9.2f} images/s" if name in images else ""
         print(
@@ -230,37 +244,31 @@ def end_to_end(timings: Mapping[str, Timing], images: Mapping[str, int]) -> dict
 
 
 def report_memory(
-    args: argparse.Namespace, model: LoadedModel, schedules: Mapping[str, StageSchedule], runs: Mapping[str, Run]
+    args: argparse.Namespace, model: LoadedModel, schedules: Mapping[str, StageSchedule]
 ) -> dict[str, Any]:
-    """Prints and returns, per schedule, its cache, the reckoned memory and (CUDA) the measured peak of its first engine."""
+    """Prints and returns, per schedule, its cache, the estimate and (CUDA) the peak of its first engine, measured alone."""
     found: dict[str, Any] = {}
-    sampler, batch = Sampler(model), args.batches[0]
+    batch = args.batches[0]
+    prompts, seeds = prompts_for(model, batch), list(range(batch))
     for name, schedule in schedules.items():
+        sampler = sampler_on(model, args.engines[0])
         steps = schedule.expand(model.grids, sampler.chunks)
-        generation = sampler.begin(prompts_for(model, batch), range(batch), steps=steps)
+        generation = sampler.begin(prompts, seeds, steps=steps)
         row: dict[str, float] = {"cache_gib": generation.cache.memory_bytes / 2**30}
         del generation
-        sampler.release()
+        let_go(sampler)
         if SPECS[args.model].parts:
-            options = {
-                "device": str(model.device),
-                "dtype": model.dtype,
-                "weights": args.weights,
-                "batch": args.batches[0],
-            }
+            options = {"device": str(model.device), "dtype": model.dtype, "weights": args.weights, "batch": batch}
             needed = estimate_model(
                 args.model, schedule=schedule, kv_cache=model.kv_cache, resolution=args.resolution, **options
             )
             row["reckoned_gib"] = needed.sampling / 2**30
         if model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(model.device)
-            next(run for key, run in runs.items() if key.startswith(f"{name} "))()
+            sampler.generate(prompts, seeds, steps)
             row["peak_gib"] = torch.cuda.max_memory_allocated(model.device) / 2**30
-        if row:
-            print(
-                f"  {name:<36} "
-                + ", ".join(f"{key.removesuffix('_gib')} {value:.2f} GiB" for key, value in row.items())
-            )
+            let_go(sampler)
+        print(f"  {name:<36} " + ", ".join(f"{key.removesuffix('_gib')} {value:.2f} GiB" for key, value in row.items()))
         found[name] = row
     return found
 
@@ -283,8 +291,7 @@ def _measured(args: argparse.Namespace, model: LoadedModel) -> dict[str, Any]:
     for name in args.engines:
         if name != "growing":
             build_engine(name, device)
-    samplers = {name: sampler_on(model, name) for name in args.engines}
-    chunks = samplers[args.engines[0]].chunks
+    chunks = len(model.transformer.chunk_layers)
     schedules = {text: parse_schedule(text, model) for text in args.schedules}
     expanded = {text: schedule.expand(model.grids, chunks) for text, schedule in schedules.items()}
     figures: dict[str, Any] = {"environment": environment(device), "model": model.name, "pixels": list(model.pixels)}
@@ -300,49 +307,75 @@ def _measured(args: argparse.Namespace, model: LoadedModel) -> dict[str, Any]:
 
     figures["per_scale"] = {}
     for name, steps in expanded.items():
-        rows = per_scale(samplers, steps, args.rounds, args.batches[0])
+        rows = per_scale(model, args.engines, steps, args.rounds, args.batches[0])
         add_roofline(rows, flops_per_s, bytes_per_s)
         print_rows(f"{name}, batch {args.batches[0]}", rows)
         figures["per_scale"][name] = rows
 
-    runs: dict[str, Run] = {}
-    images: dict[str, int] = {}
-    for batch in args.batches:
-        # Text features are made beforehand: the figures are of the transformer and the decoder.
-        encoded = model.text.encode(prompts_for(model, batch))
-        for schedule, steps in expanded.items():
-            for engine in args.engines:
-                # A sampler of its own each, so that none records or allocates for another.
-                sampler = sampler_on(model, engine)
-                key = f"{schedule} {engine}" + (f" batch {batch}" if len(args.batches) > 1 else "")
-                prompts, seeds = prompts_for(model, batch), list(range(batch))
-                runs[key] = lambda o=sampler, p=prompts, s=seeds, st=steps, e=encoded: o.generate(p, s, st, encoded=e)
-                images[key] = batch
-                if isinstance(sampler.engine, GraphEngine):
-                    seconds = time_once(runs[key], device)[0] / 1e3
-                    made = {
-                        "first_image_s": seconds,
-                        "recording_s": sampler.engine.recording_s,
-                        "mib": sampler.engine.recorder.memory_bytes() / 2**20,
-                        "eager_because": sampler.engine.eager_because,
-                    }
-                    figures.setdefault("recording", {})[key] = made
-                    print(f"  {key}: recorded in {made['recording_s']:.2f} s, pools of {made['mib']:.0f} MiB"
-                          + (f", EAGER: {made['eager_because']}" if made["eager_because"] else ""))  # fmt: skip
-    if args.reference is not None:
-        runs["reference"] = reference_run(args.reference, model)
-        images["reference"] = 1
-    parts = decoders(model, model.tokenizer.residual.zeros(args.batches[0], device))
-    print(f"\nend to end, {args.rounds} interleaved rounds, ratio to {next(iter(runs))}")
-    figures["end_to_end"] = end_to_end(measure({**runs, **parts}, args.rounds, device), images)
+    figures["end_to_end"], images = _end_to_end(args, model, expanded, figures)
     decoder_ms = figures["end_to_end"]["decoder"]["median_ms"]
-    for key in (key for key in runs if images[key] == args.batches[0] and key != "reference"):
+    for key in (key for key in images if images[key] == args.batches[0] and key != "reference"):
         share = decoder_ms / figures["end_to_end"][key]["median_ms"]
         figures["end_to_end"][key]["decoder_share"] = share
         print(f"  {key:<36} {share:.0%} of it is decoding")
     print("\nmemory, text encoder unloaded")
-    figures["memory"] = report_memory(args, model, schedules, runs)
+    figures["memory"] = report_memory(args, model, schedules)
     return figures
+
+
+def _end_to_end(
+    args: argparse.Namespace, model: LoadedModel, expanded: Mapping[str, Steps], figures: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Whole images, each schedule and engine beside the first one, so that two samplers are alive at a time.
+
+    Samples are scaled by what the first took beside each (tuner.timed_groups). Returns the table and images per run.
+    """
+    device = model.device
+    wanted = [(batch, name, engine) for batch in args.batches for name in expanded for engine in args.engines]
+    images = {_key(args, *one): one[0] for one in wanted}
+    first = next(iter(images))
+
+    def made(batch: int, name: str, engine: str) -> tuple[Sampler, Run]:
+        # Text features are made beforehand: the figures are of the transformer and the decoder.
+        prompts, seeds, sampler = prompts_for(model, batch), list(range(batch)), sampler_on(model, engine)
+        encoded, steps = model.text.encode(prompts), expanded[name]
+        return sampler, lambda: sampler.generate(prompts, seeds, steps, encoded=encoded)
+
+    def note_recording(key: str, sampler: Sampler, run: Run) -> None:
+        if not isinstance(sampler.engine, GraphEngine):
+            return
+        row = {
+            "first_image_s": time_once(run, device)[0] / 1e3,
+            "recording_s": sampler.engine.recording_s,
+            "mib": sampler.engine.recorder.memory_bytes() / 2**20,
+            "eager_because": sampler.engine.eager_because,
+        }
+        figures.setdefault("recording", {})[key] = row
+        eager = f", EAGER: {row['eager_because']}" if row["eager_because"] else ""
+        print(f"  {key}: recorded in {row['recording_s']:.2f} s, pools of {row['mib']:.0f} MiB{eager}")
+
+    baseline, baseline_run = made(*wanted[0])
+    note_recording(first, baseline, baseline_run)
+    others: dict[str, Run] = decoders(model, model.tokenizer.residual.zeros(args.batches[0], device))
+    if args.reference is not None:
+        others = {"reference": reference_run(args.reference, model), **others}
+        images["reference"] = 1
+    timed = [measure({first: baseline_run, **others}, args.rounds, device)]
+    for one in wanted[1:]:
+        key = _key(args, *one)
+        sampler, run = made(*one)
+        note_recording(key, sampler, run)
+        timed.append(measure({first: baseline_run, key: run}, args.rounds, device))
+        let_go(sampler)
+    let_go(baseline)
+    found = merged(timed, first)
+    order = [*images, *(key for key in found if key not in images)]
+    print(f"\nend to end, {args.rounds} interleaved rounds, ratio to {first}")
+    return end_to_end({key: found[key] for key in order}, images), images
+
+
+def _key(args: argparse.Namespace, batch: int, schedule: str, engine: str) -> str:
+    return f"{schedule} {engine}" + (f" batch {batch}" if len(args.batches) > 1 else "")
 
 
 def comma_list(text: str) -> list[str]:

@@ -384,16 +384,19 @@ def fell_back_because(engine: Engine) -> str | None:
     return why
 
 
-def build_engine(name: str, device: torch.device) -> Engine:
-    """An engine by name, one of ENGINES. Raises UsageError for an unknown name or where graphs cannot be recorded."""
+def build_engine(name: str, device: torch.device, recorder: Recorder | None = None) -> Engine:
+    """An engine by name, one of ENGINES; recorder: instead of CUDA graphs.
+
+    Raises UsageError for an unknown name or where graphs cannot be recorded.
+    """
     if name not in ENGINES:
         raise UsageError(f"unknown engine {name!r}; use {', '.join(ENGINES)}")
     check_engine(name, device.type)
     compiled = name.endswith("compiled")
     if name == "graph-kernels":
-        return _with_kernels(GraphEngine(CudaRecorder(device), compiled=True))
+        return _with_kernels(GraphEngine(recorder or CudaRecorder(device), compiled=True))
     if name.startswith("graph"):
-        return GraphEngine(CudaRecorder(device), compiled=compiled)
+        return GraphEngine(recorder or CudaRecorder(device), compiled=compiled)
     return EagerEngine(compiled)
 
 
