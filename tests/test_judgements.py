@@ -165,6 +165,18 @@ def test_a_run_without_a_judgement_pays_for_none(tmp_path):
     assert study(tmp_path, RESTLESS, space(72), trials=8).run().judged_on == (72,)
 
 
+def test_a_run_of_before_that_kept_no_account_was_judged_once(tmp_path):
+    work = study(tmp_path, {**RESTLESS, "discordance": 0.03}, space(72), trials=3)
+    work.run()
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    del config["judged_on"]
+    path.write_text(json.dumps(config))
+    again = study(tmp_path, RESTLESS, space(144), trials=3)
+    assert again.check_identity() and again.judged_on == [72]
+    assert json.loads(path.read_text())["judged_on"] == [72]
+
+
 def test_ctrl_c_during_verification_is_no_verdict(tmp_path):
     work = study(tmp_path, RESTLESS, space(320), trials=6, max_drop=0.06)
     whole, begun = work.evaluator.quality, []

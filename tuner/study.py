@@ -139,12 +139,16 @@ class Study:
             # Kept beside the identity, so that a resumed run keeps its engine instead of comparing engines again.
             choice = self.facts.engine_choice
             kept = {} if choice is None else {"engine_choice": dataclasses.asdict(choice)}
-            self._write_config({"identity": mine, "command": self.options.command, **kept})
+            self._write_config({"identity": mine, "command": self.options.command, "judged_on": [], **kept})
             return False
         try:
             config = json.loads(path.read_text())
-            theirs, self.judged_on = config["identity"], [int(count) for count in config.get("judged_on", ())]
+            theirs = config["identity"]
             had = int(theirs["space"]["prompts"]["heldout"])
+            if "judged_on" not in config:  # a run of before, which kept no account: its judgement counts all the same
+                judged = any(record["kind"] == "verification" for record in self.ledger.evidence.read())
+                config["judged_on"] = [had] if judged else []
+            self.judged_on = [int(count) for count in config["judged_on"]]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UsageError(f"{path} is damaged; start anew with another --out, or with --fresh") from None
         new = json.loads(json.dumps(mine))
