@@ -14,7 +14,7 @@ test: $(STAMP)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check stagevar tuner tests benchmarks search_spaces
+	$(BIN)/ruff format --check stagevar tuner tests benchmarks search_spaces training
 
 # uv installs in a fraction of pip's time; where it cannot be had, pip does the same.
 $(STAMP): pyproject.toml

@@ -113,7 +113,7 @@ def test_nanos_clip_through_open_clip_is_the_one_that_was_trained(world):
     import torch
     from safetensors.torch import load_file
 
-    from stagevar.nano.clip import NanoClip, compacted, tokenize
+    from training.nano.clip import NanoClip, compacted, tokenize
     from tuner.metrics.clip import ClipModel
 
     images, prompts = world

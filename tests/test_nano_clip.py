@@ -9,9 +9,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from stagevar.nano import scenes
-from stagevar.nano.clip import CONFIG, NanoClip, compacted, config_json, published, tokenize
-from stagevar.nano.evaluate import Evaluation, clip_accuracy
 from stagevar.nano.load import shipped_folder
+from training.nano.clip import CONFIG, NanoClip, compacted, config_json, published, tokenize
+from training.nano.evaluate import Evaluation, clip_accuracy
 
 TEXTS = [m["prompt"] for tag in scenes.TASKS for c in (False, True) for m in scenes._family(tag, c)]
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stagevar.nano import evaluate, scenes
+from stagevar.nano import scenes
 from stagevar.nano.load import shipped_folder
+from training.nano import evaluate
 
 
 def test_scores_average_the_six_tasks_and_leave_texture_out():

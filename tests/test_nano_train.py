@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from stagevar.errors import WeightsError
-from stagevar.nano import train
-from stagevar.nano.checkpoints import MAX_SHARD_BYTES, load_checkpoint, save_checkpoint
 from stagevar.nano.presets import preset
+from training.nano import train
+from training.nano.checkpoints import MAX_SHARD_BYTES, load_checkpoint, save_checkpoint
 
 PARTS = ("tokenizer", "transformer", "clip")
 

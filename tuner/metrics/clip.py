@@ -280,7 +280,7 @@ def _load_nano() -> tuple[torch.nn.Module, Any, Any]:
     """The package's own CLIP; nano's weights folder is an open_clip local folder."""
     folder = Path(str(files("stagevar") / "nano" / "weights"))
     if not (folder / "open_clip_model.safetensors").is_file():
-        raise UsageError("nano's CLIP is not in this installation; train it with python -m stagevar.nano.train clip")
+        raise UsageError("nano's CLIP is not in this installation; train it with python -m training.nano.train clip")
     return _load_open_clip(f"local-dir:{folder}", "", None)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from stagevar.nano import scenes
 from stagevar.nano.presets import NanoPreset
-from stagevar.nano.train import Job, draw_images
+from training.nano.train import Job, draw_images
 
 CONFIG: dict[str, Any] = {
     "embed_dim": 64,

@@ -1,4 +1,4 @@
-"""Trains nano: `python -m stagevar.nano.train {tokenizer,transformer,clip,all} --preset cpu --out DIR`.
+"""Trains nano: `python -m training.nano.train {tokenizer,transformer,clip,all} --preset cpu --out DIR`.
 
 Torch only. Every step draws its own scenes and random numbers from (seed, step), so a run stopped and resumed at any
 step takes the same path as one that never stopped, and no scene is ever seen twice. `--minutes` ends a piece early and
@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from stagevar.errors import StagevarError, UsageError, WeightsError
 from stagevar.models.infinity import Infinity
 from stagevar.nano import scenes
-from stagevar.nano.checkpoints import load_checkpoint, save_checkpoint
 from stagevar.nano.presets import PRESETS, NanoPreset, preset
 from stagevar.nano.text import NanoTextEncoder
 from stagevar.nano.tokenizer import NanoTokenizer
+from training.nano.checkpoints import load_checkpoint, save_checkpoint
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class TransformerJob(Job):
     ):
         self.config, self.device, self.dtype = config, device, dtype
         self.tokenizer = NanoTokenizer(config).to(device).requires_grad_(False)
-        self.tokenizer.load_state_dict(read_weights(tokenizer, "run `python -m stagevar.nano.train tokenizer` first"))
+        self.tokenizer.load_state_dict(read_weights(tokenizer, "run `python -m training.nano.train tokenizer` first"))
         transformer = Infinity(config.infinity())
         transformer.init_weights()
         self.model = nn.ModuleDict({"transformer": transformer, "text": NanoTextEncoder(config)}).to(device)
@@ -217,7 +217,7 @@ def build_job(
         return TokenizerJob(config, device, dtype)
     if part == "transformer":
         return TransformerJob(config, device, dtype, out / "tokenizer.safetensors", compiled)
-    from stagevar.nano.clip import ClipJob
+    from training.nano.clip import ClipJob
 
     return ClipJob(config, device, dtype)
 
@@ -329,7 +329,7 @@ def run(trainer: Trainer, minutes: float, save_minutes: float, log_every: int = 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(prog="python -m stagevar.nano.train", description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(prog="python -m training.nano.train", description=__doc__.splitlines()[0])
     p.add_argument("part", choices=["tokenizer", "transformer", "clip", "all"])
     p.add_argument("--preset", default="cpu", choices=sorted(PRESETS))
     p.add_argument("--out", type=Path, required=True, help="folder for checkpoints and published weights")

@@ -1,4 +1,4 @@
-"""Measures nano: `python -m stagevar.nano.evaluate [--weights DIR] [--pictures DIR] [--json FILE]`.
+"""Measures nano: `python -m training.nano.evaluate [--weights DIR] [--pictures DIR] [--json FILE]`.
 
 With fixed prompts and seeds and the full schedule: GenEval's six scores, their mean first, and our texture score on
 held-out prompts; the same on shape-colour pairs never trained; without guidance; and with the last scale skipped.
@@ -29,12 +29,12 @@ from stagevar.models.base import LoadedModel, Sampling
 from stagevar.models.registry import load_model
 from stagevar.nano import scenes
 from stagevar.nano.checker import check_batch, detect
-from stagevar.nano.clip import NanoClip, compacted
 from stagevar.nano.load import read_preset, shipped_folder
-from stagevar.nano.train import RECIPES, TransformerJob
 from stagevar.sampler import Sampler
 from stagevar.schedule import StageSchedule, exact, skip_only
 from stagevar.similarity import psnr_db
+from training.nano.clip import NanoClip, compacted
+from training.nano.train import RECIPES, TransformerJob
 
 BATCH = 32
 # The shipped transformer's steps under the present recipe; earlier ones drew from other mixes of tasks (docs/nano.md).
@@ -148,7 +148,7 @@ def checker_accuracy(evaluation: Evaluation, count: int, seed: int = 5) -> dict[
 
 def clip_accuracy(evaluation: Evaluation, images: int, seed: int = 11) -> float:
     """Share of fresh scenes whose caption wins among 64: its own and 63 that the scene does not satisfy."""
-    from stagevar.nano.clip import tokenize
+    from training.nano.clip import tokenize
 
     assert evaluation.clip is not None
     rng = np.random.default_rng(seed)
@@ -280,7 +280,7 @@ def table(report: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    p = argparse.ArgumentParser(prog="python -m stagevar.nano.evaluate", description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(prog="python -m training.nano.evaluate", description=__doc__.splitlines()[0])
     p.add_argument("--weights", type=Path, default=None, help="folder of weights (default: the shipped ones)")
     p.add_argument("--prompts", type=int, default=512, help="held-out prompts")
     p.add_argument("--unseen", type=int, default=200, help="prompts that name an unseen pair")
