@@ -119,8 +119,25 @@ def test_bad_requests_are_named(call, word):
         call()
 
 
-def test_texture_marks_beat_against_the_patches():
-    """The lattice's period does not divide the patch: neighbours differ, and only the last scale can say how."""
-    striped = scenes.marks(scenes.TEXTURES.index("striped"), 48)
-    assert not np.array_equal(striped[0:6], striped[6:12])
-    assert np.array_equal(striped[0:6], striped[12:18])
+def test_texture_marks_repeat_every_patch():
+    """Every patch of an object carries the same marks, so coarse scales can say which."""
+    for name in scenes.TEXTURES:
+        marks = scenes.marks(scenes.TEXTURES.index(name), 64)
+        assert np.array_equal(marks, np.tile(marks[:4, :4], (16, 16)))
+
+
+def test_cells_share_out_what_covers_them():
+    world = scenes.sample(64, np.random.default_rng(3))
+    fine = scenes.cells(world, 64).reshape(64, 64, 64, -1)
+    for group in np.split(fine, np.cumsum(scenes.NAMES)[:-1], axis=-1):
+        assert np.allclose(group.sum(-1), 1.0, atol=1e-5)
+    for b in range(64):
+        for k in range(world.count_B[b]):
+            x, y = (int(v * 64) for v in world.centre_BK2[b, k])
+            shape, color, texture = np.split(fine[b, y, x], np.cumsum(scenes.NAMES)[:-1])
+            assert shape.argmax() == 1 + world.shape_BK[b, k]
+            assert color.argmax() == 1 + world.colour_BK[b, k]
+            assert texture.argmax() == 1 + world.texture_BK[b, k]
+    # A coarse grid holds the averages of a fine one.
+    halves = fine.reshape(64, 2, 32, 2, 32, -1).mean((2, 4)).reshape(64, 4, -1)
+    assert np.allclose(halves, scenes.cells(world, 2), atol=1e-5)

@@ -62,6 +62,40 @@ def test_command_line_refuses_in_one_line(tmp_path, capsys):
     assert "tokenizer.safetensors" in said[0] and "--steps 0" in said[1]
 
 
+def test_a_run_can_start_from_published_weights(out, tmp_path):
+    first = trainer("transformer", out)
+    first.advance()
+    first.publish()
+    second = trainer("transformer", out, seed=7)
+    second.job.load_published(out)
+    second.forget_average()
+    for name, tensor in second.job.model.state_dict().items():
+        if not name.startswith("naming"):  # thrown away after training
+            assert torch.equal(tensor.half(), first.average[name].half()), name
+            assert torch.equal(second.average[name], tensor)
+    other = train.build_job("tokenizer", preset("64px"), out, torch.device("cpu"))
+    with pytest.raises(WeightsError, match="does not fit"):
+        other.load_published(out)
+
+
+def test_a_batch_sees_the_layout_scales_or_a_third_of_it_all(out):
+    job = train.build_job("transformer", preset("micro"), out, torch.device("cpu"))
+    assert job.sizes(48, draw=0.05, progress=0.0) == (16, 3)
+    assert job.sizes(48, draw=0.15, progress=0.0) == (48, 2)
+    assert job.sizes(48, draw=0.45, progress=0.8) == (16, 3)
+
+
+def test_the_lowpass_is_what_a_partial_sum_approximates():
+    """With scales fine enough, the code sum after one lies nearer to that scale's low-pass than to the latent."""
+    job = train.build_job("tokenizer", preset("64px"), None, torch.device("cpu"))
+    latent = torch.randn(8, 24, 16, 16, generator=torch.Generator().manual_seed(0)) * 0.2
+    sums = job.model.partial_sums(latent)
+    for scale in (5, 6):
+        low = job.lowpass(latent, scale)
+        assert (sums[scale] - low).pow(2).mean() < (sums[scale] - latent).pow(2).mean()
+    assert torch.equal(job.lowpass(latent, 7), latent)
+
+
 def test_losses_fall(out):
     for part in ("tokenizer", "transformer"):
         run = trainer(part, out, steps=40)

@@ -42,6 +42,8 @@ from stagevar.noise import ScaleNoise
 MAX_SCALE_MUL = math.log(100.0)
 #: turn(x_RHLc, table) -> x_RHLc, with the table in the form that the function takes
 Turn = Callable[[Tensor, Tensor], Tensor]
+_LARGE_SCALE = 64  # tokens; see `Infinity.features_train`
+_CPU_SDPA = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 _ANY_SDPA = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
 
 
@@ -645,35 +647,59 @@ class Infinity(NextScaleModel):
 
         Args:
             text_BTD: padded raw text features. mask_B11T: bool, True where a row is real.
-            inputs: `BitResidual.quantise`'s inputs for scales 1..K-1.
+            inputs: `BitResidual.quantise`'s inputs for scales 1..n-1; fewer than all leave the last scales out.
             null_B: bool, rows whose caption is dropped (their text is replaced by cfg_uncond).
         """
-        # On CPU the fused attention kernel's backward costs several times the plain matrix products at these sizes.
-        with sdpa_kernel([SDPBackend.MATH] if text_BTD.device.type == "cpu" else _ANY_SDPA):
-            return self._forward_train(text_BTD, mask_B11T, inputs, null_B)
+        return self.features_train(text_BTD, mask_B11T, inputs, null_B)[1]
 
-    def _forward_train(
+    def features_train(
+        self, text_BTD: Tensor, mask_B11T: Tensor | None, inputs: Sequence[Tensor], null_B: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The trunk's features (B, L_total, C) beside the logits; arguments as for `forward_train`."""
+        # On CPU the fused attention kernel's backward costs several times the plain matrix products at these sizes.
+        with sdpa_kernel(_CPU_SDPA if text_BTD.device.type == "cpu" else _ANY_SDPA):
+            return self._features_train(text_BTD, mask_B11T, inputs, null_B)
+
+    def _features_train(
         self, text_BTD: Tensor, mask_B11T: Tensor | None, inputs: Sequence[Tensor], null_B: Tensor | None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
+        assert self._rope is not None, "set_grids was not called"
         if null_B is not None:
             text_BTD = torch.where(null_B[:, None, None], self.cfg_uncond[: text_BTD.shape[1]], text_BTD)
         conditioning = self.condition_padded(text_BTD, mask_B11T)
-        sizes = [h * w for h, w in self.grids]
+        sizes = [h * w for h, w in self.grids[: len(inputs) + 1]]
+        # One masked call for the small scales, one unmasked call for each large one: a mask over all tokens would spend
+        # most of its products on pairs that it hides.
+        small = sum(size for size in sizes if size < _LARGE_SCALE)
+        large = [size for size in sizes if size >= _LARGE_SCALE]
         levels_L = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(text_BTD.device)
-        visible_LL = levels_L[:, None] >= levels_L[None]
+        visible_LL = levels_L[:small, None] >= levels_L[None, :small]
         x = torch.cat([self.embed(None, 0, conditioning), self.word_embed(torch.cat(list(inputs), dim=1))], dim=1)
         level_LC = self.lvl_embed(levels_L)
+        rope = self._rope[:, : len(levels_L)]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-            return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=visible_LL, scale=scale)
+            q, k = q.to(v.dtype), k.to(v.dtype)
+            first = slice(0, small)
+            parts = [
+                F.scaled_dot_product_attention(
+                    q[:, :, first], k[:, :, first], v[:, :, first], attn_mask=visible_LL, scale=scale
+                )
+            ]
+            end = small
+            for size in large:
+                start, end = end, end + size
+                parts.append(
+                    F.scaled_dot_product_attention(q[:, :, start:end], k[:, :, :end], v[:, :, :end], scale=scale)
+                )
+            return torch.cat(parts, dim=2)
 
-        assert self._rope is not None, "set_grids was not called"
-        x, rotation = x + level_LC, self._rotation(self._rope)
+        x, rotation = x + level_LC, self._rotation(rope)
         for layer, block in enumerate(self.layers()):
             if layer and layer % len(self.chunk_layers[0]) == 0 and self.config.level_embedding_every_chunk:
                 x = x + level_LC
             x = block(x, layer, rotation, None, conditioning, attend, around_nothing)
-        return self.logits(x, conditioning)
+        return x, self.logits(x, conditioning)
 
 
 def draw_bits(logits_BLt2: Tensor, noise: ScaleNoise, top_k: int = 0, top_p: float = 0.0) -> Tensor:

@@ -1,4 +1,4 @@
-"""Sizes of the nano world: `cpu` is trained and shipped from two cores, `gpu` needs a GPU to train."""
+"""Sizes of nano: `64px` is trained on two cores and shipped, `96px` needs a GPU to train."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ class NanoPreset:
     """Everything that fixes nano's shapes.
 
     Attributes: `image_size` pixels per side; `patch` pixels per latent cell; `scales` grid sides, coarse to fine;
-    `latent_dim` bits per token; `tokenizer_width` channels; transformer `depth`, `width`, `heads`, `chunks`,
-    `ffn_hidden`; `text_dim` channels and `text_maxlen` tokens of the text features.
+    `layout_scales` how many of them decide what is drawn where (most training steps see only these); `latent_dim` bits
+    per token; `tokenizer_width` channels; transformer `depth`, `width`, `heads`, `chunks`, `ffn_hidden`; `text_dim`
+    channels and `text_maxlen` tokens of the text features.
     """
 
     name: str
     image_size: int
     patch: int
     scales: tuple[int, ...]
+    layout_scales: int
     latent_dim: int
     tokenizer_width: int
     depth: int
@@ -49,17 +51,17 @@ class NanoPreset:
 
 
 PRESETS = {
-    "cpu": NanoPreset(
-        "cpu", image_size=48, patch=6, scales=(1, 2, 3, 4, 6, 8), latent_dim=24, tokenizer_width=160,
-        depth=6, width=192, heads=6, chunks=3, ffn_hidden=704,
+    "64px": NanoPreset(
+        "64px", image_size=64, patch=4, scales=(1, 2, 3, 4, 6, 8, 11, 16), layout_scales=6, latent_dim=24,
+        tokenizer_width=128, depth=6, width=192, heads=6, chunks=3, ffn_hidden=704,
     ),
-    "gpu": NanoPreset(
-        "gpu", image_size=96, patch=6, scales=(1, 2, 3, 4, 5, 6, 8, 10, 12, 16), latent_dim=24, tokenizer_width=192,
-        depth=6, width=192, heads=6, chunks=3, ffn_hidden=704,
+    "96px": NanoPreset(
+        "96px", image_size=96, patch=6, scales=(1, 2, 3, 4, 5, 6, 8, 10, 12, 16), layout_scales=7, latent_dim=24,
+        tokenizer_width=192, depth=6, width=192, heads=6, chunks=3, ffn_hidden=704,
     ),
     # Small enough for a training test of a few seconds; learns nothing worth looking at.
     "micro": NanoPreset(
-        "micro", image_size=48, patch=12, scales=(1, 2, 4), latent_dim=8, tokenizer_width=32,
+        "micro", image_size=48, patch=12, scales=(1, 2, 4), layout_scales=2, latent_dim=8, tokenizer_width=32,
         depth=2, width=32, heads=2, chunks=1, ffn_hidden=64,
     ),
 }  # fmt: skip

@@ -4,8 +4,8 @@ A scene is one to four objects (shape, colour, texture, place, size) on a dark s
 asks for it and GenEval's metadata. Six tasks and their tags follow GenEval; `texture` is ours. Everything is drawn by
 numpy from a seed, a batch at a time, at any image size.
 
-Texture marks lie on a lattice fixed to the image (period size / 12), not to the object. The lattice beats against the
-tokenizer's patches, so only the last scale can carry it: that is what makes skipping late scales cost something.
+Texture marks lie on a lattice fixed to the image (period size / 16), not to the object. At 64 pixels the period is one
+patch, so a texture is a property of a cell and coarse scales can carry it.
 
 Five of the 48 shape-colour pairs (`UNSEEN_PAIRS`) are never drawn in training and are prompted in their own split.
 
@@ -48,6 +48,8 @@ TASKS = (*GENEVAL_TASKS, "texture")
 RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 MAX_OBJECTS = 4
+# Names that a cell can have, "nothing" included, for shape, color and texture.
+NAMES = (1 + len(SHAPES), 1 + len(COLOURS), 1 + len(TEXTURES))
 UNSEEN_PAIRS = frozenset(
     {("star", "red"), ("circle", "green"), ("triangle", "blue"), ("cross", "yellow"), ("square", "purple")}
 )
@@ -55,9 +57,9 @@ SPLITS = ("train", "search", "heldout", "unseen")
 # Radius range (share of the image side) by number of objects.
 RADIUS = {1: (0.17, 0.27), 2: (0.14, 0.22), 3: (0.13, 0.18), 4: (0.125, 0.16)}
 # Positions and radii sit on this lattice of the image side; texture marks repeat every 4 of its steps.
-LATTICE = 48
+LATTICE = 64
 LONGEST_CAPTION = 11  # words: "a photo of a red ring left of a blue star"
-_GAP = 3.0 / LATTICE
+_GAP = 4.0 / LATTICE
 _PROPOSALS = 48
 
 Metadata = dict[str, Any]
@@ -247,7 +249,7 @@ def arrange(metadata: list[Metadata], rng: np.random.Generator) -> SceneBatch:
     shape_BK = np.zeros((batch, MAX_OBJECTS), dtype=np.int64)
     colour_BK = rng.integers(len(COLOURS), size=(batch, MAX_OBJECTS))
     # Textures left open are mostly plain: marks that no word asks for are hard to keep alike over an object, because
-    # only the last scale, whose tokens are drawn at once, can tell them apart.
+    # the tokens of a scale are drawn at once.
     texture_BK = rng.choice(len(TEXTURES), size=(batch, MAX_OBJECTS), p=(0.8, 0.1, 0.1))
     relation_B = np.full(batch, -1)
     for b, meta in enumerate(metadata):
@@ -319,6 +321,28 @@ def _place(count_B: np.ndarray, relation_B: np.ndarray, rng: np.random.Generator
     return centre.astype(np.float32), radius.astype(np.float32)
 
 
+def cells(world: SceneBatch, side: int) -> np.ndarray:
+    """What covers each cell of a grid, (B, side * side, sum(NAMES)) float32: shares by shape, color and texture.
+
+    An object covers its bounding box. Each of the three groups starts with the share that nothing covers and sums to 1.
+    """
+    edges = np.arange(side + 1) / side
+
+    def overlap(axis: int) -> np.ndarray:  # (B, objects, side), in cells
+        low = (world.centre_BK2[..., axis] - world.radius_BK)[..., None]
+        high = (world.centre_BK2[..., axis] + world.radius_BK)[..., None]
+        return np.clip(np.minimum(high, edges[1:]) - np.maximum(low, edges[:-1]), 0.0, None) * side
+
+    cover_BKL = (overlap(1)[..., :, None] * overlap(0)[..., None, :]).reshape(*world.shape_BK.shape, -1)
+    cover_BKL = cover_BKL * (np.arange(MAX_OBJECTS) < world.count_B[:, None])[..., None]
+    groups = []
+    for index_BK, names in zip((world.shape_BK, world.colour_BK, world.texture_BK), NAMES, strict=True):
+        share_BLn = np.einsum("bkl,bkn->bln", cover_BKL, np.eye(names)[index_BK + 1])
+        share_BLn[..., 0] = 1.0 - cover_BKL.sum(1)
+        groups.append(np.clip(share_BLn, 0.0, 1.0))
+    return np.concatenate(groups, axis=-1).astype(np.float32)
+
+
 # ------------------------------------------------------------------------------------------------------------- drawing
 
 
@@ -355,7 +379,7 @@ def marks(texture: int, size: int) -> np.ndarray:
     return np.zeros((size, size), dtype=bool)
 
 
-def draw(scenes: SceneBatch, size: int = 48) -> np.ndarray:
+def draw(scenes: SceneBatch, size: int = 64) -> np.ndarray:
     """Pixels (B, 3, size, size), float32 in [0, 1], edges antialiased."""
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size
     tone, slope_x, slope_y = (scenes.background_B6[:, i, None, None] for i in range(3))

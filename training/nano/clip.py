@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from stagevar.nano import scenes
 from stagevar.nano.presets import NanoPreset
-from training.nano.train import Job, draw_images
+from training.nano.jobs import Job, draw_images
 
 CONFIG: dict[str, Any] = {
     "embed_dim": 64,
@@ -161,7 +161,7 @@ def config_json() -> str:
 
 
 class ClipJob(Job):
-    """Contrastive training on fresh scenes and their captions, at 48 pixels whatever the preset."""
+    """Contrastive training on fresh scenes and their captions, at 48 pixels whatever the preset draws."""
 
     name = "clip"
 
@@ -191,3 +191,6 @@ class ClipJob(Job):
 
     def files(self, weights: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         return {"open_clip_model.safetensors": published(weights)}
+
+    def take(self, file: str, tensors: dict[str, Tensor]) -> None:
+        self.model.load_state_dict(compacted(tensors))

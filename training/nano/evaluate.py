@@ -34,7 +34,8 @@ from stagevar.sampler import Sampler
 from stagevar.schedule import StageSchedule, exact, skip_only
 from stagevar.similarity import psnr_db
 from training.nano.clip import NanoClip, compacted
-from training.nano.train import RECIPES, TransformerJob
+from training.nano.jobs import TransformerJob
+from training.nano.train import RECIPES
 
 BATCH = 32
 # The shipped transformer's steps under the present recipe; earlier ones drew from other mixes of tasks (docs/nano.md).

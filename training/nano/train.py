@@ -1,4 +1,4 @@
-"""Trains nano: `python -m training.nano.train {tokenizer,transformer,clip,all} --preset cpu --out DIR`.
+"""Trains nano: `python -m training.nano.train {tokenizer,transformer,clip,all} --preset 64px --out DIR`.
 
 Torch only. Every step draws its own scenes and random numbers from (seed, step), so a run stopped and resumed at any
 step takes the same path as one that never stopped, and no scene is ever seen twice. `--minutes` ends a piece early and
@@ -16,23 +16,19 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from stagevar.errors import StagevarError, UsageError, WeightsError
-from stagevar.models.infinity import Infinity
-from stagevar.nano import scenes
+from stagevar.errors import StagevarError, UsageError
 from stagevar.nano.presets import PRESETS, NanoPreset, preset
-from stagevar.nano.text import NanoTextEncoder
-from stagevar.nano.tokenizer import NanoTokenizer
 from training.nano.checkpoints import load_checkpoint, save_checkpoint
+from training.nano.clip import ClipJob
+from training.nano.jobs import Job, TokenizerJob, TransformerJob
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,7 @@ class Recipe:
 RECIPES = {
     "tokenizer": Recipe(steps=5500, batch=64, muon_rate=0.02, adam_rate=2e-3, cooldown=0.5),
     "transformer": Recipe(
-        steps=7600, batch=32, muon_rate=0.02, adam_rate=2e-3, warmup=100, cooldown=0.6, clip_norm=1.0
+        steps=4500, batch=48, muon_rate=0.02, adam_rate=2e-3, warmup=100, cooldown=0.5, clip_norm=1.0
     ),
     "clip": Recipe(steps=1300, batch=128, muon_rate=0.01, adam_rate=1e-3, warmup=100, cooldown=0.5),
 }
@@ -74,134 +70,6 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     return min(seconds, key=seconds.__getitem__)
 
 
-class Job(ABC):
-    """One trainable part: its parameters, its loss, and the files it publishes."""
-
-    name: str
-    model: nn.Module
-
-    @abstractmethod
-    def loss(self, rng: np.random.Generator, batch: int, progress: float) -> tuple[Tensor, dict[str, float]]:
-        """Loss of one fresh batch and figures for the log. `progress` runs from 0 to 1 over the steps."""
-
-    @abstractmethod
-    def files(self, weights: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """Published files: name to tensors, from (averaged) weights."""
-
-    def uses_muon(self, name: str, parameter: Tensor) -> bool:
-        """Whether a parameter is a hidden matrix."""
-        return parameter.ndim == 2
-
-
-class TokenizerJob(Job):
-    """Pixels through the residual quantiser and back, straight through the signs.
-
-    A fifth of the samples reach the decoder as a partial sum of scales, or with 3 % of their bits flipped, so that it
-    shows coarse scales sensibly and forgives a transformer's mistakes. These never reach the encoder: through the
-    straight-through gradient they push the latent out of the range that the codes can reach.
-    """
-
-    name = "tokenizer"
-    flips, decoder_only, commitment = 0.03, 0.2, 2.0
-
-    def __init__(self, config: NanoPreset, device: torch.device, dtype: torch.dtype):
-        self.config, self.device, self.dtype = config, device, dtype
-        self.model = NanoTokenizer(config).to(device)
-
-    def loss(self, rng: np.random.Generator, batch: int, progress: float) -> tuple[Tensor, dict[str, float]]:
-        image = draw_images(scenes.sample(batch, rng), self.config, self.device)
-        scales, aside = len(self.config.scales), int(self.decoder_only * batch)
-        # The first quarter of the samples set aside keep all scales and only suffer flips.
-        stop = torch.from_numpy(rng.integers(scales, size=aside)).to(self.device)
-        stop[: aside // 4] = scales - 1
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            latent = self.model.encode(image).float()
-            code_sum = self.model.partial_sums(latent)[-1]
-            through = latent + (code_sum - latent).detach()
-            worn = self.model.partial_sums(latent[:aside], self.flips)[stop, torch.arange(aside, device=self.device)]
-            output = self.model.decode(torch.cat([worn, through[aside:]])).float()
-        reconstruction = F.l1_loss(output, image) + 2 * F.mse_loss(output, image)
-        commitment = F.mse_loss(latent, code_sum)
-        full = F.mse_loss(output[aside:], image[aside:]).item()
-        figures = {"full_mse": full, "commitment": commitment.item()}
-        return reconstruction + self.commitment * commitment, figures
-
-    def files(self, weights: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        return {"tokenizer.safetensors": weights}
-
-
-class TransformerJob(Job):
-    """Bitwise next-scale prediction, teacher forced over all scales at once; the text encoder learns along.
-
-    The first scales of every image get bits flipped after they were taken as targets; a tenth of the captions are
-    dropped. A token's weight falls with the square root of its scale's size, so that the layout is not drowned.
-    """
-
-    name = "transformer"
-    max_flip, caption_drop = 0.15, 0.1
-    # Share of the tasks in the data, in the order of scenes.TASKS: the harder ones more often.
-    task_weights = (0.3, 1.4, 1.1, 0.4, 2.4, 2.4, 0.7)
-
-    def __init__(
-        self, config: NanoPreset, device: torch.device, dtype: torch.dtype, tokenizer: Path, compiled: bool = False
-    ):
-        self.config, self.device, self.dtype = config, device, dtype
-        self.tokenizer = NanoTokenizer(config).to(device).requires_grad_(False)
-        self.tokenizer.load_state_dict(read_weights(tokenizer, "run `python -m training.nano.train tokenizer` first"))
-        transformer = Infinity(config.infinity())
-        transformer.init_weights()
-        self.model = nn.ModuleDict({"transformer": transformer, "text": NanoTextEncoder(config)}).to(device)
-        transformer.set_grids(config.grids)
-        self.forward = torch.compile(transformer.forward_train) if compiled else transformer.forward_train
-        weights = torch.cat([torch.full((s * s,), 1.0 / s) for s in config.scales])
-        self.weight_L = (weights / weights.mean()).to(device)
-
-    def uses_muon(self, name: str, parameter: Tensor) -> bool:
-        outer = ("embed", "head.", "positions", "cfg_uncond")
-        return parameter.ndim == 2 and not any(part in name for part in outer)
-
-    def loss(self, rng: np.random.Generator, batch: int, progress: float) -> tuple[Tensor, dict[str, float]]:
-        world = scenes.sample(batch, rng, task_weights=self.task_weights)
-        image = draw_images(world, self.config, self.device)
-        ids_BT, _ = self.model["text"].tokenize(world.captions)
-        ids_BT = F.pad(ids_BT, (0, scenes.LONGEST_CAPTION + 1 - ids_BT.shape[1]))  # one shape for the compiler
-        flips = rng.uniform(0.0, self.max_flip, len(self.config.scales)).tolist()
-        null_B = torch.from_numpy(rng.random(batch) < self.caption_drop).to(self.device)
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            with torch.no_grad():
-                latent = self.tokenizer.encode(image).float()
-                targets, inputs, _ = self.tokenizer.residual.quantise(latent, flips)
-            text_BTD, mask_B11T = self.model["text"](ids_BT.to(self.device))
-            logits = self.forward(text_BTD, mask_B11T, inputs, null_B)
-        pairs = logits.float().unflatten(-1, (-1, 2))
-        target_BLt = torch.cat(targets, dim=1).float()
-        entropy_BLt = F.binary_cross_entropy_with_logits(pairs[..., 1] - pairs[..., 0], target_BLt, reduction="none")
-        entropy_L = entropy_BLt.mean((0, 2))
-        by_scale = entropy_L.detach().split([s * s for s in self.config.scales])
-        figures = {f"scale{k}": part.mean().item() for k, part in enumerate(by_scale)}
-        return (entropy_L * self.weight_L).mean(), figures
-
-    def files(self, weights: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        # Half precision keeps each file well under 15 MiB; the runtime casts on load.
-        parts: dict[str, dict[str, Tensor]] = {"transformer": {}, "text": {}}
-        for name, tensor in weights.items():
-            part, key = name.split(".", 1)
-            parts[part][key] = tensor.half()
-        return {"transformer.safetensors": parts["transformer"], "text_encoder.safetensors": parts["text"]}
-
-
-def draw_images(world: scenes.SceneBatch, config: NanoPreset, device: torch.device) -> Tensor:
-    """Scenes as images (B, 3, H, W) in [-1, 1] on the device."""
-    return torch.from_numpy(scenes.draw(world, config.image_size)).to(device).mul_(2).sub_(1)
-
-
-def read_weights(path: Path, remedy: str) -> dict[str, Tensor]:
-    """A safetensors file as float32. Raises WeightsError where it is missing."""
-    if not path.exists():
-        raise WeightsError(f"no {path.name} in {path.parent}; {remedy}")
-    return {name: tensor.float() for name, tensor in load_file(path).items()}
-
-
 def build_job(
     part: str,
     config: NanoPreset,
@@ -217,8 +85,6 @@ def build_job(
         return TokenizerJob(config, device, dtype)
     if part == "transformer":
         return TransformerJob(config, device, dtype, out / "tokenizer.safetensors", compiled)
-    from training.nano.clip import ClipJob
-
     return ClipJob(config, device, dtype)
 
 
@@ -235,7 +101,11 @@ class Trainer:
             "adam": (torch.optim.AdamW(adam.values(), lr=recipe.adam_rate, betas=(0.9, 0.98), weight_decay=0.0), adam),
         }
         self.rates = {"muon": recipe.muon_rate, "adam": recipe.adam_rate}
-        self.average = {n: p.detach().clone() for n, p in job.model.state_dict().items()}
+        self.forget_average()
+
+    def forget_average(self) -> None:
+        """Starts the running average at the present weights, as after loading some."""
+        self.average = {n: p.detach().clone() for n, p in self.job.model.state_dict().items()}
 
     def _factor(self) -> float:
         """Learning-rate factor of the coming step: warm-up, constant, linear to zero."""
@@ -331,13 +201,16 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m training.nano.train", description=__doc__.splitlines()[0])
     p.add_argument("part", choices=["tokenizer", "transformer", "clip", "all"])
-    p.add_argument("--preset", default="cpu", choices=sorted(PRESETS))
+    p.add_argument("--preset", default="64px", choices=sorted(PRESETS))
     p.add_argument("--out", type=Path, required=True, help="folder for checkpoints and published weights")
     p.add_argument("--steps", type=int, help="length of the learning-rate schedule (default: the recipe's)")
     p.add_argument("--batch", type=int, help="images per step (default: the recipe's)")
     p.add_argument("--minutes", type=float, default=1e9, help="stop this piece after so many minutes")
     p.add_argument("--save-minutes", type=float, default=8.0, help="minutes between checkpoints")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    p.add_argument("--start", type=Path, help="folder of published weights to begin from")
+    p.add_argument("--muon-rate", type=float, help="peak rate of the hidden matrices (default: the recipe's)")
+    p.add_argument("--adam-rate", type=float, help="peak rate of everything else (default: the recipe's)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--compile", action="store_true", help="torch.compile: twice as fast, needs a C++ compiler")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -356,11 +229,15 @@ def main(argv: list[str] | None = None) -> int:
         dtype = fast_dtype(device)
         deadline = time.monotonic() + args.minutes * 60
         for part in ("tokenizer", "transformer", "clip") if args.part == "all" else (args.part,):
-            changes = {k: getattr(args, k) for k in ("steps", "batch", "seed") if getattr(args, k) is not None}
+            names = ("steps", "batch", "seed", "muon_rate", "adam_rate")
+            changes = {k: getattr(args, k) for k in names if getattr(args, k) is not None}
             job = build_job(part, config, args.out, device, dtype, args.seed, args.compile)
             trainer = Trainer(job, replace(RECIPES[part], **changes), args.out)
             if args.resume and trainer.folder.exists():
                 trainer.restore()
+            elif args.start:
+                job.load_published(args.start)
+                trainer.forget_average()
             count = sum(p.numel() for p in trainer.parameters.values())
             where = f"from step {trainer.step} of {trainer.recipe.steps}"
             print(f"{part}: {count} parameters, {dtype}, {where}", flush=True)
