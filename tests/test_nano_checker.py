@@ -33,7 +33,7 @@ def test_reads_every_object_with_its_box(world):
         )
         assert found == true
         centres = sorted(((d.box_xyxy[0] + d.box_xyxy[2]) / 2) for d in detect(image[b]))
-        assert np.allclose(centres, sorted(scene.centre_BK2[b, k, 0] * 48 for k in count), atol=1.0)
+        assert np.allclose(centres, sorted(scene.centre_BK2[b, k, 0] * 64 for k in count), atol=1.0)
 
 
 def test_wrong_on_another_prompt_of_the_same_task(world):

@@ -7,8 +7,10 @@ import pytest
 from PIL import Image
 
 from stagevar.nano import scenes
-from stagevar.nano.load import shipped_folder
+from stagevar.nano.load import read_preset, shipped_folder
 from training.nano import evaluate
+from training.nano.jobs import TransformerJob
+from training.nano.train import Recipe
 
 
 def test_scores_average_the_six_tasks_and_leave_texture_out():
@@ -28,14 +30,15 @@ def test_ground_truth_scores_one_and_another_prompts_image_does_not():
 
 
 def test_trained_scenes_are_the_training_stream():
-    images, captions = evaluate.trained_scenes(shipped_folder(), 40, steps=range(2))
-    recipe = evaluate.RECIPES["transformer"]
-    world = scenes.sample(
-        recipe.batch, np.random.default_rng([recipe.seed, 0]), task_weights=evaluate.TransformerJob.task_weights
-    )
-    assert captions[: recipe.batch] == world.captions
-    assert np.array_equal(images[0], (scenes.draw(world)[0] * 255).astype(np.uint8).transpose(1, 2, 0))
-    assert len(images) == 40
+    recipe = Recipe(steps=4, batch=12, muon_rate=0.0, adam_rate=0.0, seed=3)
+    images, captions = evaluate.trained_scenes(shipped_folder(), 16, recipe)
+    config = read_preset(shipped_folder())
+    for step in range(4):
+        world, _ = TransformerJob.world(config, np.random.default_rng([3, step]), 12, step / 4)
+        mine = slice(4 * step, 4 * step + 4)
+        assert captions[mine] == world.captions[:4]
+        drawn = (scenes.draw(world, config.image_size)[:4] * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+        assert np.array_equal(images[mine], drawn)
 
 
 def test_command_line_measures_the_shipped_model(tmp_path, capsys):
@@ -45,7 +48,8 @@ def test_command_line_measures_the_shipped_model(tmp_path, capsys):
     assert code == 0
     report = json.loads((tmp_path / "figures.json").read_text())
     assert report["full"]["images"] == 7 and report["unseen_pairs"]["images"] == 7
-    assert report["skip_last_scale"]["psnr_db_to_full"] < 40
+    for name in ("skip_last_scale", "skip_last_two_scales"):
+        assert report[name]["psnr_db_to_full"] < 40 and report[name]["ssim_to_full"] < 0.999
     assert report["checker"]["drawn"] >= 0.95 and report["checker"]["another_prompt"] <= 0.2
     assert report["neighbours"]["training_images"] == 32
     for name in ("nano_samples", "nano_scales", "nano_nearest"):

@@ -16,15 +16,15 @@ def test_same_seed_same_scenes():
     assert not np.array_equal(draws[0], scenes.draw(scenes.sample(16, np.random.default_rng(4))))
 
 
-@pytest.mark.parametrize("size", [48, 96])
+@pytest.mark.parametrize("size", [64, 128])
 def test_drawing_scales_with_the_image_size(size):
     world = scenes.sample(8, np.random.default_rng(0))
     image = scenes.draw(world, size)
     assert image.shape == (8, 3, size, size)
     assert image.dtype == np.float32
     assert image.min() >= 0 and image.max() <= 1
-    coarse = image.reshape(8, 3, 48, size // 48, 48, size // 48).mean((3, 5))
-    assert np.abs(coarse - scenes.draw(world, 48)).mean() < 0.01
+    coarse = image.reshape(8, 3, 64, size // 64, 64, size // 64).mean((3, 5))
+    assert np.abs(coarse - scenes.draw(world, 64)).mean() < 0.01
 
 
 def test_wording_follows_geneval():

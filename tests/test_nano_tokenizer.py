@@ -23,24 +23,26 @@ def shipped():
 def partial(shipped):
     """Metadata of 300 fresh scenes, their pixels, and what every partial sum of scales decodes to."""
     world = scenes.sample(300, np.random.default_rng(123), split="heldout")
-    pixels = scenes.draw(world, 48)
+    pixels = scenes.draw(world, 64)
     with torch.inference_mode():
         sums = shipped.partial_sums(shipped.encode(torch.from_numpy(pixels) * 2 - 1))
         decoded = [(shipped.decode(s) / 2 + 0.5).clamp(0, 1).numpy() for s in sums]
     return world.metadata, pixels, decoded
 
 
-def test_reconstructions_keep_the_scene(partial):
+def test_a_scene_is_decided_by_coarse_scales(partial):
+    """After sides 8, 11 and 16 the checker accepts more and more, nearly all before the last."""
     metadata, _, decoded = partial
-    assert check_batch(decoded[-1], metadata).mean() >= 0.95
+    accepted = [check_batch(image, metadata).mean() for image in decoded[-3:]]
+    assert accepted[0] >= 0.75 and accepted[1] >= 0.92 and accepted[2] >= 0.99
 
 
-def test_the_last_scale_matters(partial):
-    metadata, pixels, decoded = partial
-    assert check_batch(decoded[-2], metadata).mean() < 0.5
+def test_late_scales_still_add_detail(partial):
+    _, pixels, decoded = partial
     errors = [((image - pixels) ** 2).mean() for image in decoded]
     assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < errors[-2] / 4
+    psnr_db = [-10 * np.log10(error) for error in errors]
+    assert psnr_db[-1] > 33 and psnr_db[-2] < psnr_db[-1] - 3
 
 
 def test_partial_sums_are_the_residual_loop(shipped):
@@ -57,7 +59,7 @@ def test_partial_sums_are_the_residual_loop(shipped):
         assert torch.allclose(rebuilt, sums[scale], atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["cpu", "gpu", "micro"])
+@pytest.mark.parametrize("name", ["64px", "96px", "micro"])
 def test_shapes_of_every_preset(name):
     config = preset(name)
     tokenizer = NanoTokenizer(config)
@@ -73,9 +75,9 @@ def test_shapes_of_every_preset(name):
 def test_presets_meet_their_bounds():
     from stagevar.models.infinity import Infinity
 
-    cpu, gpu = preset("cpu"), preset("gpu")
-    assert len(cpu.scales) >= 6 and cpu.image_size >= 48
-    assert len(gpu.scales) >= 9 and gpu.image_size >= 96
-    assert sum(s * s for s in cpu.scales[-2:]) / cpu.tokens >= 0.55
-    with torch.device("meta"):
-        assert sum(p.numel() for p in Infinity(gpu.infinity()).parameters()) <= 3.9e6
+    shipped, large = preset("64px"), preset("96px")
+    assert sum(s * s for s in shipped.scales[-2:]) / shipped.tokens >= 0.7
+    assert large.image_size >= 96 and large.tokens > shipped.tokens
+    for config in (shipped, large):
+        with torch.device("meta"):
+            assert sum(p.numel() for p in Infinity(config.infinity()).parameters()) <= 8e6

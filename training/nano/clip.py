@@ -25,11 +25,11 @@ from training.nano.jobs import Job, draw_images
 
 CONFIG: dict[str, Any] = {
     "embed_dim": 64,
-    "vision_cfg": {"image_size": 48, "patch_size": 6, "layers": 4, "width": 128, "head_width": 32},
+    "vision_cfg": {"image_size": 64, "patch_size": 8, "layers": 4, "width": 128, "head_width": 32},
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 96, "heads": 3, "layers": 3},
 }
 PREPROCESS: dict[str, Any] = {
-    "size": [48, 48],
+    "size": [64, 64],
     "mode": "RGB",
     "mean": [0.5, 0.5, 0.5],
     "std": [0.5, 0.5, 0.5],
@@ -161,7 +161,7 @@ def config_json() -> str:
 
 
 class ClipJob(Job):
-    """Contrastive training on fresh scenes and their captions, at 48 pixels whatever the preset draws."""
+    """Contrastive training on fresh scenes and their captions, at 64 pixels whatever the preset draws."""
 
     name = "clip"
 

@@ -1,11 +1,11 @@
 """Measures nano: `python -m training.nano.evaluate [--weights DIR] [--pictures DIR] [--json FILE]`.
 
 With fixed prompts and seeds and the full schedule: GenEval's six scores, their mean first, and our texture score on
-held-out prompts; the same on shape-colour pairs never trained; without guidance; and with the last scale skipped.
-Also how far images lie from the nearest of the scenes they were trained on, and pictures: samples, partial images,
-neighbours.
+held-out prompts; the same on shape-color pairs never trained; without guidance; and with the last scales skipped.
+Also what the tokenizer keeps after each late scale, how far images lie from the nearest of the scenes they were trained
+on, and pictures: samples, partial images, neighbors.
 
-Source: scoring is stagevar.geneval; the nearest-neighbour look follows common practice for generative models.
+Source: scoring is stagevar.geneval; the nearest-neighbor look follows common practice for generative models.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from stagevar.nano.checker import check_batch, detect
 from stagevar.nano.load import read_preset, shipped_folder
 from stagevar.sampler import Sampler
 from stagevar.schedule import StageSchedule, exact, skip_only
-from stagevar.similarity import psnr_db
+from stagevar.similarity import psnr_db, ssim
 from training.nano.clip import NanoClip, compacted
 from training.nano.jobs import TransformerJob
-from training.nano.train import RECIPES
+from training.nano.train import RECIPES, Recipe
 
 BATCH = 32
-# The shipped transformer's steps under the present recipe; earlier ones drew from other mixes of tasks (docs/nano.md).
-SHIPPED_STEPS = (4670, 7600)
+# Steps and seed of the shipped transformer's last piece of training, whose scenes can be drawn again (docs/nano.md).
+SHIPPED_RECIPE = replace(RECIPES["transformer"], steps=1, seed=0)
 
 
 class Evaluation:
@@ -104,47 +104,48 @@ def scores(correct_B: np.ndarray, prompts: list[scenes.Metadata]) -> dict[str, A
     return {"geneval_mean": float(np.mean(six)), **{t: tags[t] for t in scenes.TASKS if t in tags}, "images": len(rows)}
 
 
-def trained_scenes(folder: Path, count: int, steps: range) -> tuple[np.ndarray, list[str]]:
+def trained_scenes(folder: Path, count: int, recipe: Recipe = SHIPPED_RECIPE) -> tuple[np.ndarray, list[str]]:
     """Images the transformer was trained on, uint8 (N, H, W, 3), and captions: the stream of its seed drawn again.
 
-    Evenly from `steps`, which must be steps that the present recipe drew.
+    Evenly from all steps of the recipe.
     """
-    recipe, config = RECIPES["transformer"], read_preset(folder)
-    needed = -(-count // recipe.batch)
+    config = read_preset(folder)
     images, captions = [], []
-    for step in np.linspace(steps.start, steps.stop - 1, needed).astype(int):
+    per_step = min(recipe.batch // 3, -(-count // recipe.steps))  # the smallest batches hold a third
+    for step in np.linspace(0, recipe.steps - 1, -(-count // per_step)).astype(int):
         rng = np.random.default_rng([recipe.seed, int(step)])
-        world = scenes.sample(recipe.batch, rng, task_weights=TransformerJob.task_weights)
-        images.append((scenes.draw(world, config.image_size) * 255).astype(np.uint8).transpose(0, 2, 3, 1))
-        captions += world.captions
+        world, _ = TransformerJob.world(config, rng, recipe.batch, int(step) / recipe.steps)
+        pixels = scenes.draw(world, config.image_size)[:per_step]
+        images.append((pixels * 255).astype(np.uint8).transpose(0, 2, 3, 1))
+        captions += world.captions[:per_step]
     return np.concatenate(images)[:count], captions[:count]
 
 
 def checker_accuracy(evaluation: Evaluation, count: int, seed: int = 5) -> dict[str, float]:
     """Share of fresh scenes that the checker accepts: as drawn, through the tokenizer, and against another prompt.
 
-    "last_scale_skipped" are reconstructions without the last scale, "another_prompt" drawn scenes judged by a different
-    prompt of the same task (some of which they happen to satisfy).
+    "after_side_S" are reconstructions from the code sum after that scale, with their PSNR in dB; the last is the whole.
+    "another_prompt": drawn scenes judged by a different prompt of the same task (some of which they satisfy by chance).
     """
     rng = np.random.default_rng(seed)
     world = scenes.sample(count, rng, split="heldout")
     drawn = scenes.draw(world, evaluation.config.image_size)
-    tokenizer = evaluation.model.tokenizer
-    with torch.inference_mode():
-        parts = [tokenizer.partial_sums(tokenizer.encode(x * 2 - 1))[-2:] for x in torch.from_numpy(drawn).split(250)]
-        skipped, whole = ((tokenizer.decode(s) / 2 + 0.5).clamp(0, 1).numpy() for s in torch.cat(parts, dim=1))
-    metadata = world.metadata
+    metadata, tokenizer = world.metadata, evaluation.model.tokenizer
     others = []
     for meta in metadata:
         rivals = [m for m in metadata if m["tag"] == meta["tag"] and m["prompt"] != meta["prompt"]]
         others.append(rivals[int(rng.integers(len(rivals)))])
-    return {
+    found = {
         "drawn": float(check_batch(drawn, metadata).mean()),
-        "reconstructed": float(check_batch(whole, metadata).mean()),
-        "last_scale_skipped": float(check_batch(skipped, metadata).mean()),
         "another_prompt": float(check_batch(drawn, others).mean()),
-        "reconstruction_psnr_db": float(-10 * np.log10(((whole - drawn) ** 2).mean((1, 2, 3))).mean()),
     }
+    with torch.inference_mode():
+        parts = [tokenizer.partial_sums(tokenizer.encode(x * 2 - 1)) for x in torch.from_numpy(drawn).split(250)]
+        for side, code_sum in list(zip(evaluation.config.scales, torch.cat(parts, dim=1), strict=True))[-3:]:
+            pixels = (tokenizer.decode(code_sum) / 2 + 0.5).clamp(0, 1).numpy()
+            found[f"after_side_{side}"] = float(check_batch(pixels, metadata).mean())
+            found[f"psnr_db_after_side_{side}"] = float(-10 * np.log10(((pixels - drawn) ** 2).mean((1, 2, 3))).mean())
+    return found
 
 
 def clip_accuracy(evaluation: Evaluation, images: int, seed: int = 11) -> float:
@@ -198,9 +199,7 @@ def sheet(images_NHW3: np.ndarray, captions: list[str], columns: int, zoom: int 
     return canvas
 
 
-def save_pictures(
-    evaluation: Evaluation, folder: Path, samples: int, training_images: int, steps: range
-) -> dict[str, Any]:
+def save_pictures(evaluation: Evaluation, folder: Path, samples: int, training_images: int) -> dict[str, Any]:
     """Writes the sheets and returns the nearest-neighbour figures."""
     folder.mkdir(parents=True, exist_ok=True)
     prompts = scenes.prompts("heldout", samples)
@@ -217,7 +216,7 @@ def save_pictures(
     )
     if evaluation.clip is None:
         return {}
-    known, captions = trained_scenes(evaluation.folder, training_images, steps)
+    known, captions = trained_scenes(evaluation.folder, training_images)
     similarity = evaluation.image_features(images) @ evaluation.image_features(known).T
     nearest = similarity.argmax(1)
     pairs = np.stack([images, known[nearest.numpy()]], axis=1).reshape(-1, *images.shape[1:])
@@ -258,12 +257,15 @@ def evaluate(evaluation: Evaluation, count: int, unseen: int, clip_images: int, 
     report["unseen_pairs"] = scores(judged(evaluation.images(other), other), other)
     plain = replace(model.sampling, guidance=(1.0,) * len(model.grids))
     report["guidance_1"] = scores(judged(evaluation.images(heldout, sampling=plain), heldout), heldout)
-    skipped = evaluation.images(heldout, skip_only(model.grids))
-    report["skip_last_scale"] = scores(judged(skipped, heldout), heldout)
-    report["skip_last_scale"]["psnr_db_to_full"] = float(psnr_db(skipped, full).mean())
+    for name, left_out in (("skip_last_scale", 1), ("skip_last_two_scales", 2)):
+        skipped = evaluation.images(heldout, skip_only(model.grids, left_out))
+        report[name] = scores(judged(skipped, heldout), heldout)
+        report[name]["psnr_db_to_full"] = float(psnr_db(skipped, full).mean())
+        report[name]["ssim_to_full"] = float(ssim(skipped, full).mean())
+        if evaluation.clip is not None:
+            similarity = (evaluation.image_features(skipped) * evaluation.image_features(full)).sum(1)
+            report[name]["clip_image_similarity_to_full"] = float(similarity.mean())
     if evaluation.clip is not None:
-        similarity = (evaluation.image_features(skipped) * evaluation.image_features(full)).sum(1)
-        report["skip_last_scale"]["clip_image_similarity_to_full"] = float(similarity.mean())
         report["clip_right_of_64"] = clip_accuracy(evaluation, clip_images)
     report["checker"] = checker_accuracy(evaluation, checker_scenes)
     return report
@@ -272,10 +274,10 @@ def evaluate(evaluation: Evaluation, count: int, unseen: int, clip_images: int, 
 def table(report: dict[str, Any]) -> str:
     """The scores as text, one row per condition."""
     names = ("geneval_mean", *scenes.TASKS)
-    lines = [f"{'':18}" + "".join(f"{name:>15}" for name in names)]
-    for row in ("full", "training_texts", "unseen_pairs", "guidance_1", "skip_last_scale"):
+    lines = [f"{'':22}" + "".join(f"{name:>15}" for name in names)]
+    for row in ("full", "training_texts", "unseen_pairs", "guidance_1", "skip_last_scale", "skip_last_two_scales"):
         cells = "".join(f"{report[row][name]:15.3f}" if name in report[row] else f"{'-':>15}" for name in names)
-        lines.append(f"{row:18}" + cells)
+        lines.append(f"{row:22}" + cells)
     return "\n".join(lines)
 
 
@@ -292,10 +294,6 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--pictures", type=Path, help="folder for the sheets of images")
     p.add_argument("--samples", type=int, default=64, help="images on the sheet of samples")
     p.add_argument("--training-images", type=int, default=20000, help="trained scenes searched for neighbours")
-    p.add_argument(
-        "--training-steps", type=int, nargs=2, metavar=("FIRST", "END"), default=SHIPPED_STEPS,
-        help="steps of the present recipe to draw them from (default: the shipped weights' last piece)",
-    )  # fmt: skip
     p.add_argument("--json", type=Path, help="file for the figures")
     args = p.parse_args(argv)
     try:
@@ -306,9 +304,7 @@ def main(argv: list[str] | None = None) -> int:
         report = evaluate(evaluation, args.prompts, args.unseen, args.clip_images, args.checker_scenes)
         print(table(report))
         if args.pictures:
-            report["neighbours"] = save_pictures(
-                evaluation, args.pictures, args.samples, args.training_images, range(*args.training_steps)
-            )
+            report["neighbours"] = save_pictures(evaluation, args.pictures, args.samples, args.training_images)
         text = json.dumps(report, indent=1)
         print(text)
         if args.json:

@@ -70,13 +70,13 @@ class TokenizerJob(Job):
 
     Of a batch, half is reconstructed in full; a quarter of those with bits of the last two scales flipped, so that the
     decoder forgives a transformer's late mistakes (these teach only the decoder). The other half stops at a scale drawn
-    from `STOPS` and counts half.
+    from `STOPS`.
     """
 
     name = "tokenizer"
-    commitment, part_weight, max_late_flip = 2.0, 0.5, 0.3
+    commitment, max_late_flip = 2.0, 0.3
     # Odds of the side at which a sample of the second half stops; sides that a preset lacks are left out.
-    STOPS: ClassVar[dict[int, float]] = {11: 0.35, 10: 0.35, 8: 0.35, 6: 0.15, 4: 0.05, 3: 0.05, 2: 0.05, 1: 0.01}
+    STOPS: ClassVar[dict[int, float]] = {11: 0.5, 10: 0.5, 8: 0.35, 6: 0.12, 4: 0.03, 3: 0.02, 2: 0.02, 1: 0.01}
 
     def __init__(self, config: NanoPreset, device: torch.device, dtype: torch.dtype):
         self.config, self.device, self.dtype = config, device, dtype
@@ -123,8 +123,7 @@ class TokenizerJob(Job):
             "part_mse": F.mse_loss(output[:parted], image[:parted]).item(),
             "commitment": commitment.item(),
         }
-        reconstruction = error_B[parted:].mean() + self.part_weight * error_B[:parted].mean()
-        return reconstruction + self.commitment * commitment, figures
+        return error_B.mean() + self.commitment * commitment, figures
 
     def files(self, weights: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         return {"tokenizer.safetensors": weights}
@@ -173,21 +172,24 @@ class TransformerJob(Job):
         outer = ("embed", "head.", "positions", "cfg_uncond", "naming")
         return parameter.ndim == 2 and not any(part in name for part in outer)
 
-    def sizes(self, batch: int, draw: float, progress: float) -> tuple[int, int]:
-        """Scenes and scales of a batch; `draw` is uniform in [0, 1)."""
-        share = [share for begins, share in self.WHOLE_SHARE if progress >= begins][-1]
-        if draw < share:
-            return max(1, batch // 3), len(self.config.scales)
-        return batch, self.config.layout_scales
+    @classmethod
+    def world(
+        cls, config: NanoPreset, rng: np.random.Generator, batch: int, progress: float
+    ) -> tuple[scenes.SceneBatch, int]:
+        """The scenes of one step, and how many scales of them it sees."""
+        share = [share for begins, share in cls.WHOLE_SHARE if progress >= begins][-1]
+        scales = config.layout_scales
+        if rng.random() < share:
+            batch, scales = max(1, batch // 3), len(config.scales)
+        return scenes.sample(batch, rng, task_weights=cls.task_weights), scales
 
     def loss(self, rng: np.random.Generator, batch: int, progress: float) -> tuple[Tensor, dict[str, float]]:
-        batch, scales = self.sizes(batch, rng.random(), progress)
-        world = scenes.sample(batch, rng, task_weights=self.task_weights)
+        world, scales = self.world(self.config, rng, batch, progress)
         image = draw_images(world, self.config, self.device)
         ids_BT, _ = self.model["text"].tokenize(world.captions)
         ids_BT = F.pad(ids_BT, (0, scenes.LONGEST_CAPTION + 1 - ids_BT.shape[1]))  # one shape for the compiler
         flips = rng.uniform(0.0, self.max_flip, len(self.config.scales)).tolist()
-        null_B = torch.from_numpy(rng.random(batch) < self.caption_drop).to(self.device)
+        null_B = torch.from_numpy(rng.random(len(world)) < self.caption_drop).to(self.device)
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             with torch.no_grad():
                 latent = self.tokenizer.encode(image).float()

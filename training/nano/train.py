@@ -51,7 +51,7 @@ RECIPES = {
     "transformer": Recipe(
         steps=4500, batch=48, muon_rate=0.02, adam_rate=2e-3, warmup=100, cooldown=0.5, clip_norm=1.0
     ),
-    "clip": Recipe(steps=1300, batch=128, muon_rate=0.01, adam_rate=1e-3, warmup=100, cooldown=0.5),
+    "clip": Recipe(steps=600, batch=128, muon_rate=0.01, adam_rate=1e-3, warmup=100, cooldown=0.5),
 }
 
 
