@@ -1,0 +1,46 @@
+"""The rows of the phenomenon: what they run, and a small run from end to end."""
+
+import json
+
+import pytest
+
+from benchmarks import phenomenon
+from benchmarks.phenomenon import FULL, main, rows
+from stagevar.nano.presets import preset
+
+
+def test_rows_do_what_they_are_called():
+    grids = preset("64px").grids
+    expanded = {name: schedule.expand(grids, 3) for name, schedule in rows(grids).items()}
+    for step in expanded[FULL]:
+        assert len(step.branches) == 2 and step.reduction is None and not step.skipped
+    null = expanded["null branch from side 16"]
+    assert [step.branches for step in null[-2:]] == [("cond", "uncond"), ("uncond",)]
+    one = expanded["one branch from side 11"]
+    assert [step.branches for step in one[-3:]] == [("cond", "uncond"), ("cond",), ("cond",)]
+    quarter = expanded["one branch, a quarter of side 16's rows"]
+    assert quarter[6].reduction is None
+    assert set(quarter[7].reduction.ranks) <= {64, 65}, "a quarter of 256, rounded up"
+    without = expanded["without side 11, one branch at 16"]
+    assert [step.skipped for step in without[-2:]] == [True, False] and without[7].branches == ("cond",)
+    assert [step.skipped for step in expanded["without sides 11 and 16"][-3:]] == [False, True, True]
+
+
+def test_a_small_run_pairs_every_row_with_the_full_schedule(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(phenomenon, "SINGLES", 2)
+    out = tmp_path / "figures.json"
+    assert main(["--prompts", "16", "--rows", "^(one branch from|without) side 16$", "--output", str(out)]) == 0
+    found = {row["row"]: row for row in json.loads(out.read_text())["rows"]}
+    assert set(found) == {FULL, "one branch from side 16", "without side 16"}
+    assert found[FULL]["change"] == [0, 0, 0] and found[FULL]["time_batch_16"] == found[FULL]["time_batch_1"] == 1
+    for name in set(found) - {FULL}:
+        row = found[name]
+        assert row["change"][1] <= row["change"][0] <= row["change"][2] and row["psnr_db"] < 99
+    assert capsys.readouterr().out.count("\n| ") == 3
+
+
+@pytest.mark.parametrize(("argv", "says"), [(["--rows", "("], "regular"), (["--prompts", "3"], "--prompts 3")])
+def test_bad_input_is_one_line(argv, says, capsys):
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
