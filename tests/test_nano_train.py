@@ -79,6 +79,20 @@ def test_a_run_can_start_from_published_weights(out, tmp_path):
         other.load_published(out)
 
 
+def test_the_decoder_alone_can_be_trained(out, capsys):
+    first = trainer("tokenizer", out)
+    first.job.freeze_encoder()
+    second = train.Trainer(first.job, first.recipe, out)
+    before = {name: tensor.clone() for name, tensor in first.job.model.state_dict().items()}
+    second.advance()
+    for name, tensor in first.job.model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == name.startswith("encode_"), name
+    arguments = ["--preset", "micro", "--out", str(out), "--device", "cpu", "--decoder-only"]
+    assert train.main(["transformer", *arguments, "--start", str(out)]) == 2
+    assert train.main(["tokenizer", *arguments]) == 2
+    assert capsys.readouterr().err.count("--decoder-only is for the tokenizer") == 2
+
+
 def test_a_batch_sees_the_layout_scales_or_a_third_of_it_all():
     for progress, share in ((0.0, 0.1), (0.5, 0.2), (0.9, 0.5)):
         seen = []

@@ -68,13 +68,13 @@ class Job(ABC):
 class TokenizerJob(Job):
     """Pixels through the residual quantiser and back, straight through the signs.
 
-    Of a batch, half is reconstructed in full; a quarter of those with bits of the last two scales flipped, so that the
+    Of a batch, half is reconstructed in full; half of those with bits of the last two scales flipped, so that the
     decoder forgives a transformer's late mistakes (these teach only the decoder). The other half stops at a scale drawn
     from `STOPS`.
     """
 
     name = "tokenizer"
-    commitment, max_late_flip = 2.0, 0.3
+    commitment, max_late_flip = 2.0, 0.5
     # Odds of the side at which a sample of the second half stops; sides that a preset lacks are left out.
     STOPS: ClassVar[dict[int, float]] = {11: 0.5, 10: 0.5, 8: 0.35, 6: 0.12, 4: 0.03, 3: 0.02, 2: 0.02, 1: 0.01}
 
@@ -83,6 +83,11 @@ class TokenizerJob(Job):
         self.model = NanoTokenizer(config).to(device)
         odds = np.array([self.STOPS.get(s, 0.0) for s in config.scales[:-1]] + [0.0])
         self.stop_odds = odds / odds.sum()
+
+    def freeze_encoder(self) -> None:
+        """Trains the decoder alone from here on: no bit changes, so a transformer that was trained on them stays right."""
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(not name.startswith("encode_"))
 
     def lowpass(self, latent_BdHW: Tensor, scale: int) -> Tensor:
         """What the code sum after a scale approximates: the latent averaged to that grid and drawn out again."""
@@ -96,7 +101,7 @@ class TokenizerJob(Job):
         image = draw_images(scenes.sample(batch, rng), self.config, self.device)
         scales, parted = len(self.config.scales), batch // 2
         stops = torch.from_numpy(np.sort(rng.choice(scales, size=parted, p=self.stop_odds))).to(self.device)
-        worn = (batch - parted) // 4
+        worn = (batch - parted) // 2
         flips = rng.uniform(0.0, self.max_late_flip) * (np.arange(scales) >= scales - 2)
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             latent = self.model.encode(image).float()

@@ -93,7 +93,7 @@ class Trainer:
 
     def __init__(self, job: Job, recipe: Recipe, out: Path):
         self.job, self.recipe, self.out, self.step = job, recipe, out, 0
-        self.parameters = dict(job.model.named_parameters())
+        self.parameters = {n: p for n, p in job.model.named_parameters() if p.requires_grad}
         muon = {n: p for n, p in self.parameters.items() if job.uses_muon(n, p)}
         adam = {n: p for n, p in self.parameters.items() if n not in muon}
         self.optimisers = {
@@ -209,6 +209,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--save-minutes", type=float, default=8.0, help="minutes between checkpoints")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     p.add_argument("--start", type=Path, help="folder of published weights to begin from")
+    p.add_argument("--decoder-only", action="store_true", help="of the tokenizer; no bit of its codes changes")
     p.add_argument("--muon-rate", type=float, help="peak rate of the hidden matrices (default: the recipe's)")
     p.add_argument("--adam-rate", type=float, help="peak rate of everything else (default: the recipe's)")
     p.add_argument("--seed", type=int, default=0)
@@ -222,6 +223,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         config, device = preset(args.preset), torch.device(args.device)
+        if args.decoder_only and (args.part != "tokenizer" or not (args.start or args.resume)):
+            raise UsageError(
+                "--decoder-only is for the tokenizer with --start: an untrained encoder has no bits to keep"
+            )
         for name in ("steps", "batch"):
             if (value := getattr(args, name)) is not None and value < 1:
                 raise UsageError(f"--{name} {value} must be at least 1")
@@ -232,6 +237,8 @@ def main(argv: list[str] | None = None) -> int:
             names = ("steps", "batch", "seed", "muon_rate", "adam_rate")
             changes = {k: getattr(args, k) for k in names if getattr(args, k) is not None}
             job = build_job(part, config, args.out, device, dtype, args.seed, args.compile)
+            if args.decoder_only:
+                job.freeze_encoder()
             trainer = Trainer(job, replace(RECIPES[part], **changes), args.out)
             if args.resume and trainer.folder.exists():
                 trainer.restore()
