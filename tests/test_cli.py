@@ -50,7 +50,7 @@ def test_generate_with_a_profile(profile_path, tmp_path, capsys):
     assert main(["generate", "--profile", str(profile_path), "a photo of a red circle", "-o", str(target)]) == 0
     assert capsys.readouterr().out.strip() == str(target)
     first = np.asarray(Image.open(target))
-    assert first.shape == (48, 48, 3)
+    assert first.shape == (64, 64, 3)
     assert main(["generate", "--profile", str(profile_path), "a photo of a red circle", "-o", str(target)]) == 0
     assert np.array_equal(first, np.asarray(Image.open(target))), "same prompt and seed, same image"
 

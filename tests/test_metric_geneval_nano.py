@@ -17,9 +17,9 @@ COUNT = 500
 
 @pytest.fixture(scope="module")
 def world():
-    """Images (500, 48, 48, 3) uint8 and prompts; every other prompt belongs to another image."""
+    """Images (500, 64, 64, 3) uint8 and prompts; every other prompt belongs to another image."""
     drawn = scenes.sample(COUNT, np.random.default_rng(11))
-    images = (np.asarray(scenes.draw(drawn, 48)).transpose(0, 2, 3, 1) * 255).round().astype(np.uint8)
+    images = (np.asarray(scenes.draw(drawn, 64)).transpose(0, 2, 3, 1) * 255).round().astype(np.uint8)
     prompts = [drawn.metadata[(index + 7) % COUNT] if index % 2 else drawn.metadata[index] for index in range(COUNT)]
     return images, prompts
 
