@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import types
 import warnings
 from collections.abc import Callable, Sequence
@@ -54,6 +55,7 @@ NORM_AXES = (1, None, None, None)
 HEADS_AXES = (1, None, None, -2)
 #: Why a piece runs plainly, by its name: a compiler was missing or failed.
 _plain_because: dict[str, str] = {}
+_numbers = itertools.count()
 
 
 def plain_because() -> str | None:
@@ -78,8 +80,10 @@ def compiler(function: Callable[..., Any], token_axes: Sequence[int | None] | No
             return function(*arguments)
         key = None if token_axes is None else tuple(map(_fixed, arguments, token_axes))
         if key not in variants:
-            # A copy with a code object of its own: compiled variants are kept, and limited, per code object.
-            own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+            # A copy with a code object and a name of its own: compiled variants are kept, and limited, per code object, and
+            # which sizes have changed so far, hence are variables, is remembered by name.
+            name = f"{function.__name__}_{next(_numbers)}"
+            own = types.FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
             own.__defaults__ = function.__defaults__  # type: ignore[attr-defined]
             variants[key] = torch.compile(own, dynamic=True if token_axes is None else None)
         try:
