@@ -1,7 +1,7 @@
 """Dress rehearsal: the commands that a user types for a large model, offline, on stand-ins in the official formats.
 
 Timings are made up from the tokens that a schedule processes, and one batch is drawn for all: acceleration changes no
-image. The rest is real: files, text encoder, detector, CLIP, statistics, profile, and the commands that take it.
+image, or ruins every one. The rest is real: files, text encoder, detector, CLIP, statistics, profile, and the commands.
 """
 
 import json
@@ -11,49 +11,25 @@ import pytest
 import yaml
 from PIL import Image
 
+import stagevar.compare
 import tuner.evaluate
-from stagevar.cli import main as stagevar
+from stagevar.cli import main as stagevar_main
 from stagevar.profile import Profile
 from stagevar.schedule import exact
 from tests import stand_ins
 from tests.fakes import FakeTiming
-from tuner.cli import main as tune
+from tuner.cli import main as tune_main
 from tuner.evaluate import ModelEvaluator, walk
 from tuner.result import StudyResult
 
+#: Model -> its weights, its quality, a prompt, and limits as far as 64 prompts can prove; the default ones take 512.
 FAMILIES = {
-    "infinity-tiny": (stand_ins.infinity_weights, stand_ins.text_metrics, "a photo of a dog"),
-    "var-tiny": (stand_ins.var_weights, stand_ins.image_metrics, "207"),
-}
-
-
-@pytest.fixture(scope="module")
-def downloads(tmp_path_factory):
-    """model -> (folder of weights, space file that names local metrics), each made once."""
-    made = {}
-
-    def downloaded(model):
-        if model not in made:
-            weights, metrics, _ = FAMILIES[model]
-            folder = tmp_path_factory.mktemp(model)
-            quality = metrics(tmp_path_factory.mktemp("metrics"))
-            # Likeness in decibels notices any change, which random detectors and trunks need not.
-            quality.append({"name": "psnr", "weight": 0.1, "max_drop": 3.0})
-            space = {"model": model, "objectives": {"latency": "ms", "quality": {"metrics": quality}}}
-            file = folder / "metrics.yaml"
-            file.write_text(yaml.safe_dump(space, sort_keys=False))
-            made[model] = (weights(folder), file)
-        return made[model]
-
-    return downloaded
-
-
-@pytest.fixture(autouse=True)
-def offline(tmp_path, monkeypatch):
-    monkeypatch.setenv("STAGEVAR_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ModelEvaluator, "latency", timed_by_tokens)
+    "infinity-tiny": (
+        stand_ins.infinity_weights, stand_ins.text_metrics, "a photo of a dog", "10%,clip_score=1,psnr=10",
+    ),
+    "star-tiny": (stand_ins.star_weights, stand_ins.text_metrics, "a photo of a dog", "10%,clip_score=1,psnr=10"),
+    "var-tiny": (stand_ins.var_weights, stand_ins.image_metrics, "207", "psnr=10"),
+}  # fmt: skip
 
 
 class TokenTiming(FakeTiming):
@@ -78,11 +54,11 @@ def timed_by_tokens(self, schedules, rounds, warm_up_at_most=12):
 class Drawing:
     """In place of `walk`: the full schedule's images of the first batch are drawn, all others are these, moved by their seeds.
 
-    Every schedule draws what the full one draws.
+    Every schedule draws what the full one draws; with `ruins`, all others draw noise.
     """
 
-    def __init__(self):
-        self.first = None
+    def __init__(self, ruins=False):
+        self.ruins, self.first = ruins, None
 
     def __call__(self, sampler, generation, schedules, leaf, advance=None):
         full = exact(len(sampler.model.grids)).expand(sampler.model.grids, sampler.chunks)
@@ -90,53 +66,98 @@ class Drawing:
             walk(sampler, generation, [full], lambda _, images: setattr(self, "first", images))
         seeds = [seed for seed, _ in generation.noise.identities]
         images = np.stack([np.roll(self.first[i % len(self.first)], seed, axis=0) for i, seed in enumerate(seeds)])
-        for index in range(len(schedules)):
-            leaf([index], images)
+        kept = [index for index, steps in enumerate(schedules) if steps == full or not self.ruins]
+        ruined = [index for index in range(len(schedules)) if index not in kept]
+        if kept:
+            leaf(kept, images)
+        if ruined:
+            leaf(ruined, np.random.default_rng(seeds).integers(0, 256, images.shape, dtype=np.uint8))
         return 0
 
 
-def words(model, downloads, out):
-    weights, space = downloads(model)
-    # As far as 64 prompts can prove anything; the default limits take the default 512.
-    limits = ["--max-drop", "psnr=10", *([] if model == "var-tiny" else ["--max-drop", "10%,clip_score=1"])]
-    return [
-        "--model", model, "--weights", str(weights), "--budget", "80%", "--space", str(space), "--prompts", "8",
-        "--heldout", "64", "--trials", "4", "--exhaustive", "--out", str(out), *limits,
-    ]  # fmt: skip
+class Rehearsal:
+    """A model's files, and the commands that were run on them.
+
+    Attributes: codes: exit code per command, by its first words. said: what the last one printed.
+    """
+
+    def __init__(self, model, folder, capture):
+        self.model, self.folder, self.capture = model, folder, capture
+        make_weights, make_metrics, self.prompt, self.limits = FAMILIES[model]
+        for name in ("weights", "metrics"):
+            (folder / name).mkdir()
+        self.weights = str(make_weights(folder / "weights"))
+        quality = make_metrics(folder / "metrics")
+        # Likeness in decibels notices any change, which random detectors and trunks need not.
+        quality.append({"name": "psnr", "weight": 0.1, "max_drop": 3.0})
+        space = {"model": model, "objectives": {"latency": "ms", "quality": {"metrics": quality}}}
+        (folder / "metrics.yaml").write_text(yaml.safe_dump(space, sort_keys=False))
+        self.codes, self.said = {}, ""
+
+    def tuning(self, run):
+        return [
+            "--model", self.model, "--weights", self.weights, "--budget", "80%", "--max-drop", self.limits,
+            "--space", str(self.folder / "metrics.yaml"), "--prompts", "8", "--heldout", "64", "--trials", "4",
+            "--exhaustive", "--out", str(self.folder / run),
+        ]  # fmt: skip
+
+    def __call__(self, name, main, *words):
+        """Runs a command, keeps its exit code under `name`."""
+        self.capture.readouterr()
+        self.codes[name] = main([str(word) for word in words])
+        self.said = self.capture.readouterr().out
+        return self.codes[name]
 
 
-@pytest.mark.parametrize("model", FAMILIES)
-def test_from_doctor_to_deployment_with_an_acceleration_that_changes_nothing(
-    model, downloads, tmp_path, monkeypatch, capsys
-):
+@pytest.fixture
+def rehearsal(request, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("STAGEVAR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ModelEvaluator, "latency", timed_by_tokens)
+    monkeypatch.setattr(stagevar.compare, "warm_up", lambda run, device, at_most: (1, True))
+    return Rehearsal(request.param, tmp_path, capsys)
+
+
+@pytest.mark.parametrize("rehearsal", FAMILIES, indirect=True)
+def test_from_doctor_to_deployment(rehearsal, monkeypatch):
+    """With an acceleration that changes nothing; then with one that ruins every image, on the same files."""
+    folder, weights = rehearsal.folder, rehearsal.weights
+    run, profile = folder / "run", folder / "run" / "profile.yaml"
     monkeypatch.setattr(tuner.evaluate, "walk", Drawing())
-    weights, _ = downloads(model)
-    run, profile = tmp_path / "run", str(tmp_path / "run" / "profile.yaml")
-    tuning = words(model, downloads, run)
 
-    assert tune(["doctor", "--model", model, "--weights", str(weights), "--out", str(tmp_path)]) == 0
-    assert tune([*tuning, "--dry-run"]) == 0
-    assert "prove" in capsys.readouterr().out
-    assert tune([*tuning, "--quiet"]) == 0, capsys.readouterr()
-    said = capsys.readouterr().out
-    assert "verified" in said
-
+    rehearsal("doctor", tune_main, "doctor", "--model", rehearsal.model, "--weights", weights, "--out", folder)
+    rehearsal("dry run", tune_main, *rehearsal.tuning("run"), "--dry-run")
+    assert "prove" in rehearsal.said and not run.exists()
+    rehearsal("tune", tune_main, *rehearsal.tuning("run"), "--quiet")
+    assert rehearsal.said.startswith("verified: ")
     result = StudyResult.load(run)
     assert result.verdict == "verified" and not result.random_weights
-    assert {limit.metric for limit in result.limits} >= (
-        {"lpips"} if model == "var-tiny" else {"geneval", "clip_score"}
-    )
-    assert Profile.load(run / "profile.yaml").model.name == model
+    primary = {"lpips"} if rehearsal.model == "var-tiny" else {"geneval", "clip_score"}
+    assert {limit.metric for limit in result.limits} >= primary | {"clip_image_similarity", "psnr"}
+    assert Profile.load(profile).model.name == rehearsal.model
 
-    prompt = FAMILIES[model][2]
-    at = ["--profile", profile, "--weights", str(weights)]
-    assert stagevar(["generate", *at, prompt, "-o", str(tmp_path / "image.png")]) == 0
-    assert Image.open(tmp_path / "image.png").size == (256, 256)
-    assert stagevar(["bench", *at, "--compare", "exact", "--rounds", "2", "--prompts", "2", "--json"]) == 0
-    capsys.readouterr()
-    assert tune(["verify", profile, "--quiet", "--json"]) == 0, capsys.readouterr()
-    states = {v["name"]: v["status"] for v in json.loads(capsys.readouterr().out)["verdicts"]}
+    at = ("--profile", profile, "--weights", weights)
+    rehearsal("generate", stagevar_main, "generate", *at, rehearsal.prompt, "-o", folder / "image.png")
+    assert Image.open(folder / "image.png").size == (256, 256)
+    rehearsal("bench", stagevar_main, "bench", *at, "--compare", "exact", "--rounds", "1", "--prompts", "1", "--json")
+    assert [row["name"] for row in json.loads(rehearsal.said)] == ["exact", f"profile {profile}"]
+    rehearsal("verify", tune_main, "verify", profile, "--quiet", "--json")
+    states = {verdict["name"]: verdict["status"] for verdict in json.loads(rehearsal.said)["verdicts"]}
     assert set(states.values()) == {"met"} and len(states) >= 4
-    assert tune(["resume", str(run), "--quiet"]) == 0
     (run / "report.html").unlink()
-    assert tune(["report", str(run), "--quiet"]) == 0 and (run / "report.html").exists()
+    rehearsal("resume", tune_main, "resume", run, "--quiet")
+    (run / "report.html").unlink()
+    rehearsal("report", tune_main, "report", run, "--quiet")
+    assert (run / "report.html").exists()
+    assert set(rehearsal.codes.values()) == {0} and len(rehearsal.codes) == 8, rehearsal.codes
+
+    monkeypatch.setattr(tuner.evaluate, "walk", Drawing(ruins=True))
+    assert rehearsal("tune, ruined", tune_main, *rehearsal.tuning("ruined"), "--quiet") == 3
+    ruined = StudyResult.load(folder / "ruined")
+    assert ruined.verdict == "infeasible" and not ruined.picks and len(ruined.candidates) == 4
+    assert all(candidate.differences["psnr"].high < -10 for candidate in ruined.candidates)
+    assert not (folder / "ruined" / "profile.yaml").exists()
+    assert rehearsal("verify, ruined", tune_main, "verify", profile, "--quiet", "--json") == 3
+    states = {verdict["name"]: verdict["status"] for verdict in json.loads(rehearsal.said)["verdicts"]}
+    assert states["drop:psnr"] == "broken" and states["latency"] == "met"
