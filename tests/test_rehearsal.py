@@ -1,6 +1,6 @@
 """Dress rehearsal: the commands that a user types for a large model, offline, on stand-ins in the official formats.
 
-Timings are made up from the tokens that a schedule processes, and one batch is drawn for all: acceleration changes no
+Timings are made up from the tokens that a schedule processes, and two images are drawn for all: acceleration changes no
 image, or ruins every one. The rest is real: files, text encoder, detector, CLIP, statistics, profile, and the commands.
 """
 
@@ -52,7 +52,7 @@ def timed_by_tokens(self, schedules, rounds, warm_up_at_most=12):
 
 
 class Drawing:
-    """In place of `walk`: the full schedule's images of the first batch are drawn, all others are these, moved by their seeds.
+    """In place of `walk`: two images of the full schedule are drawn, all others are these, moved by their seeds.
 
     Every schedule draws what the full one draws; with `ruins`, all others draw noise.
     """
@@ -63,7 +63,8 @@ class Drawing:
     def __call__(self, sampler, generation, schedules, leaf, advance=None):
         full = exact(len(sampler.model.grids)).expand(sampler.model.grids, sampler.chunks)
         if self.first is None:
-            walk(sampler, generation, [full], lambda _, images: setattr(self, "first", images))
+            two = sampler.split(generation, range(2))
+            walk(sampler, two, [full], lambda _, images: setattr(self, "first", images))
         seeds = [seed for seed, _ in generation.noise.identities]
         images = np.stack([np.roll(self.first[i % len(self.first)], seed, axis=0) for i, seed in enumerate(seeds)])
         kept = [index for index, steps in enumerate(schedules) if steps == full or not self.ruins]
