@@ -95,7 +95,7 @@ def test_good_files_and_blank_lines_pass(tmp_path, capsys):
         (["--prompts", "9" * 5000], "must be a number from 1 to"),
         (["--heldout", "9" * 5000], "must be a whole number of at least 1"),
         (["--storage", "foo://x"], "cannot be opened"),
-        (["--storage", "sqlite:////nowhere/x.db"], "folder /nowhere does not exist"),
+        (["--storage", "sqlite:////proc/nowhere/x.db"], "folder /proc/nowhere does not exist"),
         (["--storage", "postgresql://u:secret@h/d"], "holds a password"),
         (["--storage", "http://[x"], "must be a database URL"),
     ],

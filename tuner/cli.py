@@ -527,7 +527,7 @@ def build_study(checked: Plan, progress: Any, stop: Callable[[], bool]) -> Study
             progress.say(f"micro-batches of {size} instead of {space.prompts.micro_batch} images fit the memory here")
             space = dataclasses.replace(space, prompts=dataclasses.replace(space.prompts, micro_batch=size))
     prompts = load_prompts(space.prompts, args.seed)
-    say_downloads(space, {**place, "kv_cache": args.kv_cache}, progress)
+    say_downloads(args.model, space, {**place, "kv_cache": args.kv_cache}, progress)
     quality = composite_options(space.quality, quality_limits(space.quality, args.max_drop))
     parts = {"model": args.model, "prompts": prompts, "quality": quality, "floors": space.floors}
     parts |= {"weights": args.weights, "device": args.device, "threads": args.threads, "resolution": args.resolution}
@@ -553,11 +553,11 @@ def build_study(checked: Plan, progress: Any, stop: Callable[[], bool]) -> Study
     return Study(checked.run_dir, space, options, evaluator, prompts, executor, progress, stop)
 
 
-def say_downloads(space: SearchSpace, place: dict[str, Any], progress: Any) -> None:
+def say_downloads(model: str, space: SearchSpace, place: dict[str, Any], progress: Any) -> None:
     """Names what model and metrics are about to fetch, with sizes, while nothing has been fetched yet."""
     from tuner.config.costs import downloads_of
 
-    for download in downloads_of(space, place):
+    for download in downloads_of(model, space.quality, place):
         if not download.cached:
             progress.say(f"file: {download.line}")
 
@@ -626,7 +626,7 @@ def _print_plan(checked: Plan) -> int:
     limits = () if args.weights == "random" else quality_limits(space.quality, args.max_drop)
     (search, heldout), micro_batch = set_sizes(space.prompts), space.prompts.micro_batch
     place = {"weights": args.weights, "resolution": args.resolution, "device": args.device, "kv_cache": args.kv_cache}
-    downloads, memory = costs.downloads_of(space, place), costs.memory_plan(space, place)
+    downloads, memory = costs.downloads_of(args.model, space.quality, place), costs.memory_plan(space, place)
     plan_data = {
         "model": args.model,
         "budget": args.budget.text,
@@ -853,7 +853,9 @@ def run_verify(args: argparse.Namespace) -> int:
     max_drop = kept_max_drops(profile, given, space) | parse_max_drops(args.max_drop or (), space.quality)
     check_provable(space, max_drop, args.weights)
     progress = Progress(args.quiet)
-    say_downloads(space, {"weights": args.weights, "resolution": resolution, "device": args.device}, progress)
+    place = {"weights": args.weights, "device": args.device, **profile.model.load.given()}
+    place |= {} if args.resolution is None else {"resolution": args.resolution}
+    say_downloads(profile.model.name, space, place, progress)
     outcome = recheck(
         profile,
         space,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from stagevar.models.downloads import Download, model_downloads
@@ -30,12 +31,12 @@ def images_at_most(trials: int, search: int, heldout: int) -> int:
     return (1 + trials) * search + (1 + 2 * FINALISTS_PER_KIND) * heldout
 
 
-def downloads_of(space: SearchSpace, options: dict[str, Any]) -> list[Download]:
-    """Files of the model and of the metrics. options: as for `registry.load_model`. Imports torch, loads nothing."""
+def downloads_of(model: str, quality: Mapping[str, Any], options: dict[str, Any]) -> list[Download]:
+    """Files of a model and of a space's metrics. options: as for `registry.load_model`. Imports torch, loads nothing."""
     from stagevar.models.registry import resolve
 
-    request = resolve(space.model, **options)
-    return [*model_downloads(request), *([] if request.random else metric_downloads(space.quality))]
+    request = resolve(model, **options)
+    return [*model_downloads(request), *([] if request.random else metric_downloads(quality))]
 
 
 def memory_plan(space: SearchSpace, options: dict[str, Any]) -> dict[str, Any] | None:
