@@ -45,7 +45,8 @@ def rows(grids: Sequence[Grid]) -> dict[str, StageSchedule]:
     """Schedules by name, the full one first. The fidelity stage starts where `structure_boundary` says."""
     scales = len(grids)
     last, first = scales - 1, structure_boundary(grids)
-    sides = {scale: grids[scale][0] for scale in (first, last)}
+    before = first - 1
+    sides = {scale: grids[scale][0] for scale in (before, first, last)}
 
     def conditional(start: int, **changes: Any) -> StageSchedule:
         return StageSchedule(start, cfg_delay=0, branch="cond", **changes)
@@ -62,6 +63,7 @@ def rows(grids: Sequence[Grid]) -> dict[str, StageSchedule]:
         f"null branch from side {sides[first]}": StageSchedule(first, cfg_delay=0),
         f"one branch from side {sides[last]}": conditional(last),
         f"one branch from side {sides[first]}": conditional(first),
+        f"one branch from side {sides[before]}": conditional(before),
     }
     for share, ratio in (("half", 0.5), ("a quarter", 0.25), ("an eighth", 0.125)):
         found[f"one branch, {share} of side {sides[last]}'s rows"] = kept_rows(first, ratio, **only_last)
@@ -75,6 +77,7 @@ def rows(grids: Sequence[Grid]) -> dict[str, StageSchedule]:
         )
     name = f"without side {sides[first]}"
     found[f"{name}, one branch at {sides[last]}"] = conditional(last, **without)
+    found[f"{name}, one branch from {sides[before]}"] = conditional(before, **without)
     found[f"{name}, half of {sides[last]}'s rows"] = kept_rows(last, 0.5, **without)
     found[f"{name}, a quarter of {sides[last]}'s rows"] = kept_rows(last, 0.25, **without)
     found["StageVAR's preset from the paper"] = preset("stagevar-paper", grids)

@@ -462,6 +462,12 @@ def skip_inner(grids: Sequence[Grid]) -> StageSchedule:
     return StageSchedule(structure_end=last, cfg_delay=0, branch="cond", skip=(last - 1,))
 
 
+def skip_inner_3(grids: Sequence[Grid]) -> StageSchedule:
+    """The same, and the conditional branch alone already one scale earlier, over what would be the last three."""
+    scales = len(grids)
+    return StageSchedule(structure_end=max(1, scales - 3), cfg_delay=0, branch="cond", skip=(scales - 2,))
+
+
 def skip_only(grids: Sequence[Grid], count: int = 1) -> StageSchedule:
     """Full guidance and tokens, the last `count` scales not run."""
     scales = len(grids)
@@ -487,6 +493,7 @@ PRESETS: dict[str, Callable[[Sequence[Grid]], StageSchedule]] = {
     "skipvar": skipvar,
     "focusvar": focusvar,
     "skip-inner": skip_inner,
+    "skip-inner-3": skip_inner_3,
     "skip-1": skip_only,
     "skip-2": lambda grids: skip_only(grids, 2),
 }

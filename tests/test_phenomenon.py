@@ -23,6 +23,11 @@ def test_rows_do_what_they_are_called():
     assert set(quarter[7].reduction.ranks) <= {64, 65}, "a quarter of 256, rounded up"
     without = expanded["without side 11, one branch at 16"]
     assert [step.skipped for step in without[-2:]] == [True, False] and without[7].branches == ("cond",)
+    both = expanded["without side 11, one branch from 8"]
+    assert [step.skipped for step in both[-2:]] == [True, False] and [len(step.branches) for step in both[4:6]] == [
+        2,
+        1,
+    ]
     assert [step.skipped for step in expanded["without sides 11 and 16"][-3:]] == [False, True, True]
 
 
