@@ -285,6 +285,7 @@ def test_timings_that_did_not_decide_are_measured_again(command, tmp_path):
     assert "measure again on a quieter machine" in result.reason and "--heldout" not in result.reason
     words = pasted(lines)
     assert words == ["resume", "run"]
+    assert command([*WORDS, "--out", "run"], **fast, noise=0.001)[0] == 5, "the command itself shows what was found"
     code, _ = command(words, **fast, noise=0.001)
     again = StudyResult.load(tmp_path / "run")
     assert code == 0 and again.judged_on == (72, 72), again.reason

@@ -445,8 +445,8 @@ def discard(run_dir: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def run_tune(args: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Runs or continues a study and prints its verdict."""
+def run_tune(args: argparse.Namespace, argv: Sequence[str], again: bool = False) -> int:
+    """Runs or continues a study and prints its verdict. again: where timings did not decide, they are taken anew."""
     checked = plan(args, argv)
     if args.dry_run:
         return _print_plan(checked)
@@ -454,17 +454,17 @@ def run_tune(args: argparse.Namespace, argv: Sequence[str]) -> int:
     with driver_lock(checked.run_dir):
         if args.fresh:
             discard(checked.run_dir)
-        return _drive(checked)
+        return _drive(checked, again)
 
 
-def _finished(checked: Plan) -> StudyResult | None:
+def _finished(checked: Plan, again: bool) -> StudyResult | None:
     """The stored result when this very command already ran to its end; the caller has compared the identities."""
     from tuner.result import STUDY_FILE, StudyResult
 
     if not (checked.run_dir / STUDY_FILE).exists():
         return None
     result = StudyResult.load(checked.run_dir)
-    if result.command != checked.command or result.verdict == "partial" or _times_undecided(result):
+    if result.command != checked.command or result.verdict == "partial" or (again and _times_undecided(result)):
         return None
     return result
 
@@ -477,7 +477,7 @@ def _times_undecided(result: StudyResult) -> bool:
     return check is not None and check.times_open
 
 
-def _drive(checked: Plan) -> int:
+def _drive(checked: Plan, again: bool) -> int:
     from tuner.progress import Progress
 
     args = checked.args
@@ -490,7 +490,7 @@ def _drive(checked: Plan) -> int:
             study = build_study(checked, progress, interrupts)
             try:
                 study.check_identity()
-                result = _finished(checked)
+                result = _finished(checked, again)
                 if result is not None:
                     progress.close()
                     return _announce(result, checked.run_dir, _write(result, checked.run_dir), args)
@@ -799,7 +799,7 @@ def run_resume(args: argparse.Namespace) -> int:
     words = checks.with_absolute_paths(words, [Path.cwd(), *args.run_dir.absolute().parents])
     parsed = _tune_parser().parse(words)
     parsed.out, parsed.quiet, parsed.json = args.run_dir, args.quiet, args.json
-    return run_tune(parsed, words)
+    return run_tune(parsed, words, again=True)
 
 
 def run_report(args: argparse.Namespace) -> int:
