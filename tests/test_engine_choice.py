@@ -33,11 +33,11 @@ def test_a_named_engine_is_taken_and_a_cpu_runs_eager_without_any_measurement():
 
 
 def test_the_fastest_wins_and_the_losers_latencies_are_kept():
-    found = {one.engine: one for one in tried(eager=100, compiled=80, graph=60, graph_compiled=50)}
+    found = {one.engine: one for one in tried(eager=100, compiled=80, graph=60, graph_compiled=50, graph_kernels=70)}
     asked = []
     choice = choose_engine("auto", "cuda", lambda name: asked.append(name) or found[name])
     assert choice.name == "graph-compiled" and asked == list(ENGINES)
-    assert [one.latency_ms for one in choice.tried] == [100, 80, 60, 50]
+    assert [one.latency_ms for one in choice.tried] == [100, 80, 60, 50, 70]
     assert "50.0 ms per image, 2.00x as fast as eager" in choice.reason and "graph: 60.0 ms" in choice.reason
     assert read_section(EngineSection, section_data(choice), "engine") == choice
 
@@ -103,10 +103,12 @@ def test_trials_compare_images_with_eager_and_time_in_turn_with_it(trials):
         compiled=FakeSampler("compiled", 50, shade=151),
         graph=FakeSampler("graph", 60, shade=101),
         graph_compiled=FakeSampler("graph-compiled", 10, eager_because="no room"),
+        graph_kernels=FakeSampler("graph-kernels", 70),
     )
     choice = choose_engine("auto", "cuda", measured)
-    eager, compiled, graph, both = choice.tried
-    assert (eager.latency_ms, compiled.latency_ms, graph.latency_ms) == (100, 50, 60), "drift is divided out"
+    eager, compiled, graph, both, kernels = choice.tried
+    found = (eager.latency_ms, compiled.latency_ms, graph.latency_ms, kernels.latency_ms)
+    assert found == (100, 50, 60, 70), "drift is divided out"
     assert compiled.difference == pytest.approx(51 / 255) and "differ" in compiled.refused
     assert graph.difference == pytest.approx(1 / 255) and graph.refused is None
     assert both.refused == "falls back to eager (no room)" and both.latency_ms is None
