@@ -59,7 +59,7 @@ class Together(Sampler):
             features = residual.next_input(before.code_sum_BdHW, scale)
             parts.append(transformer.embed(features, scale, conditioning) + transformer.lvl_embed.weight[scale])
         sizes = [part.shape[1] for part in parts]
-        cos_sin = torch.cat([transformer._scale_rope(scale) for scale in self.group], dim=1)
+        rotation = transformer._rotation(torch.cat([transformer._scale_rope(scale) for scale in self.group], dim=1))
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
             of_scales = zip(*(x.split(sizes, dim=2) for x in (q, k, v)), strict=True)
@@ -67,7 +67,7 @@ class Together(Sampler):
 
         x_RLC = torch.cat(parts, dim=1)
         for layer, block in enumerate(transformer.layers()):
-            x_RLC = block(x_RLC, layer, cos_sin, None, conditioning, attend, around_nothing)
+            x_RLC = block(x_RLC, layer, rotation, None, conditioning, attend, around_nothing)
         logits = transformer.logits(x_RLC, conditioning)
         if step.branches == BOTH:
             cond, uncond = logits.chunk(2)

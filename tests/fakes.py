@@ -41,7 +41,8 @@ class FakeTiming:
     """The part of stagevar.latency.Timing that the tuner reads, without torch."""
 
     def __init__(self, samples_ms: Sequence[float]):
-        self.samples_ms, self.warm_up_runs, self.warmed, self.disturbed = tuple(samples_ms), 3, True, ()
+        self.samples_ms, self.warm_up_runs, self.warmed = tuple(samples_ms), 3, True
+        self.card, self.disturbed = (), ()
 
 
 def tokens(steps: Steps) -> float:

@@ -8,7 +8,7 @@ from benchmarks.engine import main
 
 REFERENCE = """
 def build(model, pixels, device, dtype):
-    assert (model, pixels, device, dtype) == ("nano", (48, 48), "cpu", "float32")
+    assert (model, pixels, device, dtype) == ("nano", (64, 64), "cpu", "float32")
     return lambda: sum(range(1000))
 """
 
@@ -30,12 +30,12 @@ def test_everything_is_measured_and_written(tmp_path, capsys):
     assert main([*arguments, *more]) == 0
     figures = json.loads(output.read_text())
     full, coarse = figures["per_scale"]["exact"], figures["per_scale"]["conditional+int8"]
-    assert [row["tokens"] for row in full] == [1, 4, 9, 16, 36, 64]
-    assert [row["branches"] for row in coarse] == [2, 2, 2, 2, 1, 1]
+    assert [row["tokens"] for row in full] == [1, 4, 9, 16, 36, 64, 121, 256]
+    assert [row["branches"] for row in coarse] == [2, 2, 2, 2, 2, 2, 1, 1]
     for row in full:
         assert set(row["ms"]) == {"eager", "growing"} and row["floor_ms"] > 0 and row["of_roofline"]["eager"] > 0
     # One branch is half the arithmetic; products in 8 bits are a quarter of float32's bytes.
-    assert coarse[5]["tflop"] < 0.6 * full[5]["tflop"] and coarse[5]["gib"] < 0.5 * full[5]["gib"]
+    assert coarse[-1]["tflop"] < 0.6 * full[-1]["tflop"] and coarse[-1]["gib"] < 0.5 * full[-1]["gib"]
     table = figures["end_to_end"]
     assert {"exact eager batch 2", "conditional+int8 growing batch 1", "reference", "decoder"} <= table.keys()
     assert table["exact eager batch 2"]["images_per_s"] == pytest.approx(
