@@ -173,7 +173,7 @@ def batch_costs(bench: Bench, schedules: Sequence[Steps], rounds: int = 3) -> di
     reference = evaluator.images(full, "search", 0)
     for _ in range(rounds):
         start = time.perf_counter()
-        generation = evaluator._begin("search", 0)
+        generation = evaluator._begin("search", 0, slice(0, len(texts)))
         begin.append(time.perf_counter() - start)
         walk(sampler, generation, list(schedules), None, advance)
         start = time.perf_counter()

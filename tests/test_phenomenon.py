@@ -33,8 +33,9 @@ def test_rows_do_what_they_are_called():
 
 def test_a_small_run_pairs_every_row_with_the_full_schedule(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(phenomenon, "SINGLES", 2)
+    monkeypatch.setattr(phenomenon, "BATCH", 4)
     out = tmp_path / "figures.json"
-    assert main(["--prompts", "16", "--rows", "^(one branch from|without) side 16$", "--output", str(out)]) == 0
+    assert main(["--prompts", "8", "--rows", "^(one branch from|without) side 16$", "--output", str(out)]) == 0
     found = {row["row"]: row for row in json.loads(out.read_text())["rows"]}
     assert set(found) == {FULL, "one branch from side 16", "without side 16"}
     assert found[FULL]["change"] == [0, 0, 0] and found[FULL]["time_batch_16"] == found[FULL]["time_batch_1"] == 1

@@ -169,7 +169,9 @@ def test_the_command_reproduces_without_what_only_concerns_the_screen():
     assert plan(_tune_parser().parse(argv), argv).command == "stagevar-tune --model nano --budget 60% --seed 3"
 
 
-def test_a_study_on_nano_ends_with_a_profile_that_loads_and_verifies(tmp_path, small_space, capsys):
+def test_a_study_on_nano_ends_with_a_profile_that_loads_and_verifies(tmp_path, small_space, capsys, monkeypatch):
+    monkeypatch.setattr("tuner.verify.ROUNDS", (5, 10))  # what they decide is not looked at here
+    monkeypatch.setattr("tuner.study.BASELINE_ROUNDS", 5)
     out = tmp_path / "run"
     argv = [*QUICK, "--space", str(small_space), "--out", str(out)]
     code = main(argv)
