@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 .PHONY: demo test lint clean
 
 demo: $(STAMP)
-	$(BIN)/stagevar-tune --model nano --budget 60% --out outputs/demo --fresh
+	$(BIN)/stagevar-tune --model nano --budget 75% --out outputs/demo --fresh
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
