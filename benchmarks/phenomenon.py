@@ -16,6 +16,7 @@ import argparse
 import re
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def measure(weights: str | None, count: int, chosen: re.Pattern[str], threads: i
     schedules = {n: s for n, s in rows(model.grids).items() if n == FULL or chosen.search(n)}
     steps = {name: schedule.expand(model.grids, sampler.chunks) for name, schedule in schedules.items()}
     prompts = scenes.prompts("heldout", count)
-    seconds: dict[tuple[str, int], list[float]] = {(n, b): [] for n in steps for b in (1, BATCH)}
+    seconds: dict[tuple[str, int], list[float]] = defaultdict(list)  # by row and images at once
     right: dict[str, list[bool]] = {n: [] for n in steps}
     psnr: dict[str, list[float]] = {n: [] for n in steps}
     likeness: dict[str, list[float]] = {n: [] for n in steps}
@@ -107,12 +108,12 @@ def measure(weights: str | None, count: int, chosen: re.Pattern[str], threads: i
     with pinned(threads):
         for name in steps:  # the first images of a process are slower
             draw(name, prompts[:1]), draw(name, prompts[:BATCH])
-        seconds = {key: [] for key in seconds}
+        seconds.clear()
         for start in range(0, count, BATCH):
             batch = prompts[start : start + BATCH]
             full: np.ndarray | None = None
             for name in steps:
-                images = draw(name, batch) if len(batch) == BATCH else _untimed(sampler, steps[name], batch)
+                images = draw(name, batch)
                 full = images if full is None else full
                 pixels = images.transpose(0, 3, 1, 2).astype(np.float32) / 255
                 right[name] += [judge(m, detect(x)).correct for m, x in zip(batch, pixels, strict=True)]
@@ -134,10 +135,6 @@ def measure(weights: str | None, count: int, chosen: re.Pattern[str], threads: i
         }
         for name in steps
     ]
-
-
-def _untimed(sampler: Sampler, steps: Any, batch: Sequence[dict[str, Any]]) -> np.ndarray:
-    return sampler.generate([m["prompt"] for m in batch], [m["index"] for m in batch], steps)
 
 
 def _interval(difference_N: np.ndarray) -> list[float]:

@@ -456,16 +456,10 @@ def focusvar(grids: Sequence[Grid]) -> StageSchedule:
     return StageSchedule(structure_end=max(1, len(grids) - 3), cfg_delay=0, branch="cond", fuse_layer=5)
 
 
-def skip_inner(grids: Sequence[Grid]) -> StageSchedule:
-    """The last scale but one is not run, the last one on the conditional branch alone."""
-    last = len(grids) - 1
-    return StageSchedule(structure_end=last, cfg_delay=0, branch="cond", skip=(last - 1,))
-
-
-def skip_inner_3(grids: Sequence[Grid]) -> StageSchedule:
-    """The same, and the conditional branch alone already one scale earlier, over what would be the last three."""
+def skip_inner(grids: Sequence[Grid], conditional: int = 1) -> StageSchedule:
+    """The last scale but one is not run; the conditional branch runs alone over the last `conditional` scales."""
     scales = len(grids)
-    return StageSchedule(structure_end=max(1, scales - 3), cfg_delay=0, branch="cond", skip=(scales - 2,))
+    return StageSchedule(structure_end=max(1, scales - conditional), cfg_delay=0, branch="cond", skip=(scales - 2,))
 
 
 def skip_only(grids: Sequence[Grid], count: int = 1) -> StageSchedule:
@@ -493,7 +487,7 @@ PRESETS: dict[str, Callable[[Sequence[Grid]], StageSchedule]] = {
     "skipvar": skipvar,
     "focusvar": focusvar,
     "skip-inner": skip_inner,
-    "skip-inner-3": skip_inner_3,
+    "skip-inner-3": lambda grids: skip_inner(grids, 3),
     "skip-1": skip_only,
     "skip-2": lambda grids: skip_only(grids, 2),
 }

@@ -218,7 +218,7 @@ class SelfAttention(nn.Module):
     def qkv(
         self, x_RLC: Tensor, table: Tensor | None, constants: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k (normalised and rotated; None: not rotated) and v, each (R, H, L, c); with `constants()`, made earlier."""
+        """q, k (normalized and rotated; None: not rotated) and v, each (R, H, L, c); with `constants()`, made earlier."""
         bias_3C, factor_1H11 = constants
         return self.pieces.cosine_heads(linear(x_RLC, self.mat_qkv, bias_3C), self.heads, factor_1H11, table)
 

@@ -73,14 +73,12 @@ class NanoTokenizer(nn.Module):
         hidden = self.decode_mix(self.decode_in(code_sum_BdHW))
         return F.pixel_shuffle(self.decode_patches(hidden), self.patch)
 
-    def partial_sums(self, latent_BdHW: Tensor, flip_probability: float = 0.0) -> Tensor:
-        """Code sums after every scale (K, B, d, H, W), without gradient; `flip_probability` of the bits are flipped."""
+    def partial_sums(self, latent_BdHW: Tensor) -> Tensor:
+        """Code sums after every scale (K, B, d, H, W), without gradient."""
         with torch.no_grad():
             code_sum, sums = torch.zeros_like(latent_BdHW), []
             for scale, grid in enumerate(self.residual.latent_grids):
                 bits = F.interpolate(latent_BdHW - code_sum, size=grid, mode="area") > 0
-                if flip_probability:
-                    bits ^= torch.rand(bits.shape, device=bits.device) < flip_probability
                 code_sum = self.residual.add(code_sum, bits.flatten(2).transpose(1, 2), scale)
                 sums.append(code_sum)
             return torch.stack(sums)

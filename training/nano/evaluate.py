@@ -293,7 +293,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--temperature", type=float)
     p.add_argument("--pictures", type=Path, help="folder for the sheets of images")
     p.add_argument("--samples", type=int, default=64, help="images on the sheet of samples")
-    p.add_argument("--training-images", type=int, default=20000, help="trained scenes searched for neighbours")
+    p.add_argument("--training-images", type=int, default=20000, help="trained scenes searched for neighbors")
     p.add_argument("--json", type=Path, help="file for the figures")
     args = p.parse_args(argv)
     try:

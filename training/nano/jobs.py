@@ -14,10 +14,9 @@ estimator and the naming head are our own.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -66,7 +65,7 @@ class Job(ABC):
 
 
 class TokenizerJob(Job):
-    """Pixels through the residual quantiser and back, straight through the signs.
+    """Pixels through the residual quantizer and back, straight through the signs.
 
     Of a batch, half is reconstructed in full; half of those with bits of the last two scales flipped, so that the
     decoder forgives a transformer's late mistakes (these teach only the decoder). The other half stops at a scale drawn
@@ -167,11 +166,9 @@ class TransformerJob(Job):
             device
         )
         transformer.set_grids(config.grids)
-        # One function per number of scales: the compiler would else recompile, or give up on changing shapes.
-        self.forwards: dict[int, Callable[..., Any]] = {}
-        for count in {config.layout_scales, len(config.scales)}:
-            forward = partial(transformer.features_train)
-            self.forwards[count] = torch.compile(forward, dynamic=False) if compiled else forward
+        # Two shapes, of the layout scales and of all; the compiler makes a variant of each.
+        forward = transformer.features_train
+        self.forward = torch.compile(forward, dynamic=False) if compiled else forward
 
     def uses_muon(self, name: str, parameter: Tensor) -> bool:
         outer = ("embed", "head.", "positions", "cfg_uncond", "naming")
@@ -200,7 +197,7 @@ class TransformerJob(Job):
                 latent = self.tokenizer.encode(image).float()
                 targets, inputs, _ = self.tokenizer.residual.quantise(latent, flips)
             text_BTD, mask_B11T = self.model["text"](ids_BT.to(self.device))
-            x_BLC, logits_BLV = self.forwards[scales](text_BTD, mask_B11T, inputs[: scales - 1], null_B)
+            x_BLC, logits_BLV = self.forward(text_BTD, mask_B11T, inputs[: scales - 1], null_B)
         sides = self.config.scales[:scales]
         weight_L = torch.cat([torch.full((s * s,), 1.0 / s) for s in sides]).to(self.device)
         weight_L = weight_L / weight_L.mean()
@@ -227,10 +224,11 @@ class TransformerJob(Job):
 
     def files(self, weights: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         # Half precision keeps each file well under 15 MiB; the runtime casts on load.
-        parts: dict[str, dict[str, Tensor]] = {"transformer": {}, "text": {}, "naming": {}}
+        parts: dict[str, dict[str, Tensor]] = {"transformer": {}, "text": {}}
         for name, tensor in weights.items():
             part, key = name.split(".", 1)
-            parts[part][key] = tensor.half()
+            if part in parts:  # the naming head is thrown away
+                parts[part][key] = tensor.half()
         return {"transformer.safetensors": parts["transformer"], "text_encoder.safetensors": parts["text"]}
 
     def take(self, file: str, tensors: dict[str, Tensor]) -> None:
