@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests import house_figures, house_plan
+from tests.house_figures import PACKAGES
+
 ROOT = Path(__file__).resolve().parents[1]
 RUNTIME = {"torch", "numpy", "yaml", "safetensors", "PIL", "stagevar"}
 #: Comes with torch's builds for CUDA only, so this module alone may want it, and must do without.
@@ -110,3 +113,44 @@ assert not heavy, heavy
 def test_no_file_names_this_machine_or_a_registry():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     assert not [name for name in tracked if name.endswith((".lock", "requirements.txt"))]
+
+
+# ------------------------------------------------------------------------------------------------ the plan
+
+
+def test_rooms_import_only_what_the_plan_allows():
+    imported = house_figures.module_imports(*PACKAGES)
+    for package in PACKAGES:
+        for room, targets in house_figures.arrows(imported, package).items():
+            allowed = house_plan.ARROWS.get(room)
+            assert allowed is not None, f"the room {room} is not in ARROWS of tests/house_plan.py"
+            strangers = targets - allowed
+            assert not strangers, f"{room} may not import {sorted(strangers)} (ARROWS in tests/house_plan.py)"
+
+
+def test_modules_import_in_no_new_circle():
+    found = {circle for package in PACKAGES for circle in house_figures.circles(house_figures.module_imports(package))}
+    assert found == house_plan.CIRCLES, "CIRCLES in tests/house_plan.py may only shrink"
+
+
+@pytest.mark.parametrize("measure, list_name", [("long_files", "LONG_FILES"), ("long_functions", "LONG_FUNCTIONS")])
+def test_what_is_too_long_only_shrinks(measure, list_name):
+    too_long, listed = set(getattr(house_figures, measure)(*PACKAGES)), getattr(house_plan, list_name)
+    assert not too_long - listed, f"too long: {sorted(too_long - listed)}; cut it"
+    assert not listed - too_long, f"no longer too long: remove {sorted(listed - too_long)} from {list_name}"
+
+
+def test_open_dictionaries_only_shrink():
+    count = sum(house_figures.open_dictionaries(*PACKAGES).values())
+    assert count <= house_plan.OPEN_DICTIONARIES, "dict[str, Any] belongs to the edges: name the type of its values"
+
+
+def test_the_figures_see_what_they_should():
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}
+    assert house_figures.circles(graph) == [("b", "c")]
+    assert house_figures.floors({"roof": {"wall"}, "wall": {"ground"}, "ground": set()})["roof"] == 2
+    assert house_figures.room("tuner.metrics.clip") == house_figures.room("tuner.metrics") == "tuner.metrics"
+    assert house_figures.room("tuner.start") == "tuner"
+    imported = house_figures.module_imports("stagevar")
+    assert "stagevar.errors" in imported["stagevar.files"]
+    assert "stagevar.cli" not in imported["stagevar.schedule"]
