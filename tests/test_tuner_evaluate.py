@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from stagevar.errors import UsageError
 from stagevar.grids import square
@@ -91,6 +92,17 @@ def test_quality_is_per_prompt_and_references_are_made_once(model, steps, prompt
     again = ModelEvaluator(model, prompts, {"psnr": 0.01}, {"ssim": 0.1})
     assert np.array_equal(again.quality(steps[1:2], "search", 0)[0]["psnr"], values[1]["psnr"])
     assert evaluator.scales_run < evaluator.scales_alone
+
+
+def test_images_are_drawn_on_threads_of_their_own_and_stay_the_same(model, steps, prompts, monkeypatch):
+    """Latency keeps its thread; what more threads draw is the same bit for bit."""
+    one, more = (ModelEvaluator(model, prompts, {"psnr": 1.0}, drawing_threads=n) for n in (None, 3))
+    used, decode = [], Sampler.decode
+    monkeypatch.setattr(Sampler, "decode", lambda *args: (used.append(torch.get_num_threads()), decode(*args))[1])
+    values = [evaluator.quality(steps[:3], "search", 0) for evaluator in (one, more)]
+    assert set(used[: len(used) // 2]) == {1} and set(used[len(used) // 2 :]) == {3}
+    assert torch.get_num_threads() == 1
+    assert all(np.array_equal(a["psnr"], b["psnr"]) for a, b in zip(*values, strict=True))
 
 
 def test_kept_scales_of_the_full_schedule_change_nothing_and_save_runs(model, steps, prompts):

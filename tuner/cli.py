@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from stagevar import __version__
-from stagevar.choices import ENGINE_OPTIONS
+from stagevar.choices import ENGINE_OPTIONS, processors
 from stagevar.console import MOST, name_value, path_value, positive_int, report_errors, whole_number
 from stagevar.errors import EXIT_CODES, InfrastructureError, UsageError
 from stagevar.files import check_output_folder
@@ -50,6 +50,8 @@ VERBS = ("resume", "report", "verify", "sweep", "doctor")
 RUN_FILES = ("trials.jsonl", "journal.log*", "study.json", "profile.yaml", "pareto.yaml", "trials.csv", "report.html")
 RUN_FILES += ("images", "references", "study.name", "measurements.jsonl", "config.json")
 STOPPED = 130
+#: CPU threads that draw images for quality at most: the products of a small model are too small to share among many.
+MOST_DRAWING_THREADS = 4
 
 _CODES = "\n".join(f"  {code:<4} {meaning}" for code, meaning in EXIT_CODES.items())
 _EPILOG = f"""\
@@ -179,7 +181,7 @@ def _add_study_options(parser: _Parser, required: bool) -> None:
         "--threads",
         type=positive_int,
         default=1 if required else None,
-        help=f"CPU threads, pinned while timing (default: {'1' if required else profiles})",
+        help=f"CPU threads of a latency, pinned while timing (default: {'1' if required else profiles})",
     )
     parser.add_argument(
         "--engine",
@@ -536,7 +538,13 @@ def build_study(checked: Plan, progress: Any, stop: Callable[[], bool]) -> Study
         executor = _ray_executor(checked, parts, progress)
         evaluator = executor.evaluator
     else:
-        executor, evaluator = None, load_evaluator(**parts, references_dir=checked.run_dir / "references")
+        drawing = max(args.threads, min(MOST_DRAWING_THREADS, len(processors()) or 1))
+        if args.threads == 1:
+            # Before torch is loaded: threads that wait asleep, not spinning, lose little beside a busy process. Timings on
+            # several threads are left as a deployment has them.
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        local = {"drawing_threads": drawing, "references_dir": checked.run_dir / "references"}
+        executor, evaluator = None, load_evaluator(**parts, **local)
     options = Options(
         args.budget,
         max_drop=args.max_drop,

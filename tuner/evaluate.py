@@ -144,6 +144,7 @@ def load_evaluator(
     resolution: str | None = None,
     device: str = "auto",
     threads: int = 1,
+    drawing_threads: int | None = None,
     engine: str | EngineSection = "eager",
     kv_cache: str = "model",
     references_dir: Path | None = None,
@@ -156,7 +157,14 @@ def load_evaluator(
         # A large text encoder is loaded once; its features stay on disk, and it is freed before the model needs room.
         loaded.text.prepare([text for part in prompts.values() for text in part.texts])
     return ModelEvaluator(
-        loaded, prompts, quality, floors, threads=threads, engine=engine, references_dir=references_dir
+        loaded,
+        prompts,
+        quality,
+        floors,
+        threads=threads,
+        drawing_threads=drawing_threads,
+        engine=engine,
+        references_dir=references_dir,
     )
 
 
@@ -166,7 +174,8 @@ class ModelEvaluator:
     Args:
         model: what `load_model` returned. prompts: "search" and "heldout" sets.
         quality: metric -> weight, as in the search space; ignored for random weights. floors: further metrics to compute.
-        threads: CPU threads of every figure, pinned while timing.
+        threads: CPU threads of every latency, pinned while timing.
+        drawing_threads: CPU threads that draw and judge images, `threads` when None; they change no image.
         engine: what latency is timed on (stagevar.engine); "auto" has it chosen here (stagevar.engine_choice), a choice that
             was made earlier is kept. Quality is walked eagerly: a prefix that is run once is not worth recording. On a CPU
             that gives the same bits; on a card other kernels round otherwise and images drift apart a little, alike for a
@@ -191,6 +200,7 @@ class ModelEvaluator:
         floors: Mapping[str, float] | None = None,
         *,
         threads: int = 1,
+        drawing_threads: int | None = None,
         engine: str | EngineSection = "eager",
         references_dir: Path | None = None,
         keep_bytes: int | None = None,
@@ -203,6 +213,7 @@ class ModelEvaluator:
         if isinstance(engine, str) and engine != "auto":
             build_engine(engine, model.device)  # refused before anything is measured
         self.model, self.prompts, self.threads, self.references_dir = model, prompts, threads, references_dir
+        self.drawing_threads = None if model.device.type == "cuda" else drawing_threads
         self.sampler = Sampler(model)
         if model.device.type == "cpu":
             torch.set_num_threads(threads)
@@ -306,12 +317,13 @@ class ModelEvaluator:
     def _in_parts(self, split: str, batch: int, run: Callable[[slice], Any]) -> list[Any]:
         """`run` of the rows of a micro-batch, all at once or in parts that fit: one after the other, in order."""
         from stagevar.device_faults import free_unused, told_apart
+        from stagevar.latency import threads_of
 
         count, done, found = len(self.prompts[split].batch(batch)[0]), 0, []
         while done < count:
             size = min(self.rows_at_once or count, count - done)
             try:
-                with told_apart(self.model.device, f"drawing {size} images at once"):
+                with threads_of(self.drawing_threads), told_apart(self.model.device, f"drawing {size} images at once"):
                     found.append(run(slice(done, done + size)))
                 done += size
                 continue
