@@ -1,0 +1,100 @@
+"""Files of record: what earlier versions wrote must load, and what this one prints must not change by accident.
+
+`python -m tests.frozen` writes what lies in tests/data/frozen anew; a change there is a change that users see. The run and
+the sample are not written anew when they exist: they stand for the runs that users have on disk (`--all` does it).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import io
+import os
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+FROZEN = Path(__file__).parent / "data" / "frozen"
+RUN, SAMPLE, HELP = FROZEN / "run", FROZEN / "sample", FROZEN / "help"
+#: What the frozen run was started with (tests.fakes.study).
+RUN_OPTIONS = {"trials": 8, "command": "stagevar-tune --model fake --budget 60% --trials 8"}
+#: Files of record of a run. Its lock and its pictures are made anew by whoever resumes it.
+RUN_FILES = ("config.json", "trials.jsonl", "study.json", "journal.log")
+DERIVED = ("profile.yaml", "pareto.yaml", "trials.csv")
+COMMANDS = {
+    "stagevar": ("", "generate", "bench", "memory", "analyze", "refit", "convert"),
+    "stagevar-tune": ("", "resume", "report", "verify", "sweep", "doctor"),
+    "stagevar-eval": ("", "images", "geneval", "dpg", "prompts", "pairs", "preference"),
+}
+
+
+def help_text(command: str, verb: str) -> str:
+    """What `command verb --help` prints on a terminal of 100 columns."""
+    import stagevar.cli
+    import tuner.cli
+    import tuner.eval_cli
+
+    mains = {"stagevar": stagevar.cli, "stagevar-tune": tuner.cli, "stagevar-eval": tuner.eval_cli}
+    printed = io.StringIO()
+    with (
+        mock.patch.dict(os.environ, {"COLUMNS": "100", "NO_COLOR": "1"}),
+        contextlib.redirect_stdout(printed),
+        contextlib.suppress(SystemExit),
+    ):
+        mains[command].main([*verb.split(), "--help"])
+    return printed.getvalue()
+
+
+def help_path(command: str, verb: str) -> Path:
+    """Where that text lies."""
+    return HELP / f"{' '.join([command, *verb.split()]).replace(' ', '_')}.txt"
+
+
+def page_text(page: str) -> str:
+    """The words of an HTML page, one element's text a line; styles, scripts and pictures are left out."""
+    page = re.sub(r"<(style|script)\b.*?</\1>", "", page, flags=re.DOTALL)
+    lines = (" ".join(html.unescape(line).split()) for line in re.sub(r"<[^>]*>", "\n", page).splitlines())
+    return "\n".join(line for line in lines if line) + "\n"
+
+
+def write_derived(folder: Path) -> None:
+    """Exports the study of a folder again, and the words of its report beside it."""
+    from tuner.export import export
+    from tuner.report import write_report
+    from tuner.result import StudyResult
+
+    result = StudyResult.load(folder)
+    export(result, folder)
+    report = write_report(result, folder)
+    (folder / "report.txt").write_text(page_text(report.read_text(encoding="utf-8")), encoding="utf-8")
+    report.unlink()
+
+
+def freeze(everything: bool) -> None:
+    """Writes the files of record."""
+    from tests.fakes import study
+    from tests.sample_study import make
+
+    HELP.mkdir(parents=True, exist_ok=True)
+    for command, verbs in COMMANDS.items():
+        for verb in verbs:
+            help_path(command, verb).write_text(help_text(command, verb), encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder:
+        if everything or not RUN.exists():
+            run_dir = Path(folder) / "run"
+            study(run_dir, **RUN_OPTIONS).run()
+            RUN.mkdir(parents=True, exist_ok=True)
+            for name in RUN_FILES:
+                shutil.copy(run_dir / name, RUN / name)
+        if everything or not SAMPLE.exists():
+            make("full", Path(folder) / "sample")
+            SAMPLE.mkdir(parents=True, exist_ok=True)
+            shutil.copy(Path(folder) / "sample" / "study.json", SAMPLE / "study.json")
+    write_derived(SAMPLE)
+
+
+if __name__ == "__main__":
+    freeze("--all" in sys.argv[1:])
