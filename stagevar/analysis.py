@@ -71,15 +71,19 @@ class Rules:
     structure_end the one after the slowest structure curve's; where that leaves no scale, only the last one is accelerated.
     cfg_cutoff is the first scale from structure_end on after which one branch alone, at any single scale, moves the image
     by at most `guidance` of SSIM's way; the branch that allows the earlier cutoff is kept. Ranks hold the smallest
-    tabulated energy at which the whole acceleration leaves the image within `structure` of SSIM's way of the full one.
+    tabulated energy at which the whole acceleration costs at most `ranks` of the SSIM that leaving out every scale from
+    structure_end on would cost: a share of SSIM's whole way would allow to leave the last scales out as well.
     """
 
     semantic: float = 0.10
     structure: float = 0.25
     guidance: float = 0.25
+    ranks: float = 0.5
     confidence: float = 0.95
 
     def __post_init__(self) -> None:
+        if not self.ranks > 0:
+            raise UsageError(f"analysis rule ranks {self.ranks!r} must be above 0")
         for name in ("semantic", "structure", "guidance", "confidence"):
             if not 0 < getattr(self, name) < 1:
                 raise UsageError(f"analysis rule {name} {getattr(self, name)!r} must lie between 0 and 1")
@@ -608,24 +612,28 @@ def _propose_ranks(
     """The schedule with the ranks that the rule allows, and why."""
     if not trials:
         return schedule, "not tried: every token is kept"
+    unfinished_NK = ssim_NK[:, schedule.structure_end - 1 :]  # its first column: nothing run from structure_end on
     bounds = {}
     for choice, parts in trials.items():
         part_N1 = np.concatenate(parts)[:, None]
-        bounds[choice] = _missing_upper(part_N1, ssim_NK[: len(part_N1)], rules)[0]
-    fine = [choice for choice in trials if bounds[choice] <= rules.structure]
+        bounds[choice] = _missing_upper(part_N1, unfinished_NK[: len(part_N1)], rules)[0]
+    fine = [choice for choice in trials if bounds[choice] <= rules.ranks]
+    allowed = (
+        f"at most {rules.ranks:.0%} of what leaving out all scales from {_at(model, schedule.structure_end)} on costs"
+    )
     if not fine:
         energy, projection = min(bounds, key=lambda choice: bounds[choice])
         return schedule, (
-            f"no tabulated energy keeps the image within {rules.structure:.0%} of its way (best: energy {energy}, "
-            f"{projection}, upper bound {bounds[energy, projection]:.3f}): every token is kept"
+            f"no tabulated energy costs {allowed} (best: energy {energy}, {projection}, upper bound "
+            f"{bounds[energy, projection]:.3f}): every token is kept"
         )
     energy, projection = min(fine, key=lambda choice: (float(choice[0]), bounds[choice]))
     proposed = _with_ranks(schedule, model, table, energy, projection)
     assert proposed.rank_ratios is not None
     means = ", ".join(f"{np.mean(ratio):.0%}" for ratio in proposed.rank_ratios)
     return proposed, (
-        f"energy {energy} with projection {projection} leaves the image within {rules.structure:.0%} of its way (upper "
-        f"bound {bounds[energy, projection]:.3f}); share of tokens per scale: {means}"
+        f"energy {energy} with projection {projection} costs {allowed} (upper bound "
+        f"{bounds[energy, projection]:.3f}); share of tokens per scale: {means}"
     )
 
 
@@ -725,22 +733,25 @@ def _verdict(
     quality: Mapping[str, Quality],
     rules: Rules,
 ) -> str:
-    """Whether starting at the proposal costs nothing measurable while starting earlier does."""
+    """Whether starting at the proposal costs nothing measurable, and starting at the first possible scale does."""
     late, early = rows[proposal.structure_end - 1], rows[0]
     if quality:
         name = f"change:{next(iter(quality))}"
         what = f"{name.removeprefix('change:')} changes by {{mean:+.4f}} ({{low:+.4f}} to {{high:+.4f}})"
-        holds = late[name]["high"] >= 0 and early[name]["high"] < 0
+        harmless, telling = late[name]["high"] >= 0, early[name]["high"] < 0
     else:
         name, what = "ssim", "SSIM with the full schedule's image is {mean:.3f} ({low:.3f} to {high:.3f})"
-        holds = early[name]["high"] < late[name]["low"]
+        harmless = telling = early[name]["high"] < late[name]["low"]
     if _idle(proposal):
         return (
             f"no acceleration is proposed; with the {proposal.branch} branch alone from {_at(model, 1)} on, "
             + what.format(**early[name])
         )
+    finding = (
+        "not confirmed" if not harmless else "confirmed" if telling else "harmless, but so is starting earlier here"
+    )
     return (
-        f"{'confirmed' if holds else 'not confirmed'}: accelerated from {_at(model, proposal.structure_end)} on, "
+        f"{finding}: accelerated from {_at(model, proposal.structure_end)} on, "
         f"{what.format(**late[name])}; from {_at(model, 1)} on, {what.format(**early[name])} ({rules.confidence:.0%} intervals)"
     )
 

@@ -55,7 +55,7 @@ def analysis(model):
     calls = []
     result = analyze(
         model, PROMPTS, SEEDS, similarities=[Similarity("likeness", likeness)], quality={"brightness": brightness},
-        rules=Rules(semantic=0.9, structure=0.9, guidance=0.9), micro_batch=3, shown=2,
+        rules=Rules(semantic=0.9, structure=0.9, guidance=0.9, ranks=2.0), micro_batch=3, shown=2,
         progress=lambda *event: calls.append(event),
     )  # fmt: skip
     assert calls == [(what, i + 1, 6) for i, what in enumerate(["scales"] * 2 + ["ranks"] * 2 + ["ablation"] * 2)]
@@ -255,18 +255,25 @@ def test_disagreeing_prompts_delay_the_plateau():
     assert upper[0] == pytest.approx(0.09) and upper[1] > 0.1
 
 
-def test_ranks_take_the_least_energy_that_keeps_the_image(model, analysis):
+def test_ranks_take_the_least_energy_that_costs_less_than_leaving_the_scales_out(model, analysis):
     schedule = StageSchedule(4, 2, cfg_delay=0)
-    ssim_NK = np.tile([0.0, 0.5, 0.6, 0.7, 1.0], (4, 1))
+    ssim_NK = np.tile([0.0, 0.5, 0.6, 0.7, 1.0], (4, 1))  # without scale 4 an image lacks 0.3
     trials = {
-        ("0.99", "gaussian"): [np.full(4, 0.3)], ("0.96", "gaussian"): [np.full(4, 0.4)],
-        ("0.99", "rows"): [np.full(4, 0.1)], ("0.96", "rows"): [np.full(4, 0.2)],
+        ("0.99", "gaussian"): [np.full(4, 0.2)], ("0.96", "gaussian"): [np.full(4, 0.25)],
+        ("0.99", "rows"): [np.full(4, 0.1)], ("0.96", "rows"): [np.full(4, 0.14)], ("0.92", "rows"): [np.full(4, 0.16)],
     }  # fmt: skip
-    proposed, why = _propose_ranks(model, Rules(), ssim_NK, trials, schedule, analysis.rank_ratio)
+
+    def propose_ranks(ssim_NK, **rules):
+        return _propose_ranks(model, Rules(**rules), ssim_NK, trials, schedule, analysis.rank_ratio)
+
+    proposed, why = propose_ranks(ssim_NK)
     assert (proposed.projection, proposed.rope) == ("rows", "index")
     assert proposed.rank_ratios == (tuple(analysis.rank_ratio["0.96"]["6"]),)
-    assert "energy 0.96" in why
-    kept, why = _propose_ranks(model, Rules(structure=0.05), ssim_NK, trials, schedule, analysis.rank_ratio)
+    assert "energy 0.96" in why and "leaving out all scales from scale 4 (side 6) on" in why
+    kept, why = propose_ranks(ssim_NK, ranks=0.05)
+    assert kept == schedule and "every token is kept" in why
+    # The last scale adds so little here that every one of these reductions costs more than half of it.
+    kept, why = propose_ranks(np.tile([0.0, 0.5, 0.6, 0.85, 1.0], (4, 1)))
     assert kept == schedule and "every token is kept" in why
 
 
@@ -317,6 +324,7 @@ def test_installed_similarities_are_found_by_name():
         (lambda m, d: analyze(m, ["one"], [0]), "at least 2 prompts"),
         (lambda m, d: analyze(m, ["one", "two"], [0]), "a seed each"),
         (lambda m, d: Rules(semantic=1.5), "semantic 1.5 must lie between"),
+        (lambda m, d: Rules(ranks=0), "ranks 0 must be above 0"),
         (lambda m, d: load_proposal(d / "absent.yaml"), "cannot be read"),
         (lambda m, d: load_proposal(__file__), "not plain YAML|not an analysis"),
     ],
