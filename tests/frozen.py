@@ -20,7 +20,7 @@ from unittest import mock
 FROZEN = Path(__file__).parent / "data" / "frozen"
 RUN, SAMPLE, HELP = FROZEN / "run", FROZEN / "sample", FROZEN / "help"
 #: What the frozen run was started with (tests.fakes.study).
-RUN_OPTIONS = {"trials": 8, "command": "stagevar-tune --model fake --budget 60% --trials 8"}
+RUN_OPTIONS = {"trials": 8, "max_drop": 0.2, "command": "stagevar-tune --model fake --budget 60% --trials 8"}
 #: Files of record of a run. Its lock and its pictures are made anew by whoever resumes it.
 RUN_FILES = ("config.json", "trials.jsonl", "study.json", "journal.log")
 DERIVED = ("profile.yaml", "pareto.yaml", "trials.csv")
