@@ -27,11 +27,11 @@ import numpy as np
 
 from benchmarks.environment import environment, write_json
 from stagevar.schedule import ScaleStep, Steps, exact
-from tuner.executors.ray import RayExecutor, Recipe, cut
-from tuner.prompts import load_prompts
-from tuner.proposals import Proposer, Told
-from tuner.search import CHECK_EVERY, ROUND, SEARCH_ROUNDS, TABLE_ROUNDS, TABLE_SCHEDULES
-from tuner.space import SearchSpace, load_space
+from tuner.cluster.executor import RayExecutor, Recipe, cut
+from tuner.config.prompts import load_prompts
+from tuner.config.space import SearchSpace, load_space
+from tuner.proposals.trial_sampler import Proposer, Told
+from tuner.study.search import CHECK_EVERY, ROUND, SEARCH_ROUNDS, TABLE_ROUNDS, TABLE_SCHEDULES
 
 GPUS = (1, 8, 64, 256)
 #: Warm-up runs before a timing settles.
@@ -114,7 +114,7 @@ def measure(model_name: str, space: SearchSpace, schedules: Sequence[Steps]) -> 
 
     from stagevar.models.registry import load_model
     from stagevar.sampler import Sampler
-    from tuner.evaluate import walk
+    from tuner.evaluation.evaluator import walk
     from tuner.metrics.registry import create
 
     torch.set_num_threads(1)
@@ -184,7 +184,9 @@ def measure_ray(model_name: str, space: SearchSpace) -> dict[str, float]:
     """Wall seconds: starting Ray and a loaded worker here, and a round trip to it."""
     parts = {"model": model_name, "prompts": load_prompts(space.prompts), "quality": {}, "floors": {}}
     started = time.perf_counter()
-    executor = RayExecutor(Recipe("tuner.evaluate:load_evaluator", {**parts, "weights": "random", "device": "cpu"}))
+    executor = RayExecutor(
+        Recipe("tuner.evaluation.evaluator:load_evaluator", {**parts, "weights": "random", "device": "cpu"})
+    )
     ready = time.perf_counter()
     trips = []
     for _ in range(50):

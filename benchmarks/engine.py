@@ -43,7 +43,7 @@ from stagevar.models.precision import is_product
 from stagevar.models.registry import SPECS, load_model, published
 from stagevar.sampler import Sampler
 from stagevar.schedule import BOTH, ScaleStep, StageSchedule, Steps, preset
-from tuner.timed_groups import merged
+from tuner.evaluation.timed_groups import merged
 
 PROMPT = "a photo of a red circle left of a blue star, on a wooden table in the evening light"
 #: As much of it as nano knows.
@@ -328,7 +328,7 @@ def _end_to_end(
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Whole images, each schedule and engine beside the first one, so that two samplers are alive at a time.
 
-    Samples are scaled by what the first took beside each (tuner.timed_groups). Returns the table and images per run.
+    Samples are scaled by what the first took beside each (tuner.evaluation.timed_groups). Returns the table and images per run.
     """
     device = model.device
     wanted = [(batch, name, engine) for batch in args.batches for name in expanded for engine in args.engines]

@@ -24,9 +24,9 @@ from stagevar.latency import paired_ratio, pinned
 from stagevar.models.registry import load_model
 from stagevar.sampler import Sampler
 from stagevar.schedule import StageSchedule, exact
-from tuner.pareto import front
-from tuner.report_words import name_of
-from tuner.result import Candidate, Interval, StudyResult
+from tuner.report.words import name_of
+from tuner.results.pareto import front
+from tuner.results.result import Candidate, Interval, StudyResult
 
 #: Method -> colour (Okabe and Ito's, told apart by the colour-blind; the last one is grey) and marker, in the order of
 #: the legend.

@@ -30,7 +30,7 @@ from stagevar.models.infinity import Infinity
 from stagevar.models.registry import load_model
 from stagevar.sampler import Generation, Sampler, _Saved
 from stagevar.schedule import BOTH, ScaleStep, StageSchedule
-from tuner.pareto import front
+from tuner.results.pareto import front
 
 
 class Together(Sampler):

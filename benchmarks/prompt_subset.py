@@ -16,10 +16,10 @@ import numpy as np
 
 from benchmarks.environment import environment, write_json
 from stagevar.schedule import StageSchedule, exact, preset
-from tuner.evaluate import load_evaluator
+from tuner.config.prompts import load_prompts
+from tuner.config.space import PromptSource
+from tuner.evaluation.evaluator import load_evaluator
 from tuner.metrics.prompt_sets import subset_rank_correlation
-from tuner.prompts import load_prompts
-from tuner.space import PromptSource
 
 QUALITY = {"geneval_nano": 1.0, "clip_score": {"weight": 0.05, "model": "nano"}}
 SIZES = (14, 28, 56, 112)

@@ -32,23 +32,23 @@ from stagevar.errors import StagevarError
 from stagevar.grids import infinity_grids
 from stagevar.models.registry import find, load_model, published
 from stagevar.schedule import Steps, preset
-from tuner import pareto
-from tuner.budget import Budget
-from tuner.evaluate import ModelEvaluator, walk
-from tuner.executors.base import QualityTask
-from tuner.executors.local import LocalExecutor
-from tuner.ledger import Ledger
-from tuner.progress import Progress
-from tuner.prompts import load_prompts
-from tuner.proposals import Proposal
-from tuner.quality_limits import composite_options, quality_limits
-from tuner.result import Candidate
-from tuner.rungs import clearly_worse, rungs, shrunk
-from tuner.search import Savings, Search
-from tuner.space import draws, load_space, steps_key
-from tuner.stats import ratio_interval
-from tuner.step_costs import StepCosts
-from tuner.verify import BASELINE, latency_stats
+from tuner.config.limits import Budget
+from tuner.config.prompts import load_prompts
+from tuner.config.quality import composite_options, quality_limits
+from tuner.config.space import draws, load_space, steps_key
+from tuner.evaluation.evaluator import ModelEvaluator, walk
+from tuner.evaluation.executor import QualityTask
+from tuner.evaluation.local import LocalExecutor
+from tuner.evaluation.step_costs import StepCosts
+from tuner.proposals.trial_sampler import Proposal
+from tuner.results import pareto
+from tuner.results.result import Candidate
+from tuner.statistics.bounds import ratio_interval
+from tuner.statistics.pruning import clearly_worse, rungs, shrunk
+from tuner.study.ledger import Ledger
+from tuner.study.progress import Progress
+from tuner.study.search import Savings, Search
+from tuner.study.verification import BASELINE, latency_stats
 
 PUBLISHED = ("stagevar-paper", "stagevar-released", "fastvar", "skip-1")
 MAX_DROP, BUDGET = 0.35, Budget("95%", fraction=0.95)
@@ -577,7 +577,7 @@ def main(argv: list[str] | None = None) -> int:
 def from_run(run_dir: Path, count: int) -> list[Steps]:
     """The first schedules that a study evaluated."""
     from stagevar.schedule import StageSchedule
-    from tuner.result import StudyResult
+    from tuner.results.result import StudyResult
 
     result = StudyResult.load(run_dir)
     found = {}

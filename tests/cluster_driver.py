@@ -8,8 +8,8 @@ from pathlib import Path
 def drive(directory: Path, address: str) -> None:
     from tests import cluster_fakes
     from tests.test_ray import study
-    from tuner.executors.ray import RayExecutor
-    from tuner.journal import driver_lock, repair
+    from tuner.cluster.executor import RayExecutor
+    from tuner.results.run_dir import driver_lock, repair
 
     (directory / "driver").write_text(str(os.getpid()))
     run_dir = directory / "run"

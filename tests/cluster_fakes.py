@@ -19,9 +19,9 @@ import numpy as np
 
 from stagevar.errors import UsageError
 from tests.fakes import SPACE, FakeEvaluator
-from tuner.executors.ray import Recipe
-from tuner.prompts import load_prompts
-from tuner.space import parse_space
+from tuner.cluster.executor import Recipe
+from tuner.config.prompts import load_prompts
+from tuner.config.space import parse_space
 
 #: 8 micro-batches of 4 search prompts.
 PROMPTS = {"source": "nano", "search": 32, "heldout": 64, "micro_batch": 4}
@@ -130,7 +130,7 @@ class TinyModel(FakeEvaluator):
         self.sampler = Sampler(tiny_infinity(GRIDS))
 
     def quality(self, schedules, split, batch):
-        from tuner.evaluate import walk
+        from tuner.evaluation.evaluator import walk
 
         texts, seeds = self.prompts[split].batch(batch)
         generation = self.sampler.begin([str(text) for text in texts], list(seeds))
@@ -159,9 +159,9 @@ def calls(directory: Path) -> list[dict]:
 def run_cell(argv, run_dir):
     """A sweep's cell on the fake: a whole study in its run directory; `driver-CELL` kills the driver once, half-way."""
     from tests import fakes
-    from tuner.export import export
-    from tuner.report import write_report
-    from tuner.sweep import summary
+    from tuner.cluster.sweep import summary
+    from tuner.report.export import export
+    from tuner.report.page import write_report
 
     options = dict(word.removeprefix("--").split("=") for word in argv)
     folder = run_dir.parents[2]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def drive(directory: Path, address: str) -> None:
-    from tuner.sweep import Sweep, run_sweep
+    from tuner.cluster.sweep import Sweep, run_sweep
 
     (directory / "driver").write_text(str(os.getpid()))
     axes = {"models": ("fake-a", "fake-b"), "budgets": ("60%", "80%"), "seeds": (0, 1)}

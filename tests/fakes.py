@@ -14,8 +14,8 @@ import numpy as np
 
 from stagevar.grids import square
 from stagevar.schedule import Steps
-from tuner.evaluate import Facts, Values
-from tuner.prompts import PromptSet
+from tuner.config.prompts import PromptSet
+from tuner.evaluation.evaluator import Facts, Values
 
 GRIDS = square((1, 2, 3, 4, 6, 8))
 CHUNKS = 3
@@ -139,11 +139,11 @@ class FakeEvaluator:
 
 def study(run_dir: Path, evaluator_options: Mapping = {}, space: Mapping = {}, **options):
     """A Study on a fake in `run_dir`."""
-    from tuner.budget import parse_budget
-    from tuner.prompts import load_prompts
-    from tuner.search import Savings
-    from tuner.space import parse_space
-    from tuner.study import Options, Study
+    from tuner.config.limits import parse_budget
+    from tuner.config.prompts import load_prompts
+    from tuner.config.space import parse_space
+    from tuner.study.search import Savings
+    from tuner.study.study import Options, Study
 
     run_dir.mkdir(parents=True, exist_ok=True)
     checked = parse_space({**SPACE, **space})
@@ -157,8 +157,8 @@ def study(run_dir: Path, evaluator_options: Mapping = {}, space: Mapping = {}, *
 
 def drive(run_dir: str | Path, trials: int = 30, overlap: bool = False) -> None:
     """What a driver process does: lock, repair, run."""
-    from tuner.journal import driver_lock, repair
-    from tuner.search import Savings
+    from tuner.results.run_dir import driver_lock, repair
+    from tuner.study.search import Savings
 
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)

@@ -62,9 +62,9 @@ def page_text(page: str) -> str:
 
 def write_derived(folder: Path) -> None:
     """Exports the study of a folder again, and the words of its report beside it."""
-    from tuner.export import export
-    from tuner.report import write_report
-    from tuner.result import StudyResult
+    from tuner.report.export import export
+    from tuner.report.page import write_report
+    from tuner.results.result import StudyResult
 
     result = StudyResult.load(folder)
     export(result, folder)

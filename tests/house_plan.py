@@ -10,10 +10,34 @@ ARROWS = {
     "stagevar.engine": {"stagevar", "stagevar.models"},
     "stagevar.models": {"stagevar"},
     "stagevar.nano": {"stagevar", "stagevar.models"},
-    "tuner": {"tuner.executors", "tuner.metrics", "tuner.config"},
-    "tuner.config": {"tuner", "tuner.metrics"},
-    "tuner.executors": {"tuner"},
+    "tuner": {
+        "tuner.cluster",
+        "tuner.config",
+        "tuner.evalkit",
+        "tuner.evaluation",
+        "tuner.metrics",
+        "tuner.report",
+        "tuner.results",
+        "tuner.statistics",
+        "tuner.study",
+    },
+    "tuner.cluster": {"tuner", "tuner.evaluation", "tuner.report", "tuner.results"},
+    "tuner.config": {"tuner.metrics"},
+    "tuner.evalkit": {"tuner.metrics"},
+    "tuner.evaluation": {"tuner.config", "tuner.metrics"},
     "tuner.metrics": set(),
+    "tuner.proposals": {"tuner.config", "tuner.results"},
+    "tuner.report": {"tuner.config", "tuner.results"},
+    "tuner.results": {"tuner.config"},
+    "tuner.statistics": {"tuner.config", "tuner.metrics", "tuner.results"},
+    "tuner.study": {
+        "tuner.config",
+        "tuner.evaluation",
+        "tuner.metrics",
+        "tuner.proposals",
+        "tuner.results",
+        "tuner.statistics",
+    },
 }
 
 #: Modules that import each other, also inside functions.
@@ -22,7 +46,7 @@ CIRCLES = {
     ("stagevar.models.loading", "stagevar.models.memory", "stagevar.models.weights"),
     ("stagevar.pipeline", "stagevar.profile"),
     ("stagevar.published_settings", "stagevar.schedule"),
-    ("tuner.cli", "tuner.sweep"),
+    ("tuner.cli", "tuner.cluster.sweep"),
 }
 
 #: Files above 400 lines.
@@ -38,19 +62,19 @@ LONG_FILES = {
     "stagevar/schedule.py",
     "tuner/cli.py",
     "tuner/eval_cli.py",
-    "tuner/evaluate.py",
-    "tuner/executors/ray.py",
-    "tuner/report_sections.py",
-    "tuner/search.py",
-    "tuner/space.py",
-    "tuner/study.py",
+    "tuner/evaluation/evaluator.py",
+    "tuner/cluster/executor.py",
+    "tuner/report/sections.py",
+    "tuner/study/search.py",
+    "tuner/config/space.py",
+    "tuner/study/study.py",
 }
 
 #: Functions above 80 lines.
 LONG_FUNCTIONS = {
     "stagevar/analysis.py::analyze",
     "tuner/eval_cli.py::_build_parser",
-    "tuner/report_charts.py::scatter",
+    "tuner/report/charts.py::scatter",
 }
 
 #: `dict[str, Any]` and `Mapping[str, Any]` in both packages, at most.

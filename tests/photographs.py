@@ -24,8 +24,8 @@ from PIL import Image, ImageOps
 
 from stagevar.geneval import COLORS
 from tuner.eval_cli import main
+from tuner.evalkit.image_folder import evaluate_folder, read_folder
 from tuner.metrics.geneval import Found, GenEval
-from tuner.metrics.image_folder import evaluate_folder, read_folder
 from tuner.metrics.prompt_sets import COCO_CLASSES
 
 SIDE = 512  # the graph's input

@@ -15,8 +15,8 @@ from PIL import Image
 
 from stagevar.grids import INFINITY_GRIDS, square
 from stagevar.schedule import StageSchedule, exact, paper, released, skip_only
-from tuner.quality_limits import MetricLimit
-from tuner.result import (
+from tuner.config.quality import MetricLimit
+from tuner.results.result import (
     EXIT_CODES,
     Candidate,
     Failure,
@@ -311,7 +311,7 @@ def make(kind: str, run_dir: Path) -> StudyResult:
 
 
 if __name__ == "__main__":
-    from tuner.report import write_report
+    from tuner.report.page import write_report
 
     for name in KINDS:
         print(write_report(make(name, Path(sys.argv[1]) / name), Path(sys.argv[1]) / name))

@@ -18,9 +18,11 @@ import pytest
 from stagevar.console import report_errors
 from stagevar.errors import InfrastructureError, UsageError
 from stagevar.seeds import in_32_bits, non_negative
-from tuner import checks, cli, eval_cli, journal
-from tuner.prompts import load_prompts
-from tuner.space import PromptSource
+from tuner import cli, eval_cli
+from tuner.config import checks
+from tuner.config.prompts import load_prompts
+from tuner.config.space import PromptSource
+from tuner.results import run_dir as journal
 
 WORDS = ["--model", "nano", "--budget", "95%", "--dry-run"]
 GOOD = {"tag": "colors", "include": [{"class": "ring", "count": 1, "color": "cyan"}]}
@@ -201,7 +203,7 @@ def test_the_files_of_a_command_are_found_from_anywhere(tmp_path):
 
 
 def test_a_plan_stores_absolute_paths(tmp_path, monkeypatch):
-    from tuner.space import load_space
+    from tuner.config.space import load_space
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "space").mkdir()

@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-import tuner.evaluate
+import tuner.evaluation.evaluator
 from stagevar.errors import UsageError
 from stagevar.models.downloads import model_downloads
 from stagevar.models.registry import resolve
 from tuner.cli import main
 from tuner.config.costs import images_at_most, memory_line, memory_plan, settings_of
+from tuner.config.space import load_space, parse_space
 from tuner.metrics.downloads import metric_downloads
-from tuner.space import load_space, parse_space
 
 
 def files(quality):
@@ -90,7 +90,7 @@ def test_a_run_names_the_files_to_fetch_before_it_loads_anything(monkeypatch, ca
         said.append(capsys.readouterr().err)
         raise UsageError("no network here")
 
-    monkeypatch.setattr(tuner.evaluate, "load_evaluator", load)
+    monkeypatch.setattr(tuner.evaluation.evaluator, "load_evaluator", load)
     run = ["--budget", "80%", "--device", "cpu"]
     assert main(["--model", "infinity-125m", *run, "--out", str(tmp_path / "a")]) == 2
     assert main(["--model", "infinity-125m", *run, "--out", str(tmp_path / "b"), "--weights", "random"]) == 2

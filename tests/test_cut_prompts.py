@@ -11,9 +11,9 @@ from PIL import Image
 
 from stagevar.models import registry
 from tuner import eval_cli
-from tuner.evaluate import ModelEvaluator
+from tuner.config.prompts import PromptSet
+from tuner.evaluation.evaluator import ModelEvaluator
 from tuner.metrics.clip import ClipModel, ClipScore
-from tuner.prompts import PromptSet
 
 SHORT = "a photo of a red circle"
 LONG = SHORT + " and a blue ring" * 12

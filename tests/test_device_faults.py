@@ -15,11 +15,11 @@ from stagevar.grids import square
 from stagevar.schedule import StageSchedule, exact
 from tests.fakes import FakeEvaluator, study, tokens
 from tests.tiny import tiny_infinity
-from tuner.evaluate import ModelEvaluator
-from tuner.executors.base import Failed, NotMeasured, QualityTask
-from tuner.executors.local import LocalExecutor
-from tuner.prompts import load_prompts
-from tuner.space import PromptSource
+from tuner.config.prompts import load_prompts
+from tuner.config.space import PromptSource
+from tuner.evaluation.evaluator import ModelEvaluator
+from tuner.evaluation.executor import Failed, NotMeasured, QualityTask
+from tuner.evaluation.local import LocalExecutor
 
 CPU = torch.device("cpu")
 GRIDS = square((1, 2, 3, 4, 6))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tuner.stats import LEAST_CONTINUOUS, continuous_drop_bounds, drop_bounds, spread, unseen_share
+from tuner.statistics.bounds import LEAST_CONTINUOUS, continuous_drop_bounds, drop_bounds, spread, unseen_share
 
 RUNS = 200
 #: 5 % plus three standard errors of so many simulated studies.

@@ -148,9 +148,9 @@ CHOICE = EngineSection(
 def test_the_choice_is_in_study_report_and_profile(tmp_path):
     from stagevar.profile import Profile
     from tests.sample_study import make
-    from tuner.export import export
-    from tuner.report import write_report
-    from tuner.result import StudyResult
+    from tuner.report.export import export
+    from tuner.report.page import write_report
+    from tuner.results.result import StudyResult
 
     result = dataclasses.replace(make("full", tmp_path), engine="graph", engine_choice=CHOICE)
     result.save(tmp_path)
@@ -179,8 +179,8 @@ def test_a_resumed_run_keeps_its_engine(tmp_path):
 
 def test_an_evaluator_takes_the_choice_that_was_made_and_chooses_else(monkeypatch):
     from tests.test_profile import MODEL
-    from tuner.evaluate import ModelEvaluator
-    from tuner.prompts import PromptSet
+    from tuner.config.prompts import PromptSet
+    from tuner.evaluation.evaluator import ModelEvaluator
 
     random = dataclasses.replace(MODEL, random_weights=True)
     prompts = {"search": PromptSet(("a", "b"), (0, 1), 2), "heldout": PromptSet(("c",), (2,), 1)}

@@ -6,9 +6,9 @@ import pytest
 from stagevar.schedule import exact, preset
 from tests import cluster_fakes
 from tests.fakes import CHUNKS, GRIDS
-from tuner.executors.base import Failed, QualityTask
-from tuner.executors.local import LocalExecutor
-from tuner.executors.ray import RayExecutor
+from tuner.cluster.executor import RayExecutor
+from tuner.evaluation.executor import Failed, QualityTask
+from tuner.evaluation.local import LocalExecutor
 
 FULL = exact(len(GRIDS)).expand(GRIDS, CHUNKS)
 PAPER, SKIP = (preset(name, GRIDS).expand(GRIDS, CHUNKS) for name in ("stagevar-paper", "skip-1"))

@@ -12,7 +12,7 @@ from stagevar.errors import UsageError
 from stagevar.profile import Profile, steps_to_data
 from stagevar.profile_sections import QualitySection
 from tests.sample_study import KINDS, make
-from tuner.export import export, profile_of
+from tuner.report.export import export, profile_of
 
 
 @pytest.fixture(scope="module")

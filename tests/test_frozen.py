@@ -10,7 +10,7 @@ import pytest
 from stagevar.profile import Profile
 from tests import frozen
 from tests.fakes import study
-from tuner.result import StudyResult
+from tuner.results.result import StudyResult
 
 SHIPPED = [(command, verb) for command, verbs in frozen.COMMANDS.items() for verb in verbs]
 

@@ -4,8 +4,8 @@ import pytest
 
 from stagevar.errors import EXIT_CODES, InfrastructureError, StagevarError, UsageError
 from tests.fakes import FakeEvaluator, study
-from tuner.asking import ProposerLost
-from tuner.executors.base import WorkersLost
+from tuner.evaluation.executor import WorkersLost
+from tuner.proposals.sampler_process import ProposerLost
 
 
 class Breaking(FakeEvaluator):
@@ -93,7 +93,7 @@ def test_exit_codes_are_listed_once_and_alike():
     from pathlib import Path
 
     from tuner.cli import _tune_parser
-    from tuner.result import EXIT_CODES as VERDICTS
+    from tuner.results.result import EXIT_CODES as VERDICTS
 
     text = " ".join(_tune_parser().format_help().split())
     readme = (Path(__file__).parents[1] / "README.md").read_text()

@@ -10,14 +10,14 @@ import pytest
 from stagevar.errors import UsageError
 from tests.fakes import FULL_TOKENS, FakeEvaluator, study, tokens
 from tuner import cli
-from tuner.looks import claims, judgement_alpha
-from tuner.next_steps import next_steps
-from tuner.prompts import load_prompts
-from tuner.provable import prompts_to_decide
-from tuner.quality_limits import quality_limits
-from tuner.result import StudyResult
-from tuner.space import PromptSource
-from tuner.stats import continuous_drop_bounds, drop_bounds, median_interval
+from tuner.config.prompts import load_prompts
+from tuner.config.quality import quality_limits
+from tuner.config.space import PromptSource
+from tuner.report.next_steps import next_steps
+from tuner.results.result import StudyResult
+from tuner.statistics.bounds import continuous_drop_bounds, drop_bounds, median_interval
+from tuner.statistics.looks import claims, judgement_alpha
+from tuner.statistics.provable import prompts_to_decide
 
 YES_NO = quality_limits({"geneval_nano": {"max_drop": 0.05}})[0]
 POINTS = quality_limits({"clip_score": {"max_drop": 0.3}})[0]
@@ -231,9 +231,9 @@ def test_a_file_without_enough_prompts_is_named(tmp_path):
 def command(monkeypatch, tmp_path, capsys):
     """Runs stagevar-tune on a fake; returns exit code and printed lines."""
     from tests.fakes import SPACE
-    from tuner.budget import Budget
-    from tuner.search import Savings
-    from tuner.study import Options, Study
+    from tuner.config.limits import Budget
+    from tuner.study.search import Savings
+    from tuner.study.study import Options, Study
 
     (tmp_path / "space.json").write_text(json.dumps({**SPACE, "model": "nano", **space(72)}))
     monkeypatch.chdir(tmp_path)

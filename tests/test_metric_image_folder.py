@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from stagevar.errors import UsageError
+from tuner.evalkit.image_folder import evaluate_folder, match_references, read_folder, reference_set
 from tuner.metrics.base import BenchmarkMetric, SetMetric
-from tuner.metrics.image_folder import evaluate_folder, match_references, read_folder, reference_set
 
 METADATA = {"tag": "colors", "include": [{"class": "dog", "count": 1}], "prompt": "a photo of a dog"}
 

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from stagevar.errors import UsageError
-from tuner.metrics.image_folder import FolderImage
-from tuner.metrics.user_study import build_study, judge_preference, read_votes
+from tuner.evalkit.image_folder import FolderImage
+from tuner.evalkit.user_study import build_study, judge_preference, read_votes
 
 
 @pytest.fixture

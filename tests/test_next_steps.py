@@ -9,8 +9,8 @@ import pytest
 
 from tests.fakes import FULL_TOKENS, study, tokens
 from tuner import cli
-from tuner.next_steps import next_steps
-from tuner.result import EXIT_CODES, Interval
+from tuner.report.next_steps import next_steps
+from tuner.results.result import EXIT_CODES, Interval
 
 RUN = Path("outputs/my run")
 WORDS = shlex.split("stagevar-tune --model nano --budget=60% --max-drop 3% --out 'outputs/old place' --seed 2")

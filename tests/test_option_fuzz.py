@@ -183,9 +183,9 @@ def stubs(folder, monkeypatch):
     for place in (
         "stagevar.models.registry.load_model",
         "stagevar.models.weights.load_into",
-        "tuner.evaluate.load_evaluator",
+        "tuner.evaluation.evaluator.load_evaluator",
         "tuner.cli._ray_executor",
-        "tuner.sweep.run_sweep",
+        "tuner.cluster.sweep.run_sweep",
         "tuner.metrics.registry.create",
         "tuner.similarities.create",
     ):
@@ -193,7 +193,7 @@ def stubs(folder, monkeypatch):
     # Neither takes a file, but each a tenth of a second, every time.
     monkeypatch.setattr("stagevar.models.memory.estimate_model", reached)
     monkeypatch.setattr("stagevar.models.registry.model_parts", parts_once)
-    monkeypatch.setattr("tuner.executors.ray.check_installed", lambda: None)
+    monkeypatch.setattr("tuner.cluster.executor.check_installed", lambda: None)
     monkeypatch.setattr("socket.create_connection", nobody)
     for name in ("_device", "_models", "_packages"):  # they look at the machine, not at arguments
         monkeypatch.setattr(f"tuner.doctor.{name}", list)

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image, ImageCms
 
 from stagevar.errors import UsageError
-from tuner.metrics.image_folder import match_references, read_folder
-from tuner.metrics.pictures import read_picture
+from tuner.evalkit.image_folder import match_references, read_folder
+from tuner.evalkit.pictures import read_picture
 
 GRAY_HW = np.arange(0, 256, dtype=np.uint8).reshape(16, 16)
 

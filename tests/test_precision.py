@@ -19,8 +19,8 @@ from tests.fake_cuda import NoWaiting, begin_on_fake_cuda, fake_mode
 from tests.model_contract import Recorder
 from tests.test_engine import graph_sampler
 from tests.tiny import GRIDS, tiny_infinity
-from tuner.report_words import describe
-from tuner.space import load_space, parse_space
+from tuner.config.space import load_space, parse_space
+from tuner.report.words import describe
 
 PROMPTS, SEEDS = ["a red ring", "two stars"], [1, 2]
 #: Largest error of one number, relative to the largest of its row: half a step; half of float8's last of 3 bits, below.

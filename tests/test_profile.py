@@ -134,7 +134,7 @@ def test_fuzzed_profiles_never_crash(key, value):
 def full_profile():
     """The data of a profile with every section filled, as a study exports it."""
     from tests.sample_study import make as sample_study
-    from tuner.export import profile_of
+    from tuner.report.export import profile_of
 
     with tempfile.TemporaryDirectory() as folder:
         result = sample_study("full", Path(folder))

@@ -5,7 +5,7 @@ import io
 import pytest
 
 from tests.fakes import study
-from tuner.progress import Progress
+from tuner.study.progress import Progress
 
 
 class Terminal(io.StringIO):

@@ -9,15 +9,22 @@ import pytest
 from stagevar.models.registry import list_models
 from stagevar.schedule import exact, preset
 from tests.fakes import GRIDS, FakeTiming
-from tuner.budget import parse_budget
-from tuner.executors.local import LocalExecutor
-from tuner.looks import claims, judgement_alpha, looks
-from tuner.prompts import load_prompts
-from tuner.provable import floor_shortfalls, limit_lines, limits_table, prompts_needed, provable_drop, shortfalls
-from tuner.quality_limits import quality_limits
-from tuner.space import load_space
-from tuner.stats import continuous_drop_bounds, drop_bounds
-from tuner.verify import BASELINE, Limits, Verifier
+from tuner.config.limits import parse_budget
+from tuner.config.prompts import load_prompts
+from tuner.config.quality import quality_limits
+from tuner.config.space import load_space
+from tuner.evaluation.local import LocalExecutor
+from tuner.statistics.bounds import continuous_drop_bounds, drop_bounds
+from tuner.statistics.looks import claims, judgement_alpha, looks
+from tuner.statistics.provable import (
+    floor_shortfalls,
+    limit_lines,
+    limits_table,
+    prompts_needed,
+    provable_drop,
+    shortfalls,
+)
+from tuner.study.verification import BASELINE, Limits, Verifier
 
 YES_NO = quality_limits({"geneval": {"max_drop": 0.02}})[0]
 POINTS = quality_limits({"clip_score": {"max_drop": 0.3}})[0]

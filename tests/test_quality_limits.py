@@ -9,12 +9,12 @@ import pytest
 
 from stagevar.errors import UsageError
 from tests.fakes import SPACE
+from tuner.config.quality import composite_options, factors, limited, parse_max_drops, quality_limits
+from tuner.config.space import load_space, parse_space, space_names
 from tuner.metrics import registry
 from tuner.metrics.base import Metric
 from tuner.metrics.declarations import DECLARATIONS
 from tuner.metrics.registry import _REGISTRY, METRIC_NAMES
-from tuner.quality_limits import composite_options, factors, limited, parse_max_drops, quality_limits
-from tuner.space import load_space, parse_space, space_names
 
 TWO = {"geneval": {"weight": 2.0, "max_drop": 0.02}, "clip_score": {"weight": 1.0, "max_drop": 0.3, "model": "x"}}
 

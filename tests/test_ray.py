@@ -24,9 +24,8 @@ from tests.conftest import claims
 from tests.fakes import CHUNKS, GRIDS
 from tests.test_executor_contract import FULL, PAPER, SKIP, TREE, same, tasks
 from tests.test_house import run_without
-from tuner.executors import ray as ray_executor
-from tuner.executors.base import Failed, QualityTask, WorkersLost
-from tuner.executors.ray import (
+from tuner.cluster import executor as ray_executor
+from tuner.cluster.executor import (
     MEASUREMENTS_FILE,
     QUARANTINE_AFTER,
     Place,
@@ -38,6 +37,7 @@ from tuner.executors.ray import (
     _quality_job,
     cut,
 )
+from tuner.evaluation.executor import Failed, QualityTask, WorkersLost
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCHES = list(range(8))
@@ -387,7 +387,7 @@ def test_a_killed_driver_loses_and_doubles_no_trial(ray_cluster, tmp_path):
     assert not (tmp_path / "run" / "study.json").exists()
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr[-2000:]
-    from tuner.result import StudyResult
+    from tuner.results.result import StudyResult
 
     result = StudyResult.load(tmp_path / "run")
     expected = study(tmp_path / "local").run()
@@ -486,7 +486,7 @@ import json, os
 for name in list(os.environ):
     if name.startswith("RAY_"):
         del os.environ[name]
-from tuner.executors.ray import connect
+from tuner.cluster.executor import connect
 from tests.test_ray import listening
 disconnect = connect(None)
 print(json.dumps(listening(os.getpid())))

@@ -12,17 +12,17 @@ import yaml
 from PIL import Image
 
 import stagevar.compare
-import tuner.evaluate
-import tuner.search
+import tuner.evaluation.evaluator
+import tuner.study.search
 from stagevar.cli import main as stagevar_main
 from stagevar.profile import Profile
 from stagevar.schedule import exact
 from tests import stand_ins
 from tests.fakes import FakeTiming
 from tuner.cli import main as tune_main
-from tuner.evaluate import ModelEvaluator, walk
-from tuner.result import StudyResult
-from tuner.search import Savings
+from tuner.evaluation.evaluator import ModelEvaluator, walk
+from tuner.results.result import StudyResult
+from tuner.study.search import Savings
 
 #: Model -> its weights, its quality, a prompt, and limits as far as 64 prompts can prove; the default ones take 512.
 FAMILIES = {
@@ -119,7 +119,7 @@ def rehearsal(request, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ModelEvaluator, "latency", timed_by_tokens)
     # The process that proposes ahead has tests of its own; with four schedules there is nothing to gain from it.
-    monkeypatch.setattr(tuner.search, "EXHAUSTIVE", Savings(table=False, rungs=False, overlap=False))
+    monkeypatch.setattr(tuner.study.search, "EXHAUSTIVE", Savings(table=False, rungs=False, overlap=False))
     monkeypatch.setattr(stagevar.compare, "warm_up", lambda run, device, at_most: (1, True))
     return Rehearsal(request.param, tmp_path, capsys)
 
@@ -129,7 +129,7 @@ def test_from_doctor_to_deployment(rehearsal, monkeypatch):
     """With an acceleration that changes nothing; then with one that ruins every image, on the same files."""
     folder, weights = rehearsal.folder, rehearsal.weights
     run, profile = folder / "run", folder / "run" / "profile.yaml"
-    monkeypatch.setattr(tuner.evaluate, "walk", Drawing())
+    monkeypatch.setattr(tuner.evaluation.evaluator, "walk", Drawing())
 
     rehearsal("doctor", tune_main, "doctor", "--model", rehearsal.model, "--weights", weights, "--out", folder)
     rehearsal("dry run", tune_main, *rehearsal.tuning("run"), "--dry-run")
@@ -157,7 +157,7 @@ def test_from_doctor_to_deployment(rehearsal, monkeypatch):
     assert (run / "report.html").exists()
     assert set(rehearsal.codes.values()) == {0} and len(rehearsal.codes) == 8, rehearsal.codes
 
-    monkeypatch.setattr(tuner.evaluate, "walk", Drawing(ruins=True))
+    monkeypatch.setattr(tuner.evaluation.evaluator, "walk", Drawing(ruins=True))
     assert rehearsal("tune, ruined", tune_main, *rehearsal.tuning("ruined"), "--quiet") == 3
     ruined = StudyResult.load(folder / "ruined")
     assert ruined.verdict == "infeasible" and not ruined.picks and len(ruined.candidates) == 4

@@ -15,12 +15,12 @@ from PIL import Image
 
 from stagevar.errors import UsageError
 from tests.sample_study import KINDS, make
-from tuner.importance import importance
-from tuner.quality_limits import MetricLimit
-from tuner.report import MAX_BYTES, render, write_report
-from tuner.report_charts import place_labels, ticks
-from tuner.report_words import describe, signed
-from tuner.result import Failure, Sample, StudyResult
+from tuner.config.quality import MetricLimit
+from tuner.report.charts import place_labels, ticks
+from tuner.report.page import MAX_BYTES, render, write_report
+from tuner.report.words import describe, signed
+from tuner.results.importance import importance
+from tuner.results.result import Failure, Sample, StudyResult
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -196,10 +196,10 @@ def test_images_shrink_until_the_page_fits(runs, monkeypatch):
     whole = render(result, directory)
     without = len(render(dataclasses.replace(result, samples=()), directory).encode())
     limit = without + (len(whole.encode()) - without) // 2
-    monkeypatch.setattr("tuner.report.MAX_BYTES", limit)
+    monkeypatch.setattr("tuner.report.page.MAX_BYTES", limit)
     smaller = render(result, directory)
     assert len(smaller.encode()) <= limit and Page(smaller).attributes("src")
-    monkeypatch.setattr("tuner.report.MAX_BYTES", without + 100)
+    monkeypatch.setattr("tuner.report.page.MAX_BYTES", without + 100)
     assert not Page(render(result, directory)).attributes("src")
 
 

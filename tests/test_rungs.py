@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from tuner.prompts import in_turn
-from tuner.quality_limits import quality_limits
-from tuner.rungs import clearly_worse, promoted, rungs, shrunk
+from tuner.config.prompts import in_turn
+from tuner.config.quality import quality_limits
+from tuner.statistics.pruning import clearly_worse, promoted, rungs, shrunk
 
 
 @pytest.mark.parametrize(

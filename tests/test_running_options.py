@@ -12,7 +12,7 @@ from stagevar.models import registry
 from stagevar.profile import Profile
 from tests.test_profile import MODEL, make
 from tuner import cli as tuner_cli
-from tuner import recheck as recheck_module
+from tuner.study import verify_profile as recheck_module
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_verify_measures_with_the_profiles_settings_or_those_given(saved, monkey
         asked.append(options)
         raise Stop
 
-    monkeypatch.setattr("tuner.evaluate.ModelEvaluator", evaluator)
+    monkeypatch.setattr("tuner.evaluation.evaluator.ModelEvaluator", evaluator)
     path = save("p.yaml", "compiled", threads=1, load={"resolution": "0.25M"})
     for options in ([], ["--engine", "eager", "--resolution", "1M"]):
         with pytest.raises(Stop):

@@ -9,7 +9,7 @@ from stagevar.scale_latency import time_scales
 from stagevar.schedule import StageSchedule, exact, skip_only
 from tests.sample_study import make
 from tests.tiny import GRIDS, tiny_infinity
-from tuner.study import Study
+from tuner.study.study import Study
 
 
 @pytest.fixture

@@ -25,8 +25,8 @@ from stagevar.sampler import Sampler
 from stagevar.schedule import StageSchedule, exact, paper, preset, released
 from tests.golden.star_cases import run_case
 from tests.model_contract import SEEDS, ModelContract, Recorder, largest_difference, masked_attend
-from tuner.prompts import load_prompts
-from tuner.space import PromptSource, load_space
+from tuner.config.prompts import load_prompts
+from tuner.config.space import PromptSource, load_space
 
 SIDES = (1, 2, 3, 4)
 GRIDS = square(SIDES)

@@ -7,8 +7,8 @@ import pytest
 
 from stagevar.schedule import exact, skipvar
 from tests.fakes import CHUNKS, GRIDS, SPACE
-from tuner.space import draw, parse_space
-from tuner.step_costs import LEAST_CHECKS, StepCosts
+from tuner.config.space import draw, parse_space
+from tuner.evaluation.step_costs import LEAST_CHECKS, StepCosts
 
 FULL = exact(len(GRIDS)).expand(GRIDS, CHUNKS)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from stagevar.errors import UsageError
-from tuner.sweep import CELL_FILE, check_cells, load_sweep, run_sweep, write_table
+from tuner.cluster.sweep import CELL_FILE, check_cells, load_sweep, run_sweep, write_table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -175,7 +175,8 @@ def test_the_verb_checks_its_file_first(tmp_path, capsys):
 def test_a_cell_that_lost_its_infrastructure_is_not_done_and_the_sweep_ends_with_6(tmp_path, monkeypatch, capsys):
     from types import SimpleNamespace
 
-    from tuner import cli, sweep
+    from tuner import cli
+    from tuner.cluster import sweep
 
     class Tune:
         Trainable = object
@@ -187,7 +188,7 @@ def test_a_cell_that_lost_its_infrastructure_is_not_done_and_the_sweep_ends_with
     )
     monkeypatch.setattr(sweep, "run_cell", lambda argv, run_dir: next(outcomes))
     cell = {"name": "a", "argv": ["--seed", "0"]}
-    trainable = sweep._trainable(Tune, "tuner.sweep:run_cell", tmp_path)()
+    trainable = sweep._trainable(Tune, "tuner.cluster.sweep:run_cell", tmp_path)()
     trainable.config = {"cell": cell}
     done = tmp_path / "cells" / "a" / sweep.CELL_FILE
     with pytest.raises(RuntimeError, match="disk full"):

@@ -15,14 +15,14 @@ from stagevar.text_files import read_json, read_json_values, read_table, split_l
 from stagevar.yaml_files import read_yaml
 from tuner import cli as tuner_cli
 from tuner import eval_cli
-from tuner import prompts as study_prompts
+from tuner.config import prompts as study_prompts
+from tuner.config.space import PromptSource
+from tuner.evalkit.image_folder import read_folder
+from tuner.evalkit.user_study import read_votes
 from tuner.metrics import prompt_sets
 from tuner.metrics.base import prompt_text
 from tuner.metrics.detections import read_detections, read_metadata
 from tuner.metrics.dpg import read_answers, read_questions
-from tuner.metrics.image_folder import read_folder
-from tuner.metrics.user_study import read_votes
-from tuner.space import PromptSource
 
 # U+2028, U+0085, a form feed and a no-break space are characters; a comma, quotes and a semicolon look like CSV.
 PROMPTS = [

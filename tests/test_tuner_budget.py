@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stagevar.errors import UsageError
-from tuner.budget import parse_budget, parse_share, parse_time
+from tuner.config.limits import parse_budget, parse_share, parse_time
 
 
 @pytest.mark.parametrize(

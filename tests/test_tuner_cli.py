@@ -10,9 +10,9 @@ import yaml
 from stagevar.profile import Profile
 from tests.fakes import SPACE
 from tuner.cli import Interrupts, main, plan
-from tuner.recheck import Recheck, regression_verdict
-from tuner.result import Interval, StudyResult
-from tuner.verify import latency_stats
+from tuner.results.result import Interval, StudyResult
+from tuner.study.verification import latency_stats
+from tuner.study.verify_profile import Recheck, regression_verdict
 
 GOOD = ["--model", "nano", "--budget", "60%"]
 #: A limit that a handful of held-out prompts can prove.
@@ -170,8 +170,8 @@ def test_the_command_reproduces_without_what_only_concerns_the_screen():
 
 
 def test_a_study_on_nano_ends_with_a_profile_that_loads_and_verifies(tmp_path, small_space, capsys, monkeypatch):
-    monkeypatch.setattr("tuner.verify.ROUNDS", (5, 10))  # what they decide is not looked at here
-    monkeypatch.setattr("tuner.study.BASELINE_ROUNDS", 5)
+    monkeypatch.setattr("tuner.study.verification.ROUNDS", (5, 10))  # what they decide is not looked at here
+    monkeypatch.setattr("tuner.study.study.BASELINE_ROUNDS", 5)
     out = tmp_path / "run"
     argv = [*QUICK, "--space", str(small_space), "--out", str(out)]
     code = main(argv)

@@ -9,11 +9,11 @@ from stagevar.grids import square
 from stagevar.sampler import Sampler
 from stagevar.schedule import StageSchedule, exact, skipvar
 from tests.tiny import tiny_infinity
-from tuner.evaluate import ModelEvaluator, walk
-from tuner.executors.base import Failed, QualityTask
-from tuner.executors.local import LocalExecutor
-from tuner.prompts import load_prompts
-from tuner.space import PromptSource
+from tuner.config.prompts import load_prompts
+from tuner.config.space import PromptSource
+from tuner.evaluation.evaluator import ModelEvaluator, walk
+from tuner.evaluation.executor import Failed, QualityTask
+from tuner.evaluation.local import LocalExecutor
 
 GRIDS = square((1, 2, 3, 4, 6))
 SCHEDULES = [

@@ -15,9 +15,9 @@ import pytest
 from stagevar.errors import UsageError
 from stagevar.schedule import exact
 from tests.fakes import GRIDS, drive, study
-from tuner.journal import EVIDENCE_FILE, JOURNAL_FILE, Evidence, cut_torn_line, driver_lock, repair
-from tuner.proposals import ATTEMPTS, Proposer, Told
-from tuner.result import StudyResult
+from tuner.proposals.trial_sampler import ATTEMPTS, Proposer, Told
+from tuner.results.result import StudyResult
+from tuner.results.run_dir import EVIDENCE_FILE, JOURNAL_FILE, Evidence, cut_torn_line, driver_lock, repair
 
 TRIALS = 30
 
@@ -26,7 +26,7 @@ TRIALS = 30
 def spawn():
     """Starts a driver in a process of its own, forked from a server that has everything imported."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.fakes", "tuner.study", "stagevar.nano.scenes", "PIL.Image"])
+    context.set_forkserver_preload(["tests.fakes", "tuner.study.study", "stagevar.nano.scenes", "PIL.Image"])
 
     def start(run_dir, trials=TRIALS):
         process = context.Process(target=drive, args=(str(run_dir), trials))

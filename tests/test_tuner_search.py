@@ -9,12 +9,12 @@ import pytest
 
 from stagevar.errors import StagevarError
 from tests.fakes import FULL_TOKENS, study, tokens
-from tuner import search as search_module
-from tuner.asking import ProposerLost, ProposerProcess
-from tuner.journal import Evidence
-from tuner.proposals import Told
-from tuner.report import write_report
-from tuner.search import EXHAUSTIVE, Savings
+from tuner.proposals.sampler_process import ProposerLost, ProposerProcess
+from tuner.proposals.trial_sampler import Told
+from tuner.report.page import write_report
+from tuner.results.run_dir import Evidence
+from tuner.study import search as search_module
+from tuner.study.search import EXHAUSTIVE, Savings
 
 PLAIN = Savings(batch=1, tree=False, table=False, rungs=False, overlap=False)
 SPACE = {"prompts": {"source": "nano", "search": 64, "heldout": 128, "micro_batch": 8}}
@@ -64,7 +64,7 @@ def test_clearly_worse_schedules_are_stopped_early_and_never_reach_the_front(tmp
 
 def test_what_is_stopped_early_is_told_with_its_number_of_prompts(tmp_path):
     result, made = run(tmp_path, {"drop": lambda s: 0.6 * (1 - tokens(s) / FULL_TOKENS)}, trials=20, max_drop=0.1)
-    from tuner.proposals import Proposer
+    from tuner.proposals.trial_sampler import Proposer
 
     proposer = Proposer(tmp_path, made.space, 0, made.ledger.constraint_names, "random")
     told = {t.number: t for t in proposer.study.get_trials(deepcopy=False)}
@@ -224,7 +224,7 @@ def proposer(tmp_path):
 
 
 def test_a_proposer_in_another_process_does_what_one_here_does(tmp_path, proposer):
-    from tuner.proposals import Proposer
+    from tuner.proposals.trial_sampler import Proposer
 
     (tmp_path / "here").mkdir()
     here = Proposer(tmp_path / "here", study(tmp_path / "run").space, 0, ("latency", "drop"), "random")

@@ -12,7 +12,7 @@ from stagevar.errors import StagevarError, UsageError
 from stagevar.grids import square
 from stagevar.schedule import PRESETS, StageSchedule
 from tests.fakes import CHUNKS, GRIDS, SPACE
-from tuner.space import NEVER, load_space, parse_space, space_names, steps_key
+from tuner.config.space import NEVER, load_space, parse_space, space_names, steps_key
 
 
 def on_six_scales():

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from tuner.pareto import balanced, front, hypervolume
-from tuner.stats import (
+from tuner.results.pareto import balanced, front, hypervolume
+from tuner.statistics.bounds import (
     drop_bounds,
     indistinguishable,
     mean_interval,

@@ -9,11 +9,11 @@ import pytest
 from stagevar.errors import UsageError
 from stagevar.profile import Profile
 from tests.fakes import FULL_TOKENS, SPACE, FakeEvaluator, study, tokens
-from tuner.export import export
-from tuner.report import write_report
-from tuner.result import StudyResult, build, to_plain
-from tuner.stats import ratio_interval
-from tuner.verify import LEAST_GAIN
+from tuner.report.export import export
+from tuner.report.page import write_report
+from tuner.results.result import StudyResult, build, to_plain
+from tuner.statistics.bounds import ratio_interval
+from tuner.study.verification import LEAST_GAIN
 
 BIG = {"prompts": {"source": "nano", "search": 24, "heldout": 320, "micro_batch": 16}}
 

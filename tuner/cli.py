@@ -1,4 +1,4 @@
-"""`stagevar-tune`: parsing, the run directory, signals and what is printed. The work is in tuner.study.
+"""`stagevar-tune`: parsing, the run directory, signals and what is printed. The work is in tuner.study.study.
 
 No torch, optuna or open_clip is imported before all input was checked.
 """
@@ -30,18 +30,18 @@ from stagevar.folders import visible
 from stagevar.models import registry
 from stagevar.profile_sections import EngineSection
 from stagevar.sections import read_section, shortened
-from tuner import checks
-from tuner.budget import parse_budget, parse_share, parse_time
+from tuner.config import checks
 from tuner.config.analysis import Findings, read_analysis
-from tuner.journal import LOCK_FILE, driver_lock, repair
-from tuner.quality_limits import composite_options, limited, parse_max_drops, quality_limits
-from tuner.space import PROMPT_SOURCES, SearchSpace, load_space
+from tuner.config.limits import parse_budget, parse_share, parse_time
+from tuner.config.quality import composite_options, limited, parse_max_drops, quality_limits
+from tuner.config.space import PROMPT_SOURCES, SearchSpace, load_space
+from tuner.results.run_dir import LOCK_FILE, driver_lock, repair
 
 if TYPE_CHECKING:
     from stagevar.profile import Profile
-    from tuner.executors.ray import RayExecutor
-    from tuner.result import Candidate, StudyResult
-    from tuner.study import Study
+    from tuner.cluster.executor import RayExecutor
+    from tuner.results.result import Candidate, StudyResult
+    from tuner.study.study import Study
 
 PROG = "stagevar-tune"
 VERBS = ("resume", "report", "verify", "sweep", "doctor")
@@ -313,7 +313,7 @@ def plan(args: argparse.Namespace, argv: Sequence[str]) -> Plan:
     space = checked_space(args.model, args.space, args.prompts, args.heldout, args.seed, args.resolution, findings)
     args.max_drop = parse_max_drops(args.max_drop or (), space.quality)
     check_provable(space, args.max_drop, args.weights)
-    from tuner.prompts import warn_of_short_files
+    from tuner.config.prompts import warn_of_short_files
 
     warn_of_short_files(space.prompts)
     check_output_folder(run_dir)
@@ -359,9 +359,9 @@ def check_provable(space: SearchSpace, max_drop: Mapping[str, float], weights: s
     """
     if weights == "random":  # only latency is judged
         return
+    from tuner.config.prompts import set_sizes
     from tuner.metrics.registry import check_packages
-    from tuner.prompts import set_sizes
-    from tuner.provable import floor_shortfalls, shortfalls
+    from tuner.statistics.provable import floor_shortfalls, shortfalls
 
     for metric in (*space.quality, *space.floors):
         check_packages(metric)
@@ -376,7 +376,7 @@ def check_placement(args: argparse.Namespace, run_dir: Path) -> None:
     """Checks the options that say where work runs and where trials are kept. Raises UsageError."""
     args.task_timeout = parse_time(args.task_timeout)
     if args.executor == "ray":
-        from tuner.executors.ray import check_installed
+        from tuner.cluster.executor import check_installed
 
         check_installed()
         if args.ray_address is not None:
@@ -461,7 +461,7 @@ def run_tune(args: argparse.Namespace, argv: Sequence[str], again: bool = False)
 
 def _finished(checked: Plan, again: bool) -> StudyResult | None:
     """The stored result when this very command already ran to its end; the caller has compared the identities."""
-    from tuner.result import STUDY_FILE, StudyResult
+    from tuner.results.result import STUDY_FILE, StudyResult
 
     if not (checked.run_dir / STUDY_FILE).exists():
         return None
@@ -480,7 +480,7 @@ def _times_undecided(result: StudyResult) -> bool:
 
 
 def _drive(checked: Plan, again: bool) -> int:
-    from tuner.progress import Progress
+    from tuner.study.progress import Progress
 
     args = checked.args
     progress = Progress(args.quiet)
@@ -516,10 +516,10 @@ def _drive(checked: Plan, again: bool) -> int:
 
 def build_study(checked: Plan, progress: Any, stop: Callable[[], bool]) -> Study:
     """Loads model, prompts and metrics."""
-    from tuner.evaluate import fitting_micro_batch, load_evaluator
-    from tuner.prompts import load_prompts
-    from tuner.search import EXHAUSTIVE, Savings
-    from tuner.study import Options, Study
+    from tuner.config.prompts import load_prompts
+    from tuner.evaluation.evaluator import fitting_micro_batch, load_evaluator
+    from tuner.study.search import EXHAUSTIVE, Savings
+    from tuner.study.study import Options, Study
 
     args, space = checked.args, checked.space
     place = {"weights": args.weights, "resolution": args.resolution, "device": args.device}
@@ -585,13 +585,13 @@ def kept_engine(run_dir: Path, asked: str) -> Any:
 
 def _ray_executor(checked: Plan, parts: dict[str, Any], progress: Any) -> RayExecutor:
     """Workers that load the same model; paths must exist on every node."""
-    from tuner.executors.ray import RayExecutor, Recipe
+    from tuner.cluster.executor import RayExecutor, Recipe
 
     args = checked.args
     if args.weights and Path(args.weights).exists():
         parts["weights"] = str(Path(args.weights).resolve())
     return RayExecutor(
-        Recipe("tuner.evaluate:load_evaluator", parts),
+        Recipe("tuner.evaluation.evaluator:load_evaluator", parts),
         args.ray_address,
         gpu_kind=args.gpu_kind,
         task_timeout_s=args.task_timeout,
@@ -619,16 +619,16 @@ def versions() -> dict[str, str]:
 
 def _write(result: StudyResult, run_dir: Path) -> list[Path]:
     """Everything that is derived from study.json."""
-    from tuner.export import export
-    from tuner.report import write_report
+    from tuner.report.export import export
+    from tuner.report.page import write_report
 
     return [*export(result, run_dir), write_report(result, run_dir)]
 
 
 def _print_plan(checked: Plan) -> int:
     from tuner.config import costs
-    from tuner.prompts import set_sizes
-    from tuner.provable import limit_lines, limits_table
+    from tuner.config.prompts import set_sizes
+    from tuner.statistics.provable import limit_lines, limits_table
 
     space, args = checked.space, checked.args
     limits = () if args.weights == "random" else quality_limits(space.quality, args.max_drop)
@@ -695,9 +695,9 @@ def _space_lines(space: Mapping[str, Any]) -> list[str]:
 
 def _announce(result: StudyResult, run_dir: Path, written: Sequence[Path], args: argparse.Namespace) -> int:
     """Prints the verdict: one line each for speed, quality, time and files, then what it means and what to do next."""
-    from tuner.next_steps import next_steps
-    from tuner.report_words import describe
-    from tuner.result import to_plain
+    from tuner.report.next_steps import next_steps
+    from tuner.report.words import describe
+    from tuner.results.result import to_plain
 
     pick, following = result.pick, next_steps(result, run_dir, shlex.split(result.command))
     if args.json:
@@ -812,7 +812,7 @@ def run_resume(args: argparse.Namespace) -> int:
 
 def run_report(args: argparse.Namespace) -> int:
     """Writes the derived files of a run again."""
-    from tuner.result import StudyResult
+    from tuner.results.result import StudyResult
 
     result = StudyResult.load(args.run_dir)
     written = _write(result, args.run_dir)
@@ -842,9 +842,9 @@ def run_verify(args: argparse.Namespace) -> int:
     args.model = args.model or profile.model.name
     if args.budget is None:
         raise UsageError(f"profile {args.profile} does not say how it was made; give --budget")
-    from tuner.progress import Progress
-    from tuner.recheck import recheck
-    from tuner.result import to_plain
+    from tuner.results.result import to_plain
+    from tuner.study.progress import Progress
+    from tuner.study.verify_profile import recheck
 
     share = parse_share(args.max_regression, "max-regression") if args.max_regression else None
     budget = parse_budget(args.budget)
@@ -893,7 +893,7 @@ def check(argv: Sequence[str]) -> Plan:
 
 def run_sweep(args: argparse.Namespace) -> int:
     """Runs or continues a sweep; exit code 4 when every cell failed, 6 when one lost what it ran on."""
-    from tuner import sweep
+    from tuner.cluster import sweep
 
     cells = sweep.load_sweep(args.sweep).cells()
     if args.ray_address is not None:

@@ -169,8 +169,8 @@ def _disk(out: Path) -> Finding:
 
 def _metrics(model: str) -> list[Finding]:
     """Packages that the model's default quality lacks."""
+    from tuner.config.space import load_space
     from tuner.metrics.registry import check_packages
-    from tuner.space import load_space
 
     findings = []
     for metric in load_space(model).quality:
@@ -182,7 +182,7 @@ def _metrics(model: str) -> list[Finding]:
 
 
 def _models() -> list[Finding]:
-    from tuner.space import load_space, space_names
+    from tuner.config.space import load_space, space_names
 
     findings = []
     for name in space_names():

@@ -352,7 +352,7 @@ def _run_dpg(options: argparse.Namespace) -> int:
 
 def _run_images(options: argparse.Namespace) -> int:
     from stagevar.models.registry import resolve_device
-    from tuner.metrics.image_folder import evaluate_folder, match_references, read_folder, reference_set
+    from tuner.evalkit.image_folder import evaluate_folder, match_references, read_folder, reference_set
     from tuner.metrics.registry import METRIC_NAMES, check_name, check_options, create, metric_class
 
     if options.metric == ["list"]:
@@ -492,8 +492,8 @@ def _values_of(paths: Sequence[Path], metric: str, count: int) -> list[list[floa
 
 
 def _run_pairs(options: argparse.Namespace) -> int:
-    from tuner.metrics.image_folder import match_references, read_folder
-    from tuner.metrics.user_study import build_study
+    from tuner.evalkit.image_folder import match_references, read_folder
+    from tuner.evalkit.user_study import build_study
 
     images = read_folder(options.a, options.prompts)
     study = build_study(
@@ -510,7 +510,7 @@ def _run_pairs(options: argparse.Namespace) -> int:
 
 def _run_preference(options: argparse.Namespace) -> int:
     from stagevar.text_files import read_json
-    from tuner.metrics.user_study import judge_preference, read_votes
+    from tuner.evalkit.user_study import judge_preference, read_votes
 
     votes = read_votes(read_json(options.key), options.answers)
     result = judge_preference(votes, margin=options.margin, level=options.level)

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from stagevar.models.downloads import Download, model_downloads
+from tuner.config.space import Parameter, SearchSpace
 from tuner.metrics.downloads import metric_downloads
-from tuner.space import Parameter, SearchSpace
 
 #: Schedules that are verified at most: the best ones with skipped scales, and as many without.
 FINALISTS_PER_KIND = 3

@@ -1,0 +1,359 @@
+"""`stagevar-tune sweep sweep.yaml`: one study per cell of a grid, run as Ray Tune trials; one table, one report.
+
+Each cell is the command that a user would type, run with its own resources and run directory (`<out>/cells/<name>/`,
+profile.yaml and report.html in it). Ray Tune starts cells as resources allow, starts a cell anew when its process dies
+(the study goes on where it stood), and continues the sweep after the driver died. A cell that fails is listed and stops
+no other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import itertools
+import json
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from stagevar.errors import InfrastructureError, UsageError
+from stagevar.files import write_text_atomically
+from stagevar.profile import plain
+from stagevar.yaml_files import read_yaml
+from tuner.cluster.executor import free_memory
+from tuner.evaluation.local import first_line
+from tuner.results.result import STUDY_FILE, StudyResult
+
+AXES = {"models": "model", "resolutions": "resolution", "budgets": "budget", "gpus": "gpu", "seeds": "seed"}
+SWEEP_FILE, TABLE_FILE, REPORT_FILE, CELL_FILE = "sweep.json", "sweep.csv", "sweep.html", "cell.json"
+RAY_LOG = "ray_tune.log"
+#: Options that a cell may not have: they would not be a whole study in one process, or are set by the sweep.
+_NOT_IN_CELLS = ("executor", "ray-address", "gpu-kind", "out", "fresh", "dry-run", "json", "quiet", *AXES.values())
+#: How often a cell whose process died is started anew.
+RESTARTS = 2
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One study: its name, the options that tell it from the others, its command line and what it occupies."""
+
+    name: str
+    axes: Mapping[str, Any]
+    argv: tuple[str, ...]
+    resources: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A checked sweep file.
+
+    axes: values per axis of the grid. options: further options of every study, by their names on the command line.
+    model_options: the same for the studies of one model, by its name; they win.
+    cpus, gpus: what each cell occupies; gpus may be a share.
+    """
+
+    axes: Mapping[str, tuple[Any, ...]]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    model_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    cpus: float = 1
+    gpus: float = 0
+
+    def cells(self) -> list[Cell]:
+        """Every combination, in the order of the file."""
+        found = []
+        for values in itertools.product(*self.axes.values()):
+            axes = dict(zip((AXES[axis] for axis in self.axes), values, strict=True))
+            name = "-".join(str(value).replace("%", "pct").replace("/", "_") for value in axes.values())
+            words: list[str] = []
+            given = {**self.options, **self.model_options.get(axes["model"], {})}
+            for option, value in {**{k: v for k, v in axes.items() if k != "gpu"}, **given}.items():
+                if value is True:
+                    words.append(f"--{option}")
+                elif value is not False and value is not None:
+                    words.append(f"--{option}={value}")
+            resources = {"CPU": self.cpus, "GPU": self.gpus}
+            if "gpu" in axes:
+                resources[f"accelerator_type:{axes['gpu']}"] = 0.001
+            found.append(Cell(name, axes, tuple(words), {k: v for k, v in resources.items() if v}))
+        return found
+
+
+def load_sweep(path: Path | str) -> Sweep:
+    """Reads a sweep file. Raises UsageError naming the key and what it may hold."""
+    data = read_yaml(Path(path), "sweep")
+    allowed = (*AXES, "options", "model_options", "resources")
+    for key in data if isinstance(data, dict) else ():
+        if key not in allowed:
+            raise UsageError(f"sweep: unknown key {key!r}; use {', '.join(allowed)}")
+    if not isinstance(data, dict) or not data.get("models") or not data.get("budgets"):
+        raise UsageError("sweep: models and budgets are needed, such as models: [nano], budgets: [60%, 80%]")
+    axes: dict[str, tuple[Any, ...]] = {}
+    for axis in AXES:
+        values = data.get(axis)
+        if values is None:
+            continue
+        simple = isinstance(values, list) and values and all(isinstance(v, str | int | float) for v in values)
+        if not simple or len(set(map(str, values))) != len(values):
+            raise UsageError(f"sweep: {axis} {values!r:.60} must be a list of different values")
+        axes[axis] = tuple(values)
+    options = _options(data.get("options") or {}, "options")
+    by_model = data.get("model_options") or {}
+    if not isinstance(by_model, dict) or by_model.keys() - set(axes["models"]):
+        raise UsageError(f"sweep: model_options {by_model!r:.60} must name models of the sweep: {axes['models']}")
+    by_model = {model: _options(given, f"model_options of {model}") for model, given in by_model.items()}
+    resources = data.get("resources") or {}
+    if not isinstance(resources, dict) or resources.keys() - {"cpus", "gpus"}:
+        raise UsageError(f"sweep: resources {resources!r:.60} must be {{cpus: NUMBER, gpus: NUMBER}}")
+    for name, amount in resources.items():
+        if isinstance(amount, bool) or not isinstance(amount, int | float) or amount < 0:
+            raise UsageError(f"sweep: resources {name} {amount!r} must be a number of at least 0")
+    sweep = Sweep(axes, options, by_model, resources.get("cpus", 1), resources.get("gpus", 1 if "gpus" in axes else 0))
+    if "gpus" in axes and sweep.gpus == 0:
+        raise UsageError("sweep: gpus names kinds of GPU, so resources must give each cell some, such as {gpus: 1}")
+    return sweep
+
+
+def _options(given: Any, where: str) -> dict[str, Any]:
+    """Options with their values, paths made absolute. Raises UsageError."""
+    if not isinstance(given, dict) or not all(isinstance(v, str | int | float | bool) for v in given.values()):
+        raise UsageError(f"sweep: {where} must be options of stagevar-tune with their values, such as {{trials: 30}}")
+    for name in given:
+        if name in _NOT_IN_CELLS:
+            raise UsageError(f"sweep: option {name!r} cannot be set for all cells; axes: {', '.join(AXES)}")
+    return {k: str(Path(v).resolve()) if isinstance(v, str) and Path(v).exists() else v for k, v in given.items()}
+
+
+def check_cells(cells: Sequence[Cell]) -> None:
+    """Raises UsageError for the first cell that stagevar-tune would refuse, before anything runs."""
+    from tuner import cli
+
+    for cell in cells:
+        try:
+            cli.check(cell.argv)
+        except UsageError as error:
+            raise UsageError(f"sweep cell {cell.name}: {error}") from None
+
+
+def run_sweep(
+    cells: Sequence[Cell],
+    out: Path,
+    address: str | None = None,
+    runner: str = "tuner.cluster.sweep:run_cell",
+    say: Callable[[str], None] = lambda line: None,
+) -> list[dict[str, Any]]:
+    """Runs or continues a sweep in `out`; returns a row per cell, in order. Raises UsageError.
+
+    Args:
+        out: on several nodes a folder that all of them share. address: of the Ray cluster; None starts one here.
+        runner: "module:function" taking a cell's command line and run directory and giving its row.
+    """
+    from tuner.cluster.executor import check_installed, connect, require
+
+    check_installed()
+    out = out.resolve()
+    plan = {"cells": [[cell.name, list(cell.argv), dict(cell.resources)] for cell in cells]}
+    continued = _claim(out, plan)
+    disconnect = connect(address)
+    try:
+        tune = require("ray.tune")
+        trainable = _trainable(tune, runner, out)
+        if continued and tune.Tuner.can_restore(str(out / "tune")):
+            say(f"continuing the sweep in {out}")
+            tuner = tune.Tuner.restore(str(out / "tune"), trainable, resume_unfinished=True, restart_errored=True)
+        else:
+            grid = [{"name": c.name, "argv": list(c.argv), "resources": dict(c.resources)} for c in cells]
+            tuner = tune.Tuner(
+                trainable,
+                param_space={"cell": tune.grid_search(grid)},
+                run_config=tune.RunConfig(
+                    name="tune",
+                    storage_path=str(out),
+                    failure_config=tune.FailureConfig(max_failures=RESTARTS),
+                    verbose=0,
+                ),
+                tune_config=tune.TuneConfig(reuse_actors=True),
+            )
+        # Ray Tune prints to stdout, which is for our own answer.
+        with open(out / RAY_LOG, "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+            results = tuner.fit()
+        # Ray Tune keeps the errors of processes that died; what a study itself says is in its cell's file.
+        died = {r.config["cell"]["name"]: str(r.error) for r in results if r.error is not None and r.config}
+    finally:
+        disconnect()
+    rows = [_row(cell, out, died.get(cell.name)) for cell in cells]
+    write_table(rows, out)
+    return rows
+
+
+def _claim(out: Path, plan: Mapping[str, Any]) -> bool:
+    """Makes the folder the sweep's own; returns whether it was before. Raises UsageError when it is another's."""
+    path = out / SWEEP_FILE
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            if json.loads(path.read_text(encoding="utf-8")) != plain(plan):
+                raise UsageError(f"{out} holds another sweep; choose another --out, or restore its sweep file")
+            return True
+        if any(out.iterdir()):
+            raise UsageError(f"output {out} is not empty and holds no sweep; choose another --out")
+        write_text_atomically(path, json.dumps(plain(plan), indent=1) + "\n")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"output {out} cannot be used ({error}); choose another --out") from None
+    return False
+
+
+def _trainable(tune: Any, runner: str, out: Path) -> Any:
+    """One study as a Ray Tune trial. A class, so that the study runs in the main thread, where signals are handled."""
+
+    class Study(tune.Trainable):
+        def step(self) -> dict[str, Any]:
+            cell = self.config["cell"]
+            run_dir = out / "cells" / cell["name"]
+            if not (run_dir / CELL_FILE).exists():
+                module, _, name = runner.partition(":")
+                started = time.time()
+                try:
+                    row = getattr(importlib.import_module(module), name)(cell["argv"], run_dir)
+                except Exception as error:
+                    row = {"verdict": "failed", "reason": first_line(error)}
+                if row.get("exit_code") == InfrastructureError.exit_code:
+                    # No file that says it is done: Ray Tune tries again, and the same command resumes it.
+                    raise RuntimeError(row.get("reason"))
+                row["hours"] = round((time.time() - started) / 3600, 4)
+                run_dir.mkdir(parents=True, exist_ok=True)
+                write_text_atomically(run_dir / CELL_FILE, json.dumps(plain(row)) + "\n")
+                free_memory()
+            return {"done": True}
+
+        def reset_config(self, new_config: Mapping[str, Any]) -> bool:
+            """Another cell in the same process: starting one costs more than a small study."""
+            return True
+
+        def save_checkpoint(self, checkpoint_dir: str) -> None:
+            """Nothing to save: a study continues from its run directory."""
+
+        def load_checkpoint(self, checkpoint: Any) -> None:
+            """Nothing to load."""
+
+    return tune.with_resources(
+        Study, lambda config: tune.PlacementGroupFactory([dict(config["cell"]["resources"])], strategy="PACK")
+    )
+
+
+def run_cell(argv: Sequence[str], run_dir: Path) -> dict[str, Any]:
+    """Runs one study as the command line does; its words go to `<run_dir>.log`."""
+    from tuner import cli
+
+    words = [*argv, f"--out={run_dir}", "--quiet"]
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        code = cli.main(words)
+    run_dir.with_suffix(".log").write_text(f"$ {shlex.join([cli.PROG, *words])}\n{said.getvalue()}", encoding="utf-8")
+    if not (run_dir / STUDY_FILE).exists():
+        lines = said.getvalue().strip().splitlines()
+        return {"verdict": "failed", "exit_code": code, "reason": lines[-1] if lines else f"exit code {code}"}
+    return summary(StudyResult.load(run_dir))
+
+
+def summary(result: StudyResult) -> dict[str, Any]:
+    """The columns that a study fills: times in ms of one image, quality as the
+    paired difference of the primary metric to the full schedule."""
+    pick, full = result.pick, result.baseline.best_latency
+    row: dict[str, Any] = {
+        "verdict": result.verdict,
+        "exit_code": result.exit_code,
+        "device": result.device.get("name"),
+        "full_ms": full.median_ms if full else None,
+        "budget_ms": result.budget_ms if full else None,
+        "schedules": len(result.candidates),
+    }
+    if pick is not None and pick.best_latency is not None:
+        primary = result.limits[0].metric if result.limits else ""
+        latency, change = pick.best_latency, pick.best_differences.get(primary)
+        row |= {"pick": pick.key, "pick_ms": latency.drift_corrected_ms, "skipped_scales": pick.skipped_scales}
+        if latency.ratio is not None:
+            row |= {"speedup": 1 / latency.ratio.mean, "speedup_low": 1 / latency.ratio.high}
+        if change is not None:
+            row |= {"metric": primary, "unit": result.limits[0].unit}
+            row |= {"quality": change.mean, "quality_low": change.low, "quality_high": change.high}
+    return {**row, "reason": result.reason}
+
+
+def _row(cell: Cell, out: Path, died: str | None) -> dict[str, Any]:
+    """A cell's axes and what became of it."""
+    run_dir = out / "cells" / cell.name
+    row: dict[str, Any] = {"cell": cell.name, **cell.axes}
+    path = run_dir / CELL_FILE
+    if path.exists():
+        row |= json.loads(path.read_text(encoding="utf-8"))
+    else:
+        lines = [line.strip() for line in (died or "").splitlines() if line.strip()]
+        # Only a process that died, or an infrastructure error, leaves a cell without its file; a rerun tries it again.
+        row |= {"verdict": "failed", "reason": (lines[-1] if lines else "did not run")[:300]}
+        row |= {"exit_code": InfrastructureError.exit_code}
+    for name, file in (("profile", "profile.yaml"), ("report", "report.html")):
+        if (run_dir / file).exists():
+            row[name] = f"cells/{cell.name}/{file}"
+    return row
+
+
+# ---------------------------------------------------------------------------------------------------- table and report
+
+
+def write_table(rows: Sequence[Mapping[str, Any]], out: Path) -> list[Path]:
+    """sweep.csv and sweep.html of the rows; returns their paths."""
+    from tuner.report.export import to_csv
+
+    table, report = out / TABLE_FILE, out / REPORT_FILE
+    write_text_atomically(table, to_csv(rows))
+    write_text_atomically(report, render(rows))
+    return [table, report]
+
+
+def render(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One page: what each cell reached, then what failed and why. Everything typed by users is escaped."""
+    axes = [axis for axis in AXES.values() if any(axis in row for row in rows)]
+    head = [*axes, "verdict", "full schedule", "pick", "speed-up", "quality change", "files"]
+    body = "".join(
+        "<tr>"
+        + "".join(f"<td>{cell}</td>" for cell in (*(escape(str(row.get(a, ""))) for a in axes), *_shown(row)))
+        + "</tr>"
+        for row in rows
+    )
+    failed = [row for row in rows if row["verdict"] == "failed"]
+    listed = "".join(f"<li><b>{escape(row['cell'])}</b>: {escape(str(row.get('reason')))}</li>" for row in failed)
+    style = (files("tuner.report") / "report.css").read_text(encoding="utf-8")
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>Sweep of {len(rows)} studies: stagevar-tune</title><style>{style}</style></head><body><main>"
+        f"<h1>{len(rows) - len(failed)} of {len(rows)} studies ended</h1>"
+        f"<table><thead><tr>{''.join(f'<th>{name}</th>' for name in head)}</tr></thead><tbody>{body}</tbody></table>"
+        + (f"<h2>Failed</h2><ul>{listed}</ul>" if failed else "")
+        + "</main></body></html>\n"
+    )
+
+
+def _shown(row: Mapping[str, Any]) -> list[str]:
+    def number(name: str, text: str) -> str:
+        return text.format(row[name]) if row.get(name) is not None else ""
+
+    quality = number("quality", "{:+.3f}")
+    if quality:
+        quality += f" [{row['quality_low']:+.3f}, {row['quality_high']:+.3f}]"
+    links = [f'<a href="{escape(row[name])}">{name}</a>' for name in ("profile", "report") if row.get(name)]
+    return [
+        escape(row["verdict"].replace("_", " ")),
+        number("full_ms", "{:.1f} ms"),
+        number("pick_ms", "{:.1f} ms"),
+        number("speedup", "{:.2f}x"),
+        quality,
+        " ".join(links),
+    ]

@@ -1,0 +1,1 @@
+"""What stagevar-eval alone needs: folders of images, user studies."""

@@ -1,1 +1,0 @@
-"""Where micro-batches are evaluated."""

@@ -1,0 +1,1 @@
+"""What people read: the report page, exported files, and what to do next."""

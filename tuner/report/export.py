@@ -1,0 +1,354 @@
+"""The files a run leaves for others: profile.yaml (deploy it), pareto.yaml (choose again), trials.csv (look closer).
+
+All three come from a StudyResult alone. The only module that imports pandas, and only when the table is written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stagevar.errors import UsageError
+from stagevar.files import write_text_atomically
+from stagevar.profile import Envelope, Profile, plain
+from stagevar.schedule import StageSchedule
+from tuner.config.quality import MetricLimit, limited
+from tuner.report.words import PICK_ORDER, describe, latency_of, name_of
+from tuner.results.result import Candidate, Interval, LatencyStats, StudyResult, Verdict
+
+PROFILE_FILE, PARETO_FILE, TRIALS_FILE = "profile.yaml", "pareto.yaml", "trials.csv"
+PARETO_SCHEMA = "stagevar-pareto/1"
+
+
+def export(result: StudyResult, run_dir: Path | str) -> list[Path]:
+    """Writes what the result allows and returns the paths: pareto.yaml and trials.csv always, profile.yaml for a pick.
+
+    A profile.yaml of an earlier, different outcome is removed: a run directory never offers a schedule that its own
+    study did not pick. Raises UsageError when the folder cannot be written.
+    """
+    run_dir = Path(run_dir)
+    profile_path = run_dir / PROFILE_FILE
+    try:
+        paths = [write_pareto(result, run_dir / PARETO_FILE), write_trials(result, run_dir / TRIALS_FILE)]
+        if result.pick is None:
+            profile_path.unlink(missing_ok=True)
+            return paths
+        profile_of(result, result.pick).save(profile_path)
+    except OSError as error:
+        raise UsageError(f"{run_dir} cannot be written: {error.strerror or error}; choose another --out") from None
+    return [profile_path, *paths]
+
+
+# ---------------------------------------------------------------- profile.yaml
+
+
+def profile_of(result: StudyResult, candidate: Candidate) -> Profile:
+    """The deployment profile of one candidate (any front member can be deployed, verified or not).
+
+    Raises ValueError for a candidate that was never measured.
+    """
+    latency = latency_of(result, candidate)
+    if latency is None:
+        raise ValueError(f"candidate {candidate.key} was not measured")
+    check = candidate.verification
+    is_full = candidate.key == result.baseline.key
+    wanted = ("verified", "baseline") if is_full else ("verified",)
+    proved = check is not None and check.status in wanted and all(v.status == "met" for v in check.verdicts)
+    model = {
+        "name": result.model,
+        "pixels": list(result.pixels),
+        "random_weights": result.random_weights,
+        "weights": result.provenance.get("weights", {}),
+    }
+    if result.provenance.get("load"):
+        model["load"] = result.provenance["load"]
+    full = latency_of(result, result.baseline)
+    return Profile(
+        model=plain(model),
+        schedule=StageSchedule.from_dict(candidate.schedule),
+        steps=[plain(dict(step)) for step in candidate.steps],
+        sampling=plain(result.provenance.get("sampling", {})),
+        envelope=_envelope(result),
+        verified=proved and not result.random_weights,
+        verdict=f"{result.verdict}: {result.reason}" if candidate is result.pick else describe(candidate.steps),
+        latency={"includes": result.includes, "batch": 1, **_latency(latency)},
+        quality=_quality(result, candidate),
+        baseline=_baseline(full, latency),
+        constraints=_constraints(result, candidate),
+        reproduce=result.command,
+        engine=result.engine_choice,
+        provenance=plain(
+            {
+                "created": result.created,
+                "study": {
+                    "trials": result.trials,
+                    "sampled": result.sampled,
+                    "seed": result.seed,
+                    "key": candidate.key,
+                },
+                "skipped_scales": candidate.skipped_scales,
+                "source": candidate.source,
+                "versions": result.versions,
+                "hashes": result.hashes,
+                "device": result.device,
+            }
+        ),
+    )
+
+
+def _envelope(result: StudyResult) -> Envelope:
+    device = result.device
+    gpu = device.get("kind") == "cuda"
+    return Envelope(
+        device=str(device.get("name")) if gpu else str(device.get("kind", "cpu")),
+        dtype=str(device.get("dtype", "float32")),
+        batch=1,
+        engine=result.engine,
+        threads=None if gpu else device.get("threads"),
+        torch=str(result.versions.get("torch", "unknown")),
+    )
+
+
+def _latency(latency: LatencyStats) -> dict[str, Any]:
+    if latency.predicted:
+        return {
+            "ms": _round(latency.drift_corrected_ms),
+            "predicted": True,
+            "interval_ms": [_round(latency.low_ms), _round(latency.high_ms)],
+            "ratio": _interval(latency.ratio),
+        }
+    data: dict[str, Any] = {
+        "ms": _round(latency.drift_corrected_ms),
+        "median_ms": _round(latency.median_ms),
+        "p90_ms": _round(latency.p90_ms),
+        "interval_ms": [_round(latency.low_ms), _round(latency.high_ms)],
+        "runs": len(latency.samples_ms),
+        "warmed": latency.settled,
+    }
+    if latency.ratio is not None:
+        data["ratio"] = _interval(latency.ratio)
+    if latency.scale_ms:
+        data["scale_ms"] = [_round(v) for v in latency.scale_ms]
+    return data
+
+
+def _baseline(full: LatencyStats | None, own: LatencyStats) -> dict[str, Any]:
+    data: dict[str, Any] = {} if full is None else {"schedule": "full", **_latency(full)}
+    if own.ratio is not None and own.ratio.low > 0:
+        data["speedup"] = {
+            "mean": _round(1 / own.ratio.mean),
+            "interval": [_round(1 / own.ratio.high), _round(1 / own.ratio.low)],
+        }
+    return data
+
+
+def _quality(result: StudyResult, candidate: Candidate) -> dict[str, Any]:
+    if result.random_weights:
+        return {"measured": False, "why": "random weights"}
+    check = candidate.verification
+    held = check is not None and bool(check.values)
+    values = check.values if check is not None and held else candidate.values
+    if not values:
+        return {"measured": False, "why": "no metric was run"}
+    data: dict[str, Any] = {
+        "measured": True,
+        "prompt_set": "held-out prompts" if held else "search prompts",
+        "prompts": len(next(iter(values.values()))),
+        "composite": dict(result.quality_weights),
+        "metrics": {m.metric: _metric(m, candidate) for m in result.limits},
+        "difference_from_full": {name: _interval(i) for name, i in candidate.best_differences.items()},
+        "mean": {name: _round(sum(v) / len(v)) for name, v in values.items() if v},
+    }
+    if check is not None and check.drop_upper is not None:
+        data["drop_upper"] = _round(check.drop_upper)
+    return plain(data)
+
+
+def _metric(limit: MetricLimit, candidate: Candidate) -> dict[str, Any]:
+    """One metric's declaration, limit, and, where it was verified, the bound that decided."""
+    data: dict[str, Any] = {"unit": limit.unit, "kind": limit.kind, "weight": _round(limit.weight)}
+    if limit.max_drop is not None:
+        data["max_drop"] = _round(limit.max_drop)
+    check = candidate.verification
+    bounds = [v for v in check.verdicts if v.name == limit.name] if check is not None else []
+    return data | ({"drop_upper": _round(bounds[0].bound), "status": bounds[0].status} if bounds else {})
+
+
+def _max_drop(result: StudyResult) -> dict[str, float]:
+    return {m.metric: _round(m.max_drop) for m in result.limits if m.max_drop is not None}
+
+
+def _constraints(result: StudyResult, candidate: Candidate) -> dict[str, Any]:
+    check = candidate.verification
+    verdicts = check.verdicts if check else candidate.verdicts
+    data: dict[str, Any] = {"budget": result.budget, "budget_ms": _round(result.budget_ms)}
+    if limits := _max_drop(result):
+        data["max_drop"] = limits
+    if result.floors:
+        data["floors"] = dict(result.floors)
+    return plain({**data, "proved": check is not None, "verdicts": [_verdict(v) for v in verdicts]})
+
+
+def _verdict(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "name": verdict.name,
+        "status": verdict.status,
+        "limit": _round(verdict.limit),
+        "value": _round(verdict.value),
+        "bound": _round(verdict.bound),
+        "unit": verdict.unit,
+    }
+
+
+def _interval(interval: Interval) -> dict[str, Any]:
+    return {
+        "mean": _round(interval.mean),
+        "interval": [_round(interval.low), _round(interval.high)],
+        "level": interval.level,
+        "n": interval.n,
+    }
+
+
+def _round(value: float) -> float:
+    """Six significant digits: more than any measurement here carries, few enough to read."""
+    return float(f"{value:.6g}")
+
+
+# ---------------------------------------------------------------- pareto.yaml
+
+
+def write_pareto(result: StudyResult, path: Path) -> Path:
+    """The front, fastest first, each member with all that a deployment needs, and the named picks by key."""
+    members: dict[str, Any] = {}
+    for key in dict.fromkeys([*result.front, *result.picks.values()]):
+        candidate = result.candidate(key)
+        if latency_of(result, candidate) is not None:
+            members[key] = _member(result, candidate)
+    data = {
+        "schema": PARETO_SCHEMA,
+        "model": result.model,
+        "verdict": result.verdict,
+        "reason": result.reason,
+        "budget": result.budget,
+        "budget_ms": _round(result.budget_ms),
+        "max_drop": _max_drop(result),
+        "picks": {role: result.picks[role] for role in PICK_ORDER if role in result.picks},
+        "front": [key for key in result.front if key in members],
+        "members": members,
+        "reproduce": result.command,
+    }
+    text = yaml.safe_dump(plain(data), sort_keys=False, allow_unicode=True, width=120)
+    write_text_atomically(path, text)
+    return path
+
+
+def _member(result: StudyResult, candidate: Candidate) -> dict[str, Any]:
+    profile = profile_of(result, candidate).to_dict()
+    return {
+        "name": name_of(result, candidate),
+        "does": describe(candidate.steps),
+        "verified": profile["verified"],
+        "latency": profile["latency"],
+        "speedup": profile["baseline"].get("speedup", {"mean": 1.0}),
+        "quality": profile["quality"],
+        "constraints": profile["constraints"].get("verdicts", []),
+        "skipped_scales": candidate.skipped_scales,
+        "schedule": dict(candidate.schedule),
+    }
+
+
+# ---------------------------------------------------------------- trials.csv
+
+
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as CSV; columns in the order of their first use, gaps empty."""
+    import pandas as pd
+
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    # As objects: a column with a gap must not turn its whole numbers into floats.
+    return pd.DataFrame(list(rows), columns=columns, dtype=object).to_csv(index=False, lineterminator="\n")
+
+
+def write_trials(result: StudyResult, path: Path) -> Path:
+    """One row per distinct schedule, the full one first, then failures that left no schedule; columns are grouped.
+
+    Columns: identity, outcome, latency_*, quality and metrics with low and high, verified_*, param.*, schedule.*.
+    Sequences are JSON in their cell; what does not apply is empty.
+    """
+    candidates = (result.baseline, *result.candidates)
+    rows = [_row(result, c) for c in candidates]
+    known = {c.trial for c in candidates}
+    rows += [
+        {"trial": f.trial, "state": "failed", "error": f.error, **_cells("param", f.params)}
+        for f in result.failures
+        if f.trial not in known
+    ]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    first = [c for c in columns if not c.startswith(("param.", "schedule."))]
+    rest = sorted(c for c in columns if c.startswith("param.")) + [c for c in columns if c.startswith("schedule.")]
+    ordered = dict.fromkeys([*first, *rest])
+    write_text_atomically(path, to_csv([{**ordered, **row} for row in rows]))
+    return path
+
+
+def _row(result: StudyResult, candidate: Candidate) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "trial": candidate.trial,
+        "key": candidate.key,
+        "name": name_of(result, candidate),
+        "source": candidate.source,
+        "state": candidate.state,
+        "feasible": candidate.feasible,
+        "on_front": candidate.key in result.front,
+        "picks": " ".join(role for role in PICK_ORDER if result.picks.get(role) == candidate.key),
+        "accelerator": candidate.accelerator,
+        "skipped_scales": candidate.skipped_scales,
+        "processed_tokens": float(candidate.processed_tokens),
+    }
+    if candidate.latency:
+        row |= {
+            "latency_ms": _round(candidate.latency.drift_corrected_ms),
+            "latency_source": "predicted" if candidate.latency.predicted else "measured",
+            "latency_median_ms": _round(candidate.latency.median_ms),
+            "latency_p90_ms": None if candidate.latency.predicted else _round(candidate.latency.p90_ms),
+            "latency_runs": len(candidate.latency.samples_ms),
+        }
+        if candidate.latency.ratio:
+            row |= _triple("latency_ratio", candidate.latency.ratio)
+    if candidate.values:
+        row["search_prompts"] = len(next(iter(candidate.values.values())))
+    row["stopped_early"] = candidate.stopped_early
+    for name, interval in candidate.differences.items():
+        row |= _triple(name if name == "quality" else f"metric.{name}", interval)
+    check = candidate.verification
+    if check:
+        row |= {"verified": check.status, "verified_prompts": check.prompts}
+        row |= {"verified_latency_ms": _round(check.latency.drift_corrected_ms)}
+        row |= {"verified_latency_upper_ms": _round(check.latency_upper_ms)}
+        if "quality" in check.differences:
+            row |= _triple("verified_quality", check.differences["quality"])
+        if check.drop_upper is not None:
+            row["verified_drop_upper"] = _round(check.drop_upper)
+        for limit in limited(result.limits):
+            for verdict in (v for v in check.verdicts if v.name == limit.name):
+                row |= _triple(f"verified_metric.{limit.metric}", check.differences[limit.metric])
+                row |= {f"verified_metric.{limit.metric}_drop_upper": _round(verdict.bound)}
+                row |= {f"verified_metric.{limit.metric}_max_drop": limit.max_drop}
+    row["error"] = candidate.error
+    return row | _cells("param", candidate.params) | _cells("schedule", candidate.schedule)
+
+
+def _triple(name: str, interval: Interval) -> dict[str, float]:
+    return {name: _round(interval.mean), f"{name}_low": _round(interval.low), f"{name}_high": _round(interval.high)}
+
+
+def _cells(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """One cell per value; lists and mappings as JSON, so that the table reads back."""
+    return {
+        f"{prefix}.{name}": json.dumps(plain(value)) if isinstance(value, list | tuple | dict) else value
+        for name, value in values.items()
+    }

@@ -1,0 +1,319 @@
+"""The last lines of a study, in plain words: what was proved, where the files are, what to do next.
+
+Commands are ready to paste into the shell that the study ran in. Pure: a result, its directory and the command line in, text
+out.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tuner.config.quality import COMPOSITE, MetricLimit, limited
+from tuner.results.result import Candidate, StudyResult, Verdict
+
+#: What one more attempt at a budget leaves for timings to scatter.
+_ROOM = 1.03
+#: A larger drop is worth a word up to so many times the allowed one.
+_MOST_ALLOWANCES = 3
+_REGRESSION = "3%"
+
+
+@dataclass(frozen=True)
+class NextSteps:
+    """lines: all of the text. commands: of it, what can be pasted."""
+
+    lines: tuple[str, ...]
+    commands: tuple[str, ...]
+
+
+def next_steps(result: StudyResult, run_dir: Path, words: Sequence[str]) -> NextSteps:
+    """What to say after a verdict. words: the command line that reproduces the study, with or without its program."""
+    words = list(words[1:] if words and not words[0].startswith("-") else words)
+    tellers = {
+        "verified": _verified,
+        "baseline_meets_budget": _nothing_to_gain,
+        "latency_only": _latency_only,
+        "infeasible": _infeasible,
+        "inconclusive": _inconclusive,
+        "partial": _partial,
+        "failed": _failed,
+    }
+    teller = tellers.get(result.verdict)
+    if teller is None:
+        return NextSteps((), ())
+    lines, steps = teller(result, run_dir, words)
+    lines = [*lines, _files(result, run_dir)]
+    for what, command in steps:
+        lines += [f"next: {what}", f"  {command}"]
+    return NextSteps(tuple(lines), tuple(command for _, command in steps))
+
+
+_Told = tuple[list[str], list[tuple[str, str]]]
+
+
+# ------------------------------------------------------------------------------------------------ one per verdict
+
+
+def _verified(result: StudyResult, run_dir: Path, words: Sequence[str]) -> _Told:
+    pick = result.pick
+    parts = [_speed(pick)]
+    parts += [_kept(m, v) for m in limited(result.limits) for v in pick.verification.verdicts if v.name == m.name]
+    floors = [v for v in pick.verification.verdicts if v.name.startswith("floor:")]
+    parts += [f"{v.name.partition(':')[2]} stays at {v.bound:.3g} at least" for v in floors]
+    told = [f"proved: on {pick.verification.prompts} prompts that the search never saw, {_joined(parts)}"]
+    if len(result.judged_on) > 1:
+        told.append(
+            f"        (judged {len(result.judged_on)} times, on {_joined([str(n) for n in result.judged_on])} prompts; "
+            "all judgements together err in 5 % of studies at most)"
+        )
+    return told, _deploying(result, run_dir)
+
+
+def _nothing_to_gain(result: StudyResult, run_dir: Path, words: Sequence[str]) -> _Told:
+    full_ms = result.baseline.latency.median_ms
+    told = [f"proved: the full schedule takes {full_ms:.1f} ms, within {result.budget}; nothing has to be left out"]
+    faster = next((c for c in result.candidates if c.verification and c.verification.status == "verified"), None)
+    if faster is not None:
+        told.append(f"        {_schedules(result)} verified too, see pareto.yaml")
+    steps = _deploying(result, run_dir)
+    budget = _below(result.budget, full_ms)
+    steps.append((f"where it should be faster, ask for less: {budget}", _other_study(result, run_dir, words, budget)))
+    return told, steps
+
+
+def _schedules(result: StudyResult) -> str:
+    count = sum(c.verification is not None and c.verification.status == "verified" for c in result.candidates)
+    return f"{count} faster {'schedule was' if count == 1 else 'schedules were'}"
+
+
+def _latency_only(result: StudyResult, run_dir: Path, words: Sequence[str]) -> _Told:
+    told = [
+        f"measured: {_speed(result.pick)}; the weights are random, so nothing is known about quality",
+    ]
+    again = _with(_without(words, "--weights"), "--out", f"{run_dir}-weights")
+    steps = [("tune with trained weights, which also judges the images", _line(again))]
+    return told, steps
+
+
+def _infeasible(result: StudyResult, run_dir: Path, words: Sequence[str]) -> _Told:
+    full_ms = result.baseline.latency.median_ms
+    nearest = next((c for c in result.candidates if c.key in result.nearest[:1]), None)
+    if result.smallest_budget_ms is not None:
+        if result.smallest_budget_ms * _ROOM < full_ms:
+            budget = _budget(result, result.smallest_budget_ms * _ROOM)
+            fastest = "the fastest" if result.random_weights else "the fastest that may keep the quality"
+            told = [
+                f"not proved: no schedule meets {result.budget}; {fastest} takes "
+                f"{result.smallest_budget_ms:.1f} ms, the full one {full_ms:.1f} ms"
+            ]
+            what = f"ask for what can be reached, {budget}"
+            return told, [(what, _other_study(result, run_dir, words, budget))]
+        told = [f"not proved: no schedule meets {result.budget}, and none is much faster than the full one"]
+        return told, []
+    told, steps = [f"not proved: no schedule meets {result.budget} and keeps the quality"], []
+    share = (result.budget_ms / full_ms + 1) / 2
+    if share < 1:
+        budget = _budget(result, share * full_ms)
+        steps.append((f"give it more time, {budget}", _other_study(result, run_dir, words, budget)))
+    limit = next(iter(limited(result.limits)), None)
+    change = nearest.best_differences.get(limit.metric) if nearest is not None and limit is not None else None
+    if change is None or change.mean >= 0:
+        return told, steps
+    told.append(
+        f"            the nearest one loses {limit.amount(-change.mean)} by {limit.metric}, where {_allowed(limit)}"
+    )
+    if limit.max_drop < -change.low <= _MOST_ALLOWANCES * limit.max_drop:
+        drop = _max_drop(limit, -change.low)
+        again = [*_kept_limits(words, limit.metric), "--max-drop", drop]
+        steps.append((f"or allow a larger drop, {drop}", _line(_with(again, "--out", f"{run_dir}-drop"))))
+    return told, steps
+
+
+def _inconclusive(result: StudyResult, run_dir: Path, words: Sequence[str]) -> _Told:
+    best = next((c for c in result.candidates if c.key in result.nearest[:1]), None)
+    if best is None or best.verification is None:
+        return [f"not proved: {result.reason}"], []
+    undecided = [v for v in best.verification.verdicts if v.status == "open"]
+    told = [f"not decided: {_joined([_open(result, best, v) for v in undecided])}"]
+    if best.verification.times_open:
+        return told, [
+            (
+                "let the machine be quiet and measure again; what was drawn and judged is kept",
+                _line(["resume", str(run_dir)]),
+            )
+        ]
+    if result.settle_heldout is None:
+        told.append(f"             {result.reason.rpartition('; ')[2]}")
+        return told, []
+    more = sum(int(part) for part in result.settle_heldout.split("+"))
+    what = f"decide it on {more} held-out prompts; this continues the run, what was drawn and judged is kept"
+    again = _with(_with(words, "--heldout", result.settle_heldout), "--out", str(run_dir))
+    return told, [(what, _line(again))]
+
+
+def _partial(result: StudyResult, run_dir: Path, words: Sequence[str]) -> _Told:
+    told = [f"stopped: {len(result.candidates)} schedules were measured and nothing is proved yet"]
+    return told, [("go on from here", _line(["resume", str(run_dir)]))]
+
+
+def _failed(result: StudyResult, run_dir: Path, words: Sequence[str]) -> _Told:
+    told = ["failed: nothing was measured; the first line has the error"]
+    doctor = _line(["doctor", "--model", result.model])
+    again = _line([*_with(words, "--out", str(run_dir)), "--fresh"])
+    return told, [("see what the model needs and what this machine has", doctor), ("then start anew", again)]
+
+
+# ------------------------------------------------------------------------------------------------ words
+
+
+def _speed(candidate: Candidate) -> str:
+    """ "images come out 1.9x as fast", by the bound."""
+    gain = next(v for v in candidate.verification.verdicts if v.name == "gain")
+    return f"images come out at least {math.floor(100 / gain.bound) / 100:.2f}x as fast"
+
+
+def _kept(limit: MetricLimit, verdict: Verdict) -> str:
+    """ "at most 2.1 % fewer of them are right (geneval)"."""
+    if limit.metric == COMPOSITE:
+        return f"the composite quality falls by at most {max(0.0, verdict.bound):.3g}"
+    if limit.unit == "share of prompts":
+        if verdict.bound <= 0:
+            return f"no fewer of them are right ({limit.metric})"
+        return f"at most {_up(100 * verdict.bound)} % fewer of them are right ({limit.metric})"
+    amount = limit.amount(max(0.0, verdict.bound))
+    return f"{limit.metric} {'falls' if limit.higher_is_better else 'rises'} by at most {amount}"
+
+
+def _open(result: StudyResult, candidate: Candidate, verdict: Verdict) -> str:
+    """An undecided limit in words."""
+    if verdict.name == "latency":
+        limit, value, bound = (f"{x:.1f} ms" for x in (verdict.limit, verdict.value, verdict.bound))
+        return f"one image takes {value}, perhaps {bound}, and {limit} are allowed"
+    if verdict.name == "gain":
+        return f"the gain is too small to tell: {verdict.value:.3f} of the full schedule's time, perhaps {verdict.bound:.3f}"
+    prompts = candidate.verification.prompts
+    kind, _, metric = verdict.name.partition(":")
+    if kind == "floor":
+        return (
+            f"on {prompts} held-out prompts the mean of {metric} is {verdict.value:.3g} and may be {verdict.bound:.3g}, "
+            f"where {verdict.limit:g} is the least allowed"
+        )
+    limit = next(m for m in limited(result.limits) if m.name == verdict.name)
+    told = "unknown" if math.isinf(verdict.bound) else limit.amount(verdict.bound)
+    if told == limit.amount(limit.max_drop):
+        told = f"just above {told}"
+    return (
+        f"on {prompts} held-out prompts the loss of {metric} is {limit.amount(verdict.value)} and may be {told}, "
+        f"where {_allowed(limit)}"
+    )
+
+
+def _allowed(limit: MetricLimit) -> str:
+    return f"{limit.amount(limit.max_drop)} are allowed"
+
+
+def _files(result: StudyResult, run_dir: Path) -> str:
+    report = f"{_path(run_dir / 'report.html')} shows all that was found"
+    if result.pick is None:
+        return f"files: {report}"
+    what = "holds the schedule" if result.random_weights else "is the schedule to deploy"
+    return f"files: {_path(run_dir / 'profile.yaml')} {what}, {report}"
+
+
+def _joined(parts: Sequence[str]) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def _up(value: float) -> str:
+    """Two digits, never less than it is."""
+    digits = max(0, 1 - math.floor(math.log10(value)))
+    return f"{math.ceil(value * 10**digits - 1e-9) / 10**digits:.{digits}f}"
+
+
+# ------------------------------------------------------------------------------------------------ commands
+
+
+def _deploying(result: StudyResult, run_dir: Path) -> list[tuple[str, str]]:
+    profile = str(run_dir / "profile.yaml")
+    prompt = result.search_prompts[0] if result.search_prompts else "PROMPT"
+    draw = shlex.join(["stagevar", "generate", "--profile", profile, prompt, "-o", "image.png"])
+    check = _line(["verify", profile, "--max-regression", _REGRESSION])
+    return [("draw with it", draw), ("measure it again, on this machine or the one that it will run on", check)]
+
+
+def _other_study(result: StudyResult, run_dir: Path, words: Sequence[str], budget: str) -> str:
+    """The same question with another budget, which is another study and wants another folder."""
+    again = _with(_without(words, "--latency-budget"), "--budget", budget)
+    if _has(words, "--out"):
+        again = _with(again, "--out", f"{run_dir}-{budget.replace('%', 'pct')}")
+    return _line(again)
+
+
+def _budget(result: StudyResult, least_ms: float) -> str:
+    """A budget of at least so many milliseconds, spelled as the study's was: a share or a time."""
+    if result.budget.endswith("%"):
+        return f"{math.ceil(100 * least_ms / result.baseline.latency.median_ms)}%"
+    return f"{math.ceil(least_ms)}ms"
+
+
+def _below(budget: str, full_ms: float) -> str:
+    return "60%" if budget.endswith("%") else f"{max(1, math.floor(0.6 * full_ms))}ms"
+
+
+def _max_drop(limit: MetricLimit, drop: float) -> str:
+    """A value of --max-drop that allows this much."""
+    if limit.unit.startswith("share of "):
+        return f"{limit.metric}={math.ceil(100 * drop)}%"
+    return f"{limit.metric}={_up(drop)}"
+
+
+def _kept_limits(words: Sequence[str], metric: str) -> list[str]:
+    """The words without the limit of one metric; a limit without a name is the primary metric's, and so is `metric`."""
+    kept, index = [], 0
+    while index < len(words):
+        option, equals, value = words[index].partition("=")
+        if option != "--max-drop":
+            kept.append(words[index])
+            index += 1
+            continue
+        value, index = (value, index + 1) if equals else (words[index + 1], index + 2)
+        others = [part for part in value.split(",") if "=" in part and part.partition("=")[0].strip() != metric]
+        if others:
+            kept += ["--max-drop", ",".join(others)]
+    return kept
+
+
+def _has(words: Sequence[str], option: str) -> bool:
+    return any(word.partition("=")[0] == option for word in words)
+
+
+def _without(words: Sequence[str], option: str) -> list[str]:
+    """The words without an option and its value."""
+    kept, index = [], 0
+    while index < len(words):
+        if words[index] == option:
+            index += 2
+            continue
+        if not words[index].startswith(f"{option}="):
+            kept.append(words[index])
+        index += 1
+    return kept
+
+
+def _with(words: Sequence[str], option: str, value: str) -> list[str]:
+    """The words with an option set to a value, at its end if it was not there."""
+    place = next((i for i, word in enumerate(words) if word.partition("=")[0] == option), len(words))
+    kept = _without(words, option)
+    return [*kept[:place], option, value, *kept[place:]]
+
+
+def _line(words: Sequence[str]) -> str:
+    return shlex.join(["stagevar-tune", *words])
+
+
+def _path(path: Path) -> str:
+    return shlex.quote(str(path))

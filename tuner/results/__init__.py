@@ -1,0 +1,1 @@
+"""What a study found, as plain data, and the files of a run directory."""

@@ -1,0 +1,203 @@
+"""Paired statistics: bootstrap intervals over prompts, one-sided bounds that stay honest for few discordant pairs.
+
+All of it is seeded numpy; the same data gives the same verdict. Differences are candidate minus full schedule, positive is
+better; a drop is minus that.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import special
+
+from tuner.results.result import Interval
+
+RESAMPLES = 2000
+#: Resampled medians that must lie beyond a bound for it to be read off them.
+_LEAST_RESAMPLES = 10
+#: Samples whose resamples are kept, 16 MB for 1024; more would hold memory that models want.
+_KEPT = 1024
+ALPHA = 0.05
+#: Prompts below which a continuous metric is not bounded: the t bound of skewed losses is too narrow there.
+LEAST_CONTINUOUS = 64
+
+
+def mean_interval(values: Sequence[float], level: float = 0.95, seed: int = 0) -> Interval:
+    """Mean of per-prompt values with a two-sided percentile bootstrap interval. One value gives an infinite interval."""
+    sample = np.asarray(values, dtype=np.float64)
+    if sample.size == 0:
+        raise ValueError("an interval needs at least one value")
+    if sample.size == 1 or not np.isfinite(sample).all():
+        return Interval(float(sample.mean()), -np.inf, np.inf, sample.size, level)
+    means = sample[_draws(sample.size, seed)].mean(axis=1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(sample.mean()), float(low), float(high), sample.size, level)
+
+
+def drop_bounds(
+    differences_KN: np.ndarray, spread: float, alpha: float = ALPHA, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """One-sided bounds (upper, lower), each (K,), of K mean drops measured on the same N prompts, for metrics with a range.
+
+    The upper bounds hold together with probability 1 - alpha whichever candidate is then chosen (max-t over a bootstrap of
+    prompts, drawn jointly, so that candidates that fail on the same prompts cost little). The lower bounds are for giving
+    up on a candidate and are not adjusted.
+
+    spread: what one prompt can change by (width of the metric's declared range), above 0. Two pseudo-prompts of +-spread
+        are added to every standard error, and no upper bound is below the exact binomial one for the net number of losses,
+        so that seeing no discordant pair does not prove there is none: with no difference in N prompts it is about
+        3 spread / N. One prompt bounds nothing.
+
+    Source: the adjustment is Agresti and Min's for matched pairs (2005), carried from cells to values; max-t is Westfall
+    and Young's; the binomial bound is Clopper and Pearson's.
+    """
+    if not spread > 0:
+        raise ValueError(f"spread {spread!r} must be above 0")
+    drops_KN = -np.asarray(differences_KN, dtype=np.float64)
+    count = drops_KN.shape[1]
+    mean_K = drops_KN.mean(axis=1)
+    if count < 2:
+        return np.full_like(mean_K, np.inf), np.full_like(mean_K, -np.inf)
+    variance_K = (drops_KN.var(axis=1) * count + 2 * spread**2) / (count + 2)
+    error_K = np.sqrt(variance_K / count)
+    normal = float(special.ndtri(1 - alpha))
+    # A bootstrap quantile below the normal one is luck of a small sample, not evidence.
+    together, one_sided_K = normal, np.full_like(mean_K, normal)
+    if drops_KN.any():
+        deviations_RK = _deviations(drops_KN, seed)
+        # The pseudo-prompts' share of the error is drawn too, else rare discordance would make the quantile too small.
+        extra_K = spread * np.sqrt(2 / (count + 2) / count)
+        studentized_RK = (deviations_RK + extra_K * _normal_draws(seed)[:, None]) / error_K
+        together = max(normal, float(np.quantile(studentized_RK.max(axis=1), 1 - alpha)))
+        one_sided_K = np.maximum(normal, np.quantile(studentized_RK, 1 - alpha, axis=0))
+    losses_K = np.clip(mean_K * count / spread, 0, count)
+    exact_K = spread * binomial_upper(losses_K, count, float(special.ndtr(-together)))
+    return np.maximum(mean_K + together * error_K, exact_K), mean_K - one_sided_K * error_K
+
+
+def continuous_drop_bounds(
+    differences_KN: np.ndarray, change: float, alpha: float = ALPHA, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `drop_bounds`, for metrics without a range that would say anything (CLIP points, LPIPS, dB).
+
+    A t bound with a correction for skewness (losses are skewed: most prompts lose little, a few much), plus what one more
+    prompt like the worst one would cost. change: what a ruined image loses; the bound is never below what ruined images
+    could cost that are too rare to be seen among N, so that identical images are no proof on few prompts either. Fewer
+    than LEAST_CONTINUOUS prompts bound nothing from above.
+
+    Measured on 1000 studies or more per case at 5 %: the true drop is missed in 2 to 5.3 % for normal, exponential,
+    log-normal (sigma 1) and Student-t (3) differences and for rare large losses, from 64 prompts on. The plain t bound
+    misses it in 13 % (log-normal, 64 prompts), the percentile bootstrap in more.
+    Source: Johnson (1978), modified t tests for skewed populations.
+    """
+    drops_KN = -np.asarray(differences_KN, dtype=np.float64)
+    candidates, count = drops_KN.shape
+    mean_K = drops_KN.mean(axis=1)
+    if count < 2:
+        return np.full_like(mean_K, np.inf), np.full_like(mean_K, -np.inf)
+    sd_K = drops_KN.std(axis=1, ddof=1)
+    safe_K = np.where(sd_K > 0, sd_K, 1.0)
+    skewness_K = ((drops_KN - mean_K[:, None]) ** 3).mean(axis=1) / safe_K**3
+    joint = alpha
+    if candidates > 1 and sd_K.any():
+        largest_R = (_deviations(drops_KN, seed) * np.sqrt(count) / safe_K).max(axis=1)
+        joint = min(alpha, float(special.ndtr(-np.quantile(largest_R, 1 - alpha))))
+
+    def half_width(level: float, skewness_K: np.ndarray) -> np.ndarray:
+        t = float(special.stdtrit(count - 1, 1 - level))
+        correction_K = np.maximum(skewness_K, 0) / (6 * count) * (1 + 2 * t**2)
+        return sd_K * (t / np.sqrt(count) + correction_K)
+
+    upper_K = half_width(joint, skewness_K) + (drops_KN.max(axis=1) - mean_K) / count
+    lower_K = half_width(alpha, -skewness_K) + (mean_K - drops_KN.min(axis=1)) / count
+    upper_K = np.maximum(upper_K, change * unseen_share(joint, count))
+    if count < LEAST_CONTINUOUS:
+        upper_K = np.full_like(mean_K, np.inf)
+    return mean_K + upper_K, mean_K - lower_K
+
+
+def unseen_share(alpha: float, count: int) -> float:
+    """Largest share of prompts that can go wrong while none of `count` does, at error alpha: about 3 / count for 5 %."""
+    return float(-np.expm1(np.log(alpha) / count))
+
+
+def binomial_upper(losses_K: np.ndarray, count: int, alpha: float) -> np.ndarray:
+    """Upper bounds of shares of which `losses_K` of `count` were seen; fractions are interpolated."""
+    return np.where(
+        losses_K < count, special.betaincinv(losses_K + 1, np.maximum(count - losses_K, 1e-9), 1 - alpha), 1.0
+    )
+
+
+def _deviations(drops_KN: np.ndarray, seed: int) -> np.ndarray:
+    """Means of joint resamples of the prompts, minus the mean: (R, K)."""
+    draws = _draws(drops_KN.shape[1], seed)
+    return np.stack([row[draws].mean(axis=1) - row.mean() for row in drops_KN], axis=1)
+
+
+def _normal_draws(seed: int) -> np.ndarray:
+    """Normal quantiles (R,) in random order: their own quantiles are the exact ones."""
+    levels_R = (np.arange(RESAMPLES) + 0.5) / RESAMPLES
+    return special.ndtri(np.random.default_rng([seed, 1]).permutation(levels_R))
+
+
+def spread(baseline_values: Sequence[float], declared: float) -> float:
+    """What one prompt can change the quality by: what is declared, or the range seen where that is larger.
+
+    The range seen alone says nothing: eight prompts that the full schedule gets right have none.
+    """
+    sample = np.asarray(baseline_values, dtype=np.float64)
+    seen = float(sample.max() - sample.min()) if sample.size else 0.0
+    return max(seen, declared)
+
+
+def indistinguishable(first: Sequence[float], second: Sequence[float], level: float = 0.95, seed: int = 0) -> bool:
+    """Whether the paired difference of two candidates on the same prompts may be zero."""
+    interval = mean_interval(np.asarray(first) - np.asarray(second), level, seed)
+    return interval.low <= 0 <= interval.high
+
+
+def ratio_interval(
+    samples_ms: Sequence[float], baseline_ms: Sequence[float], level: float = 0.95, seed: int = 0
+) -> Interval:
+    """Latency ratio of two schedules timed in the same rounds: median of paired log-ratios, bootstrapped over rounds."""
+    logs = np.log(np.asarray(samples_ms, dtype=np.float64)) - np.log(np.asarray(baseline_ms, dtype=np.float64))
+    low, high = np.exp(_median_bounds(logs, (1 - level) / 2, seed))
+    ratio = float(np.exp(np.median(logs)))
+    if logs.size < 2:
+        return Interval(ratio, 0.0, np.inf, logs.size, level)
+    return Interval(ratio, float(low), float(high), logs.size, level)
+
+
+def median_interval(samples: Sequence[float], level: float = 0.95, seed: int = 0) -> Interval:
+    """Median with a two-sided bootstrap interval (`mean` holds the median)."""
+    sample = np.asarray(samples, dtype=np.float64)
+    low, high = _median_bounds(sample, (1 - level) / 2, seed)
+    return Interval(float(np.median(sample)), float(low), float(high), sample.size, level)
+
+
+def _median_bounds(sample: np.ndarray, tail: float, seed: int) -> tuple[float, float]:
+    """Bounds of a median that each err by `tail`: a bootstrap, or order statistics where it has too few resamples for that.
+
+    Source of the latter: the sign test turned round (David and Nagaraja, Order Statistics, 7.1).
+    """
+    if tail * RESAMPLES >= _LEAST_RESAMPLES:
+        medians = np.median(sample[_draws(sample.size, seed)], axis=1)
+        low, high = np.quantile(medians, [tail, 1 - tail])
+        return float(low), float(high)
+    below = int((special.bdtr(np.arange(sample.size), sample.size, 0.5) <= tail).sum())
+    if not below:
+        return -np.inf, np.inf
+    ordered = np.sort(sample)
+    return float(ordered[below - 1]), float(ordered[-below])
+
+
+def _draws(count: int, seed: int) -> np.ndarray:
+    """Indices (RESAMPLES, count) of resampled prompts; few are kept, since studies ask for the same ones again and again."""
+    return _kept_draws(count, seed) if count <= _KEPT else _kept_draws.__wrapped__(count, seed)
+
+
+@functools.lru_cache(maxsize=2)
+def _kept_draws(count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng([seed, count]).integers(count, size=(RESAMPLES, count))

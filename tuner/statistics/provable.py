@@ -1,0 +1,174 @@
+"""What a number of held-out prompts can prove: known before anything runs, and said before anything runs.
+
+The figures follow from the same bounds (tuner.statistics.bounds) and looks (tuner.statistics.looks) as the verdicts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import special
+
+from tuner.config.quality import MetricLimit, limited
+from tuner.metrics.declarations import DECLARATIONS
+from tuner.statistics.bounds import ALPHA, LEAST_CONTINUOUS, binomial_upper, unseen_share
+from tuner.statistics.looks import claims
+
+#: Share of prompts on which an innocent schedule usually differs from the full one, half of them either way.
+DISCORDANT = 0.05
+#: More are not considered.
+MOST_PROMPTS = 1 << 17
+#: Chance with which a further judgement shall decide, if what was seen so far is what there is to see.
+DECIDING = 0.8
+
+
+def provable_drop(limit: MetricLimit, prompts: int, micro_batch: int, discordant: float = 0.0) -> float:
+    """The smallest largest-drop that so many held-out prompts can prove of a schedule that changes nothing on average.
+
+    discordant: share of prompts that differ, half of them by +change and half by -change. Infinite where nothing is proved.
+    """
+    bounds = (_bound(limit, n, alpha, discordant) for n, alpha in claims(prompts, micro_batch).items())
+    return min(bounds, default=math.inf)
+
+
+def _bound(limit: MetricLimit, prompts: int, alpha: float, discordant: float) -> float:
+    """As `drop_bounds` and `continuous_drop_bounds` have it, for one finalist that loses nothing on average."""
+    change = limit.change
+    return _expected_bound(limit, prompts, alpha, 0.0, discordant * change**2, change if discordant else 0.0)
+
+
+def _expected_bound(
+    limit: MetricLimit, prompts: int, alpha: float, mean: float, variance: float, worst: float, skewness: float = 0.0
+) -> float:
+    """The upper bound for one finalist whose drops have this mean, variance, largest value and skewness."""
+    change = limit.change
+    if limit.kind == "continuous":
+        if prompts < LEAST_CONTINUOUS:
+            return math.inf
+        t = float(special.stdtrit(prompts - 1, 1 - alpha))
+        skewed = max(skewness, 0.0) / (6 * prompts) * (1 + 2 * t**2)
+        width = math.sqrt(variance) * (t / math.sqrt(prompts) + skewed) + (worst - mean) / prompts
+        return mean + max(width, change * unseen_share(alpha, prompts))
+    if prompts < 2:
+        return math.inf
+    error = math.sqrt((variance * prompts + 2 * change**2) / (prompts + 2) / prompts)
+    losses = np.clip(mean * prompts / change, 0, prompts)
+    exact = change * float(binomial_upper(losses, prompts, alpha))
+    return max(mean + float(special.ndtri(1 - alpha)) * error, exact)
+
+
+def prompts_to_decide(
+    limit: MetricLimit, drops_N: Sequence[float], bound: float, alphas: tuple[float, float], micro_batch: int
+) -> int | None:
+    """Held-out prompts, old ones included, on which one more judgement decides a limit four times out of five.
+
+    For an estimate within the limit that is to prove it, for one beyond it to refute it; supposed that mean and spread stay
+    as they are. None where no number up to 131,072 does, or where the estimate is the limit.
+
+    drops_N: what was seen, in the metric's unit. bound: what it proved. alphas: the error of the claim that bound was for,
+    and of the next one.
+    """
+    drops_N = np.asarray(drops_N, dtype=np.float64)
+    count, mean, sd = drops_N.size, float(drops_N.mean()), float(drops_N.std())
+    skewness = float(((drops_N - mean) ** 3).mean()) / sd**3 if sd > 0 else 0.0
+    shape = mean, sd**2, float(drops_N.max()), skewness
+    alone = _expected_bound(limit, count, alphas[0], *shape)
+    # What holding for all finalists together costs; it stays about the same on more prompts.
+    wider = max(1.0, (bound - mean) / (alone - mean)) if math.isfinite(bound) and alone > mean else 1.0
+    luck = float(special.ndtri(DECIDING))
+    prompts = count
+    while prompts <= MOST_PROMPTS:
+        prompts = micro_batch * (prompts // micro_batch + max(1, prompts // (256 * micro_batch)))
+        error = sd / math.sqrt(prompts)
+        if mean > limit.max_drop:
+            decided = mean - (luck + float(special.ndtri(1 - ALPHA))) * error > limit.max_drop
+        else:
+            expected = mean + wider * (_expected_bound(limit, prompts, alphas[1], *shape) - mean)
+            decided = expected + luck * error <= limit.max_drop
+        if decided:
+            return prompts
+    return None
+
+
+def prompts_needed(limit: MetricLimit, micro_batch: int, discordant: float = 0.0) -> int | None:
+    """Least number of held-out prompts, in whole micro-batches, that proves the limit; None where 131,072 do not.
+
+    More prompts do not always prove more, since an additional look takes its error from the last one; so it is searched.
+    """
+    prompts = micro_batch
+    while prompts <= MOST_PROMPTS:
+        proved = provable_drop(limit, prompts, micro_batch, discordant)
+        if proved <= limit.max_drop and math.isfinite(proved):
+            return prompts
+        prompts += micro_batch * max(1, prompts // (256 * micro_batch))
+    return None
+
+
+def shortfalls(limits: Sequence[MetricLimit], prompts: int, micro_batch: int) -> list[str]:
+    """One phrase per limit that so many held-out prompts could not prove even if no image changed."""
+    found = []
+    for limit in limited(limits):
+        least = provable_drop(limit, prompts, micro_batch)
+        if least > limit.max_drop:
+            needed = prompts_needed(limit, micro_batch)
+            would = "no number of prompts would do" if needed is None else f"it takes {needed}"
+            proves = "they prove nothing" if math.isinf(least) else f"the least they prove is {limit.amount(least)}"
+            found.append(
+                f"a drop of {limit.metric} of at most {limit.amount(limit.max_drop)} cannot be proved on {prompts} "
+                f"held-out {'prompt' if prompts == 1 else 'prompts'} ({proves}; {would})"
+            )
+    return found
+
+
+def floor_shortfalls(floors: Mapping[str, float], prompts: int, micro_batch: int) -> list[str]:
+    """One phrase per floor that so many held-out prompts could not prove even if every image were perfect."""
+    found = []
+    for metric, floor in floors.items():
+        declared = DECLARATIONS[metric]
+        room = math.inf if declared.kind == "continuous" else declared.change - floor
+        limit = MetricLimit(metric, 1.0, room, declared.kind, declared.unit, declared.change)
+        if provable_drop(limit, prompts, micro_batch) > room or math.isinf(provable_drop(limit, prompts, micro_batch)):
+            needed = prompts_needed(limit, micro_batch)
+            would = "no number of prompts would do" if needed is None else f"it takes {needed}"
+            found.append(f"a floor of {metric} of {floor:g} cannot be proved on {prompts} held-out prompts ({would})")
+    return found
+
+
+def limits_table(limits: Sequence[MetricLimit], prompts: int, micro_batch: int) -> list[dict[str, Any]]:
+    """Per metric what is allowed and what so many held-out prompts can prove, as plain data for `--dry-run`.
+
+    provable_drop: when nothing changes; provable_drop_discordant: with 5 % of prompts that differ. prompts_needed and
+    prompts_needed_discordant prove the limit; None where nothing is proved and no number would do. Metrics without a limit
+    are left out.
+    """
+    rows = []
+    for limit in limited(limits):
+        row = dataclasses.asdict(limit)
+        for suffix, discordant in (("", 0.0), ("_discordant", DISCORDANT)):
+            drop = provable_drop(limit, prompts, micro_batch, discordant)
+            row[f"provable_drop{suffix}"] = None if math.isinf(drop) else float(f"{drop:.4g}")
+            row[f"prompts_needed{suffix}"] = prompts_needed(limit, micro_batch, discordant)
+        rows.append(row)
+    return rows
+
+
+def limit_lines(limits: Sequence[MetricLimit], prompts: int, micro_batch: int) -> list[str]:
+    """The same in words, a line per metric, those without a limit included."""
+    rows = {row["metric"]: row for row in limits_table(limits, prompts, micro_batch)}
+    lines = []
+    for limit in limits:
+        if limit.max_drop is None:
+            lines.append(f"{limit.metric}: none, it {'only ranks' if limit.weight else 'is only reported'}")
+            continue
+        row, words = rows[limit.metric], []
+        for suffix, when in (("", "when nothing changes"), ("_discordant", f"when {DISCORDANT:.0%} of prompts differ")):
+            drop, needed = row[f"provable_drop{suffix}"], row[f"prompts_needed{suffix}"]
+            proved = "nothing" if drop is None else limit.amount(drop)
+            words.append(f"{proved} {when} ({'no number' if needed is None else needed} would do)")
+        allowed = limit.amount(limit.max_drop)
+        lines.append(f"{limit.metric}: at most {allowed}; {prompts} held-out prompts prove {', '.join(words)}")
+    return lines

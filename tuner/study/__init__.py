@@ -1,0 +1,1 @@
+"""One study: the full schedule, the search, verification, verdict."""

@@ -1,0 +1,269 @@
+"""What a study knows: every schedule met, what was found out about it, and what that means under the limits.
+
+Plain data and rules; nothing is run here. Whatever enters is on disk first (`record`), so that a study goes on after a
+crash with all that was measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from stagevar.profile import steps_to_data
+from stagevar.schedule import StageSchedule, Steps, exact
+from tuner.config.limits import Budget
+from tuner.config.quality import MetricLimit, limited
+from tuner.config.space import SearchSpace, steps_key
+from tuner.evaluation.evaluator import Facts
+from tuner.evaluation.step_costs import Prediction
+from tuner.proposals.trial_sampler import Proposal, Told
+from tuner.results import pareto
+from tuner.results.result import Candidate, Failure, Interval, LatencyStats, Verdict, to_plain
+from tuner.results.run_dir import Evidence
+from tuner.statistics.pruning import shrunk
+from tuner.study.verification import LEAST_GAIN, Limits
+
+
+class Ledger:
+    """Schedules by key, and their figures.
+
+    Args:
+        facts: of the model. budget, metrics: the user's limits.
+
+    Attributes: full, full_key: the full schedule. baseline: its figures, None before it was measured. candidates, failed:
+    by key. unmeasured: by key, those that found too little memory in this run. failures: both in order. dropped: keys that
+    were not judged, with the ratio predicted for them.
+    """
+
+    def __init__(self, run_dir: Path, space: SearchSpace, facts: Facts, budget: Budget, metrics: Sequence[MetricLimit]):
+        self.space, self.facts, self.budget, self.metrics = space, facts, budget, tuple(metrics)
+        self.quality = not facts.random_weights
+        self.evidence = Evidence(run_dir)
+        self.schedules: dict[str, StageSchedule] = {}
+        self.steps: dict[str, Steps] = {}
+        self.candidates: dict[str, Candidate] = {}
+        self.failed: dict[str, Candidate] = {}
+        self.unmeasured: dict[str, Candidate] = {}
+        self.failures: list[Failure] = []
+        self.dropped: dict[str, float] = {}
+        self.baseline: Candidate | None = None
+        schedule = exact(len(facts.grids))
+        self.full = schedule.expand(facts.grids, facts.chunks)
+        self.full_key = self.register(schedule)
+
+    def register(self, schedule: StageSchedule) -> str:
+        """Its key; the first schedule that expands to these steps stands for all."""
+        steps = schedule.expand(self.facts.grids, self.facts.chunks)
+        key = steps_key(steps)
+        self.schedules.setdefault(key, schedule)
+        self.steps.setdefault(key, steps)
+        return key
+
+    def blank(self, key: str, proposal: Proposal) -> Candidate:
+        """A candidate of which nothing is known yet."""
+        schedule, steps, preset = self.schedules[key], self.steps[key], proposal.preset
+        accelerator = schedule.accelerator
+        return Candidate(
+            key=key,
+            params=dict(proposal.values) if preset is None else {},
+            schedule=schedule.to_dict(),
+            steps=tuple(steps_to_data(steps)),
+            accelerator=accelerator if isinstance(accelerator, str) else "+".join(dict.fromkeys(accelerator)),
+            source="sampler" if preset is None else f"enqueued: {preset}",
+            trial=proposal.trial,
+            state="complete",
+            skipped_scales=sum(step.skipped for step in steps),
+            processed_tokens=float(sum(step.processed_tokens(self.facts.chunks) for step in steps)),
+        )
+
+    def record(self, kind: str, candidate: Candidate) -> None:
+        """Writes what was found; returns when it is on disk."""
+        self.evidence.append({"kind": kind, "candidate": to_plain(dataclasses.asdict(candidate))})
+
+    def record_dropped(self, trial: int, key: str, ratio: float) -> None:
+        """Writes that a schedule was not judged, because its predicted ratio is beyond the budget."""
+        self.evidence.append({"kind": "dropped", "trial": trial, "key": key, "ratio": ratio})
+        self.dropped[key] = ratio
+
+    def keep(self, candidate: Candidate) -> None:
+        """Takes in a candidate: complete, failed or not measured."""
+        self.register(StageSchedule.from_dict(candidate.schedule))
+        if candidate.state == "complete":
+            self.candidates[candidate.key] = candidate
+        else:
+            (self.failed if candidate.state == "failed" else self.unmeasured)[candidate.key] = candidate
+            self.failures.append(Failure(candidate.trial, candidate.params, candidate.error or ""))
+
+    def knows(self, key: str) -> bool:
+        """Whether there is something to tell the sampler of a schedule."""
+        kinds = (self.candidates, self.failed, self.unmeasured, self.dropped)
+        return key == self.full_key or any(key in known for known in kinds)
+
+    @property
+    def evaluated(self) -> int:
+        """Schedules that trials were spent on."""
+        return len(self.candidates) + len(self.failures)
+
+    # ------------------------------------------------------------------------------------------------ limits
+
+    @property
+    def constraint_names(self) -> tuple[str, ...]:
+        if not self.quality:
+            return ("latency",)
+        return ("latency", *(m.name for m in limited(self.metrics)), *(f"floor:{m}" for m in self.space.floors))
+
+    @property
+    def limits(self) -> Limits:
+        """What schedules must keep; known once the full schedule was measured."""
+        full_ms = self.baseline.latency.median_ms
+        return Limits(self.budget, full_ms, self.metrics, self.space.floors, self.quality)
+
+    @property
+    def budget_ratio(self) -> float:
+        """The budget as a share of the full schedule's latency."""
+        return self.limits.budget_ms / self.baseline.latency.median_ms
+
+    def judged(self, candidate: Candidate) -> Candidate:
+        """With a verdict per constraint from the point estimates."""
+        limits, latency = self.limits, candidate.latency
+        scale = latency.drift_corrected_ms / latency.ratio.mean
+        verdicts = [_point("latency", limits.budget_ms, "ms", latency.drift_corrected_ms, latency.ratio.high * scale)]
+        if self.quality:
+            for limit in limited(limits.metrics):
+                change = candidate.differences[limit.metric]
+                verdicts.append(_point(limit.name, limit.max_drop, limit.unit, -change.mean, -change.low))
+            for metric, floor in limits.floors.items():
+                mean = float(np.mean(candidate.values[metric]))
+                state = "met" if mean >= floor else "broken"
+                verdicts.append(Verdict(f"floor:{metric}", floor, metric, mean, mean, state))
+        met = all(v.status == "met" for v in verdicts) and candidate.whole
+        return dataclasses.replace(candidate, verdicts=tuple(verdicts), feasible=met)
+
+    def predicted(self, prediction: Prediction) -> LatencyStats:
+        """Latency figures of a schedule that was not timed: no samples, and the prediction's error for an interval."""
+        full_ms, ratio = self.baseline.latency.median_ms, prediction.ratio
+        low, high = (ratio * (1 + sign * 1.96 * prediction.error) for sign in (-1, 1))
+        return LatencyStats(
+            samples_ms=(),
+            median_ms=ratio * full_ms,
+            p90_ms=None,
+            low_ms=low * full_ms,
+            high_ms=high * full_ms,
+            drift_corrected_ms=ratio * full_ms,
+            ratio=Interval(ratio, low, high, 0),
+            predicted=True,
+        )
+
+    # ------------------------------------------------------------------------------------------------ for the sampler
+
+    def told(self, candidate: Candidate) -> Told:
+        """Objectives and constraints of a candidate as the sampler wants them: shares, so that all have one size.
+
+        A schedule that was stopped early brings a shrunken estimate of its quality.
+        """
+        limits = self.limits
+        latency_ms = candidate.latency.drift_corrected_ms
+        constraints = {"latency": latency_ms / limits.budget_ms - 1}
+        if not self.quality:
+            return Told(latency_ms, candidate.processed_tokens, constraints)
+        difference = candidate.differences["quality"].mean if candidate.differences else 0.0
+        if not candidate.whole:
+            difference = shrunk(self._paired(candidate), self._known_differences())
+        for limit in limited(limits.metrics):
+            constraints[limit.name] = -self._metric_change(candidate, limit) / limit.max_drop - 1
+        for metric, floor in limits.floors.items():
+            constraints[f"floor:{metric}"] = (floor - float(np.mean(candidate.values[metric]))) / max(abs(floor), 1e-9)
+        prompts = len(candidate.values.get("quality", ())) or None
+        return Told(latency_ms, difference, constraints, prompts)
+
+    def told_dropped(self, key: str) -> Told:
+        """What the sampler hears of a schedule that was not judged: beyond the budget, its quality a guess from none."""
+        ratio = self.dropped[key]
+        constraints = dict.fromkeys(self.constraint_names, 0.0) | {"latency": ratio / self.budget_ratio - 1}
+        latency_ms = ratio * self.baseline.latency.median_ms
+        if not self.quality:
+            tokens = sum(step.processed_tokens(self.facts.chunks) for step in self.steps[key])
+            return Told(latency_ms, float(tokens), constraints, 0)
+        guess = shrunk((), self._known_differences())
+        for limit in limited(self.metrics):
+            constraints[limit.name] = -shrunk((), self._known_differences(limit.metric)) / limit.max_drop - 1
+        return Told(latency_ms, guess, constraints, 0)
+
+    def _metric_change(self, candidate: Candidate, limit: MetricLimit) -> float:
+        """Mean difference of a metric, shrunken for a candidate that was stopped early."""
+        if candidate.whole or not candidate.differences:
+            return candidate.differences[limit.metric].mean if candidate.differences else 0.0
+        return shrunk(limit.sign * self._paired(candidate, limit.metric), self._known_differences(limit.metric))
+
+    def _paired(self, candidate: Candidate, metric: str = "quality") -> np.ndarray:
+        own = np.asarray(candidate.values[metric])
+        return own - np.asarray(self.baseline.values[metric])[: own.size]
+
+    def _known_differences(self, metric: str = "quality") -> list[float]:
+        # Those stopped early as well: survivors alone would make a prior that flatters.
+        return [c.differences[metric].mean for c in self.candidates.values() if c.differences]
+
+    # ------------------------------------------------------------------------------------------------ comparing
+
+    @staticmethod
+    def preference(candidate: Candidate) -> tuple[float, float]:
+        """Larger is better: quality, then the less accelerated."""
+        quality = candidate.differences["quality"].mean if candidate.differences else 0.0
+        return (round(quality, 9), candidate.processed_tokens)
+
+    def keeps_quality(self, candidate: Candidate) -> bool:
+        """Whether no limit but that of latency is broken, as far as is known."""
+        verdicts = candidate.verification.verdicts if candidate.verification else candidate.verdicts
+        return candidate.whole and all(v.status != "broken" for v in verdicts if v.name not in ("latency", "gain"))
+
+    def reaches(self, candidate: Candidate) -> bool:
+        """Whether the intervals leave it possible that every limit is kept."""
+        limits, latency = self.limits, candidate.latency
+        fast = latency.ratio.low <= min(self.budget_ratio, LEAST_GAIN)
+        good = not self.quality or all(
+            -candidate.differences[m.metric].high <= m.max_drop for m in limited(limits.metrics)
+        )
+        floors = all(v.status == "met" for v in candidate.verdicts if v.name.startswith("floor:"))
+        return candidate.whole and fast and good and floors
+
+    def excess(self, candidate: Candidate) -> float:
+        """How far the point estimates are beyond the limits, in shares; 0 within all of them."""
+        return sum(max(0.0, value) for value in self.told(candidate).constraints.values())
+
+    def front(self) -> list[str]:
+        """Keys of the non-dominated candidates that keep the quality limits, the full schedule among them."""
+        if self.baseline is None or self.baseline.latency is None:
+            return []
+        pool = [self.baseline, *(c for c in self.candidates.values() if self.keeps_quality(c))]
+        points = [(c.best_latency.drift_corrected_ms, self._gain(c)) for c in pool]
+        return [pool[i].key for i in pareto.front(points)]
+
+    def hypervolume(self) -> float:
+        """Area that feasible schedules dominate within the limits: latency in shares of the full schedule's, up to the
+        budget, times quality above that of a schedule that uses up every allowance (tokens left, in shares, for random
+        weights)."""
+        points, floor = [], -sum(m.weight for m in limited(self.metrics)) if self.quality else 0.0
+        for candidate in self.candidates.values():
+            if candidate.feasible:
+                tokens = candidate.processed_tokens / self.baseline.processed_tokens
+                gain = candidate.differences["quality"].mean if self.quality else tokens
+                points.append((candidate.latency.ratio.mean, gain))
+        return pareto.hypervolume(points, (self.budget_ratio, floor))
+
+    def _gain(self, candidate: Candidate) -> float:
+        if not self.quality:
+            return candidate.processed_tokens
+        return candidate.best_differences["quality"].mean if candidate.best_differences else 0.0
+
+    def rivals(self) -> dict[str, tuple[float, Sequence[float]]]:
+        """Schedules judged on the whole search set: latency ratio and quality per prompt, by key."""
+        return {
+            c.key: (c.latency.ratio.mean, c.values["quality"]) for c in self.candidates.values() if c.whole and c.values
+        }
+
+
+def _point(name: str, limit: float, unit: str, value: float, bound: float) -> Verdict:
+    return Verdict(name, limit, unit, value, bound, "met" if value <= limit else "broken")

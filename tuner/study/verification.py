@@ -1,0 +1,381 @@
+"""Verification: finalists against the full schedule on held-out prompts and in one round-robin of timings.
+
+Verified means that every bound is on the right side: the upper bound of latency within the budget, the upper bound of the
+latency ratio at most 0.98 (a gain under 2 % is no acceleration), for every metric the one-sided 95 % upper bound of the
+paired drop within the allowed one, every floor kept. All must hold, so the metrics share no error; the bounds hold for all
+finalists together, so choosing among them afterwards is fair.
+Prompts and rounds are added in steps until each finalist is decided or the limit is reached; giving up early on a bad
+one costs nothing, while claims are made at few looks only, which share the 5 % with all judgements of the study.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from stagevar.errors import OutOfDeviceMemory
+from stagevar.schedule import Steps
+from tuner.config.limits import Budget
+from tuner.config.prompts import PromptSet
+from tuner.config.quality import MetricLimit, limited
+from tuner.evaluation.evaluator import Evaluator
+from tuner.evaluation.executor import Executor, Failed, NotMeasured, QualityTask
+from tuner.metrics.declarations import DECLARATIONS
+from tuner.results.result import Interval, LatencyStats, Verdict, Verification
+from tuner.statistics.bounds import (
+    ALPHA,
+    continuous_drop_bounds,
+    drop_bounds,
+    mean_interval,
+    median_interval,
+    ratio_interval,
+)
+from tuner.statistics.looks import claims, judgement_alpha, looks
+
+if TYPE_CHECKING:
+    from stagevar.latency import Timing
+
+#: No schedule above this ratio to the full one is an acceleration.
+LEAST_GAIN = 0.98
+#: Timing rounds after which decisions are taken.
+ROUNDS = (15, 30, 60)
+BASELINE = "baseline"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a schedule must keep.
+
+    budget: as typed. baseline_ms: the study's figure for the full schedule, which a share refers to. metrics: how far each
+    may fall. floors: smallest mean per metric. quality: False for random weights, where only latency is judged.
+    """
+
+    budget: Budget
+    baseline_ms: float
+    metrics: tuple[MetricLimit, ...]
+    floors: Mapping[str, float] = field(default_factory=dict)
+    quality: bool = True
+
+    @property
+    def budget_ms(self) -> float:
+        return self.budget.resolve(self.baseline_ms)
+
+
+def decide(limit: float, lower: float, upper: float) -> str:
+    """ "met", "broken" or "open" for a value that must stay at or below a limit."""
+    return "met" if upper <= limit else "broken" if lower > limit else "open"
+
+
+def _claimed(status: str, alpha: float | None) -> str:
+    """A promising status between two looks at which claims are made (alpha is None) waits for the next one."""
+    return "open" if status == "met" and alpha is None else status
+
+
+def latency_stats(
+    samples_ms: Sequence[float],
+    baseline_samples_ms: Sequence[float] | None,
+    baseline_ms: float | None,
+    warm_up_runs: int = 0,
+    warmed: bool = True,
+    disturbed: Sequence[str] = (),
+) -> LatencyStats:
+    """Figures of one schedule; with the baseline's samples of the same rounds also the ratio.
+
+    baseline_ms: what the ratio is scaled to; None takes the schedule's own median.
+    """
+    median = median_interval(samples_ms)
+    ratio = None if baseline_samples_ms is None else ratio_interval(samples_ms, baseline_samples_ms)
+    corrected = median.mean if ratio is None or baseline_ms is None else ratio.mean * baseline_ms
+    return LatencyStats(
+        samples_ms=tuple(samples_ms),
+        median_ms=median.mean,
+        p90_ms=float(np.percentile(samples_ms, 90)),
+        low_ms=median.low,
+        high_ms=median.high,
+        drift_corrected_ms=corrected,
+        ratio=ratio,
+        warmup_runs=warm_up_runs,
+        settled=warmed,
+        disturbed=tuple(disturbed),
+    )
+
+
+def paired_differences(
+    values: Mapping[str, Sequence[float]], baseline: Mapping[str, Sequence[float]], directions: Mapping[str, bool]
+) -> dict[str, Interval]:
+    """Interval of the paired difference per metric, signed so that positive is better for the candidate."""
+    return {
+        name: mean_interval((np.asarray(own) - np.asarray(baseline[name])) * (1 if directions.get(name, True) else -1))
+        for name, own in values.items()
+    }
+
+
+class Verifier:
+    """One verification of several finalists.
+
+    Args:
+        finalists: key -> steps. full: the full schedule's steps. heldout: prompts to verify on, all of them at most.
+        note: called with a line of progress and the share done. stop: asked between steps whether to end early.
+        earlier: verifications of an earlier part of the same study by key, the full schedule's under BASELINE; their values
+            per held-out prompt are not measured again. extensions: judgements of the study before this one.
+
+    Attributes: errors: of finalists that could not run. unmeasured: of those that found too little memory; they leave the
+    finalists, and nothing is said about them. cut_short: whether `stop` ended it before everything was decided or every
+    prompt was used.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        executor: Executor,
+        finalists: Mapping[str, Steps],
+        full: Steps,
+        heldout: PromptSet | None,
+        limits: Limits,
+        note: Callable[[str, float], None] = lambda line, share: None,
+        stop: Callable[[], bool] = lambda: False,
+        earlier: Mapping[str, Verification] | None = None,
+        extensions: int = 0,
+    ):
+        self.evaluator, self.executor, self.finalists, self.full = evaluator, executor, dict(finalists), full
+        self.heldout, self.limits, self.note, self.stop = heldout, limits, note, stop
+        self.earlier, self.extensions, self.cut_short = dict(earlier or {}), extensions, False
+        self.samples: dict[str, list[float]] = {name: [] for name in (BASELINE, *finalists)}
+        self.warmth: dict[str, tuple[int, bool]] = {}
+        self.values: dict[str, dict[str, list[float]]] = {name: {} for name in (BASELINE, *finalists)}
+        self.disturbed: dict[str, None] = {}
+        self.errors: dict[str, str] = {}
+        self._bounds: dict[Any, tuple[np.ndarray, np.ndarray]] = {}
+        self.unmeasured: dict[str, str] = {}
+
+    def run(self) -> dict[str, Verification]:
+        """Verifications by key, the full schedule's under BASELINE."""
+        self._time()
+        if self.limits.quality and self.heldout is not None:
+            self._judge()
+        return {name: self.verification(name) for name in (BASELINE, *self.finalists)}
+
+    # ------------------------------------------------------------------------------------------------ latency
+
+    def _time(self) -> None:
+        for rounds in ROUNDS:
+            missing = rounds - len(self.samples[BASELINE])
+            self.note(f"timing {len(self.finalists)} finalists and the full schedule, {rounds} rounds", 0.0)
+            timings = self._timings(missing)
+            for name, timing in timings.items():
+                self.samples[name] += timing.samples_ms
+                runs, _ = self.warmth.get(name, (0, True))
+                self.warmth[name] = (runs + timing.warm_up_runs, timing.warmed)
+                self.disturbed |= dict.fromkeys(timing.disturbed)
+            undecided = [v for n in self.finalists for v in self._latency_verdicts(n) if v.status == "open"]
+            if not undecided:
+                break
+            if self.stop():
+                self.cut_short = rounds < ROUNDS[-1]
+                break
+
+    def _timings(self, rounds: int) -> Mapping[str, Timing]:
+        """Of the full schedule and the finalists; those that find too little memory beside it leave."""
+        try:
+            return self.evaluator.latency({BASELINE: self.full, **self.finalists}, rounds)
+        except OutOfDeviceMemory:
+            if not self.finalists:
+                raise
+        for name, steps in list(self.finalists.items()):
+            try:
+                self.evaluator.latency({BASELINE: self.full, name: steps}, 1, 1)
+            except OutOfDeviceMemory as error:
+                self._leave(name, str(error))
+        return self.evaluator.latency({BASELINE: self.full, **self.finalists}, rounds)
+
+    def _leave(self, name: str, error: str) -> None:
+        del self.finalists[name]
+        self.unmeasured[name] = f"not measured here: {error}"
+
+    def _latency_verdicts(self, name: str) -> list[Verdict]:
+        # One-sided, for all finalists together (Bonferroni): timings are cheap, so the price is a few rounds. Every
+        # judgement times anew and may take a limit for kept by luck, so they share the 5 % as those of the prompts do.
+        level = 1 - 2 * judgement_alpha(self.extensions) / max(1, len(self.finalists))
+        own = median_interval(self.samples[name], level)
+        budget_ms = self.limits.budget_ms
+        if name == BASELINE:
+            if self.limits.budget.fraction is not None:
+                own = Interval(self.limits.baseline_ms, self.limits.baseline_ms, self.limits.baseline_ms, own.n)
+            return [Verdict("latency", budget_ms, "ms", own.mean, own.high, decide(budget_ms, own.low, own.high))]
+        ratio = ratio_interval(self.samples[name], self.samples[BASELINE], level)
+        if self.limits.budget.fraction is not None:
+            scale = self.limits.baseline_ms
+            own = Interval(ratio.mean * scale, ratio.low * scale, ratio.high * scale, own.n)
+        return [
+            Verdict("latency", budget_ms, "ms", own.mean, own.high, decide(budget_ms, own.low, own.high)),
+            Verdict("gain", LEAST_GAIN, "ratio", ratio.mean, ratio.high, decide(LEAST_GAIN, ratio.low, ratio.high)),
+        ]
+
+    # ------------------------------------------------------------------------------------------------ quality
+
+    def _looks(self) -> list[int]:
+        return looks(len(self.heldout), self.heldout.micro_batch)
+
+    def _alpha(self, count: int) -> float | None:
+        """Error that a claim at this look may make; None where none is made."""
+        return claims(len(self.heldout), self.heldout.micro_batch, self.extensions).get(count)
+
+    def _judge(self) -> None:
+        running = [n for n in self.finalists if all(v.status != "broken" for v in self._latency_verdicts(n))]
+        done = 0
+        for count in self._looks():
+            if not running:
+                break
+            first, last = done // self.heldout.micro_batch, -(-count // self.heldout.micro_batch)
+            gathered = self._measure([BASELINE, *running], range(first, last))
+            for batch in sorted(gathered):  # executors may answer in any order; prompts keep theirs
+                for key, outcome in gathered[batch].items():
+                    if isinstance(outcome, NotMeasured):
+                        if key == BASELINE:
+                            raise OutOfDeviceMemory(outcome.error)
+                        if key in self.finalists:
+                            self._leave(key, outcome.error)
+                        continue
+                    if isinstance(outcome, Failed):
+                        self.errors[key] = outcome.error
+                        continue
+                    for metric, values in outcome.items():
+                        self.values[key].setdefault(metric, []).extend(map(float, values))
+            done = count
+            if BASELINE in self.errors:
+                raise RuntimeError(f"the full schedule failed on held-out prompts: {self.errors[BASELINE]}")
+            running = [k for k in running if k not in self.errors and k in self.finalists]
+            # A finalist that is decided either way needs no more prompts.
+            running = [k for k in running if self._status(self._quality_verdicts(k)) == "open"]
+            if self.stop():
+                self.cut_short |= bool(running) and done < len(self.heldout)
+                break
+
+    def _measure(self, keys: Sequence[str], batches: Sequence[int]) -> dict[int, dict[str, Any]]:
+        """Values or Failed by micro-batch and key; what an earlier part of the study measured is taken from there."""
+        found: dict[int, dict[str, Any]] = {batch: {} for batch in batches}
+        missing: dict[int, list[str]] = {}
+        for batch in batches:
+            for key in keys:
+                kept = self._kept(key, batch)
+                if kept is None:
+                    missing.setdefault(batch, []).append(key)
+                else:
+                    found[batch][key] = kept
+        tasks = [
+            QualityTask(tuple(self.full if k == BASELINE else self.finalists[k] for k in wanted), "heldout", batch)
+            for batch, wanted in missing.items()
+        ]
+        done = len(batches) - len(tasks)
+        for task, outcomes in self.executor.run(tasks):
+            found[task.batch] |= zip(missing[task.batch], outcomes, strict=True)
+            done += 1
+            self.note(
+                f"verifying {len(keys) - 1} finalists on held-out prompts",
+                (batches[0] + done) * self.heldout.micro_batch / len(self.heldout),
+            )
+        return found
+
+    def _kept(self, key: str, batch: int) -> dict[str, Sequence[float]] | None:
+        """Values of a whole micro-batch from an earlier part of the study, or None."""
+        start = batch * self.heldout.micro_batch
+        end = min(start + self.heldout.micro_batch, len(self.heldout))
+        if key not in self.earlier or self.earlier[key].prompts < end:
+            return None
+        return {metric: values[start:end] for metric, values in self.earlier[key].values.items()}
+
+    def _quality_verdicts(self, name: str) -> list[Verdict]:
+        count = len(self.values[name].get("quality", []))
+        if not count:
+            return []
+        alpha = self._alpha(count)
+        verdicts = [self._drop_verdict(name, limit, count, alpha) for limit in limited(self.limits.metrics)]
+        floors = self.limits.floors.items()
+        return [*verdicts, *(self._floor_verdict(name, metric, floor, count, alpha) for metric, floor in floors)]
+
+    def _drop_verdict(self, name: str, limit: MetricLimit, count: int, alpha: float | None) -> Verdict:
+        """One metric of one finalist after `count` prompts."""
+        base = np.asarray(self.values[BASELINE][limit.metric][:count])
+        peers, values_KN = self._with_peers(limit.metric, count)
+        differences_KN = (values_KN - base) * limit.sign
+        bounds = continuous_drop_bounds if limit.kind == "continuous" else drop_bounds
+        key = (limit.name, count, alpha, peers)
+        upper_K, lower_K = self._together(key, bounds, differences_KN, limit.change, alpha)
+        own = peers.index(name)
+        status = _claimed(decide(limit.max_drop, float(lower_K[own]), float(upper_K[own])), alpha)
+        drop = -float(differences_KN[own].mean())
+        return Verdict(limit.name, limit.max_drop, limit.unit, drop, float(upper_K[own]), status)
+
+    def _floor_verdict(self, name: str, metric: str, floor: float, count: int, alpha: float | None) -> Verdict:
+        """Whether the mean of a metric, not its difference, stays at or above a floor: the drop from the top of the range."""
+        declared = DECLARATIONS[metric]
+        peers, values_KN = self._with_peers(metric, count)
+        top = 0.0 if declared.kind == "continuous" else declared.change
+        bounds = continuous_drop_bounds if declared.kind == "continuous" else drop_bounds
+        key = (f"floor:{metric}", count, alpha, peers)
+        upper_K, lower_K = self._together(key, bounds, values_KN - top, declared.change, alpha)
+        own = peers.index(name)
+        low, high = top - float(upper_K[own]), top - float(lower_K[own])
+        status = _claimed(decide(-floor, -high, -low), alpha)
+        return Verdict(f"floor:{metric}", floor, metric, float(values_KN[own].mean()), low, status)
+
+    def _with_peers(self, metric: str, count: int) -> tuple[tuple[str, ...], np.ndarray]:
+        """All finalists that reached this number of prompts, and their values (K, count).
+
+        Those decided here take part too: the bounds hold for all of them together.
+        """
+        peers = tuple(k for k in self.finalists if len(self.values[k].get(metric, [])) >= count)
+        return peers, np.stack([np.asarray(self.values[k][metric][:count]) for k in peers])
+
+    def _together(
+        self, key: Any, bounds: Callable[..., Any], differences_KN: np.ndarray, change: float, alpha: float | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Bounds (upper, lower), each (K,), computed once for all finalists: values are only ever added to."""
+        if key not in self._bounds:
+            upper_K, lower_K = bounds(differences_KN, change, alpha or ALPHA)
+            if alpha is not None and self.extensions:
+                # The small error of a later judgement is for claims, not for giving up.
+                _, lower_K = bounds(differences_KN, change, ALPHA)
+            self._bounds[key] = upper_K, lower_K
+        return self._bounds[key]
+
+    # ------------------------------------------------------------------------------------------------ result
+
+    @staticmethod
+    def _status(verdicts: Sequence[Verdict]) -> str:
+        states = {verdict.status for verdict in verdicts}
+        return "broken" if "broken" in states else "open" if "open" in states else "met"
+
+    def verification(self, name: str) -> Verification:
+        """Everything known about a finalist, or the full schedule, at this moment."""
+        share = self.limits.budget.fraction is not None
+        latency = latency_stats(
+            self.samples[name],
+            None if name == BASELINE else self.samples[BASELINE],
+            self.limits.baseline_ms if share else None,
+            *self.warmth[name],
+            tuple(self.disturbed),
+        )
+        verdicts = self._latency_verdicts(name)
+        upper_ms = verdicts[0].bound
+        values = {metric: tuple(v) for metric, v in self.values[name].items()}
+        count = len(values.get("quality", ()))
+        if name == BASELINE:
+            return Verification(count, values, {}, None, latency, upper_ms, tuple(verdicts), "baseline")
+        differences, drop_upper = {}, None
+        if self.limits.quality:
+            verdicts += self._quality_verdicts(name)
+            if count:
+                base = {metric: v[:count] for metric, v in self.values[BASELINE].items()}
+                differences = paired_differences(values, base, self.evaluator.facts.higher_is_better)
+                drop_upper = next(v.bound for v in verdicts if v.name.startswith("drop:"))
+        status = "broken" if name in self.errors else self._status(verdicts)
+        if status == "met" and self.limits.quality and not count:
+            status = "open"  # stopped before any held-out prompt
+        return Verification(
+            count, values, differences, drop_upper, latency, upper_ms, tuple(verdicts),
+            "verified" if status == "met" else status,
+        )  # fmt: skip

@@ -1,0 +1,132 @@
+"""Measures a deployment profile again on this machine: latency, quality on held-out prompts, and what has regressed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from stagevar.choices import check_engine, check_threads
+from stagevar.errors import UsageError
+from stagevar.profile import Profile, present_envelope
+from tuner.config.limits import Budget
+from tuner.config.quality import COMPOSITE, MetricLimit, composite_options
+from tuner.config.space import SearchSpace
+from tuner.results.result import Verdict, Verification
+from tuner.study.verification import BASELINE, Limits, Verifier, decide
+
+_STATES = {"met": "kept", "broken": "BROKEN", "open": "undecided"}
+
+
+@dataclass(frozen=True)
+class Recheck:
+    """verdicts: per limit, the regression among them. exit_code: 0 all kept, 3 one broken, 5 one undecided."""
+
+    verdicts: tuple[Verdict, ...]
+    verification: Verification
+    warnings: tuple[str, ...]
+
+    @property
+    def exit_code(self) -> int:
+        states = {verdict.status for verdict in self.verdicts}
+        return 3 if "broken" in states else 5 if "open" in states else 0
+
+    @property
+    def lines(self) -> list[str]:
+        """What to print."""
+        latency = self.verification.latency
+        lines = [f"warning: {text}" for text in self.warnings]
+        ratio = latency.ratio
+        if ratio is not None:
+            span = f"[{1 / ratio.high:.2f}, {1 / ratio.low:.2f}]"
+            lines.append(f"speed-up {1 / ratio.mean:.2f}x {span}, {latency.median_ms:.1f} ms")
+        for metric, change in self.verification.differences.items():
+            if metric != COMPOSITE:
+                span = f"{change.mean:+.3g} [{change.low:+.3g}, {change.high:+.3g}]"
+                lines.append(f"{metric} changed by {span} on {change.n} held-out prompts")
+        for v in self.verdicts:
+            lines.append(
+                f"{_STATES[v.status]}: {v.name} {v.value:.4g} (bound {v.bound:.4g}, limit {v.limit:.4g} {v.unit})"
+            )
+        return lines
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for --json."""
+        return {
+            "exit_code": self.exit_code,
+            "verdicts": [asdict(v) for v in self.verdicts],
+            "ratio": asdict(self.verification.latency.ratio) if self.verification.latency.ratio else None,
+            "median_ms": self.verification.latency.median_ms,
+            "warnings": list(self.warnings),
+        }
+
+
+def regression_verdict(recorded_ratio: float, verification: Verification, allowed: float) -> Verdict:
+    """Whether the latency ratio to the full schedule grew by more than `allowed` (a share) since it was recorded."""
+    limit, now = recorded_ratio * (1 + allowed), verification.latency.ratio
+    return Verdict("regression", limit, "ratio", now.mean, now.high, decide(limit, now.low, now.high))
+
+
+def recheck(
+    profile: Profile,
+    space: SearchSpace,
+    budget: Budget,
+    metrics: Sequence[MetricLimit],
+    max_regression: float | None,
+    seed: int,
+    weights: str | None,
+    device: str,
+    threads: int,
+    progress: Any,
+    engine: str = "eager",
+    resolution: str | None = None,
+) -> Recheck:
+    """Verifies a profile's schedule against the full one, both measured here and now.
+
+    metrics: how far each metric may fall. threads, engine, resolution: what to measure with; None for the resolution takes
+    the profile's.
+    Raises ProfileError when the model is another one, UsageError when a regression is asked about but the profile records
+    no ratio, or when it was made on random weights.
+    """
+    from stagevar.models.registry import load_model, resolve
+    from tuner.config.prompts import load_prompts
+    from tuner.evaluation.evaluator import ModelEvaluator
+    from tuner.evaluation.local import LocalExecutor
+
+    full_profile = profile.latency.ratio is None
+    recorded = None if full_profile else profile.latency.ratio.mean
+    if max_regression is not None and not full_profile and recorded is None:
+        raise UsageError("the profile records no latency ratio to compare with; leave out --max-regression")
+    loading = profile.model.load.given() | ({} if resolution is None else {"resolution": resolution})
+    kind = resolve(profile.model.name, weights=weights, device=device, **loading).device.type
+    check_engine(engine, kind)
+    check_threads(threads, kind)
+    progress.phase("load")
+    model = load_model(profile.model.name, weights=weights, device=device, **loading)
+    steps = profile.expand(model)
+    prompts = load_prompts(space.prompts, seed)
+    evaluator = ModelEvaluator(
+        model, prompts, composite_options(space.quality, metrics), space.floors, threads=threads, engine=engine
+    )
+    warnings = profile.warnings_here(present_envelope(model, profile.envelope.batch, threads, evaluator.engine))
+    progress.phase("verification", 100)
+    timing = evaluator.latency({BASELINE: evaluator.full}, 9)[BASELINE]
+    limits = Limits(budget, timing.median_ms, tuple(metrics), space.floors, not model.random_weights)
+    verifier = Verifier(
+        evaluator,
+        LocalExecutor(evaluator),
+        {"profile": steps},
+        evaluator.full,
+        prompts["heldout"],
+        limits,
+        lambda line, share: progress.update(100 * share, line),
+    )
+    verification = verifier.run()["profile"]
+    progress.close()
+    verdicts = list(verification.verdicts)
+    if full_profile:
+        # The full schedule is its own baseline: there is no gain to keep.
+        verdicts = [v for v in verdicts if v.name != "gain"]
+    if max_regression is not None:
+        verdicts.append(regression_verdict(1.0 if full_profile else float(recorded), verification, max_regression))
+    return Recheck(tuple(verdicts), verification, tuple(warnings))
