@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stagevar import __version__
+from stagevar import __version__, extras
 from stagevar.choices import ENGINE_OPTIONS, check_engine, check_threads, check_weights
 from stagevar.console import (
     MOST,
@@ -430,6 +430,7 @@ def run_analyze(args: argparse.Namespace) -> int:
     from stagevar.analysis import analyze, find_similarity, nano_inputs
     from stagevar.compare import bench_prompts
 
+    extras.require("stagevar analyze", "matplotlib", *(["scipy"] if args.model == "nano" else []))
     device = check_loading(args, args.model)
     out = check_output_folder(args.out or Path("outputs") / f"analysis-{args.model}", "--out")
     given = prompts_of_file(args)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from stagevar import extras
 from stagevar.errors import InfrastructureError, StagevarError, UsageError
 from stagevar.files import gave_way, write_error
 from stagevar.sections import shown
@@ -83,6 +84,8 @@ def _known(error: BaseException) -> StagevarError | None:
         if gave_way(error) or error.filename is not None:
             return write_error(None, error) if gave_way(error) else UsageError(_about_file(error))
         return UsageError(error.strerror or str(error))
+    if isinstance(error, ModuleNotFoundError) and error.name and extras.extra_of(error.name) is not None:
+        return extras.missing(error.name.partition(".")[0], "this command")
     if isinstance(error, MemoryError):
         return InfrastructureError("out of memory; free some, then the same command resumes")
     return None

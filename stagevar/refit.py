@@ -12,7 +12,6 @@ training code is not public, the rest is ours.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from stagevar import extras
 from stagevar.accelerators.skipvar import LinearClassifier, SkipRule, look
 from stagevar.errors import UsageError
 from stagevar.files import check_output, write_text_atomically, writing
@@ -78,12 +78,7 @@ def check_fitting(prompts: int, random_weights: bool) -> None:
         raise UsageError("a skip classifier cannot be fitted on random weights: their images mean nothing")
     if prompts < LEAST_PROMPTS:
         raise UsageError(f"{prompts} prompts are too few to fit on; give at least {LEAST_PROMPTS}")
-    try:
-        installed = importlib.util.find_spec("sklearn") is not None
-    except ImportError:
-        installed = False
-    if not installed:
-        raise UsageError("fitting needs scikit-learn: pip install scikit-learn")
+    extras.require("fitting a skip classifier", "sklearn")
 
 
 def refit(
@@ -167,11 +162,10 @@ def _observe(
 
 def _fit(features_NF: np.ndarray, labels_N: np.ndarray) -> LinearClassifier:
     """Standardised logistic regression; a single class is predicted always."""
-    try:
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.preprocessing import StandardScaler
-    except ImportError:
-        raise UsageError("refitting needs scikit-learn; install it with: pip install scikit-learn") from None
+    extras.require("fitting a skip classifier", "sklearn")
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
     scaler = StandardScaler().fit(features_NF)
     mean, scale = tuple(scaler.mean_.tolist()), tuple(scaler.scale_.tolist())
     classes = np.unique(labels_N)

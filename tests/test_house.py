@@ -1,6 +1,7 @@
 """The walls of the house: who may import what, and what a bare machine can still do."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ def modules(package):
     return sorted((ROOT / package).rglob("*.py"))
 
 
+@functools.cache
 def imports(path, top_level_only=False):
     """Names of packages that a file imports."""
     tree = ast.parse(path.read_text())
@@ -40,7 +42,7 @@ def imports(path, top_level_only=False):
                 visit(child, inner)
 
     visit(tree, 0)
-    return found
+    return frozenset(found)
 
 
 def test_stagevar_never_imports_the_tuner():

@@ -42,18 +42,32 @@ def test_a_missing_package_is_named_before_anything_is_loaded(monkeypatch, capsy
     assert doctor._metrics("infinity-tiny") == []
 
 
+def imports_of(module: str) -> set[str]:
+    """Full names of the modules that a module's source imports, inside functions too."""
+    tree = ast.parse(Path(importlib.util.find_spec(module).origin).read_text())
+    names = {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
+    return names | {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
+
+
+def packages_behind(module: str) -> set[str]:
+    """Packages that a module imports itself or through other metrics and nano's checker."""
+    seen, waiting, packages = set(), [module], set()
+    while waiting:
+        current = waiting.pop()
+        seen.add(current)
+        names = imports_of(current)
+        packages |= {name.partition(".")[0] for name in names}
+        waiting += [n for n in names if n.startswith(("tuner.metrics.", "stagevar.nano.")) and n not in seen]
+    return packages
+
+
 def test_the_packages_of_a_metric_are_those_that_its_module_imports():
-    own = {*sys.stdlib_module_names, "tuner", "stagevar", "numpy", "torch", "PIL", "open_clip"}
-    brought_along = {"torchvision", "huggingface_hub"}  # open_clip needs both
-    imported: dict[str, set[str]] = {}
+    own = {*sys.stdlib_module_names, "tuner", "stagevar", "numpy", "torch", "PIL"}
+    brought_along = {"huggingface_hub"}  # open_clip needs it
+    named: dict[str, set[str]] = {}
     for name, (module, _) in registry._REGISTRY.items():
-        tree = ast.parse(Path(importlib.util.find_spec(module).origin).read_text())
-        names = [n.names[0].name for n in ast.walk(tree) if isinstance(n, ast.Import)]
-        names += [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module]
-        imported.setdefault(module, set()).update(n.split(".")[0] for n in names)
-        assert set(registry._PACKAGES.get(name, ())) <= imported[module] | {"torchmetrics"}, name
-    for module, packages in imported.items():
-        named = {
-            p for name, (m, _) in registry._REGISTRY.items() if m == module for p in registry._PACKAGES.get(name, ())
-        }
-        assert packages - own - brought_along <= named, module
+        packages = set(registry._PACKAGES.get(name, ()))
+        assert packages <= packages_behind(module) | {"torchmetrics"}, name
+        named.setdefault(module, set()).update(packages)
+    for module, packages in named.items():
+        assert {name.partition(".")[0] for name in imports_of(module)} - own - brought_along <= packages, module

@@ -440,7 +440,7 @@ sys.exit(main({words!r}))
 """
     result = run_without(("ray",), f"sys.path.insert(0, {str(ROOT)!r})\n{code}")
     assert result.returncode == 2
-    assert result.stderr.strip().endswith("ray is not installed; pip install 'stagevar-tune[ray]'")
+    assert result.stderr.strip().endswith("running on a cluster needs ray: pip install 'stagevar-tune[ray]'")
     assert [path.name for path in tmp_path.iterdir()] == ["grid.yaml"]
 
 

@@ -207,7 +207,7 @@ def test_without_torchvision_indices_still_work(monkeypatch):
     class_names.cache_clear()
     try:
         assert ClassLabels().encode(["5"]) == [5]
-        with pytest.raises(UsageError, match="class names need torchvision"):
+        with pytest.raises(UsageError, match="class names need torchvision: pip install"):
             ClassLabels().encode(["tench"])
     finally:
         class_names.cache_clear()

@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from stagevar import __version__
+from stagevar import __version__, extras
 from stagevar.choices import ENGINE_OPTIONS, processors
 from stagevar.console import MOST, name_value, path_value, positive_int, report_errors, whole_number
 from stagevar.errors import EXIT_CODES, InfrastructureError, UsageError
@@ -52,6 +52,8 @@ RUN_FILES += ("images", "references", "study.name", "measurements.jsonl", "confi
 STOPPED = 130
 #: CPU threads that draw images for quality at most: the products of a small model are too small to share among many.
 MOST_DRAWING_THREADS = 4
+#: What every command but doctor needs beyond the base installation; metrics name what they need themselves.
+_NEEDED = ("optuna", "scipy", "pandas", "rich")
 
 _CODES = "\n".join(f"  {code:<4} {meaning}" for code, meaning in EXIT_CODES.items())
 _EPILOG = f"""\
@@ -247,6 +249,8 @@ def _main(argv: list[str]) -> int:
             near = difflib.get_close_matches(argv[0], VERBS, n=1, cutoff=0.0)[0]
             raise UsageError(f"unknown verb {argv[0]!r} (nearest: {near}); tuning needs none: {PROG} --model ...")
         args = _verb_parser(argv[0]).parse(argv[1:])
+        if argv[0] != "doctor":
+            extras.require(f"{PROG} {argv[0]}", *_NEEDED)
         verbs = {
             "resume": run_resume,
             "report": run_report,
@@ -255,7 +259,9 @@ def _main(argv: list[str]) -> int:
             "doctor": run_doctor,
         }
         return verbs[argv[0]](args)
-    return run_tune(_tune_parser().parse(argv), argv)
+    args = _tune_parser().parse(argv)
+    extras.require(PROG, *_NEEDED)
+    return run_tune(args, argv)
 
 
 class Interrupts:

@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stagevar import extras
 from stagevar.errors import StagevarError
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def _packages() -> list[Finding]:
         version = _version(name)
         wanted = ".".join(map(str, least))
         if version is None:
-            findings.append(Finding("fail", f"{name} is missing; pip install '{name}>={wanted}'"))
+            findings.append(Finding("fail", f"{name} is missing: {extras.install_command('tune')}"))
             continue
         numbers = tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in version.split(".")[:2])
         old = numbers < least

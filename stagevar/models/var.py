@@ -330,7 +330,7 @@ class ClassLabels:
             return label
         names = class_names() if self.classes == 1000 else ()
         if not names:
-            reason = "; class names need torchvision" if self.classes == 1000 else ""
+            reason = "; class names need torchvision: pip install 'stagevar-tune[tune]'" if self.classes == 1000 else ""
             raise UsageError(f"prompt {prompt!r} is not a class index ({span}){reason}")
         plain = [_plain(name) for name in names]
         if _plain(prompt) in plain:

@@ -11,7 +11,7 @@ The only module that imports ray, inside functions: without it everything else w
 from __future__ import annotations
 
 import gc
-import importlib.util
+import importlib
 import json
 import os
 import secrets
@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from stagevar import extras
 from stagevar.errors import DeviceBroken, InfrastructureError, StagevarError, UsageError
 from stagevar.schedule import Steps, exact
 from tuner.evaluation.evaluator import Evaluator, Facts
@@ -56,12 +57,7 @@ _KIND_PREFIX = "accelerator_type:"
 
 def check_installed() -> None:
     """Raises UsageError that names the extra where ray is missing; imports nothing."""
-    try:
-        found = importlib.util.find_spec("ray")
-    except ModuleNotFoundError:
-        found = None
-    if found is None:
-        raise UsageError("ray is not installed; pip install 'stagevar-tune[ray]'")
+    extras.require("running on a cluster", "ray")
 
 
 def require(name: str = "ray") -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.util
 import inspect
 import math
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from stagevar import extras
 from stagevar.errors import UsageError
 from stagevar.sections import shown
 from tuner.metrics.base import Metric, Prompt
@@ -39,13 +39,17 @@ _PLAIN = {"str": str, "int": int, "float": float, "bool": bool, "None": type(Non
 _KIND_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "empty"}
 #: Packages beyond the base installation that metrics import, by the names that imports use.
 _PACKAGES: dict[str, tuple[str, ...]] = {
-    "geneval": ("transformers",),
+    "clip_score": ("open_clip",),
+    "clip_image_similarity": ("open_clip",),
+    "hpsv2": ("open_clip",),
+    "geneval": ("transformers", "open_clip"),
+    "geneval_nano": ("scipy",),
     "dpg": ("transformers",),
     "psnr": ("torchmetrics",),
     "ssim": ("torchmetrics",),
-    "lpips": ("lpips", "torchmetrics"),
-    "dists": ("torchmetrics",),
-    "dino": ("transformers", "torchmetrics"),
+    "lpips": ("lpips", "torchmetrics", "torchvision"),
+    "dists": ("torchmetrics", "torchvision"),
+    "dino": ("transformers", "torchmetrics", "torchvision"),
     "fid": ("torchmetrics", "torch_fidelity"),
     "kid": ("torchmetrics", "torch_fidelity"),
     "is": ("torchmetrics", "torch_fidelity"),
@@ -62,14 +66,22 @@ def check_name(name: str) -> None:
 
 def missing_packages(name: str) -> list[str]:
     """Packages that a metric needs and that are not installed; imports nothing."""
-    return [package for package in _PACKAGES.get(name, ()) if importlib.util.find_spec(package) is None]
+    return [package for package in _PACKAGES.get(name, ()) if not extras.is_installed(package)]
 
 
 def check_packages(name: str) -> None:
     """Raises UsageError, with the command that installs them, when a metric needs packages that are not there."""
     missing = missing_packages(name)
     if missing:
-        raise UsageError(f"metric {name} needs {' and '.join(missing)}: pip install 'stagevar-tune[metrics]'")
+        needed = dict.fromkeys(extra for package in missing if (extra := _extra_of_metric(package)))
+        command = extras.install_command(",".join(needed))
+        raise extras.MissingExtra(f"metric {name} needs {' and '.join(missing)}: {command}")
+
+
+def _extra_of_metric(package: str) -> str | None:
+    """The extra that a metric takes a package from: [metrics] brings all that metrics share with model families."""
+    extra = extras.extra_of(package)
+    return "metrics" if extra == "infinity" else extra
 
 
 def metric_class(name: str) -> type[Metric]:
