@@ -102,11 +102,13 @@ class QualitySection:
     """Paired quality against the full schedule. measured False comes with why; else the prompt set and its figures.
 
     difference_from_full: per metric, and for the composite "quality", which counts in allowances (-1: one max_drop used up).
+    engine: which engine drew the judged images, where it is known.
     """
 
     measured: bool | None = None
     why: str | None = None
     prompt_set: str | None = None
+    engine: str | None = None
     prompts: int | None = None
     composite: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, MetricSection] = field(default_factory=dict)

@@ -13,6 +13,7 @@ from stagevar.profile import Profile, steps_to_data
 from stagevar.profile_sections import QualitySection
 from tests.sample_study import KINDS, make
 from tuner.report.export import export, profile_of
+from tuner.report.sections import _engine_facts
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,18 @@ def test_gpu_profiles_name_the_gpu_and_no_threads(runs):
     device = {"name": "NVIDIA X", "kind": "cuda", "dtype": "bfloat16"}
     envelope = profile_of(dataclasses.replace(result, device=device), result.pick).envelope
     assert (envelope.device, envelope.threads, envelope.dtype) == ("NVIDIA X", None, "bfloat16")
+
+
+def test_profiles_name_the_engine_that_drew_the_judged_images(runs, tmp_path):
+    result, _ = runs["full"]
+    on_graphs = dataclasses.replace(result, engine="graph", heldout_engine="graph")
+    profile_of(on_graphs, result.pick).save(tmp_path / "profile.yaml")
+    assert Profile.load(tmp_path / "profile.yaml").quality.engine == "graph"
+    searched = dataclasses.replace(result.pick, verification=None)
+    assert profile_of(on_graphs, searched).quality.engine == "eager", "search images are drawn eagerly"
+    assert profile_of(result, result.pick).quality.engine is None, "a result of before does not say"
+    assert type(result).from_json(on_graphs.to_json()) == on_graphs and "heldout_engine" not in result.to_json()
+    assert ("held-out images drawn by", "engine graph") in _engine_facts(on_graphs)
 
 
 def test_unproved_picks_are_not_called_verified(runs):

@@ -227,7 +227,8 @@ def test_a_regression_is_judged_by_the_ratio_to_the_full_schedule(now_ms, status
     verification = _Verification(latency_stats([now_ms * d for d in drift], [100 * d for d in drift], 100.0))
     verdict = regression_verdict(0.60, verification, 0.03)
     assert verdict.status == status
-    recheck = Recheck((verdict,), verification, ("outside the measured envelope",))
+    recheck = Recheck((verdict,), verification, ("outside the measured envelope",), "graph")
+    assert recheck.lines[1].endswith("ms, graph engine") and recheck.to_dict()["engine"] == "graph"
     assert recheck.exit_code == code and any("regression" in line for line in recheck.lines)
     assert json.dumps(recheck.to_dict())
 

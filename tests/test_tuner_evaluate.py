@@ -14,6 +14,7 @@ from tuner.config.space import PromptSource
 from tuner.evaluation.evaluator import ModelEvaluator, walk
 from tuner.evaluation.executor import Failed, QualityTask
 from tuner.evaluation.local import LocalExecutor
+from tuner.metrics.base import prompt_text
 
 GRIDS = square((1, 2, 3, 4, 6))
 SCHEDULES = [
@@ -220,3 +221,41 @@ def test_an_engine_that_goes_on_eagerly_gives_no_figure(model, steps, prompts):
 def test_an_engine_that_cannot_run_here_is_refused_at_once(model, prompts):
     with pytest.raises(UsageError, match="engine graph needs a CUDA device"):
         ModelEvaluator(model, prompts, {"psnr": 1.0}, engine="graph")
+
+
+def test_heldout_images_are_those_that_deployment_serves(model, steps, prompts, tmp_path, monkeypatch):
+    """A verdict is about the images of the deployed engine, one at a time; a search may draw others, faster."""
+    from stagevar.engine import GraphEngine
+    from tests.test_engine import TapeRecorder
+
+    class Brighter(GraphEngine):
+        """A recorded decoder whose kernels round otherwise."""
+
+        def decode(self, code_sum_BdHW, decode):
+            return super().decode(code_sum_BdHW, lambda codes: decode(codes) + 0.25)
+
+    class OnGraphs(ModelEvaluator):
+        def _timed_sampler(self):
+            return Sampler(self.model, engine=Brighter(TapeRecorder()))
+
+    plain = ModelEvaluator(model, prompts, {"psnr": 1.0}, references_dir=tmp_path / "plain")
+    evaluator = OnGraphs(model, prompts, {"psnr": 1.0}, references_dir=tmp_path / "graph")
+    evaluator.engine = "graph"
+    two = steps[:2]
+    found = evaluator.quality(two, "heldout", 0)
+    texts, seeds = prompts["heldout"].batch(0)
+    served = Sampler(model, engine=Brighter(TapeRecorder()))
+    pairs = zip(texts, seeds, strict=True)
+    images = np.concatenate([served.generate([prompt_text(text)], [seed], two[1]) for text, seed in pairs])
+    assert np.array_equal(evaluator.images(two[1], "heldout", 0), images)
+    assert not np.array_equal(plain.images(two[1], "heldout", 0), images)
+    full = np.load(tmp_path / "graph" / "heldout-0000.npy")
+    expected = evaluator.composite.score_parts(images, list(texts), full)["psnr"]
+    assert np.array_equal(found[1]["psnr"], expected)
+    assert np.array_equal(evaluator.images(two[1], "search", 0), plain.images(two[1], "search", 0))
+    assert evaluator._serving is None, "its cache and recordings stay beside those of the search"
+
+
+def test_a_study_says_which_engine_drew_the_heldout_images(model, prompts):
+    assert ModelEvaluator(model, prompts, {"psnr": 1.0}, engine="compiled").facts.heldout_engine == "compiled"
+    assert ModelEvaluator(model, prompts, {"psnr": 1.0}).facts.heldout_engine == "eager"

@@ -40,8 +40,9 @@ class Facts:
     """What is being tuned, for records and for refusing to resume on something else.
 
     model: name. grids, chunks, pixels: of the model. device: name, kind, threads, dtype.
-    engine: how steps run, the one that deployment uses; engine_choice: why that one. includes: what a latency figure
-    covers. sampling: guidance and temperature. provenance: weights' hashes and the like. higher_is_better: per metric.
+    engine: how steps run, the one that deployment uses; engine_choice: why that one. heldout_engine: what draws held-out
+    images. includes: what a latency figure covers. sampling: guidance and temperature. provenance: weights' hashes and the
+    like. higher_is_better: per metric.
     """
 
     model: str
@@ -50,6 +51,7 @@ class Facts:
     pixels: tuple[int, int]
     device: dict[str, Any]
     engine: str = "eager"
+    heldout_engine: str = "eager"
     includes: str = _WITH_TEXT
     random_weights: bool = False
     sampling: dict[str, Any] = field(default_factory=dict)
@@ -177,9 +179,10 @@ class ModelEvaluator:
         threads: CPU threads of every latency, pinned while timing.
         drawing_threads: CPU threads that draw and judge images, `threads` when None; they change no image.
         engine: what latency is timed on (stagevar.engine); "auto" has it chosen here (stagevar.engine_choice), a choice that
-            was made earlier is kept. Quality is walked eagerly: a prefix that is run once is not worth recording. On a CPU
-            that gives the same bits; on a card other kernels round otherwise and images drift apart a little, alike for a
-            schedule and the full one that it is paired with.
+            was made earlier is kept. Search images are drawn eagerly: a prefix that is run once is not worth recording, and
+            where other kernels round otherwise, images drift alike for a schedule and the full one that it is paired with.
+            Held-out images are drawn as they will be served, on this engine and one at a time, so that a verdict is about
+            those very images; the eager engine gives the same ones in any batch.
         references_dir: where the full schedule's images are kept between batches; memory when None.
         keep_bytes: for the full schedule's scales on the search prompts, which later walks start from; None takes a
             quarter of what is free. 0 keeps nothing.
@@ -234,6 +237,7 @@ class ModelEvaluator:
         self.keep_bytes = keep_bytes
         self.rows_at_once: int | None = None
         self._kept: dict[int, Generation] = {}
+        self._serving: Sampler | None = None
         self._encoded: dict[tuple[str, int, int, int], Any] = {}
         self._references: dict[tuple[str, int], np.ndarray] = {}
         self.full = exact(len(model.grids)).expand(model.grids, self.sampler.chunks)
@@ -253,6 +257,7 @@ class ModelEvaluator:
                 "torch": torch.__version__,
             },
             engine=self.engine,
+            heldout_engine=self.engine,
             engine_choice=choice,
             includes=_WITHOUT_TEXT if hasattr(model.text, "prepare") else _WITH_TEXT,
             random_weights=model.random_weights,
@@ -302,17 +307,42 @@ class ModelEvaluator:
             values["quality"] = np.asarray(self.composite.combine(values))
             found.update(dict.fromkeys(indices, values))
 
+        sampler = self._drawing(split)
         advance = self._advance(batch) if split == "search" and len(prompts) == len(everything) else None
-        self.scales_run += walk(self.sampler, self._begin(split, batch, rows), schedules, score, advance)
+        generation = self._begin(sampler, split, batch, rows, schedules)
+        self.scales_run += walk(sampler, generation, schedules, score, advance)
+        self._check_engine(sampler)
         return [found[index] for index in range(len(schedules))]
 
     def images(self, steps: Steps, split: str, batch: int) -> np.ndarray:
         def part(rows: slice) -> np.ndarray:
             found: list[np.ndarray] = []
-            walk(self.sampler, self._begin(split, batch, rows), [steps], lambda _, images: found.append(images))
+            sampler = self._drawing(split)
+            generation = self._begin(sampler, split, batch, rows, [steps])
+            walk(sampler, generation, [steps], lambda _, images: found.append(images.copy()))
+            self._check_engine(sampler)
             return found[0]
 
         return np.concatenate(self._in_parts(split, batch, part))
+
+    def _drawing(self, split: str) -> Sampler:
+        """What draws a set of prompts: held-out images come from the engine that serves."""
+        if split == "heldout" and self.engine != "eager":
+            if self._serving is None:
+                self.sampler.release()
+                self._serving = self._timed_sampler()
+            return self._serving
+        if self._serving is not None:
+            self._serving.release()
+            self._serving = None
+        return self.sampler
+
+    def _release(self) -> None:
+        """Frees the caches that images were drawn with; they are made again when next needed."""
+        self.sampler.release()
+        if self._serving is not None:
+            self._serving.release()
+            self._serving = None
 
     def _in_parts(self, split: str, batch: int, run: Callable[[slice], Any]) -> list[Any]:
         """`run` of the rows of a micro-batch, all at once or in parts that fit: one after the other, in order."""
@@ -321,7 +351,8 @@ class ModelEvaluator:
 
         count, done, found = len(self.prompts[split].batch(batch)[0]), 0, []
         while done < count:
-            size = min(self.rows_at_once or count, count - done)
+            most = 1 if self._drawing(split) is self._serving else self.rows_at_once or count
+            size = min(most, count - done)
             try:
                 with threads_of(self.drawing_threads), told_apart(self.model.device, f"drawing {size} images at once"):
                     found.append(run(slice(done, done + size)))
@@ -329,6 +360,7 @@ class ModelEvaluator:
                 continue
             except OutOfDeviceMemory:
                 if size == 1 and not self._kept:
+                    self._release()
                     raise
             # Out here the error is gone, whose frames hold what ran out.
             if self._kept:
@@ -339,7 +371,7 @@ class ModelEvaluator:
                 warnings.warn(
                     f"{size} images at once need more memory than is free: {self.rows_at_once} are drawn at once"
                 )
-            self.sampler.release()
+            self._release()
             free_unused(self.model.device)
         return found
 
@@ -378,14 +410,16 @@ class ModelEvaluator:
     def _needs_reference(self) -> bool:
         return self.composite.needs_reference or any(metric.needs_reference for metric in self.extra.values())
 
-    def _begin(self, split: str, batch: int, rows: slice) -> Generation:
+    def _begin(self, sampler: Sampler, split: str, batch: int, rows: slice, schedules: Sequence[Steps]) -> Generation:
         from tuner.metrics.base import prompt_text
 
         prompts, seeds = (part[rows] for part in self.prompts[split].batch(batch))
         texts, key = [prompt_text(prompt) for prompt in prompts], (split, batch, rows.start, rows.stop)
         if key not in self._encoded:
             self._encoded[key] = self.model.text.encode(texts)
-        return self.sampler.begin(texts, list(seeds), encoded=self._encoded[key])
+        # Later walks start from what an eager one keeps, whatever their schedules restore from.
+        among = schedules if sampler is self._serving else None
+        return sampler.begin(texts, list(seeds), among=among, encoded=self._encoded[key])
 
     def _reference(self, split: str, batch: int) -> np.ndarray:
         """The full schedule's images of a micro-batch, made once per study."""
@@ -416,7 +450,7 @@ class ModelEvaluator:
         from stagevar.models.memory_plan import groups_that_fit
 
         sentinel = next((name for name, steps in schedules.items() if steps == self.full), None)
-        self.sampler.release()  # the cache that quality was walked with is made again when next needed
+        self._release()
         waiting = groups_that_fit(self.model, schedules, sentinel, self.engine)
         found: list[Mapping[str, Timing]] = []
         while waiting:
@@ -481,7 +515,7 @@ class ModelEvaluator:
         """
         from stagevar.device_faults import told_apart
 
-        self.sampler.release()
+        self._release()
         with told_apart(self.model.device, "timing steps"):
             return self._step_ms(schedules, rounds)
 
@@ -521,7 +555,7 @@ class ModelEvaluator:
         from stagevar.scale_latency import time_scales
 
         prompts = self.prompts["search"]
-        self.sampler.release()
+        self._release()
         sampler = self._timed_sampler()
         with self._pinned(), told_apart(self.model.device, "timing scales"):
             found = time_scales(sampler, schedules, prompts.texts[0], prompts.seeds[0], rounds)

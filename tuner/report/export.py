@@ -158,6 +158,7 @@ def _quality(result: StudyResult, candidate: Candidate) -> dict[str, Any]:
         "measured": True,
         "prompt_set": "held-out prompts" if held else "search prompts",
         "prompts": len(next(iter(values.values()))),
+        **({} if result.heldout_engine is None else {"engine": result.heldout_engine if held else "eager"}),
         "composite": dict(result.quality_weights),
         "metrics": {m.metric: _metric(m, candidate) for m in result.limits},
         "difference_from_full": {name: _interval(i) for name, i in candidate.best_differences.items()},

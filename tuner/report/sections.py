@@ -631,9 +631,10 @@ def run_section(result: StudyResult) -> str:
 def _engine_facts(result: StudyResult) -> list[tuple[str, str]]:
     """Which engine, why, and what was found of the others."""
     choice = result.engine_choice
+    drawn = [] if result.heldout_engine is None else [("held-out images drawn by", f"engine {result.heldout_engine}")]
     if choice is None:
-        return [("engine", result.engine)]
-    facts = [("engine", f"{choice.name}: {choice.reason}")]
+        return [("engine", result.engine), *drawn]
+    facts = [("engine", f"{choice.name}: {choice.reason}"), *drawn]
     if choice.tried:
         found = (
             f"{one.engine} {one.refused}" if one.latency_ms is None else f"{one.engine} {one.latency_ms:.1f} ms"

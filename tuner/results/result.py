@@ -23,6 +23,8 @@ from tuner.config.quality import COMPOSITE, MetricLimit, limited, old_limits
 
 SCHEMA = 2
 STUDY_FILE = "study.json"
+#: Fields that results of before did not have: left out where there is nothing to say.
+_LATER = ("heldout_engine",)
 #: Verdicts and their exit codes. "partial" is a study that Ctrl-C stopped before its picks were verified.
 EXIT_CODES = {
     "verified": 0,
@@ -196,7 +198,8 @@ class StudyResult:
     command: what reproduces it. created: UTC, ISO 8601. model: name. random_weights: then there is no quality anywhere.
     provenance: of the model (hashes, preset, source). versions: packages and commit. hashes: "model", "search_prompts",
     "heldout_prompts", "space", "constraints". device: name, kind, threads, dtype. engine: the one
-    that deployment runs; engine_choice: why that one, and what was found of the others.
+    that deployment runs; engine_choice: why that one, and what was found of the others. heldout_engine: the one that drew
+    held-out images; None in runs of before, which drew them eagerly.
     grids, chunks, pixels: of the model. includes: what one latency figure covers, in words.
     budget: as typed. budget_ms: resolved. limits: metrics of the quality with weight and max_drop, the primary one first;
     empty for random weights. The composite "quality" counts in allowances: -1 is one max_drop used up.
@@ -258,6 +261,7 @@ class StudyResult:
     search: dict[str, Any] = field(default_factory=dict)
     judged_on: tuple[int, ...] = ()
     settle_heldout: str | None = None
+    heldout_engine: str | None = None
     schema: int = SCHEMA
 
     def candidate(self, key: str) -> Candidate:
@@ -283,7 +287,7 @@ class StudyResult:
 
     def to_json(self) -> str:
         """Strict JSON, one line per top-level key. Non-finite numbers are the strings "inf", "-inf" and "nan"."""
-        plain = to_plain(dataclasses.asdict(self))
+        plain = to_plain({k: v for k, v in dataclasses.asdict(self).items() if k not in _LATER or v is not None})
         lines = (f"{json.dumps(k)}: {json.dumps(v, allow_nan=False)}" for k, v in plain.items())
         return "{\n" + ",\n".join(lines) + "\n}\n"
 

@@ -126,6 +126,8 @@ class Study:
             "pixels": facts.pixels,
             "device": facts.device,
             "engine": facts.engine,
+            # Not in runs whose engine was eager, which is all that runs of before drew with.
+            **({} if facts.heldout_engine == "eager" else {"held-out engine": facts.heldout_engine}),
             "sampling": facts.sampling,
             "space": {k: v for k, v in dataclasses.asdict(self.space).items() if k != "proposals" or v},
             "search prompts": self.prompts["search"].digest,
@@ -634,6 +636,7 @@ class Study:
             device=facts.device,
             engine=facts.engine,
             engine_choice=facts.engine_choice,
+            heldout_engine=facts.heldout_engine,
             includes=facts.includes,
             grids=facts.grids,
             chunks=facts.chunks,

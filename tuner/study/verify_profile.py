@@ -20,11 +20,15 @@ _STATES = {"met": "kept", "broken": "BROKEN", "open": "undecided"}
 
 @dataclass(frozen=True)
 class Recheck:
-    """verdicts: per limit, the regression among them. exit_code: 0 all kept, 3 one broken, 5 one undecided."""
+    """verdicts: per limit, the regression among them. exit_code: 0 all kept, 3 one broken, 5 one undecided.
+
+    engine: what was timed and drew the images.
+    """
 
     verdicts: tuple[Verdict, ...]
     verification: Verification
     warnings: tuple[str, ...]
+    engine: str = "eager"
 
     @property
     def exit_code(self) -> int:
@@ -39,11 +43,13 @@ class Recheck:
         ratio = latency.ratio
         if ratio is not None:
             span = f"[{1 / ratio.high:.2f}, {1 / ratio.low:.2f}]"
-            lines.append(f"speed-up {1 / ratio.mean:.2f}x {span}, {latency.median_ms:.1f} ms")
+            lines.append(f"speed-up {1 / ratio.mean:.2f}x {span}, {latency.median_ms:.1f} ms, {self.engine} engine")
         for metric, change in self.verification.differences.items():
             if metric != COMPOSITE:
                 span = f"{change.mean:+.3g} [{change.low:+.3g}, {change.high:+.3g}]"
-                lines.append(f"{metric} changed by {span} on {change.n} held-out prompts")
+                lines.append(
+                    f"{metric} changed by {span} on {change.n} held-out prompts drawn by the {self.engine} engine"
+                )
         for v in self.verdicts:
             lines.append(
                 f"{_STATES[v.status]}: {v.name} {v.value:.4g} (bound {v.bound:.4g}, limit {v.limit:.4g} {v.unit})"
@@ -57,6 +63,7 @@ class Recheck:
             "verdicts": [asdict(v) for v in self.verdicts],
             "ratio": asdict(self.verification.latency.ratio) if self.verification.latency.ratio else None,
             "median_ms": self.verification.latency.median_ms,
+            "engine": self.engine,
             "warnings": list(self.warnings),
         }
 
@@ -129,4 +136,4 @@ def recheck(
         verdicts = [v for v in verdicts if v.name != "gain"]
     if max_regression is not None:
         verdicts.append(regression_verdict(1.0 if full_profile else float(recorded), verification, max_regression))
-    return Recheck(tuple(verdicts), verification, tuple(warnings))
+    return Recheck(tuple(verdicts), verification, tuple(warnings), evaluator.engine)
