@@ -15,6 +15,7 @@ from stagevar import __version__, extras
 from stagevar.choices import ENGINE_OPTIONS, check_engine, check_threads, check_weights
 from stagevar.console import (
     MOST,
+    Parser,
     file_value,
     finite_number,
     name_value,
@@ -26,21 +27,13 @@ from stagevar.console import (
 from stagevar.errors import UsageError
 from stagevar.files import check_output, check_output_folder, write_atomically, writing
 from stagevar.requests import check_negatives, check_prompts
-from stagevar.sections import shortened, shown
+from stagevar.sections import shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from stagevar.models.base import LoadedModel
     from stagevar.profile import Profile
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse with one-line errors (exit code 2) and the nearest option named by argparse itself."""
-
-    def error(self, message: str) -> Any:
-        line = shortened(f"{self.prog}: {message} (see {self.prog} --help)")
-        self.exit(2, line.encode("utf-8", "backslashreplace").decode() + "\n")
 
 
 def add_model_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -80,9 +73,9 @@ def add_running_options(parser: argparse.ArgumentParser, batch: str, threads: st
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    parser = ArgumentParser(prog="stagevar", description="Run next-scale image models with stage-aware schedules.")
+    parser = Parser(prog="stagevar", description="Run next-scale image models with stage-aware schedules.")
     parser.add_argument("--version", action="version", version=f"stagevar {__version__}")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=ArgumentParser)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     generate = verbs.add_parser("generate", help="make images with a profile, or with a model's full schedule")
     generate.add_argument("prompts", nargs="+", metavar="PROMPT")

@@ -13,14 +13,14 @@ import sys
 import threading
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from stagevar import extras
-from stagevar.errors import InfrastructureError, StagevarError, UsageError
+from stagevar.errors import InfrastructureError, StagevarError, UsageError, did_you_mean
 from stagevar.files import gave_way, write_error
-from stagevar.sections import shown
+from stagevar.sections import shortened, shown
 
 #: Exit code after Ctrl-C.
 STOPPED = 130
@@ -151,6 +151,22 @@ def showing_everything() -> Iterator[None]:
         for stream, errors in before:
             with contextlib.suppress(ValueError, OSError):
                 stream.reconfigure(errors=errors)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line with exit code 2, for `report_errors` to print."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UsageError."""
+        raise UsageError(shortened(f"{message} (see {self.prog} --help)"))
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """The arguments; an unknown option is named with the nearest known one. Raises UsageError."""
+        args, rest = self.parse_known_args(argv)
+        if rest:
+            known = [option for action in self._actions for option in action.option_strings]
+            self.error(f"unknown option {rest[0]!r}{did_you_mean(rest[0].split('=')[0], known, cutoff=0.4)}")
+        return args
 
 
 # ------------------------------------------------------------------------------------------------ values of options

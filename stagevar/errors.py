@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 #: What every command's exit code means; --help prints it, README lists it.
 EXIT_CODES = {
     0: "done; for tuning: verified, or the full schedule already meets the budget",
@@ -55,3 +58,9 @@ class ProfileError(UsageError):
 
 class ScheduleError(UsageError):
     """A schedule whose parameters do not fit the model's scales, or contradict each other."""
+
+
+def did_you_mean(word: object, known: Iterable[str], cutoff: float = 0.5) -> str:
+    """ ", did you mean NAME?" with the known name nearest to a word, or nothing where none is near."""
+    near = difflib.get_close_matches(str(word)[:60], [*known], n=1, cutoff=cutoff)
+    return f", did you mean {near[0]}?" if near else ""

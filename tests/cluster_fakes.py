@@ -159,9 +159,9 @@ def calls(directory: Path) -> list[dict]:
 def run_cell(argv, run_dir):
     """A sweep's cell on the fake: a whole study in its run directory; `driver-CELL` kills the driver once, half-way."""
     from tests import fakes
-    from tuner.cluster.sweep import summary
     from tuner.report.export import export
     from tuner.report.page import write_report
+    from tuner.report.sweep_page import summary
 
     options = dict(word.removeprefix("--").split("=") for word in argv)
     folder = run_dir.parents[2]

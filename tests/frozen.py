@@ -35,9 +35,9 @@ def help_text(command: str, verb: str) -> str:
     """What `command verb --help` prints on a terminal of 100 columns."""
     import stagevar.cli
     import tuner.cli
-    import tuner.eval_cli
+    import tuner.evalkit.command
 
-    mains = {"stagevar": stagevar.cli, "stagevar-tune": tuner.cli, "stagevar-eval": tuner.eval_cli}
+    mains = {"stagevar": stagevar.cli, "stagevar-tune": tuner.cli, "stagevar-eval": tuner.evalkit.command}
     printed = io.StringIO()
     with (
         mock.patch.dict(os.environ, {"COLUMNS": "100", "NO_COLOR": "1"}),

@@ -10,10 +10,10 @@ ARROWS = {
     "stagevar.engine": {"stagevar", "stagevar.models"},
     "stagevar.models": {"stagevar"},
     "stagevar.nano": {"stagevar", "stagevar.models"},
-    "tuner": {
+    "tuner": {"tuner.metrics"},
+    "tuner.cli": {
         "tuner.cluster",
         "tuner.config",
-        "tuner.evalkit",
         "tuner.evaluation",
         "tuner.metrics",
         "tuner.report",
@@ -21,7 +21,7 @@ ARROWS = {
         "tuner.statistics",
         "tuner.study",
     },
-    "tuner.cluster": {"tuner", "tuner.evaluation", "tuner.report", "tuner.results"},
+    "tuner.cluster": {"tuner.evaluation", "tuner.report"},
     "tuner.config": {"tuner.metrics"},
     "tuner.evalkit": {"tuner.metrics"},
     "tuner.evaluation": {"tuner.config", "tuner.metrics"},
@@ -46,7 +46,6 @@ CIRCLES = {
     ("stagevar.models.loading", "stagevar.models.memory", "stagevar.models.weights"),
     ("stagevar.pipeline", "stagevar.profile"),
     ("stagevar.published_settings", "stagevar.schedule"),
-    ("tuner.cli", "tuner.cluster.sweep"),
 }
 
 #: Files above 400 lines.
@@ -60,8 +59,6 @@ LONG_FILES = {
     "stagevar/nano/scenes.py",
     "stagevar/sampler.py",
     "stagevar/schedule.py",
-    "tuner/cli.py",
-    "tuner/eval_cli.py",
     "tuner/evaluation/evaluator.py",
     "tuner/cluster/executor.py",
     "tuner/report/sections.py",
@@ -73,7 +70,6 @@ LONG_FILES = {
 #: Functions above 80 lines.
 LONG_FUNCTIONS = {
     "stagevar/analysis.py::analyze",
-    "tuner/eval_cli.py::_build_parser",
     "tuner/report/charts.py::scatter",
 }
 

@@ -23,7 +23,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from stagevar.geneval import COLORS
-from tuner.eval_cli import main
+from tuner.evalkit.command import main
 from tuner.evalkit.image_folder import evaluate_folder, read_folder
 from tuner.metrics.geneval import Found, GenEval
 from tuner.metrics.prompt_sets import COCO_CLASSES

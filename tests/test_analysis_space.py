@@ -82,11 +82,11 @@ def test_the_plan_shows_it_and_the_command_finds_it_again(tmp_path, capsys, monk
     findings = read_analysis("a")
     assert load_space("infinity-tiny", tmp_path / "space.yaml") == load_space("infinity-tiny", findings=findings)
 
-    from tuner.cli import _tune_parser
-    from tuner.cli import plan as checked
+    from tuner.cli.plan import plan as checked
+    from tuner.cli.tune import build_parser
 
     words = [*WORDS, "--analysis", "a"]
-    assert f"--analysis {tmp_path / 'a'}" in checked(_tune_parser().parse(words), words).command
+    assert f"--analysis {tmp_path / 'a'}" in checked(build_parser().parse(words), words).command
 
 
 @pytest.mark.parametrize(

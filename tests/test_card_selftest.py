@@ -11,7 +11,7 @@ from stagevar.engine import GraphEngine
 from stagevar.errors import UsageError
 from stagevar.sampler import Sampler
 from tests.tiny import tiny_infinity
-from tuner import doctor
+from tuner.cli import doctor
 
 
 def test_every_fault_is_told_from_what_works(monkeypatch):

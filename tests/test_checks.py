@@ -18,10 +18,12 @@ import pytest
 from stagevar.console import report_errors
 from stagevar.errors import InfrastructureError, UsageError
 from stagevar.seeds import in_32_bits, non_negative
-from tuner import cli, eval_cli
+from tuner import cli
+from tuner.cli.sweep import check
 from tuner.config import checks
 from tuner.config.prompts import load_prompts
 from tuner.config.space import PromptSource
+from tuner.evalkit import command as eval_cli
 from tuner.results import run_dir as journal
 
 WORDS = ["--model", "nano", "--budget", "95%", "--dry-run"]
@@ -207,12 +209,12 @@ def test_a_plan_stores_absolute_paths(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "space").mkdir()
-    shipped = Path(cli.__file__).parents[1] / "search_spaces" / "nano.yaml"
+    shipped = Path(__file__).parents[1] / "search_spaces" / "nano.yaml"
     text = shipped.read_text()
     (tmp_path / "space" / "s.yaml").write_text(text.replace("source: nano", "source: p.jsonl"))
     prompt_file(tmp_path / "space", "", count=400)
     assert load_space("nano", tmp_path / "space" / "s.yaml").prompts.source == "p.jsonl"
-    plan = cli.check(["--model", "nano", "--budget", "95%", "--space", "space/s.yaml", "--out", "r"])
+    plan = check(["--model", "nano", "--budget", "95%", "--space", "space/s.yaml", "--out", "r"])
     assert plan.space.prompts.source == str(tmp_path / "space" / "p.jsonl")
     assert f"{tmp_path}/space/s.yaml" in shlex.split(plan.command)
 

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from stagevar.models import registry
-from tuner import eval_cli
 from tuner.config.prompts import PromptSet
+from tuner.evalkit import command as eval_cli
 from tuner.evaluation.evaluator import ModelEvaluator
 from tuner.metrics.clip import ClipModel, ClipScore
 

@@ -13,8 +13,9 @@ from stagevar.models.registry import load_model
 from stagevar.profile import Profile, present_envelope, steps_to_data
 from stagevar.schedule import paper
 from tests.tiny import tiny_infinity
-from tuner import cli as tuner_cli
-from tuner import eval_cli
+from tuner.cli.command import verb_parser
+from tuner.cli.tune import build_parser
+from tuner.evalkit import command as eval_cli
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -92,16 +93,16 @@ def commands():
 @pytest.mark.parametrize("words", commands())
 def test_shell_blocks_parse(words, monkeypatch):
     monkeypatch.setattr("stagevar.console._existing", lambda path, what: path)  # the files of examples are the reader's
-    parsers = {"stagevar": stagevar_cli.build_parser, "stagevar-eval": eval_cli._build_parser}
+    parsers = {"stagevar": stagevar_cli.build_parser, "stagevar-eval": eval_cli.build_parser}
     if words[0] in parsers:
         arguments = words[1:]
         if words[0] == "stagevar-eval" and arguments[0] not in eval_cli.VERBS:
             arguments = ["images", *arguments]  # the verb that need not be said
         parsers[words[0]]().parse_args(arguments)
     elif words[1].startswith("-"):
-        tuner_cli._tune_parser().parse(words[1:])
+        build_parser().parse(words[1:])
     else:
-        tuner_cli._verb_parser(words[1]).parse(words[2:])
+        verb_parser(words[1]).parse(words[2:])
 
 
 def test_json_blocks_are_json():

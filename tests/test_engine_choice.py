@@ -164,7 +164,7 @@ def test_the_choice_is_in_study_report_and_profile(tmp_path):
 
 def test_a_resumed_run_keeps_its_engine(tmp_path):
     from tests.fakes import study
-    from tuner.cli import kept_engine
+    from tuner.cli.tune import kept_engine
 
     assert kept_engine(tmp_path, "auto") == "auto"
     first = study(tmp_path)

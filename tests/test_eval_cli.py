@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tuner.eval_cli import main
+from tuner.evalkit.command import main
 from tuner.metrics import METRIC_NAMES
 
 DOGS = {
@@ -319,7 +319,7 @@ def test_a_device_takes_the_results_and_gets_no_neighbors(capsys, folder):
 
 def test_help_loads_no_model_library():
     code = (
-        "import sys, tuner.eval_cli as cli\n"
+        "import sys, tuner.evalkit.command as cli\n"
         "for arguments in (['--help'], ['geneval', '--help'], ['dpg', '--help'], ['images', '--help']):\n"
         "    try: cli.main(arguments)\n"
         "    except SystemExit as stop: assert stop.code == 0\n"

@@ -11,7 +11,7 @@ from PIL import Image
 from stagevar import __version__, extras
 from stagevar.console import report_errors
 from tests.test_house import ROOT, imports, modules, run_without
-from tuner import doctor
+from tuner.cli import doctor
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = PROJECT["project"]["optional-dependencies"]
@@ -85,8 +85,8 @@ COMMANDS = {
     ("tuner.cli", "report", "run"): "tune",
     ("tuner.cli", "verify", "profile.yaml"): "tune",
     ("tuner.cli", "sweep", "sweep.yaml"): "tune",
-    ("tuner.eval_cli", "images", "--images", ".", "--metric", "clip_score"): "tune",
-    ("tuner.eval_cli", "images", "--images", ".", "--metric", "psnr"): "metrics",
+    ("tuner.evalkit.command", "images", "--images", ".", "--metric", "clip_score"): "tune",
+    ("tuner.evalkit.command", "images", "--images", ".", "--metric", "psnr"): "metrics",
     ("stagevar.cli", "analyze", "--model", "nano"): "tune",
     ("stagevar.cli", "refit", "--model", "nano", "--out", "rule.json"): "tune",
 }
@@ -109,7 +109,11 @@ sys.exit(main({arguments!r}))
 
 
 def test_help_and_doctor_work_on_the_base_installation():
-    for module, words in (("tuner.cli", ["--help"]), ("tuner.eval_cli", ["--help"]), ("stagevar.cli", ["--help"])):
+    for module, words in (
+        ("tuner.cli", ["--help"]),
+        ("tuner.evalkit.command", ["--help"]),
+        ("stagevar.cli", ["--help"]),
+    ):
         result = run_without(EVERYTHING, f"from {module} import main\nsys.exit(main({words!r}))")
         assert result.returncode == 0 and "usage:" in result.stdout, result.stderr[-2000:]
     result = run_without(

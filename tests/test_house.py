@@ -96,7 +96,7 @@ def test_generate_works_without_the_tuners_packages(tmp_path):
     assert target.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("command", ["stagevar.cli", "tuner.cli", "tuner.eval_cli"])
+@pytest.mark.parametrize("command", ["stagevar.cli", "tuner.cli", "tuner.evalkit.command"])
 def test_help_is_cheap(command):
     code = f"""
 import importlib, sys

@@ -92,10 +92,10 @@ def test_a_database_that_is_gone_when_a_run_resumes_is_infrastructure_but_a_wron
 def test_exit_codes_are_listed_once_and_alike():
     from pathlib import Path
 
-    from tuner.cli import _tune_parser
+    from tuner.cli.tune import build_parser
     from tuner.results.result import EXIT_CODES as VERDICTS
 
-    text = " ".join(_tune_parser().format_help().split())
+    text = " ".join(build_parser().format_help().split())
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     for code, meaning in EXIT_CODES.items():
         assert f"{code} {meaning}" in text and f"| {code} | {meaning} |" in readme

@@ -10,6 +10,7 @@ import pytest
 from stagevar.errors import UsageError
 from tests.fakes import FULL_TOKENS, FakeEvaluator, study, tokens
 from tuner import cli
+from tuner.cli.plan import with_prompts
 from tuner.config.prompts import load_prompts
 from tuner.config.quality import quality_limits
 from tuner.config.space import PromptSource
@@ -205,7 +206,7 @@ def test_more_prompts_of_geneval_are_asked_for_as_an_addition(tmp_path):
     more = study(tmp_path, RESTLESS, {"prompts": {**prompts, "heldout": 672}})
     with pytest.raises(UsageError, match=r"write --heldout 72\+600 to add to them"):
         more.check_identity()
-    more.space = cli.with_prompts(more.space, None, (72, 600))
+    more.space = with_prompts(more.space, None, (72, 600))
     more.prompts = load_prompts(more.space.prompts)
     assert more.check_identity() and more.check_identity()
     more.judged_on = [672]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from stagevar.nano import checker, scenes
-from tuner.eval_cli import main
+from tuner.evalkit.command import main
 from tuner.metrics import create
 from tuner.metrics.geneval import Found
 

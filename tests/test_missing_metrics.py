@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from stagevar.errors import UsageError
-from tuner import doctor
-from tuner.cli import main
+from tuner.cli import doctor, main
 from tuner.metrics import registry
 from tuner.metrics.registry import create_composite
 

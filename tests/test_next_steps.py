@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.fakes import FULL_TOKENS, study, tokens
-from tuner import cli
+from tuner.cli.command import VERBS, verb_parser
+from tuner.cli.tune import build_parser
 from tuner.report.next_steps import next_steps
 from tuner.results.result import EXIT_CODES, Interval
 
@@ -26,10 +27,10 @@ def told(result, words=WORDS):
         program, *rest = shlex.split(command)
         if program == "stagevar":
             assert rest[0] == "generate"
-        elif rest[0] in cli.VERBS:
-            cli._verb_parser(rest[0]).parse(rest[1:])
+        elif rest[0] in VERBS:
+            verb_parser(rest[0]).parse(rest[1:])
         else:
-            cli._tune_parser().parse(rest)
+            build_parser().parse(rest)
     return "\n".join(found.lines), [shlex.split(command) for command in found.commands]
 
 

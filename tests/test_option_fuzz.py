@@ -26,7 +26,10 @@ from stagevar.console import LONGEST_LINE
 from stagevar.models.registry import LoadRequest, model_parts, resolve
 from tests.test_profile import make
 from tuner import cli as tuner_cli
-from tuner import eval_cli
+from tuner.cli.command import VERBS as TUNE_VERBS
+from tuner.cli.command import verb_parser
+from tuner.cli.tune import build_parser
+from tuner.evalkit import command as eval_cli
 from tuner.metrics.prompt_sets import generate
 
 VALUES = {
@@ -109,9 +112,9 @@ VERBS = (
 def parsers(program: str) -> dict[str, argparse.ArgumentParser]:
     """Parsers of a command by verb, "" where it needs none."""
     if program == "stagevar-tune":
-        verbs = {verb: tuner_cli._verb_parser(verb) for verb in tuner_cli.VERBS}
-        return {"": tuner_cli._tune_parser(), **verbs}
-    parser = stagevar_cli.build_parser() if program == "stagevar" else eval_cli._build_parser()
+        verbs = {verb: verb_parser(verb) for verb in TUNE_VERBS}
+        return {"": build_parser(), **verbs}
+    parser = stagevar_cli.build_parser() if program == "stagevar" else eval_cli.build_parser()
     action = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     return dict(action.choices)
 
@@ -184,7 +187,7 @@ def stubs(folder, monkeypatch):
         "stagevar.models.registry.load_model",
         "stagevar.models.weights.load_into",
         "tuner.evaluation.evaluator.load_evaluator",
-        "tuner.cli._ray_executor",
+        "tuner.cli.tune._ray_executor",
         "tuner.cluster.sweep.run_sweep",
         "tuner.metrics.registry.create",
         "tuner.similarities.create",
@@ -196,8 +199,8 @@ def stubs(folder, monkeypatch):
     monkeypatch.setattr("tuner.cluster.executor.check_installed", lambda: None)
     monkeypatch.setattr("socket.create_connection", nobody)
     for name in ("_device", "_models", "_packages"):  # they look at the machine, not at arguments
-        monkeypatch.setattr(f"tuner.doctor.{name}", list)
-    monkeypatch.setattr("tuner.doctor._timings", mock.Mock(return_value=mock.Mock(state="ok", text="")))
+        monkeypatch.setattr(f"tuner.cli.doctor.{name}", list)
+    monkeypatch.setattr("tuner.cli.doctor._timings", mock.Mock(return_value=mock.Mock(state="ok", text="")))
 
 
 def outcome(program: str, words: list[str]) -> tuple[int | str, str]:

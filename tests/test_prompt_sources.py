@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from stagevar.errors import UsageError
-from tuner.cli import with_prompts
+from tuner.cli.plan import with_prompts
 from tuner.config.prompts import load_prompts, set_sizes, warn_of_short_files
 from tuner.config.space import PromptSource, load_space, parse_space
 

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from stagevar.errors import UsageError
-from tuner.cluster.sweep import CELL_FILE, check_cells, load_sweep, run_sweep, write_table
+from tuner.cli.sweep import RUNNER, check
+from tuner.cluster.sweep import AXES, CELL_FILE, check_cells, load_sweep, run_sweep
+from tuner.report.sweep_page import write_table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,7 +37,7 @@ def test_cells_are_every_combination_as_command_lines(tmp_path):
     assert cells[3].name == "nano-25ms-1"
     assert cells[3].argv == ("--model=nano", "--budget=25ms", "--seed=1", "--trials=6", "--max-drop=0.1")
     assert cells[0].resources == {"CPU": 1}
-    check_cells(cells)
+    check_cells(cells, check)
 
 
 def test_options_of_one_model_win_over_those_of_all(tmp_path):
@@ -45,7 +47,7 @@ def test_options_of_one_model_win_over_those_of_all(tmp_path):
     assert cells[7].argv == (
         "--model=infinity-tiny", "--budget=25ms", "--seed=1", "--trials=3", "--max-drop=0.1", "--weights=random",
     )  # fmt: skip
-    check_cells(cells)
+    check_cells(cells, check)
 
 
 def test_kinds_of_gpu_and_resolutions_are_axes(tmp_path):
@@ -54,7 +56,7 @@ def test_kinds_of_gpu_and_resolutions_are_axes(tmp_path):
     assert [cell.name for cell in cells][:2] == ["infinity-2b-0.25M-1s-H100", "infinity-2b-0.25M-1s-L40"]
     assert cells[1].resources == {"CPU": 4, "GPU": 1, "accelerator_type:L40": 0.001}
     assert cells[1].argv == ("--model=infinity-2b", "--resolution=0.25M", "--budget=1s")
-    check_cells(cells)
+    check_cells(cells, check)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +93,7 @@ def test_a_bad_sweep_file_is_one_line(tmp_path, text, message):
 )
 def test_cells_are_checked_before_anything_runs(tmp_path, text, message):
     with pytest.raises(UsageError, match=message):
-        check_cells(load_sweep(sweep_file(tmp_path, text)).cells())
+        check_cells(load_sweep(sweep_file(tmp_path, text)).cells(), check)
 
 
 def test_another_sweep_or_a_strange_folder_is_not_touched(tmp_path):
@@ -100,12 +102,12 @@ def test_another_sweep_or_a_strange_folder_is_not_touched(tmp_path):
     strange.mkdir()
     (strange / "thesis.txt").touch()
     with pytest.raises(UsageError, match="is not empty and holds no sweep"):
-        run_sweep(cells, strange)
+        run_sweep(cells, strange, RUNNER)
     other = tmp_path / "other"
     other.mkdir()
     (other / "sweep.json").write_text('{"cells": []}')
     with pytest.raises(UsageError, match="holds another sweep"):
-        run_sweep(cells, other)
+        run_sweep(cells, other, RUNNER)
 
 
 def test_table_and_report_list_failures_and_escape_what_users_typed(tmp_path):
@@ -126,7 +128,7 @@ def test_table_and_report_list_failures_and_escape_what_users_typed(tmp_path):
         "profile": "cells/a/profile.yaml",
     }
     bad = {"cell": "b", "model": "<b>x", "budget": "60%", "seed": 1, "verdict": "failed", "reason": "no <weights>"}
-    table, report = write_table([good, bad], tmp_path)
+    table, report = write_table([good, bad], AXES.values(), tmp_path)
     rows = list(csv.DictReader(table.open()))
     assert [row["cell"] for row in rows] == ["a", "b"]
     assert rows[0]["seed"] == "0" and rows[0]["speedup"] == "2.0" and rows[1]["speedup"] == ""
@@ -188,7 +190,7 @@ def test_a_cell_that_lost_its_infrastructure_is_not_done_and_the_sweep_ends_with
     )
     monkeypatch.setattr(sweep, "run_cell", lambda argv, run_dir: next(outcomes))
     cell = {"name": "a", "argv": ["--seed", "0"]}
-    trainable = sweep._trainable(Tune, "tuner.cluster.sweep:run_cell", tmp_path)()
+    trainable = sweep._trainable(Tune, "tuner.cli.sweep:run_cell", tmp_path)()
     trainable.config = {"cell": cell}
     done = tmp_path / "cells" / "a" / sweep.CELL_FILE
     with pytest.raises(RuntimeError, match="disk full"):
@@ -198,7 +200,7 @@ def test_a_cell_that_lost_its_infrastructure_is_not_done_and_the_sweep_ends_with
     trainable.step()
     assert done.exists(), "the rerun tries it again"
     monkeypatch.setattr(sweep, "load_sweep", lambda path: SimpleNamespace(cells=list))
-    monkeypatch.setattr(sweep, "check_cells", lambda cells: None)
+    monkeypatch.setattr(sweep, "check_cells", lambda cells, check: None)
     monkeypatch.setattr(
         sweep, "run_sweep", lambda *_, **__: [{**row, "cell": "a"}, {"cell": "b", "verdict": "verified"}]
     )

@@ -9,7 +9,9 @@ import yaml
 
 from stagevar.profile import Profile
 from tests.fakes import SPACE
-from tuner.cli import Interrupts, main, plan
+from tuner.cli import main
+from tuner.cli.plan import plan
+from tuner.cli.tune import Interrupts
 from tuner.results.result import Interval, StudyResult
 from tuner.study.verification import latency_stats
 from tuner.study.verify_profile import Recheck, regression_verdict
@@ -163,10 +165,10 @@ def test_a_dry_run_says_what_the_heldout_prompts_can_prove(capsys):
 
 
 def test_the_command_reproduces_without_what_only_concerns_the_screen():
-    from tuner.cli import _tune_parser
+    from tuner.cli.tune import build_parser
 
     argv = [*GOOD, "--fresh", "--quiet", "--seed", "3"]
-    assert plan(_tune_parser().parse(argv), argv).command == "stagevar-tune --model nano --budget 60% --seed 3"
+    assert plan(build_parser().parse(argv), argv).command == "stagevar-tune --model nano --budget 60% --seed 3"
 
 
 def test_a_study_on_nano_ends_with_a_profile_that_loads_and_verifies(tmp_path, small_space, capsys, monkeypatch):
@@ -250,7 +252,7 @@ def test_engines_and_caches_on_offer_are_those_that_exist():
     """The command line names them itself, so that --help imports no torch."""
     from stagevar.cache import KV_CACHES
     from stagevar.engine import ENGINES
-    from tuner.cli import _tune_parser
+    from tuner.cli.tune import build_parser
 
-    offered = {action.dest: action.choices for action in _tune_parser()._actions}
+    offered = {action.dest: action.choices for action in build_parser()._actions}
     assert offered["engine"] == ("auto", *ENGINES) and offered["kv_cache"] == KV_CACHES

@@ -10,4 +10,4 @@ def tune() -> int:
 
 def evaluate() -> int:
     """Runs `stagevar-eval`. Exit codes as in stagevar.errors."""
-    return start("stagevar-eval", "tuner.eval_cli")
+    return start("stagevar-eval", "tuner.evalkit.command")

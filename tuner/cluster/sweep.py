@@ -10,15 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import io
 import itertools
 import json
-import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +24,10 @@ from stagevar.profile import plain
 from stagevar.yaml_files import read_yaml
 from tuner.cluster.executor import free_memory
 from tuner.evaluation.local import first_line
-from tuner.results.result import STUDY_FILE, StudyResult
+from tuner.report.sweep_page import write_table
 
 AXES = {"models": "model", "resolutions": "resolution", "budgets": "budget", "gpus": "gpu", "seeds": "seed"}
-SWEEP_FILE, TABLE_FILE, REPORT_FILE, CELL_FILE = "sweep.json", "sweep.csv", "sweep.html", "cell.json"
+SWEEP_FILE, CELL_FILE = "sweep.json", "cell.json"
 RAY_LOG = "ray_tune.log"
 #: Options that a cell may not have: they would not be a whole study in one process, or are set by the sweep.
 _NOT_IN_CELLS = ("executor", "ray-address", "gpu-kind", "out", "fresh", "dry-run", "json", "quiet", *AXES.values())
@@ -129,13 +125,11 @@ def _options(given: Any, where: str) -> dict[str, Any]:
     return {k: str(Path(v).resolve()) if isinstance(v, str) and Path(v).exists() else v for k, v in given.items()}
 
 
-def check_cells(cells: Sequence[Cell]) -> None:
-    """Raises UsageError for the first cell that stagevar-tune would refuse, before anything runs."""
-    from tuner import cli
-
+def check_cells(cells: Sequence[Cell], check: Callable[[Sequence[str]], object]) -> None:
+    """Raises UsageError for the first cell that `check`, which raises it, refuses, before anything runs."""
     for cell in cells:
         try:
-            cli.check(cell.argv)
+            check(cell.argv)
         except UsageError as error:
             raise UsageError(f"sweep cell {cell.name}: {error}") from None
 
@@ -143,15 +137,16 @@ def check_cells(cells: Sequence[Cell]) -> None:
 def run_sweep(
     cells: Sequence[Cell],
     out: Path,
+    runner: str,
     address: str | None = None,
-    runner: str = "tuner.cluster.sweep:run_cell",
     say: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """Runs or continues a sweep in `out`; returns a row per cell, in order. Raises UsageError.
 
     Args:
-        out: on several nodes a folder that all of them share. address: of the Ray cluster; None starts one here.
+        out: on several nodes a folder that all of them share.
         runner: "module:function" taking a cell's command line and run directory and giving its row.
+        address: of the Ray cluster; None starts one here.
     """
     from tuner.cluster.executor import check_installed, connect, require
 
@@ -187,7 +182,7 @@ def run_sweep(
     finally:
         disconnect()
     rows = [_row(cell, out, died.get(cell.name)) for cell in cells]
-    write_table(rows, out)
+    write_table(rows, AXES.values(), out)
     return rows
 
 
@@ -246,46 +241,6 @@ def _trainable(tune: Any, runner: str, out: Path) -> Any:
     )
 
 
-def run_cell(argv: Sequence[str], run_dir: Path) -> dict[str, Any]:
-    """Runs one study as the command line does; its words go to `<run_dir>.log`."""
-    from tuner import cli
-
-    words = [*argv, f"--out={run_dir}", "--quiet"]
-    run_dir.parent.mkdir(parents=True, exist_ok=True)
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        code = cli.main(words)
-    run_dir.with_suffix(".log").write_text(f"$ {shlex.join([cli.PROG, *words])}\n{said.getvalue()}", encoding="utf-8")
-    if not (run_dir / STUDY_FILE).exists():
-        lines = said.getvalue().strip().splitlines()
-        return {"verdict": "failed", "exit_code": code, "reason": lines[-1] if lines else f"exit code {code}"}
-    return summary(StudyResult.load(run_dir))
-
-
-def summary(result: StudyResult) -> dict[str, Any]:
-    """The columns that a study fills: times in ms of one image, quality as the
-    paired difference of the primary metric to the full schedule."""
-    pick, full = result.pick, result.baseline.best_latency
-    row: dict[str, Any] = {
-        "verdict": result.verdict,
-        "exit_code": result.exit_code,
-        "device": result.device.get("name"),
-        "full_ms": full.median_ms if full else None,
-        "budget_ms": result.budget_ms if full else None,
-        "schedules": len(result.candidates),
-    }
-    if pick is not None and pick.best_latency is not None:
-        primary = result.limits[0].metric if result.limits else ""
-        latency, change = pick.best_latency, pick.best_differences.get(primary)
-        row |= {"pick": pick.key, "pick_ms": latency.drift_corrected_ms, "skipped_scales": pick.skipped_scales}
-        if latency.ratio is not None:
-            row |= {"speedup": 1 / latency.ratio.mean, "speedup_low": 1 / latency.ratio.high}
-        if change is not None:
-            row |= {"metric": primary, "unit": result.limits[0].unit}
-            row |= {"quality": change.mean, "quality_low": change.low, "quality_high": change.high}
-    return {**row, "reason": result.reason}
-
-
 def _row(cell: Cell, out: Path, died: str | None) -> dict[str, Any]:
     """A cell's axes and what became of it."""
     run_dir = out / "cells" / cell.name
@@ -302,58 +257,3 @@ def _row(cell: Cell, out: Path, died: str | None) -> dict[str, Any]:
         if (run_dir / file).exists():
             row[name] = f"cells/{cell.name}/{file}"
     return row
-
-
-# ---------------------------------------------------------------------------------------------------- table and report
-
-
-def write_table(rows: Sequence[Mapping[str, Any]], out: Path) -> list[Path]:
-    """sweep.csv and sweep.html of the rows; returns their paths."""
-    from tuner.report.export import to_csv
-
-    table, report = out / TABLE_FILE, out / REPORT_FILE
-    write_text_atomically(table, to_csv(rows))
-    write_text_atomically(report, render(rows))
-    return [table, report]
-
-
-def render(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One page: what each cell reached, then what failed and why. Everything typed by users is escaped."""
-    axes = [axis for axis in AXES.values() if any(axis in row for row in rows)]
-    head = [*axes, "verdict", "full schedule", "pick", "speed-up", "quality change", "files"]
-    body = "".join(
-        "<tr>"
-        + "".join(f"<td>{cell}</td>" for cell in (*(escape(str(row.get(a, ""))) for a in axes), *_shown(row)))
-        + "</tr>"
-        for row in rows
-    )
-    failed = [row for row in rows if row["verdict"] == "failed"]
-    listed = "".join(f"<li><b>{escape(row['cell'])}</b>: {escape(str(row.get('reason')))}</li>" for row in failed)
-    style = (files("tuner.report") / "report.css").read_text(encoding="utf-8")
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Sweep of {len(rows)} studies: stagevar-tune</title><style>{style}</style></head><body><main>"
-        f"<h1>{len(rows) - len(failed)} of {len(rows)} studies ended</h1>"
-        f"<table><thead><tr>{''.join(f'<th>{name}</th>' for name in head)}</tr></thead><tbody>{body}</tbody></table>"
-        + (f"<h2>Failed</h2><ul>{listed}</ul>" if failed else "")
-        + "</main></body></html>\n"
-    )
-
-
-def _shown(row: Mapping[str, Any]) -> list[str]:
-    def number(name: str, text: str) -> str:
-        return text.format(row[name]) if row.get(name) is not None else ""
-
-    quality = number("quality", "{:+.3f}")
-    if quality:
-        quality += f" [{row['quality_low']:+.3f}, {row['quality_high']:+.3f}]"
-    links = [f'<a href="{escape(row[name])}">{name}</a>' for name in ("profile", "report") if row.get(name)]
-    return [
-        escape(row["verdict"].replace("_", " ")),
-        number("full_ms", "{:.1f} ms"),
-        number("pick_ms", "{:.1f} ms"),
-        number("speedup", "{:.2f}x"),
-        quality,
-        " ".join(links),
-    ]

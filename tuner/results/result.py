@@ -20,9 +20,9 @@ from typing import Any
 from stagevar.errors import UsageError
 from stagevar.profile_sections import EngineSection
 from tuner.config.quality import COMPOSITE, MetricLimit, limited, old_limits
+from tuner.results.run_dir import STUDY_FILE
 
 SCHEMA = 2
-STUDY_FILE = "study.json"
 #: Fields that results of before did not have: left out where there is nothing to say.
 _LATER = ("heldout_engine",)
 #: Verdicts and their exit codes. "partial" is a study that Ctrl-C stopped before its picks were verified.

@@ -12,16 +12,24 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from stagevar.errors import UsageError
+from stagevar.folders import visible
 
 JOURNAL_FILE = "journal.log"
 EVIDENCE_FILE = "trials.jsonl"
 LOCK_FILE = "driver.lock"
+CONFIG_FILE = "config.json"
+STUDY_FILE = "study.json"
+#: Everything that a study writes into its directory, and so all that --fresh may remove.
+#: config.json comes last, so that an interrupted removal still leaves a folder that is recognised as a run.
+RUN_FILES = (EVIDENCE_FILE, f"{JOURNAL_FILE}*", STUDY_FILE, "profile.yaml", "pareto.yaml", "trials.csv", "report.html")
+RUN_FILES += ("images", "references", "study.name", "measurements.jsonl", CONFIG_FILE)
 
 
 @contextlib.contextmanager
@@ -114,3 +122,32 @@ class Evidence:
                 raise UsageError(f"{self.path} line {number} is damaged; start anew with another --out")
             records.append(record)
         return records
+
+
+def prepare(run_dir: Path) -> None:
+    """Makes the run directory. Raises UsageError when it cannot be written or holds something else."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / f".probe{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        reason = error.strerror or error
+        raise UsageError(f"output {run_dir} cannot be written: {reason}; choose another --out") from None
+    check_strangers(run_dir)
+
+
+def check_strangers(run_dir: Path) -> None:
+    """Raises UsageError for a folder that holds something else than a run; names that systems hide do not count."""
+    if not run_dir.is_dir():
+        return
+    strangers = [p.name for p in visible(run_dir.iterdir()) if p.name != LOCK_FILE]
+    if strangers and not (run_dir / CONFIG_FILE).exists():
+        raise UsageError(f"output {run_dir} is not empty and holds no run ({strangers[0]}); choose another --out")
+
+
+def discard(run_dir: Path) -> None:
+    """Removes what an earlier study wrote, nothing else."""
+    for pattern in RUN_FILES:
+        for path in run_dir.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()

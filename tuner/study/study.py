@@ -42,6 +42,7 @@ from tuner.results.result import (
     Verification,
     build,
 )
+from tuner.results.run_dir import CONFIG_FILE
 from tuner.statistics.bounds import ALPHA, indistinguishable
 from tuner.statistics.looks import claims, judgement_alpha
 from tuner.statistics.provable import MOST_PROMPTS, prompts_to_decide
@@ -50,7 +51,6 @@ from tuner.study.progress import Progress
 from tuner.study.search import Savings, Search
 from tuner.study.verification import BASELINE, LEAST_GAIN, Verifier, latency_stats
 
-CONFIG_FILE = "config.json"
 BASELINE_ROUNDS = 15
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import json
 import os
 import platform
 import statistics
@@ -14,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stagevar import extras
+from stagevar.console import Parser, name_value, path_value
 from stagevar.errors import StagevarError
 
 if TYPE_CHECKING:
@@ -200,3 +204,24 @@ def _models() -> list[Finding]:
     except StagevarError as error:
         findings.append(Finding("fail", f"nano does not load: {error}"))
     return findings
+
+
+def add_options(parser: Parser) -> None:
+    """Where runs would go, and a model to check for."""
+    parser.add_argument(
+        "--out", type=path_value, default=Path("outputs"), help="where runs would go (default: outputs)"
+    )
+    parser.add_argument("--model", type=name_value, help="also the memory and files that this model needs")
+    parser.add_argument("--weights", type=name_value, help="with --model: path, or 'random'")
+    parser.add_argument("--device", default="auto", help="with --model: auto, cpu, cuda, cuda:N (default: auto)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints one line per check; exit code 1 when a study cannot run here."""
+    findings = examine(args.out, args.model, args.weights, args.device)
+    if args.json:
+        print(json.dumps([dataclasses.asdict(f) for f in findings], indent=2))
+    else:
+        for finding in findings:
+            print(f"{finding.state:<5}{finding.text}")
+    return 1 if any(f.state == "fail" for f in findings) else 0

@@ -1,0 +1,124 @@
+"""What a study prints when it ends: its verdict, what it means, what to do next, and the files that it wrote."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tuner.config.quality import limited
+
+if TYPE_CHECKING:
+    from tuner.results.result import Candidate, StudyResult
+
+
+def write_derived(result: StudyResult, run_dir: Path) -> list[Path]:
+    """Everything that is derived from study.json."""
+    from tuner.report.export import export
+    from tuner.report.page import write_report
+
+    return [*export(result, run_dir), write_report(result, run_dir)]
+
+
+def announce(result: StudyResult, run_dir: Path, written: Sequence[Path], args: argparse.Namespace) -> int:
+    """Prints the verdict: one line each for speed, quality, time and files, then what it means and what to do next."""
+    from tuner.report.next_steps import next_steps
+    from tuner.report.words import describe
+    from tuner.results.result import to_plain
+
+    pick, following = result.pick, next_steps(result, run_dir, shlex.split(result.command))
+    if args.json:
+        summary = {
+            "verdict": result.verdict,
+            "exit_code": result.exit_code,
+            "reason": result.reason,
+            "picks": result.picks,
+            "nearest": list(result.nearest),
+            "speedup": _bounds(pick, "speedup") if pick is not None else None,
+            "quality_change": _bounds(pick, "quality") if pick is not None else None,
+            "metrics": [] if pick is None else _metrics(result, pick),
+            "baseline_ms": result.baseline.latency.median_ms if result.baseline.latency else None,
+            "budget_ms": None if result.budget_ms != result.budget_ms else result.budget_ms,
+            "schedules": len(result.candidates),
+            "sampled": result.sampled,
+            "phases_s": result.phases_s,
+            "files": [str(path) for path in written],
+            "next": dataclasses.asdict(following),
+        }
+        print(json.dumps(to_plain(summary), indent=2))
+        return result.exit_code
+    print(f"{result.verdict.replace('_', ' ')}: {result.reason}")
+    if result.baseline.latency:
+        full_ms = result.baseline.latency.median_ms  # the one that a budget in per cent is a share of, and the report's
+        budget = f"budget {result.budget} = {result.budget_ms:.1f} ms"
+        print(f"full schedule    {full_ms:.1f} ms, {budget} ({result.engine} engine)")
+    if result.engine_choice is not None and result.engine_choice.tried:
+        print(f"engine           {result.engine}: {result.engine_choice.reason}")
+    if pick is not None and pick is not result.baseline:
+        print(f"schedule         {describe(pick.steps)}")
+        print(f"speed-up         {_speedup(pick)}")
+        for metric in _metrics(result, pick):
+            mean, low, high = metric["change"]
+            limit = f", limit -{metric['max_drop']:g}" if metric["max_drop"] is not None else ""
+            bound = f"; drop at most {metric['drop_upper']:.3g}" if metric["drop_upper"] is not None else ""
+            what = (
+                f"{mean:+.3g} [{low:+.3g}, {high:+.3g}] {metric['unit']} on {metric['prompts']} prompts{bound}{limit}"
+            )
+            print(f"{metric['metric']:<16} {what}")
+    whole = result.picks.get("no_skip")
+    if whole and whole != result.picks.get("pick"):
+        best = result.candidate(whole)
+        print(f"without skips    {_speedup(best)}, {_change(result, best)}")
+    for key in result.nearest:
+        near = result.candidate(key)
+        print(f"nearest          {_speedup(near)}, {_change(result, near)}: {describe(near.steps)}")
+    tried = f"{len(result.candidates)} besides the full one, {result.sampled} of them not enqueued"
+    print(f"schedules        {tried}; {result.stop_reason}")
+    print("seconds          " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.phases_s.items()))
+    for path in written:
+        print(f"file             {path}")
+    if following.lines:
+        print()
+    for line in following.lines:
+        print(line)
+    return result.exit_code
+
+
+def _bounds(candidate: Candidate, what: str) -> list[float] | None:
+    """[estimate, low, high] of the speed-up or of the quality change; None for the full schedule itself."""
+    latency, change = candidate.best_latency, candidate.best_differences.get("quality")
+    if what == "speedup" and latency is not None and latency.ratio is not None:
+        return [1 / latency.ratio.mean, 1 / latency.ratio.high, 1 / latency.ratio.low]
+    return [change.mean, change.low, change.high] if what == "quality" and change is not None else None
+
+
+def _speedup(candidate: Candidate) -> str:
+    ratio = candidate.best_latency.ratio
+    return f"{1 / ratio.mean:.2f}x [{1 / ratio.high:.2f}, {1 / ratio.low:.2f}]"
+
+
+def _metrics(result: StudyResult, candidate: Candidate) -> list[dict[str, Any]]:
+    """Per metric: unit, paired change [estimate, low, high], bound of the drop where it was verified, and limit."""
+    verdicts = {v.name: v for v in candidate.verification.verdicts} if candidate.verification else {}
+    rows = []
+    for limit in result.limits:
+        change, verdict = candidate.best_differences.get(limit.metric), verdicts.get(limit.name)
+        if change is None:
+            continue
+        row = {"metric": limit.metric, "unit": limit.unit, "change": [change.mean, change.low, change.high]}
+        row |= {"prompts": change.n, "drop_upper": verdict and verdict.bound, "max_drop": limit.max_drop}
+        rows.append(row | {"status": verdict and verdict.status})
+    return rows
+
+
+def _change(result: StudyResult, candidate: Candidate) -> str:
+    changes = [
+        f"{m.metric} {d.mean:+.3g} [{d.low:+.3g}, {d.high:+.3g}] on {d.n} prompts"
+        for m in limited(result.limits)
+        if (d := candidate.best_differences.get(m.metric)) is not None
+    ]
+    return ", ".join(changes) or "quality not measured"

@@ -1,0 +1,157 @@
+"""A tuning command line, checked as far as it can be without loading a model."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from stagevar.console import MOST
+from stagevar.errors import UsageError
+from stagevar.files import check_output_folder
+from stagevar.models import registry
+from tuner.cli.options import PROG
+from tuner.config import checks
+from tuner.config.analysis import Findings, read_analysis
+from tuner.config.limits import parse_budget, parse_time
+from tuner.config.quality import parse_max_drops, quality_limits
+from tuner.config.space import PROMPT_SOURCES, SearchSpace, load_space
+from tuner.results.run_dir import check_strangers
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A checked command line."""
+
+    args: argparse.Namespace
+    space: SearchSpace
+    run_dir: Path
+    command: str
+
+
+def plan(args: argparse.Namespace, argv: Sequence[str]) -> Plan:
+    """Checks everything that can be checked without loading a model. Raises UsageError."""
+    args.budget = parse_budget(args.budget)
+    args.time_budget = parse_time(args.time_budget) if args.time_budget else None
+    registry.find(args.model)
+    run_dir = args.out or Path("outputs") / checks.run_name(args.model, args.budget.text, args.seed)
+    check_placement(args, run_dir)
+    checks.check_running(
+        args.model,
+        device=args.device,
+        threads=args.threads if args.executor == "local" else None,
+        engine=args.engine,
+        resolution=args.resolution,
+        weights=args.weights,
+    )
+    findings = checked_findings(args)
+    space = checked_space(args.model, args.space, args.prompts, args.heldout, args.seed, args.resolution, findings)
+    args.max_drop = parse_max_drops(args.max_drop or (), space.quality)
+    check_provable(space, args.max_drop, args.weights)
+    from tuner.config.prompts import warn_of_short_files
+
+    warn_of_short_files(space.prompts)
+    check_output_folder(run_dir)
+    check_strangers(run_dir)
+    words = [a for a in argv if a not in ("--fresh", "--quiet", "--json")]
+    command = shlex.join([PROG, *checks.with_absolute_paths(words, [Path.cwd()])])
+    return Plan(args, space, run_dir, command)
+
+
+def checked_findings(args: argparse.Namespace) -> Findings | None:
+    """What --analysis found, where it is of the model, resolution and weights that are tuned. Raises UsageError."""
+    if args.analysis is None:
+        return None
+    findings = read_analysis(args.analysis)
+    known = registry.find(args.model).scales is not None
+    findings.check(args.model, args.weights, registry.scale_grids(args.model, args.resolution) if known else None)
+    return findings
+
+
+def checked_space(
+    model: str,
+    file: Path | None,
+    prompts: str | None,
+    heldout: Sequence[int] | None,
+    seed: int,
+    resolution: str | int | None = None,
+    findings: Findings | None = None,
+) -> SearchSpace:
+    """The space of a file (the model's for None) with the prompts asked for, all checked. Raises UsageError."""
+    space = load_space(model, file, resolution, findings)
+    folders = [Path.cwd()] if file is None else [file.absolute().parent, Path.cwd()]
+    space = checks.with_absolute_source(space, folders)
+    space = checks.with_absolute_source(with_prompts(space, prompts, heldout), [Path.cwd()])
+    checks.check_prompts_of(space, seed)
+    checks.check_metric_options(space)
+    return space
+
+
+def check_provable(space: SearchSpace, max_drop: Mapping[str, float], weights: str | None) -> None:
+    """What the verdict needs: the metrics' packages, and prompts that prove the limits at least where no image changes.
+
+    Raises UsageError.
+    """
+    if weights == "random":  # only latency is judged
+        return
+    from tuner.config.prompts import set_sizes
+    from tuner.metrics.registry import check_packages
+    from tuner.statistics.provable import floor_shortfalls, shortfalls
+
+    for metric in (*space.quality, *space.floors):
+        check_packages(metric)
+    limits = quality_limits(space.quality, max_drop)
+    size = set_sizes(space.prompts)[1], space.prompts.micro_batch
+    missing = [*shortfalls(limits, *size), *floor_shortfalls(space.floors, *size)]
+    if missing:
+        raise UsageError(f"{'; '.join(missing)}; raise --heldout (and add prompts to a file), or loosen --max-drop")
+
+
+def check_placement(args: argparse.Namespace, run_dir: Path) -> None:
+    """Checks the options that say where work runs and where trials are kept. Raises UsageError."""
+    args.task_timeout = parse_time(args.task_timeout)
+    if args.executor == "ray":
+        from tuner.cluster.executor import check_installed
+
+        check_installed()
+        if args.ray_address is not None:
+            checks.check_ray_address(args.ray_address)
+    elif args.ray_address or args.gpu_kind:
+        raise UsageError("--ray-address and --gpu-kind need --executor ray")
+    if args.storage is not None:
+        checks.check_storage(args.storage, run_dir)
+
+
+def with_prompts(space: SearchSpace, prompts: str | None, heldout: Sequence[int] | None) -> SearchSpace:
+    """The space with the prompts that the command line asks for: a number, a source or a file, and how many to hold out."""
+    source = space.prompts
+    if prompts is not None:
+        source = dataclasses.replace(source, **_asked_prompts(prompts))
+    if heldout is not None:
+        source = dataclasses.replace(source, heldout=sum(heldout), added=tuple(heldout[1:]))
+    return dataclasses.replace(space, prompts=source)
+
+
+def _asked_prompts(text: str) -> dict[str, Any]:
+    """Fields of a PromptSource from `--prompts`: "64", "geneval", "geneval:128" or a file. Raises UsageError."""
+    name, colon, count = text.partition(":")
+    number = count if name in PROMPT_SOURCES and colon else text
+    if number.isdecimal() and number.isascii():
+        if len(number) > 7 or not 1 <= int(number) <= MOST:
+            raise UsageError(f"prompts {text!r:.60} must be a number from 1 to {MOST}, a source or a file")
+        return {"search": int(number), **({"source": name} if number != text else {})}
+    if name in PROMPT_SOURCES:
+        if colon:
+            raise UsageError(f"prompts {text!r}: {count!r} must be a number of at least 1, such as {name}:64")
+        return {"source": name}
+    if not (os.path.isfile(text) or os.path.isdir(text)):  # a pipe could be read only once
+        sources = ", ".join(PROMPT_SOURCES)
+        raise UsageError(
+            f"prompts {text!r:.200} is neither a number nor a file or folder that exists, nor one of {sources} (as in "
+            "geneval:64)"
+        )
+    return {"source": text}

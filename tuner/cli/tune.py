@@ -1,0 +1,300 @@
+"""`stagevar-tune --model ... --budget ...`: the run directory, signals and the study. The work is in tuner.study."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stagevar import __version__
+from stagevar.choices import processors
+from stagevar.console import STOPPED, Parser, name_value, path_value, positive_int
+from stagevar.errors import EXIT_CODES, UsageError
+from stagevar.profile_sections import EngineSection
+from stagevar.sections import read_section
+from tuner.cli.console import announce, write_derived
+from tuner.cli.dry_run import print_plan
+from tuner.cli.options import PROG, add_output_options, add_study_options
+from tuner.cli.plan import Plan, plan
+from tuner.config.quality import composite_options, quality_limits
+from tuner.config.space import SearchSpace
+from tuner.results.run_dir import CONFIG_FILE, STUDY_FILE, discard, driver_lock, prepare, repair
+
+if TYPE_CHECKING:
+    from tuner.cluster.executor import RayExecutor
+    from tuner.results.result import StudyResult
+    from tuner.study.study import Study
+
+#: CPU threads that draw images for quality at most: the products of a small model are too small to share among many.
+MOST_DRAWING_THREADS = 4
+
+_CODES = "\n".join(f"  {code:<4} {meaning}" for code, meaning in EXIT_CODES.items())
+_EPILOG = f"""\
+verbs:
+  stagevar-tune resume RUN           continue a run to its original target (the same command does it too)
+  stagevar-tune report RUN           write report.html, pareto.yaml and trials.csv again from study.json
+  stagevar-tune verify PROFILE       measure a profile again on this machine (--max-regression 3% as a CI gate)
+  stagevar-tune sweep SWEEP.yaml     one study per model, budget, seed ... on a Ray cluster, one table
+  stagevar-tune doctor               check this machine
+
+exit codes:
+{_CODES}
+
+example: stagevar-tune --model nano --budget 60%"""
+
+
+def build_parser() -> Parser:
+    """The options of a study."""
+    parser = Parser(
+        prog=PROG,
+        allow_abbrev=False,
+        description="Find, prove and write down the schedule with the best quality within a latency budget.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
+    add_study_options(parser, required=True)
+    parser.add_argument(
+        "--analysis",
+        type=path_value,
+        metavar="DIR",
+        help="boundaries, ranks and proposals of `stagevar analyze --out DIR`",
+    )
+    parser.add_argument("--trials", type=positive_int, default=30, help="distinct schedules to evaluate (default: 30)")
+    parser.add_argument("--time-budget", metavar="TIME", help="tuning time, such as 10m; verification included")
+    parser.add_argument(
+        "--kv-cache", choices=("model", "int8"), default="model", help="8 bits halve the cache (default: the model's)"
+    )
+    parser.add_argument(
+        "--patience", type=positive_int, default=60, metavar="N", help="end after N schedules without progress (60)"
+    )
+    parser.add_argument(
+        "--exhaustive", action="store_true", help="time every schedule end to end and judge it on all search prompts"
+    )
+    parser.add_argument(
+        "--out", type=path_value, metavar="DIR", help="run directory (default: outputs/MODEL-BUDGET-sSEED)"
+    )
+    parser.add_argument("--fresh", action="store_true", help="discard what an earlier run left in --out")
+    parser.add_argument("--sampler", choices=("auto", "gp", "tpe", "random"), default="auto", help="default: auto")
+    parser.add_argument("--executor", choices=("local", "ray"), default="local", help="where it runs (default: local)")
+    parser.add_argument(
+        "--ray-address",
+        type=name_value,
+        metavar="ADDRESS",
+        help="cluster to join, such as auto (default: start one here)",
+    )
+    parser.add_argument("--gpu-kind", metavar="NAME", help="the GPUs to use where a Ray cluster has several kinds")
+    parser.add_argument(
+        "--task-timeout", default="30m", metavar="TIME", help="a Ray worker is stuck after (default: 30m)"
+    )
+    parser.add_argument(
+        "--storage",
+        type=name_value,
+        metavar="URL",
+        help="database for the trials, as postgresql://HOST/DB (default: a file)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, run nothing")
+    add_output_options(parser)
+    return parser
+
+
+class Interrupts:
+    """Ctrl-C once asks the study to finish its round and write everything; twice stops now."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self.asked, self._say = False, say
+
+    def __enter__(self) -> Interrupts:
+        self._before = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _handle(self, *_: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        self._say("finishing this round and writing everything; Ctrl-C again stops now")
+
+    def __call__(self) -> bool:
+        return self.asked
+
+
+def run(args: argparse.Namespace, argv: Sequence[str], again: bool = False) -> int:
+    """Runs or continues a study and prints its verdict. again: where timings did not decide, they are taken anew."""
+    checked = plan(args, argv)
+    if args.dry_run:
+        return print_plan(checked)
+    prepare(checked.run_dir)
+    with driver_lock(checked.run_dir):
+        if args.fresh:
+            discard(checked.run_dir)
+        return _drive(checked, again)
+
+
+def _finished(checked: Plan, again: bool) -> StudyResult | None:
+    """The stored result when this very command already ran to its end; the caller has compared the identities."""
+    from tuner.results.result import StudyResult
+
+    if not (checked.run_dir / STUDY_FILE).exists():
+        return None
+    result = StudyResult.load(checked.run_dir)
+    if result.command != checked.command or result.verdict == "partial" or (again and _times_undecided(result)):
+        return None
+    return result
+
+
+def _times_undecided(result: StudyResult) -> bool:
+    """Whether the timings left a study open, so that measuring again may end it."""
+    if result.verdict != "inconclusive" or not result.nearest:
+        return False
+    check = result.candidate(result.nearest[0]).verification
+    return check is not None and check.times_open
+
+
+def _drive(checked: Plan, again: bool) -> int:
+    from tuner.study.progress import Progress
+
+    args = checked.args
+    progress = Progress(args.quiet)
+    with Interrupts(progress.say) as interrupts:
+        try:
+            for line in repair(checked.run_dir):
+                progress.say(line)
+            progress.phase("load")
+            study = build_study(checked, progress, interrupts)
+            try:
+                study.check_identity()
+                result = _finished(checked, again)
+                if result is not None:
+                    progress.close()
+                    return announce(result, checked.run_dir, write_derived(result, checked.run_dir), args)
+                result = study.run()
+            finally:
+                study.executor.close()
+            progress.phase("report")
+            written = write_derived(result, checked.run_dir)
+            progress.close()
+        except KeyboardInterrupt:
+            progress.close()
+            print(f"{PROG}: stopped; the same command continues", file=sys.stderr)
+            return STOPPED
+        except BaseException:
+            progress.close()
+            raise
+    result = dataclasses.replace(result, phases_s={**progress.seconds, **progress.parts})
+    result.save(checked.run_dir)
+    return announce(result, checked.run_dir, written, args)
+
+
+def build_study(checked: Plan, progress: Any, stop: Callable[[], bool]) -> Study:
+    """Loads model, prompts and metrics."""
+    from tuner.config.prompts import load_prompts
+    from tuner.evaluation.evaluator import fitting_micro_batch, load_evaluator
+    from tuner.study.search import EXHAUSTIVE, Savings
+    from tuner.study.study import Options, Study
+
+    args, space = checked.args, checked.space
+    place = {"weights": args.weights, "resolution": args.resolution, "device": args.device}
+    if args.executor == "local":
+        size = fitting_micro_batch(args.model, space.prompts.micro_batch, **place)
+        if size < space.prompts.micro_batch:
+            progress.say(f"micro-batches of {size} instead of {space.prompts.micro_batch} images fit the memory here")
+            space = dataclasses.replace(space, prompts=dataclasses.replace(space.prompts, micro_batch=size))
+    prompts = load_prompts(space.prompts, args.seed)
+    say_downloads(args.model, space, {**place, "kv_cache": args.kv_cache}, progress)
+    quality = composite_options(space.quality, quality_limits(space.quality, args.max_drop))
+    parts = {"model": args.model, "prompts": prompts, "quality": quality, "floors": space.floors}
+    parts |= {"weights": args.weights, "device": args.device, "threads": args.threads, "resolution": args.resolution}
+    parts |= {"engine": kept_engine(checked.run_dir, args.engine), "kv_cache": args.kv_cache}
+    if args.executor == "ray":
+        executor = _ray_executor(checked, parts, progress)
+        evaluator = executor.evaluator
+    else:
+        drawing = max(args.threads, min(MOST_DRAWING_THREADS, len(processors()) or 1))
+        if args.threads == 1:
+            # Before torch is loaded: threads that wait asleep, not spinning, lose little beside a busy process. Timings on
+            # several threads are left as a deployment has them.
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        local = {"drawing_threads": drawing, "references_dir": checked.run_dir / "references"}
+        executor, evaluator = None, load_evaluator(**parts, **local)
+    options = Options(
+        args.budget,
+        max_drop=args.max_drop,
+        trials=args.trials,
+        time_budget_s=args.time_budget,
+        seed=args.seed,
+        sampler=args.sampler,
+        storage=args.storage,
+        command=checked.command,
+        versions=versions(),
+        patience=args.patience,
+        savings=EXHAUSTIVE if args.exhaustive else Savings(),
+    )
+    return Study(checked.run_dir, space, options, evaluator, prompts, executor, progress, stop)
+
+
+def say_downloads(model: str, space: SearchSpace, place: dict[str, Any], progress: Any) -> None:
+    """Names what model and metrics are about to fetch, with sizes, while nothing has been fetched yet."""
+    from tuner.config.costs import downloads_of
+
+    for download in downloads_of(model, space.quality, place):
+        if not download.cached:
+            progress.say(f"file: {download.line}")
+
+
+def kept_engine(run_dir: Path, asked: str) -> Any:
+    """The choice that this run made for the same `--engine` when it began; else what is asked for.
+
+    Comparing engines again could end otherwise, and a study has one engine.
+    """
+    try:
+        kept = json.loads((run_dir / CONFIG_FILE).read_text())["engine_choice"]
+        choice = read_section(EngineSection, kept, "engine_choice")
+    except (OSError, ValueError, KeyError, TypeError, UsageError):
+        return asked
+    return choice if choice.asked == asked == "auto" else asked
+
+
+def _ray_executor(checked: Plan, parts: dict[str, Any], progress: Any) -> RayExecutor:
+    """Workers that load the same model; paths must exist on every node."""
+    from tuner.cluster.executor import RayExecutor, Recipe
+
+    args = checked.args
+    if args.weights and Path(args.weights).exists():
+        parts["weights"] = str(Path(args.weights).resolve())
+    return RayExecutor(
+        Recipe("tuner.evaluation.evaluator:load_evaluator", parts),
+        args.ray_address,
+        gpu_kind=args.gpu_kind,
+        task_timeout_s=args.task_timeout,
+        threads=args.threads,
+        run_dir=checked.run_dir,
+        say=progress.say,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the figures, and the commit when run from a checkout."""
+    found = {"python": platform.python_version(), "stagevar": __version__}
+    for name in ("torch", "numpy", "optuna", "open_clip_torch"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    root = Path(__file__).resolve().parents[2]
+    if (root / ".git").exists():
+        shown = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+        if shown.returncode == 0:
+            found["commit"] = shown.stdout.strip()
+    return found

@@ -1,0 +1,97 @@
+"""`stagevar-tune verify PROFILE`: a profile measured again on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stagevar.console import Parser, path_value
+from stagevar.errors import UsageError
+from tuner.cli import tune
+from tuner.cli.options import add_study_options
+from tuner.cli.plan import check_provable, checked_space
+from tuner.config import checks
+from tuner.config.limits import parse_budget, parse_share
+from tuner.config.quality import parse_max_drops, quality_limits
+from tuner.config.space import SearchSpace
+
+if TYPE_CHECKING:
+    from stagevar.profile import Profile
+
+
+def add_options(parser: Parser) -> None:
+    """The profile, how much slower it may be, and what it is measured against."""
+    parser.add_argument("profile", type=path_value, help="profile.yaml of a run")
+    parser.add_argument("--max-regression", metavar="SHARE", help="fail when this much slower than recorded, as 3%%")
+    add_study_options(parser, required=False)
+    parser.set_defaults(seed=None)
+
+
+def kept_max_drops(profile: Profile, given: argparse.Namespace | None, space: SearchSpace) -> dict[str, float]:
+    """The limits that a profile was made under, of the metrics that the space has; old profiles say them in their command."""
+    stated = profile.constraints.max_drop
+    if isinstance(stated, Mapping):
+        return {metric: value for metric, value in stated.items() if metric in space.quality}
+    return parse_max_drops((given.max_drop if given is not None else None) or (), space.quality)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures a profile again here, against the full schedule in the same run."""
+    from stagevar.profile import Profile
+
+    profile = Profile.load(args.profile)
+    words = shlex.split(profile.reproduce)[1:]
+    words = checks.with_absolute_paths(words, [Path.cwd(), *args.profile.absolute().parents])
+    given = tune.build_parser().parse(words) if words else None
+    for name in ("model", "budget", "prompts", "heldout", "seed", "space", "weights"):
+        if getattr(args, name) is None and given is not None:
+            setattr(args, name, getattr(given, name))
+    args.model = args.model or profile.model.name
+    if args.budget is None:
+        raise UsageError(f"profile {args.profile} does not say how it was made; give --budget")
+    from tuner.results.result import to_plain
+    from tuner.study.progress import Progress
+    from tuner.study.verify_profile import recheck
+
+    share = parse_share(args.max_regression, "max-regression") if args.max_regression else None
+    budget = parse_budget(args.budget)
+    checks.check_running(
+        args.model,
+        device=args.device,
+        threads=args.threads,
+        engine=args.engine,
+        weights=args.weights,
+    )  # the resolution is checked with the profile's options, before loading too
+    made_at = profile.model.load.given().get("resolution") if args.model == profile.model.name else None
+    resolution = args.resolution or made_at
+    space = checked_space(args.model, args.space, args.prompts, args.heldout, args.seed or 0, resolution)
+    max_drop = kept_max_drops(profile, given, space) | parse_max_drops(args.max_drop or (), space.quality)
+    check_provable(space, max_drop, args.weights)
+    progress = Progress(args.quiet)
+    place = {"weights": args.weights, "device": args.device, **profile.model.load.given()}
+    place |= {} if args.resolution is None else {"resolution": args.resolution}
+    tune.say_downloads(profile.model.name, space, place, progress)
+    outcome = recheck(
+        profile,
+        space,
+        budget,
+        quality_limits(space.quality, max_drop),
+        share,
+        args.seed or 0,
+        args.weights,
+        args.device,
+        args.threads or profile.envelope.threads or 1,
+        progress,
+        args.engine or profile.envelope.engine,
+        args.resolution,
+    )
+    if args.json:
+        print(json.dumps(to_plain(outcome.to_dict()), indent=2))
+    else:
+        for line in outcome.lines:
+            print(line)
+    return outcome.exit_code

@@ -1,0 +1,50 @@
+"""`stagevar-eval`: score image folders, apply the benchmarks' rules to outside detections and answers, user studies.
+
+Model libraries load when a verb needs them: --help is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from stagevar.console import Parser, report_errors
+from tuner.evalkit.delivery import check_outputs, version_of
+from tuner.evalkit.verbs import dpg, geneval, images, pairs, preference, prompts
+
+VERBS = ("images", "geneval", "dpg", "prompts", "pairs", "preference")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Exit codes: 0 done, 2 unusable input (one line on stderr)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] not in (*VERBS, "-h", "--help", "--version"):
+        arguments.insert(0, "images")  # `stagevar-eval --images DIR --metric NAME` needs no verb
+
+    def run() -> int:
+        options = build_parser().parse_args(arguments)
+        if "out" in options:  # a verb was given
+            check_outputs(options)
+        return options.run(options)
+
+    return report_errors("stagevar-eval", run)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = Parser(
+        prog="stagevar-eval",
+        description="Image quality for next-scale models: benchmarks, metrics, user studies.",
+        epilog="Without a verb, `images` is meant: stagevar-eval --images DIR --metric NAME.",
+    )
+    parser.add_argument("--version", action="version", version=f"stagevar-tune {version_of('stagevar-tune')}")
+    verbs = parser.add_subparsers(dest="verb", metavar="{" + ",".join(VERBS) + "}")
+    parser.set_defaults(run=lambda options: parser.print_help() or 0)
+    for verb in (geneval, dpg, images, prompts, pairs, preference):
+        verb.add(verbs)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
