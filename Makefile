@@ -4,13 +4,37 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: help demo check test lint docs wheel clean
+
+help:
+	@echo 'make demo    installs into .venv, tunes the shipped model nano on the CPU, leaves outputs/demo/'
+	@echo 'make check   lint and the tests that start no process and load no large model'
+	@echo 'make test    every test'
+	@echo 'make lint    ruff: rules and format'
+	@echo 'make docs    builds the documentation site into site/, warnings are errors'
+	@echo 'make wheel   builds, checks and installs the wheel into empty environments'
+	@echo 'make clean   removes .venv, build, dist and site; never outputs/'
+	@echo 'PYTHON=/path/to/python3.12 before any of them picks the interpreter of a new .venv'
 
 demo: $(STAMP)
 	$(BIN)/stagevar-tune --model nano --budget 75% --out outputs/demo --fresh
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# Without processes, a cluster or a model larger than a few thousand weights.
+CHECK := schedule noise tuner_budget tuner_space yaml_files text_files profile default_space quality_limits drop_bounds \
+	tuner_stats geneval_rules next_steps cache fastvar sampler folders costs cut_prompts fronts
+
+check: lint
+	$(BIN)/python -m pytest $(CHECK:%=tests/test_%.py)
+
+docs: $(STAMP)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[docs]'
+	$(BIN)/python -m mkdocs build --strict
+
+wheel:
+	.ci/install_wheel.sh
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -26,4 +50,4 @@ $(STAMP): pyproject.toml
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) build dist site *.egg-info
