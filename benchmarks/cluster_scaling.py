@@ -2,7 +2,7 @@
 
     python -m benchmarks.cluster_scaling --output scaling.json
 
-Measured first, each on one thread in processor seconds (neighbours on the machine do not count): scales of the walk by
+Measured first, each on one thread in processor seconds (neighbors on the machine do not count): scales of the walk by
 tokens, decoding and judging a batch, loading a worker, a round trip to a worker, asking the sampler, booking a round.
 Then studies are played out event by event: asking and booking occupy the driver, timing as many GPUs as the plan says,
 micro-batches go to whoever is free, trees are cut where there are fewer micro-batches than GPUs (as RayExecutor does),

@@ -28,7 +28,7 @@ from tuner.report.words import name_of
 from tuner.results.pareto import front
 from tuner.results.result import Candidate, Interval, StudyResult
 
-#: Method -> colour (Okabe and Ito's, told apart by the colour-blind; the last one is grey) and marker, in the order of
+#: Method -> color (Okabe and Ito's, told apart by the color-blind; the last one is grey) and marker, in the order of
 #: the legend.
 METHODS = {
     "conditional branch": ("#0072B2", "o"),
@@ -191,7 +191,7 @@ def draw(rows: Sequence[Mapping[str, Any]], panels: Sequence[str], path: Path) -
         1, len(panels), figsize=(6.6 * len(panels), 6.2), layout="constrained", squeeze=False
     )
     for axis, panel in zip(axes[0], panels, strict=True):
-        for order, (name, (colour, marker)) in enumerate(METHODS.items()):
+        for order, (name, (color, marker)) in enumerate(METHODS.items()):
             own = [row for row in rows if row["method"] == name]
             if not own:
                 continue
@@ -199,13 +199,13 @@ def draw(rows: Sequence[Mapping[str, Any]], panels: Sequence[str], path: Path) -
             axis.scatter(
                 [row["time"]["mean"] for row in own],
                 [row[panel]["mean"] for row in own],
-                s=16, color=colour, marker=marker, alpha=0.25, linewidths=0, zorder=2,
+                s=16, color=color, marker=marker, alpha=0.25, linewidths=0, zorder=2,
             )  # fmt: skip
             axis.errorbar(
                 [row["time"]["mean"] for row in line],
                 [row[panel]["mean"] for row in line],
                 xerr=_arms(line, "time"), yerr=_arms(line, panel),
-                color=colour, marker=marker, ms=9 if marker == "*" else 6, mec="white", mew=0.6, lw=1.5,
+                color=color, marker=marker, ms=9 if marker == "*" else 6, mec="white", mew=0.6, lw=1.5,
                 elinewidth=0.8, capsize=1.5, label=name, zorder=20 - order,
             )  # fmt: skip
         full = 0 if panel == "quality" else 1

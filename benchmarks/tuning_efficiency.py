@@ -173,7 +173,7 @@ def batch_costs(bench: Bench, schedules: Sequence[Steps], rounds: int = 3) -> di
     reference = evaluator.images(full, "search", 0)
     for _ in range(rounds):
         start = time.perf_counter()
-        generation = evaluator._begin("search", 0, slice(0, len(texts)))
+        generation = evaluator._begin(sampler, "search", 0, slice(0, len(texts)), schedules)
         begin.append(time.perf_counter() - start)
         walk(sampler, generation, list(schedules), None, advance)
         start = time.perf_counter()
@@ -381,10 +381,10 @@ def compare(
     for run in runs:
         run["volume"] = [(seconds, volume(keys, figures)) for seconds, keys in run["line"]]
         del run["line"]
-    return {"presets": floor, "runs": runs, "figures": figures, "summary": summarise(runs, floor)}
+    return {"presets": floor, "runs": runs, "figures": figures, "summary": summarize(runs, floor)}
 
 
-def summarise(runs: Sequence[Mapping[str, Any]], floor: float, share: float = 0.98) -> dict[str, Any]:
+def summarize(runs: Sequence[Mapping[str, Any]], floor: float, share: float = 0.98) -> dict[str, Any]:
     """Per variant: median final gain over the presets, and time to `share` of the better plain loop's median gain."""
     plain = [n for n in ("plain, Gaussian process", "plain, TPE") if any(r["variant"] == n for r in runs)]
 
@@ -427,14 +427,14 @@ def draw_volumes(results: Mapping[str, Any], path: Path) -> None:
     shown = [n for n in (*PLOTTED, "plain, Gaussian process") if n in results["summary"]]
     end = max(r["seconds"] for r in results["runs"])
     grid = np.linspace(0, end, 400)
-    for colour, name in zip(("#0072B2", "#D55E00", "#009E73", "#777777"), shown, strict=False):
+    for color, name in zip(("#0072B2", "#D55E00", "#009E73", "#777777"), shown, strict=False):
         lines = []
         for run in (r for r in results["runs"] if r["variant"] == name):
             seconds = [0.0, *(s for s, _ in run["volume"])]
             gains = [0.0, *(max(0.0, v - results["presets"]) for _, v in run["volume"])]
             lines.append([gains[np.searchsorted(seconds, t, side="right") - 1] for t in grid])
-        axis.plot(grid, np.median(lines, axis=0), color=colour, lw=1.8, label=f"{name} ({len(lines)} seeds)")
-        axis.fill_between(grid, np.min(lines, axis=0), np.max(lines, axis=0), color=colour, alpha=0.13, lw=0)
+        axis.plot(grid, np.median(lines, axis=0), color=color, lw=1.8, label=f"{name} ({len(lines)} seeds)")
+        axis.fill_between(grid, np.min(lines, axis=0), np.max(lines, axis=0), color=color, alpha=0.13, lw=0)
     axis.set_xlabel("wall time of the search, s")
     axis.set_ylabel("hypervolume gained over the presets\n(held-out prompts, own timings)")
     axis.set_xlim(0, end)

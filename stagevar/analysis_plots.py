@@ -84,9 +84,9 @@ def plot_curves(analysis: Analysis, path: Path) -> Path:
     return path
 
 
-def _band(panel: Any, scales: np.ndarray, curve: Any, colour: str, label: str, style: str = "-") -> None:
-    panel.plot(scales, curve.mean, style, color=colour, marker="o", markersize=3.5, linewidth=1.7, label=label)
-    panel.fill_between(scales, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
+def _band(panel: Any, scales: np.ndarray, curve: Any, color: str, label: str, style: str = "-") -> None:
+    panel.plot(scales, curve.mean, style, color=color, marker="o", markersize=3.5, linewidth=1.7, label=label)
+    panel.fill_between(scales, curve.low, curve.high, color=color, alpha=0.15, linewidth=0)
 
 
 def _finish(panel: Any, analysis: Analysis, sides: list[str], title: str, y_label: str) -> None:

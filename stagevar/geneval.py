@@ -1,7 +1,7 @@
 """GenEval's scoring rules, from detections to verdicts to the score; no detector, no torch.
 
 Source: Ghosh et al. 2023 (GenEval) and github djghosh13/geneval, `evaluation/evaluate_images.py` (rules) and
-`evaluation/summary_scores.py` (arithmetic). What differs: `texture` is judged as colour is (our extension, used by the
+`evaluation/summary_scores.py` (arithmetic). What differs: `texture` is judged as color is (our extension, used by the
 nano model), `Detection.color` carries the classifier's answer instead of a call to it, names of classes and colors are
 compared in one spelling (`stagevar.class_names`), and metadata that cannot be followed (no include, an unknown tag or key, a
 count of 0), which the published code scores or stops at, is a `UsageError`.
@@ -31,7 +31,7 @@ _CLAUSE_KEYS = ("class", "count", "color", "position", "texture")
 @dataclass(frozen=True)
 class Detection:
     """One detected object. `box_xyxy` is (x0, y0, x1, y1) in pixels, y grows downwards; `color` and `texture` are what
-    a classifier calls this object, None if nothing classified it (then it matches no wanted colour)."""
+    a classifier calls this object, None if nothing classified it (then it matches no wanted color)."""
 
     class_name: str
     score: float
@@ -63,7 +63,7 @@ def judge(
     metadata: a line of GenEval's `evaluation_metadata.jsonl`: tag, include [{class, count, color?, texture?,
     position? [relation, index of an earlier include]}], exclude? [{class, count}].
     Scores must lie strictly above `threshold` (`counting_threshold` for tag "counting"). Of each class the
-    `max_per_class` best are kept, and of those only the `count` best are asked for colour and position; an equal score
+    `max_per_class` best are kept, and of those only the `count` best are asked for color and position; an equal score
     goes to the later detection, as in the published order. `max_overlap` below 1 turns on the published optional NMS.
 
     Raises UsageError for metadata or detections that the rules cannot read, and for options outside their range.
@@ -92,14 +92,14 @@ def relations(
 ) -> tuple[str, ...]:
     """Where A lies relative to B: a subset of `RELATIONS`, in their order.
 
-    Per axis the offset of the centres is shortened by `position_margin` times the sum of both sizes, never past 0, then
+    Per axis the offset of the centers is shortened by `position_margin` times the sum of both sizes, never past 0, then
     divided by the length of the raw offset; beyond 0.5 (strictly) it counts. Empty if both rests are below 1e-3 pixels.
     Done in float64 with numpy's norm, so that ties at the boundary fall as in the published code.
     """
     corners_OPX = np.asarray([box_a_xyxy, box_b_xyxy], dtype=np.float64).reshape(2, 2, 2)  # object, corner, x|y
-    centre_OX = corners_OPX.mean(axis=1)
+    center_OX = corners_OPX.mean(axis=1)
     size_OX = np.abs(corners_OPX[:, 1] - corners_OPX[:, 0])
-    offset_X = centre_OX[0] - centre_OX[1]
+    offset_X = center_OX[0] - center_OX[1]
     rest_X = np.maximum(np.abs(offset_X) - position_margin * (size_OX[0] + size_OX[1]), 0.0) * np.sign(offset_X)
     if (np.abs(rest_X) < 1e-3).all():
         return ()
@@ -109,9 +109,9 @@ def relations(
 
 
 def classify_color(scores: Sequence[float]) -> str:
-    """The colour with the greatest of ten scores (order of `COLORS`); the first of equals, as argmax does."""
+    """The color with the greatest of ten scores (order of `COLORS`); the first of equals, as argmax does."""
     if len(scores) != len(COLORS):
-        raise UsageError(f"{len(scores)} colour scores: GenEval has {len(COLORS)} colours ({', '.join(COLORS)})")
+        raise UsageError(f"{len(scores)} color scores: GenEval has {len(COLORS)} colors ({', '.join(COLORS)})")
     return COLORS[int(np.argmax(np.asarray(scores, dtype=np.float64)))]
 
 
@@ -132,7 +132,7 @@ class Summary:
     prompts: int
 
 
-def summarise(rows: Iterable[Mapping]) -> Summary:
+def summarize(rows: Iterable[Mapping]) -> Summary:
     """Rows are mappings with `tag` and `correct`; images of one prompt share `metadata` (else `prompt`, else each row
     is its own prompt). Tags keep the order of first appearance. Raises UsageError if there is no row."""
     correct_by_tag: dict[str, list[bool]] = {}
@@ -145,7 +145,7 @@ def summarise(rows: Iterable[Mapping]) -> Summary:
             prompt_key = json.dumps(prompt_key)
         correct_by_prompt[prompt_key] = correct_by_prompt.get(prompt_key, False) or correct
     if not correct_by_tag:
-        raise UsageError("no judged images: nothing to summarise")
+        raise UsageError("no judged images: nothing to summarize")
     tags = {tag: float(np.mean(values)) for tag, values in correct_by_tag.items()}
     everything = [value for values in correct_by_tag.values() for value in values]
     return Summary(

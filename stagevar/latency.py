@@ -2,7 +2,7 @@
 
 One measurement is the wall time of one whole generation with the device synchronised at both ends; on CUDA the event time
 of the same span is kept beside it. Schedules are never timed one after the other but in turn, so that a drifting clock or a
-busy neighbour hits all of them, and comparisons are paired by round.
+busy neighbor hits all of them, and comparisons are paired by round.
 """
 
 from __future__ import annotations

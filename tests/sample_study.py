@@ -147,12 +147,12 @@ def _verdict(name: str, limit: float, unit: str, value: float, bound: float) -> 
 
 
 def _draw(path: Path, prompt: str, wobble: float, size: int) -> None:
-    """A coloured disc on a gradient, a bit displaced, so that difference images show something."""
+    """A colored disc on a gradient, a bit displaced, so that difference images show something."""
     y, x = np.mgrid[0:size, 0:size] / size
     seed = int(hashlib.blake2b(prompt.encode(), digest_size=4).hexdigest(), 16)
-    colour = np.random.default_rng(seed).uniform(60, 255, 3)
+    color = np.random.default_rng(seed).uniform(60, 255, 3)
     inside = ((x - 0.5 - wobble) ** 2 + (y - 0.5) ** 2 < 0.09)[..., None]
-    image = np.where(inside, colour, 40 + 90 * (x + y)[..., None])
+    image = np.where(inside, color, 40 + 90 * (x + y)[..., None])
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image.astype(np.uint8)).save(path)
 

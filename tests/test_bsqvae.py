@@ -67,7 +67,7 @@ def test_encode_gives_a_latent_that_the_residual_loop_takes(small):
     image = torch.rand(2, 3, 256, 256, generator=torch.Generator().manual_seed(0)) * 2 - 1
     latent = small.encode(image)
     assert latent.shape == (2, 3, 32, 32)
-    targets, inputs, code_sum = small.residual.quantise(latent)
+    targets, inputs, code_sum = small.residual.quantize(latent)
     assert [tuple(bits.shape) for bits in targets] == [(2, h * w, 12) for h, w in SQUARE]
     assert [tuple(x.shape[1:]) for x in inputs] == [(h * w, 12) for h, w in SQUARE[1:]]
     assert small.decode(code_sum).shape == image.shape

@@ -27,7 +27,7 @@ def on_meta() -> Infinity:
 @pytest.fixture(scope="module")
 def state() -> dict[str, torch.Tensor]:
     model = on_meta()
-    weights.randomise(model, seed=1)
+    weights.randomize(model, seed=1)
     return {key: value.clone() for key, value in model.state_dict().items()}
 
 

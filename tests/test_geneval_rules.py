@@ -17,7 +17,7 @@ from stagevar.geneval import (
     classify_color,
     judge,
     relations,
-    summarise,
+    summarize,
 )
 
 
@@ -109,10 +109,10 @@ def test_exclude_speaks_of_any_class():
     assert verdict(metadata, thing("dog"), thing("cat")).reason == "expected cat<1, found 1"
 
 
-# Colour ------------------------------------------------------------------------------------------------------------
+# Color ------------------------------------------------------------------------------------------------------------
 
 
-def test_only_the_best_object_is_asked_for_its_colour():
+def test_only_the_best_object_is_asked_for_its_color():
     metadata = wants("colors", clause(color="red"))
     assert verdict(metadata, thing(score=0.8, color="red"), thing(score=0.7, color="blue")).correct
     assert not verdict(metadata, thing(score=0.7, color="red"), thing(score=0.8, color="blue")).correct
@@ -124,20 +124,20 @@ def test_equal_scores_go_to_the_later_detection():
     assert not verdict(metadata, thing(color="red"), thing(color="blue")).correct
 
 
-def test_all_counted_objects_need_the_colour():
+def test_all_counted_objects_need_the_color():
     metadata = wants("colors", clause(count=2, color="red"))
     assert verdict(metadata, thing(color="red"), thing(color="red")).correct
     result = verdict(metadata, thing(color="red"), thing(color="white"))
     assert result.reason == "expected red dog>=2, found 1 red; and 1 red, 1 white"
 
 
-def test_colours_are_tallied_in_the_official_order():
+def test_colors_are_tallied_in_the_official_order():
     metadata = wants("colors", clause(count=3, color="pink"))
     result = verdict(metadata, thing(color="white"), thing(color="red"), thing(color="white"))
     assert result.reason == "expected pink dog>=3, found 0 pink; and 1 red, 2 white"
 
 
-def test_an_unclassified_object_has_no_colour():
+def test_an_unclassified_object_has_no_color():
     assert not verdict(wants("colors", clause(color="red")), thing()).correct
 
 
@@ -146,7 +146,7 @@ def test_two_clauses_on_one_class_look_at_the_same_object():
     assert not verdict(metadata, thing(color="red"), thing(score=0.9, color="blue")).correct
 
 
-def test_texture_is_judged_as_colour_is():
+def test_texture_is_judged_as_color_is():
     metadata = wants("texture", clause(color="red", texture="striped"))
     assert verdict(metadata, thing(color="red", texture="striped")).correct
     assert "striped" in verdict(metadata, thing(color="red", texture="plain")).reason
@@ -154,11 +154,11 @@ def test_texture_is_judged_as_colour_is():
     assert not verdict(metadata, thing(color="red")).correct
 
 
-def test_a_colour_tie_falls_to_the_first_of_the_official_order():
+def test_a_color_tie_falls_to_the_first_of_the_official_order():
     scores = [0.0] * 10
     scores[COLORS.index("blue")] = scores[COLORS.index("white")] = scores[COLORS.index("orange")] = 0.4
     assert classify_color(scores) == "orange"
-    with pytest.raises(UsageError, match="10 colours"):
+    with pytest.raises(UsageError, match="10 colors"):
         classify_color([1.0, 2.0])
 
 
@@ -193,7 +193,7 @@ def test_half_of_the_distance_is_not_enough():
 
 
 def test_the_margin_is_a_tenth_of_both_sizes_together():
-    # Centres 4 apart, sizes 10 and 10: margin 2, rest 2 of 4, a half: nothing. At 4.2 apart 2.2 / 4.2 > 0.5.
+    # Centers 4 apart, sizes 10 and 10: margin 2, rest 2 of 4, a half: nothing. At 4.2 apart 2.2 / 4.2 > 0.5.
     assert relations(box_at(4, 0, 10), box_at(0, 0, 10)) == ()
     assert relations(box_at(4.2, 0, 10), box_at(0, 0, 10)) == ("right of",)
     assert relations(box_at(4, 0, 10), box_at(0, 0, 10), position_margin=0.0) == ("right of",)
@@ -244,7 +244,7 @@ def test_a_failed_target_fails_the_position():
     assert absent.reason == "expected dog>=1, found 0\nno target for cat to be left of"
 
 
-def test_a_failed_colour_ends_the_clause_before_its_position():
+def test_a_failed_color_ends_the_clause_before_its_position():
     metadata = wants("position", clause("dog"), clause("cat", color="red", position=["left of", 0]))
     result = verdict(metadata, thing("dog"), thing("cat", box=box_at(40, 0), color="blue"))
     assert result.reason == "expected red cat>=1, found 0 red; and 1 blue"
@@ -306,7 +306,7 @@ def test_detections_that_are_not_numbers_are_refused():
 def test_overall_is_the_unweighted_mean_of_the_tags():
     rows = [{"tag": "counting", "prompt": "a", "correct": correct} for correct in (True, False, False, False)]
     rows += [{"tag": "colors", "prompt": "b", "correct": True}]
-    summary = summarise(rows)
+    summary = summarize(rows)
     assert summary.tags == {"counting": 0.25, "colors": 1.0}
     assert summary.overall == 0.625  # not 2/5
     assert summary.correct_images == 0.4
@@ -316,7 +316,7 @@ def test_overall_is_the_unweighted_mean_of_the_tags():
 
 def test_a_summary_of_nothing_is_refused():
     with pytest.raises(UsageError, match="no judged images"):
-        summarise([])
+        summarize([])
 
 
 coordinates = st.floats(-500, 500, allow_nan=False)

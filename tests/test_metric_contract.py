@@ -27,7 +27,7 @@ SETS = ("fid", "kid", "is")
 
 
 class FlatFeatures(torch.nn.Module):
-    """Mean colours of a 3x3 grid."""
+    """Mean colors of a 3x3 grid."""
 
     num_features = 27
 

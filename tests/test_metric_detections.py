@@ -57,8 +57,8 @@ SAME = {
         ENTRY
         | {"detections": {"dog": [{"score": 0.9, "box": [1, 2, 11, 22], "color": "red"}], "cat": [[0, 0, 5, 5, 0.5]]}}
     ],
-    "colour scores": [ENTRY | {"detections": [DOG | {"color": None, "color_scores": RED_FIRST}, CAT]}],
-    "colour scores by name": [
+    "color scores": [ENTRY | {"detections": [DOG | {"color": None, "color_scores": RED_FIRST}, CAT]}],
+    "color scores by name": [
         ENTRY | {"detections": [DOG | {"color": None, "color_scores": {"white": 0.5, "red": 0.5}}, CAT]}
     ],
 }
@@ -140,7 +140,7 @@ def test_the_official_results_file_is_judged_again_alike(tmp_path):
         ([ENTRY | {"detections": [DOG | {"box": [1, 2, 3, "x"]}]}], "box 'x'"),
         ([ENTRY | {"detections": [DOG | {"score": None}]}], "score None"),
         ([ENTRY | {"detections": [DOG | {"color": 3}]}], "color 3"),
-        ([ENTRY | {"detections": [DOG | {"color": None, "color_scores": [1, 2]}]}], "2 colour scores"),
+        ([ENTRY | {"detections": [DOG | {"color": None, "color_scores": [1, 2]}]}], "2 color scores"),
         ([ENTRY | {"detections": [DOG | {"color": None, "color_scores": {"gold": 1}}]}], "'gold'"),
     ],
 )

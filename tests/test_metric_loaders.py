@@ -92,7 +92,7 @@ def test_unknown_clips_are_refused_before_anything_loads():
         ClipModel("ViT-L-14", "openay")
 
 
-def test_the_colour_is_the_argmax_over_ten_averaged_sentences(clip_name, pictures):
+def test_the_color_is_the_argmax_over_ten_averaged_sentences(clip_name, pictures):
     classifier = ColorClassifier(model=clip_name)
     image, box = pictures[0], (10.4, 5.0, 40.6, 45.0)
     mask = np.zeros((50, 70), dtype=bool)
@@ -178,7 +178,7 @@ def test_missing_weights_are_an_error_and_not_noise(tmp_path):
         load_detector("rtdetr", folder)
 
 
-def test_geneval_colours_only_what_the_prompt_colours(pixels):
+def test_geneval_colors_only_what_the_prompt_colors(pixels):
     from tuner.metrics.geneval import Found
 
     class Fixed:

@@ -26,14 +26,14 @@ def test_reads_every_object_with_its_box(world):
         true = sorted(
             (
                 scenes.SHAPES[scene.shape_BK[b, k]],
-                scenes.COLOURS[scene.colour_BK[b, k]],
+                scenes.COLORS[scene.color_BK[b, k]],
                 scenes.TEXTURES[scene.texture_BK[b, k]],
             )
             for k in count
         )
         assert found == true
-        centres = sorted(((d.box_xyxy[0] + d.box_xyxy[2]) / 2) for d in detect(image[b]))
-        assert np.allclose(centres, sorted(scene.centre_BK2[b, k, 0] * 64 for k in count), atol=1.0)
+        centers = sorted(((d.box_xyxy[0] + d.box_xyxy[2]) / 2) for d in detect(image[b]))
+        assert np.allclose(centers, sorted(scene.center_BK2[b, k, 0] * 64 for k in count), atol=1.0)
 
 
 def test_wrong_on_another_prompt_of_the_same_task(world):
@@ -57,12 +57,10 @@ def test_nothing_found_in_background_and_noise():
     assert all(d.score < 0.9 for d in detect(noise))
 
 
-def test_every_colour_and_texture_of_every_shape():
+def test_every_color_and_texture_of_every_shape():
     rng = np.random.default_rng(1)
     for texture in scenes.TEXTURES:
         for shape in scenes.SHAPES:
-            metas = [
-                scenes._metadata("texture", [scenes._item(shape, 1, colour, texture)]) for colour in scenes.COLOURS
-            ]
+            metas = [scenes._metadata("texture", [scenes._item(shape, 1, color, texture)]) for color in scenes.COLORS]
             scene = scenes.arrange(metas, rng)
             assert check_batch(scenes.draw(scene), metas).all(), (shape, texture)

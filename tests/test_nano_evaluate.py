@@ -51,7 +51,7 @@ def test_command_line_measures_the_shipped_model(tmp_path, capsys):
     for name in ("skip_last_scale", "skip_last_two_scales"):
         assert report[name]["psnr_db_to_full"] < 40 and report[name]["ssim_to_full"] < 0.999
     assert report["checker"]["drawn"] >= 0.95 and report["checker"]["another_prompt"] <= 0.2
-    assert report["neighbours"]["training_images"] == 32
+    assert report["neighbors"]["training_images"] == 32
     for name in ("nano_samples", "nano_scales", "nano_nearest"):
         assert Image.open(tmp_path / f"{name}.png").size[0] > 500
     assert "geneval_mean" in capsys.readouterr().out

@@ -52,14 +52,14 @@ def test_scenes_hold_exactly_what_the_prompt_names():
         for item in meta["include"]:
             for _ in range(item["count"]):
                 assert scenes.SHAPES[world.shape_BK[b, k]] == item["class"]
-                assert item.get("color", (c := scenes.COLOURS[world.colour_BK[b, k]])) == c
+                assert item.get("color", (c := scenes.COLORS[world.color_BK[b, k]])) == c
                 assert item.get("texture", (t := scenes.TEXTURES[world.texture_BK[b, k]])) == t
                 k += 1
 
 
 def test_objects_stay_apart_inside_the_image_and_in_relation():
     world = scenes.sample(400, np.random.default_rng(2))
-    low, high = world.centre_BK2 - world.radius_BK[..., None], world.centre_BK2 + world.radius_BK[..., None]
+    low, high = world.center_BK2 - world.radius_BK[..., None], world.center_BK2 + world.radius_BK[..., None]
     for b, meta in enumerate(world.metadata):
         count = world.count_B[b]
         assert (low[b, :count] > 0).all() and (high[b, :count] < 1).all()
@@ -75,7 +75,7 @@ def test_unseen_pairs_are_a_tenth_and_never_drawn_in_training():
     assert len(scenes.UNSEEN_PAIRS) == 5  # of 48
     world = scenes.sample(3000, np.random.default_rng(5))
     pairs = {
-        (scenes.SHAPES[world.shape_BK[b, k]], scenes.COLOURS[world.colour_BK[b, k]])
+        (scenes.SHAPES[world.shape_BK[b, k]], scenes.COLORS[world.color_BK[b, k]])
         for b in range(len(world))
         for k in range(world.count_B[b])
     }
@@ -133,10 +133,10 @@ def test_cells_share_out_what_covers_them():
         assert np.allclose(group.sum(-1), 1.0, atol=1e-5)
     for b in range(64):
         for k in range(world.count_B[b]):
-            x, y = (int(v * 64) for v in world.centre_BK2[b, k])
+            x, y = (int(v * 64) for v in world.center_BK2[b, k])
             shape, color, texture = np.split(fine[b, y, x], np.cumsum(scenes.NAMES)[:-1])
             assert shape.argmax() == 1 + world.shape_BK[b, k]
-            assert color.argmax() == 1 + world.colour_BK[b, k]
+            assert color.argmax() == 1 + world.color_BK[b, k]
             assert texture.argmax() == 1 + world.texture_BK[b, k]
     # A coarse grid holds the averages of a fine one.
     halves = fine.reshape(64, 2, 32, 2, 32, -1).mean((2, 4)).reshape(64, 4, -1)

@@ -46,11 +46,11 @@ def test_late_scales_still_add_detail(partial):
 
 
 def test_partial_sums_are_the_residual_loop(shipped):
-    """The tokenizer's training path and the runtime's quantiser agree on bits and sums."""
+    """The tokenizer's training path and the runtime's quantizer agree on bits and sums."""
     pixels = torch.from_numpy(scenes.draw(scenes.sample(4, np.random.default_rng(0)))) * 2 - 1
     with torch.inference_mode():
         latent = shipped.encode(pixels)
-        targets, _, code_sum = shipped.residual.quantise(latent)
+        targets, _, code_sum = shipped.residual.quantize(latent)
         sums = shipped.partial_sums(latent)
     assert torch.allclose(sums[-1], code_sum, atol=1e-6)
     rebuilt = shipped.residual.zeros(4, "cpu")

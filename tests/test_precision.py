@@ -10,7 +10,7 @@ import yaml
 from stagevar.errors import ScheduleError, UsageError
 from stagevar.models import precision as eight_bits
 from stagevar.models.memory import estimate_model
-from stagevar.models.precision import LowPrecisionLinear, low_precision, quantise
+from stagevar.models.precision import LowPrecisionLinear, low_precision, quantize
 from stagevar.models.registry import load_model
 from stagevar.profile import steps_to_data
 from stagevar.sampler import Sampler
@@ -37,10 +37,10 @@ def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("precision", STEP)
-def test_quantised_rows_are_near(precision):
+def test_quantized_rows_are_near(precision):
     x = numbers(5, 64) * torch.tensor([1e-20, 1e-3, 1.0, 30.0, 1e4])[:, None]
     x[0] = 0
-    values, scale = quantise(x, precision)
+    values, scale = quantize(x, precision)
     assert values.element_size() == 1 and scale.shape == (5, 1)
     assert ((values.float() * scale - x).abs() <= x.abs().amax(1, keepdim=True) * STEP[precision] * 1.001).all()
 
@@ -48,13 +48,13 @@ def test_quantised_rows_are_near(precision):
 @pytest.mark.parametrize("tokens", [1, 16, 33])
 @pytest.mark.parametrize("bias", ["own", "given", "none"])
 @pytest.mark.parametrize("precision", STEP)
-def test_the_product_is_that_of_the_quantised_numbers(precision, bias, tokens):
+def test_the_product_is_that_of_the_quantized_numbers(precision, bias, tokens):
     """What the device's 8-bit units compute against float64 on the numbers that they were given."""
     layer = torch.nn.Linear(64, 48, bias=bias == "own")
     x, given = numbers(2, tokens, 64), numbers(48, seed=1) if bias == "given" else None
     with torch.inference_mode():
         ours = LowPrecisionLinear(layer, precision)(x, given)
-        (x8, sx), (w8, sw) = quantise(x.flatten(0, 1), precision), quantise(layer.weight, precision)
+        (x8, sx), (w8, sw) = quantize(x.flatten(0, 1), precision), quantize(layer.weight, precision)
         exactly = (x8.double() * sx) @ (w8.double() * sw).t()
         added = layer.bias if bias == "own" else given
         exactly = exactly if added is None else exactly + added

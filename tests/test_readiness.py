@@ -29,7 +29,7 @@ def test_a_large_model_is_accounted_for_and_its_missing_files_named(monkeypatch)
     assert "infinity_vae_d56_f8_14_patchify.pth" in asked
 
 
-def test_cached_files_are_recognised(monkeypatch):
+def test_cached_files_are_recognized(monkeypatch):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, path, revision: f"/cache/{path}")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.tuning_efficiency import Bench, growth, modelled, reached, replay, summarise
+from benchmarks.tuning_efficiency import Bench, growth, modelled, reached, replay, summarize
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_runs_are_compared_by_medians_and_misses_are_counted():
 
     runs = [run("plain, TPE", s, [(4.0, 0.2), (8.0, 1.0)]) for s in range(3)]
     runs += [run("all", 0, [(1.0, 1.1)]), run("all", 1, [(2.0, 1.2)]), run("all", 2, [(3.0, 0.4)])]
-    found = summarise(runs, floor=0.1)
+    found = summarize(runs, floor=0.1)
     assert found["plain, TPE"]["gain"] == pytest.approx(0.9)
     assert found["all"]["to the gain of plain, TPE"] == {"seconds": 2.0, "missed": 1}
     assert found["plain, TPE"]["to the gain of plain, TPE"]["seconds"] == 8.0

@@ -28,7 +28,7 @@ def on_meta(config: InfinityConfig = TINY) -> Infinity:
 @pytest.fixture(scope="module")
 def state() -> dict[str, torch.Tensor]:
     model = on_meta()
-    weights.randomise(model, seed=1)
+    weights.randomize(model, seed=1)
     return {key: value.clone() for key, value in model.state_dict().items()}
 
 
@@ -135,7 +135,7 @@ def test_weights_of_the_files_precision_are_views_of_the_mapped_file(state, tmp_
 
 
 @pytest.mark.parametrize("rows", [5, 8, 11])
-def test_null_text_is_cut_or_padded_from_the_references_initialisation(state, tmp_path, rows):
+def test_null_text_is_cut_or_padded_from_the_references_initialization(state, tmp_path, rows):
     trained = torch.randn(rows, 128)
     torch.save({**state, "cfg_uncond": trained}, tmp_path / "w.pth")
     loaded = load(tmp_path / "w.pth").cfg_uncond
@@ -184,9 +184,9 @@ def test_one_extra_key_is_enough(state, tmp_path):
     assert "1 unknown (extra)" in refusal(tmp_path / "w.safetensors")
 
 
-def test_another_models_file_is_recognised(tmp_path):
+def test_another_models_file_is_recognized(tmp_path):
     other = on_meta(InfinityConfig(depth=3, width=96, heads=2, chunks=3, token_bits=6, text_dim=128, text_maxlen=8))
-    weights.randomise(other, 0)
+    weights.randomize(other, 0)
     torch.save(other.state_dict(), tmp_path / "other.pth")
     assert "an Infinity transformer of depth 3, width 96, 6 bits per token" in refusal(tmp_path / "other.pth")
     vae = BSQVAE(4, GRIDS, base_ch=32)
@@ -250,7 +250,7 @@ def test_paths_that_hold_nothing(tmp_path):
 
 def test_random_weights_depend_on_seed_and_key_alone():
     a, b, c = on_meta(), on_meta(), on_meta()
-    weights.randomise(a, 7), weights.randomise(b, 7), weights.randomise(c, 8)
+    weights.randomize(a, 7), weights.randomize(b, 7), weights.randomize(c, 8)
     a, b, c = a.state_dict(), b.state_dict(), c.state_dict()
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert not torch.equal(a["head.weight"], c["head.weight"])
@@ -274,7 +274,7 @@ def test_saved_weights_load_back(state, tmp_path, shard_bytes):
     assert all(torch.equal(loaded[key], value) for key, value in state.items())
 
 
-def test_a_tokenizer_saves_although_its_quantiser_has_two_names(tmp_path):
+def test_a_tokenizer_saves_although_its_quantizer_has_two_names(tmp_path):
     vae = BSQVAE(4, GRIDS, base_ch=32)
     (path,) = weights.save_weights(vae, tmp_path, "tokenizer")
     with torch.device("meta"):

@@ -178,7 +178,7 @@ def edge_change(before_B3HW: Tensor, after_B3HW: Tensor) -> Tensor:
 
 
 def high_frequency_share(image_B3HW: Tensor) -> Tensor:
-    """Share of the spectrum's amplitude further from the centre than 0.4 of the half side (B,): "HF ratio"."""
+    """Share of the spectrum's amplitude further from the center than 0.4 of the half side (B,): "HF ratio"."""
     amplitude_BHW = torch.fft.fftshift(torch.fft.fft2(image_B3HW.float().mean(dim=1)), dim=(1, 2)).abs()
     height, width = amplitude_BHW.shape[1:]
     y = torch.arange(height, device=image_B3HW.device) - height // 2

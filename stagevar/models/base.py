@@ -100,7 +100,7 @@ def _cloned(value: Any) -> Any:
 
 
 class Residual(Protocol):
-    """The multi-scale residual loop of a tokenizer (bits or vector-quantised)."""
+    """The multi-scale residual loop of a tokenizer (bits or vector-quantized)."""
 
     grids: tuple[Grid, ...]
 

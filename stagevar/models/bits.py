@@ -72,13 +72,13 @@ class BitResidual:
             latent = F.pixel_unshuffle(latent, 2)
         return latent.flatten(2).transpose(1, 2)
 
-    def quantise(
+    def quantize(
         self,
         latent_BdHW: Tensor,
         flip_probability: Sequence[float] | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """Greedy residual quantisation of a latent at the final grid.
+        """Greedy residual quantization of a latent at the final grid.
 
         `flip_probability` (one per scale) flips that share of the bits *after* they were taken as targets, so that later
         scales learn to repair earlier mistakes (Infinity's bitwise self-correction).

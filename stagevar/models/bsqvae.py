@@ -1,4 +1,4 @@
-"""Infinity's image tokenizer: a convolutional autoencoder whose latent is quantised to bits, scale by scale.
+"""Infinity's image tokenizer: a convolutional autoencoder whose latent is quantized to bits, scale by scale.
 
 Two shapes are released: stride 16 (d32, Infinity-2B) and stride 8 with 2x2 patches per token (d14, Infinity-8B). Names
 and shapes in the state dict are the official ones, wrappers included (`conv1.conv.weight`, `upsample.conv.conv.bias`).

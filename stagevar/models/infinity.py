@@ -250,7 +250,7 @@ class CrossAttention(nn.Module):
 
 
 class AttentivePool(nn.Module):
-    """One learned query per head summarises a prompt's text rows into a vector of the model's width."""
+    """One learned query per head summarizes a prompt's text rows into a vector of the model's width."""
 
     def __init__(self, config: InfinityConfig):
         super().__init__()
@@ -508,7 +508,7 @@ class Infinity(NextScaleModel):
         return [block for chunk in self.block_chunks for block in chunk.module]
 
     def init_weights(self) -> None:
-        """Initialisation for training from scratch: small linears, gates open half-way, near-zero modulation and head."""
+        """Initialization for training from scratch: small linears, gates open half-way, near-zero modulation and head."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -647,7 +647,7 @@ class Infinity(NextScaleModel):
 
         Args:
             text_BTD: padded raw text features. mask_B11T: bool, True where a row is real.
-            inputs: `BitResidual.quantise`'s inputs for scales 1..n-1; fewer than all leave the last scales out.
+            inputs: `BitResidual.quantize`'s inputs for scales 1..n-1; fewer than all leave the last scales out.
             null_B: bool, rows whose caption is dropped (their text is replaced by cfg_uncond).
         """
         return self.features_train(text_BTD, mask_B11T, inputs, null_B)[1]

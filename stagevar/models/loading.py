@@ -18,7 +18,7 @@ from stagevar.models import hub, memory
 from stagevar.models.base import Grid, LoadedModel, NextScaleModel, Sampling, TextEncoder
 from stagevar.models.hub import HubFile
 from stagevar.models.registry import LoadRequest
-from stagevar.models.weights import KeyRules, Precision, fit, randomise
+from stagevar.models.weights import KeyRules, Precision, fit, randomize
 
 #: File that marks a folder written by `stagevar convert`.
 MARK = "stagevar.json"
@@ -187,7 +187,7 @@ def fill(parts: Parts, request: LoadRequest) -> dict[str, Any]:
         memory.require(needed, request.device, name)  # before anything is downloaded
     if request.random:
         for part, _ in modules:
-            randomise(part.module, request.seed, device=request.device, precision=part.precision)
+            randomize(part.module, request.seed, device=request.device, precision=part.precision)
         return {**record, "random_seed": request.seed}
     *paths, sources = locate(request)
     fits = [

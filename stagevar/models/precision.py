@@ -1,6 +1,6 @@
 """The blocks' matrix products in 8 bits, for the scales whose step asks for it.
 
-Weights are quantised once, a scale per output channel; activations as they come, a scale per token. Products run on
+Weights are quantized once, a scale per output channel; activations as they come, a scale per token. Products run on
 integer (torch._int_mm) or float8 e4m3 (torch._scaled_mm) units, which have about twice the rate of bfloat16 on cards of
 compute capability 8.9 and later. On a CPU the same functions run, slowly: they check the logic. Norms, attention,
 embeddings and the head stay as they are.
@@ -32,7 +32,7 @@ _DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 _LEAST_ROWS = 17
 
 
-def quantise(x_NK: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+def quantize(x_NK: Tensor, precision: str) -> tuple[Tensor, Tensor]:
     """(values in 8 bits, float32 scales (N, 1)) of rows, largest magnitude at the end of the range; x = values * scales."""
     x_NK = x_NK.float()
     scale_N1 = x_NK.abs().amax(1, keepdim=True).clamp_min(1e-12) / _LARGEST[precision]
@@ -50,13 +50,13 @@ class LowPrecisionLinear(nn.Module):
     def __init__(self, layer: nn.Linear, precision: str):
         super().__init__()
         self.precision, self.dtype, self.bias = precision, layer.weight.dtype, layer.bias
-        values_NK, scale_N1 = quantise(layer.weight.detach(), precision)
+        values_NK, scale_N1 = quantize(layer.weight.detach(), precision)
         self.register_buffer("values_NK", values_NK, persistent=False)
         self.register_buffer("scale_1N", scale_N1.t().contiguous(), persistent=False)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """As `linear` of the plain layer; x is (..., K)."""
-        x_MK, scale_M1 = quantise(x.flatten(0, -2), self.precision)
+        x_MK, scale_M1 = quantize(x.flatten(0, -2), self.precision)
         weight_KN = self.values_NK.t()
         if self.precision == "fp8":
             # Scales per row and column come with bfloat16 results only.

@@ -173,7 +173,7 @@ def _star(name: str, pixels: int, file: str) -> ModelSpec:
 
 _SPECS = (
     ModelSpec(
-        "nano", "nano", "stagevar.nano.load:build", "the shipped model: coloured shapes, made to run on two CPU cores",
+        "nano", "nano", "stagevar.nano.load:build", "the shipped model: colored shapes, made to run on two CPU cores",
         ("default",), guidance=3.0, temperature=(1.0, 1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2),
     ),
     _infinity(

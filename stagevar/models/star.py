@@ -12,7 +12,7 @@ cutoff whichever branch stays does the same: its own queries, the prompt's text.
 the reference's literal behaviour, where the prompts of a batch all receive the first one's output, for parity only.
 
 Source: Davinci-XLab/STAR-T2I, models/var_drop.py and models/basic_var.py (facts only). Differs, besides the above, in
-that text K/V are projected once per prompt, and that q and k are normalised before they are rotated (the same, since a
+that text K/V are projected once per prompt, and that q and k are normalized before they are rotated (the same, since a
 rotation keeps lengths). Its refinement sampler is not included; docs/models_var_star.md says why.
 """
 
@@ -108,7 +108,7 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def text_kv(self, text_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys (normalised) and values (B, H, T, c) of text features."""
+        """Keys (normalized) and values (B, H, T, c) of text features."""
         weight = self.mat_kv.weight
         bias = torch.cat([self.zero_k_bias, self.v_bias])
         kv = F.linear(text_BTD.to(weight.dtype), weight, bias.to(weight.dtype))

@@ -104,7 +104,7 @@ INFINITY_RULES = KeyRules(
     dropped=_MASKS,
     adapt={"cfg_uncond": fit_null_text},
 )
-#: Quantiser entries hold no weight that decoding from bits reads, so any of them may be there or not.
+#: Quantizer entries hold no weight that decoding from bits reads, so any of them may be there or not.
 BSQVAE_RULES = KeyRules(
     nested=(("vae",), ("trainer", "vae"), ("ema",)),
     dropped=("quantizer.*", "quantize.*"),
@@ -443,7 +443,7 @@ def _assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     assert not left, f"{type(module).__name__} keeps {left[:3]} outside its state dict on the meta device"
 
 
-def randomise(
+def randomize(
     module: nn.Module, seed: int, *, device: torch.device | str = "cpu", precision: Precision | None = None
 ) -> None:
     """Seeded random weights for a module built on the meta device: real sizes, for latency work only.
@@ -503,7 +503,7 @@ def save_weights(module: nn.Module, folder: Path, stem: str, shard_bytes: int = 
     else:
         names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
-        # Clones, since two names may share storage (the tokenizer's quantiser is registered twice).
+        # Clones, since two names may share storage (the tokenizer's quantizer is registered twice).
         save_file({key: value.detach().cpu().clone() for key, value in shard.items()}, folder / name)
     paths = [folder / name for name in names]
     if len(shards) > 1:

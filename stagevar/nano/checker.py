@@ -1,7 +1,7 @@
 """Reads a nano scene back from its pixels: the object detector of this world, in GenEval's terms.
 
 Objects are connected bright regions on the dark background. A region's class is the shape whose drawing, at the
-same centre and area, overlaps it best; its colour the nearest hue; its texture the mark lattice that explains
+same center and area, overlaps it best; its color the nearest hue; its texture the mark lattice that explains
 its whiteness best. The verdict itself is GenEval's rule (`stagevar.geneval.judge`), so nothing here knows what a prompt
 asked for.
 
@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from stagevar.geneval import Detection, Verdict, judge
-from stagevar.nano.scenes import COLOUR_RGB, COLOURS, LATTICE, MARK_RGB, SHAPES, TEXTURES, marks, shape_distance
+from stagevar.nano.scenes import COLOR_RGB, COLORS, LATTICE, MARK_RGB, SHAPES, TEXTURES, marks, shape_distance
 
-_BRIGHT = 0.55  # every object colour has a channel above it, no background does
+_BRIGHT = 0.55  # every object color has a channel above it, no background does
 _MIN_AREA = 10 / LATTICE**2  # share of the image; the smallest star covers three times as much
 _FIT_SURE, _FIT_NONE = 0.70, 0.45  # agreement that counts as certain, and as nothing
 _STRETCHES = (0.9, 0.97, 1.04, 1.12)
@@ -26,7 +26,7 @@ _STRETCHES = (0.9, 0.97, 1.04, 1.12)
 
 @cache
 def _unit_shapes() -> tuple[np.ndarray, np.ndarray]:
-    """Area of every shape of radius 1, and its centroid (x, y) relative to its own centre."""
+    """Area of every shape of radius 1, and its centroid (x, y) relative to its own center."""
     axis = np.linspace(-1.1, 1.1, 441)
     u, v = np.meshgrid(axis, axis)
     areas, centroids = [], []
@@ -46,14 +46,14 @@ def _fit(cover_HW: np.ndarray) -> tuple[int, float]:
     height, width = cover_HW.shape
     total = float(cover_HW.sum())
     y, x = np.mgrid[:height, :width] + 0.5
-    centre_x, centre_y = float((cover_HW * x).sum()) / total, float((cover_HW * y).sum()) / total
+    center_x, center_y = float((cover_HW * x).sum()) / total, float((cover_HW * y).sum()) / total
     areas, centroids = _unit_shapes()
     stretch_S11 = np.array(_STRETCHES)[:, None, None]
     best = np.zeros(len(SHAPES))
     for shape in range(len(SHAPES)):
         radius_S11 = stretch_S11 * (total / areas[shape]) ** 0.5
-        u_SHW = (x - centre_x) / radius_S11 + centroids[shape][0]
-        v_SHW = (y - centre_y) / radius_S11 + centroids[shape][1]
+        u_SHW = (x - center_x) / radius_S11 + centroids[shape][0]
+        v_SHW = (y - center_y) / radius_S11 + centroids[shape][1]
         drawn_SHW = np.clip(0.5 - shape_distance(shape, u_SHW, v_SHW) * radius_S11 / 1.5, 0.0, 1.0)
         overlap_S = np.minimum(cover_HW, drawn_SHW).sum((1, 2)) / np.maximum(cover_HW, drawn_SHW).sum((1, 2))
         best[shape] = overlap_S.max()
@@ -71,19 +71,19 @@ def _soft_edges(cover: np.ndarray) -> tuple[float, float]:
     return low - min(before, 0.5), high + 1 + min(after, 0.5)
 
 
-def _colour(pixels_N3: np.ndarray) -> int:
+def _color(pixels_N3: np.ndarray) -> int:
     """Index of the nearest hue; white marks and dark edges carry little chroma and so little weight."""
     chroma = pixels_N3 - pixels_N3.mean(1, keepdims=True)
     weight = np.linalg.norm(chroma, axis=1) ** 2
     mean = (chroma * weight[:, None]).sum(0)
-    reference = COLOUR_RGB - COLOUR_RGB.mean(1, keepdims=True)
+    reference = COLOR_RGB - COLOR_RGB.mean(1, keepdims=True)
     cosine = reference @ mean / (np.linalg.norm(reference, axis=1) * np.linalg.norm(mean) + 1e-9)
     return int(cosine.argmax())
 
 
-def _texture(image_HW3: np.ndarray, core_HW: np.ndarray, colour: int) -> int:
+def _texture(image_HW3: np.ndarray, core_HW: np.ndarray, color: int) -> int:
     """Index of the mark lattice that fits the whiteness inside the region best."""
-    plain = float(COLOUR_RGB[colour].min())
+    plain = float(COLOR_RGB[color].min())
     white = np.clip((image_HW3[core_HW].min(1) - plain) / (MARK_RGB - plain), 0.0, 1.0)
     size = len(image_HW3)
     errors = [np.abs(white - marks(t, size)[core_HW]).mean() for t in range(len(TEXTURES))]
@@ -118,14 +118,14 @@ def detect(image_3HW: np.ndarray) -> list[Detection]:
         score = float(np.clip((fit - _FIT_NONE) / (_FIT_SURE - _FIT_NONE), 0.0, 1.0))
         core = ndimage.binary_erosion(region)
         core = core if core.sum() >= 8 else region
-        colour = _colour(image[region])
+        color = _color(image[region])
         found.append(
             Detection(
                 class_name=SHAPES[shape],
                 score=score,
                 box_xyxy=(x0, y0, x1, y1),
-                color=COLOURS[colour],
-                texture=TEXTURES[_texture(image, core, colour)],
+                color=COLORS[color],
+                texture=TEXTURES[_texture(image, core, color)],
             )
         )
     return found

@@ -18,7 +18,7 @@ from stagevar.models.hub import sha256_files
 from stagevar.models.infinity import Infinity
 from stagevar.models.loading import default_sampling, kv_option
 from stagevar.models.registry import LoadRequest
-from stagevar.models.weights import block_precision, everywhere, load_into, randomise
+from stagevar.models.weights import block_precision, everywhere, load_into, randomize
 from stagevar.nano.presets import NanoPreset, preset
 from stagevar.nano.text import NanoTextEncoder
 from stagevar.nano.tokenizer import NanoTokenizer
@@ -54,7 +54,7 @@ def build(request: LoadRequest) -> LoadedModel:
     record: dict[str, object] = {"weights": {}, "load": kv_option(request)}
     if request.random:
         for module, _, precision in parts:
-            randomise(module, request.seed, device=request.device, precision=precision)
+            randomize(module, request.seed, device=request.device, precision=precision)
         record["random_seed"] = request.seed
     else:
         read = [

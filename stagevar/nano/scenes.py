@@ -1,16 +1,16 @@
 """Procedural scenes: the world that nano is trained on and judged in.
 
-A scene is one to four objects (shape, colour, texture, place, size) on a dark shaded background, with the caption that
+A scene is one to four objects (shape, color, texture, place, size) on a dark shaded background, with the caption that
 asks for it and GenEval's metadata. Six tasks and their tags follow GenEval; `texture` is ours. Everything is drawn by
 numpy from a seed, a batch at a time, at any image size.
 
 Texture marks lie on a lattice fixed to the image (period size / 16), not to the object. At 64 pixels the period is one
 patch, so a texture is a property of a cell and coarse scales can carry it.
 
-Five of the 48 shape-colour pairs (`UNSEEN_PAIRS`) are never drawn in training and are prompted in their own split.
+Five of the 48 shape-color pairs (`UNSEEN_PAIRS`) are never drawn in training and are prompted in their own split.
 
 Source: GenEval (djghosh13/geneval), prompts/evaluation_metadata.jsonl, for tags, wording and metadata keys; worlds of
-coloured shapes are common property. Ours differ in that counting and position prompts name colours half of the time.
+colored shapes are common property. Ours differ in that counting and position prompts name colors half of the time.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from stagevar.errors import UsageError
 
 SHAPES = ("circle", "square", "triangle", "ring", "star", "cross")
 PLURALS = ("circles", "squares", "triangles", "rings", "stars", "crosses")
-COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
-COLOUR_RGB = np.array(
+COLORS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
+COLOR_RGB = np.array(
     [
         (0.87, 0.13, 0.13),
         (0.96, 0.50, 0.08),
@@ -49,7 +49,7 @@ RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 MAX_OBJECTS = 4
 # Names that a cell can have, "nothing" included, for shape, color and texture.
-NAMES = (1 + len(SHAPES), 1 + len(COLOURS), 1 + len(TEXTURES))
+NAMES = (1 + len(SHAPES), 1 + len(COLORS), 1 + len(TEXTURES))
 UNSEEN_PAIRS = frozenset(
     {("star", "red"), ("circle", "green"), ("triangle", "blue"), ("cross", "yellow"), ("square", "purple")}
 )
@@ -69,16 +69,16 @@ Metadata = dict[str, Any]
 class SceneBatch:
     """B scenes as numbers; `draw` turns them into pixels.
 
-    Attributes: `count_B` objects; `shape_BK`, `colour_BK`, `texture_BK` indices into the tables above; `centre_BK2`
+    Attributes: `count_B` objects; `shape_BK`, `color_BK`, `texture_BK` indices into the tables above; `center_BK2`
     (x, y) and `radius_BK` as shares of the image side; `background_B6` (top tone, tint, slope x, slope y, ...);
     `metadata` one GenEval dict per scene, its caption under "prompt".
     """
 
     count_B: np.ndarray
     shape_BK: np.ndarray
-    colour_BK: np.ndarray
+    color_BK: np.ndarray
     texture_BK: np.ndarray
-    centre_BK2: np.ndarray
+    center_BK2: np.ndarray
     radius_BK: np.ndarray
     background_B6: np.ndarray
     metadata: list[Metadata]
@@ -128,16 +128,16 @@ def _metadata(tag: str, include: list[dict[str, Any]]) -> Metadata:
 
 
 def unseen_pairs(metadata: Metadata) -> bool:
-    """Whether the prompt names a shape-colour pair that training never shows."""
+    """Whether the prompt names a shape-color pair that training never shows."""
     return any((i["class"], i.get("color")) in UNSEEN_PAIRS for i in metadata["include"])
 
 
 @cache
-def _family(tag: str, coloured: bool) -> tuple[Metadata, ...]:
-    """Every prompt of one task, with or without colour words, in a fixed order."""
-    colours: tuple[str | None, ...] = COLOURS if coloured else (None,)
-    items = [(s, c) for s in SHAPES for c in colours]
-    pairs = [(a, b) for a in items for b in items if a[0] != b[0] and (not coloured or a[1] != b[1])]
+def _family(tag: str, colored: bool) -> tuple[Metadata, ...]:
+    """Every prompt of one task, with or without color words, in a fixed order."""
+    colors: tuple[str | None, ...] = COLORS if colored else (None,)
+    items = [(s, c) for s in SHAPES for c in colors]
+    pairs = [(a, b) for a in items for b in items if a[0] != b[0] and (not colored or a[1] != b[1])]
     if tag in ("single_object", "colors"):
         return tuple(_metadata(tag, [_item(s, 1, c)]) for s, c in items)
     if tag in ("two_object", "color_attr"):
@@ -159,23 +159,23 @@ def _share(text: str) -> float:
 
 
 @cache
-def _pool(tag: str, coloured: bool, split: str) -> tuple[Metadata, ...]:
+def _pool(tag: str, colored: bool, split: str) -> tuple[Metadata, ...]:
     """The prompts of a family that a split may use.
 
-    Coloured families of counting, position, color_attr and texture are cut by a hash of the text: 80 % train, 10 %
+    Colored families of counting, position, color_attr and texture are cut by a hash of the text: 80 % train, 10 %
     search, 10 % heldout. The other families hold 6 to 48 texts, too few to cut; splits share those and differ in noise.
     """
-    family = _family(tag, coloured)
+    family = _family(tag, colored)
     if split == "unseen":
         return tuple(m for m in family if unseen_pairs(m))
     family = tuple(m for m in family if not unseen_pairs(m))
-    if not coloured or tag == "colors":
+    if not colored or tag == "colors":
         return family
     low, high = {"train": (0.0, 0.8), "search": (0.8, 0.9), "heldout": (0.9, 1.0)}[split]
     return tuple(m for m in family if low <= _share(m["prompt"]) < high)
 
 
-_COLOURING = {
+_COLORING = {
     "single_object": (False,),
     "two_object": (False,),
     "counting": (False, True),
@@ -190,7 +190,7 @@ def prompts(split: str, n: int, seed: int = 0, tasks: tuple[str, ...] | None = N
     """`n` prompts of a split as GenEval metadata, taken from the tasks in turn, each family used up before it repeats.
 
     Every dict also carries "index" (its place, 0-based), "split" and "unseen" (whether it names an unseen pair); split
-    "unseen" holds only tasks that name colours. Raises UsageError for an unknown split or task.
+    "unseen" holds only tasks that name colors. Raises UsageError for an unknown split or task.
     """
     if split not in SPLITS:
         raise UsageError(f"unknown prompt split {split!r}; use one of {', '.join(SPLITS)}")
@@ -198,23 +198,23 @@ def prompts(split: str, n: int, seed: int = 0, tasks: tuple[str, ...] | None = N
         if tag not in TASKS:
             raise UsageError(f"unknown task {tag!r}; tasks are {', '.join(TASKS)}")
     rng = np.random.default_rng([seed, SPLITS.index(split), 0x70])
-    chosen = [t for t in (tasks or TASKS) if split != "unseen" or True in _COLOURING[t]]
+    chosen = [t for t in (tasks or TASKS) if split != "unseen" or True in _COLORING[t]]
     if not chosen and n:
-        raise UsageError(f"tasks {', '.join(tasks or ())} name no colours, so split 'unseen' has none; add 'colors'")
+        raise UsageError(f"tasks {', '.join(tasks or ())} name no colors, so split 'unseen' has none; add 'colors'")
     streams = {tag: _endless(tag, split, rng) for tag in chosen}
     found = (next(streams[chosen[i % len(chosen)]]) for i in range(n))
     return [{**m, "index": i, "split": split, "unseen": unseen_pairs(m)} for i, m in enumerate(found)]
 
 
 def _endless(tag: str, split: str, rng: np.random.Generator):
-    colourings = [c for c in _COLOURING[tag] if split != "unseen" or c]
-    queues: dict[bool, list[int]] = {c: [] for c in colourings}
+    colorings = [c for c in _COLORING[tag] if split != "unseen" or c]
+    queues: dict[bool, list[int]] = {c: [] for c in colorings}
     for turn in itertools.count():
-        coloured = colourings[turn % len(colourings)]
-        pool = _pool(tag, coloured, split)
-        if not queues[coloured]:
-            queues[coloured] = rng.permutation(len(pool)).tolist()
-        yield pool[queues[coloured].pop()]
+        colored = colorings[turn % len(colorings)]
+        pool = _pool(tag, colored, split)
+        if not queues[colored]:
+            queues[colored] = rng.permutation(len(pool)).tolist()
+        yield pool[queues[colored].pop()]
 
 
 # -------------------------------------------------------------------------------------------------------------- scenes
@@ -229,12 +229,12 @@ def sample(
     """Draw prompts of a split and one matching scene for each. `task_weights` follow TASKS (equal when None)."""
     weights = np.ones(len(TASKS)) if task_weights is None else np.asarray(task_weights, dtype=float)
     if split == "unseen":
-        weights = weights * [True in _COLOURING[t] for t in TASKS]
+        weights = weights * [True in _COLORING[t] for t in TASKS]
     tags = rng.choice(len(TASKS), size=batch, p=weights / weights.sum())
     chosen = []
     for tag in tags:
-        colourings = [c for c in _COLOURING[TASKS[tag]] if split != "unseen" or c]
-        pool = _pool(TASKS[tag], colourings[int(rng.integers(len(colourings)))], split)
+        colorings = [c for c in _COLORING[TASKS[tag]] if split != "unseen" or c]
+        pool = _pool(TASKS[tag], colorings[int(rng.integers(len(colorings)))], split)
         chosen.append(pool[int(rng.integers(len(pool)))])
     return arrange(chosen, rng)
 
@@ -242,12 +242,12 @@ def sample(
 def arrange(metadata: list[Metadata], rng: np.random.Generator) -> SceneBatch:
     """One scene per prompt that satisfies it and holds nothing else; what the prompt leaves open is drawn at random.
 
-    Colours left open never form an unseen pair.
+    Colors left open never form an unseen pair.
     """
     batch = len(metadata)
     count_B = np.zeros(batch, dtype=np.int64)
     shape_BK = np.zeros((batch, MAX_OBJECTS), dtype=np.int64)
-    colour_BK = rng.integers(len(COLOURS), size=(batch, MAX_OBJECTS))
+    color_BK = rng.integers(len(COLORS), size=(batch, MAX_OBJECTS))
     # Textures left open are mostly plain: marks that no word asks for are hard to keep alike over an object, because
     # the tokens of a scale are drawn at once.
     texture_BK = rng.choice(len(TEXTURES), size=(batch, MAX_OBJECTS), p=(0.8, 0.1, 0.1))
@@ -259,12 +259,12 @@ def arrange(metadata: list[Metadata], rng: np.random.Generator) -> SceneBatch:
             for copy in range(item["count"]):
                 shape_BK[b, k] = shape
                 if "color" in item:
-                    colour_BK[b, k] = COLOURS.index(item["color"])
+                    color_BK[b, k] = COLORS.index(item["color"])
                 elif copy:
-                    colour_BK[b, k] = colour_BK[b, k - 1]
+                    color_BK[b, k] = color_BK[b, k - 1]
                 else:
-                    while (item["class"], COLOURS[colour_BK[b, k]]) in UNSEEN_PAIRS:
-                        colour_BK[b, k] = rng.integers(len(COLOURS))
+                    while (item["class"], COLORS[color_BK[b, k]]) in UNSEEN_PAIRS:
+                        color_BK[b, k] = rng.integers(len(COLORS))
                 if "texture" in item:
                     texture_BK[b, k] = TEXTURES.index(item["texture"])
                 elif copy:
@@ -273,23 +273,23 @@ def arrange(metadata: list[Metadata], rng: np.random.Generator) -> SceneBatch:
             if "position" in item:
                 relation_B[b] = RELATIONS.index(item["position"][0])
         count_B[b] = k
-    centre_BK2, radius_BK = _place(count_B, relation_B, rng)
+    center_BK2, radius_BK = _place(count_B, relation_B, rng)
     background_B6 = np.stack(
         [
-            rng.uniform(0.10, 0.30, batch),  # tone at the centre
+            rng.uniform(0.10, 0.30, batch),  # tone at the center
             rng.choice([-0.12, 0.0, 0.12], batch),  # slope along x
             rng.choice([-0.12, 0.0, 0.12], batch),  # slope along y
             *(rng.choice([0.0, 0.05], (3, batch))),  # tint per channel
         ],
         axis=1,
     ).astype(np.float32)
-    return SceneBatch(count_B, shape_BK, colour_BK, texture_BK, centre_BK2, radius_BK, background_B6, metadata)
+    return SceneBatch(count_B, shape_BK, color_BK, texture_BK, center_BK2, radius_BK, background_B6, metadata)
 
 
 def _place(count_B: np.ndarray, relation_B: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Centres and radii without overlap; object 1 stands in relation `relation_B` (-1: none) to object 0."""
+    """Centers and radii without overlap; object 1 stands in relation `relation_B` (-1: none) to object 0."""
     batch = len(count_B)
-    centre = np.zeros((batch, MAX_OBJECTS, 2))
+    center = np.zeros((batch, MAX_OBJECTS, 2))
     radius = np.zeros((batch, MAX_OBJECTS))
     low = np.array([RADIUS[int(c)][0] for c in count_B])
     high = np.array([RADIUS[int(c)][1] for c in count_B])
@@ -315,10 +315,10 @@ def _place(count_B: np.ndarray, relation_B: np.ndarray, rng: np.random.Generator
         found = ok.any(1)
         first = ok.argmax(1)
         rows = np.flatnonzero(found)
-        centre[open_B[rows]] = xy[rows, first[rows]]
+        center[open_B[rows]] = xy[rows, first[rows]]
         radius[open_B[rows]] = r[rows, first[rows]]
         open_B = open_B[~found]
-    return centre.astype(np.float32), radius.astype(np.float32)
+    return center.astype(np.float32), radius.astype(np.float32)
 
 
 def cells(world: SceneBatch, side: int) -> np.ndarray:
@@ -329,14 +329,14 @@ def cells(world: SceneBatch, side: int) -> np.ndarray:
     edges = np.arange(side + 1) / side
 
     def overlap(axis: int) -> np.ndarray:  # (B, objects, side), in cells
-        low = (world.centre_BK2[..., axis] - world.radius_BK)[..., None]
-        high = (world.centre_BK2[..., axis] + world.radius_BK)[..., None]
+        low = (world.center_BK2[..., axis] - world.radius_BK)[..., None]
+        high = (world.center_BK2[..., axis] + world.radius_BK)[..., None]
         return np.clip(np.minimum(high, edges[1:]) - np.maximum(low, edges[:-1]), 0.0, None) * side
 
     cover_BKL = (overlap(1)[..., :, None] * overlap(0)[..., None, :]).reshape(*world.shape_BK.shape, -1)
     cover_BKL = cover_BKL * (np.arange(MAX_OBJECTS) < world.count_B[:, None])[..., None]
     groups = []
-    for index_BK, names in zip((world.shape_BK, world.colour_BK, world.texture_BK), NAMES, strict=True):
+    for index_BK, names in zip((world.shape_BK, world.color_BK, world.texture_BK), NAMES, strict=True):
         share_BLn = np.einsum("bkl,bkn->bln", cover_BKL, np.eye(names)[index_BK + 1])
         share_BLn[..., 0] = 1.0 - cover_BKL.sum(1)
         groups.append(np.clip(share_BLn, 0.0, 1.0))
@@ -393,10 +393,10 @@ def draw(scenes: SceneBatch, size: int = 64) -> np.ndarray:
             if not len(rows):
                 continue
             radius = scenes.radius_BK[rows, k, None, None]
-            u = (axis[None, None, :] - scenes.centre_BK2[rows, k, 0, None, None]) / radius
-            v = (axis[None, :, None] - scenes.centre_BK2[rows, k, 1, None, None]) / radius
+            u = (axis[None, None, :] - scenes.center_BK2[rows, k, 0, None, None]) / radius
+            v = (axis[None, :, None] - scenes.center_BK2[rows, k, 1, None, None]) / radius
             cover = np.clip(0.5 - shape_distance(shape, u, v) * radius * size, 0.0, 1.0)[:, None]
             mark = texture_marks[scenes.texture_BK[rows, k]][:, None]
-            colour = COLOUR_RGB[scenes.colour_BK[rows, k]][:, :, None, None]
-            image[rows] += cover * (colour + mark * (MARK_RGB - colour) - image[rows])
+            color = COLOR_RGB[scenes.color_BK[rows, k]][:, :, None, None]
+            image[rows] += cover * (color + mark * (MARK_RGB - color) - image[rows])
     return image

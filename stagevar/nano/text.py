@@ -1,4 +1,4 @@
-"""nano's text encoder: a closed vocabulary of the words that scenes use, a window over neighbours, two small layers.
+"""nano's text encoder: a closed vocabulary of the words that scenes use, a window over neighbors, two small layers.
 
 It is trained together with the transformer. Features go to `Infinity.condition` as a ragged list, like flan-T5's do.
 
@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stagevar.nano.presets import NanoPreset
-from stagevar.nano.scenes import COLOURS, NUMBERS, PLURALS, SHAPES, TEXTURES
+from stagevar.nano.scenes import COLORS, NUMBERS, PLURALS, SHAPES, TEXTURES
 
 PAD, END, UNKNOWN = 0, 1, 2
 _GRAMMAR = ("a", "an", "photo", "of", "and", "left", "right", "above", "below")
-VOCABULARY = ("<pad>", "<end>", "<unk>", *_GRAMMAR, *NUMBERS.values(), *COLOURS, *TEXTURES, *SHAPES, *PLURALS)
+VOCABULARY = ("<pad>", "<end>", "<unk>", *_GRAMMAR, *NUMBERS.values(), *COLORS, *TEXTURES, *SHAPES, *PLURALS)
 _WINDOW = 9  # words that the first layer mixes: far enough for "left of a red star" to reach "star"
 _INDEX = {word: index for index, word in enumerate(VOCABULARY)}
 
@@ -78,7 +78,7 @@ class NanoTextEncoder(nn.Module):
         """Features (B, T, text_dim) and a bool mask (B, 1, 1, T), True where a row is real."""
         mask_B11T = (ids_BT != PAD)[:, None, None]
         x_BTC = (self.embed(ids_BT) + self.positions[: ids_BT.shape[1]]) * mask_B11T[:, 0, 0, :, None]
-        # Words first see their neighbours, so that an adjective reaches its noun without attention having to find it.
+        # Words first see their neighbors, so that an adjective reaches its noun without attention having to find it.
         near_BCT = F.conv1d(x_BTC.transpose(1, 2), self.window.unflatten(1, (-1, _WINDOW)), padding=_WINDOW // 2)
         x_BTC = x_BTC + near_BCT.transpose(1, 2)
         for layer in self.layers:

@@ -3,7 +3,7 @@
 Interface shared with every tokenizer of the runtime: `residual`, `latent_dim`, `encode`, `decode`.
 
 Source: the residual loop is Infinity's (see stagevar/models/bits.py); encoder and decoder are our own. Straight-through
-sign quantisation follows BSQ (Zhao et al. 2024) without its entropy term.
+sign quantization follows BSQ (Zhao et al. 2024) without its entropy term.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class _Conv(nn.Module):
 
 
 class _Mix(nn.Module):
-    """Residual 3x3 convolution and pointwise product, for context between neighbouring patches."""
+    """Residual 3x3 convolution and pointwise product, for context between neighboring patches."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -64,7 +64,7 @@ class NanoTokenizer(nn.Module):
         self.decode_patches = _Conv(width, pixels, 1)
 
     def encode(self, image_B3HW: Tensor) -> Tensor:
-        """Image in [-1, 1] to the latent (B, d, H / patch, W / patch), before quantisation."""
+        """Image in [-1, 1] to the latent (B, d, H / patch, W / patch), before quantization."""
         hidden = self.encode_patches(F.pixel_unshuffle(image_B3HW, self.patch))
         return self.encode_out(F.gelu(self.encode_mix(hidden), approximate="tanh"))
 

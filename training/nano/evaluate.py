@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 from stagevar.errors import StagevarError, UsageError
-from stagevar.geneval import judge, summarise
+from stagevar.geneval import judge, summarize
 from stagevar.models.base import LoadedModel, Sampling
 from stagevar.models.registry import load_model
 from stagevar.nano import scenes
@@ -99,7 +99,7 @@ def judged(images_BHW3: np.ndarray, prompts: list[scenes.Metadata]) -> np.ndarra
 def scores(correct_B: np.ndarray, prompts: list[scenes.Metadata]) -> dict[str, Any]:
     """Mean of the GenEval tasks first, then one score per task and the number of images."""
     rows = [{"tag": m["tag"], "correct": bool(c)} for m, c in zip(prompts, correct_B, strict=True)]
-    tags = summarise(rows).tags
+    tags = summarize(rows).tags
     six = [tags[t] for t in scenes.GENEVAL_TASKS if t in tags]
     return {"geneval_mean": float(np.mean(six)), **{t: tags[t] for t in scenes.TASKS if t in tags}, "images": len(rows)}
 
@@ -200,7 +200,7 @@ def sheet(images_NHW3: np.ndarray, captions: list[str], columns: int, zoom: int 
 
 
 def save_pictures(evaluation: Evaluation, folder: Path, samples: int, training_images: int) -> dict[str, Any]:
-    """Writes the sheets and returns the nearest-neighbour figures."""
+    """Writes the sheets and returns the nearest-neighbor figures."""
     folder.mkdir(parents=True, exist_ok=True)
     prompts = scenes.prompts("heldout", samples)
     images = evaluation.images(prompts)
@@ -304,7 +304,7 @@ def main(argv: list[str] | None = None) -> int:
         report = evaluate(evaluation, args.prompts, args.unseen, args.clip_images, args.checker_scenes)
         print(table(report))
         if args.pictures:
-            report["neighbours"] = save_pictures(evaluation, args.pictures, args.samples, args.training_images)
+            report["neighbors"] = save_pictures(evaluation, args.pictures, args.samples, args.training_images)
         text = json.dumps(report, indent=1)
         print(text)
         if args.json:

@@ -114,7 +114,7 @@ class TokenizerJob(Job):
             whole = latent[parted:] + (code_sum[parted:] - latent[parted:]).detach()
             if worn:
                 with torch.no_grad():
-                    flipped = self.model.residual.quantise(latent[parted : parted + worn], flips.tolist())[2]
+                    flipped = self.model.residual.quantize(latent[parted : parted + worn], flips.tolist())[2]
                 whole = torch.cat([flipped, whole[worn:]])
             output = self.model.decode(torch.cat([*parts, whole])).float()
         error_B = (F.l1_loss(output, image, reduction="none") + 2 * F.mse_loss(output, image, reduction="none")).mean(
@@ -195,7 +195,7 @@ class TransformerJob(Job):
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             with torch.no_grad():
                 latent = self.tokenizer.encode(image).float()
-                targets, inputs, _ = self.tokenizer.residual.quantise(latent, flips)
+                targets, inputs, _ = self.tokenizer.residual.quantize(latent, flips)
             text_BTD, mask_B11T = self.model["text"](ids_BT.to(self.device))
             x_BLC, logits_BLV = self.forward(text_BTD, mask_B11T, inputs[: scales - 1], null_B)
         sides = self.config.scales[:scales]

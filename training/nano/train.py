@@ -33,7 +33,7 @@ from training.nano.jobs import Job, TokenizerJob, TransformerJob
 
 @dataclass(frozen=True)
 class Recipe:
-    """Optimisation of one part. Rates are peaks; `cooldown` is the share of steps over which they fall to zero."""
+    """Optimization of one part. Rates are peaks; `cooldown` is the share of steps over which they fall to zero."""
 
     steps: int
     batch: int
@@ -79,7 +79,7 @@ def build_job(
     seed: int = 0,
     compiled: bool = False,
 ) -> Job:
-    """The job of a part, initialised from the seed. The transformer reads `out`/tokenizer.safetensors."""
+    """The job of a part, initialized from the seed. The transformer reads `out`/tokenizer.safetensors."""
     torch.manual_seed(seed)
     if part == "tokenizer":
         return TokenizerJob(config, device, dtype)
@@ -89,14 +89,14 @@ def build_job(
 
 
 class Trainer:
-    """Steps a job; holds optimisers and the running average; reads and writes checkpoints."""
+    """Steps a job; holds optimizers and the running average; reads and writes checkpoints."""
 
     def __init__(self, job: Job, recipe: Recipe, out: Path):
         self.job, self.recipe, self.out, self.step = job, recipe, out, 0
         self.parameters = {n: p for n, p in job.model.named_parameters() if p.requires_grad}
         muon = {n: p for n, p in self.parameters.items() if job.uses_muon(n, p)}
         adam = {n: p for n, p in self.parameters.items() if n not in muon}
-        self.optimisers = {
+        self.optimizers = {
             "muon": (torch.optim.Muon(muon.values(), lr=recipe.muon_rate, weight_decay=0.0, momentum=0.95), muon),
             "adam": (torch.optim.AdamW(adam.values(), lr=recipe.adam_rate, betas=(0.9, 0.98), weight_decay=0.0), adam),
         }
@@ -114,7 +114,7 @@ class Trainer:
         return min(1.0, (self.step + 1) / recipe.warmup, left)
 
     def advance(self) -> tuple[float, dict[str, float]]:
-        """One optimisation step; returns the loss and the job's figures."""
+        """One optimization step; returns the loss and the job's figures."""
         torch.manual_seed(self.recipe.seed * 1_000_003 + self.step)
         rng = np.random.default_rng([self.recipe.seed, self.step])
         loss, figures = self.job.loss(rng, self.recipe.batch, self.step / self.recipe.steps)
@@ -124,10 +124,10 @@ class Trainer:
             norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.recipe.clip_norm)
             figures["norm"] = norm.item()
         factor = self._factor()
-        for name, (optimiser, _) in self.optimisers.items():
-            for group in optimiser.param_groups:
+        for name, (optimizer, _) in self.optimizers.items():
+            for group in optimizer.param_groups:
                 group["lr"] = self.rates[name] * factor
-            optimiser.step()
+            optimizer.step()
         self.step += 1
         keep = min(self.recipe.ema, self.step / (self.step + 10))
         with torch.no_grad():
@@ -142,12 +142,12 @@ class Trainer:
         return self.out / f"{self.job.name}.checkpoint"
 
     def save(self) -> None:
-        """Checkpoint (weights, average, optimiser state) and the published files of the average."""
+        """Checkpoint (weights, average, optimizer state) and the published files of the average."""
         tensors = {f"model/{n}": t for n, t in self.job.model.state_dict().items()}
         tensors |= {f"average/{n}": t for n, t in self.average.items()}
-        for kind, (optimiser, named) in self.optimisers.items():
+        for kind, (optimizer, named) in self.optimizers.items():
             for name, parameter in named.items():
-                for key, value in optimiser.state[parameter].items():
+                for key, value in optimizer.state[parameter].items():
                     tensors[f"{kind}/{name}/{key}"] = value if isinstance(value, Tensor) else torch.tensor(value)
         save_checkpoint(self.folder, tensors, {"step": self.step, "recipe": asdict(self.recipe)})
         self.publish()
@@ -170,11 +170,11 @@ class Trainer:
             groups.setdefault(kind, {})[rest] = tensor.to(device)
         self.job.model.load_state_dict(groups["model"])
         self.average = groups["average"]
-        for kind, (optimiser, named) in self.optimisers.items():
+        for kind, (optimizer, named) in self.optimizers.items():
             for entry, tensor in groups.get(kind, {}).items():
                 name, key = entry.rsplit("/", 1)
                 # AdamW keeps its step counter on the CPU.
-                optimiser.state[named[name]][key] = tensor.cpu() if key == "step" else tensor
+                optimizer.state[named[name]][key] = tensor.cpu() if key == "step" else tensor
 
 
 def run(trainer: Trainer, minutes: float, save_minutes: float, log_every: int = 50) -> None:

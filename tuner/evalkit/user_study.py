@@ -174,9 +174,9 @@ def judge_preference(votes: Sequence[tuple[str, str, str]], *, margin: float = 0
 
 
 def _wilson(rate: float, count: int, z: float) -> tuple[float, float]:
-    centre = (rate + z * z / (2 * count)) / (1 + z * z / count)
+    center = (rate + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * (rate * (1 - rate) / count + z * z / (4 * count * count)) ** 0.5
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 def _png(image: FolderImage) -> str:

@@ -1,4 +1,4 @@
-"""Everything that needs a CLIP model: CLIP score, image similarity, HPSv2, GenEval's colour classifier.
+"""Everything that needs a CLIP model: CLIP score, image similarity, HPSv2, GenEval's color classifier.
 
 The only module that imports open_clip. A model is an open_clip architecture with a pretrained tag or a local file, an
 open_clip `hf-hub:` or `local-dir:` name, or "nano", the small model shipped for nano's scenes.
@@ -195,10 +195,10 @@ class HumanPreferenceScore(Metric):
 
 
 class ColorClassifier:
-    """GenEval's zero-shot colour of one object: ten colours, three templates each, argmax of cosines.
+    """GenEval's zero-shot color of one object: ten colors, three templates each, argmax of cosines.
 
     Source: djghosh13/geneval evaluate_images.py. The object is cut out with its mask over #999, then cropped to its
-    box; the features of a colour's three sentences are averaged and normalised again (clip_benchmark's classifier).
+    box; the features of a color's three sentences are averaged and normalized again (clip_benchmark's classifier).
     """
 
     def __init__(
@@ -214,7 +214,7 @@ class ColorClassifier:
         boxes_xyxy: Sequence[Sequence[float]],
         masks_HW: Sequence[np.ndarray] | None = None,
     ) -> list[str]:
-        """Colour names of the objects given by boxes in pixels and, if there are any, masks (H, W) of booleans."""
+        """Color names of the objects given by boxes in pixels and, if there are any, masks (H, W) of booleans."""
         if not boxes_xyxy:
             return []
         image = image.convert("RGB")

@@ -17,7 +17,7 @@ from typing import Any
 
 from stagevar.class_names import class_name, color_name
 from stagevar.errors import UsageError
-from stagevar.geneval import COLORS, Detection, Summary, Verdict, check_metadata, classify_color, judge, summarise
+from stagevar.geneval import COLORS, Detection, Summary, Verdict, check_metadata, classify_color, judge, summarize
 from stagevar.text_files import parse_json, read_json_values
 from tuner.metrics.base import Prompt
 from tuner.metrics.prompt_sets import COCO_CLASSES
@@ -116,7 +116,7 @@ def score_detections(images: Sequence[DetectedImage], **rules: float) -> GenEval
         {"tag": image.metadata["tag"], "metadata": json.dumps(image.metadata), "correct": verdict.correct}
         for image, verdict in zip(images, verdicts, strict=True)
     ]
-    return GenEvalReport(tuple(images), tuple(verdicts), summarise(rows))
+    return GenEvalReport(tuple(images), tuple(verdicts), summarize(rows))
 
 
 def _name_strangers(images: Sequence[DetectedImage]) -> None:
@@ -152,7 +152,7 @@ def geneval_metadata(metric: str, prompt: Prompt) -> Mapping[str, Any]:
 
 def geneval_summary(rows: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt]) -> dict[str, Any]:
     """GenEval's score of judged images (rows with "value" 0 or 1): the mean of the tag means, and what goes with it."""
-    summary = summarise(
+    summary = summarize(
         {"tag": prompt["tag"], "metadata": json.dumps(prompt), "correct": row["value"] > 0.5}
         for row, prompt in zip(rows, prompts, strict=True)
     )
@@ -293,11 +293,11 @@ def _color_from_scores(scores: Any, label: str) -> str:
     if isinstance(scores, Mapping):
         unknown = sorted(set(scores) - set(COLORS))
         if unknown:
-            raise UsageError(f"detection of {label!r} scores colour {unknown[0]!r}, expected {', '.join(COLORS)}")
+            raise UsageError(f"detection of {label!r} scores color {unknown[0]!r}, expected {', '.join(COLORS)}")
         scores = [scores.get(color, float("-inf")) for color in COLORS]
     elif not isinstance(scores, list):
-        raise UsageError(f"detection of {label!r} has colour scores {scores!r:.60}, expected ten numbers")
-    return classify_color([_number(value, label, "colour score") for value in scores])
+        raise UsageError(f"detection of {label!r} has color scores {scores!r:.60}, expected ten numbers")
+    return classify_color([_number(value, label, "color score") for value in scores])
 
 
 def _number(value: Any, label: str, what: str) -> float:

@@ -245,7 +245,7 @@ class InceptionScore(_FeatureMetric):
 def frechet_distance(image_ND: torch.Tensor, reference_MD: torch.Tensor) -> float:
     """Squared Frechet distance of the Gaussians with the two samples' means and covariances.
 
-    The trace of the root of the product of covariances is the nuclear norm of the product of the centred samples, so
+    The trace of the root of the product of covariances is the nuclear norm of the product of the centered samples, so
     small sets cost N x M and not D x D. Equals torchmetrics' figure, which a test holds.
     """
     offset_D = image_ND.mean(0) - reference_MD.mean(0)

@@ -1,4 +1,4 @@
-"""GenEval on real images: a COCO detector from transformers, open_clip's colour classifier, the official rules."""
+"""GenEval on real images: a COCO detector from transformers, open_clip's color classifier, the official rules."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class GenEval(BenchmarkMetric):
     """1 if the image shows what the prompt's GenEval metadata asks for, else 0.
 
     detector: mask2former (closest to the official one), rtdetr, owlv2, or an object that follows `Detector`.
-    detector_model: hub name or local folder in place of the default. clip_model, clip_pretrained: the colour
+    detector_model: hub name or local folder in place of the default. clip_model, clip_pretrained: the color
     classifier's. threshold and counting_threshold are the official 0.3 and 0.9, which were chosen for Mask2Former's
     scores; other detectors score on another scale (docs/metrics.md).
     Source: djghosh13/geneval. What differs: transformers' weights of the same network in place of mmdet's.
@@ -85,7 +85,7 @@ class GenEval(BenchmarkMetric):
         self.color_classifier = color_classifier
 
     def detections(self, images: Sequence[Image.Image], prompts: Sequence[Mapping[str, Any]]) -> list[list[Detection]]:
-        """Per image all objects above the prompt's threshold; of classes that the prompt colours, with their colour."""
+        """Per image all objects above the prompt's threshold; of classes that the prompt colors, with their color."""
         results = []
         for start in range(0, len(images), self.batch_size):
             part = slice(start, start + self.batch_size)

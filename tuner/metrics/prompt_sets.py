@@ -1,7 +1,7 @@
 """Prompt sets: GenEval's and DPG's own files by path, a seeded generator of GenEval-style prompts, stratified subsets.
 
 Source: djghosh13/geneval prompts/ (tags, wording, metadata keys; its 553 prompts are read, not shipped) and ELLA's
-dpg_bench/prompts. The generator is our own: balanced over classes, colours, counts and relations, where the published
+dpg_bench/prompts. The generator is our own: balanced over classes, colors, counts and relations, where the published
 one draws them independently, so a small set of ours covers more.
 """
 
@@ -105,7 +105,7 @@ COCO_CLASSES: tuple[str, ...] = (
     "hair drier",
     "toothbrush",
 )
-_COLORABLE = tuple(name for name in COCO_CLASSES if name != "person")  # GenEval asks for no coloured persons
+_COLORABLE = tuple(name for name in COCO_CLASSES if name != "person")  # GenEval asks for no colored persons
 _NUMBERS = {2: "two", 3: "three", 4: "four"}
 
 

@@ -16,7 +16,7 @@ MOST = 512
 class Remembered:
     """A function from texts or images to features that is computed once per distinct input.
 
-    Inputs are known by content, not by identity, so an array read from disk again is recognised.
+    Inputs are known by content, not by identity, so an array read from disk again is recognized.
     """
 
     def __init__(self, compute: Callable[..., torch.Tensor]):

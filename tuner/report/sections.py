@@ -110,7 +110,7 @@ def schedules_section(result: StudyResult) -> str:
         return ""
     out = []
     shown = _shown_schedules(result)
-    # The full schedule has no stages of its own: it is coloured by those of the schedule it is compared with.
+    # The full schedule has no stages of its own: it is colored by those of the schedule it is compared with.
     stages = [step.get("stage") for step in shown[-1 if len(shown) == 1 else 1][1].steps]
     for title, candidate in shown:
         steps = candidate.steps
@@ -134,7 +134,7 @@ def schedules_section(result: StudyResult) -> str:
     legend = _legend(("semantic", "semantic stage"), ("structure", "structure stage"), ("fidelity", "fidelity stage"))
     note = (
         '<p class="note">One cell per scale, labelled with its side in tokens. The upper half is the '
-        "conditional branch, the lower half the null-prompt branch; colour is work done, pale is "
+        "conditional branch, the lower half the null-prompt branch; color is work done, pale is "
         "work saved, a slash is a scale that is not run.</p>"
     )
     return legend + "".join(out) + note

@@ -149,9 +149,9 @@ def side(step: Mapping[str, Any]) -> str:
 
 
 def sides(steps: Sequence[Mapping[str, Any]]) -> str:
-    """Words for scales: "side 64", "sides 40 to 64" for neighbours, "sides 24, 48" otherwise."""
+    """Words for scales: "side 64", "sides 40 to 64" for neighbors, "sides 24, 48" otherwise."""
     names = [side(step) for step in steps]
     if len(names) == 1:
         return f"side {names[0]}"
-    neighbours = steps[-1]["scale"] - steps[0]["scale"] == len(steps) - 1
-    return f"sides {names[0]} to {names[-1]}" if neighbours and len(names) > 2 else f"sides {', '.join(names)}"
+    neighbors = steps[-1]["scale"] - steps[0]["scale"] == len(steps) - 1
+    return f"sides {names[0]} to {names[-1]}" if neighbors and len(names) > 2 else f"sides {', '.join(names)}"

@@ -92,10 +92,10 @@ def shrunk(differences: Sequence[float], known: Sequence[float]) -> float:
     own = np.asarray(differences, dtype=np.float64)
     if len(known) < 3:
         return float(own.mean()) if own.size else float(np.mean(known)) if len(known) else 0.0
-    centre, between = float(np.mean(known)), float(np.var(known, ddof=1))
+    center, between = float(np.mean(known)), float(np.var(known, ddof=1))
     if not own.size:
-        return centre
+        return center
     # Two pseudo-prompts' worth of the spread among schedules: a few equal differences are no proof of certainty.
     within = (own.var() * own.size + 2 * max(between, 1e-12)) / (own.size + 2) / own.size
     trust = between / (between + within) if between > 0 else 0.0
-    return centre + trust * (float(own.mean()) - centre)
+    return center + trust * (float(own.mean()) - center)
