@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 #: Reasons for lower clocks that disturb a timing, by NVML's bit; being idle and a clock that a user asked for do not.
 _THROTTLES = {
@@ -41,13 +42,15 @@ class CardState:
     other_processes: int
     mig: bool
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain data."""
         return {**vars(self), "throttles": list(self.throttles)}
 
 
 def read_card(device: torch.device | str) -> CardState | None:
     """The state of a CUDA device now; None for other devices, or where NVML is missing or does not answer."""
+    import torch
+
     device = torch.device(device)
     if device.type != "cuda":
         return None
@@ -88,9 +91,16 @@ def disturbed_by(before: CardState | None, after: CardState | None) -> tuple[str
 
 def _handle(pynvml: Any, device: torch.device) -> Any:
     """By UUID: NVML numbers all cards, CUDA those that are visible."""
+    import torch
+
     index = torch.cuda.current_device() if device.index is None else device.index
     uuid = str(torch.cuda.get_device_properties(index).uuid)
-    return pynvml.nvmlDeviceGetHandleByUUID((uuid if uuid.startswith("GPU-") else f"GPU-{uuid}").encode())
+    bare = uuid.removeprefix("GPU-").removeprefix("MIG-")
+    try:
+        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{bare}".encode())
+    except pynvml.NVMLError:  # a slice: clocks, power and driver are those of the card that it is cut from
+        part = pynvml.nvmlDeviceGetHandleByUUID(f"MIG-{bare}".encode())
+        return pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(part)
 
 
 def _reasons(bits: int) -> tuple[str, ...]:

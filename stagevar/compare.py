@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from stagevar.errors import UsageError
-from stagevar.latency import Timing, paired_ratio, pinned, time_once, warm_up
+from stagevar.latency import Timing, paired_ratio, pinned, time_once, undisturbed, warm_up
 from stagevar.models.base import LoadedModel
 from stagevar.models.registry import published
 from stagevar.sampler import Sampler
@@ -60,9 +60,10 @@ def compare(
             eager's: a run that is made once is not worth recording.
 
     Columns: engine (the one that really ran), tokens (per image, both branches), latency_ms (median), mean_ms, p90_ms,
-    samples_ms, ratio to the full schedule with its interval, memory_mib (CUDA: peak allocated above the weights; CPU: KV
-    cache), and unless the weights are random: psnr_db, ssim (means) and `scores`. outcomes: how often a decision went
-    which way. On a CPU also cpu_ratio, the same ratio of processor time, which other processes on the machine hardly change.
+    samples_ms, disturbed (why they may be wrong, where the card was), ratio to the full schedule with its interval,
+    memory_mib (CUDA: peak allocated above the weights; CPU: KV cache), and unless the weights are random: psnr_db, ssim
+    (means) and `scores`. outcomes: how often a decision went which way. On a CPU also cpu_ratio, the same ratio of processor
+    time, which other processes on the machine hardly change.
     """
     sampler, samplers = Sampler(model), samplers or {}
     plans = {
@@ -99,6 +100,8 @@ def compare(
             "samples_ms": list(timing.samples_ms),
             "warmed": timing.warmed,
         }
+        if timing.disturbed:
+            row["disturbed"] = list(timing.disturbed)
         if made[name].outcomes:
             row["outcomes"] = dict(sorted(made[name].outcomes.items()))
         if not model.random_weights:
@@ -187,16 +190,23 @@ def time_in_turn(
     host: dict[str, list[float]] = {name: [] for name in plans}
     busy: dict[str, list[float]] = {name: [] for name in plans}
     events: dict[str, list[float]] = {name: [] for name in plans}
-    for index in range(rounds):
-        prompts, seeds = batches[index % len(batches)]
-        for name in list(plans) if index % 2 == 0 else list(reversed(plans)):
-            start = time.process_time()
-            host_ms, event_ms = time_once(partial(samplers[name].generate, prompts, seeds, plans[name]), device)
-            busy[name].append((time.process_time() - start) * 1e3)
-            host[name].append(host_ms)
-            if event_ms is not None:
-                events[name].append(event_ms)
-    timings = {name: Timing(tuple(host[name]), tuple(events[name]), *warmth[name]) for name in plans}
+
+    def all_rounds() -> None:
+        for kind in (host, busy, events):
+            for samples in kind.values():
+                samples.clear()
+        for index in range(rounds):
+            prompts, seeds = batches[index % len(batches)]
+            for name in list(plans) if index % 2 == 0 else list(reversed(plans)):
+                start = time.process_time()
+                host_ms, event_ms = time_once(partial(samplers[name].generate, prompts, seeds, plans[name]), device)
+                busy[name].append((time.process_time() - start) * 1e3)
+                host[name].append(host_ms)
+                if event_ms is not None:
+                    events[name].append(event_ms)
+
+    _, card, disturbed = undisturbed(all_rounds, device)
+    timings = {name: Timing(tuple(host[name]), tuple(events[name]), *warmth[name], card, disturbed) for name in plans}
     return timings, {name: Timing(tuple(busy[name])) for name in plans}
 
 
@@ -224,7 +234,7 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
         "memory_mib": ("MiB", "{:.1f}"),
     }
     titles = {key: column for key, column in titles.items() if any(key in row for row in rows)}
-    hidden = {"samples_ms", "warmed", "outcomes"}
+    hidden = {"samples_ms", "warmed", "outcomes", "disturbed"}
     further = {
         key: (key.replace("_", " "), "[{0[0]:.3f}, {0[1]:.3f}]" if key.endswith("_interval") else "{:.3f}")
         for row in rows
@@ -248,4 +258,7 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     unsettled = sum(not row["warmed"] for row in rows)
     if unsettled:
         lines.append(f"{unsettled} of {len(rows)} did not settle while warming up: a busy machine, read ratios only")
+    disturbed = dict.fromkeys(why for row in rows for why in row.get("disturbed", ()))
+    if disturbed:
+        lines.append(f"the card was disturbed, also when timed again ({', '.join(disturbed)}): read ratios only")
     return "\n".join(lines)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ WARM_TOLERANCE = 0.02
 #: How often a disturbed measurement is made.
 ATTEMPTS = 2
 Run = Callable[[], object]
+Taken = TypeVar("Taken")
 
 
 @dataclass(frozen=True)
@@ -100,15 +102,25 @@ def measure(
     if rounds < 1:
         raise UsageError(f"rounds {rounds} must be at least 1")
     warmth = {name: warm_up(run, device, warm_up_at_most) for name, run in runs.items()}
+    (host, events), card, disturbed = undisturbed(lambda: _rounds(runs, rounds, device), device)
+    return {name: Timing(host[name], events[name], *warmth[name], card, disturbed) for name in runs}
+
+
+def undisturbed(
+    take: Callable[[], Taken], device: torch.device | str
+) -> tuple[Taken, tuple[CardState, ...], tuple[str, ...]]:
+    """What `take` measures, once more where the card was disturbed meanwhile.
+
+    Returns it with the card's states before and after (empty where they are not known) and what disturbs it even so.
+    """
     for _ in range(ATTEMPTS):
         before = read_card(device)
-        host, events = _rounds(runs, rounds, device)
+        taken = take()
         after = read_card(device)
         disturbed = disturbed_by(before, after)
         if not disturbed:
             break
-    card = () if before is None or after is None else (before, after)
-    return {name: Timing(host[name], events[name], *warmth[name], card, disturbed) for name in runs}
+    return taken, () if before is None or after is None else (before, after), disturbed
 
 
 def _rounds(

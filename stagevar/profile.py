@@ -22,6 +22,7 @@ from stagevar.errors import ProfileError, StagevarError
 from stagevar.files import write_text_atomically
 from stagevar.profile_sections import (
     BaselineSection,
+    CardSection,
     ConstraintsSection,
     EngineSection,
     LatencySection,
@@ -35,6 +36,7 @@ from stagevar.sections import read_section, read_value, section_data, shortened,
 from stagevar.yaml_files import read_yaml
 
 if TYPE_CHECKING:
+    from stagevar.card_state import CardState
     from stagevar.models.base import LoadedModel
     from stagevar.pipeline import Pipeline
 
@@ -55,7 +57,7 @@ SECTIONS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Envelope:
-    """Where the figures were measured and hold."""
+    """Where the figures were measured and hold. card: None on a CPU, where NVML is missing, and in profiles of before."""
 
     device: str
     dtype: str
@@ -63,6 +65,7 @@ class Envelope:
     engine: Literal["eager", "compiled", "graph", "graph-compiled", "graph-kernels"]
     threads: int | None
     torch: str
+    card: CardSection | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("batch", self.batch), ("threads", self.threads)):
@@ -71,8 +74,16 @@ class Envelope:
 
     def differences(self, other: Envelope) -> list[str]:
         """What differs between this (measured) and another (present) envelope, one phrase each."""
-        pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in dataclasses.fields(self))
-        return [f"{name} {there!r} instead of {here!r}" for name, here, there in pairs if here != there]
+        names = (f.name for f in dataclasses.fields(self) if f.name != "card")
+        pairs = ((name, getattr(self, name), getattr(other, name)) for name in names)
+        found = [f"{name} {there!r} instead of {here!r}" for name, here, there in pairs if here != there]
+        known = self.card is not None and other.card is not None
+        return [*found, *(self.card.differences(other.card) if known else ())]  # type: ignore[union-attr,arg-type]
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain data."""
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "card"}
+        return data if self.card is None else {**data, "card": section_data(self.card)}
 
 
 @dataclass(frozen=True)
@@ -123,7 +134,7 @@ class Profile:
                 data[name] = section_data(value)
             elif value is not None:
                 data[name] = value.to_dict() if name == "schedule" else value
-        return plain({**data, "envelope": dataclasses.asdict(self.envelope)})
+        return plain({**data, "envelope": self.envelope.to_dict()})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the profile atomically."""
@@ -236,11 +247,22 @@ def present_envelope(model: LoadedModel, batch: int, threads: int | None, engine
     """The envelope of this process for a model. `threads` is what latency was or will be measured with (CPU)."""
     import torch
 
+    from stagevar.card_state import read_card
+
+    card = None
     if model.device.type == "cuda":
         device, threads = torch.cuda.get_device_name(model.device), None
+        state = read_card(model.device)
+        card = None if state is None else card_section(state)
     else:
         device = model.device.type
-    return Envelope(device, str(model.dtype).removeprefix("torch."), batch, engine, threads, str(torch.__version__))
+    dtype = str(model.dtype).removeprefix("torch.")
+    return Envelope(device, dtype, batch, engine, threads, str(torch.__version__), card)
+
+
+def card_section(state: CardState) -> CardSection:
+    """What an envelope keeps of a reading."""
+    return CardSection(**{f.name: getattr(state, f.name) for f in dataclasses.fields(CardSection)})
 
 
 def steps_to_data(steps: Steps) -> list[dict[str, Any]]:

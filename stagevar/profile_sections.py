@@ -59,7 +59,8 @@ class IntervalSection:
 class LatencySection:
     """One image's latency in milliseconds; ratio: over the full schedule's in the same rounds.
 
-    includes: what the figure covers, in words. predicted: from the table of step costs instead of end to end.
+    includes: what the figure covers, in words. predicted: from the table of step costs instead of end to end. disturbed: why
+    the figures may be wrong although they were taken again (throttling, other processes on the card), in words.
     """
 
     includes: str | None = None
@@ -74,6 +75,27 @@ class LatencySection:
     ratio: IntervalSection | None = None
     scale_ms: tuple[float | None, ...] = ()
     samples_ms: tuple[float, ...] = ()
+    disturbed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CardSection:
+    """The card that latency was measured on, by NVML: what is set on it, and what it did after the last timing.
+
+    driver: version. power_limit_w: enforced. mig: a slice of a card. sm_mhz, memory_mhz, temperature_c: under load.
+    """
+
+    driver: str
+    power_limit_w: float
+    mig: bool
+    sm_mhz: int | None = None
+    memory_mhz: int | None = None
+    temperature_c: int | None = None
+
+    def differences(self, other: CardSection) -> list[str]:
+        """What is set otherwise on another card, one phrase each; clocks and heat come and go."""
+        pairs = ((name, getattr(self, name), getattr(other, name)) for name in ("driver", "power_limit_w", "mig"))
+        return [f"{name} {there!r} instead of {here!r}" for name, here, there in pairs if here != there]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 
 from stagevar import latency
 from stagevar.card_state import CardState, disturbed_by, read_card
+from stagevar.compare import BASELINE, format_table, time_in_turn
 
 CUDA = torch.device("cuda", 1)
 QUIET = CardState("580.1", 1980, 2619, 45, 300.0, 700.0, (), 0, False)
@@ -33,6 +34,14 @@ class Nvml:
 
     def nvmlDeviceGetHandleByUUID(self, uuid):
         self.asked = uuid
+        if self.sliced:
+            if not uuid.startswith(b"MIG-"):
+                raise self.NVMLError("not found")
+            return "slice"
+        return "handle"
+
+    def nvmlDeviceGetDeviceHandleFromMigDeviceHandle(self, part):
+        assert part == "slice"
         return "handle"
 
     def nvmlSystemGetDriverVersion(self):
@@ -83,6 +92,11 @@ def test_a_reading_is_of_the_device_by_its_uuid(nvml):
     assert read_card("cpu") is None
 
 
+def test_a_slice_is_read_off_its_card(nvml):
+    made = nvml(sliced=True)
+    assert read_card(CUDA) == changed(mig=True) and made.asked == b"MIG-1234-abcd"
+
+
 def test_idle_clocks_are_no_throttling_but_heat_and_power_are(nvml):
     nvml(reasons=0x1 | 0x2)
     assert read_card(CUDA).throttles == ()
@@ -118,3 +132,22 @@ def test_a_disturbed_measurement_is_made_again_and_marked_if_that_is_no_better(m
     timing = latency.measure({"a": lambda: made.append(1)}, 2)["a"]
     assert len(made) == runs and len(timing.samples_ms) == 2 and not left
     assert timing.disturbed == disturbed and timing.card == (() if states[0] is None else tuple(states[-2:]))
+
+
+def test_a_disturbed_comparison_is_made_again_and_says_so(monkeypatch):
+    class Drawing:
+        model = SimpleNamespace(device=torch.device("cpu"))
+
+        def generate(self, prompts, seeds, steps):
+            made.append(steps)
+
+    left, made = [QUIET, changed(throttles=("power cap",))] * 2, []
+    monkeypatch.setattr(latency, "read_card", lambda device: left.pop(0))
+    both = {BASELINE: Drawing(), "fast": Drawing()}
+    timings, busy = time_in_turn(both, dict.fromkeys(both, ()), [(["a"], [0])], 3, 0)
+    assert len(made) == 2 * 3 * 2 and len(timings["fast"].samples_ms) == len(busy["fast"].samples_ms) == 3
+    assert timings["fast"].disturbed == ("throttled: power cap",)
+    row = {"name": "fast", "warmed": True, "disturbed": ["throttled: power cap"]}
+    assert "the card was disturbed, also when timed again (throttled: power cap): read ratios only" in format_table(
+        [row]
+    )

@@ -8,12 +8,15 @@ import os
 import pytest
 import yaml
 
+from stagevar.card_state import CardState
 from stagevar.errors import UsageError
 from stagevar.profile import Profile, steps_to_data
-from stagevar.profile_sections import QualitySection
+from stagevar.profile_sections import CardSection, QualitySection
 from tests.sample_study import KINDS, make
 from tuner.report.export import export, profile_of
+from tuner.report.page import _timing_line
 from tuner.report.sections import _engine_facts
+from tuner.study.verification import latency_stats
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +62,26 @@ def test_gpu_profiles_name_the_gpu_and_no_threads(runs):
     device = {"name": "NVIDIA X", "kind": "cuda", "dtype": "bfloat16"}
     envelope = profile_of(dataclasses.replace(result, device=device), result.pick).envelope
     assert (envelope.device, envelope.threads, envelope.dtype) == ("NVIDIA X", None, "bfloat16")
+
+
+STATE = CardState("580.1", 1980, 2619, 61, 650.0, 700.0, ("power cap",), 0, False)
+
+
+def test_what_the_card_did_is_in_the_record_the_envelope_and_the_report(runs):
+    result, _ = runs["full"]
+    cool = dataclasses.replace(STATE, temperature_c=40, throttles=())
+    stats = latency_stats([80.0] * 9, [100.0] * 9, 100.0, 3, True, ("throttled: power cap",), (cool, STATE))
+    pick = dataclasses.replace(result.pick, verification=dataclasses.replace(result.pick.verification, latency=stats))
+    others = tuple(pick if c.key == pick.key else c for c in result.candidates)
+    throttled = dataclasses.replace(result, candidates=others)
+    assert type(result).from_json(throttled.to_json()) == throttled
+    assert '"card"' not in result.to_json(), "a CPU has none"
+    profile = profile_of(throttled, pick)
+    assert profile.envelope.card == CardSection("580.1", 700.0, False, 1980, 2619, 61)
+    assert profile.latency.disturbed == ("throttled: power cap",)
+    mark, line = _timing_line(stats)
+    assert mark == "no" and "disturbed, also when timed again (throttled: power cap)" in line
+    assert profile_of(result, result.pick).envelope.card is None
 
 
 def test_profiles_name_the_engine_that_drew_the_judged_images(runs, tmp_path):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from stagevar.errors import ProfileError
 from stagevar.pipeline import Pipeline
 from stagevar.profile import Profile, present_envelope, steps_to_data
+from stagevar.profile_sections import CardSection
 from stagevar.sampler import Sampler
 from stagevar.schedule import StageSchedule
 from tests.test_schedule import schedules
@@ -22,6 +23,7 @@ from tests.tiny import GRIDS, tiny_infinity
 
 MODEL = tiny_infinity()
 SCHEDULE = StageSchedule(structure_end=3, cfg_delay=0, rank_ratios=(0.5, 0.2))
+CARD = {"driver": "580.1", "power_limit_w": 700.0, "mig": False, "sm_mhz": 1980, "temperature_c": 61}
 
 
 def make(**changes):
@@ -108,6 +110,8 @@ def test_foreign_files(tmp_path):
         ({"schedule": {"structure_end": 3, "rank_ratios": [0]}}, "rank ratio 0"),
         ({"schedule": {"structure_end": 3, "rank": 1}}, "unknown schedule parameter 'rank'"),
         ({"envelope": {"device": "cpu"}}, "missing from the envelope"),
+        ({"envelope": {**make().to_dict()["envelope"], "card": {**CARD, "power_limit_w": "high"}}}, "must be a number"),
+        ({"envelope": {**make().to_dict()["envelope"], "card": {**CARD, "drive": "5"}}}, "nearest: driver"),
     ],
 )
 def test_broken_content(tmp_path, change, match):
@@ -223,6 +227,19 @@ def test_another_model_or_edited_steps_are_refused():
         edited.expand(MODEL)
     with pytest.raises(ProfileError, match="structure_end 6 is beyond"):
         dataclasses.replace(make(), schedule=StageSchedule(6)).expand(MODEL)
+
+
+def test_the_card_is_part_of_the_envelope(tmp_path):
+    measured = dataclasses.replace(make().envelope, card=CardSection(**CARD))
+    make(envelope=measured).save(tmp_path / "profile.yaml")
+    assert Profile.load(tmp_path / "profile.yaml").envelope == measured
+    assert "card" not in make().to_dict()["envelope"], "profiles from a CPU have none"
+    # Clocks and heat come and go; what is set on the card stays, and where nothing is known nothing is claimed.
+    cooler = dataclasses.replace(measured.card, sm_mhz=345, temperature_c=30)
+    assert measured.differences(dataclasses.replace(measured, card=cooler)) == []
+    assert measured.differences(dataclasses.replace(measured, card=None)) == []
+    capped = dataclasses.replace(measured, card=dataclasses.replace(cooler, power_limit_w=450.0, driver="590.2"))
+    assert measured.differences(capped) == ["driver '590.2' instead of '580.1'", "power_limit_w 450.0 instead of 700.0"]
 
 
 def test_outside_the_envelope_warns_and_inside_does_not():

@@ -14,7 +14,7 @@ import yaml
 
 from stagevar.errors import UsageError
 from stagevar.files import write_text_atomically
-from stagevar.profile import Envelope, Profile, plain
+from stagevar.profile import Envelope, Profile, card_section, plain
 from stagevar.schedule import StageSchedule
 from tuner.config.quality import MetricLimit, limited
 from tuner.report.words import PICK_ORDER, describe, latency_of, name_of
@@ -72,7 +72,7 @@ def profile_of(result: StudyResult, candidate: Candidate) -> Profile:
         schedule=StageSchedule.from_dict(candidate.schedule),
         steps=[plain(dict(step)) for step in candidate.steps],
         sampling=plain(result.provenance.get("sampling", {})),
-        envelope=_envelope(result),
+        envelope=_envelope(result, latency),
         verified=proved and not result.random_weights,
         verdict=f"{result.verdict}: {result.reason}" if candidate is result.pick else describe(candidate.steps),
         latency={"includes": result.includes, "batch": 1, **_latency(latency)},
@@ -100,7 +100,8 @@ def profile_of(result: StudyResult, candidate: Candidate) -> Profile:
     )
 
 
-def _envelope(result: StudyResult) -> Envelope:
+def _envelope(result: StudyResult, latency: LatencyStats) -> Envelope:
+    states = latency.card or (result.baseline.latency.card if result.baseline.latency else ())
     device = result.device
     gpu = device.get("kind") == "cuda"
     return Envelope(
@@ -110,6 +111,7 @@ def _envelope(result: StudyResult) -> Envelope:
         engine=result.engine,
         threads=None if gpu else device.get("threads"),
         torch=str(result.versions.get("torch", "unknown")),
+        card=card_section(states[-1]) if states else None,
     )
 
 
@@ -131,6 +133,8 @@ def _latency(latency: LatencyStats) -> dict[str, Any]:
     }
     if latency.ratio is not None:
         data["ratio"] = _interval(latency.ratio)
+    if latency.disturbed:
+        data["disturbed"] = list(latency.disturbed)
     if latency.scale_ms:
         data["scale_ms"] = [_round(v) for v in latency.scale_ms]
     return data

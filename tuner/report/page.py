@@ -270,8 +270,10 @@ def _timing_line(latency: LatencyStats) -> tuple[str, str]:
     beside = " interleaved with the full schedule" if latency.ratio else ""
     spread = latency.p90_ms / latency.median_ms - 1 if latency.median_ms else 0.0
     settled = "" if latency.settled else "; warm-up never settled within 2 %"
+    if latency.disturbed:
+        settled += f"; the card was disturbed, also when timed again ({', '.join(latency.disturbed)})"
     return (
-        "yes" if latency.settled and spread < 0.15 else "no",
+        "yes" if latency.settled and not latency.disturbed and spread < 0.15 else "no",
         f"Latency is the median of {len(latency.samples_ms)} runs{beside}, p90 {spread:.0%} above it{settled}.",
     )
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stagevar.card_state import CardState
 from stagevar.errors import UsageError
 from stagevar.profile_sections import EngineSection
 from tuner.config.quality import COMPOSITE, MetricLimit, limited, old_limits
@@ -24,7 +25,7 @@ from tuner.results.run_dir import STUDY_FILE
 
 SCHEMA = 2
 #: Fields that results of before did not have: left out where there is nothing to say.
-_LATER = ("heldout_engine",)
+_LATER = ("heldout_engine", "card")
 #: Verdicts and their exit codes. "partial" is a study that Ctrl-C stopped before its picks were verified.
 EXIT_CODES = {
     "verified": 0,
@@ -61,7 +62,8 @@ class LatencyStats:
     drift_corrected_ms: ratio x the full schedule's median, the figure that the search ranks on (equals median_ms for the
     full schedule). warmup_runs: discarded runs before it settled; settled: three runs in a row agreed within 2 %.
     scale_ms: median of each scale's share, one per scale (0 where skipped), empty where scales were not timed.
-    disturbed: why the samples may be wrong (throttling, other processes on the card), in words.
+    disturbed: why the samples may be wrong (throttling, other processes on the card), in words. card: what the card did
+    before and after them, empty where it is not known.
     predicted: not timed but read off the table of step costs (tuner/evaluation/step_costs.py): no samples, no p90_ms, and the
     interval of the ratio is the table's error.
     """
@@ -78,6 +80,7 @@ class LatencyStats:
     scale_ms: tuple[float, ...] = ()
     predicted: bool = False
     disturbed: tuple[str, ...] = ()
+    card: tuple[CardState, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -287,7 +290,7 @@ class StudyResult:
 
     def to_json(self) -> str:
         """Strict JSON, one line per top-level key. Non-finite numbers are the strings "inf", "-inf" and "nan"."""
-        plain = to_plain({k: v for k, v in dataclasses.asdict(self).items() if k not in _LATER or v is not None})
+        plain = record_of(self)
         lines = (f"{json.dumps(k)}: {json.dumps(v, allow_nan=False)}" for k, v in plain.items())
         return "{\n" + ",\n".join(lines) + "\n}\n"
 
@@ -343,6 +346,15 @@ def _from_schema_1(data: dict[str, Any]) -> dict[str, Any]:
         )
 
     return {**renamed(data), "limits": limits, "schema": SCHEMA}
+
+
+def record_of(value: Any) -> dict[str, object]:
+    """A dataclass of this module as JSON data."""
+
+    def without_later(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        return {name: value for name, value in pairs if value or name not in _LATER}
+
+    return to_plain(dataclasses.asdict(value, dict_factory=without_later))
 
 
 def to_plain(value: Any) -> Any:

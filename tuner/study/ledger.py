@@ -21,7 +21,7 @@ from tuner.evaluation.evaluator import Facts
 from tuner.evaluation.step_costs import Prediction
 from tuner.proposals.trial_sampler import Proposal, Told
 from tuner.results import pareto
-from tuner.results.result import Candidate, Failure, Interval, LatencyStats, Verdict, to_plain
+from tuner.results.result import Candidate, Failure, Interval, LatencyStats, Verdict, record_of
 from tuner.results.run_dir import Evidence
 from tuner.statistics.pruning import shrunk
 from tuner.study.verification import LEAST_GAIN, Limits
@@ -81,7 +81,7 @@ class Ledger:
 
     def record(self, kind: str, candidate: Candidate) -> None:
         """Writes what was found; returns when it is on disk."""
-        self.evidence.append({"kind": kind, "candidate": to_plain(dataclasses.asdict(candidate))})
+        self.evidence.append({"kind": kind, "candidate": record_of(candidate)})
 
     def record_dropped(self, trial: int, key: str, ratio: float) -> None:
         """Writes that a schedule was not judged, because its predicted ratio is beyond the budget."""

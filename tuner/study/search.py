@@ -508,6 +508,7 @@ class Search:
                     timing.warm_up_runs,
                     timing.warmed,
                     timing.disturbed,
+                    timing.card,
                 )
                 self.table.check(p.steps, found[p.key].ratio.mean)
         return found, errors

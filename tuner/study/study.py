@@ -232,7 +232,9 @@ class Study:
         try:
             self.progress.update(0, "timing the full schedule")
             timing = self.evaluator.latency({BASELINE: ledger.full}, BASELINE_ROUNDS)[BASELINE]
-            latency = latency_stats(timing.samples_ms, None, None, timing.warm_up_runs, timing.warmed, timing.disturbed)
+            latency = latency_stats(
+                timing.samples_ms, None, None, timing.warm_up_runs, timing.warmed, timing.disturbed, timing.card
+            )
             for why in timing.disturbed:
                 self.progress.say(f"timings may be wrong, also when taken again: {why}")
             ledger.baseline = dataclasses.replace(blank, latency=latency)

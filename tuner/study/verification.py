@@ -36,6 +36,7 @@ from tuner.statistics.bounds import (
 from tuner.statistics.looks import claims, judgement_alpha, looks
 
 if TYPE_CHECKING:
+    from stagevar.card_state import CardState
     from stagevar.latency import Timing
 
 #: No schedule above this ratio to the full one is an acceleration.
@@ -81,10 +82,11 @@ def latency_stats(
     warm_up_runs: int = 0,
     warmed: bool = True,
     disturbed: Sequence[str] = (),
+    card: Sequence[CardState] = (),
 ) -> LatencyStats:
     """Figures of one schedule; with the baseline's samples of the same rounds also the ratio.
 
-    baseline_ms: what the ratio is scaled to; None takes the schedule's own median.
+    baseline_ms: what the ratio is scaled to; None takes the schedule's own median. card: its states around the samples.
     """
     median = median_interval(samples_ms)
     ratio = None if baseline_samples_ms is None else ratio_interval(samples_ms, baseline_samples_ms)
@@ -100,6 +102,7 @@ def latency_stats(
         warmup_runs=warm_up_runs,
         settled=warmed,
         disturbed=tuple(disturbed),
+        card=tuple(card),
     )
 
 
@@ -147,6 +150,7 @@ class Verifier:
         self.warmth: dict[str, tuple[int, bool]] = {}
         self.values: dict[str, dict[str, list[float]]] = {name: {} for name in (BASELINE, *finalists)}
         self.disturbed: dict[str, None] = {}
+        self.card: dict[str, tuple[CardState, ...]] = {}
         self.errors: dict[str, str] = {}
         self._bounds: dict[Any, tuple[np.ndarray, np.ndarray]] = {}
         self.unmeasured: dict[str, str] = {}
@@ -170,6 +174,7 @@ class Verifier:
                 runs, _ = self.warmth.get(name, (0, True))
                 self.warmth[name] = (runs + timing.warm_up_runs, timing.warmed)
                 self.disturbed |= dict.fromkeys(timing.disturbed)
+                self.card[name] = timing.card
             undecided = [v for n in self.finalists for v in self._latency_verdicts(n) if v.status == "open"]
             if not undecided:
                 break
@@ -358,6 +363,7 @@ class Verifier:
             self.limits.baseline_ms if share else None,
             *self.warmth[name],
             tuple(self.disturbed),
+            self.card[name],
         )
         verdicts = self._latency_verdicts(name)
         upper_ms = verdicts[0].bound
