@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 
 from stagevar.errors import UsageError
+from stagevar.sections import shown
 
 _NUMBER = r"(\d+(?:\.\d*)?|\.\d+)"
 _BUDGET = re.compile(rf"\s*{_NUMBER}\s*(ms|s|%)\s*", re.ASCII)
@@ -35,11 +36,11 @@ def parse_budget(text: str) -> Budget:
     """`2s`, `800ms` or `60%`. Raises UsageError for anything else, for nothing, and for more than an hour or 1000 %."""
     match = _BUDGET.fullmatch(text)
     if match is None:
-        raise UsageError(f"budget {_shown(text)} is not a time per image or a share; write 2s, 800ms or 60%")
+        raise UsageError(f"budget {shown(text)} is not a time per image or a share; write 2s, 800ms or 60%")
     number, unit = float(match[1]), match[2]
     limit = {"ms": _LONGEST_MS, "s": _LONGEST_MS / 1e3, "%": 1000.0}[unit]
     if not 0 < number <= limit:
-        raise UsageError(f"budget {_shown(text)} must be above 0 and at most {limit:g}{unit}")
+        raise UsageError(f"budget {shown(text)} must be above 0 and at most {limit:g}{unit}")
     compact = f"{match[1]}{unit}"
     if unit == "%":
         return Budget(compact, fraction=number / 100)
@@ -53,7 +54,7 @@ def parse_time(text: str) -> float:
     if match is not None:
         seconds = sum(float(part) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True) if part)
     if not 0 < seconds < math.inf:
-        raise UsageError(f"tuning time {_shown(text)} is not a time above 0; write 90s, 10m or 1h30m")
+        raise UsageError(f"tuning time {shown(text)} is not a time above 0; write 90s, 10m or 1h30m")
     return seconds
 
 
@@ -62,9 +63,5 @@ def parse_share(text: str, what: str) -> float:
     match = _SHARE.fullmatch(text)
     value = float(match[1]) / (100 if match[2] else 1) if match else -1.0
     if not 0 <= value <= 1:
-        raise UsageError(f"{what} {_shown(text)} is not a share from 0 to 1; write 3% or 0.03")
+        raise UsageError(f"{what} {shown(text)} is not a share from 0 to 1; write 3% or 0.03")
     return value
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= 40 else text[:37] + "...")
