@@ -15,6 +15,8 @@ from typing import Any
 from stagevar.profile import SCHEMA, SECTIONS, Envelope, Profile
 from stagevar.schedule import ACCELERATORS, BOTH, PRECISIONS, StageSchedule
 
+#: A JSON Schema as plain data.
+Schema = dict[str, object]
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 _SCALARS = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
 #: Fields of a schedule whose annotation is wider than what is accepted.
@@ -27,7 +29,7 @@ _SCHEDULE_CHOICES = {
 }
 
 
-def schema_of(kind: Any) -> dict[str, Any]:
+def schema_of(kind: Any) -> Schema:
     """The schema of an annotation, as `stagevar.sections.read_value` reads it. Raises TypeError for one it does not know."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
@@ -47,10 +49,10 @@ def schema_of(kind: Any) -> dict[str, Any]:
     raise TypeError(f"no schema for the annotation {kind!r}")
 
 
-def section_schema(kind: type) -> dict[str, Any]:
+def section_schema(kind: type) -> Schema:
     """The schema of a dataclass: its fields and no others; those without a default are required."""
     hints = typing.get_type_hints(kind)
-    schema: dict[str, Any] = {"type": "object", "additionalProperties": False}
+    schema: Schema = {"type": "object", "additionalProperties": False}
     if kind.__doc__ and not kind.__doc__.startswith(f"{kind.__name__}("):
         schema["description"] = " ".join(kind.__doc__.split("\n\n")[0].split())
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
@@ -63,7 +65,7 @@ def section_schema(kind: type) -> dict[str, Any]:
     return schema | ({"required": required} if required else {})
 
 
-def schedule_schema() -> dict[str, Any]:
+def schedule_schema() -> Schema:
     """The schema of a StageSchedule's parameters."""
     schema = section_schema(StageSchedule)
     properties = schema["properties"]
@@ -79,9 +81,9 @@ def schedule_schema() -> dict[str, Any]:
     return schema
 
 
-def profile_schema() -> dict[str, Any]:
+def profile_schema() -> Schema:
     """The schema of profile.yaml."""
-    properties: dict[str, Any] = {"schema": {"const": SCHEMA}}
+    properties: Schema = {"schema": {"const": SCHEMA}}
     for name in (field.name for field in dataclasses.fields(Profile) if field.name != "schema"):
         if name in SECTIONS:
             properties[name] = section_schema(SECTIONS[name])

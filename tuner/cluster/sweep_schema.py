@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from stagevar.json_schema import DRAFT
+from stagevar.json_schema import DRAFT, Schema
 from tuner.cluster.sweep import _NOT_IN_CELLS, AXES
 
 
-def sweep_schema() -> dict[str, Any]:
+def sweep_schema() -> Schema:
     """The schema of a sweep file: axes of the grid, options of every study or of one model's, resources of a cell."""
     values = {"type": "array", "minItems": 1, "uniqueItems": True, "items": {"type": ["string", "integer", "number"]}}
     option = {"type": ["string", "integer", "number", "boolean"]}

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stagevar.json_schema import DRAFT, schedule_schema
+from stagevar.json_schema import DRAFT, Schema, schedule_schema
 from stagevar.schedule import PRESETS
 from tuner.config.space import _RULES, NEVER, PROMPT_SOURCES
 from tuner.metrics.registry import METRIC_NAMES
@@ -19,16 +19,16 @@ _NOT_NEGATIVE = {"type": "number", "minimum": 0}
 _COUNT = {"type": "integer", "minimum": 1}
 
 
-def _closed(properties: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+def _closed(properties: Mapping[str, Schema], **more: Any) -> Schema:
     return {"type": "object", "additionalProperties": False, "properties": dict(properties), **more}
 
 
-def parameter_schema(name: str) -> dict[str, Any]:
+def parameter_schema(name: str) -> Schema:
     """What a search space may say about a parameter: a range, a list of numbers, or a list of words."""
     rule = _RULES[name]
     if rule.kind is str:
         return {"type": "array", "minItems": 1, "uniqueItems": True, "items": {"enum": list(rule.words)}}
-    number: dict[str, Any] = {"type": "integer" if rule.kind is int else "number"}
+    number: Schema = {"type": "integer" if rule.kind is int else "number"}
     number |= {"minimum": rule.low} if rule.low > -math.inf else {}
     number |= {"maximum": rule.high} if rule.high < math.inf else {}
     value = {"anyOf": [number, {"enum": list(rule.words)}]} if rule.words else number
@@ -36,7 +36,7 @@ def parameter_schema(name: str) -> dict[str, Any]:
     return {"anyOf": [interval, {"type": "array", "minItems": 1, "uniqueItems": True, "items": value}]}
 
 
-def space_schema(metric_names: Sequence[str] = METRIC_NAMES) -> dict[str, Any]:
+def space_schema(metric_names: Sequence[str] = METRIC_NAMES) -> Schema:
     """The schema of a search-space file. metric_names: those that quality and floors may name."""
     options = {"type": "object", "properties": {"weight": _NOT_NEGATIVE, "max_drop": {"type": ["number", "null"]}}}
     listed = {
