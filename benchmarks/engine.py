@@ -38,7 +38,8 @@ from stagevar.engine import ENGINES, GraphEngine, build_engine
 from stagevar.errors import StagevarError, UsageError
 from stagevar.latency import Run, Timing, measure, paired_ratio, pinned, time_once
 from stagevar.models.base import LoadedModel
-from stagevar.models.memory import estimate_model
+from stagevar.models.memory import available_bytes, estimate_model
+from stagevar.models.memory_plan import USABLE, timed_bytes
 from stagevar.models.precision import is_product
 from stagevar.models.registry import SPECS, load_model, published
 from stagevar.sampler import Sampler
@@ -328,7 +329,8 @@ def _end_to_end(
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Whole images, each schedule and engine beside the first one, so that two samplers are alive at a time.
 
-    Samples are scaled by what the first took beside each (tuner.evaluation.timed_groups). Returns the table and images per run.
+    Samples are scaled by what the first took beside each (tuner.evaluation.timed_groups). Where the memory plan has no room
+    for two, one is alive at a time and a row says "alone": its ratio is not paired. Returns the table and images per run.
     """
     device = model.device
     wanted = [(batch, name, engine) for batch in args.batches for name in expanded for engine in args.engines]
@@ -361,17 +363,47 @@ def _end_to_end(
         others = {"reference": reference_run(args.reference, model), **others}
         images["reference"] = 1
     timed = [measure({first: baseline_run, **others}, args.rounds, device)]
+    let_go(baseline)
+    alone: dict[str, Timing] = {}
     for one in wanted[1:]:
         key = _key(args, *one)
+        together = fits_beside(model, expanded, wanted[0], one)
         sampler, run = made(*one)
         note_recording(key, sampler, run)
-        timed.append(measure({first: baseline_run, key: run}, args.rounds, device))
+        if together:
+            timed.append(measure({first: baseline_run, key: run}, args.rounds, device))
+            baseline.release()
+        else:
+            print(f"  {key}: timed alone, there is no room beside {first}")
+            alone |= measure({key: run}, args.rounds, device)
         let_go(sampler)
     let_go(baseline)
-    found = merged(timed, first)
+    found = merged(timed, first) | alone
+    figures["alone"] = sorted(alone)
     order = [*images, *(key for key in found if key not in images)]
     print(f"\nend to end, {args.rounds} interleaved rounds, ratio to {first}")
     return end_to_end({key: found[key] for key in order}, images), images
+
+
+def fits_beside(model: LoadedModel, expanded: Mapping[str, Steps], *runs: tuple[int, str, str]) -> bool:
+    """Whether the memory plan has room for the samplers of two runs, each (batch, schedule, engine), at once."""
+    free = available_bytes(model.device)
+    if free is None:
+        return True
+    kept, working = 0, 0
+    for batch, name, engine in runs:
+        needed = timed_bytes(
+            model.transformer,
+            model.tokenizer,
+            {name: expanded[name]},
+            model.pixels,
+            model.dtype.itemsize,
+            model.kv_cache,
+            engine,
+            batch,
+        )
+        kept, working = kept + needed.kept[name], max(working, needed.working)
+    return kept + working <= USABLE * free
 
 
 def _key(args: argparse.Namespace, batch: int, schedule: str, engine: str) -> str:

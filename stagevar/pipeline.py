@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from stagevar.sections import shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
     from stagevar.sampler import Sampler
 
@@ -80,6 +82,36 @@ class Pipeline:
                 images += [Image.fromarray(image) for image in pixels]
         return images
 
+    def warm(self, lengths: Sequence[int] = (32,), batches: Sequence[int] = ()) -> float:
+        """Draws one batch for every length of text, so that no later image of such a length waits for compiling or recording.
+
+        Args:
+            lengths: tokens of text; a recorded graph serves all lengths up to the next multiple of 32
+                (`stagevar.engine.TEXT_BUCKET`). Models whose text has one length for all prompts are drawn with once.
+            batches: images per pass, by default the pipeline's; a last, smaller part of a call is one of its own.
+
+        Returns the seconds that it took. Raises UsageError for numbers below 1.
+        """
+        import time
+
+        from stagevar.compare import bench_prompts
+
+        batches = batches or (self.batch,)
+        for name, numbers in (("length", lengths), ("batch", batches)):
+            for number in numbers:
+                if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                    raise UsageError(f"warm: {name} {shown(number)} must be a whole number of at least 1")
+        model, began = self.sampler.model, time.perf_counter()
+        with self._threads():
+            for batch in batches:
+                prompts = bench_prompts(model, 1) * batch
+                features = model.text.encode(prompts)
+                ragged = isinstance(features, list) and all(getattr(rows, "ndim", 0) == 2 for rows in features)
+                for length in lengths if ragged else (None,):
+                    encoded = features if length is None else [_of_length(rows_TC, length) for rows_TC in features]
+                    self.sampler.generate(prompts, list(range(batch)), self.steps, encoded=encoded)
+        return time.perf_counter() - began
+
     def __call__(
         self,
         prompt: Any = None,
@@ -126,6 +158,11 @@ class Pipeline:
         from stagevar.latency import threads_of
 
         return threads_of(self.threads if self.sampler.model.device.type == "cpu" else None)
+
+
+def _of_length(rows_TC: Tensor, length: int) -> Tensor:
+    """Text features with as many rows as asked for, repeated from the start."""
+    return rows_TC[[row % len(rows_TC) for row in range(length)]]
 
 
 def _repeat(texts: list[str], times: int) -> list[str]:

@@ -1,10 +1,12 @@
 """The engine benchmark from end to end on nano, and what it refuses."""
 
 import json
+import weakref
 
 import pytest
 
 from benchmarks.engine import main
+from stagevar.cache import KVCache
 
 REFERENCE = """
 def build(model, pixels, device, dtype):
@@ -45,6 +47,26 @@ def test_everything_is_measured_and_written(tmp_path, capsys):
     assert figures["memory"]["exact"]["cache_gib"] > figures["memory"]["conditional+int8"]["cache_gib"]
     said = capsys.readouterr().out
     assert "interleaved rounds, ratio to exact eager batch 1" in said and "of it is decoding" in said
+
+
+def test_two_samplers_are_alive_only_where_the_memory_plan_has_room(tmp_path, monkeypatch, capsys):
+    output = tmp_path / "engine.json"
+    alive, most = weakref.WeakSet(), []
+
+    class Counting(KVCache):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            alive.add(self)
+            most.append(len(alive))
+
+    monkeypatch.setattr("stagevar.sampler.KVCache", Counting)
+    monkeypatch.setattr("benchmarks.engine.available_bytes", lambda device: 2**20)
+    arguments = ["--model", "nano", "--device", "cpu", "--rounds", "1", "--output", str(output)]
+    assert main([*arguments, "--schedules", "exact,skip-2"]) == 0
+    figures = json.loads(output.read_text())
+    assert figures["alone"] == ["skip-2 eager"] and max(most) == 1
+    assert figures["end_to_end"]["skip-2 eager"]["speed_up"][0] > 0
+    assert "skip-2 eager: timed alone, there is no room beside exact eager" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

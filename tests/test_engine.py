@@ -388,6 +388,9 @@ class StandInCuda:
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: StandInStream(self, self.current))
         monkeypatch.setattr(torch.cuda, "Stream", lambda: StandInStream(self, "side"))
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: self.device_now)
+        monkeypatch.setattr(CudaRecorder, "_sides", {})
+        self.device_now = 0
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: type("Graph", (), {"replay": lambda _: None})())
         self.pools = 0
 
@@ -445,6 +448,15 @@ def test_a_card_warms_up_and_captures_on_one_side_stream(monkeypatch, apart):
     capture = ("capture", (0, 1 + apart), "side", "thread_local")
     assert cuda.calls == [*warm_up, "reset", capture, ("run", "side")]
     assert recorder.memory_bytes() == 110, "segments of both pools, nobody else's"
+
+
+def test_recorders_of_a_device_share_a_side_stream(monkeypatch):
+    cuda = StandInCuda(monkeypatch, capture_fails=False)
+    one, other = CudaRecorder(torch.device("cuda")), CudaRecorder(torch.device("cuda"))
+    cuda.device_now = 1
+    elsewhere = CudaRecorder(torch.device("cuda", 1))
+    assert one._side is other._side and elsewhere._side is not one._side, "a workspace per sampler stays for good"
+    assert len({*one._pools.values(), *other._pools.values()}) == 4
 
 
 def test_a_failed_capture_leaves_the_card_usable(monkeypatch):

@@ -10,7 +10,7 @@ from stagevar.errors import UsageError, WeightsError
 from stagevar.grids import square
 from stagevar.models import hub, memory
 from stagevar.models.memory import MIB, MemoryEstimate, estimate_model
-from stagevar.models.memory_plan import TimedBytes, timed_beside_full, timed_bytes
+from stagevar.models.memory_plan import CARD_SHARE, TimedBytes, timed_beside_full, timed_bytes
 from stagevar.models.registry import load_model, model_parts, published, resolve
 from stagevar.sampler import Sampler
 from stagevar.schedule import StageSchedule, exact, preset
@@ -185,3 +185,14 @@ def test_what_does_not_fit_beside_the_full_schedule_is_tried_alone():
     assert needed.groups(13, "full") == [["full", "a"], ["full", "b"], ["full", "c"]]
     assert needed.groups(21, "full") == [["full", "a", "b", "c"]]
     assert needed.groups(1, None) == [["full", "a", "b", "c"]]
+
+
+def test_a_study_leaves_room_for_the_models_of_its_metrics(monkeypatch):
+    from tuner.evaluation.evaluator import fitting_micro_batch
+
+    options = {"device": "cpu", "weights": "folder"}
+    needed = estimate_model("infinity-2b", batch=4, device="cpu").peak
+    monkeypatch.setattr(memory, "total_bytes", lambda device: int(needed / CARD_SHARE) + MIB)
+    assert fitting_micro_batch("infinity-2b", 4, {"ssim": 1.0}, **options) == 4
+    assert fitting_micro_batch("infinity-2b", 4, {"geneval": 0.5, "clip_score": 0.5}, **options) < 4
+    assert fitting_micro_batch("infinity-2b", 4, {"geneval": 1.0}, **{**options, "weights": "random"}) == 4

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.relaunch import RelaunchRecorder
+from stagevar.engine import GraphEngine
 from stagevar.errors import UsageError
 from stagevar.pipeline import Pipeline
 from stagevar.requests import check_seeds
@@ -171,3 +173,29 @@ def test_the_sampler_checks_what_it_is_given_too():
         sampler.begin([TEXT, TEXT], [1])
     with pytest.raises(UsageError, match="one text or one per prompt: 2, not 1"):
         sampler.begin([TEXT, TEXT], [1, 2], negative=["x"])
+
+
+def test_after_warming_no_image_waits_for_a_recording():
+    """Each text bucket is recorded once; a prompt of any length in it replays."""
+    engine = GraphEngine(RelaunchRecorder())
+    pipeline = Pipeline(make(), Sampler(MODEL, engine=engine))
+    assert pipeline.warm(lengths=(3, 33), batches=(1, 2)) > 0
+    recorded = engine.recorded
+    (rows_TC,) = MODEL.text.encode([TEXT])
+    long_TC = torch.randn(60, rows_TC.shape[1], generator=torch.Generator().manual_seed(0))
+    image = pipeline.generate(TEXT, 1)
+    pipeline.generate("long", 2, encoded=[long_TC])
+    assert engine.recorded == recorded > 0, "prompts of a length that was warmed were recorded again"
+    pipeline.generate("longer", 2, encoded=[torch.cat([long_TC, long_TC])])
+    assert engine.recorded > recorded
+    assert same(image, Pipeline(make(), Sampler(MODEL, engine=GraphEngine(RelaunchRecorder()))).generate(TEXT, 1)) == [
+        True
+    ]
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    ({"lengths": (0,)}, "warm: length 0 must be"), ({"batches": (True,)}, "warm: batch True must be"),
+])  # fmt: skip
+def test_warming_wants_whole_numbers(pipeline, options, says):
+    with pytest.raises(UsageError, match=says):
+        pipeline.warm(**options)

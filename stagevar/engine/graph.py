@@ -177,9 +177,12 @@ def _no_collection() -> Iterator[None]:
 class CudaRecorder(Recorder):
     """CUDA graphs, in one memory pool for steps and one for what is recorded apart.
 
-    Warming up and capturing use one side stream throughout: whatever libraries keep per stream (workspaces) then exists
-    before a capture, outside the pools, and the allocator's cache of that stream is reused by the next recording.
+    Warming up and capturing use one side stream throughout, the same for all recorders of a device: whatever libraries keep
+    per stream (cuBLAS a workspace of 32 MiB) then exists once, before a capture and outside the pools, and the allocator's
+    cache of that stream is reused by the next recording.
     """
+
+    _sides: ClassVar[dict[int, Any]] = {}
 
     #: Why nothing can be recorded in this process any more.
     _spoiled: ClassVar[str | None] = None
@@ -187,7 +190,10 @@ class CudaRecorder(Recorder):
     def __init__(self, device: torch.device):
         self.device = device
         with torch.cuda.device(device):
-            self._side = torch.cuda.Stream()
+            index = torch.cuda.current_device()
+            if index not in self._sides:
+                self._sides[index] = torch.cuda.Stream()
+            self._side = self._sides[index]
             self._pools = {apart: torch.cuda.graph_pool_handle() for apart in (False, True)}
 
     def record(

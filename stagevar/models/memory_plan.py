@@ -27,7 +27,7 @@ USABLE = 0.9
 
 @dataclass(frozen=True)
 class TimedBytes:
-    """Memory of schedules that are timed in turn, one image each.
+    """Memory of schedules that are timed in turn.
 
     kept: by name, what stays while the others run. working: what whoever runs needs besides.
     """
@@ -63,19 +63,20 @@ def timed_bytes(
     element: int,
     kv_cache: str,
     engine: str,
+    batch: int = 1,
 ) -> TimedBytes:
-    """What schedules need while they are timed in turn, batch 1.
+    """What schedules need while they are timed in turn, `batch` images each.
 
     Args:
         transformer, tokenizer: the modules, of which only shapes are read. pixels: height and width. element: bytes of the
             blocks' precision. kv_cache: "model" or "int8". engine: name.
     """
-    decoding = decoding_bytes(tokenizer, pixels, 1, element)
-    working = {name: working_bytes(transformer, steps, 1, element, kv_cache) for name, steps in schedules.items()}
+    decoding = decoding_bytes(tokenizer, pixels, batch, element)
+    working = {name: working_bytes(transformer, steps, batch, element, kv_cache) for name, steps in schedules.items()}
     # The steps' pool and the decoder's are two, since a decoder is replayed in the middle of a walk.
     pools = {name: bytes_ + decoding if engine.startswith("graph") else 0 for name, bytes_ in working.items()}
     kept = {
-        name: kv_cache_bytes(transformer, steps, 1, element, kv_cache, alike=True) + pools[name]
+        name: kv_cache_bytes(transformer, steps, batch, element, kv_cache, alike=True) + pools[name]
         for name, steps in schedules.items()
     }
     return TimedBytes(kept, max((max(bytes_, decoding) for bytes_ in working.values()), default=0))

@@ -207,7 +207,7 @@ def build_study(checked: Plan, progress: Any, stop: Callable[[], bool]) -> Study
     args, space = checked.args, checked.space
     place = {"weights": args.weights, "resolution": args.resolution, "device": args.device}
     if args.executor == "local":
-        size = fitting_micro_batch(args.model, space.prompts.micro_batch, **place)
+        size = fitting_micro_batch(args.model, space.prompts.micro_batch, space.quality, **place)
         if size < space.prompts.micro_batch:
             progress.say(f"micro-batches of {size} instead of {space.prompts.micro_batch} images fit the memory here")
             space = dataclasses.replace(space, prompts=dataclasses.replace(space.prompts, micro_batch=size))

@@ -118,22 +118,32 @@ def walk(
 
 
 def fitting_micro_batch(
-    model: str, wanted: int, *, weights: str | None = None, resolution: str | None = None, device: str = "auto"
+    model: str,
+    wanted: int,
+    quality: Mapping[str, Any],
+    *,
+    weights: str | None = None,
+    resolution: str | None = None,
+    device: str = "auto",
 ) -> int:
-    """Images per batch for a study: `wanted`, or as many as the device holds, by halves.
+    """Images per batch for a study: `wanted`, or as many as the device holds beside the metrics' models, by halves.
 
-    It follows from all of the device's memory, not from what is free, so that the same command gives the same study.
+    quality: metrics as in the search space, whose models stay on the device throughout (none with random weights). The
+    answer follows from all of the device's memory, not from what is free, so that the same command gives the same study.
     """
     from stagevar.models.memory import largest_batch, total_bytes
     from stagevar.models.memory_plan import CARD_SHARE
     from stagevar.models.registry import resolve
+    from tuner.metrics.downloads import metric_downloads
 
     options = {"weights": weights, "resolution": resolution, "device": device}
     request = resolve(model, **options)
     total = total_bytes(request.device)
     if total is None or not request.spec.parts:  # nano fits anywhere
         return wanted
-    return largest_batch(model, wanted, int(CARD_SHARE * total), **options)
+    judged = {} if request.random else quality
+    metrics_bytes = sum(download.about_bytes or 0 for download in metric_downloads(judged))
+    return largest_batch(model, wanted, int(CARD_SHARE * total) - metrics_bytes, **options)
 
 
 def load_evaluator(
