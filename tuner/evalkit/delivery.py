@@ -85,7 +85,7 @@ def deliver(
         "inputs": {str(path): _digest(path) for path in (*(path for _, path in _read_by(options)), *written)},
         "versions": {
             "stagevar-tune": version_of("stagevar-tune"),
-            "python": platform.pythonversion_of(),
+            "python": platform.python_version(),
             **{package: version_of(package) for package in ("numpy", *packages)},
         },
         "results": _plain(results),
