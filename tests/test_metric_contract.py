@@ -23,7 +23,7 @@ PROMPT = {
     "item_id": "a",
 }
 SIZE = 48
-SETS = ("fid", "kid", "is")
+SETS = ("fid", "kid", "is", "fid_dinov2", "cmmd")
 
 
 class FlatFeatures(torch.nn.Module):
@@ -67,6 +67,8 @@ def options(tmp_path_factory):
         "fid": sets,
         "kid": sets,
         "is": sets,
+        "fid_dinov2": {"model": metric_models.dino_folder(folder("dinov2"))},
+        "cmmd": clip,
     }
 
 

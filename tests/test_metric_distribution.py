@@ -8,7 +8,15 @@ import torch
 
 from stagevar.errors import UsageError
 from tests.metric_models import Lookup, exact_gaussian, numbered_images
-from tuner.metrics.distribution import Fid, InceptionFeatures, InceptionScore, Kid, frechet_distance
+from tuner.metrics.distribution import (
+    Cmmd,
+    Fid,
+    FidDinov2,
+    InceptionFeatures,
+    InceptionScore,
+    Kid,
+    frechet_distance,
+)
 
 COUNT = 96
 A, B = numbered_images(0, COUNT), numbered_images(COUNT, COUNT)
@@ -139,3 +147,66 @@ def test_the_inception_of_torch_fidelity_loads_from_a_local_file(tmp_path):
         Fid(weights=str(tmp_path / "none.pt"))
     with pytest.raises(UsageError, match="cannot be loaded"):
         Fid(weights=str(tmp_path / "empty.pt"))
+
+
+# ---------------------------------------------------------------- CMMD
+
+
+def plain_cmmd(x_ND, y_MD):
+    """Pair by pair, as the paper writes it."""
+
+    def kernel(a, b):
+        return np.exp(-((a - b) ** 2).sum() / (2 * 10.0**2))
+
+    x_ND, y_MD = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (x_ND, y_MD))
+    parts = [
+        np.mean([kernel(a, b) for a in one for b in other]) for one, other in ((x_ND, x_ND), (y_MD, y_MD), (x_ND, y_MD))
+    ]
+    return 1000 * (parts[0] + parts[1] - 2 * parts[2])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_cmmd_is_the_papers_sum_over_pairs(seed):
+    rng = np.random.default_rng(seed)
+    table = rng.standard_normal((2 * COUNT, 4)) + np.repeat([[0.0], [rng.uniform(0, 2)]], COUNT, axis=0)
+    cmmd = Cmmd(extractor=Lookup(table))
+    expected = plain_cmmd(table[:40], table[COUNT : COUNT + 30])
+    assert cmmd.score_set([A[:25], A[25:40]], [B[:30]]) == pytest.approx(expected, rel=1e-9)
+    assert cmmd.score(A, [""] * COUNT, B).mean() == pytest.approx(cmmd.score_set([A], [B]), rel=1e-9)
+    assert cmmd.score_set([A], [A]) == pytest.approx(0, abs=1e-9)
+
+
+def test_cmmds_interval_covers_the_distance_of_large_sets_nine_times_in_ten():
+    """Pairs of one distribution and one a little off; the truth from twenty times as many."""
+    rng = np.random.default_rng(0)
+
+    def pairs(count):
+        x = rng.standard_normal((count, 3)) + 1
+        return x, x + 0.5 * rng.standard_normal((count, 3)) + [0.8, 0, 0]
+
+    x, y = pairs(4000)
+    x, y = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (x, y))
+    truth = 1000 * sum(s * np.exp((a @ b.T - 1) / 100).mean() for s, a, b in ((1, x, x), (1, y, y), (-2, x, y)))
+    covered = 0
+    for _ in range(60):
+        cmmd = Cmmd(extractor=Lookup(np.concatenate(pairs(COUNT))))
+        low, high = cmmd.paired_interval([A], [B])
+        assert low <= cmmd.score_set([A], [B]) <= high
+        covered += low <= truth <= high
+    assert covered >= 52
+
+
+def test_cmmd_refuses_sets_that_are_none():
+    cmmd = Cmmd(extractor=Lookup(np.ones((2 * COUNT, 2))))
+    for call, message in (
+        (lambda: cmmd.score_set([A]), "compares two sets"),
+        (lambda: cmmd.score_set([], [B]), "no images"),
+        (lambda: cmmd.paired_interval([A], [B[:5]]), "no 3 pairs"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            call()
+
+
+def test_fid_of_dinov2_is_fid_of_its_class_tokens(gaussians):
+    extractor, expected = gaussians
+    assert FidDinov2(extractor=extractor).score_set([A], [B]) == pytest.approx(expected, rel=1e-4)

@@ -51,6 +51,10 @@ class SetMean(SetMetric):
             np.mean([batch.mean() for batch in batches]) - np.mean([batch.mean() for batch in reference_batches])
         )
 
+    def paired_interval(self, batches, reference_batches):
+        means = [np.concatenate([batch.mean((1, 2, 3)) for batch in part]) for part in (batches, reference_batches)]
+        return float((means[0] - means[1]).min()), float((means[0] - means[1]).max())
+
 
 @pytest.fixture
 def geneval_folder(tmp_path):
@@ -137,7 +141,11 @@ def test_references_are_matched_by_name_and_any_suffix(geneval_folder, tmp_path)
     assert references[images[0].name].suffix == ".jpg"
     value = evaluate_folder(images, {"set_mean": SetMean()}, references=references)["set_mean"]
     assert value["summary"]["set_mean"] == pytest.approx(10.5 - 5, abs=0.5) and value["rows"] == []
+    assert value["summary"]["set_mean_low"] == pytest.approx(-5, abs=0.5), "every image has a reference of its name"
+    assert value["summary"]["set_mean_high"] == pytest.approx(16, abs=0.5)
     assert len(reference_set(other)) == 6
+    unpaired = evaluate_folder(images, {"set_mean": SetMean()}, references=reference_set(other))["set_mean"]
+    assert set(unpaired["summary"]) == {"set_mean"}, "x.jpg is not x.png: two sets without pairs"
     (other / images[3].name).with_suffix(".jpg").unlink()
     with pytest.raises(UsageError, match=r"nothing for 00001/samples/0001\.png"):
         match_references(images, other)

@@ -98,8 +98,8 @@ def evaluate_folder(
             warnings.warn(f"{name}: {remark}")
         described = metric.describe()
         if isinstance(metric, SetMetric):
-            value = _set_value(metric, images, references, batch_size)
-            results[name] = {"summary": {name: value}, "images": len(images), "metric": described, "rows": []}
+            summary = _set_summary(name, metric, images, references, batch_size)
+            results[name] = {"summary": summary, "images": len(images), "metric": described, "rows": []}
             continue
         rows = _rows(
             name, metric, described, images, references if metric.needs_reference else None, finished, batch_size
@@ -217,15 +217,28 @@ def _batches(
         yield batch
 
 
-def _set_value(
-    metric: SetMetric, images: Sequence[FolderImage], references: Mapping[str, Path] | None, batch_size: int
-) -> float:
+def _set_summary(
+    name: str,
+    metric: SetMetric,
+    images: Sequence[FolderImage],
+    references: Mapping[str, Path] | None,
+    batch_size: int,
+) -> dict[str, float]:
+    """The value of a set, with its interval where every image has a reference of its own name and the metric knows one."""
+
     def stream(files: Sequence[FolderImage]) -> Iterator[np.ndarray]:
         for batch in _batches(files, range(len(files)), batch_size):
             yield np.stack([pixels for _, pixels in batch])
 
-    reference = [FolderImage(name, path, "") for name, path in references.items()] if metric.needs_reference else None
-    return metric.score_set(stream(images), None if reference is None else stream(reference))
+    if references is None or not metric.needs_reference:
+        return {name: metric.score_set(stream(images))}
+    reference = [FolderImage(key, path, "") for key, path in references.items()]
+    summary = {name: metric.score_set(stream(images), stream(reference))}
+    if [image.name for image in images] == [image.name for image in reference]:
+        interval = metric.paired_interval(stream(images), stream(reference))
+        if interval is not None:
+            summary |= {f"{name}_low": interval[0], f"{name}_high": interval[1]}
+    return summary
 
 
 def _digest(path: Path) -> str:

@@ -116,7 +116,7 @@ class BenchmarkMetric(Metric):
 
 
 class SetMetric(Metric):
-    """A metric of a whole set (FID, KID, IS).
+    """A metric of a whole set (FID, KID, IS, CMMD).
 
     `score_set` is the figure to publish. `score` splits the value of the images handed in into one contribution per
     image, whose mean estimates it, so that a set metric can serve as objective; each class says how.
@@ -125,6 +125,12 @@ class SetMetric(Metric):
     @abstractmethod
     def score_set(self, batches: Iterable[np.ndarray], reference_batches: Iterable[np.ndarray] | None = None) -> float:
         """Value of the set given as batches (B, H, W, 3) uint8, streamed."""
+
+    def paired_interval(
+        self, batches: Iterable[np.ndarray], reference_batches: Iterable[np.ndarray]
+    ) -> tuple[float, float] | None:
+        """95 % interval of `score_set` over pairs of image and reference in the same order; None where there is none."""
+        return None
 
 
 def prompt_text(prompt: Prompt) -> str:

@@ -52,4 +52,6 @@ DECLARATIONS: dict[str, Declaration] = {
     "fid": Declaration("continuous", "FID", 0.0, 1.0, higher_is_better=False),
     "kid": Declaration("continuous", "KID", 0.0, 0.001, higher_is_better=False),
     "is": Declaration("continuous", "IS", 0.0, 1.0),
+    "fid_dinov2": Declaration("continuous", "FD", 0.0, 5.0, higher_is_better=False),
+    "cmmd": Declaration("continuous", "CMMD", 0.0, 0.05, higher_is_better=False),
 }

@@ -1,4 +1,4 @@
-"""Figures of whole sets: FID, KID, Inception Score. Arithmetic by torchmetrics, Inception by torch-fidelity."""
+"""Figures of whole sets: FID, KID, Inception Score by torchmetrics over torch-fidelity's Inception; CMMD over CLIP."""
 
 from __future__ import annotations
 
@@ -54,6 +54,21 @@ class ClipFeatures(nn.Module):
     def forward(self, images_uint8_B3HW: torch.Tensor) -> torch.Tensor:
         features_BD = self.clip.image_features(images_uint8_B3HW.permute(0, 2, 3, 1).cpu().numpy())
         return features_BD.to(images_uint8_B3HW.device)
+
+
+class DinoFeatures(nn.Module):
+    """Class tokens of a DINO in Inception's place, which sees what an image shows more as people do."""
+
+    def __init__(self, model: str, device: str) -> None:
+        super().__init__()
+        from tuner.metrics.perceptual import DinoSimilarity
+
+        self.dino, self.source = DinoSimilarity(device=device, model=model), model
+        self.num_features = int(self.dino.model.config.hidden_size)
+
+    def forward(self, images_uint8_B3HW: torch.Tensor) -> torch.Tensor:
+        tokens_BD = self.dino.class_tokens(images_uint8_B3HW.permute(0, 2, 3, 1).cpu().numpy())
+        return tokens_BD.to(images_uint8_B3HW.device)
 
 
 class _FeatureMetric(SetMetric):
@@ -144,6 +159,26 @@ class Fid(_FeatureMetric):
                 for left_out in range(count)
             ]
         )
+
+
+class FidDinov2(Fid):
+    """Frechet distance of DINOv2's class tokens, lower is better: FD-DINOv2.
+
+    model: a transformers DINOv2, a hub name or a local folder. extractor: a module instead, as for `fid`.
+    Source: Stein et al. 2023 ("Exposing flaws of generative model evaluation metrics"), ViT-L/14. Images are prepared by the
+    checkpoint's own processor.
+    """
+
+    name: ClassVar[str] = "fid_dinov2"
+
+    def __init__(
+        self,
+        *,
+        device: str = "cpu",
+        extractor: nn.Module | None = None,
+        model: str = "facebook/dinov2-large",
+    ) -> None:
+        super().__init__(device=device, extractor=extractor or DinoFeatures(model, device))
 
 
 class Kid(_FeatureMetric):
@@ -240,6 +275,87 @@ class InceptionScore(_FeatureMetric):
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"splits": self.splits, "seed": self.seed}
+
+
+class Cmmd(SetMetric):
+    """CLIP maximum mean discrepancy, lower is better: a Gaussian kernel of width 10 on unit CLIP features, times 1000.
+
+    It assumes no shape of the distribution. The mean over all pairs, each image with itself included, so never below 0.
+    `score`: the same split by image; its mean is the figure exactly. `paired_interval`: by the jackknife over pairs, for
+    sets whose images belong together one by one.
+
+    extractor: a module from uint8 (B, 3, H, W) to (B, D) instead of CLIP `model` with weights `pretrained`.
+    Source: Jayasumana et al., "Rethinking FID" (2024): kernel, width, factor and ViT-L/14 at 336 pixels.
+    """
+
+    name: ClassVar[str] = "cmmd"
+    higher_is_better: ClassVar[bool] = False
+    needs_reference: ClassVar[bool] = True
+    width, factor = 10.0, 1000.0
+
+    def __init__(
+        self,
+        *,
+        device: str = "cpu",
+        extractor: nn.Module | None = None,
+        model: str = "ViT-L-14-336",
+        pretrained: str = "openai",
+    ) -> None:
+        if extractor is None:
+            extractor = ClipFeatures(model, pretrained, device)
+        self.device, self.extractor = device, extractor.eval().to(device)
+
+    @torch.inference_mode()
+    def features(self, images_uint8_BHW3: np.ndarray) -> torch.Tensor:
+        """Unit features (B, D) in float64 on the CPU."""
+        check_images(self.name, images_uint8_BHW3)
+        pixels = torch.from_numpy(np.ascontiguousarray(images_uint8_BHW3)).permute(0, 3, 1, 2).to(self.device)
+        return nn.functional.normalize(self.extractor(pixels).double().cpu(), dim=1)
+
+    def score_set(self, batches: Iterable[np.ndarray], reference_batches: Iterable[np.ndarray] | None = None) -> float:
+        if reference_batches is None:
+            raise UsageError(f"{self.name} compares two sets: pass reference images (--reference)")
+        return float(
+            self._contributions(self._all(batches, "images"), self._all(reference_batches, "reference images")).mean()
+        )
+
+    def paired_interval(
+        self, batches: Iterable[np.ndarray], reference_batches: Iterable[np.ndarray]
+    ) -> tuple[float, float]:
+        image_ND, reference_ND = self._all(batches, "images"), self._all(reference_batches, "reference images")
+        count = len(image_ND)
+        if count != len(reference_ND) or count < 3:
+            raise UsageError(f"{self.name}: {count} images and {len(reference_ND)} references are no 3 pairs or more")
+        across_NN = self._kernel(image_ND, reference_ND)
+        pairs_NN = self._kernel(image_ND, image_ND) + self._kernel(reference_ND, reference_ND) - across_NN - across_NN.T
+        value = float(pairs_NN.mean())
+        without_N = (pairs_NN.sum() - 2 * pairs_NN.sum(1) + pairs_NN.diagonal()) / (count - 1) ** 2
+        error = float(((count - 1) / count * (without_N - without_N.mean()).square().sum()).sqrt())
+        return max(0.0, value - 1.96 * error), value + 1.96 * error
+
+    def _score(
+        self, images_uint8_BHW3: np.ndarray, prompts: Sequence[Prompt], reference_images_uint8_BHW3: np.ndarray | None
+    ) -> np.ndarray:
+        image_BD, reference_BD = self.features(images_uint8_BHW3), self.features(reference_images_uint8_BHW3)
+        return self._contributions(image_BD, reference_BD).numpy()
+
+    def _all(self, batches: Iterable[np.ndarray], what: str) -> torch.Tensor:
+        parts = [self.features(images) for images in batches]
+        if not parts:
+            raise UsageError(f"{self.name}: no {what}, needs at least 1")
+        return torch.cat(parts)
+
+    def _kernel(self, a_ND: torch.Tensor, b_MD: torch.Tensor) -> torch.Tensor:
+        """(N, M), times the factor; unit features are 2 - 2 cosine apart, squared."""
+        return self.factor * ((a_ND @ b_MD.T - 1) / self.width**2).exp()
+
+    def _contributions(self, image_ND: torch.Tensor, reference_MD: torch.Tensor) -> torch.Tensor:
+        within, across_NM = self._kernel(reference_MD, reference_MD).mean(), self._kernel(image_ND, reference_MD)
+        return self._kernel(image_ND, image_ND).mean(1) - 2 * across_NM.mean(1) + within
+
+    def describe(self) -> dict[str, Any]:
+        source = getattr(self.extractor, "source", type(self.extractor).__name__)
+        return super().describe() | {"extractor": type(self.extractor).__name__, "weights": Path(str(source)).name}
 
 
 def frechet_distance(image_ND: torch.Tensor, reference_MD: torch.Tensor) -> float:

@@ -19,13 +19,15 @@ _DETECTORS = {
     "owlv2": ("google/owlv2-base-patch16-ensemble", 4 * 155_000_000),
 }
 _TRUNKS = {"alex": ("alexnet", 244_408_911), "vgg": ("vgg16", 553_433_881)}
-_CLIP_BYTES = {"ViT-L-14": 4 * 428_000_000}
+_CLIP_BYTES = {"ViT-L-14": 4 * 428_000_000, "ViT-L-14-336": 4 * 428_000_000}
 #: Metric -> its options that name a CLIP model and the model's tag.
 _CLIP = {
     "clip_score": ("model", "pretrained"),
     "clip_image_similarity": ("model", "pretrained"),
     "geneval": ("clip_model", "clip_pretrained"),
+    "cmmd": ("model", "pretrained"),
 }
+_DEFAULT_CLIP = {"cmmd": "ViT-L-14-336"}
 
 
 def metric_downloads(quality: Mapping[str, Any]) -> list[Download]:
@@ -47,7 +49,7 @@ def _of(metric: str, options: Mapping[str, Any]) -> list[Download]:
             found.append(Download("detector of geneval", repo, size, _cached(repo)))
     if metric in _CLIP:
         model, tag = (options.get(name) for name in _CLIP[metric])
-        model, tag = model or "ViT-L-14", tag or "openai"
+        model, tag = model or _DEFAULT_CLIP.get(metric, "ViT-L-14"), tag or "openai"
         if model != "nano" and not model.startswith("local-dir:") and "/" not in tag:
             found.append(
                 Download("CLIP model of the metrics", f"open_clip {model} {tag}", _CLIP_BYTES.get(model), None)

@@ -107,16 +107,19 @@ class DinoSimilarity(Metric):
         self.model = pretrained_model(AutoModel, model, "DINO", device=device, optional=("pooler.",))
         self.known_features = Remembered(self.features)
 
-    @torch.inference_mode()
     def features(self, images_uint8_BHW3: np.ndarray) -> torch.Tensor:
         """Unit class tokens (B, D) on the CPU."""
+        return nn.functional.normalize(self.class_tokens(images_uint8_BHW3), dim=1)
+
+    @torch.inference_mode()
+    def class_tokens(self, images_uint8_BHW3: np.ndarray) -> torch.Tensor:
+        """Class tokens (B, D) on the CPU, of whatever length."""
         parts = []
         for start in range(0, len(images_uint8_BHW3), self.batch_size):
             inputs = self.processor(
                 images=list(images_uint8_BHW3[start : start + self.batch_size]), return_tensors="pt"
             )
-            token_BD = self.model(**inputs.to(self.device)).last_hidden_state[:, 0].float().cpu()
-            parts.append(nn.functional.normalize(token_BD, dim=1))
+            parts.append(self.model(**inputs.to(self.device)).last_hidden_state[:, 0].float().cpu())
         return torch.cat(parts)
 
     def _score(

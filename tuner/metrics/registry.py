@@ -32,6 +32,8 @@ _REGISTRY: dict[str, tuple[str, str]] = {
     "fid": ("tuner.metrics.distribution", "Fid"),
     "kid": ("tuner.metrics.distribution", "Kid"),
     "is": ("tuner.metrics.distribution", "InceptionScore"),
+    "fid_dinov2": ("tuner.metrics.distribution", "FidDinov2"),
+    "cmmd": ("tuner.metrics.distribution", "Cmmd"),
 }
 METRIC_NAMES: tuple[str, ...] = tuple(_REGISTRY)
 #: Kinds of options that a file or command line can give, by their annotation.
@@ -53,6 +55,8 @@ _PACKAGES: dict[str, tuple[str, ...]] = {
     "fid": ("torchmetrics", "torch_fidelity"),
     "kid": ("torchmetrics", "torch_fidelity"),
     "is": ("torchmetrics", "torch_fidelity"),
+    "fid_dinov2": ("torchmetrics", "transformers", "torchvision"),
+    "cmmd": ("open_clip",),
 }
 
 

@@ -36,7 +36,10 @@ def add(verbs: Verbs) -> None:
         help="option of a metric, such as clip_score.model=ViT-B-32; repeatable",
     )
     verb.add_argument(
-        "--reference", type=existing_folder, metavar="DIR", help="images to compare with, same names (fid, kid: any)"
+        "--reference",
+        type=existing_folder,
+        metavar="DIR",
+        help="images to compare with, same names (metrics of sets: any)",
     )
     verb.add_argument("--prompts", type=existing_path, metavar="FILE", help="prompts, if the folder has none")
     verb.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default %(default)s)")
@@ -48,6 +51,7 @@ def run(options: argparse.Namespace) -> int:
     """Scores the images of a folder, one row per image and metric."""
     from stagevar.models.registry import resolve_device
     from tuner.evalkit.image_folder import evaluate_folder, match_references, read_folder, reference_set
+    from tuner.metrics.base import SetMetric
     from tuner.metrics.registry import METRIC_NAMES, check_name, check_options, create, metric_class
 
     if options.metric == ["list"]:
@@ -65,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
     classes = {name: metric_class(name) for name in options.metric}  # imports torch: after all cheap refusals
     for name in classes:
         check_options(name, given[name])
-    paired = any(cls.needs_reference for name, cls in classes.items() if name not in ("fid", "kid"))
+    paired = any(cls.needs_reference for name, cls in classes.items() if not issubclass(cls, SetMetric))
     references = None
     if options.reference is not None:
         references = match_references(images, options.reference) if paired else reference_set(options.reference)
