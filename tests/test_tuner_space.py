@@ -226,3 +226,43 @@ def test_digest_follows_what_the_space_says():
 def test_shipped_spaces_read_and_fit():
     assert "nano" in space_names()
     load_space("nano").fit(square((1, 2, 3, 4, 6, 8, 11, 16)))
+
+
+EIGHT_BITS = parse_space({**SPACE, "parameters": {**SPACE["parameters"], "precision": ["model", "fp8", "int8"]}})
+
+
+def test_products_in_eight_bits_are_a_dimension_of_their_own():
+    """Each precision is another schedule of every setting, from structure_end on."""
+    values = {p.name: (p.values or (p.low,))[0] for p in EIGHT_BITS.parameters}
+    found = {
+        name: EIGHT_BITS.schedule({**values, "precision": name}, GRIDS).expand(GRIDS, CHUNKS)
+        for name in ("model", "fp8", "int8")
+    }
+    assert len({steps_key(steps) for steps in found.values()}) == 3
+    start = int(values["structure_end"])
+    ran = [step for step in found["fp8"] if not step.skipped]
+    assert all((step.precision == "fp8") == (step.scale >= start) for step in ran)
+
+
+def test_precisions_that_the_card_refuses_are_not_searched(tmp_path):
+    left = EIGHT_BITS.runnable({"fp8": "no such units"})
+    (precision,) = (p for p in left.parameters if p.name == "precision")
+    assert precision.values == ("model", "int8") and EIGHT_BITS.runnable({}) is EIGHT_BITS
+    only = parse_space({**SPACE, "parameters": {**SPACE["parameters"], "precision": ["fp8"]}})
+    with pytest.raises(UsageError, match=r"precision fp8 cannot run here \(no such units\); add model to its values"):
+        only.runnable({"fp8": "no such units"})
+
+
+def test_a_study_leaves_out_what_its_card_refuses(tmp_path, monkeypatch):
+    from tests import fakes
+
+    real = fakes.FakeEvaluator.__init__
+
+    def refusing(self, *arguments, **options):
+        real(self, *arguments, **options)
+        self.facts = dataclasses.replace(self.facts, refused={"fp8": "no such units", "int8": "none either"})
+
+    monkeypatch.setattr(fakes.FakeEvaluator, "__init__", refusing)
+    study = fakes.study(tmp_path / "run", space={"parameters": EIGHT_BITS.to_data()["parameters"]})
+    assert study.space == EIGHT_BITS.runnable(study.facts.refused) and study.ledger.space == study.space
+    assert study.identity()["space"] != dataclasses.asdict(EIGHT_BITS)

@@ -207,6 +207,27 @@ class SearchSpace:
                     f"search space: proposal {name} begins at scale {schedule.structure_end}, but {self.model} has {scales}"
                 )
 
+    def runnable(self, refused: Mapping[str, str]) -> SearchSpace:
+        """The space without the precisions that the device refuses (precision -> why).
+
+        Raises UsageError when that leaves no precision at all.
+        """
+        if not any(p.name == "precision" and refused.keys() & set(p.values) for p in self.parameters):
+            return self
+
+        def left(parameter: Parameter) -> Parameter:
+            if parameter.name != "precision":
+                return parameter
+            values = tuple(value for value in parameter.values if value not in refused)
+            if not values:
+                first = str(parameter.values[0])
+                raise UsageError(
+                    f"search space: precision {first} cannot run here ({refused[first]}); add model to its values"
+                )
+            return dataclasses.replace(parameter, values=values)
+
+        return dataclasses.replace(self, parameters=tuple(map(left, self.parameters)))
+
     def schedule(self, values: Mapping[str, Value], grids: Sequence[Grid]) -> StageSchedule:
         """The schedule of one set of values: the k-th accelerated scale keeps rank_ratio * rank_decay ** k.
 

@@ -21,7 +21,7 @@ import numpy as np
 from stagevar.errors import OutOfDeviceMemory
 from stagevar.grids import Grid
 from stagevar.profile_sections import EngineSection
-from stagevar.schedule import ScaleStep, Steps, exact
+from stagevar.schedule import PRECISIONS, ScaleStep, Steps, exact
 from tuner.config.prompts import PromptSet
 from tuner.evaluation.timed_groups import merged
 
@@ -42,7 +42,7 @@ class Facts:
     model: name. grids, chunks, pixels: of the model. device: name, kind, threads, dtype.
     engine: how steps run, the one that deployment uses; engine_choice: why that one. heldout_engine: what draws held-out
     images. includes: what a latency figure covers. sampling: guidance and temperature. provenance: weights' hashes and the
-    like. higher_is_better: per metric.
+    like. higher_is_better: per metric. refused: precisions of products that the device cannot run, each with why.
     """
 
     model: str
@@ -58,6 +58,7 @@ class Facts:
     provenance: dict[str, Any] = field(default_factory=dict)
     higher_is_better: dict[str, bool] = field(default_factory=dict)
     engine_choice: EngineSection | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 class Evaluator(Protocol):
@@ -279,7 +280,14 @@ class ModelEvaluator:
             },
             provenance=dict(model.provenance),
             higher_is_better=directions,
+            refused=self._refused() if cuda else {},
         )
+
+    def _refused(self) -> dict[str, str]:
+        from stagevar.models.precision import refused_because
+
+        found = {name: refused_because(name, self.model.device) for name in PRECISIONS if name != "model"}
+        return {name: why for name, why in found.items() if why is not None}
 
     def _choose_engine(self, asked: str) -> EngineSection:
         """By the full schedule of two search prompts, where it has to be measured."""

@@ -98,14 +98,17 @@ class Study:
         progress: Progress | None = None,
         stop: Callable[[], bool] = lambda: False,
     ):
-        self.run_dir, self.space, self.options, self.evaluator, self.prompts = (
-            run_dir, space, options, evaluator, prompts,
-        )  # fmt: skip
+        self.run_dir, self.options, self.evaluator, self.prompts = run_dir, options, evaluator, prompts
         self.executor = executor or LocalExecutor(evaluator)
         self.progress = progress or Progress(quiet=True)
         self.stop = stop
         self.facts = evaluator.facts
         self.quality = not self.facts.random_weights
+        self.space = space.runnable(self.facts.refused)
+        if self.space is not space:
+            for name, why in self.facts.refused.items():
+                self.progress.say(f"precision {name} is not searched: it cannot run here ({why})")
+        space = self.space
         space.fit(self.facts.grids)
         self.metrics = quality_limits(space.quality, options.max_drop)
         self.ledger = Ledger(run_dir, space, self.facts, options.budget, self.metrics)
