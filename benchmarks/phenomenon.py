@@ -35,6 +35,7 @@ from stagevar.nano.checker import detect
 from stagevar.sampler import Sampler
 from stagevar.schedule import StageSchedule, exact, preset, skip_only, structure_boundary
 from stagevar.similarity import psnr_db, ssim
+from tuner.statistics.bounds import mean_interval
 
 BATCH = 16
 FULL = "full schedule"
@@ -139,9 +140,8 @@ def measure(weights: str | None, count: int, chosen: re.Pattern[str], threads: i
 
 def _interval(difference_N: np.ndarray) -> list[float]:
     """Mean and its 95 % bootstrap interval over prompts."""
-    rng = np.random.default_rng(0)
-    means = rng.choice(difference_N, (4000, len(difference_N))).mean(1)
-    return [float(difference_N.mean()), *np.quantile(means, [0.025, 0.975]).tolist()]
+    interval = mean_interval(difference_N)
+    return [interval.mean, interval.low, interval.high]
 
 
 def _share(own: Sequence[float], full: Sequence[float]) -> float:

@@ -46,8 +46,9 @@ from tuner.results.result import Candidate
 from tuner.statistics.bounds import ratio_interval
 from tuner.statistics.pruning import clearly_worse, rungs, shrunk
 from tuner.study.ledger import Ledger
+from tuner.study.options import Savings
 from tuner.study.progress import Progress
-from tuner.study.search import Savings, Search
+from tuner.study.search import Search
 from tuner.study.verification import BASELINE, latency_stats
 
 PUBLISHED = ("stagevar-paper", "stagevar-released", "fastvar", "skip-1")

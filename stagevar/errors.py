@@ -64,3 +64,9 @@ def did_you_mean(word: object, known: Iterable[str], cutoff: float = 0.5) -> str
     """ ", did you mean NAME?" with the known name nearest to a word, or nothing where none is near."""
     near = difflib.get_close_matches(str(word)[:60], [*known], n=1, cutoff=cutoff)
     return f", did you mean {near[0]}?" if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    """Type and first line of an error, at most 200 characters."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"[:200]

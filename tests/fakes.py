@@ -142,7 +142,7 @@ def study(run_dir: Path, evaluator_options: Mapping = {}, space: Mapping = {}, *
     from tuner.config.limits import parse_budget
     from tuner.config.prompts import load_prompts
     from tuner.config.space import parse_space
-    from tuner.study.search import Savings
+    from tuner.study.options import Savings
     from tuner.study.study import Options, Study
 
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -158,7 +158,7 @@ def study(run_dir: Path, evaluator_options: Mapping = {}, space: Mapping = {}, *
 def drive(run_dir: str | Path, trials: int = 30, overlap: bool = False) -> None:
     """What a driver process does: lock, repair, run."""
     from tuner.results.run_dir import driver_lock, repair
-    from tuner.study.search import Savings
+    from tuner.study.options import Savings
 
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)

@@ -239,7 +239,7 @@ def test_a_finalist_that_finds_too_little_memory_leaves_the_others(tmp_path):
     made = short_study(
         tmp_path / "run", "latency", lambda steps: False, evaluator_options={"drop": lambda steps: 0.0}, trials=12
     )
-    finalists = made._finalists
+    finalists = made.finalists
 
     def chosen():
         found = finalists()
@@ -247,7 +247,7 @@ def test_a_finalist_that_finds_too_little_memory_leaves_the_others(tmp_path):
         made.evaluator.needs_too_much = lambda steps: steps == made.ledger.steps[found[0].key]
         return found
 
-    made._finalists = chosen
+    made.finalists = chosen
     result = made.run()
     verified = [c for c in result.candidates if c.verification is not None]
     assert verified and result.verdict == "verified"

@@ -19,6 +19,7 @@ from tuner.results.result import StudyResult
 from tuner.statistics.bounds import continuous_drop_bounds, drop_bounds, median_interval
 from tuner.statistics.looks import claims, judgement_alpha
 from tuner.statistics.provable import prompts_to_decide
+from tuner.study.verdict import Heldout, prompts_advice
 
 YES_NO = quality_limits({"geneval_nano": {"max_drop": 0.05}})[0]
 POINTS = quality_limits({"clip_score": {"max_drop": 0.3}})[0]
@@ -209,8 +210,8 @@ def test_more_prompts_of_geneval_are_asked_for_as_an_addition(tmp_path):
     more.space = with_prompts(more.space, None, (72, 600))
     more.prompts = load_prompts(more.space.prompts)
     assert more.check_identity() and more.check_identity()
-    more.judged_on = [672]
-    assert more._advice(1000)[1] == "72+600+328"
+    heldout = Heldout(more.space.prompts, 672, 8, judgements=1, available=lambda count: count)
+    assert prompts_advice(1000, heldout)[1] == "72+600+328"
 
 
 def test_a_file_without_enough_prompts_is_named(tmp_path):
@@ -233,7 +234,7 @@ def command(monkeypatch, tmp_path, capsys):
     """Runs stagevar-tune on a fake; returns exit code and printed lines."""
     from tests.fakes import SPACE
     from tuner.config.limits import Budget
-    from tuner.study.search import Savings
+    from tuner.study.options import Savings
     from tuner.study.study import Options, Study
 
     (tmp_path / "space.json").write_text(json.dumps({**SPACE, "model": "nano", **space(72)}))

@@ -24,7 +24,8 @@ from tuner.statistics.provable import (
     provable_drop,
     shortfalls,
 )
-from tuner.study.verification import BASELINE, Limits, Verifier
+from tuner.study.verdict import Limits
+from tuner.study.verification import BASELINE, Verifier
 
 YES_NO = quality_limits({"geneval": {"max_drop": 0.02}})[0]
 POINTS = quality_limits({"clip_score": {"max_drop": 0.3}})[0]

@@ -13,7 +13,7 @@ from PIL import Image
 
 import stagevar.compare
 import tuner.evaluation.evaluator
-import tuner.study.search
+import tuner.study.options
 from stagevar.cli import main as stagevar_main
 from stagevar.profile import Profile
 from stagevar.schedule import exact
@@ -22,7 +22,7 @@ from tests.fakes import FakeTiming
 from tuner.cli import main as tune_main
 from tuner.evaluation.evaluator import ModelEvaluator, walk
 from tuner.results.result import StudyResult
-from tuner.study.search import Savings
+from tuner.study.options import Savings
 
 #: Model -> its weights, its quality, a prompt, and limits as far as 64 prompts can prove; the default ones take 512.
 FAMILIES = {
@@ -119,7 +119,7 @@ def rehearsal(request, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ModelEvaluator, "latency", timed_by_tokens)
     # The process that proposes ahead has tests of its own; with four schedules there is nothing to gain from it.
-    monkeypatch.setattr(tuner.study.search, "EXHAUSTIVE", Savings(table=False, rungs=False, overlap=False))
+    monkeypatch.setattr(tuner.study.options, "EXHAUSTIVE", Savings(table=False, rungs=False, overlap=False))
     monkeypatch.setattr(stagevar.compare, "warm_up", lambda run, device, at_most: (1, True))
     return Rehearsal(request.param, tmp_path, capsys)
 

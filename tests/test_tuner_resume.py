@@ -17,7 +17,7 @@ from stagevar.schedule import exact
 from tests.fakes import GRIDS, drive, study
 from tuner.proposals.trial_sampler import ATTEMPTS, Proposer, Told
 from tuner.results.result import StudyResult
-from tuner.results.run_dir import EVIDENCE_FILE, JOURNAL_FILE, Evidence, cut_torn_line, driver_lock, repair
+from tuner.results.run_dir import EVIDENCE_FILE, JOURNAL_FILE, EvidenceLog, cut_torn_line, driver_lock, repair
 
 TRIALS = 30
 
@@ -49,7 +49,7 @@ def full_seconds(spawn, tmp_path_factory):
 
 
 def trials_of(run_dir):
-    return [r["candidate"] for r in Evidence(run_dir).read() if r["kind"] == "trial"]
+    return [r["candidate"] for r in EvidenceLog(run_dir).read() if r["kind"] == "trial"]
 
 
 def told(run_dir):
@@ -246,4 +246,4 @@ def test_one_driver_at_a_time(tmp_path):
 def test_damaged_evidence_is_named(tmp_path):
     Path(tmp_path / EVIDENCE_FILE).write_text('{"kind": "trial"}\nnonsense\n')
     with pytest.raises(UsageError, match="line 2"):
-        Evidence(tmp_path).read()
+        EvidenceLog(tmp_path).read()

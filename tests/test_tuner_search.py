@@ -12,9 +12,9 @@ from tests.fakes import FULL_TOKENS, study, tokens
 from tuner.proposals.sampler_process import ProposerLost, ProposerProcess
 from tuner.proposals.trial_sampler import Told
 from tuner.report.page import write_report
-from tuner.results.run_dir import Evidence
+from tuner.results.run_dir import EvidenceLog
 from tuner.study import search as search_module
-from tuner.study.search import EXHAUSTIVE, Savings
+from tuner.study.options import EXHAUSTIVE, Savings
 
 PLAIN = Savings(batch=1, tree=False, table=False, rungs=False, overlap=False)
 SPACE = {"prompts": {"source": "nano", "search": 64, "heldout": 128, "micro_batch": 8}}
@@ -125,7 +125,7 @@ def test_steps_that_cannot_be_timed_are_said_and_cost_nothing_else(tmp_path, mon
 
 def test_proposals_beyond_the_budget_are_dropped_recorded_and_told(tmp_path):
     result, made = run(tmp_path, {"drop": lambda steps: 0.0}, trials=20, budget="50%")
-    dropped = [r for r in Evidence(tmp_path).read() if r["kind"] == "dropped"]
+    dropped = [r for r in EvidenceLog(tmp_path).read() if r["kind"] == "dropped"]
     assert dropped and len(dropped) == result.search["dropped"] == len(made.ledger.dropped)
     for record in dropped:
         steps = made.ledger.steps[record["key"]]
@@ -200,7 +200,7 @@ def test_presets_are_asked_together_and_asks_ahead_are_given_back(tmp_path):
     rounds = []
 
     def stop():
-        return len([r for r in Evidence(tmp_path).read() if r["kind"] == "trial"]) > 0 and bool(
+        return len([r for r in EvidenceLog(tmp_path).read() if r["kind"] == "trial"]) > 0 and bool(
             rounds.append(1) or True
         )
 
@@ -209,7 +209,7 @@ def test_presets_are_asked_together_and_asks_ahead_are_given_back(tmp_path):
     assert partial.verdict == "partial" and 0 < len(partial.candidates) < 12
     result = study(tmp_path, {}, SPACE, trials=12, savings=savings).run()
     assert len(result.candidates) == 12 and not result.failures
-    trials = [r["candidate"]["trial"] for r in Evidence(tmp_path).read() if r["kind"] == "trial"]
+    trials = [r["candidate"]["trial"] for r in EvidenceLog(tmp_path).read() if r["kind"] == "trial"]
     assert len(set(trials)) == 12
 
 

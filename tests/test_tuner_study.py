@@ -13,7 +13,7 @@ from tuner.report.export import export
 from tuner.report.page import write_report
 from tuner.results.result import StudyResult, build, to_plain
 from tuner.statistics.bounds import ratio_interval
-from tuner.study.verification import LEAST_GAIN
+from tuner.study.verdict import LEAST_GAIN
 
 BIG = {"prompts": {"source": "nano", "search": 24, "heldout": 320, "micro_batch": 16}}
 

@@ -90,15 +90,14 @@ def announce(result: StudyResult, run_dir: Path, written: Sequence[Path], args: 
 
 def _bounds(candidate: Candidate, what: str) -> list[float] | None:
     """[estimate, low, high] of the speed-up or of the quality change; None for the full schedule itself."""
-    latency, change = candidate.best_latency, candidate.best_differences.get("quality")
-    if what == "speedup" and latency is not None and latency.ratio is not None:
-        return [1 / latency.ratio.mean, 1 / latency.ratio.high, 1 / latency.ratio.low]
-    return [change.mean, change.low, change.high] if what == "quality" and change is not None else None
+    latency, change = candidate.final_latency, candidate.final_differences.get("quality")
+    if what == "speedup":
+        change = latency.speedup if latency is not None else None
+    return [change.mean, change.low, change.high] if change is not None else None
 
 
 def _speedup(candidate: Candidate) -> str:
-    ratio = candidate.best_latency.ratio
-    return f"{1 / ratio.mean:.2f}x [{1 / ratio.high:.2f}, {1 / ratio.low:.2f}]"
+    return candidate.final_latency.speedup_text if candidate.final_latency is not None else "latency not measured"
 
 
 def _metrics(result: StudyResult, candidate: Candidate) -> list[dict[str, Any]]:
@@ -106,7 +105,7 @@ def _metrics(result: StudyResult, candidate: Candidate) -> list[dict[str, Any]]:
     verdicts = {v.name: v for v in candidate.verification.verdicts} if candidate.verification else {}
     rows = []
     for limit in result.limits:
-        change, verdict = candidate.best_differences.get(limit.metric), verdicts.get(limit.name)
+        change, verdict = candidate.final_differences.get(limit.metric), verdicts.get(limit.name)
         if change is None:
             continue
         row = {"metric": limit.metric, "unit": limit.unit, "change": [change.mean, change.low, change.high]}
@@ -117,8 +116,8 @@ def _metrics(result: StudyResult, candidate: Candidate) -> list[dict[str, Any]]:
 
 def _change(result: StudyResult, candidate: Candidate) -> str:
     changes = [
-        f"{m.metric} {d.mean:+.3g} [{d.low:+.3g}, {d.high:+.3g}] on {d.n} prompts"
+        f"{m.metric} {d.signed_text} on {d.n} prompts"
         for m in limited(result.limits)
-        if (d := candidate.best_differences.get(m.metric)) is not None
+        if (d := candidate.final_differences.get(m.metric)) is not None
     ]
     return ", ".join(changes) or "quality not measured"

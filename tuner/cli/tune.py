@@ -201,7 +201,7 @@ def build_study(checked: Plan, progress: Any, stop: Callable[[], bool]) -> Study
     """Loads model, prompts and metrics."""
     from tuner.config.prompts import load_prompts
     from tuner.evaluation.evaluator import fitting_micro_batch, load_evaluator
-    from tuner.study.search import EXHAUSTIVE, Savings
+    from tuner.study.options import EXHAUSTIVE, Savings
     from tuner.study.study import Options, Study
 
     args, space = checked.args, checked.space

@@ -29,11 +29,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from stagevar import extras
-from stagevar.errors import DeviceBroken, InfrastructureError, StagevarError, UsageError
+from stagevar.errors import DeviceBroken, InfrastructureError, StagevarError, UsageError, first_line
 from stagevar.schedule import Steps, exact
 from tuner.evaluation.evaluator import Evaluator, Facts
 from tuner.evaluation.executor import Executor, Failed, Outcome, QualityTask, WorkersLost
-from tuner.evaluation.local import evaluate_task, first_line
+from tuner.evaluation.local import evaluate_task
 from tuner.evaluation.timed_groups import deal, merged
 
 if TYPE_CHECKING:

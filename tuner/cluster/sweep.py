@@ -18,12 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stagevar.errors import InfrastructureError, UsageError
+from stagevar.errors import InfrastructureError, UsageError, first_line
 from stagevar.files import write_text_atomically
 from stagevar.profile import plain
 from stagevar.yaml_files import read_yaml
 from tuner.cluster.executor import free_memory
-from tuner.evaluation.local import first_line
 from tuner.report.sweep_page import write_table
 
 AXES = {"models": "model", "resolutions": "resolution", "budgets": "budget", "gpus": "gpu", "seeds": "seed"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
-from stagevar.errors import InfrastructureError, OutOfDeviceMemory
+from stagevar.errors import InfrastructureError, OutOfDeviceMemory, first_line
 from tuner.evaluation.evaluator import Evaluator
 from tuner.evaluation.executor import Executor, Failed, NotMeasured, Outcome, QualityTask
 
@@ -43,9 +43,3 @@ def evaluate_task(evaluator: Evaluator, task: QualityTask) -> list[Outcome]:
         for steps in task.schedules
         for outcome in evaluate_task(evaluator, QualityTask((steps,), task.split, task.batch))
     ]
-
-
-def first_line(error: BaseException) -> str:
-    """Type and first line of an error, at most 200 characters."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"[:200]

@@ -6,6 +6,7 @@ All three come from a StudyResult alone. The only module that imports pandas, an
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -142,11 +143,9 @@ def _latency(latency: LatencyStats) -> dict[str, Any]:
 
 def _baseline(full: LatencyStats | None, own: LatencyStats) -> dict[str, Any]:
     data: dict[str, Any] = {} if full is None else {"schedule": "full", **_latency(full)}
-    if own.ratio is not None and own.ratio.low > 0:
-        data["speedup"] = {
-            "mean": _round(1 / own.ratio.mean),
-            "interval": [_round(1 / own.ratio.high), _round(1 / own.ratio.low)],
-        }
+    gain = own.speedup
+    if gain is not None and math.isfinite(gain.high):
+        data["speedup"] = {"mean": _round(gain.mean), "interval": [_round(gain.low), _round(gain.high)]}
     return data
 
 
@@ -165,7 +164,7 @@ def _quality(result: StudyResult, candidate: Candidate) -> dict[str, Any]:
         **({} if result.heldout_engine is None else {"engine": result.heldout_engine if held else "eager"}),
         "composite": dict(result.quality_weights),
         "metrics": {m.metric: _metric(m, candidate) for m in result.limits},
-        "difference_from_full": {name: _interval(i) for name, i in candidate.best_differences.items()},
+        "difference_from_full": {name: _interval(i) for name, i in candidate.final_differences.items()},
         "mean": {name: _round(sum(v) / len(v)) for name, v in values.items() if v},
     }
     if check is not None and check.drop_upper is not None:

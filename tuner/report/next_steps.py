@@ -120,7 +120,7 @@ def _infeasible(result: StudyResult, run_dir: Path, words: Sequence[str]) -> _To
         budget = _budget(result, share * full_ms)
         steps.append((f"give it more time, {budget}", _other_study(result, run_dir, words, budget)))
     limit = next(iter(limited(result.limits)), None)
-    change = nearest.best_differences.get(limit.metric) if nearest is not None and limit is not None else None
+    change = nearest.final_differences.get(limit.metric) if nearest is not None and limit is not None else None
     if change is None or change.mean >= 0:
         return told, steps
     told.append(

@@ -151,7 +151,7 @@ def _answer(result: StudyResult) -> str:
     changes = ", ".join(
         f"{m.metric} changed by {signed(d.mean)} ({interval_text(d)})"
         for m in limited(result.limits)
-        if (d := pick.best_differences.get(m.metric)) is not None
+        if (d := pick.final_differences.get(m.metric)) is not None
     )
     sentence = f"{model} runs {faster}{times}, with {changes} on {where}"
     if result.verdict == "verified":
@@ -207,7 +207,7 @@ def _tiles(result: StudyResult) -> str:
     difference = quality_change(shown) if shown is not None and not result.random_weights else None
     if difference is not None:
         for limit in limited(result.limits):
-            if (change := shown.best_differences.get(limit.metric)) is None:
+            if (change := shown.final_differences.get(limit.metric)) is None:
                 continue
             note = f"{interval_text(change)} {limit.unit}; limit −{limit.max_drop:g}"
             tiles.append((f"Change of {escape(limit.metric)}", signed(change.mean), escape(note)))

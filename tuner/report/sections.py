@@ -359,7 +359,7 @@ def scales_section(result: StudyResult) -> str:
 def _timed_by_scale(candidate: Candidate) -> LatencyStats | None:
     """The measurement that has times per scale, the latest one first; without any, the latest."""
     both = [candidate.verification.latency if candidate.verification else None, candidate.latency]
-    return next((lat for lat in both if lat is not None and lat.scale_ms), candidate.best_latency)
+    return next((lat for lat in both if lat is not None and lat.scale_ms), candidate.final_latency)
 
 
 def _token_rows(step: Mapping[str, Any]) -> float:
@@ -403,7 +403,7 @@ def table_section(result: StudyResult) -> str:
         ]
         if with_quality:
             for metric in ("quality", *metrics):
-                d = candidate.best_differences.get(metric)
+                d = candidate.final_differences.get(metric)
                 row.append(
                     f"{signed(d.mean)}<small>{interval_text(d)}</small>"
                     if d

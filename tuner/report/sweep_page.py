@@ -20,7 +20,7 @@ Row = Mapping[str, Any]
 def summary(result: StudyResult) -> dict[str, Any]:
     """The columns that a study fills: times in ms of one image, quality as the
     paired difference of the primary metric to the full schedule."""
-    pick, full = result.pick, result.baseline.best_latency
+    pick, full = result.pick, result.baseline.final_latency
     row: dict[str, Any] = {
         "verdict": result.verdict,
         "exit_code": result.exit_code,
@@ -29,12 +29,12 @@ def summary(result: StudyResult) -> dict[str, Any]:
         "budget_ms": result.budget_ms if full else None,
         "schedules": len(result.candidates),
     }
-    if pick is not None and pick.best_latency is not None:
+    if pick is not None and pick.final_latency is not None:
         primary = result.limits[0].metric if result.limits else ""
-        latency, change = pick.best_latency, pick.best_differences.get(primary)
+        latency, change = pick.final_latency, pick.final_differences.get(primary)
         row |= {"pick": pick.key, "pick_ms": latency.drift_corrected_ms, "skipped_scales": pick.skipped_scales}
-        if latency.ratio is not None:
-            row |= {"speedup": 1 / latency.ratio.mean, "speedup_low": 1 / latency.ratio.high}
+        if (gain := latency.speedup) is not None:
+            row |= {"speedup": gain.mean, "speedup_low": gain.low}
         if change is not None:
             row |= {"metric": primary, "unit": result.limits[0].unit}
             row |= {"quality": change.mean, "quality_low": change.low, "quality_high": change.high}

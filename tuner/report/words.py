@@ -40,9 +40,8 @@ def interval_text(interval: Interval) -> str:
 
 def speedup(latency: LatencyStats) -> tuple[float, float, float] | None:
     """Times faster than the full schedule, with its interval (the ratio inverted, so its ends change places)."""
-    if latency.ratio is None or min(latency.ratio.low, latency.ratio.mean) <= 0:
-        return None
-    return 1 / latency.ratio.mean, 1 / latency.ratio.high, 1 / latency.ratio.low
+    gain = latency.speedup
+    return None if gain is None or not math.isfinite(gain.high) else (gain.mean, gain.low, gain.high)
 
 
 def latency_span_ms(latency: LatencyStats) -> tuple[float, float]:
@@ -58,8 +57,8 @@ def latency_of(result: StudyResult, candidate: Candidate) -> LatencyStats | None
     later measurement may have drifted, and a schedule must not look slower or faster for that.
     """
     if candidate.key == result.baseline.key:
-        return candidate.latency or candidate.best_latency
-    return candidate.best_latency
+        return candidate.latency or candidate.final_latency
+    return candidate.final_latency
 
 
 def shown_ms(result: StudyResult, candidate: Candidate) -> float:
@@ -69,7 +68,7 @@ def shown_ms(result: StudyResult, candidate: Candidate) -> float:
 
 
 def quality_change(candidate: Candidate) -> Interval | None:
-    return candidate.best_differences.get("quality")
+    return candidate.final_differences.get("quality")
 
 
 def limits_text(result: StudyResult) -> str:
@@ -79,11 +78,11 @@ def limits_text(result: StudyResult) -> str:
 
 
 def has_quality(result: StudyResult) -> bool:
-    return not result.random_weights and any("quality" in c.best_differences for c in result.candidates)
+    return not result.random_weights and any("quality" in c.final_differences for c in result.candidates)
 
 
 def measured(result: StudyResult) -> list[Candidate]:
-    return [c for c in result.candidates if c.state == "complete" and c.best_latency is not None]
+    return [c for c in result.candidates if c.state == "complete" and c.final_latency is not None]
 
 
 def find(result: StudyResult, key: str) -> Candidate | None:

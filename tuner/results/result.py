@@ -52,6 +52,20 @@ class Interval:
     n: int
     level: float = 0.95
 
+    @property
+    def signed_text(self) -> str:
+        """ "-0.004 [-0.012, +0.004]"."""
+        return f"{self.mean:+.3g} [{self.low:+.3g}, {self.high:+.3g}]"
+
+    @property
+    def inverse(self) -> Interval:
+        """Of 1 / x for an x of at least 0, whose inverse is infinite at 0."""
+        return Interval(_inverse(self.mean), _inverse(self.high), _inverse(self.low), self.n, self.level)
+
+
+def _inverse(value: float) -> float:
+    return 1 / value if value > 0 else math.inf
+
 
 @dataclass(frozen=True)
 class LatencyStats:
@@ -81,6 +95,17 @@ class LatencyStats:
     predicted: bool = False
     disturbed: tuple[str, ...] = ()
     card: tuple[CardState, ...] = ()
+
+    @property
+    def speedup(self) -> Interval | None:
+        """How many times faster than the full schedule; None for the full schedule itself."""
+        return None if self.ratio is None else self.ratio.inverse
+
+    @property
+    def speedup_text(self) -> str:
+        """ "1.72x [1.70, 1.74]", or "1.00x" for the full schedule."""
+        gain = self.speedup
+        return "1.00x" if gain is None else f"{gain.mean:.2f}x [{gain.low:.2f}, {gain.high:.2f}]"
 
 
 @dataclass(frozen=True)
@@ -165,12 +190,12 @@ class Candidate:
         return self.state == "complete" and self.stopped_early is None
 
     @property
-    def best_latency(self) -> LatencyStats | None:
+    def final_latency(self) -> LatencyStats | None:
         """The round-robin measurement where there is one, else the search's."""
         return self.verification.latency if self.verification else self.latency
 
     @property
-    def best_differences(self) -> dict[str, Interval]:
+    def final_differences(self) -> dict[str, Interval]:
         """Held-out differences where there are any, else those on the search prompts."""
         return self.verification.differences if self.verification and self.verification.values else self.differences
 

@@ -94,7 +94,7 @@ def repair(run_dir: Path) -> list[str]:
     return done
 
 
-class Evidence:
+class EvidenceLog:
     """`trials.jsonl`: one JSON object per line, on disk before `append` returns."""
 
     def __init__(self, run_dir: Path):

@@ -22,9 +22,9 @@ from tuner.evaluation.step_costs import Prediction
 from tuner.proposals.trial_sampler import Proposal, Told
 from tuner.results import pareto
 from tuner.results.result import Candidate, Failure, Interval, LatencyStats, Verdict, record_of
-from tuner.results.run_dir import Evidence
+from tuner.results.run_dir import EvidenceLog
 from tuner.statistics.pruning import shrunk
-from tuner.study.verification import LEAST_GAIN, Limits
+from tuner.study.verdict import Limits, keeps_quality
 
 
 class Ledger:
@@ -41,7 +41,7 @@ class Ledger:
     def __init__(self, run_dir: Path, space: SearchSpace, facts: Facts, budget: Budget, metrics: Sequence[MetricLimit]):
         self.space, self.facts, self.budget, self.metrics = space, facts, budget, tuple(metrics)
         self.quality = not facts.random_weights
-        self.evidence = Evidence(run_dir)
+        self.evidence = EvidenceLog(run_dir)
         self.schedules: dict[str, StageSchedule] = {}
         self.steps: dict[str, Steps] = {}
         self.candidates: dict[str, Candidate] = {}
@@ -124,7 +124,7 @@ class Ledger:
     @property
     def budget_ratio(self) -> float:
         """The budget as a share of the full schedule's latency."""
-        return self.limits.budget_ms / self.baseline.latency.median_ms
+        return self.limits.budget_ratio
 
     def judged(self, candidate: Candidate) -> Candidate:
         """With a verdict per constraint from the point estimates."""
@@ -208,28 +208,7 @@ class Ledger:
 
     # ------------------------------------------------------------------------------------------------ comparing
 
-    @staticmethod
-    def preference(candidate: Candidate) -> tuple[float, float]:
-        """Larger is better: quality, then the less accelerated."""
-        quality = candidate.differences["quality"].mean if candidate.differences else 0.0
-        return (round(quality, 9), candidate.processed_tokens)
-
-    def keeps_quality(self, candidate: Candidate) -> bool:
-        """Whether no limit but that of latency is broken, as far as is known."""
-        verdicts = candidate.verification.verdicts if candidate.verification else candidate.verdicts
-        return candidate.whole and all(v.status != "broken" for v in verdicts if v.name not in ("latency", "gain"))
-
-    def reaches(self, candidate: Candidate) -> bool:
-        """Whether the intervals leave it possible that every limit is kept."""
-        limits, latency = self.limits, candidate.latency
-        fast = latency.ratio.low <= min(self.budget_ratio, LEAST_GAIN)
-        good = not self.quality or all(
-            -candidate.differences[m.metric].high <= m.max_drop for m in limited(limits.metrics)
-        )
-        floors = all(v.status == "met" for v in candidate.verdicts if v.name.startswith("floor:"))
-        return candidate.whole and fast and good and floors
-
-    def excess(self, candidate: Candidate) -> float:
+    def violation(self, candidate: Candidate) -> float:
         """How far the point estimates are beyond the limits, in shares; 0 within all of them."""
         return sum(max(0.0, value) for value in self.told(candidate).constraints.values())
 
@@ -237,8 +216,8 @@ class Ledger:
         """Keys of the non-dominated candidates that keep the quality limits, the full schedule among them."""
         if self.baseline is None or self.baseline.latency is None:
             return []
-        pool = [self.baseline, *(c for c in self.candidates.values() if self.keeps_quality(c))]
-        points = [(c.best_latency.drift_corrected_ms, self._gain(c)) for c in pool]
+        pool = [self.baseline, *(c for c in self.candidates.values() if keeps_quality(c))]
+        points = [(c.final_latency.drift_corrected_ms, self._gain(c)) for c in pool]
         return [pool[i].key for i in pareto.front(points)]
 
     def hypervolume(self) -> float:
@@ -256,7 +235,7 @@ class Ledger:
     def _gain(self, candidate: Candidate) -> float:
         if not self.quality:
             return candidate.processed_tokens
-        return candidate.best_differences["quality"].mean if candidate.best_differences else 0.0
+        return candidate.final_differences["quality"].mean if candidate.final_differences else 0.0
 
     def rivals(self) -> dict[str, tuple[float, Sequence[float]]]:
         """Schedules judged on the whole search set: latency ratio and quality per prompt, by key."""

@@ -18,24 +18,23 @@ from typing import Any
 
 import numpy as np
 
-from stagevar.errors import InfrastructureError, OutOfDeviceMemory, ScheduleError
+from stagevar.errors import InfrastructureError, OutOfDeviceMemory, ScheduleError, first_line
 from stagevar.schedule import Steps
 from tuner.config.prompts import PromptSet
 from tuner.config.space import draws, steps_key
 from tuner.evaluation.evaluator import Evaluator
 from tuner.evaluation.executor import Executor, Failed, NotMeasured, QualityTask
-from tuner.evaluation.local import first_line
 from tuner.evaluation.step_costs import TOLERANCE, StepCosts
 from tuner.proposals.sampler_process import ProposerProcess
 from tuner.proposals.trial_sampler import STARTUP_TRIALS, Proposal, Proposer, Told
 from tuner.results.result import Candidate, LatencyStats, build
 from tuner.statistics.pruning import clearly_worse, promoted, rungs
 from tuner.study.ledger import Ledger
+from tuner.study.options import ROUND, Savings
 from tuner.study.progress import Progress
+from tuner.study.verdict import preference
 from tuner.study.verification import BASELINE, latency_stats, paired_differences
 
-#: Schedules proposed and walked together.
-ROUND = 5
 #: State of a candidate that found too little memory, and how its error begins.
 NOT_MEASURED = "not measured"
 SEARCH_ROUNDS = 7
@@ -48,26 +47,7 @@ CHECK_EVERY = 4
 #: Share of a round's time above which waiting for the Gaussian process is not worth it.
 ASK_SHARE = 0.1
 _MOST_DUPLICATES = 60
-
-
-@dataclass(frozen=True)
-class Savings:
-    """What the search does to cost less than one schedule at a time on all prompts, timed end to end.
-
-    batch: schedules proposed together. tree: they are walked as a tree, so what they share runs once. table: latency is
-    predicted from measured step costs. rungs: clearly worse schedules are stopped after a few prompts. overlap: the next
-    round is proposed while this one runs.
-    """
-
-    batch: int = ROUND
-    tree: bool = True
-    table: bool = True
-    rungs: bool = True
-    overlap: bool = True
-
-
-#: Every schedule on every prompt, timed end to end.
-EXHAUSTIVE = Savings(table=False, rungs=False)
+_DEFAULT_SAVINGS = Savings()
 
 
 @dataclass(frozen=True)
@@ -112,7 +92,7 @@ class Search:
         sampler: str = "auto",
         storage: str | None = None,
         patience: int | None = None,
-        savings: Savings = Savings(),
+        savings: Savings = _DEFAULT_SAVINGS,
         out_of_time: Callable[[], str] = lambda: "",
         stop: Callable[[], bool] = lambda: False,
     ):
@@ -576,7 +556,7 @@ class Search:
         if not feasible:
             line = f"{ledger.evaluated} of {self.trials} schedules, none within the limits yet"
         else:
-            best = max(feasible, key=ledger.preference)
+            best = max(feasible, key=preference)
             gain = ledger.baseline.latency.median_ms / best.latency.drift_corrected_ms
             line = f"{ledger.evaluated} of {self.trials} schedules, best so far {gain:.2f}x"
             if ledger.quality:

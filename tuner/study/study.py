@@ -7,76 +7,40 @@ on disk (trials.jsonl, fsync) before the sampler is told, so a study continues a
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from stagevar.errors import InfrastructureError, OutOfDeviceMemory, UsageError
-from stagevar.files import write_text_atomically
+from stagevar.errors import InfrastructureError, OutOfDeviceMemory, first_line
 from tuner.config.costs import FINALISTS_PER_KIND, images_at_most
-from tuner.config.limits import Budget
 from tuner.config.prompts import PromptSet, set_sizes
-from tuner.config.quality import MetricLimit, limited, quality_limits
+from tuner.config.quality import quality_limits
 from tuner.config.space import SearchSpace
 from tuner.evaluation.evaluator import Evaluator
 from tuner.evaluation.executor import Executor, Failed, NotMeasured, QualityTask
-from tuner.evaluation.local import LocalExecutor, first_line
-from tuner.metrics.declarations import DECLARATIONS
+from tuner.evaluation.local import LocalExecutor
 from tuner.proposals.trial_sampler import Proposal
-from tuner.results import pareto
 from tuner.results.result import (
     EXIT_CODES,
-    OF_TIME,
     Candidate,
     Failure,
     Sample,
     StudyResult,
-    Verdict,
     Verification,
     build,
 )
-from tuner.results.run_dir import CONFIG_FILE
-from tuner.statistics.bounds import ALPHA, indistinguishable
-from tuner.statistics.looks import claims, judgement_alpha
-from tuner.statistics.provable import MOST_PROMPTS, prompts_to_decide
+from tuner.study.identity import Identity, RunConfig, identity_of
 from tuner.study.ledger import Ledger
+from tuner.study.options import Options
 from tuner.study.progress import Progress
-from tuner.study.search import Savings, Search
-from tuner.study.verification import BASELINE, LEAST_GAIN, Verifier, latency_stats
+from tuner.study.search import Search
+from tuner.study.verdict import Conclusion, Heldout, choose_finalists, conclude
+from tuner.study.verification import BASELINE, Verifier, latency_stats
 
 BASELINE_ROUNDS = 15
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a user asks of a study.
-
-    max_drop: largest drop per metric; a number is the primary metric's, and what is not said comes from the space.
-    trials: distinct schedules to evaluate, the full one not counted. time_budget_s: tuning time, verification included.
-    sampler, storage: see Proposer. command: what reproduces the study. versions: for the record. samples: prompts whose images
-    are kept for the report. patience: schedules without a larger feasible hypervolume after which the search ends; None
-    never. savings: how the search costs less than measuring everything.
-    """
-
-    budget: Budget
-    max_drop: float | Mapping[str, float] | None = None
-    trials: int = 30
-    time_budget_s: float | None = None
-    seed: int = 0
-    sampler: str = "auto"
-    storage: str | None = None
-    command: str = ""
-    versions: dict[str, str] = field(default_factory=dict)
-    samples: int = 6
-    patience: int | None = None
-    savings: Savings = field(default_factory=Savings)
 
 
 class Study:
@@ -111,6 +75,7 @@ class Study:
         space = self.space
         space.fit(self.facts.grids)
         self.metrics = quality_limits(space.quality, options.max_drop)
+        self.config = RunConfig(run_dir, options.command)
         self.ledger = Ledger(run_dir, space, self.facts, options.budget, self.metrics)
         self.judged_on: list[int] = []
         self.told = 0
@@ -120,86 +85,17 @@ class Study:
 
     # ------------------------------------------------------------------------------------------------ identity
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Identity:
         """What must not change between the parts of one study; what a resume compares."""
-        facts = self.facts
-        return {
-            "model": facts.model,
-            "weights": facts.provenance.get("weights", "random" if facts.random_weights else None),
-            "pixels": facts.pixels,
-            "device": facts.device,
-            "engine": facts.engine,
-            # Not in runs whose engine was eager, which is all that runs of before drew with.
-            **({} if facts.heldout_engine == "eager" else {"held-out engine": facts.heldout_engine}),
-            "sampling": facts.sampling,
-            "space": {k: v for k, v in dataclasses.asdict(self.space).items() if k != "proposals" or v},
-            "search prompts": self.prompts["search"].digest,
-            "held-out prompts": self.prompts["heldout"].digest,
-            "budget": self.options.budget.text,
-            "max_drop": {m.metric: m.max_drop for m in self.metrics},
-            "seed": self.options.seed,
-            "storage": self.options.storage,
-            "savings": {name: getattr(self.options.savings, name) for name in ("table", "rungs")},
-        }
+        return identity_of(self.facts, self.space, self.prompts, self.metrics, self.options)
 
     def check_identity(self) -> bool:
-        """Writes the identity of a new run; compares that of an old one. Returns whether the run is an old one.
-
-        An old run may go on with more held-out prompts, if those it had are the first of them; that becomes its identity.
-        Raises UsageError that says what differs.
-        """
-        path = self.run_dir / CONFIG_FILE
-        mine = json.loads(json.dumps(self.identity()))
-        if not path.exists():
-            # Kept beside the identity, so that a resumed run keeps its engine instead of comparing engines again.
-            choice = self.facts.engine_choice
-            kept = {} if choice is None else {"engine_choice": dataclasses.asdict(choice)}
-            self._write_config({"identity": mine, "command": self.options.command, "judged_on": [], **kept})
-            return False
-        try:
-            config = json.loads(path.read_text())
-            theirs = config["identity"]
-            had = int(theirs["space"]["prompts"]["heldout"])
-            if "judged_on" not in config:  # a run of before, which kept no account: its judgement counts all the same
-                judged = any(record["kind"] == "verification" for record in self.ledger.evidence.read())
-                config["judged_on"] = [had] if judged else []
-            self.judged_on = [int(count) for count in config["judged_on"]]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise UsageError(f"{path} is damaged; start anew with another --out, or with --fresh") from None
-        new = json.loads(json.dumps(mine))
-        for identity in (theirs, mine):
-            # Where the prompts lie and how they were asked for does not matter: their contents are compared.
-            for name in ("source", "added"):
-                identity.get("space", {}).get("prompts", {}).pop(name, None)
-        differing = difference(theirs, mine)
-        if not differing:
-            return True
-        heldout = self.prompts["heldout"]
-        if len(heldout) > had and heldout.first(had).digest == theirs.get("held-out prompts"):
-            theirs["held-out prompts"] = mine["held-out prompts"]
-            theirs["space"]["prompts"]["heldout"] = mine["space"]["prompts"]["heldout"]
-            differing = difference(theirs, mine)
-            if not differing:
-                self._write_config({**config, "identity": new, "command": self.options.command})
-                return True
-        asked = self.space.prompts
-        if asked.source == "geneval" and asked.heldout > had and not asked.added:
-            raise UsageError(
-                f"{self.run_dir} has {had} held-out prompts, whose order depends on their number; "
-                f"write --heldout {had}+{asked.heldout - had} to add to them"
-            )
-        raise UsageError(
-            f"{self.run_dir} holds another study: {'; '.join(differing[:3])}; choose another --out, or --fresh"
+        """Claims the run directory for this study; returns whether it held this study already. See `RunConfig.claim`."""
+        known = self.config.claim(
+            self.identity(), self.space.prompts, self.prompts["heldout"], self.facts.engine_choice
         )
-
-    def _write_config(self, config: Mapping[str, Any]) -> None:
-        write_text_atomically(self.run_dir / CONFIG_FILE, json.dumps(config, indent=1) + "\n")
-
-    def _note_judged(self) -> None:
-        """Writes on how many prompts the run was judged, each time; the verdict is told after that only."""
-        config = json.loads((self.run_dir / CONFIG_FILE).read_text())
-        if self.judged_on != config.get("judged_on", []):
-            self._write_config({**config, "judged_on": self.judged_on})
+        self.judged_on = list(self.config.judged_on)
+        return known
 
     # ------------------------------------------------------------------------------------------------ running
 
@@ -218,7 +114,7 @@ class Study:
         finally:
             search.close()
         result = self._conclude(records)
-        self._note_judged()
+        self.config.note_judged(self.judged_on)
         result.save(self.run_dir)
         return result
 
@@ -313,49 +209,38 @@ class Study:
 
     # ------------------------------------------------------------------------------------------------ verdict
 
-    def _finalists(self) -> list[Candidate]:
-        """Whom to verify: the best within the limits by point estimate, with and without skipped scales; where there
-        are none, those nearest to the limits whose intervals still reach them."""
+    def finalists(self) -> list[Candidate]:
+        """Whom to verify."""
         ledger = self.ledger
-        pool = [c for c in ledger.candidates.values() if c.feasible and c.latency.ratio.mean <= LEAST_GAIN]
-
-        def surest(c: Candidate) -> Any:
-            # Those that meet the budget by their whole interval first: a borderline one would only be undecided.
-            return (c.verdicts[0].bound <= c.verdicts[0].limit, ledger.preference(c))
-
-        key = surest
-        if not pool:
-            pool = [c for c in ledger.candidates.values() if ledger.reaches(c)]
-            key = lambda c: -ledger.excess(c)  # noqa: E731
-        chosen: list[Candidate] = []
-        for skips in (False, True):
-            kind = sorted((c for c in pool if (c.skipped_scales > 0) == skips), key=key, reverse=True)
-            chosen += kind[:FINALISTS_PER_KIND]
-        return chosen
+        return choose_finalists(list(ledger.candidates.values()), ledger.limits, ledger.violation)
 
     def _conclude(self, records: Sequence[Mapping[str, Any]]) -> StudyResult:
         ledger = self.ledger
         if ledger.baseline.state == "failed":
-            return self._result("failed", f"the full schedule failed: {ledger.baseline.error}", {})
+            return self._result(Conclusion("failed", f"the full schedule failed: {ledger.baseline.error}"))
         if not ledger.candidates and ledger.unmeasured and not ledger.failed:
             raise OutOfDeviceMemory(
                 f"none of {len(ledger.unmeasured)} schedules was measured: {ledger.failures[0].error}"
             )
         if not ledger.candidates and ledger.failures:
             first = ledger.failures[0].error
-            return self._result("failed", f"all {len(ledger.failures)} trials failed, the first with {first}", {})
+            return self._result(
+                Conclusion("failed", f"all {len(ledger.failures)} trials failed, the first with {first}")
+            )
         earlier = self._earlier(records)
         # A claim that was made stands, whatever is judged after it.
         claimed = {key for key, check in earlier.items() if check.status == "verified" and key in ledger.candidates}
-        finalists = [c for c in self._finalists() if c.key not in claimed]
+        finalists = [c for c in self.finalists() if c.key not in claimed]
         if self.stop():
-            return self._result("partial", f"{self.stop_reason} before verification; the same command resumes", {})
+            return self._result(
+                Conclusion("partial", f"{self.stop_reason} before verification; the same command resumes")
+            )
         for key in claimed:
             ledger.candidates[key] = dataclasses.replace(ledger.candidates[key], verification=earlier[key])
         chosen = [*(ledger.candidates[key] for key in claimed), *finalists]
         if claimed and not finalists:
             ledger.baseline = dataclasses.replace(ledger.baseline, verification=earlier[BASELINE])
-            return self._verdict(chosen)
+            return self._judged(chosen)
         self.progress.phase("verification", 100)
         heldout = self.prompts["heldout"] if self.quality else None
         verifier = Verifier(
@@ -387,8 +272,8 @@ class Study:
             raise OutOfDeviceMemory(next(iter(verifier.unmeasured.values())))
         chosen = [ledger.candidates[c.key] for c in chosen if c.key not in verifier.unmeasured]
         if verifier.cut_short and not any(c.verification.status == "verified" for c in chosen):
-            return self._result("partial", "stopped during verification; the same command resumes", {})
-        return self._verdict(chosen, judged=len(verifier.unmeasured) < len(finalists))
+            return self._result(Conclusion("partial", "stopped during verification; the same command resumes"))
+        return self._judged(chosen, new=len(verifier.unmeasured) < len(finalists))
 
     def _earlier(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Verification]:
         """What earlier parts of this study found on held-out prompts, by key: what was verified, else what saw most."""
@@ -403,163 +288,24 @@ class Study:
                 found[key] = check
         return found if BASELINE in found else {}  # runs of before have no values of the full schedule to pair with
 
-    def _verdict(self, finalists: Sequence[Candidate], judged: bool = False) -> StudyResult:
-        """The verdict on verified or waiting finalists. judged: whether it is a new judgement."""
-        ledger, extensions = self.ledger, len(self.judged_on)
-        if judged:
-            self.judged_on.append(len(self.prompts["heldout"]) if self.quality else 0)
-        budget, limits = self.options.budget, ledger.limits
-        verified = [c for c in finalists if c.verification.status == "verified"]
-        waiting = [c for c in finalists if c.verification.status == "open"]
-        picks: dict[str, str] = {}
-        if verified:
-            picks = self._picks(verified)
-        baseline_fits = ledger.baseline.verification.verdicts[0].status == "met"
-        if baseline_fits:
-            picks["pick"] = ledger.full_key
-            full_ms = ledger.baseline.verification.latency.median_ms
-            reason = f"the full schedule already meets the budget of {budget}: {full_ms:.1f} ms; it is the pick"
-            return self._result("baseline_meets_budget", reason, picks)
-        if verified and not self.quality:
-            pick = ledger.candidates[picks["pick"]]
-            reason = (
-                f"random weights: {speedup(pick)} within the budget, no quality was measured; "
-                "the least accelerated schedule under the budget"
-            )
-            return self._result("latency_only", reason, picks)
-        if verified:
-            pick = ledger.candidates[picks["pick"]]
-            proved = ", ".join(
-                f"{m.metric} {metric_change(pick, m.metric)}, drop at most {m.amount(v.bound)} (allowed {m.amount(v.limit)})"
-                for m in limited(limits.metrics)
-                for v in pick.verification.verdicts
-                if v.name == m.name
-            )
-            reason = f"{speedup(pick)} within {budget} on {pick.verification.prompts} held-out prompts: {proved}"
-            return self._result("verified", reason, picks)
-        if waiting:
-            needed = {c.key: self._needed(c, extensions) for c in waiting}
+    def _judged(self, finalists: Sequence[Candidate], new: bool = False) -> StudyResult:
+        """The verdict on verified or undecided finalists. new: whether it is a judgement that was not made before."""
+        ledger, source = self.ledger, self.space.prompts
+        prompts = self.prompts["heldout"]
+        heldout = Heldout(
+            source,
+            len(prompts),
+            prompts.micro_batch,
+            len(self.judged_on),
+            lambda count: set_sizes(dataclasses.replace(source, heldout=count))[1],
+        )
+        if new:
+            self.judged_on.append(len(prompts) if self.quality else 0)
+        everyone = list(ledger.candidates.values())
+        return self._result(conclude(finalists, everyone, ledger.baseline, ledger.limits, heldout, ledger.violation))
 
-            def easiest(c: Candidate) -> Any:
-                # First those that only prompts are missing for, then those that look as if they kept their limits.
-                beyond = any(v.value > v.limit for v in c.verification.verdicts if v.name.startswith("drop:"))
-                return c.verification.times_open, beyond, needed[c.key] or math.inf, c.key
-
-            waiting = sorted(waiting, key=easiest)
-            best = waiting[0]
-            undecided = [v for v in best.verification.verdicts if v.status == "open"]
-            texts = ", ".join(
-                f"{v.name} {v.value:.4g} with bound {v.bound:.4g} around {v.limit:.4g}" for v in undecided
-            )
-            advice, settle = "measure again on a quieter machine or loosen --budget", None
-            if not best.verification.times_open:
-                advice, settle = self._advice(needed[best.key])
-            reason = f"the data cannot tell: {texts}; {advice}"
-            return self._result("inconclusive", reason, picks, nearest=[c.key for c in waiting], settle=settle)
-        kept = [c for c in ledger.candidates.values() if ledger.keeps_quality(c)]
-        fastest = min((c.best_latency for c in kept), key=lambda latency: latency.drift_corrected_ms, default=None)
-        smallest = fastest.drift_corrected_ms if fastest else None
-        nearest, full_ms = sorted(ledger.candidates.values(), key=ledger.excess)[:3], ledger.baseline.latency.median_ms
-        if smallest is None:
-            reason = f"no schedule of {len(ledger.candidates)} keeps the quality; raise --max-drop"
-        elif not self.quality and smallest <= limits.budget_ms:
-            reason = f"no schedule of {len(ledger.candidates)} is within {budget} by its upper bound; raise --budget"
-        elif smallest <= limits.budget_ms:
-            reason = (
-                f"no schedule within {budget} kept the quality on the held-out prompts; raise --budget or --max-drop"
-            )
-            smallest = None
-        else:
-            reason = (
-                f"no schedule of {len(ledger.candidates)} meets {budget} ({limits.budget_ms:.1f} ms); the smallest "
-                f"reachable budget is {smallest:.1f} ms ({100 * smallest / full_ms:.0f}% of the full schedule"
-                f"{', predicted from its steps' if fastest.predicted else ''})"
-            )
-        return self._result("infeasible", reason, picks, smallest=smallest, nearest=[c.key for c in nearest])
-
-    def _needed(self, candidate: Candidate, extensions: int) -> int | None:
-        """Held-out prompts on which the next judgement would decide all that is open of a finalist's quality."""
-        check, heldout = candidate.verification, self.prompts["heldout"]
-        seen = claims(len(heldout), heldout.micro_batch, extensions).get(check.prompts, ALPHA)
-        alphas = seen, judgement_alpha(extensions + 1)
-        counts = []
-        for verdict in check.verdicts:
-            if verdict.status == "open" and verdict.name not in OF_TIME and check.prompts:
-                limit, drops_N, bound = self._open_drop(candidate, verdict)
-                counts.append(prompts_to_decide(limit, drops_N, bound, alphas, heldout.micro_batch))
-        return max(counts) if counts and None not in counts else None
-
-    def _open_drop(self, candidate: Candidate, verdict: Verdict) -> tuple[MetricLimit, np.ndarray, float]:
-        """The limit behind a verdict on quality, drops per prompt, and their bound; a floor is a drop from the top."""
-        values, metric = candidate.verification.values, verdict.name.partition(":")[2]
-        own = np.asarray(values[metric])
-        if verdict.name.startswith("floor:"):
-            declared = DECLARATIONS[metric]
-            top = 0.0 if declared.kind == "continuous" else declared.change
-            limit = MetricLimit(
-                metric,
-                1.0,
-                top - verdict.limit,
-                declared.kind,
-                declared.unit,
-                declared.change,
-                declared.higher_is_better,
-            )
-            return limit, top - own, top - verdict.bound
-        limit = next(m for m in limited(self.metrics) if m.metric == metric)
-        full = np.asarray(self.ledger.baseline.verification.values[metric])[: own.size]
-        return limit, (full - own) * limit.sign, verdict.bound
-
-    def _advice(self, needed: int | None) -> tuple[str, str | None]:
-        """What would decide an undecided quality, in words and as a value of --heldout."""
-        source, had = self.space.prompts, len(self.prompts["heldout"])
-        if needed is None:
-            return (
-                f"no number of held-out prompts up to {MOST_PROMPTS:,} would do if the estimates hold: loosen the limit",
-                None,
-            )
-        _, there = set_sizes(dataclasses.replace(source, heldout=needed))
-        if there < needed:
-            return (
-                f"about {needed} held-out prompts would do if the estimates hold, and {source.source:.200} leaves {there}: "
-                "add prompts and start anew, or loosen the limit"
-            ), None
-        # Those of geneval are ordered by how many there are of each task (tuner.config.prompts).
-        parts = had - sum(source.added), *source.added, needed - had
-        text = "+".join(map(str, parts)) if source.source == "geneval" else str(needed)
-        return f"raise --heldout (about {needed} prompts would do if the estimates hold) or loosen the limit", text
-
-    def _picks(self, verified: Sequence[Candidate]) -> dict[str, str]:
-        """Named picks among the verified.
-
-        The pick is the least accelerated of those whose quality the data cannot tell from the best.
-        """
-        by_speed = sorted(verified, key=lambda c: c.verification.latency.ratio.mean)
-        if not self.quality:
-            pick = max(verified, key=lambda c: c.processed_tokens)
-            return {"pick": pick.key, "fastest": by_speed[0].key}
-        picks = {"pick": self._least_accelerated(verified).key, "fastest": by_speed[0].key}
-        points = [(c.verification.latency.ratio.mean, c.verification.differences["quality"].mean) for c in verified]
-        picks["balanced"] = verified[pareto.balanced(points)].key
-        picks["best_quality"] = max(verified, key=lambda c: c.verification.differences["quality"].mean).key
-        whole = [c for c in verified if not c.skipped_scales]
-        if whole:
-            picks["no_skip"] = min(whole, key=lambda c: c.verification.latency.ratio.mean).key
-        return picks
-
-    @staticmethod
-    def _least_accelerated(verified: Sequence[Candidate]) -> Candidate:
-        best = max(verified, key=lambda c: c.verification.differences["quality"].mean)
-
-        def equal(candidate: Candidate) -> bool:
-            own, other = candidate.verification.values["quality"], best.verification.values["quality"]
-            count = min(len(own), len(other))
-            return indistinguishable(own[:count], other[:count])
-
-        return max((c for c in verified if c is best or equal(c)), key=lambda c: (c.processed_tokens, c.key))
-
-    def _samples(self, picks: Mapping[str, str]) -> list[Sample]:
-        """Images of the full schedule and the picks on the first search prompts, as PNG files."""
+    def _samples(self, keys: Sequence[str]) -> list[Sample]:
+        """Images of the full schedule and these on the first search prompts, as PNG files."""
         if not self.quality or self.stop():
             return []
         self.progress.phase("images")
@@ -568,7 +314,7 @@ class Study:
         search = self.prompts["search"]
         count = min(self.options.samples, len(search.batch(0)[0]))
         texts, samples = search.texts, []
-        for key in dict.fromkeys([self.ledger.full_key, *picks.values()]):
+        for key in dict.fromkeys([self.ledger.full_key, *keys]):
             images = self.evaluator.images(self.ledger.steps[key], "search", 0)[:count]
             folder = self.run_dir / "images" / key
             folder.mkdir(parents=True, exist_ok=True)
@@ -606,21 +352,13 @@ class Study:
             else:
                 ledger.candidates[key] = candidate
 
-    def _result(
-        self,
-        verdict: str,
-        reason: str,
-        picks: dict[str, str],
-        smallest: float | None = None,
-        nearest: Sequence[str] = (),
-        settle: str | None = None,
-    ) -> StudyResult:
+    def _result(self, conclusion: Conclusion) -> StudyResult:
         ledger = self.ledger
-        shown = {**picks, **{f"nearest {i}": key for i, key in enumerate(nearest[:1])}}
+        shown = [*conclusion.picks.values(), *conclusion.nearest[:1]]
         samples = []
         if ledger.baseline.state == "complete":
             samples = self._samples(shown)
-            self._time_scales(list(shown.values())[:1])
+            self._time_scales(shown[:1])
         self.progress.end_phase()
         facts, space, options = self.facts, self.space, self.options
         search, heldout = self.prompts["search"], self.prompts["heldout"]
@@ -660,10 +398,10 @@ class Study:
             baseline=ledger.baseline,
             candidates=tuple(sorted(everyone, key=lambda c: c.trial)),
             front=tuple(ledger.front()),
-            picks=picks,
-            verdict=verdict,
-            exit_code=EXIT_CODES[verdict],
-            reason=reason,
+            picks=dict(conclusion.picks),
+            verdict=conclusion.verdict,
+            exit_code=EXIT_CODES[conclusion.verdict],
+            reason=conclusion.reason,
             stop_reason=self.stop_reason,
             trials=self.told,
             sampled=sum(c.source == "sampler" for c in ledger.candidates.values()),
@@ -671,37 +409,8 @@ class Study:
             search=self.search_facts,
             failures=tuple(ledger.failures),
             samples=tuple(samples),
-            smallest_budget_ms=smallest,
-            nearest=tuple(nearest),
+            smallest_budget_ms=conclusion.smallest_budget_ms,
+            nearest=conclusion.nearest,
             judged_on=tuple(self.judged_on),
-            settle_heldout=settle,
+            settle_heldout=conclusion.settle_heldout,
         )
-
-
-def speedup(candidate: Candidate) -> str:
-    """ "1.72x [1.70, 1.74]" from the best measurement of a candidate."""
-    ratio = candidate.best_latency.ratio
-    return f"{1 / ratio.mean:.2f}x [{1 / ratio.high:.2f}, {1 / ratio.low:.2f}]"
-
-
-def metric_change(candidate: Candidate, metric: str) -> str:
-    """ "-0.0040 [-0.0120, +0.0040]" of a metric from the best measurement of a candidate."""
-    change = candidate.best_differences[metric]
-    return f"{change.mean:+.3g} [{change.low:+.3g}, {change.high:+.3g}]"
-
-
-def difference(old: Any, new: Any, path: str = "") -> list[str]:
-    """What differs between two trees of plain data, one phrase per leaf, shortened for reading."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = dict.fromkeys([*old, *new])
-        return [d for k in keys for d in difference(old.get(k), new.get(k), f"{path}.{k}" if path else str(k))]
-    if old == new:
-        return []
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [d for i, (a, b) in enumerate(zip(old, new, strict=True)) for d in difference(a, b, f"{path}[{i}]")]
-    return [f"{path} was {_short(old)} and is {_short(new)}"]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -11,14 +11,12 @@ one costs nothing, while claims are made at few looks only, which share the 5 % 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from stagevar.errors import OutOfDeviceMemory
 from stagevar.schedule import Steps
-from tuner.config.limits import Budget
 from tuner.config.prompts import PromptSet
 from tuner.config.quality import MetricLimit, limited
 from tuner.evaluation.evaluator import Evaluator
@@ -34,40 +32,15 @@ from tuner.statistics.bounds import (
     ratio_interval,
 )
 from tuner.statistics.looks import claims, judgement_alpha, looks
+from tuner.study.verdict import LEAST_GAIN, Limits, decide
 
 if TYPE_CHECKING:
     from stagevar.card_state import CardState
     from stagevar.latency import Timing
 
-#: No schedule above this ratio to the full one is an acceleration.
-LEAST_GAIN = 0.98
 #: Timing rounds after which decisions are taken.
 ROUNDS = (15, 30, 60)
 BASELINE = "baseline"
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a schedule must keep.
-
-    budget: as typed. baseline_ms: the study's figure for the full schedule, which a share refers to. metrics: how far each
-    may fall. floors: smallest mean per metric. quality: False for random weights, where only latency is judged.
-    """
-
-    budget: Budget
-    baseline_ms: float
-    metrics: tuple[MetricLimit, ...]
-    floors: Mapping[str, float] = field(default_factory=dict)
-    quality: bool = True
-
-    @property
-    def budget_ms(self) -> float:
-        return self.budget.resolve(self.baseline_ms)
-
-
-def decide(limit: float, lower: float, upper: float) -> str:
-    """ "met", "broken" or "open" for a value that must stay at or below a limit."""
-    return "met" if upper <= limit else "broken" if lower > limit else "open"
 
 
 def _claimed(status: str, alpha: float | None) -> str:

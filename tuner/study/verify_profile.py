@@ -13,7 +13,8 @@ from tuner.config.limits import Budget
 from tuner.config.quality import COMPOSITE, MetricLimit, composite_options
 from tuner.config.space import SearchSpace
 from tuner.results.result import Verdict, Verification
-from tuner.study.verification import BASELINE, Limits, Verifier, decide
+from tuner.study.verdict import Limits, decide
+from tuner.study.verification import BASELINE, Verifier
 
 _STATES = {"met": "kept", "broken": "BROKEN", "open": "undecided"}
 
@@ -40,15 +41,12 @@ class Recheck:
         """What to print."""
         latency = self.verification.latency
         lines = [f"warning: {text}" for text in self.warnings]
-        ratio = latency.ratio
-        if ratio is not None:
-            span = f"[{1 / ratio.high:.2f}, {1 / ratio.low:.2f}]"
-            lines.append(f"speed-up {1 / ratio.mean:.2f}x {span}, {latency.median_ms:.1f} ms, {self.engine} engine")
+        if latency.ratio is not None:
+            lines.append(f"speed-up {latency.speedup_text}, {latency.median_ms:.1f} ms, {self.engine} engine")
         for metric, change in self.verification.differences.items():
             if metric != COMPOSITE:
-                span = f"{change.mean:+.3g} [{change.low:+.3g}, {change.high:+.3g}]"
                 lines.append(
-                    f"{metric} changed by {span} on {change.n} held-out prompts drawn by the {self.engine} engine"
+                    f"{metric} changed by {change.signed_text} on {change.n} held-out prompts drawn by the {self.engine} engine"
                 )
         for v in self.verdicts:
             lines.append(

@@ -1,0 +1,139 @@
+"""What makes a run directory this study's and no other's: written when it begins, compared when it goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from stagevar.errors import UsageError
+from stagevar.files import write_text_atomically
+from stagevar.profile_sections import EngineSection
+from tuner.config.prompts import PromptSet
+from tuner.config.quality import MetricLimit
+from tuner.config.space import PromptSource, SearchSpace
+from tuner.evaluation.evaluator import Facts
+from tuner.results.run_dir import CONFIG_FILE, EvidenceLog
+from tuner.study.options import Options
+
+#: Plain data by name, as it is written to config.json.
+Identity: TypeAlias = dict[str, Any]
+
+
+def identity_of(
+    facts: Facts,
+    space: SearchSpace,
+    prompts: Mapping[str, PromptSet],
+    metrics: Sequence[MetricLimit],
+    options: Options,
+) -> Identity:
+    """What must not change between the parts of one study; what a resume compares."""
+    return {
+        "model": facts.model,
+        "weights": facts.provenance.get("weights", "random" if facts.random_weights else None),
+        "pixels": facts.pixels,
+        "device": facts.device,
+        "engine": facts.engine,
+        # Not in runs whose engine was eager, which is all that runs of before drew with.
+        **({} if facts.heldout_engine == "eager" else {"held-out engine": facts.heldout_engine}),
+        "sampling": facts.sampling,
+        "space": {k: v for k, v in dataclasses.asdict(space).items() if k != "proposals" or v},
+        "search prompts": prompts["search"].digest,
+        "held-out prompts": prompts["heldout"].digest,
+        "budget": options.budget.text,
+        "max_drop": {m.metric: m.max_drop for m in metrics},
+        "seed": options.seed,
+        "storage": options.storage,
+        "savings": {name: getattr(options.savings, name) for name in ("table", "rungs")},
+    }
+
+
+class RunConfig:
+    """config.json of a run directory: the identity, the command, the engine choice, and how often the study was judged.
+
+    Attributes: judged_on: number of held-out prompts of each judgement; known after `claim`.
+    """
+
+    def __init__(self, run_dir: Path, command: str):
+        self.path, self.command = run_dir / CONFIG_FILE, command
+        self.judged_on: tuple[int, ...] = ()
+
+    def claim(
+        self, identity: Identity, asked: PromptSource, heldout: PromptSet, engine_choice: EngineSection | None
+    ) -> bool:
+        """Writes the identity of a new run; compares that of an old one. Returns whether the run is an old one.
+
+        An old run may go on with more held-out prompts, if those it had are the first of them; that becomes its identity.
+        Raises UsageError that says what differs.
+        """
+        mine: Identity = json.loads(json.dumps(identity))
+        if not self.path.exists():
+            # Kept beside the identity, so that a resumed run keeps its engine instead of comparing engines again.
+            kept = {} if engine_choice is None else {"engine_choice": dataclasses.asdict(engine_choice)}
+            self._write({"identity": mine, "command": self.command, "judged_on": [], **kept})
+            return False
+        config, had = self._read()
+        theirs = config["identity"]
+        new = json.loads(json.dumps(mine))
+        for compared in (theirs, mine):
+            # Where the prompts lie and how they were asked for does not matter: their contents are compared.
+            for name in ("source", "added"):
+                compared.get("space", {}).get("prompts", {}).pop(name, None)
+        differing = difference(theirs, mine)
+        if not differing:
+            return True
+        if len(heldout) > had and heldout.first(had).digest == theirs.get("held-out prompts"):
+            theirs["held-out prompts"] = mine["held-out prompts"]
+            theirs["space"]["prompts"]["heldout"] = mine["space"]["prompts"]["heldout"]
+            differing = difference(theirs, mine)
+            if not differing:
+                self._write({**config, "identity": new, "command": self.command})
+                return True
+        run_dir = self.path.parent
+        if asked.source == "geneval" and asked.heldout > had and not asked.added:
+            raise UsageError(
+                f"{run_dir} has {had} held-out prompts, whose order depends on their number; "
+                f"write --heldout {had}+{asked.heldout - had} to add to them"
+            )
+        raise UsageError(f"{run_dir} holds another study: {'; '.join(differing[:3])}; choose another --out, or --fresh")
+
+    def note_judged(self, judged_on: Sequence[int]) -> None:
+        """Writes on how many prompts the run was judged, each time; the verdict is told after that only."""
+        config = json.loads(self.path.read_text())
+        if list(judged_on) != config.get("judged_on", []):
+            self._write({**config, "judged_on": list(judged_on)})
+
+    def _read(self) -> tuple[Identity, int]:
+        """The file's content and the number of held-out prompts in it. Raises UsageError for a damaged one."""
+        try:
+            config = json.loads(self.path.read_text())
+            had = int(config["identity"]["space"]["prompts"]["heldout"])
+            if "judged_on" not in config:  # a run of before, which kept no account: its judgement counts all the same
+                judged = any(record["kind"] == "verification" for record in EvidenceLog(self.path.parent).read())
+                config["judged_on"] = [had] if judged else []
+            self.judged_on = tuple(int(count) for count in config["judged_on"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise UsageError(f"{self.path} is damaged; start anew with another --out, or with --fresh") from None
+        return config, had
+
+    def _write(self, config: Identity) -> None:
+        write_text_atomically(self.path, json.dumps(config, indent=1) + "\n")
+
+
+def difference(old: Any, new: Any, path: str = "") -> list[str]:
+    """What differs between two trees of plain data, one phrase per leaf, shortened for reading."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = dict.fromkeys([*old, *new])
+        return [d for k in keys for d in difference(old.get(k), new.get(k), f"{path}.{k}" if path else str(k))]
+    if old == new:
+        return []
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [d for i, (a, b) in enumerate(zip(old, new, strict=True)) for d in difference(a, b, f"{path}[{i}]")]
+    return [f"{path} was {_short(old)} and is {_short(new)}"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,56 @@
+"""What is asked of a study, and what its search may do to cost less."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from tuner.config.limits import Budget
+
+#: Schedules proposed and walked together.
+ROUND = 5
+
+
+@dataclass(frozen=True)
+class Savings:
+    """What the search does to cost less than one schedule at a time on all prompts, timed end to end.
+
+    batch: schedules proposed together. tree: they are walked as a tree, so what they share runs once. table: latency is
+    predicted from measured step costs. rungs: clearly worse schedules are stopped after a few prompts. overlap: the next
+    round is proposed while this one runs.
+    """
+
+    batch: int = ROUND
+    tree: bool = True
+    table: bool = True
+    rungs: bool = True
+    overlap: bool = True
+
+
+#: Every schedule on every prompt, timed end to end.
+EXHAUSTIVE = Savings(table=False, rungs=False)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user asks of a study.
+
+    max_drop: largest drop per metric; a number is the primary metric's, and what is not said comes from the space.
+    trials: distinct schedules to evaluate, the full one not counted. time_budget_s: tuning time, verification included.
+    sampler, storage: see Proposer. command: what reproduces the study. versions: for the record. samples: prompts whose images
+    are kept for the report. patience: schedules without a larger feasible hypervolume after which the search ends; None
+    never. savings: how the search costs less than measuring everything.
+    """
+
+    budget: Budget
+    max_drop: float | Mapping[str, float] | None = None
+    trials: int = 30
+    time_budget_s: float | None = None
+    seed: int = 0
+    sampler: str = "auto"
+    storage: str | None = None
+    command: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    samples: int = 6
+    patience: int | None = None
+    savings: Savings = field(default_factory=Savings)

@@ -1,0 +1,310 @@
+"""What measurements mean under the limits: whom to verify, what is concluded, and what would settle it. Pure functions.
+
+Nothing is run, read or written here. Quality is as everywhere: candidate minus full schedule, positive is better; the
+composite counts in allowances of the limits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tuner.config.costs import FINALISTS_PER_KIND
+from tuner.config.limits import Budget
+from tuner.config.quality import MetricLimit, limited
+from tuner.config.space import PromptSource
+from tuner.metrics.declarations import DECLARATIONS
+from tuner.results import pareto
+from tuner.results.result import OF_TIME, Candidate, Verdict
+from tuner.statistics.bounds import ALPHA, indistinguishable
+from tuner.statistics.looks import claims, judgement_alpha
+from tuner.statistics.provable import MOST_PROMPTS, prompts_to_decide
+
+#: No schedule above this ratio to the full one is an acceleration.
+LEAST_GAIN = 0.98
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a schedule must keep.
+
+    budget: as typed. baseline_ms: the study's figure for the full schedule, which a share refers to. metrics: how far each
+    may fall. floors: smallest mean per metric. quality: False for random weights, where only latency is judged.
+    """
+
+    budget: Budget
+    baseline_ms: float
+    metrics: tuple[MetricLimit, ...]
+    floors: Mapping[str, float] = field(default_factory=dict)
+    quality: bool = True
+
+    @property
+    def budget_ms(self) -> float:
+        return self.budget.resolve(self.baseline_ms)
+
+    @property
+    def budget_ratio(self) -> float:
+        """The budget as a share of the full schedule's latency."""
+        return self.budget_ms / self.baseline_ms
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """The held-out prompts of a study, in numbers.
+
+    source: as they were asked for. count: how many there are. micro_batch: images drawn together.
+    judgements: how often the study was judged before.
+    available: how many there would be if so many were asked for.
+    """
+
+    source: PromptSource
+    count: int
+    micro_batch: int
+    judgements: int
+    available: Callable[[int], int]
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """How a study ends.
+
+    verdict: a key of tuner.results.result.EXIT_CODES. reason: one line. picks: key by name. smallest_budget_ms: the least
+    budget that some schedule meets with its quality kept, when infeasible. nearest: keys, nearest to the limits first.
+    settle_heldout: what --heldout has to be for one more judgement to decide; None where prompts are not what is missing.
+    """
+
+    verdict: str
+    reason: str
+    picks: Mapping[str, str] = field(default_factory=dict)
+    smallest_budget_ms: float | None = None
+    nearest: tuple[str, ...] = ()
+    settle_heldout: str | None = None
+
+
+def decide(limit: float, lower: float, upper: float) -> str:
+    """ "met", "broken" or "open" for a value that must stay at or below a limit."""
+    return "met" if upper <= limit else "broken" if lower > limit else "open"
+
+
+# ------------------------------------------------------------------------------------------------ comparing
+
+
+def preference(candidate: Candidate) -> tuple[float, float]:
+    """Larger is better: quality, then the less accelerated."""
+    quality = candidate.differences["quality"].mean if candidate.differences else 0.0
+    return (round(quality, 9), candidate.processed_tokens)
+
+
+def keeps_quality(candidate: Candidate) -> bool:
+    """Whether no limit but that of latency is broken, as far as is known."""
+    verdicts = candidate.verification.verdicts if candidate.verification else candidate.verdicts
+    return candidate.whole and all(v.status != "broken" for v in verdicts if v.name not in OF_TIME)
+
+
+def may_be_feasible(candidate: Candidate, limits: Limits) -> bool:
+    """Whether the intervals leave it possible that every limit is kept."""
+    fast = candidate.latency.ratio.low <= min(limits.budget_ratio, LEAST_GAIN)
+    good = not limits.quality or all(
+        -candidate.differences[m.metric].high <= m.max_drop for m in limited(limits.metrics)
+    )
+    floors = all(v.status == "met" for v in candidate.verdicts if v.name.startswith("floor:"))
+    return candidate.whole and fast and good and floors
+
+
+def choose_finalists(
+    candidates: Sequence[Candidate], limits: Limits, violation: Callable[[Candidate], float]
+) -> list[Candidate]:
+    """Whom to verify: the best within the limits by point estimate, with and without skipped scales; where there are none,
+    those nearest to the limits whose intervals still reach them.
+
+    violation: how far point estimates are beyond the limits, in shares.
+    """
+    pool = [c for c in candidates if c.feasible and c.latency.ratio.mean <= LEAST_GAIN]
+    if pool:
+        # Those that meet the budget by their whole interval first: a borderline one would only be undecided.
+        ranked = sorted(pool, key=lambda c: (c.verdicts[0].bound <= c.verdicts[0].limit, preference(c)), reverse=True)
+    else:
+        ranked = sorted((c for c in candidates if may_be_feasible(c, limits)), key=violation)
+    kinds = ([c for c in ranked if (c.skipped_scales > 0) == skips] for skips in (False, True))
+    return [candidate for kind in kinds for candidate in kind[:FINALISTS_PER_KIND]]
+
+
+def named_picks(verified: Sequence[Candidate], quality: bool) -> dict[str, str]:
+    """Named picks among the verified.
+
+    The pick is the least accelerated of those whose quality the data cannot tell from the best.
+    """
+    fastest = min(verified, key=lambda c: c.verification.latency.ratio.mean)
+    if not quality:
+        return {"pick": max(verified, key=lambda c: c.processed_tokens).key, "fastest": fastest.key}
+    picks = {"pick": _least_accelerated(verified).key, "fastest": fastest.key}
+    points = [(c.verification.latency.ratio.mean, c.verification.differences["quality"].mean) for c in verified]
+    picks["balanced"] = verified[pareto.balanced(points)].key
+    picks["best_quality"] = max(verified, key=lambda c: c.verification.differences["quality"].mean).key
+    without_skips = [c for c in verified if not c.skipped_scales]
+    if without_skips:
+        picks["no_skip"] = min(without_skips, key=lambda c: c.verification.latency.ratio.mean).key
+    return picks
+
+
+def _least_accelerated(verified: Sequence[Candidate]) -> Candidate:
+    best = max(verified, key=lambda c: c.verification.differences["quality"].mean)
+
+    def equal(candidate: Candidate) -> bool:
+        own, other = candidate.verification.values["quality"], best.verification.values["quality"]
+        count = min(len(own), len(other))
+        return indistinguishable(own[:count], other[:count])
+
+    return max((c for c in verified if c is best or equal(c)), key=lambda c: (c.processed_tokens, c.key))
+
+
+# ------------------------------------------------------------------------------------------------ concluding
+
+
+def conclude(
+    finalists: Sequence[Candidate],
+    candidates: Sequence[Candidate],
+    baseline: Candidate,
+    limits: Limits,
+    heldout: Heldout,
+    violation: Callable[[Candidate], float],
+) -> Conclusion:
+    """The verdict of a study.
+
+    finalists: with their verifications, as far as they have one. candidates: all that were evaluated, finalists included.
+    baseline: the full schedule, verified. violation: how far point estimates are beyond the limits, in shares.
+    """
+    verified = [c for c in finalists if c.verification.status == "verified"]
+    undecided = [c for c in finalists if c.verification.status == "open"]
+    picks = named_picks(verified, limits.quality) if verified else {}
+    if baseline.verification.verdicts[0].status == "met":
+        full_ms = baseline.verification.latency.median_ms
+        reason = f"the full schedule already meets the budget of {limits.budget}: {full_ms:.1f} ms; it is the pick"
+        return Conclusion("baseline_meets_budget", reason, {**picks, "pick": baseline.key})
+    if verified:
+        pick = next(c for c in verified if c.key == picks["pick"])
+        if not limits.quality:
+            reason = (
+                f"random weights: {pick.final_latency.speedup_text} within the budget, no quality was measured; "
+                "the least accelerated schedule under the budget"
+            )
+            return Conclusion("latency_only", reason, picks)
+        return Conclusion("verified", _proof(pick, limits), picks)
+    if undecided:
+        return _inconclusive(undecided, baseline, limits, heldout)
+    return _infeasible(candidates, baseline, limits, violation)
+
+
+def _proof(pick: Candidate, limits: Limits) -> str:
+    proved = ", ".join(
+        f"{m.metric} {pick.final_differences[m.metric].signed_text}, drop at most {m.amount(v.bound)} (allowed "
+        f"{m.amount(v.limit)})"
+        for m in limited(limits.metrics)
+        for v in pick.verification.verdicts
+        if v.name == m.name
+    )
+    on = f"on {pick.verification.prompts} held-out prompts"
+    return f"{pick.final_latency.speedup_text} within {limits.budget} {on}: {proved}"
+
+
+def _inconclusive(undecided: Sequence[Candidate], baseline: Candidate, limits: Limits, heldout: Heldout) -> Conclusion:
+    needed = {c.key: needed_prompts(c, baseline, limits, heldout) for c in undecided}
+
+    def easiest(c: Candidate) -> tuple[bool, bool, float, str]:
+        # First those that only prompts are missing for, then those that look as if they kept their limits.
+        beyond = any(v.value > v.limit for v in c.verification.verdicts if v.name.startswith("drop:"))
+        return c.verification.times_open, beyond, needed[c.key] or math.inf, c.key
+
+    ranked = sorted(undecided, key=easiest)
+    best = ranked[0]
+    texts = ", ".join(
+        f"{v.name} {v.value:.4g} with bound {v.bound:.4g} around {v.limit:.4g}"
+        for v in best.verification.verdicts
+        if v.status == "open"
+    )
+    advice, settle = "measure again on a quieter machine or loosen --budget", None
+    if not best.verification.times_open:
+        advice, settle = prompts_advice(needed[best.key], heldout)
+    reason = f"the data cannot tell: {texts}; {advice}"
+    return Conclusion("inconclusive", reason, nearest=tuple(c.key for c in ranked), settle_heldout=settle)
+
+
+def _infeasible(
+    candidates: Sequence[Candidate], baseline: Candidate, limits: Limits, violation: Callable[[Candidate], float]
+) -> Conclusion:
+    budget, full_ms, number = limits.budget, baseline.latency.median_ms, len(candidates)
+    latencies = [c.final_latency for c in candidates if keeps_quality(c)]
+    fastest = min(latencies, key=lambda latency: latency.drift_corrected_ms, default=None)
+    smallest = None
+    if fastest is None:
+        reason = f"no schedule of {number} keeps the quality; raise --max-drop"
+    elif fastest.drift_corrected_ms > limits.budget_ms:
+        smallest = fastest.drift_corrected_ms
+        reason = (
+            f"no schedule of {number} meets {budget} ({limits.budget_ms:.1f} ms); the smallest "
+            f"reachable budget is {smallest:.1f} ms ({100 * smallest / full_ms:.0f}% of the full schedule"
+            f"{', predicted from its steps' if fastest.predicted else ''})"
+        )
+    elif limits.quality:
+        reason = f"no schedule within {budget} kept the quality on the held-out prompts; raise --budget or --max-drop"
+    else:
+        smallest = fastest.drift_corrected_ms
+        reason = f"no schedule of {number} is within {budget} by its upper bound; raise --budget"
+    nearest = sorted(candidates, key=violation)[:3]
+    return Conclusion("infeasible", reason, smallest_budget_ms=smallest, nearest=tuple(c.key for c in nearest))
+
+
+# ------------------------------------------------------------------------------------------------ what would settle it
+
+
+def needed_prompts(candidate: Candidate, baseline: Candidate, limits: Limits, heldout: Heldout) -> int | None:
+    """Held-out prompts on which the next judgement would decide all that is open of a finalist's quality."""
+    check = candidate.verification
+    seen = claims(heldout.count, heldout.micro_batch, heldout.judgements).get(check.prompts, ALPHA)
+    alphas = seen, judgement_alpha(heldout.judgements + 1)
+    counts: list[int | None] = []
+    for verdict in check.verdicts:
+        if verdict.status == "open" and verdict.name not in OF_TIME and check.prompts:
+            limit, drops_N, bound = _open_drop(candidate, baseline, limits, verdict)
+            counts.append(prompts_to_decide(limit, drops_N, bound, alphas, heldout.micro_batch))
+    decided = [count for count in counts if count is not None]
+    return max(decided) if counts and len(decided) == len(counts) else None
+
+
+def _open_drop(
+    candidate: Candidate, baseline: Candidate, limits: Limits, verdict: Verdict
+) -> tuple[MetricLimit, np.ndarray, float]:
+    """The limit behind a verdict on quality, drops per prompt, and their bound; a floor is a drop from the top."""
+    values, metric = candidate.verification.values, verdict.name.partition(":")[2]
+    own = np.asarray(values[metric])
+    if verdict.name.startswith("floor:"):
+        declared = DECLARATIONS[metric]
+        top = 0.0 if declared.kind == "continuous" else declared.change
+        room = MetricLimit(
+            metric, 1.0, top - verdict.limit, declared.kind, declared.unit, declared.change, declared.higher_is_better
+        )
+        return room, top - own, top - verdict.bound
+    limit = next(m for m in limited(limits.metrics) if m.metric == metric)
+    full = np.asarray(baseline.verification.values[metric])[: own.size]
+    return limit, (full - own) * limit.sign, verdict.bound
+
+
+def prompts_advice(needed: int | None, heldout: Heldout) -> tuple[str, str | None]:
+    """What would decide an undecided quality, in words and as a value of --heldout."""
+    source = heldout.source
+    if needed is None:
+        none = f"no number of held-out prompts up to {MOST_PROMPTS:,} would do if the estimates hold: loosen the limit"
+        return none, None
+    there = heldout.available(needed)
+    if there < needed:
+        return (
+            f"about {needed} held-out prompts would do if the estimates hold, and {source.source:.200} leaves {there}: "
+            "add prompts and start anew, or loosen the limit"
+        ), None
+    # Those of geneval are ordered by how many there are of each task (tuner.config.prompts).
+    parts = heldout.count - sum(source.added), *source.added, needed - heldout.count
+    text = "+".join(map(str, parts)) if source.source == "geneval" else str(needed)
+    return f"raise --heldout (about {needed} prompts would do if the estimates hold) or loosen the limit", text
