@@ -10,6 +10,7 @@ import pytest
 from stagevar.errors import UsageError
 from tests.fakes import FULL_TOKENS, FakeEvaluator, study, tokens
 from tuner import cli
+from tuner.cli import tune
 from tuner.cli.plan import with_prompts
 from tuner.config.prompts import load_prompts
 from tuner.config.quality import quality_limits
@@ -249,7 +250,7 @@ def command(monkeypatch, tmp_path, capsys):
             evaluator = FakeEvaluator(prompts, **{**RESTLESS, **fake})
             return Study(checked.run_dir, checked.space, options, evaluator, prompts, None, progress, stop)
 
-        monkeypatch.setattr(cli, "build_study", build)
+        monkeypatch.setattr(tune, "build_study", build)
         code = cli.main([*words, "--quiet"])
         return code, capsys.readouterr().out.splitlines()
 
