@@ -25,8 +25,9 @@ from stagevar.models.registry import load_model
 from stagevar.sampler import Sampler
 from stagevar.schedule import StageSchedule, exact
 from tuner.report.words import name_of
+from tuner.results.candidate import Candidate, Interval
 from tuner.results.pareto import front
-from tuner.results.result import Candidate, Interval, StudyResult
+from tuner.results.result import StudyResult
 
 #: Method -> color (Okabe and Ito's, told apart by the color-blind; the last one is grey) and marker, in the order of
 #: the legend.

@@ -42,7 +42,7 @@ from tuner.evaluation.local import LocalExecutor
 from tuner.evaluation.step_costs import StepCosts
 from tuner.proposals.trial_sampler import Proposal
 from tuner.results import pareto
-from tuner.results.result import Candidate
+from tuner.results.candidate import Candidate
 from tuner.statistics.bounds import ratio_interval
 from tuner.statistics.pruning import clearly_worse, rungs, shrunk
 from tuner.study.ledger import Ledger

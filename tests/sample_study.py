@@ -16,17 +16,8 @@ from PIL import Image
 from stagevar.grids import INFINITY_GRIDS, square
 from stagevar.schedule import StageSchedule, exact, paper, released, skip_only
 from tuner.config.quality import MetricLimit
-from tuner.results.result import (
-    EXIT_CODES,
-    Candidate,
-    Failure,
-    Interval,
-    LatencyStats,
-    Sample,
-    StudyResult,
-    Verdict,
-    Verification,
-)
+from tuner.results.candidate import Candidate, Failure, Interval, LatencyStats, Sample, Verdict, Verification
+from tuner.results.result import EXIT_CODES, StudyResult
 
 NANO_GRIDS = square((1, 2, 3, 4, 6, 8))
 MAX_DROP = 0.02

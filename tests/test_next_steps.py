@@ -11,7 +11,8 @@ from tests.fakes import FULL_TOKENS, study, tokens
 from tuner.cli.command import VERBS, verb_parser
 from tuner.cli.tune import build_parser
 from tuner.report.next_steps import next_steps
-from tuner.results.result import EXIT_CODES, Interval
+from tuner.results.candidate import Interval
+from tuner.results.result import EXIT_CODES
 
 RUN = Path("outputs/my run")
 WORDS = shlex.split("stagevar-tune --model nano --budget=60% --max-drop 3% --out 'outputs/old place' --seed 2")

@@ -19,8 +19,9 @@ from tuner.config.quality import MetricLimit
 from tuner.report.charts import place_labels, ticks
 from tuner.report.page import MAX_BYTES, render, write_report
 from tuner.report.words import describe, signed
+from tuner.results.candidate import Failure, Sample
 from tuner.results.importance import importance
-from tuner.results.result import Failure, Sample, StudyResult
+from tuner.results.result import StudyResult
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -12,7 +12,8 @@ from tests.fakes import SPACE
 from tuner.cli import main
 from tuner.cli.plan import plan
 from tuner.cli.tune import Interrupts
-from tuner.results.result import Interval, StudyResult
+from tuner.results.candidate import Interval
+from tuner.results.result import StudyResult
 from tuner.study.verification import latency_stats
 from tuner.study.verify_profile import Recheck, regression_verdict
 

@@ -11,7 +11,8 @@ from stagevar.profile import Profile
 from tests.fakes import FULL_TOKENS, SPACE, FakeEvaluator, study, tokens
 from tuner.report.export import export
 from tuner.report.page import write_report
-from tuner.results.result import StudyResult, build, to_plain
+from tuner.results.codec import build, to_plain
+from tuner.results.result import StudyResult
 from tuner.statistics.bounds import ratio_interval
 from tuner.study.verdict import LEAST_GAIN
 

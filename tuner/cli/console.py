@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from tuner.config.quality import limited
 
 if TYPE_CHECKING:
-    from tuner.results.result import Candidate, StudyResult
+    from tuner.results.candidate import Candidate
+    from tuner.results.result import StudyResult
 
 
 def write_derived(result: StudyResult, run_dir: Path) -> list[Path]:
@@ -28,7 +29,7 @@ def announce(result: StudyResult, run_dir: Path, written: Sequence[Path], args: 
     """Prints the verdict: one line each for speed, quality, time and files, then what it means and what to do next."""
     from tuner.report.next_steps import next_steps
     from tuner.report.words import describe
-    from tuner.results.result import to_plain
+    from tuner.results.codec import to_plain
 
     pick, following = result.pick, next_steps(result, run_dir, shlex.split(result.command))
     if args.json:

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     args.model = args.model or profile.model.name
     if args.budget is None:
         raise UsageError(f"profile {args.profile} does not say how it was made; give --budget")
-    from tuner.results.result import to_plain
+    from tuner.results.codec import to_plain
     from tuner.study.progress import Progress
     from tuner.study.verify_profile import recheck
 

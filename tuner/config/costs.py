@@ -31,6 +31,13 @@ def images_at_most(trials: int, search: int, heldout: int) -> int:
     return (1 + trials) * search + (1 + 2 * FINALISTS_PER_KIND) * heldout
 
 
+def drawing_line(trials: int, search: int, heldout: int, full_ms: float) -> str:
+    """What drawing takes at most, from the first timing; batches and shared scales make it less."""
+    images = images_at_most(trials, search, heldout)
+    hours = images * full_ms / 3.6e6
+    return f"at most {images:,} images of {full_ms:,.0f} ms: {hours:.1f} hours of drawing, metrics not counted"
+
+
 def downloads_of(model: str, quality: Mapping[str, Any], options: dict[str, Any]) -> list[Download]:
     """Files of a model and of a space's metrics. options: as for `registry.load_model`. Imports torch, loads nothing."""
     from stagevar.models.registry import resolve

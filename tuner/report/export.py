@@ -19,7 +19,8 @@ from stagevar.profile import Envelope, Profile, card_section, plain
 from stagevar.schedule import StageSchedule
 from tuner.config.quality import MetricLimit, limited
 from tuner.report.words import PICK_ORDER, describe, latency_of, name_of
-from tuner.results.result import Candidate, Interval, LatencyStats, StudyResult, Verdict
+from tuner.results.candidate import Candidate, Interval, LatencyStats, Verdict
+from tuner.results.result import StudyResult
 
 PROFILE_FILE, PARETO_FILE, TRIALS_FILE = "profile.yaml", "pareto.yaml", "trials.csv"
 PARETO_SCHEMA = "stagevar-pareto/1"

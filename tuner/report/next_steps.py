@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tuner.config.quality import COMPOSITE, MetricLimit, limited
-from tuner.results.result import Candidate, StudyResult, Verdict
+from tuner.results.candidate import Candidate, Verdict
+from tuner.results.result import StudyResult
 
 #: What one more attempt at a budget leaves for timings to scatter.
 _ROOM = 1.03

@@ -41,7 +41,8 @@ from tuner.report.words import (
     signed,
     speedup,
 )
-from tuner.results.result import LatencyStats, StudyResult, Verdict
+from tuner.results.candidate import LatencyStats, Verdict
+from tuner.results.result import StudyResult
 
 REPORT_FILE = "report.html"
 MAX_BYTES = 5_000_000

@@ -38,8 +38,9 @@ from tuner.report.words import (
     speedup,
 )
 from tuner.results import published
+from tuner.results.candidate import Candidate, LatencyStats, Sample, Verdict
 from tuner.results.importance import LEAST, Importance, importance
-from tuner.results.result import Candidate, LatencyStats, Sample, StudyResult, Verdict
+from tuner.results.result import StudyResult
 
 DIFFERENCE_GAIN = 4
 WIDE, NARROW = 960, 358

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tuner.config.quality import limited
-from tuner.results.result import Candidate, Interval, LatencyStats, StudyResult
+from tuner.results.candidate import Candidate, Interval, LatencyStats
+from tuner.results.result import StudyResult
 
 PICK_ORDER = ("pick", "fastest", "balanced", "best_quality", "no_skip")
 

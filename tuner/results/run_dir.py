@@ -14,12 +14,15 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stagevar.errors import UsageError
 from stagevar.folders import visible
+
+if TYPE_CHECKING:
+    import numpy as np
 
 JOURNAL_FILE = "journal.log"
 EVIDENCE_FILE = "trials.jsonl"
@@ -151,3 +154,16 @@ def discard(run_dir: Path) -> None:
     for pattern in RUN_FILES:
         for path in run_dir.glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def write_pictures(run_dir: Path, key: str, images: Iterable[np.ndarray]) -> list[str]:
+    """Writes images (height, width, 3) uint8 of a schedule as PNG files; returns their paths relative to the run."""
+    from PIL import Image
+
+    folder = run_dir / "images" / key
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for index, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{index}.png")
+        paths.append(f"images/{key}/{index}.png")
+    return paths

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import special
 
-from tuner.results.result import Interval
+from tuner.results.candidate import Interval
 
 RESAMPLES = 2000
 #: Resampled medians that must lie beyond a bound for it to be read off them.

@@ -21,7 +21,8 @@ from tuner.evaluation.evaluator import Facts
 from tuner.evaluation.step_costs import Prediction
 from tuner.proposals.trial_sampler import Proposal, Told
 from tuner.results import pareto
-from tuner.results.result import Candidate, Failure, Interval, LatencyStats, Verdict, record_of
+from tuner.results.candidate import Candidate, Failure, Interval, LatencyStats, Verdict
+from tuner.results.codec import record_of
 from tuner.results.run_dir import EvidenceLog
 from tuner.statistics.pruning import shrunk
 from tuner.study.verdict import Limits, keeps_quality

@@ -27,7 +27,8 @@ from tuner.evaluation.executor import Executor, Failed, NotMeasured, QualityTask
 from tuner.evaluation.step_costs import TOLERANCE, StepCosts
 from tuner.proposals.sampler_process import ProposerProcess
 from tuner.proposals.trial_sampler import STARTUP_TRIALS, Proposal, Proposer, Told
-from tuner.results.result import Candidate, LatencyStats, build
+from tuner.results.candidate import Candidate, LatencyStats
+from tuner.results.codec import build
 from tuner.statistics.pruning import clearly_worse, promoted, rungs
 from tuner.study.ledger import Ledger
 from tuner.study.options import ROUND, Savings

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stagevar.errors import InfrastructureError, OutOfDeviceMemory, first_line
-from tuner.config.costs import FINALISTS_PER_KIND, images_at_most
+from tuner.config.costs import FINALISTS_PER_KIND, drawing_line
 from tuner.config.prompts import PromptSet, set_sizes
 from tuner.config.quality import quality_limits
 from tuner.config.space import SearchSpace
@@ -23,15 +23,10 @@ from tuner.evaluation.evaluator import Evaluator
 from tuner.evaluation.executor import Executor, Failed, NotMeasured, QualityTask
 from tuner.evaluation.local import LocalExecutor
 from tuner.proposals.trial_sampler import Proposal
-from tuner.results.result import (
-    EXIT_CODES,
-    Candidate,
-    Failure,
-    Sample,
-    StudyResult,
-    Verification,
-    build,
-)
+from tuner.results.candidate import Candidate, Failure, Sample, Verification
+from tuner.results.codec import build
+from tuner.results.result import EXIT_CODES, StudyResult
+from tuner.results.run_dir import write_pictures
 from tuner.study.identity import Identity, RunConfig, identity_of
 from tuner.study.ledger import Ledger
 from tuner.study.options import Options
@@ -138,7 +133,8 @@ class Study:
                 self.progress.say(f"timings may be wrong, also when taken again: {why}")
             ledger.baseline = dataclasses.replace(blank, latency=latency)
             if self.quality:
-                self.progress.say(self._expected(latency.median_ms))
+                sizes = len(search), len(self.prompts["heldout"])
+                self.progress.say(drawing_line(self.options.trials, *sizes, latency.median_ms))
         except InfrastructureError:
             raise
         except Exception as error:
@@ -151,13 +147,6 @@ class Study:
                 return
             ledger.baseline = dataclasses.replace(ledger.baseline, values=values)
         ledger.record("baseline", ledger.baseline)
-
-    def _expected(self, full_ms: float) -> str:
-        """What drawing takes at most, from the first timing; batches and shared scales make it less."""
-        sizes = (len(self.prompts[split]) for split in ("search", "heldout"))
-        images = images_at_most(self.options.trials, *sizes)
-        hours = images * full_ms / 3.6e6
-        return f"at most {images:,} images of {full_ms:,.0f} ms: {hours:.1f} hours of drawing, metrics not counted"
 
     def _full_values(self) -> tuple[dict[str, tuple[float, ...]], str | None]:
         """The full schedule's value per metric over the whole search set, in prompt order; or its first error."""
@@ -309,18 +298,13 @@ class Study:
         if not self.quality or self.stop():
             return []
         self.progress.phase("images")
-        from PIL import Image
-
         search = self.prompts["search"]
         count = min(self.options.samples, len(search.batch(0)[0]))
-        texts, samples = search.texts, []
+        samples = []
         for key in dict.fromkeys([self.ledger.full_key, *keys]):
             images = self.evaluator.images(self.ledger.steps[key], "search", 0)[:count]
-            folder = self.run_dir / "images" / key
-            folder.mkdir(parents=True, exist_ok=True)
-            for i, image in enumerate(images):
-                Image.fromarray(image).save(folder / f"{i}.png")
-                samples.append(Sample(texts[i], search.seeds[i], key, f"images/{key}/{i}.png"))
+            paths = write_pictures(self.run_dir, key, images)
+            samples += [Sample(search.texts[i], search.seeds[i], key, path) for i, path in enumerate(paths)]
         return samples
 
     def _time_scales(self, keys: Sequence[str]) -> None:

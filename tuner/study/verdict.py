@@ -18,7 +18,7 @@ from tuner.config.quality import MetricLimit, limited
 from tuner.config.space import PromptSource
 from tuner.metrics.declarations import DECLARATIONS
 from tuner.results import pareto
-from tuner.results.result import OF_TIME, Candidate, Verdict
+from tuner.results.candidate import OF_TIME, Candidate, Verdict
 from tuner.statistics.bounds import ALPHA, indistinguishable
 from tuner.statistics.looks import claims, judgement_alpha
 from tuner.statistics.provable import MOST_PROMPTS, prompts_to_decide
@@ -71,7 +71,7 @@ class Heldout:
 class Conclusion:
     """How a study ends.
 
-    verdict: a key of tuner.results.result.EXIT_CODES. reason: one line. picks: key by name. smallest_budget_ms: the least
+    verdict: a key of results.result.EXIT_CODES. reason: one line. picks: key by name. smallest_budget_ms: the least
     budget that some schedule meets with its quality kept, when infeasible. nearest: keys, nearest to the limits first.
     settle_heldout: what --heldout has to be for one more judgement to decide; None where prompts are not what is missing.
     """

@@ -22,7 +22,7 @@ from tuner.config.quality import MetricLimit, limited
 from tuner.evaluation.evaluator import Evaluator
 from tuner.evaluation.executor import Executor, Failed, NotMeasured, QualityTask
 from tuner.metrics.declarations import DECLARATIONS
-from tuner.results.result import Interval, LatencyStats, Verdict, Verification
+from tuner.results.candidate import Interval, LatencyStats, Verdict, Verification
 from tuner.statistics.bounds import (
     ALPHA,
     continuous_drop_bounds,

@@ -12,7 +12,7 @@ from stagevar.profile import Profile, present_envelope
 from tuner.config.limits import Budget
 from tuner.config.quality import COMPOSITE, MetricLimit, composite_options
 from tuner.config.space import SearchSpace
-from tuner.results.result import Verdict, Verification
+from tuner.results.candidate import Verdict, Verification
 from tuner.study.verdict import Limits, decide
 from tuner.study.verification import BASELINE, Verifier
 

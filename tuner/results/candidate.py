@@ -1,0 +1,193 @@
+"""One schedule of a study and what was measured of it, as plain data.
+
+Every difference is candidate minus full schedule on the same prompts and seeds, signed so that positive is better for the
+candidate, whatever the metric's direction; a *drop* is minus that.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from stagevar.card_state import CardState
+
+#: Verdicts that rest on timings alone.
+OF_TIME = ("latency", "gain")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its bootstrap interval. level: two-sided coverage. n: prompts (or samples) behind it."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    level: float = 0.95
+
+    @property
+    def signed_text(self) -> str:
+        """ "-0.004 [-0.012, +0.004]"."""
+        return f"{self.mean:+.3g} [{self.low:+.3g}, {self.high:+.3g}]"
+
+    @property
+    def inverse(self) -> Interval:
+        """Of 1 / x for an x of at least 0, whose inverse is infinite at 0."""
+        return Interval(_inverse(self.mean), _inverse(self.high), _inverse(self.low), self.n, self.level)
+
+
+def _inverse(value: float) -> float:
+    return 1 / value if value > 0 else math.inf
+
+
+@dataclass(frozen=True)
+class LatencyStats:
+    """Latency of one schedule.
+
+    samples_ms: every timed run in order, raw. median_ms, p90_ms: of these. low_ms, high_ms: two-sided 95 % bootstrap bounds
+    of the median. ratio: latency over the full schedule's, from runs interleaved with it; None for the full schedule.
+    drift_corrected_ms: ratio x the full schedule's median, the figure that the search ranks on (equals median_ms for the
+    full schedule). warmup_runs: discarded runs before it settled; settled: three runs in a row agreed within 2 %.
+    scale_ms: median of each scale's share, one per scale (0 where skipped), empty where scales were not timed.
+    disturbed: why the samples may be wrong (throttling, other processes on the card), in words. card: what the card did
+    before and after them, empty where it is not known.
+    predicted: not timed but read off the table of step costs (tuner/evaluation/step_costs.py): no samples, no p90_ms, and the
+    interval of the ratio is the table's error.
+    """
+
+    samples_ms: tuple[float, ...]
+    median_ms: float
+    p90_ms: float | None
+    low_ms: float
+    high_ms: float
+    drift_corrected_ms: float
+    ratio: Interval | None = None
+    warmup_runs: int = 0
+    settled: bool = True
+    scale_ms: tuple[float, ...] = ()
+    predicted: bool = False
+    disturbed: tuple[str, ...] = ()
+    card: tuple[CardState, ...] = ()
+
+    @property
+    def speedup(self) -> Interval | None:
+        """How many times faster than the full schedule; None for the full schedule itself."""
+        return None if self.ratio is None else self.ratio.inverse
+
+    @property
+    def speedup_text(self) -> str:
+        """ "1.72x [1.70, 1.74]", or "1.00x" for the full schedule."""
+        gain = self.speedup
+        return "1.00x" if gain is None else f"{gain.mean:.2f}x [{gain.low:.2f}, {gain.high:.2f}]"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One constraint against the data.
+
+    name: "latency", "gain", "drop:<metric>" or "floor:<metric>". limit: what it had to keep, in `unit`.
+    value: the point estimate. bound: the confidence bound that decides. status: "met", "broken" or "open" (the interval
+    straddles the limit); in the search, where nothing is proved, only the point estimate decides.
+    """
+
+    name: str
+    limit: float
+    unit: str
+    value: float
+    bound: float
+    status: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """A finalist (or the full schedule) re-measured: held-out prompts, round-robin latency.
+
+    prompts: number of held-out prompts used, the first so many of StudyResult.heldout_prompts. values: raw value per
+    metric and held-out prompt. differences: paired difference per metric. drop_upper: one-sided 95 % upper bound of the
+    primary metric's drop. latency: round-robin samples. latency_upper_ms: one-sided 95 % upper bound. verdicts: per
+    constraint. status: "verified", "broken" or "open" ("baseline" for the full schedule itself).
+    """
+
+    prompts: int
+    values: dict[str, tuple[float, ...]]
+    differences: dict[str, Interval]
+    drop_upper: float | None
+    latency: LatencyStats
+    latency_upper_ms: float
+    verdicts: tuple[Verdict, ...]
+    status: str
+
+    @property
+    def times_open(self) -> bool:
+        """Whether the timings did not decide; more prompts would not help then."""
+        return any(v.status == "open" for v in self.verdicts if v.name in OF_TIME)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One distinct schedule.
+
+    key: short hash of the expansion; equal keys are equal schedules. params: search-space values that gave it (empty for
+    an enqueued preset outside the space). schedule: StageSchedule.to_dict(). steps: one mapping per scale
+    (`stagevar.profile` spelling). accelerator: its name. source: "enqueued: <preset>" or "sampler". trial: first trial
+    number. state: "complete", "failed" or "not measured" (too little memory, tried again on resume). latency: search
+    measurement. values: raw value per metric (and "quality", the composite) and search prompt. differences: paired, per
+    metric. verdicts: per constraint, point estimates. feasible: all verdicts met. skipped_scales: count.
+    processed_tokens: token rows through the trunk, both branches. verification: None when it was not a finalist. error: one
+    line when not complete. stopped_early: why it was judged on the first few search prompts only (statistics/pruning.py), None
+    where all were used.
+    """
+
+    key: str
+    params: dict[str, Any]
+    schedule: dict[str, Any]
+    steps: tuple[dict[str, Any], ...]
+    accelerator: str
+    source: str
+    trial: int | None
+    state: str
+    skipped_scales: int
+    processed_tokens: float
+    latency: LatencyStats | None = None
+    values: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    differences: dict[str, Interval] = field(default_factory=dict)
+    verdicts: tuple[Verdict, ...] = ()
+    feasible: bool = False
+    verification: Verification | None = None
+    error: str | None = None
+    stopped_early: str | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether it was judged on all search prompts."""
+        return self.state == "complete" and self.stopped_early is None
+
+    @property
+    def final_latency(self) -> LatencyStats | None:
+        """The round-robin measurement where there is one, else the search's."""
+        return self.verification.latency if self.verification else self.latency
+
+    @property
+    def final_differences(self) -> dict[str, Interval]:
+        """Held-out differences where there are any, else those on the search prompts."""
+        return self.verification.differences if self.verification and self.verification.values else self.differences
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image on disk: the prompt, its seed, the candidate's key and the PNG's path relative to the run directory."""
+
+    prompt: str
+    seed: int
+    key: str
+    path: str
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A trial that raised or was not measured: number, parameters and the error's first line."""
+
+    trial: int
+    params: dict[str, Any]
+    error: str
