@@ -7,7 +7,6 @@ import os
 
 import pytest
 import yaml
-from tuner.report.sections.run import _engine_facts
 
 from stagevar.card_state import CardState
 from stagevar.errors import UsageError
@@ -16,6 +15,7 @@ from stagevar.profile_sections import CardSection, QualitySection
 from tests.sample_study import KINDS, make
 from tuner.report.export import export, profile_of
 from tuner.report.page import _timing_line
+from tuner.report.sections.run import _engine_facts
 from tuner.study.verification import latency_stats
 
 

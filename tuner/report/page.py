@@ -15,18 +15,15 @@ from pathlib import Path
 from stagevar.errors import UsageError
 from stagevar.files import write_text_atomically
 from tuner.config.quality import COMPOSITE, limited
-from tuner.report.sections import (
-    failures_section,
-    history_section,
-    images_section,
-    importances_section,
-    published_section,
-    run_section,
-    scales_section,
-    schedules_section,
-    table_section,
-    tradeoff_section,
-)
+from tuner.report.sections.history import history_section
+from tuner.report.sections.images import images_section
+from tuner.report.sections.importances import importances_section
+from tuner.report.sections.published import published_section
+from tuner.report.sections.run import failures_section, run_section
+from tuner.report.sections.scales import scales_section
+from tuner.report.sections.schedules import schedules_section
+from tuner.report.sections.table import table_section
+from tuner.report.sections.tradeoff import tradeoff_section
 from tuner.report.words import (
     budget_text,
     find,

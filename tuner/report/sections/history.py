@@ -1,0 +1,83 @@
+"""How the search went, and what it saved."""
+
+from __future__ import annotations
+
+import math
+from html import escape
+
+import numpy as np
+
+from tuner.report.charts import Point, Rule, scatter
+from tuner.report.sections.marks import both_widths, mark_of, title_of
+from tuner.report.words import (
+    latency_of,
+    measured,
+    shown_ms,
+)
+from tuner.results.result import StudyResult
+
+
+def history_section(result: StudyResult) -> str:
+    done = [c for c in measured(result) if c.trial is not None]
+    if not done or latency_of(result, result.baseline) is None:
+        return ""
+    done.sort(key=lambda c: c.trial if c.trial is not None else 0)
+    told = f"{result.trials} trials, {result.sampled} distinct schedules beyond the enqueued ones"
+    stop = f"{told}. Ended: {escape(result.stop_reason)}.{_savings(result)}"
+    if len(done) < 2:
+        return f'<p class="note">{stop} One measured trial makes no history to draw.</p>'
+    points, staircase, best = [], [], math.inf
+    for candidate in done:
+        latency = candidate.latency or latency_of(result, candidate)
+        assert latency is not None and candidate.trial is not None
+        kind, shape = mark_of(result, candidate)
+        value = latency.drift_corrected_ms
+        points.append(Point(candidate.trial, value, kind, shape, title=title_of(result, candidate)))
+        if candidate.feasible and value < best:
+            best = value
+            staircase.append((float(candidate.trial), value))
+    last = max(p.x for p in points)
+    if staircase:
+        staircase.append((last, best))
+    full_ms = shown_ms(result, result.baseline)
+    values = [p.y for p in points] + [result.budget_ms, full_ms]
+    pad = 0.06 * (max(values) - min(values) or 1)
+    failed = [f"trial {f.trial}: {f.error}" for f in result.failures]
+    chart = both_widths(
+        lambda width: scatter(
+            width,
+            points,
+            label="Latency of each trial in the order they were tried",
+            x_title="trial",
+            y_title="latency, ms",
+            x_range=(-0.5, last + 0.5),
+            y_range=(max(0.0, min(values) - pad), max(values) + pad),
+            y_rule=Rule(result.budget_ms, "budget", "above"),
+            step_path=staircase,
+            gutter=(f"{len(failed)} failed", failed) if failed else None,
+            height=300,
+        ),
+        f"{stop} The line is the fastest schedule within both limits so far."
+        if staircase
+        else f"{stop} No trial kept both limits.",
+    )
+    return chart
+
+
+def _savings(result: StudyResult) -> str:
+    """What the search did not do, in sentences."""
+    facts, found = result.search, []
+    if facts.get("stopped_early"):
+        found.append(f"{facts['stopped_early']} were stopped after a part of the search prompts, being clearly worse.")
+    if facts.get("dropped"):
+        found.append(f"{facts['dropped']} further proposals were predicted to be over the budget and not tried.")
+    if facts.get("predicted"):
+        line = f"Latency of {facts['predicted']} was predicted from the costs of their steps"
+        if facts.get("table_error") is not None:  # a study that went on only to verify timed no steps again
+            line += (
+                f", with an error of {100 * facts['table_error']:.1f} % over {facts['table_checks']} that were timed"
+            )
+        found.append(f"{line}.")
+    if facts.get("ask_seconds"):
+        found.append(f"An ask took {np.median(facts['ask_seconds']):.2f} s in the median.")
+    return " " + " ".join(found) if found else ""

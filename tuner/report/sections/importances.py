@@ -1,0 +1,65 @@
+"""Which parameters decide latency and quality."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tuner.report.charts import bars
+from tuner.report.sections.marks import both_widths
+from tuner.report.words import (
+    has_quality,
+    measured,
+)
+from tuner.results.candidate import Candidate
+from tuner.results.importance import LEAST, Importance, importance
+from tuner.results.result import StudyResult
+
+
+def importances_section(result: StudyResult) -> str:
+    done = [c for c in measured(result) if c.params]
+    if not done:
+        return ""
+    if len(done) < LEAST:
+        return (
+            f'<p class="note">Only {len(done)} measured trial{"s" if len(done) != 1 else ""} carry search parameters; '
+            f"importance is not estimated below {LEAST}.</p>"
+        )
+    names = sorted({name for c in done for name in c.params})
+    outcomes: list[tuple[str, Callable[[Candidate], float | None]]] = [
+        (
+            "latency",
+            lambda c: c.latency.drift_corrected_ms if c.latency else None,
+        )
+    ]
+    if has_quality(result):
+        outcomes.append(("quality", lambda c: c.differences["quality"].mean if "quality" in c.differences else None))
+    charts = []
+    for outcome, read in outcomes:
+        found: list[Importance] = []
+        for name in names:
+            pairs = [(c.params[name], value) for c in done if name in c.params and (value := read(c)) is not None]
+            if len(pairs) >= LEAST:
+                found.append(importance(name, [p for p, _ in pairs], [v for _, v in pairs]))
+        found.sort(key=lambda i: -i.share)
+        rows = [
+            (
+                i.parameter,
+                i.share,
+                "bar feasible" if i.p < 0.05 else "bar faint",
+                f"{i.share:.0%}  p {i.p:.3f}, n {i.n}",
+            )
+            for i in found
+        ]
+        if rows:
+            drawn = both_widths(
+                lambda width, rows=rows, outcome=outcome: bars(width, rows, label=f"Importance for {outcome}", span=1.0)
+            )
+            charts.append(f"<h3>For {outcome}</h3>{drawn}")
+    if not charts:
+        return ""
+    return (
+        "".join(charts)
+        + '<p class="note">Share of the rank variance of the outcome that one parameter explains by itself, above what '
+        "random grouping gives; pale bars are within chance (p ≥ 0.05). Interactions are not seen, and a search that "
+        "settles on one value early leaves little to see.</p>"
+    )
