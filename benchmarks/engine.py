@@ -34,7 +34,7 @@ from benchmarks.growing_cache import GrowingSampler
 from benchmarks.relaunch import RelaunchRecorder
 from stagevar import attention
 from stagevar.device_faults import free_unused
-from stagevar.engine import ENGINES, GraphEngine, build_engine
+from stagevar.engine import ENGINES, GraphEngine, build_engine, decoder_kernels, kernels
 from stagevar.errors import StagevarError, UsageError
 from stagevar.latency import Run, Timing, measure, paired_ratio, pinned, time_once
 from stagevar.models.base import LoadedModel
@@ -181,6 +181,13 @@ def decoders(model: LoadedModel, code_sum_BdHW: Tensor) -> dict[str, Run]:
                 variant = model.tokenizer.decoding_as(dtype, channels_last)
                 name = f"decoder {str(dtype).removeprefix('torch.')} {layout}"
                 runs[name] = lambda variant=variant: variant.decode(code_sum_BdHW)
+    if (
+        code_sum_BdHW.device.type == "cuda"
+        and kernels.available() is None
+        and hasattr(model.tokenizer, "decoding_with")
+    ):
+        with_kernels = model.tokenizer.decoding_with(decoder_kernels.swished_norm())
+        runs["decoder graph-kernels"] = lambda: with_kernels.decode(code_sum_BdHW)
     return {name: torch.inference_mode()(run) for name, run in runs.items()}
 
 

@@ -160,6 +160,9 @@ class Sampler:
 
             self._draws, plain = fused.draws(), fused.compiled(transformer, self.engine.chained)
             self._draws = self.engine.draws or self._draws
+        self._tokenizer = model.tokenizer
+        if self.engine.swished is not None and hasattr(model.tokenizer, "decoding_with"):
+            self._tokenizer = model.tokenizer.decoding_with(self.engine.swished)
         self._transformers: dict[str, NextScaleModel] = {"model": plain}
         self._current: Generation | None = None
 
@@ -407,7 +410,7 @@ class Sampler:
         """
         if not generation.live:
             raise ValueError(_ENDED)
-        return to_uint8(self.engine.decode(generation.code_sum_BdHW, self.model.tokenizer.decode))
+        return to_uint8(self.engine.decode(generation.code_sum_BdHW, self._tokenizer.decode))
 
     def generate(self, prompts: Sequence[str], seeds: Sequence[int], steps: Steps, **options: Any) -> np.ndarray:
         """All scales of one schedule, then decode: uint8 (B, H, W, 3). Options as for `begin`.
@@ -426,7 +429,7 @@ class Sampler:
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
         with torch.inference_mode():
-            return to_uint8(self.model.tokenizer.decode(code_sum_BdHW))
+            return to_uint8(self._tokenizer.decode(code_sum_BdHW))
 
     def finish(self, generation: Generation, steps: Steps) -> np.ndarray:
         """Runs what is left of a schedule, its decision included, then decodes: uint8 (B, H, W, 3), RGB.

@@ -9,8 +9,8 @@ import json
 import torch
 
 from stagevar import noise
-from stagevar.engine import kernels
-from tests.kernel_cases import CASES, LEAST, MODELS, OFFSET, Numbers
+from stagevar.engine import decoder_kernels, kernels
+from tests.kernel_cases import CASES, DECODER_CASES, LEAST, MODELS, OFFSET, Numbers
 
 #: Words of a draw at both ends of their range.
 DRAW = (2**32 - 1, 1)
@@ -85,5 +85,20 @@ def draws():
             yield f"draws torch.float32 {count} {normal}", [_ulps(ours, twin)]
 
 
+def swished_norm():
+    """Maps of the decoder's channels whose pixels fill more than one part, the last one not wholly; means are large."""
+    for channels, dtype, batch, side in DECODER_CASES:
+        make = Numbers()
+        norm = torch.nn.GroupNorm(32, channels, eps=1e-6).requires_grad_(False).to(dtype)
+        norm.weight.copy_(make(channels)), norm.bias.copy_(make(channels))
+        x_BCHW = (make(batch, channels, side, side + 3) + 10 * make(batch, channels, 1, 1)).to(dtype)
+        x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
+        ours = decoder_kernels.swished_norm_launch(decoder_kernels.KERNELS, x_BCHW, norm)
+        assert ours.stride() == x_BCHW.stride()
+        pixels = decoder_kernels.rows_at_once(channels) * decoder_kernels._TILES
+        assert side * (side + 3) > pixels and side * (side + 3) % pixels
+        yield f"swished_norm {dtype} {channels}", [_ulps(ours, decoder_kernels.swished_norm_twin(x_BCHW, norm))]
+
+
 if __name__ == "__main__":
-    print(json.dumps(dict(itertools.chain(gated_norm(), heads_into_cache(), draws()))))
+    print(json.dumps(dict(itertools.chain(gated_norm(), heads_into_cache(), draws(), swished_norm()))))

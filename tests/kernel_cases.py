@@ -10,6 +10,13 @@ CASES = (
     ("infinity-2b", torch.bfloat16),
     ("infinity-8b", torch.bfloat16),
 )
+#: Channels of the decoder of Infinity-2B and 8B, precision, batch and side of a map.
+DECODER_CASES = (
+    (128, torch.float32, 2, 60),
+    (128, torch.bfloat16, 1, 60),
+    (256, torch.bfloat16, 2, 40),
+    (512, torch.float16, 1, 40),
+)
 #: Differences are counted in the rounding of the value, below this in that of this. Results in float32 carry the rounding
 #: of terms around 1 that may cancel; those of 16 bits hide it.
 LEAST = {torch.float32: 1.0, torch.float16: 2**-6, torch.bfloat16: 2**-6}

@@ -7,10 +7,12 @@ import torch
 
 from stagevar.cache import KVCache
 from stagevar.choices import check_engine
-from stagevar.engine import build_engine, kernels
+from stagevar.engine import build_engine, decoder_kernels, kernels
 from stagevar.errors import UsageError
 from stagevar.models import fused
 from stagevar.models.infinity import Chained, Pieces, cosine_heads, modulated_norm
+from stagevar.models.registry import load_model
+from stagevar.sampler import Sampler
 from stagevar.schedule import fastvar, preset
 from tests.model_contract import Recorder, largest_difference
 from tests.test_engine import SCHEDULES
@@ -112,3 +114,19 @@ def test_the_engine_of_kernels_is_refused_where_they_cannot_run(monkeypatch):
     monkeypatch.setattr(kernels, "draws", lambda: "draws")
     engine = build_engine("graph-kernels", torch.device("cuda", 0))
     assert (engine.name, engine.compiled, engine.chained, engine.draws) == ("graph-kernels", True, "chained", "draws")
+    assert engine.swished.func is decoder_kernels.swished_norm_launch
+
+
+def test_the_engines_norm_decodes_the_images(model):
+    """A sampler decodes by what its engine puts in place of the decoder's norms, where its tokenizer has some."""
+    from stagevar.engine import EagerEngine
+
+    model = load_model("infinity-tiny", weights="random", device="cpu")
+    steps = preset("exact", model.grids).expand(model.grids, len(model.transformer.chunk_layers))
+    engine, calls = EagerEngine(), []
+    engine.swished = lambda x, norm: calls.append(1) or decoder_kernels.swished_norm_twin(x, norm)
+    ours = Sampler(model, engine=engine).generate(PROMPTS[:1], SEEDS[:1], steps)
+    plain = Sampler(model).generate(PROMPTS[:1], SEEDS[:1], steps)
+    assert calls and abs(ours.astype(float) - plain).max() <= 1
+    engine.swished = calls.append
+    assert Sampler(tiny_infinity(), engine=engine)._tokenizer is not None

@@ -13,7 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stagevar.engine import kernels
+from stagevar.engine import decoder_kernels, kernels
+from stagevar.models.bsqvae import BSQVAE
 from stagevar.models.infinity import cosine_heads, modulated_norm, turns
 from tests.kernel_cases import MODELS, Numbers
 
@@ -33,7 +34,9 @@ def interpreted():
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize(("kernel", "count"), [("gated_norm", 12), ("heads_into_cache", 12), ("draws", 6)])
+@pytest.mark.parametrize(
+    ("kernel", "count"), [("gated_norm", 12), ("heads_into_cache", 12), ("draws", 6), ("swished", 4)]
+)
 def test_kernels_equal_their_twins(interpreted, kernel, count):
     cases = {name: ulps for name, ulps in interpreted.items() if name.startswith(kernel)}
     assert len(cases) == count
@@ -148,6 +151,46 @@ def test_draws_compile_for_cards(normal, capability, monkeypatch):
     constants = {"NORMAL": normal, "WORDS": True, "BLOCK": kernels.DRAWS_AT_ONCE}
     built = compiled(kernels.draws_kernel, types, constants, 4, capability, monkeypatch)
     assert built.asm["cubin"] and "mul.hi.u32" in built.asm["ptx"]
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90])
+@pytest.mark.parametrize("channels", [128, 512])
+def test_norms_of_the_decoder_compile_for_cards_with_wide_loads(channels, capability, monkeypatch):
+    rows, size = decoder_kernels.rows_at_once(channels), channels // 32
+    types = dict.fromkeys(("x_ptr", "out_ptr", "weight_ptr", "bias_ptr"), "*bf16")
+    types |= dict.fromkeys(("means_ptr", "squares_ptr", "factors_ptr"), "*fp32")
+    types |= dict.fromkeys(("pixels", "parts"), "i32")
+    tile = {"C": channels, "BLOCK_C": channels, "ROWS": rows}
+    statistics, totals, swish = decoder_kernels.KERNELS
+    built = compiled(statistics, types, {**tile, "TILES": 64}, 4, capability, monkeypatch)
+    assert built.asm["cubin"] and {access for access in accesses(built) if access[0] == "ld"} == {("ld", 128)}
+    built = compiled(swish, types, tile, 4, capability, monkeypatch)
+    # Only the factors, a number per channel, are narrower: there are as few as threads.
+    widths = accesses(built)
+    assert built.asm["cubin"] and set(widths) <= {("ld", 128), ("ld", 32), ("st", 128)} and widths["ld", 128] >= 4
+    assert widths.get(("ld", 32), 0) <= 2
+    group = {"C": channels, "SIZE": size, "BLOCK": size, "PARTS": 64, "PER_PART": rows * 64, "EPS": 1e-6}
+    assert compiled(totals, types, group, 4, capability, monkeypatch).asm["cubin"]
+
+
+def test_a_decoder_takes_the_norm_that_it_is_given():
+    """The twin in place of the plain norm: the same image up to rounding, every tensor shared, the encoder as it was."""
+    torch.manual_seed(0)
+    plain = BSQVAE(16, ((1, 1), (2, 2)), base_ch=32).eval()
+    calls = []
+
+    def counted(x_BCHW, norm):
+        calls.append(norm)
+        assert x_BCHW.is_contiguous(memory_format=torch.channels_last), "a map whose pixels are adjacent is copied"
+        return decoder_kernels.swished_norm_twin(x_BCHW, norm)
+
+    ours = plain.decoding_with(counted)
+    codes = torch.randn(2, 16, 2, 2)
+    with torch.inference_mode():
+        assert torch.allclose(ours.decode(codes), plain.decode(codes), atol=1e-4)
+    norms = [module for module in plain.decoder.modules() if isinstance(module, torch.nn.GroupNorm)]
+    assert len(calls) == len(norms) and {id(one.weight) for one in calls} == {id(norm.weight) for norm in norms}
+    assert {id(p) for p in ours.parameters()} == {id(p) for p in plain.parameters()}
 
 
 def test_kernels_say_why_they_cannot_run(monkeypatch):

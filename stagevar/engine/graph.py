@@ -37,6 +37,7 @@ from stagevar.schedule import ScaleStep
 if TYPE_CHECKING:
     from stagevar.cache import KVCache
     from stagevar.models.base import Conditioning
+    from stagevar.models.bsqvae import Swished
     from stagevar.models.infinity import Chained
 
 #: Text rows are padded to a multiple of this, so that prompts of different lengths replay the same graphs.
@@ -58,7 +59,7 @@ class Engine(ABC):
 
     Attributes: name, part of every latency figure. max_caches: KV caches kept for different batches or schedules.
     compiled: whether the pieces between matrix products are compiled kernels (stagevar.models.fused). chained, draws: what
-    stands in for some of them (stagevar.engine.kernels), None where nothing does.
+    stands in for some of them (stagevar.engine.kernels), swished: for norms of the decoder; None where nothing does.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Engine(ABC):
     compiled: bool = False
     chained: Chained | None = None
     draws: Draws | None = None
+    swished: Swished | None = None
 
     @abstractmethod
     def start(self, wanted: Start, cache: KVCache, fixed: object) -> Start:
@@ -408,10 +410,11 @@ def build_engine(name: str, device: torch.device, recorder: Recorder | None = No
 
 def _with_kernels(engine: GraphEngine) -> GraphEngine:
     """The engine with Triton kernels. Raises UsageError where they cannot run."""
-    from stagevar.engine import kernels
+    from stagevar.engine import decoder_kernels, kernels
 
     why = kernels.available()
     if why is not None:
         raise UsageError(f"engine graph-kernels cannot run here: {why}; use --engine graph-compiled")
     engine.name, engine.chained, engine.draws = "graph-kernels", kernels.chained(), kernels.draws()
+    engine.swished = decoder_kernels.swished_norm()
     return engine

@@ -11,7 +11,7 @@ Source: FoundationVision/Infinity, models/bsq_vae (facts only). Differs in that 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,8 @@ from stagevar.models.variants import variant
 MAX_DECODE_PIXELS = 2 * 2**20
 #: latent channels of the public tokenizers (`vae_type` of the reference).
 LATENT_DIMS = (14, 16, 18, 20, 24, 32, 64)
+#: SiLU of a group norm: of a map and the norm's module.
+Swished = Callable[[Tensor, nn.GroupNorm], Tensor]
 
 
 class _Conv(nn.Module):
@@ -39,14 +41,16 @@ class _Conv(nn.Module):
 
 
 class _Norm(nn.Module):
-    """GroupNorm followed by swish, under the reference's `.norm` wrapper."""
+    """GroupNorm followed by swish, under the reference's `.norm` wrapper. swished: what computes both, if not this."""
+
+    swished: Swished | None = None
 
     def __init__(self, channels: int):
         super().__init__()
         self.norm = nn.GroupNorm(32, channels, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.silu(self.norm(x))
+        return F.silu(self.norm(x)) if self.swished is None else self.swished(x, self.norm)
 
 
 class _ResBlock(nn.Module):
@@ -204,6 +208,15 @@ class BSQVAE(nn.Module):
         copied = variant(self, lambda name, module: None)
         copied.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         copied.decoder = copy.deepcopy(self.decoder).to(dtype=dtype, memory_format=copied.memory_format)
+        return copied
+
+    def decoding_with(self, swished: Swished) -> BSQVAE:
+        """The same tokenizer, every tensor shared, whose decoder computes group norm and SiLU by a function."""
+        copied = variant(self, lambda name, module: None)
+        copied.quantize = copied.quantizer
+        for part in copied.decoder.modules():
+            if isinstance(part, _Norm):
+                part.swished = swished
         return copied
 
     @torch.no_grad()
