@@ -10,7 +10,7 @@ ARROWS = {
     "stagevar.engine": {"stagevar", "stagevar.models"},
     "stagevar.models": {"stagevar"},
     "stagevar.nano": {"stagevar", "stagevar.models"},
-    "tuner": {"tuner.metrics"},
+    "tuner": {"tuner.cli", "tuner.metrics", "tuner.report", "tuner.results"},
     "tuner.cli": {
         "tuner.cluster",
         "tuner.config",

@@ -14,7 +14,7 @@ from tuner.cli.options import PROG, add_output_options
 
 VERBS = ("resume", "report", "verify", "sweep", "doctor")
 #: What every command but doctor needs beyond the base installation; metrics name what they need themselves.
-_NEEDED = ("optuna", "scipy", "pandas", "rich")
+NEEDED = ("optuna", "scipy", "pandas", "rich")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,14 +25,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: list[str]) -> int:
     if not argv or argv[0].startswith("-"):
         args = tune.build_parser().parse(argv)
-        extras.require(PROG, *_NEEDED)
+        extras.require(PROG, *NEEDED)
         return tune.run(args, argv)
     verb = argv[0]
     if verb not in VERBS:
         raise UsageError(f"unknown verb {verb!r}{did_you_mean(verb, VERBS)}; tuning needs none: {PROG} --model ...")
     args = verb_parser(verb).parse(argv[1:])
     if verb != "doctor":
-        extras.require(f"{PROG} {verb}", *_NEEDED)
+        extras.require(f"{PROG} {verb}", *NEEDED)
     return importlib.import_module(f"tuner.cli.{verb}").run(args)
 
 

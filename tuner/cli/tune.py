@@ -10,6 +10,7 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -114,11 +115,14 @@ class Interrupts:
         self.asked, self._say = False, say
 
     def __enter__(self) -> Interrupts:
-        self._before = signal.signal(signal.SIGINT, self._handle)
+        self._catches = threading.current_thread() is threading.main_thread()  # others may not set handlers
+        if self._catches:
+            self._before = signal.signal(signal.SIGINT, self._handle)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        signal.signal(signal.SIGINT, self._before)
+        if self._catches:
+            signal.signal(signal.SIGINT, self._before)
 
     def _handle(self, *_: Any) -> None:
         if self.asked:
@@ -135,9 +139,22 @@ def run(args: argparse.Namespace, argv: Sequence[str], again: bool = False) -> i
     checked = plan(args, argv)
     if args.dry_run:
         return print_plan(checked)
+    try:
+        result, written = carry_out(checked, again)
+    except KeyboardInterrupt:
+        print(f"{PROG}: stopped; the same command continues", file=sys.stderr)
+        return STOPPED
+    return announce(result, checked.run_dir, written, args)
+
+
+def carry_out(checked: Plan, again: bool = False) -> tuple[StudyResult, list[Path]]:
+    """Runs or continues a study in its directory: its result, and the files that were derived from it.
+
+    Raises KeyboardInterrupt when a second Ctrl-C stops it at once, and the errors of `stagevar.errors`.
+    """
     prepare(checked.run_dir)
     with driver_lock(checked.run_dir):
-        if args.fresh:
+        if checked.args.fresh:
             discard(checked.run_dir)
         return _drive(checked, again)
 
@@ -162,11 +179,10 @@ def _times_undecided(result: StudyResult) -> bool:
     return check is not None and check.times_open
 
 
-def _drive(checked: Plan, again: bool) -> int:
+def _drive(checked: Plan, again: bool) -> tuple[StudyResult, list[Path]]:
     from tuner.study.progress import Progress
 
-    args = checked.args
-    progress = Progress(args.quiet)
+    progress = Progress(checked.args.quiet)
     with Interrupts(progress.say) as interrupts:
         try:
             for line in repair(checked.run_dir):
@@ -177,24 +193,17 @@ def _drive(checked: Plan, again: bool) -> int:
                 study.check_identity()
                 result = _finished(checked, again)
                 if result is not None:
-                    progress.close()
-                    return announce(result, checked.run_dir, write_derived(result, checked.run_dir), args)
+                    return result, write_derived(result, checked.run_dir)
                 result = study.run()
             finally:
                 study.executor.close()
             progress.phase("report")
             written = write_derived(result, checked.run_dir)
+        finally:
             progress.close()
-        except KeyboardInterrupt:
-            progress.close()
-            print(f"{PROG}: stopped; the same command continues", file=sys.stderr)
-            return STOPPED
-        except BaseException:
-            progress.close()
-            raise
     result = dataclasses.replace(result, phases_s={**progress.seconds, **progress.parts})
     result.save(checked.run_dir)
-    return announce(result, checked.run_dir, written, args)
+    return result, written
 
 
 def build_study(checked: Plan, progress: Any, stop: Callable[[], bool]) -> Study:

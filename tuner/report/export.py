@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -21,6 +21,9 @@ from tuner.config.quality import MetricLimit, limited
 from tuner.report.words import PICK_ORDER, describe, latency_of, name_of
 from tuner.results.candidate import Candidate, Interval, LatencyStats, Verdict
 from tuner.results.result import StudyResult
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PROFILE_FILE, PARETO_FILE, TRIALS_FILE = "profile.yaml", "pareto.yaml", "trials.csv"
 PARETO_SCHEMA = "stagevar-pareto/1"
@@ -278,7 +281,20 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return pd.DataFrame(list(rows), columns=columns, dtype=object).to_csv(index=False, lineterminator="\n")
 
 
+def trials_frame(result: StudyResult) -> pd.DataFrame:
+    """trials.csv as a table: one row per distinct schedule, numbers as numbers, empty cells as missing values."""
+    import pandas as pd
+
+    return pd.DataFrame(_trial_rows(result))
+
+
 def write_trials(result: StudyResult, path: Path) -> Path:
+    """Writes `trials_frame` as CSV."""
+    write_text_atomically(path, to_csv(_trial_rows(result)))
+    return path
+
+
+def _trial_rows(result: StudyResult) -> list[dict[str, Any]]:
     """One row per distinct schedule, the full one first, then failures that left no schedule; columns are grouped.
 
     Columns: identity, outcome, latency_*, quality and metrics with low and high, verified_*, param.*, schedule.*.
@@ -296,8 +312,7 @@ def write_trials(result: StudyResult, path: Path) -> Path:
     first = [c for c in columns if not c.startswith(("param.", "schedule."))]
     rest = sorted(c for c in columns if c.startswith("param.")) + [c for c in columns if c.startswith("schedule.")]
     ordered = dict.fromkeys([*first, *rest])
-    write_text_atomically(path, to_csv([{**ordered, **row} for row in rows]))
-    return path
+    return [{**ordered, **row} for row in rows]
 
 
 def _row(result: StudyResult, candidate: Candidate) -> dict[str, Any]:
