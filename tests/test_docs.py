@@ -121,3 +121,8 @@ def test_links_and_pictures_exist():
             r"`((?:docs|stagevar|tuner|tests|benchmarks|search_spaces)/[\w/.-]+\.\w+)`", page.read_text()
         ):
             assert (ROOT / target).exists(), f"{page.name} names {target}"
+
+
+def test_every_page_is_in_the_site_once():
+    nav = re.findall(r"^ +- .*?(\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(nav) == sorted(path.name for path in (ROOT / "docs").rglob("*.md"))
