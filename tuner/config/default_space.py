@@ -117,5 +117,6 @@ def _first(parameters: Any) -> int | None:
     """Where structure_end starts, None for anything that the checks will refuse."""
     values = parameters.get("structure_end") if isinstance(parameters, dict) else None
     values = [values.get("low")] if isinstance(values, dict) else values
-    whole = isinstance(values, list) and values and all(type(value) is int for value in values)
-    return max(0, min(values)) if whole else None
+    if not isinstance(values, list) or not values or not all(type(value) is int for value in values):
+        return None
+    return max(0, int(min(values)))

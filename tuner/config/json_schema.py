@@ -14,7 +14,7 @@ from stagevar.schedule import PRESETS
 from tuner.config.space import _RULES, NEVER, PROMPT_SOURCES
 from tuner.metrics.registry import METRIC_NAMES
 
-_FINITE = {"type": "number"}
+_FINITE: Schema = {"type": "number"}
 _NOT_NEGATIVE = {"type": "number", "minimum": 0}
 _COUNT = {"type": "integer", "minimum": 1}
 
@@ -38,10 +38,11 @@ def parameter_schema(name: str) -> Schema:
 
 def space_schema(metric_names: Sequence[str] = METRIC_NAMES) -> Schema:
     """The schema of a search-space file. metric_names: those that quality and floors may name."""
-    options = {"type": "object", "properties": {"weight": _NOT_NEGATIVE, "max_drop": {"type": ["number", "null"]}}}
+    weights: Schema = {"weight": _NOT_NEGATIVE, "max_drop": {"type": ["number", "null"]}}
+    options = {"type": "object", "properties": weights}
     listed = {
         **options,
-        "properties": {"name": {"enum": list(metric_names)}, **options["properties"]},
+        "properties": {"name": {"enum": list(metric_names)}, **weights},
         "required": ["name"],
     }
     quality = _closed(
@@ -51,7 +52,7 @@ def space_schema(metric_names: Sequence[str] = METRIC_NAMES) -> Schema:
         },
         minProperties=1,
     )
-    sources = {"anyOf": [{"enum": list(PROMPT_SOURCES)}, {"type": "string"}]}
+    sources: Schema = {"anyOf": [{"enum": list(PROMPT_SOURCES)}, {"type": "string"}]}
     prompts = _closed({"source": sources, "search": _COUNT, "heldout": _COUNT, "micro_batch": _COUNT})
     floors = _closed(dict.fromkeys(metric_names, _FINITE))
     return {

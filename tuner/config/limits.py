@@ -26,7 +26,11 @@ class Budget:
 
     def resolve(self, baseline_ms: float) -> float:
         """The budget in milliseconds when the full schedule takes `baseline_ms`."""
-        return self.ms if self.ms is not None else self.fraction * baseline_ms
+        if self.fraction is not None:
+            return self.fraction * baseline_ms
+        if self.ms is None:
+            raise ValueError(f"budget {self.text!r} has neither ms nor a fraction")
+        return self.ms
 
     def __str__(self) -> str:
         return self.text

@@ -73,6 +73,8 @@ def load_prompts(source: PromptSource, seed: int = 0) -> dict[str, PromptSet]:
     if source.source == "nano":
         from stagevar.nano.scenes import prompts
 
+        search: Sequence[Prompt]
+        heldout: Sequence[Prompt]
         drawn = non_negative(seed)
         search, heldout = prompts("search", source.search, drawn), prompts("heldout", source.heldout, drawn)
     else:
@@ -141,7 +143,7 @@ def in_turn(items: Sequence[Prompt]) -> list[Prompt]:
     return [items[i] for i in sorted(range(len(items)), key=lambda i: places[i])]
 
 
-def _seeded(items: list[Prompt], first: int, micro_batch: int) -> PromptSet:
+def _seeded(items: Sequence[Prompt], first: int, micro_batch: int) -> PromptSet:
     return PromptSet(tuple(items), tuple(range(first, first + len(items))), micro_batch)
 
 

@@ -42,6 +42,13 @@ class MetricLimit:
         return 1.0 if self.higher_is_better else -1.0
 
     @property
+    def allowed(self) -> float:
+        """The largest drop of a metric that has one. Raises ValueError for one that only ranks or is only reported."""
+        if self.max_drop is None:
+            raise ValueError(f"{self.metric} has no max_drop")
+        return self.max_drop
+
+    @property
     def name(self) -> str:
         """Of its verdict and its constraint."""
         return f"drop:{self.metric}"
@@ -110,8 +117,7 @@ def factors(limits: Sequence[MetricLimit]) -> dict[str, float]:
 
     A metric without a limit enters by its weight per unit, measured in allowances of the primary metric.
     """
-    first = limits[0].max_drop
-    return {limit.metric: limit.weight / (first if limit.max_drop is None else limit.max_drop) for limit in limits}
+    return {m.metric: m.weight / (limits[0].allowed if m.max_drop is None else m.max_drop) for m in limits}
 
 
 def composite_change(limits: Sequence[MetricLimit]) -> float:

@@ -18,7 +18,8 @@ def record_of(value: Any) -> dict[str, object]:
     def without_later(pairs: list[tuple[str, object]]) -> dict[str, object]:
         return {name: value for name, value in pairs if value or name not in _LATER}
 
-    return to_plain(dataclasses.asdict(value, dict_factory=without_later))
+    record: dict[str, object] = to_plain(dataclasses.asdict(value, dict_factory=without_later))
+    return record
 
 
 def to_plain(value: Any) -> Any:
@@ -44,7 +45,7 @@ def build(kind: Any, value: Any) -> Any:
         return tuple(build(a, v) for a, v in zip(inner, value, strict=True))
     if origin is dict:
         return {k: build(args[1], v) for k, v in value.items()}
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         unknown = set(value) - set(hints)
         if unknown:

@@ -146,7 +146,8 @@ class StudyResult:
         if schema not in (1, SCHEMA):
             raise UsageError(f"study result has schema {schema!r}, this version reads 1 and {SCHEMA}; rerun the study")
         try:
-            return build(cls, _from_schema_1(data) if schema == 1 else data)
+            result: StudyResult = build(cls, _from_schema_1(data) if schema == 1 else data)
+            return result
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise UsageError(f"study result is damaged: {error}") from None
 

@@ -31,8 +31,10 @@ CONFIG_FILE = "config.json"
 STUDY_FILE = "study.json"
 #: Everything that a study writes into its directory, and so all that --fresh may remove.
 #: config.json comes last, so that an interrupted removal still leaves a folder that is recognised as a run.
-RUN_FILES = (EVIDENCE_FILE, f"{JOURNAL_FILE}*", STUDY_FILE, "profile.yaml", "pareto.yaml", "trials.csv", "report.html")
-RUN_FILES += ("images", "references", "study.name", "measurements.jsonl", CONFIG_FILE)
+RUN_FILES = (
+    *(EVIDENCE_FILE, f"{JOURNAL_FILE}*", STUDY_FILE, "profile.yaml", "pareto.yaml", "trials.csv", "report.html"),
+    *("images", "references", "study.name", "measurements.jsonl", CONFIG_FILE),
+)
 
 
 @contextlib.contextmanager

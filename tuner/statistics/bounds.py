@@ -108,7 +108,8 @@ def continuous_drop_bounds(
     def half_width(level: float, skewness_K: np.ndarray) -> np.ndarray:
         t = float(special.stdtrit(count - 1, 1 - level))
         correction_K = np.maximum(skewness_K, 0) / (6 * count) * (1 + 2 * t**2)
-        return sd_K * (t / np.sqrt(count) + correction_K)
+        width_K: np.ndarray = sd_K * (t / np.sqrt(count) + correction_K)
+        return width_K
 
     upper_K = half_width(joint, skewness_K) + (drops_KN.max(axis=1) - mean_K) / count
     lower_K = half_width(alpha, -skewness_K) + (mean_K - drops_KN.min(axis=1)) / count
@@ -139,7 +140,8 @@ def _deviations(drops_KN: np.ndarray, seed: int) -> np.ndarray:
 def _normal_draws(seed: int) -> np.ndarray:
     """Normal quantiles (R,) in random order: their own quantiles are the exact ones."""
     levels_R = (np.arange(RESAMPLES) + 0.5) / RESAMPLES
-    return special.ndtri(np.random.default_rng([seed, 1]).permutation(levels_R))
+    normal_R: np.ndarray = special.ndtri(np.random.default_rng([seed, 1]).permutation(levels_R))
+    return normal_R
 
 
 def spread(baseline_values: Sequence[float], declared: float) -> float:

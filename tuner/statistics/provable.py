@@ -72,10 +72,10 @@ def prompts_to_decide(
     drops_N: what was seen, in the metric's unit. bound: what it proved. alphas: the error of the claim that bound was for,
     and of the next one.
     """
-    drops_N = np.asarray(drops_N, dtype=np.float64)
-    count, mean, sd = drops_N.size, float(drops_N.mean()), float(drops_N.std())
-    skewness = float(((drops_N - mean) ** 3).mean()) / sd**3 if sd > 0 else 0.0
-    shape = mean, sd**2, float(drops_N.max()), skewness
+    seen_N = np.asarray(drops_N, dtype=np.float64)
+    count, mean, sd = seen_N.size, float(seen_N.mean()), float(seen_N.std())
+    skewness = float(((seen_N - mean) ** 3).mean()) / sd**3 if sd > 0 else 0.0
+    shape = mean, sd**2, float(seen_N.max()), skewness
     alone = _expected_bound(limit, count, alphas[0], *shape)
     # What holding for all finalists together costs; it stays about the same on more prompts.
     wider = max(1.0, (bound - mean) / (alone - mean)) if math.isfinite(bound) and alone > mean else 1.0
@@ -84,11 +84,11 @@ def prompts_to_decide(
     while prompts <= MOST_PROMPTS:
         prompts = micro_batch * (prompts // micro_batch + max(1, prompts // (256 * micro_batch)))
         error = sd / math.sqrt(prompts)
-        if mean > limit.max_drop:
-            decided = mean - (luck + float(special.ndtri(1 - ALPHA))) * error > limit.max_drop
+        if mean > limit.allowed:
+            decided = mean - (luck + float(special.ndtri(1 - ALPHA))) * error > limit.allowed
         else:
             expected = mean + wider * (_expected_bound(limit, prompts, alphas[1], *shape) - mean)
-            decided = expected + luck * error <= limit.max_drop
+            decided = expected + luck * error <= limit.allowed
         if decided:
             return prompts
     return None
@@ -102,7 +102,7 @@ def prompts_needed(limit: MetricLimit, micro_batch: int, discordant: float = 0.0
     prompts = micro_batch
     while prompts <= MOST_PROMPTS:
         proved = provable_drop(limit, prompts, micro_batch, discordant)
-        if proved <= limit.max_drop and math.isfinite(proved):
+        if proved <= limit.allowed and math.isfinite(proved):
             return prompts
         prompts += micro_batch * max(1, prompts // (256 * micro_batch))
     return None
@@ -113,12 +113,12 @@ def shortfalls(limits: Sequence[MetricLimit], prompts: int, micro_batch: int) ->
     found = []
     for limit in limited(limits):
         least = provable_drop(limit, prompts, micro_batch)
-        if least > limit.max_drop:
+        if least > limit.allowed:
             needed = prompts_needed(limit, micro_batch)
             would = "no number of prompts would do" if needed is None else f"it takes {needed}"
             proves = "they prove nothing" if math.isinf(least) else f"the least they prove is {limit.amount(least)}"
             found.append(
-                f"a drop of {limit.metric} of at most {limit.amount(limit.max_drop)} cannot be proved on {prompts} "
+                f"a drop of {limit.metric} of at most {limit.amount(limit.allowed)} cannot be proved on {prompts} "
                 f"held-out {'prompt' if prompts == 1 else 'prompts'} ({proves}; {would})"
             )
     return found
@@ -169,6 +169,6 @@ def limit_lines(limits: Sequence[MetricLimit], prompts: int, micro_batch: int) -
             drop, needed = row[f"provable_drop{suffix}"], row[f"prompts_needed{suffix}"]
             proved = "nothing" if drop is None else limit.amount(drop)
             words.append(f"{proved} {when} ({'no number' if needed is None else needed} would do)")
-        allowed = limit.amount(limit.max_drop)
+        allowed = limit.amount(limit.allowed)
         lines.append(f"{limit.metric}: at most {allowed}; {prompts} held-out prompts prove {', '.join(words)}")
     return lines

@@ -49,10 +49,10 @@ def clearly_worse(
         differences_1N = _paired(own[limit.metric], baseline[limit.metric])[None] * limit.sign
         bounds = continuous_drop_bounds if limit.kind == "continuous" else drop_bounds
         _, lower = bounds(differences_1N, limit.change)
-        if lower[0] > limit.max_drop:
+        if lower[0] > limit.allowed:
             return (
                 f"{limit.metric} falls by {limit.amount(-differences_1N.mean())} on {count} prompts, at least "
-                f"{limit.amount(lower[0])} (allowed {limit.amount(limit.max_drop)})"
+                f"{limit.amount(lower[0])} (allowed {limit.amount(limit.allowed)})"
             )
     faster = {key: np.asarray(theirs[:count]) for key, (other, theirs) in rivals.items() if other <= ratio}
     if faster:

@@ -135,7 +135,7 @@ class Ledger:
         if self.quality:
             for limit in limited(limits.metrics):
                 change = candidate.differences[limit.metric]
-                verdicts.append(_point(limit.name, limit.max_drop, limit.unit, -change.mean, -change.low))
+                verdicts.append(_point(limit.name, limit.allowed, limit.unit, -change.mean, -change.low))
             for metric, floor in limits.floors.items():
                 mean = float(np.mean(candidate.values[metric]))
                 state = "met" if mean >= floor else "broken"
@@ -174,7 +174,7 @@ class Ledger:
         if not candidate.whole:
             difference = shrunk(self._paired(candidate), self._known_differences())
         for limit in limited(limits.metrics):
-            constraints[limit.name] = -self._metric_change(candidate, limit) / limit.max_drop - 1
+            constraints[limit.name] = -self._metric_change(candidate, limit) / limit.allowed - 1
         for metric, floor in limits.floors.items():
             constraints[f"floor:{metric}"] = (floor - float(np.mean(candidate.values[metric]))) / max(abs(floor), 1e-9)
         prompts = len(candidate.values.get("quality", ())) or None
@@ -190,7 +190,7 @@ class Ledger:
             return Told(latency_ms, float(tokens), constraints, 0)
         guess = shrunk((), self._known_differences())
         for limit in limited(self.metrics):
-            constraints[limit.name] = -shrunk((), self._known_differences(limit.metric)) / limit.max_drop - 1
+            constraints[limit.name] = -shrunk((), self._known_differences(limit.metric)) / limit.allowed - 1
         return Told(latency_ms, guess, constraints, 0)
 
     def _metric_change(self, candidate: Candidate, limit: MetricLimit) -> float:

@@ -108,7 +108,7 @@ def may_be_feasible(candidate: Candidate, limits: Limits) -> bool:
     """Whether the intervals leave it possible that every limit is kept."""
     fast = candidate.latency.ratio.low <= min(limits.budget_ratio, LEAST_GAIN)
     good = not limits.quality or all(
-        -candidate.differences[m.metric].high <= m.max_drop for m in limited(limits.metrics)
+        -candidate.differences[m.metric].high <= m.allowed for m in limited(limits.metrics)
     )
     floors = all(v.status == "met" for v in candidate.verdicts if v.name.startswith("floor:"))
     return candidate.whole and fast and good and floors

@@ -283,9 +283,9 @@ class Verifier:
         key = (limit.name, count, alpha, peers)
         upper_K, lower_K = self._together(key, bounds, differences_KN, limit.change, alpha)
         own = peers.index(name)
-        status = _claimed(decide(limit.max_drop, float(lower_K[own]), float(upper_K[own])), alpha)
+        status = _claimed(decide(limit.allowed, float(lower_K[own]), float(upper_K[own])), alpha)
         drop = -float(differences_KN[own].mean())
-        return Verdict(limit.name, limit.max_drop, limit.unit, drop, float(upper_K[own]), status)
+        return Verdict(limit.name, limit.allowed, limit.unit, drop, float(upper_K[own]), status)
 
     def _floor_verdict(self, name: str, metric: str, floor: float, count: int, alpha: float | None) -> Verdict:
         """Whether the mean of a metric, not its difference, stays at or above a floor: the drop from the top of the range."""
