@@ -10,7 +10,7 @@ help:
 	@echo 'make demo    installs into .venv, tunes the shipped model nano on the CPU, leaves outputs/demo/'
 	@echo 'make check   lint and the tests that start no process and load no large model'
 	@echo 'make test    every test'
-	@echo 'make lint    ruff: rules and format'
+	@echo 'make lint    ruff: rules and format; mypy: types'
 	@echo 'make docs    builds the documentation site into site/, warnings are errors'
 	@echo 'make wheel   builds, checks and installs the wheel into empty environments'
 	@echo 'make clean   removes .venv, build, dist and site; never outputs/'
@@ -39,6 +39,7 @@ wheel:
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check stagevar tuner tests benchmarks search_spaces training examples docs
+	$(BIN)/python -m mypy
 
 # uv installs in a fraction of pip's time; where it cannot be had, pip does the same.
 $(STAMP): pyproject.toml
