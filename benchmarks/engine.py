@@ -319,6 +319,7 @@ def _measured(args: argparse.Namespace, model: LoadedModel) -> dict[str, Any]:
         add_roofline(rows, flops_per_s, bytes_per_s)
         print_rows(f"{name}, batch {args.batches[0]}", rows)
         figures["per_scale"][name] = rows
+        save(args, figures)
 
     figures["end_to_end"], images = _end_to_end(args, model, expanded, figures)
     decoder_ms = figures["end_to_end"]["decoder"]["median_ms"]
@@ -327,8 +328,14 @@ def _measured(args: argparse.Namespace, model: LoadedModel) -> dict[str, Any]:
         figures["end_to_end"][key]["decoder_share"] = share
         print(f"  {key:<36} {share:.0%} of it is decoding")
     print("\nmemory, text encoder unloaded")
+    save(args, figures)
     figures["memory"] = report_memory(args, model, schedules)
-    return figures
+    return {**figures, "complete": True}
+
+
+def save(args: argparse.Namespace, figures: dict[str, Any]) -> None:
+    """Writes what there is so far: whoever is out of time keeps it."""
+    write_json(args.output, {**figures, "complete": False})
 
 
 def _end_to_end(

@@ -64,9 +64,21 @@ def test_two_samplers_are_alive_only_where_the_memory_plan_has_room(tmp_path, mo
     arguments = ["--model", "nano", "--device", "cpu", "--rounds", "1", "--output", str(output)]
     assert main([*arguments, "--schedules", "exact,skip-2"]) == 0
     figures = json.loads(output.read_text())
-    assert figures["alone"] == ["skip-2 eager"] and max(most) == 1
+    assert figures["complete"] and figures["alone"] == ["skip-2 eager"] and max(most) == 1
     assert figures["end_to_end"]["skip-2 eager"]["speed_up"][0] > 0
     assert "skip-2 eager: timed alone, there is no room beside exact eager" in capsys.readouterr().out
+
+
+def test_who_runs_out_of_time_keeps_what_was_measured(tmp_path, monkeypatch):
+    def out_of_time(*arguments):
+        raise KeyboardInterrupt
+
+    output = tmp_path / "engine.json"
+    monkeypatch.setattr("benchmarks.engine._end_to_end", out_of_time)
+    with pytest.raises(KeyboardInterrupt):
+        main(["--model", "nano", "--device", "cpu", "--rounds", "1", "--schedules", "skip-2", "--output", str(output)])
+    figures = json.loads(output.read_text())
+    assert not figures["complete"] and len(figures["per_scale"]["skip-2"]) == 8
 
 
 @pytest.mark.parametrize(
