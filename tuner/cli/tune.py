@@ -95,7 +95,10 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--gpu-kind", metavar="NAME", help="the GPUs to use where a Ray cluster has several kinds")
     parser.add_argument(
-        "--task-timeout", default="30m", metavar="TIME", help="a Ray worker is stuck after (default: 30m)"
+        "--task-timeout",
+        default="30m",
+        metavar="TIME",
+        help="restart a Ray worker that has not answered for TIME (default: 30m)",
     )
     parser.add_argument(
         "--storage",
@@ -142,7 +145,7 @@ def run(args: argparse.Namespace, argv: Sequence[str], again: bool = False) -> i
     try:
         result, written = carry_out(checked, again)
     except KeyboardInterrupt:
-        print(f"{PROG}: stopped; the same command continues", file=sys.stderr)
+        print(f"{PROG}: interrupted; rerun the same command to resume", file=sys.stderr)
         return STOPPED
     return announce(result, checked.run_dir, written, args)
 

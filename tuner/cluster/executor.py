@@ -531,7 +531,7 @@ class RayExecutor(Executor):
         for other in alike[1:]:
             queue.remove(other)
         if single:
-            error = RuntimeError(f"took {len(deaths)} workers down, the last: {why}")
+            error = RuntimeError(f"took {len(deaths)} workers down; last error: {why}")
             return [(other, error) for other in alike]
         for other in alike:
             pending.discard(other)
@@ -636,7 +636,7 @@ class RayExecutor(Executor):
         """No worker is left: waits for nodes to join. Raises WorkersLost when none does."""
         reasons = "; ".join(dict.fromkeys(self._reasons)) or "the cluster has no free " + self._resource
         if any(seat.state == "quarantined" for seat in self.seats.values()):
-            raise WorkersLost(f"no worker is left ({reasons}); mend the cluster, the same command resumes")
+            raise WorkersLost(f"no workers left ({reasons}); fix the cluster and rerun the command to resume")
         until = time.monotonic() + self.patience_s
         self.say(f"no worker is left, waiting up to {self.patience_s:g} s for nodes to join")
         while time.monotonic() < until:
@@ -645,7 +645,7 @@ class RayExecutor(Executor):
             if any(seat.state in ("held", "loading") for seat in self.seats.values()):
                 return
             time.sleep(min(1.0, self.patience_s))
-        raise WorkersLost(f"no worker is left ({reasons}); mend the cluster, the same command resumes")
+        raise WorkersLost(f"no workers left ({reasons}); fix the cluster and rerun the command to resume")
 
 
 class RemoteEvaluator:

@@ -158,7 +158,7 @@ class Search:
             except ScheduleError as error:
                 unfit.append(f"{name}: {error}")
         for line in unfit:
-            self.progress.say(f"preset left out, {line}")
+            self.progress.say(f"skipping preset {line}")
         if self.savings.table and self.trials > max(len(presets), ledger.evaluated):
             with self.progress.part("timing"):
                 self._fill_table()
@@ -299,7 +299,7 @@ class Search:
     def _give_up(self, proposal: Proposal) -> None:
         ledger = self.ledger
         candidate = ledger.blank(self._register(proposal), proposal)
-        candidate = dataclasses.replace(candidate, state="failed", error="took its driver down three times")
+        candidate = dataclasses.replace(candidate, state="failed", error="crashed the driver process three times")
         if candidate.key not in ledger.candidates and candidate.key not in ledger.failed:
             ledger.record("trial", candidate)
             ledger.keep(candidate)
@@ -377,9 +377,7 @@ class Search:
     def _hand_over(self) -> None:
         if self.proposer.proposes == "gp":
             self.proposer.hand_over()
-            self.progress.say(
-                f"the Gaussian process holds rounds up by more than {100 * ASK_SHARE:.0f} %: TPE proposes from now on"
-            )
+            self.progress.say(f"GP sampling takes more than {100 * ASK_SHARE:.0f} % of a round; switching to TPE")
 
     def _measured(
         self,
@@ -500,8 +498,8 @@ class Search:
         if not self.table.trusted and np.isfinite(self.table.error) and not self._gave_up_table:
             self._gave_up_table = True
             self.progress.say(
-                f"the table of step costs errs by {100 * self.table.error:.1f} % (at most {100 * TOLERANCE:.0f} %): "
-                "schedules are timed end to end"
+                f"step-cost model error is {100 * self.table.error:.1f} % (limit {100 * TOLERANCE:.0f} %); "
+                "timing schedules end to end"
             )
         return self.table.trusted
 
@@ -525,7 +523,7 @@ class Search:
             if isinstance(error, InfrastructureError) and not isinstance(error, OutOfDeviceMemory):
                 raise
             self.savings = dataclasses.replace(self.savings, table=False)
-            self.progress.say(f"steps cannot be timed, schedules are timed end to end: {first_line(error)}")
+            self.progress.say(f"could not time individual steps; timing schedules end to end: {first_line(error)}")
 
     def _timings(self, schedules: Mapping[str, Steps]) -> tuple[dict[str, tuple[Any, Any]], dict[str, Failed]]:
         """Timing and the full schedule's in the same rounds, by key; and why others have none."""
