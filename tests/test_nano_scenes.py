@@ -68,7 +68,11 @@ def test_objects_stay_apart_inside_the_image_and_in_relation():
             assert gap > 2 / scenes.LATTICE
         if meta["tag"] == "position":
             boxes = [(*low[b, k] * 48, *high[b, k] * 48) for k in (1, 0)]
-            assert meta["include"][1]["position"][0] in relations(*boxes)
+            relation = meta["include"][1]["position"][0]
+            assert relation in relations(*boxes)
+            along = 0 if relation in ("left of", "right of") else 1
+            places = world.center_BK2[b, :2] - 0.5
+            assert places[0, along] * places[1, along] < 0 and abs(places[:, 1 - along].mean()) < 0.1
 
 
 def test_unseen_pairs_are_a_tenth_and_never_drawn_in_training():

@@ -310,8 +310,12 @@ def _place(count_B: np.ndarray, relation_B: np.ndarray, rng: np.random.Generator
         along = np.stack([-offset[..., 0], offset[..., 0], -offset[..., 1], offset[..., 1]], axis=-1)
         relation = relation_B[open_B]
         wanted = np.take_along_axis(along, np.maximum(relation, 0)[:, None, None], axis=-1)[..., 0]
-        # Well inside GenEval's 60 degree cone, so that the picture is not a borderline case.
-        ok &= (wanted > 0.78 * np.linalg.norm(offset, axis=-1)) | (relation < 0)[:, None]
+        # Well inside GenEval's 60 degree cone, so that the picture is not a borderline case, and composed as such a
+        # photo would be: either object on its own side of the middle, the pair near the middle of the other axis.
+        cross = np.where(relation < 2, 1, 0)[:, None, None, None]
+        along_xy, across_xy = (np.take_along_axis(xy[:, :, :2], axis, -1)[..., 0] - 0.5 for axis in (1 - cross, cross))
+        composed = (np.abs(across_xy.mean(-1)) < 0.1) & (along_xy.prod(-1) < 0.0)
+        ok &= (composed & (wanted > 0.78 * np.linalg.norm(offset, axis=-1))) | (relation < 0)[:, None]
         found = ok.any(1)
         first = ok.argmax(1)
         rows = np.flatnonzero(found)

@@ -39,7 +39,9 @@ from training.nano.train import RECIPES, Recipe
 
 BATCH = 32
 # Steps and seed of the shipped transformer's last piece of training, whose scenes can be drawn again (docs/nano.md).
-SHIPPED_RECIPE = replace(RECIPES["transformer"], steps=1200, seed=21)
+SHIPPED_RECIPE = replace(RECIPES["transformer"], steps=1800, seed=32)
+# The step at which the present weights of the tasks came in; scenes of earlier ones cannot be drawn again.
+SHIPPED_FROM = 517
 
 
 class Evaluation:
@@ -104,15 +106,17 @@ def scores(correct_B: np.ndarray, prompts: list[scenes.Metadata]) -> dict[str, A
     return {"geneval_mean": float(np.mean(six)), **{t: tags[t] for t in scenes.TASKS if t in tags}, "images": len(rows)}
 
 
-def trained_scenes(folder: Path, count: int, recipe: Recipe = SHIPPED_RECIPE) -> tuple[np.ndarray, list[str]]:
+def trained_scenes(
+    folder: Path, count: int, recipe: Recipe = SHIPPED_RECIPE, first: int = SHIPPED_FROM
+) -> tuple[np.ndarray, list[str]]:
     """Images the transformer was trained on, uint8 (N, H, W, 3), and captions: the stream of its seed drawn again.
 
-    Evenly from all steps of the recipe.
+    Evenly from all steps of the recipe from `first` on.
     """
     config = read_preset(folder)
     images, captions = [], []
-    per_step = min(recipe.batch // 3, -(-count // recipe.steps))  # the smallest batches hold a third
-    for step in np.linspace(0, recipe.steps - 1, -(-count // per_step)).astype(int):
+    per_step = min(recipe.batch // 3, -(-count // (recipe.steps - first)))  # the smallest batches hold a third
+    for step in np.linspace(first, recipe.steps - 1, -(-count // per_step)).astype(int):
         rng = np.random.default_rng([recipe.seed, int(step)])
         world, _ = TransformerJob.world(config, rng, recipe.batch, int(step) / recipe.steps)
         pixels = scenes.draw(world, config.image_size)[:per_step]
