@@ -48,7 +48,7 @@ def rows(grids: Sequence[Grid]) -> dict[str, StageSchedule]:
     scales = len(grids)
     last, first = scales - 1, structure_boundary(grids)
     before = first - 1
-    sides = {scale: grids[scale][0] for scale in (before, first, last)}
+    sides = {scale: grids[scale][0] for scale in (before - 1, before, first, last)}
 
     def conditional(start: int, **changes: Any) -> StageSchedule:
         return StageSchedule(start, cfg_delay=0, branch="cond", **changes)
@@ -80,6 +80,7 @@ def rows(grids: Sequence[Grid]) -> dict[str, StageSchedule]:
     name = f"without side {sides[first]}"
     found[f"{name}, one branch at {sides[last]}"] = conditional(last, **without)
     found[f"{name}, one branch from {sides[before]}"] = conditional(before, **without)
+    found[f"{name}, one branch from {sides[before - 1]}"] = conditional(before - 1, **without)
     found[f"{name}, half of {sides[last]}'s rows"] = kept_rows(last, 0.5, **without)
     found[f"{name}, a quarter of {sides[last]}'s rows"] = kept_rows(last, 0.25, **without)
     found["StageVAR's preset from the paper"] = preset("stagevar-paper", grids)

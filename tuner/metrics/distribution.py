@@ -170,6 +170,7 @@ class FidDinov2(Fid):
     """
 
     name: ClassVar[str] = "fid_dinov2"
+    higher_is_better: ClassVar[bool] = False
 
     def __init__(
         self,
