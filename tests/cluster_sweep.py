@@ -11,7 +11,7 @@ def drive(directory: Path, address: str) -> None:
     (directory / "driver").write_text(str(os.getpid()))
     axes = {"models": ("fake-a", "fake-b"), "budgets": ("60%", "80%"), "seeds": (0, 1)}
     cells = Sweep(axes, cpus=4).cells() + Sweep({"models": ("broken",), "budgets": ("60%",), "seeds": (0,)}).cells()
-    run_sweep(cells, directory / "out", address, runner="tests.cluster_fakes:run_cell")
+    run_sweep(cells, directory / "out", "tests.cluster_fakes:run_cell", address)
 
 
 if __name__ == "__main__":

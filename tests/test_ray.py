@@ -325,7 +325,7 @@ def test_an_evaluator_that_cannot_be_built_stops_at_once_with_the_reason(start):
 
 
 def test_workers_that_die_while_loading_are_given_up(start):
-    with pytest.raises(WorkersLost, match="the same command resumes"):
+    with pytest.raises(WorkersLost, match="rerun the command to resume"):
         start(Recipe("tests.cluster_fakes:collapse"))
 
 

@@ -188,7 +188,7 @@ def test_a_cell_that_lost_its_infrastructure_is_not_done_and_the_sweep_ends_with
     outcomes = iter(
         [{"verdict": "failed", "exit_code": 6, "reason": "disk full"}, {"verdict": "verified", "exit_code": 0}]
     )
-    monkeypatch.setattr(sweep, "run_cell", lambda argv, run_dir: next(outcomes))
+    monkeypatch.setattr("tuner.cli.sweep.run_cell", lambda argv, run_dir: next(outcomes))
     cell = {"name": "a", "argv": ["--seed", "0"]}
     trainable = sweep._trainable(Tune, "tuner.cli.sweep:run_cell", tmp_path)()
     trainable.config = {"cell": cell}
