@@ -7,6 +7,7 @@ import signal
 import pytest
 import yaml
 
+from stagevar.errors import UsageError
 from stagevar.profile import Profile
 from tests.fakes import SPACE
 from tuner.cli import main
@@ -163,6 +164,21 @@ def test_a_dry_run_says_what_the_heldout_prompts_can_prove(capsys):
     assert limit["provable_drop"] == pytest.approx(0.0125, abs=1e-4) and limit["provable_drop_discordant"] < 0.03
     assert main([*GOOD, "--dry-run", "--weights", "random"]) == 0
     assert "random weights have no quality" in capsys.readouterr().out
+
+
+def test_how_threads_wait_is_settled_before_the_plan_loads_torch(monkeypatch):
+    policies = []
+
+    def stop(*_):
+        policies.append(os.environ.get("OMP_WAIT_POLICY"))
+        raise UsageError("enough")
+
+    monkeypatch.setattr("tuner.cli.tune.plan", stop)
+    for threads in ("1", "2"):
+        monkeypatch.setenv("OMP_WAIT_POLICY", "")
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+        assert main(["--model", "nano", "--budget", "75%", "--threads", threads]) == 2
+    assert policies == ["PASSIVE", None]
 
 
 def test_the_command_reproduces_without_what_only_concerns_the_screen():

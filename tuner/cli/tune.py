@@ -139,6 +139,10 @@ class Interrupts:
 
 def run(args: argparse.Namespace, argv: Sequence[str], again: bool = False) -> int:
     """Runs or continues a study and prints its verdict. again: where timings did not decide, they are taken anew."""
+    if args.threads == 1:
+        # Before the checks of the plan load torch, which reads it once: drawing threads that wait asleep, not spinning, lose
+        # little beside a busy process. Timings on several threads are left as a deployment has them.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     checked = plan(args, argv)
     if args.dry_run:
         return print_plan(checked)
@@ -234,10 +238,6 @@ def build_study(checked: Plan, progress: Any, stop: Callable[[], bool]) -> Study
         evaluator = executor.evaluator
     else:
         drawing = max(args.threads, min(MOST_DRAWING_THREADS, len(processors()) or 1))
-        if args.threads == 1:
-            # Before torch is loaded: threads that wait asleep, not spinning, lose little beside a busy process. Timings on
-            # several threads are left as a deployment has them.
-            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         local = {"drawing_threads": drawing, "references_dir": checked.run_dir / "references"}
         executor, evaluator = None, load_evaluator(**parts, **local)
     options = Options(
