@@ -190,8 +190,9 @@ def test_cmmds_interval_covers_the_distance_of_large_sets_nine_times_in_ten():
     covered = 0
     for _ in range(60):
         cmmd = Cmmd(extractor=Lookup(np.concatenate(pairs(COUNT))))
-        low, high = cmmd.paired_interval([A], [B])
-        assert low <= cmmd.score_set([A], [B]) <= high
+        value, low, high = cmmd.score_pairs([A], [B])
+        assert value == pytest.approx(cmmd.score_set([A], [B]), rel=1e-9)
+        assert low <= value <= high
         covered += low <= truth <= high
     assert covered >= 52
 
@@ -201,7 +202,7 @@ def test_cmmd_refuses_sets_that_are_none():
     for call, message in (
         (lambda: cmmd.score_set([A]), "compares two sets"),
         (lambda: cmmd.score_set([], [B]), "no images"),
-        (lambda: cmmd.paired_interval([A], [B[:5]]), "no 3 pairs"),
+        (lambda: cmmd.score_pairs([A], [B[:5]]), "no 3 pairs"),
     ):
         with pytest.raises(UsageError, match=message):
             call()

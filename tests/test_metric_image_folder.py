@@ -51,9 +51,10 @@ class SetMean(SetMetric):
             np.mean([batch.mean() for batch in batches]) - np.mean([batch.mean() for batch in reference_batches])
         )
 
-    def paired_interval(self, batches, reference_batches):
+    def score_pairs(self, batches, reference_batches):
         means = [np.concatenate([batch.mean((1, 2, 3)) for batch in part]) for part in (batches, reference_batches)]
-        return float((means[0] - means[1]).min()), float((means[0] - means[1]).max())
+        apart = means[0] - means[1]
+        return float(apart.mean()), float(apart.min()), float(apart.max())
 
 
 @pytest.fixture

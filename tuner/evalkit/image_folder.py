@@ -233,12 +233,11 @@ def _set_summary(
     if references is None or not metric.needs_reference:
         return {name: metric.score_set(stream(images))}
     reference = [FolderImage(key, path, "") for key, path in references.items()]
-    summary = {name: metric.score_set(stream(images), stream(reference))}
     if [image.name for image in images] == [image.name for image in reference]:
-        interval = metric.paired_interval(stream(images), stream(reference))
-        if interval is not None:
-            summary |= {f"{name}_low": interval[0], f"{name}_high": interval[1]}
-    return summary
+        pairs = metric.score_pairs(stream(images), stream(reference))
+        if pairs is not None:
+            return dict(zip((name, f"{name}_low", f"{name}_high"), pairs, strict=True))
+    return {name: metric.score_set(stream(images), stream(reference))}
 
 
 def _digest(path: Path) -> str:

@@ -126,10 +126,13 @@ class SetMetric(Metric):
     def score_set(self, batches: Iterable[np.ndarray], reference_batches: Iterable[np.ndarray] | None = None) -> float:
         """Value of the set given as batches (B, H, W, 3) uint8, streamed."""
 
-    def paired_interval(
+    def score_pairs(
         self, batches: Iterable[np.ndarray], reference_batches: Iterable[np.ndarray]
-    ) -> tuple[float, float] | None:
-        """95 % interval of `score_set` over pairs of image and reference in the same order; None where there is none."""
+    ) -> tuple[float, float, float] | None:
+        """`score_set` and its 95 % interval over pairs of image and reference in the same order.
+
+        None where there is no interval; then nothing is drawn from the batches.
+        """
         return None
 
 

@@ -278,12 +278,12 @@ class InceptionScore(_FeatureMetric):
         return super().describe() | {"splits": self.splits, "seed": self.seed}
 
 
-class Cmmd(SetMetric):
+class Cmmd(_FeatureMetric):
     """CLIP maximum mean discrepancy, lower is better: a Gaussian kernel of width 10 on unit CLIP features, times 1000.
 
     It assumes no shape of the distribution. The mean over all pairs, each image with itself included, so never below 0.
-    `score`: the same split by image; its mean is the figure exactly. `paired_interval`: by the jackknife over pairs, for
-    sets whose images belong together one by one.
+    `score`: the same split by image; its mean is the figure exactly. `score_pairs`: with an interval by the jackknife over
+    pairs.
 
     extractor: a module from uint8 (B, 3, H, W) to (B, D) instead of CLIP `model` with weights `pretrained`.
     Source: Jayasumana et al., "Rethinking FID" (2024): kernel, width, factor and ViT-L/14 at 336 pixels.
@@ -302,27 +302,20 @@ class Cmmd(SetMetric):
         model: str = "ViT-L-14-336",
         pretrained: str = "openai",
     ) -> None:
-        if extractor is None:
-            extractor = ClipFeatures(model, pretrained, device)
-        self.device, self.extractor = device, extractor.eval().to(device)
+        super().__init__(device=device, extractor=extractor or "clip", model=model, pretrained=pretrained)
 
-    @torch.inference_mode()
     def features(self, images_uint8_BHW3: np.ndarray) -> torch.Tensor:
         """Unit features (B, D) in float64 on the CPU."""
-        check_images(self.name, images_uint8_BHW3)
-        pixels = torch.from_numpy(np.ascontiguousarray(images_uint8_BHW3)).permute(0, 3, 1, 2).to(self.device)
-        return nn.functional.normalize(self.extractor(pixels).double().cpu(), dim=1)
+        return nn.functional.normalize(super().features(images_uint8_BHW3), dim=1)
 
     def score_set(self, batches: Iterable[np.ndarray], reference_batches: Iterable[np.ndarray] | None = None) -> float:
-        if reference_batches is None:
-            raise UsageError(f"{self.name} compares two sets: pass reference images (--reference)")
-        return float(
-            self._contributions(self._all(batches, "images"), self._all(reference_batches, "reference images")).mean()
-        )
+        references = self._references(reference_batches)
+        image_ND, reference_MD = self._all(batches, "images"), self._all(references, "reference images")
+        return float(self._contributions(image_ND, reference_MD).mean())
 
-    def paired_interval(
+    def score_pairs(
         self, batches: Iterable[np.ndarray], reference_batches: Iterable[np.ndarray]
-    ) -> tuple[float, float]:
+    ) -> tuple[float, float, float]:
         image_ND, reference_ND = self._all(batches, "images"), self._all(reference_batches, "reference images")
         count = len(image_ND)
         if count != len(reference_ND) or count < 3:
@@ -332,7 +325,7 @@ class Cmmd(SetMetric):
         value = float(pairs_NN.mean())
         without_N = (pairs_NN.sum() - 2 * pairs_NN.sum(1) + pairs_NN.diagonal()) / (count - 1) ** 2
         error = float(((count - 1) / count * (without_N - without_N.mean()).square().sum()).sqrt())
-        return max(0.0, value - 1.96 * error), value + 1.96 * error
+        return value, max(0.0, value - 1.96 * error), value + 1.96 * error
 
     def _score(
         self, images_uint8_BHW3: np.ndarray, prompts: Sequence[Prompt], reference_images_uint8_BHW3: np.ndarray | None
@@ -353,10 +346,6 @@ class Cmmd(SetMetric):
     def _contributions(self, image_ND: torch.Tensor, reference_MD: torch.Tensor) -> torch.Tensor:
         within, across_NM = self._kernel(reference_MD, reference_MD).mean(), self._kernel(image_ND, reference_MD)
         return self._kernel(image_ND, image_ND).mean(1) - 2 * across_NM.mean(1) + within
-
-    def describe(self) -> dict[str, Any]:
-        source = getattr(self.extractor, "source", type(self.extractor).__name__)
-        return super().describe() | {"extractor": type(self.extractor).__name__, "weights": Path(str(source)).name}
 
 
 def frechet_distance(image_ND: torch.Tensor, reference_MD: torch.Tensor) -> float:
