@@ -10,8 +10,8 @@ Source: FoundationVision/Infinity, FoundationVision/VAR, Davinci-XLab/STAR-T2I: 
 from __future__ import annotations
 
 import difflib
-import importlib
 import math
+import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -393,8 +393,7 @@ def load_model(name: str, **options: Any) -> LoadedModel:
 
 
 def _function(target: str) -> Any:
-    module, _, function = target.partition(":")
-    return getattr(importlib.import_module(module), function)
+    return pkgutil.resolve_name(target)
 
 
 def model_parts(request: LoadRequest) -> Any:

@@ -14,6 +14,7 @@ import gc
 import importlib
 import json
 import os
+import pkgutil
 import secrets
 import socket
 import sys
@@ -115,8 +116,7 @@ class Recipe:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self) -> Evaluator:
-        module, _, name = self.function.partition(":")
-        return getattr(importlib.import_module(module), name)(**self.arguments)
+        return pkgutil.resolve_name(self.function)(**self.arguments)
 
 
 @dataclass(frozen=True)

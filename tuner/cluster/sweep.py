@@ -9,9 +9,9 @@ no other.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import itertools
 import json
+import pkgutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -210,10 +210,9 @@ def _trainable(tune: Any, runner: str, out: Path) -> Any:
             cell = self.config["cell"]
             run_dir = out / "cells" / cell["name"]
             if not (run_dir / CELL_FILE).exists():
-                module, _, name = runner.partition(":")
                 started = time.time()
                 try:
-                    row = getattr(importlib.import_module(module), name)(cell["argv"], run_dir)
+                    row = pkgutil.resolve_name(runner)(cell["argv"], run_dir)
                 except Exception as error:
                     row = {"verdict": "failed", "reason": first_line(error)}
                 if row.get("exit_code") == InfrastructureError.exit_code:
