@@ -27,11 +27,11 @@ from torch import Tensor
 from benchmarks.environment import environment, write_json
 from stagevar.accelerators.base import Accelerator, Cached, ScaleContext
 from stagevar.accelerators.stagevar import StageVAR, draw_indices, gather_rows, project, restore
-from stagevar.compare import bench_prompts, compare, format_table
 from stagevar.errors import UsageError
 from stagevar.models.base import Around, LoadedModel, Site, SiteFn
 from stagevar.models.registry import load_model
-from stagevar.sampler import Sampler
+from stagevar.sampling.bench import bench_prompts, compare, format_table
+from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import LowRank, StageSchedule, Steps, structure_boundary
 
 #: What the paper reports on Infinity-2B (speed-up over the full schedule), for the rows that it has.
@@ -148,8 +148,8 @@ def equal_speed(table: Sequence[Mapping[str, Any]], name: str, family: str) -> M
 
 def nano_verdicts(prompts: Sequence[str]) -> dict[str, Any]:
     """The pixel checker's verdict (share of images right) as a paired score, for nano's own prompts."""
-    from stagevar.nano.checker import check_batch
-    from stagevar.nano.scenes import prompts as scenes
+    from stagevar.models.nano.checker import check_batch
+    from stagevar.models.nano.scenes import prompts as scenes
 
     metadata = scenes("heldout", len(prompts))
 

@@ -114,7 +114,7 @@ def measure(model_name: str, space: SearchSpace, schedules: Sequence[Steps]) -> 
     import torch
 
     from stagevar.models.registry import load_model
-    from stagevar.sampler import Sampler
+    from stagevar.sampling.sampler import Sampler
     from tuner.evaluation.evaluator import walk
     from tuner.metrics.registry import create
 

@@ -18,13 +18,13 @@ import numpy as np
 
 from benchmarks.ablation import nano_verdicts
 from benchmarks.environment import environment, write_json
-from stagevar.compare import bench_prompts
-from stagevar.latency import pinned
+from stagevar.images import psnr_db
 from stagevar.models.base import LoadedModel
 from stagevar.models.registry import load_model
-from stagevar.sampler import Sampler
+from stagevar.sampling.bench import bench_prompts
+from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import StageSchedule, structure_boundary
-from stagevar.similarity import psnr_db
+from stagevar.timing import pinned
 
 BATCH = 16
 

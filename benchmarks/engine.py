@@ -32,18 +32,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.environment import environment, write_json
 from benchmarks.growing_cache import GrowingSampler
 from benchmarks.relaunch import RelaunchRecorder
-from stagevar import attention
 from stagevar.device_faults import free_unused
 from stagevar.engine import ENGINES, GraphEngine, build_engine, decoder_kernels, kernels
 from stagevar.errors import StagevarError, UsageError
-from stagevar.latency import Run, Timing, measure, paired_ratio, pinned, time_once
 from stagevar.models.base import LoadedModel
 from stagevar.models.memory import available_bytes, estimate_model
 from stagevar.models.memory_plan import USABLE, timed_bytes
 from stagevar.models.precision import is_product
 from stagevar.models.registry import SPECS, load_model, published
-from stagevar.sampler import Sampler
+from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import BOTH, ScaleStep, StageSchedule, Steps, preset
+from stagevar.tensors import attention
+from stagevar.timing import Run, Timing, measure, paired_ratio, pinned, time_once
 from tuner.evaluation.timed_groups import merged
 
 PROMPT = "a photo of a red circle left of a blue star, on a wooden table in the evening light"

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import environment, write_json
-from stagevar.compare import time_in_turn
 from stagevar.errors import UsageError
-from stagevar.latency import paired_ratio, pinned
 from stagevar.models.registry import load_model
-from stagevar.sampler import Sampler
+from stagevar.sampling.bench import time_in_turn
+from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import StageSchedule, exact
+from stagevar.timing import paired_ratio, pinned
 from tuner.report.words import name_of
 from tuner.results.candidate import Candidate, Interval
 from tuner.results.pareto import front

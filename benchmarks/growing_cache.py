@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stagevar.cache import KVCache, Lengths
-from stagevar.sampler import Sampler
+from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import BOTH, Branch, Steps
+from stagevar.tensors.cache import KVCache, Lengths
 
 
 class GrowingCache(KVCache):

@@ -22,14 +22,14 @@ from torch import Tensor
 
 from benchmarks.ablation import nano_verdicts
 from benchmarks.environment import environment, write_json
-from stagevar.cache import KVCache
-from stagevar.compare import bench_prompts, compare, format_table
 from stagevar.errors import UsageError
 from stagevar.models.base import LoadedModel, around_nothing
-from stagevar.models.infinity import Infinity
+from stagevar.models.infinity.transformer import Infinity
 from stagevar.models.registry import load_model
-from stagevar.sampler import Generation, Sampler, _Saved
+from stagevar.sampling.bench import bench_prompts, compare, format_table
+from stagevar.sampling.sampler import Generation, Sampler, _Saved
 from stagevar.schedule import BOTH, ScaleStep, StageSchedule
+from stagevar.tensors.cache import KVCache
 from tuner.results.pareto import front
 
 

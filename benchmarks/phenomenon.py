@@ -26,15 +26,15 @@ import torch
 
 from benchmarks.environment import environment, write_json
 from stagevar.errors import StagevarError, UsageError
-from stagevar.geneval import judge
-from stagevar.grids import Grid
-from stagevar.latency import pinned
+from stagevar.images import psnr_db, ssim
+from stagevar.models.nano import scenes
+from stagevar.models.nano.checker import detect
 from stagevar.models.registry import load_model
-from stagevar.nano import scenes
-from stagevar.nano.checker import detect
-from stagevar.sampler import Sampler
+from stagevar.prompts.geneval import judge
+from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import StageSchedule, exact, preset, skip_only, structure_boundary
-from stagevar.similarity import psnr_db, ssim
+from stagevar.schedule.grids import Grid
+from stagevar.timing import pinned
 from tuner.statistics.bounds import mean_interval
 
 BATCH = 16

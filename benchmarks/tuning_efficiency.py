@@ -29,9 +29,9 @@ import torch
 
 from benchmarks.environment import environment, write_json
 from stagevar.errors import StagevarError
-from stagevar.grids import infinity_grids
 from stagevar.models.registry import find, load_model, published
 from stagevar.schedule import Steps, preset
+from stagevar.schedule.grids import infinity_grids
 from tuner.config.limits import Budget
 from tuner.config.prompts import load_prompts
 from tuner.config.quality import composite_options, quality_limits

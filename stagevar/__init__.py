@@ -17,8 +17,8 @@ __version__ = "0.2.0"
 
 _EXPORTS = {
     "Profile": "stagevar.profile",
-    "Pipeline": "stagevar.pipeline",
-    "Sampler": "stagevar.sampler",
+    "Pipeline": "stagevar.profile.pipeline",
+    "Sampler": "stagevar.sampling.sampler",
     "ScaleStep": "stagevar.schedule",
     "StageSchedule": "stagevar.schedule",
     "StagevarError": "stagevar.errors",

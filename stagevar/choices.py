@@ -9,7 +9,7 @@ from stagevar.errors import UsageError
 #: How steps reach the device: kernels launched one by one or replayed from graphs; the pieces between products as they are,
 #: compiled, or Triton kernels.
 ENGINES = ("eager", "compiled", "graph", "graph-compiled", "graph-kernels")
-#: What --engine accepts: an engine, or the fastest one that draws the same images here (stagevar.engine_choice).
+#: What --engine accepts: an engine, or the fastest one that draws the same images here (stagevar.profile.engine_choice).
 ENGINE_OPTIONS = ("auto", *ENGINES)
 
 

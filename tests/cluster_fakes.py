@@ -122,7 +122,7 @@ class TinyModel(FakeEvaluator):
     def __init__(self, prompts):
         import torch
 
-        from stagevar.sampler import Sampler
+        from stagevar.sampling.sampler import Sampler
         from tests.tiny import GRIDS, tiny_infinity
 
         super().__init__(prompts)

@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from stagevar.models.base import LoadedModel
 from stagevar.models.variants import variant
-from stagevar.noise import PromptNoise
-from stagevar.sampler import Sampler
+from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import Steps
+from stagevar.tensors.noise import PromptNoise
 
 CUDA = torch.device("cuda", 0)
 
@@ -26,8 +26,8 @@ CUDA = torch.device("cuda", 0)
 def fake_mode():
     """The mode under which everything here happens."""
     # Which attention kernel can run is asked of a real card once an order is given.
-    unordered = mock.patch("stagevar.sampler.attention_kernels", lambda device: contextlib.nullcontext())
-    card = mock.patch("stagevar.sampler.total_bytes", lambda device: 80 * 2**30)
+    unordered = mock.patch("stagevar.sampling.sampler.attention_kernels", lambda device: contextlib.nullcontext())
+    card = mock.patch("stagevar.sampling.sampler.total_bytes", lambda device: 80 * 2**30)
     with FakeTensorMode(allow_non_fake_inputs=True), unordered, card:
         yield
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from stagevar.grids import square
 from stagevar.schedule import Steps
+from stagevar.schedule.grids import square
 from tuner.config.prompts import PromptSet
 from tuner.evaluation.evaluator import Facts, Values
 
@@ -38,7 +38,7 @@ SPACE = {
 
 
 class FakeTiming:
-    """The part of stagevar.latency.Timing that the tuner reads, without torch."""
+    """The part of stagevar.timing.Timing that the tuner reads, without torch."""
 
     def __init__(self, samples_ms: Sequence[float]):
         self.samples_ms, self.warm_up_runs, self.warmed = tuple(samples_ms), 3, True

@@ -33,11 +33,11 @@ COMMANDS = {
 
 def help_text(command: str, verb: str) -> str:
     """What `command verb --help` prints on a terminal of 100 columns."""
-    import stagevar.cli
+    import stagevar.cli.command
     import tuner.cli
     import tuner.evalkit.command
 
-    mains = {"stagevar": stagevar.cli, "stagevar-tune": tuner.cli, "stagevar-eval": tuner.evalkit.command}
+    mains = {"stagevar": stagevar.cli.command, "stagevar-tune": tuner.cli, "stagevar-eval": tuner.evalkit.command}
     printed = io.StringIO()
     with (
         mock.patch.dict(os.environ, {"COLUMNS": "100", "NO_COLOR": "1"}),

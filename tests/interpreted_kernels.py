@@ -8,8 +8,8 @@ import json
 
 import torch
 
-from stagevar import noise
 from stagevar.engine import decoder_kernels, kernels
+from stagevar.tensors import noise
 from tests.kernel_cases import CASES, DECODER_CASES, LEAST, MODELS, OFFSET, Numbers
 
 #: Words of a draw at both ends of their range.

@@ -12,15 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from stagevar.engine import TEXT_BUCKET, kernels
-from stagevar.grids import infinity_grids
 from stagevar.models import fused
 from stagevar.models.base import LoadedModel
-from stagevar.models.infinity import Chained, Pieces, modulated_norm
+from stagevar.models.infinity.transformer import Chained, Pieces, modulated_norm
 from stagevar.models.loading import default_sampling
 from stagevar.models.registry import model_parts, published, resolve
-from stagevar.noise import Draws, PromptNoise, normal, philox4x32, uniform
-from stagevar.sampler import Sampler
+from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import preset
+from stagevar.schedule.grids import infinity_grids
+from stagevar.tensors.noise import Draws, PromptNoise, normal, philox4x32, uniform
 from tests.fake_cuda import CUDA, fake_mode
 
 #: Blocks and chunks of Infinity-2B.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stagevar.accelerators import Exact
 from stagevar.models.base import LoadedModel
-from stagevar.sampler import Generation, Sampler
+from stagevar.sampling.sampler import Generation, Sampler
 from stagevar.schedule import BOTH, LowRank, Pivotal, ScaleStep, StageSchedule, Steps, exact
 from tests.fake_cuda import CUDA, NoWaiting, begin_on_fake_cuda, fake_mode
 from tests.test_engine import graph_sampler

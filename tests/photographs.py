@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from stagevar.geneval import COLORS
+from stagevar.prompts.geneval import COLORS
 from tuner.evalkit.command import main
 from tuner.evalkit.image_folder import evaluate_folder, read_folder
 from tuner.metrics.geneval import Found, GenEval

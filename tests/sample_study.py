@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from stagevar.grids import INFINITY_GRIDS, square
 from stagevar.schedule import StageSchedule, exact, paper, released, skip_only
+from stagevar.schedule.grids import INFINITY_GRIDS, square
 from tuner.config.quality import MetricLimit
 from tuner.results.candidate import Candidate, Failure, Interval, LatencyStats, Sample, Verdict, Verification
 from tuner.results.result import EXIT_CODES, StudyResult

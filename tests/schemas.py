@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from stagevar.json_schema import profile_schema
+from stagevar.profile.json_schema import profile_schema
 from tuner.cluster.sweep_schema import sweep_schema
 from tuner.config.json_schema import space_schema
 

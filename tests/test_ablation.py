@@ -6,9 +6,9 @@ import torch
 from benchmarks.ablation import Alternative, equal_speed, norm_growth, rows
 from stagevar.accelerators.base import Cached, ScaleContext
 from stagevar.models.base import Site
-from stagevar.noise import PromptNoise
-from stagevar.sampler import Sampler
+from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import BOTH, LowRank, ScaleStep, exact
+from stagevar.tensors.noise import PromptNoise
 from tests.tiny import GRIDS, tiny_infinity
 
 

@@ -15,11 +15,11 @@ import torch
 
 from stagevar.accelerators import Accelerator, Composite, Exact, FastVAR, SkipVAR, StageVAR
 from stagevar.accelerators.skipvar import LinearClassifier, SkipRule, look
-from stagevar.grids import INFINITY_GRIDS
 from stagevar.models.base import Sampling
-from stagevar.noise import PromptNoise
-from stagevar.sampler import Sampler
+from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import LowRank, Pivotal, StageSchedule, exact
+from stagevar.schedule.grids import INFINITY_GRIDS
+from stagevar.tensors.noise import PromptNoise
 from tests.tiny import tiny_infinity
 
 PROMPTS, SEEDS = ["a red ring", "two blue stars", "a cross"], [3, 4, 5]

@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from stagevar.accelerators import Exact
-from stagevar.analysis import (
+from stagevar.analysis.measure import (
     ENERGIES,
     Curve,
     Rules,
@@ -28,9 +28,9 @@ from stagevar.analysis import (
     nano_inputs,
 )
 from stagevar.errors import UsageError
-from stagevar.ranks import ratios_for_energy
-from stagevar.sampler import Sampler
+from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import BOTH, StageSchedule, exact
+from stagevar.schedule.ranks import ratios_for_energy
 from tests.tiny import GRIDS, tiny_infinity
 
 PROMPTS = ["a red circle", "two blue squares", "a green star above a cat", "nothing"]

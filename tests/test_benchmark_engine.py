@@ -6,7 +6,7 @@ import weakref
 import pytest
 
 from benchmarks.engine import main
-from stagevar.cache import KVCache
+from stagevar.tensors.cache import KVCache
 
 REFERENCE = """
 def build(model, pixels, device, dtype):
@@ -59,7 +59,7 @@ def test_two_samplers_are_alive_only_where_the_memory_plan_has_room(tmp_path, mo
             alive.add(self)
             most.append(len(alive))
 
-    monkeypatch.setattr("stagevar.sampler.KVCache", Counting)
+    monkeypatch.setattr("stagevar.sampling.sampler.KVCache", Counting)
     monkeypatch.setattr("benchmarks.engine.available_bytes", lambda device: 2**20)
     arguments = ["--model", "nano", "--device", "cpu", "--rounds", "1", "--output", str(output)]
     assert main([*arguments, "--schedules", "exact,skip-2"]) == 0

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from stagevar.errors import UsageError
-from stagevar.models import bsqvae
-from stagevar.models.bsqvae import BSQVAE
+from stagevar.models.infinity import tokenizer as bsqvae
+from stagevar.models.infinity.tokenizer import BSQVAE
 
 DATA = Path(__file__).parent / "data"
 SQUARE = ((1, 1), (2, 2), (4, 4), (6, 6), (8, 8), (12, 12), (16, 16))

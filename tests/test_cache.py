@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from benchmarks.growing_cache import GrowingSampler
-from stagevar.cache import KVCache
-from stagevar.sampler import Sampler
+from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import BOTH, StageSchedule, exact
+from stagevar.tensors.cache import KVCache
 from tests.model_contract import Recorder, largest_difference
 from tests.test_engine import SCHEDULES, graph_sampler
 from tests.tiny import GRIDS, tiny_infinity

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from benchmarks.relaunch import RelaunchRecorder
-from stagevar.cache import KVCache, even, step_lengths
 from stagevar.engine import GraphEngine, RecordingFailed, first_cause
 from stagevar.engine import graph as engine_module
-from stagevar.sampler import Sampler
+from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import StageSchedule, exact, preset
+from stagevar.tensors.cache import KVCache, even, step_lengths
 from tests.tiny import GRIDS, tiny_infinity
 
 FULL = exact(len(GRIDS)).expand(GRIDS, 2)
@@ -79,7 +79,7 @@ def test_branches_share_a_tensor_where_that_costs_a_card_little(model, monkeypat
     steps = StageSchedule(3, cfg_delay=0, branch="cond", rank_ratios=(0.5, 0.2)).expand(GRIDS, 2)
     expected = Sampler(model).generate(["a", "b"], [0, 1], steps)
     least = step_lengths(steps, model.transformer.chunk_layers)
-    monkeypatch.setattr("stagevar.sampler.total_bytes", lambda device: card_bytes)
+    monkeypatch.setattr("stagevar.sampling.sampler.total_bytes", lambda device: card_bytes)
     on_card = Sampler(dataclasses.replace(model, device=torch.device("cuda", 0)))
     capacity = on_card._capacity(2, steps)
     assert capacity == (even(least) if joint else least) != (least if joint else even(least))

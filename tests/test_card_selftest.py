@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from benchmarks.relaunch import RelaunchRecorder
-from stagevar.card_selftest import selftest
 from stagevar.engine import GraphEngine
 from stagevar.errors import UsageError
-from stagevar.sampler import Sampler
+from stagevar.profile.card_selftest import selftest
+from stagevar.sampling.sampler import Sampler
 from tests.tiny import tiny_infinity
 from tuner.cli import doctor
 
@@ -54,7 +54,8 @@ def test_an_engine_that_falls_back_is_a_fault():
 
 @pytest.mark.parametrize(("known", "state", "words"), [(False, "warn", "nvidia-ml-py"), (True, "ok", "1980 MHz")])
 def test_doctor_looks_at_every_card_and_tries_the_current_one(monkeypatch, known, state, words):
-    from stagevar import card_selftest, card_state
+    from stagevar import card_state
+    from stagevar.profile import card_selftest
     from tests.test_card_state import QUIET
 
     properties = SimpleNamespace(name="H200", total_memory=141 * 2**30)

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from stagevar.latency import time_once
-from stagevar.models import infinity_loader, memory, registry, vqvae
+from stagevar.models import memory, registry
+from stagevar.models.infinity import loader as infinity_loader
+from stagevar.models.vq import tokenizer as vqvae
+from stagevar.timing import time_once
 
 
 @pytest.mark.parametrize(

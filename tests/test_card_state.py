@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from stagevar import latency
+from stagevar import timing as latency
 from stagevar.card_state import CardState, disturbed_by, read_card
-from stagevar.compare import BASELINE, format_table, time_in_turn
+from stagevar.sampling.bench import BASELINE, format_table, time_in_turn
 
 CUDA = torch.device("cuda", 1)
 QUIET = CardState("580.1", 1980, 2619, 45, 300.0, 700.0, (), 0, False)

@@ -5,15 +5,15 @@ import dataclasses
 import pytest
 import torch
 
-from stagevar.cache import KVCache
 from stagevar.choices import check_engine
 from stagevar.engine import build_engine, decoder_kernels, kernels
 from stagevar.errors import UsageError
 from stagevar.models import fused
-from stagevar.models.infinity import Chained, Pieces, cosine_heads, modulated_norm
+from stagevar.models.infinity.transformer import Chained, Pieces, cosine_heads, modulated_norm
 from stagevar.models.registry import load_model
-from stagevar.sampler import Sampler
+from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import fastvar, preset
+from stagevar.tensors.cache import KVCache
 from tests.model_contract import Recorder, largest_difference
 from tests.test_engine import SCHEDULES
 from tests.tiny import GRIDS, tiny_infinity

@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import save_file
 
 from stagevar.errors import WeightsError
-from stagevar.models import weights
+from stagevar.models.checkpoint import weights
 from stagevar.models.checkpoint.kinds import kind_in_safetensors, kind_of
 from stagevar.models.checkpoint.names import bare_names, without_wrappers
 from stagevar.models.checkpoint.state_dicts import find_state_dict
-from stagevar.models.infinity import Infinity, InfinityConfig
-from stagevar.models.weights import INFINITY_RULES
+from stagevar.models.checkpoint.weights import INFINITY_RULES
+from stagevar.models.infinity.transformer import Infinity, InfinityConfig
 
 TINY = InfinityConfig(depth=2, width=64, heads=2, chunks=2, token_bits=4, text_dim=128, text_maxlen=8)
 PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "model.", "base_model.model.", "_forward_module.", "net.")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stagevar.cli import main
+from stagevar.cli.command import main
 from stagevar.models.registry import load_model
 from stagevar.profile import Profile, present_envelope, steps_to_data
 from stagevar.schedule import paper

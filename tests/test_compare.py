@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from stagevar.accelerators import Exact
-from stagevar.compare import bench_prompts, compare, format_table
 from stagevar.errors import ScheduleError, UsageError
-from stagevar.sampler import Sampler
+from stagevar.sampling.bench import bench_prompts, compare, format_table
+from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import StageSchedule, exact, skipvar
 from tests.test_accelerator_contract import GRIDS, PROMPTS, splitting_rule, write_rule
 from tests.tiny import tiny_infinity

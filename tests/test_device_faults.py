@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from stagevar.cache import KVCache, step_lengths
 from stagevar.device_faults import is_broken, is_out_of_memory, told_apart
 from stagevar.errors import DeviceBroken, OutOfDeviceMemory
-from stagevar.grids import square
 from stagevar.schedule import StageSchedule, exact
+from stagevar.schedule.grids import square
+from stagevar.tensors.cache import KVCache, step_lengths
 from tests.fakes import FakeEvaluator, study, tokens
 from tests.tiny import tiny_infinity
 from tuner.config.prompts import load_prompts

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from stagevar import cli as stagevar_cli
+from stagevar.cli import command as stagevar_cli
 from stagevar.models import registry
 from stagevar.models.registry import load_model
 from stagevar.profile import Profile, present_envelope, steps_to_data
@@ -57,7 +57,7 @@ def test_python_blocks_run(page, demo_run, monkeypatch):
     for text in blocks(page, "python"):
         if "infinity-" in text:  # public weights cannot be had here: the arguments are checked, a tiny model stands in
             text = text.replace("from stagevar import load_model", "").replace(
-                "from stagevar.models.weights import convert", ""
+                "from stagevar.models.checkpoint.weights import convert", ""
             )
             names |= {"load_model": checked_load, "convert": checked_convert}
         if "StageSchedule(" in text:
@@ -75,7 +75,7 @@ def checked_load(name, **options):
 def checked_convert(name, out, **options):
     import inspect
 
-    from stagevar.models.weights import convert
+    from stagevar.models.checkpoint.weights import convert
 
     inspect.signature(convert).bind(name, out, **options)
     registry.find(name)
@@ -92,7 +92,9 @@ def commands():
 
 @pytest.mark.parametrize("words", commands())
 def test_shell_blocks_parse(words, monkeypatch):
-    monkeypatch.setattr("stagevar.console._existing", lambda path, what: path)  # the files of examples are the reader's
+    monkeypatch.setattr(
+        "stagevar.cli.console._existing", lambda path, what: path
+    )  # the files of examples are the reader's
     parsers = {"stagevar": stagevar_cli.build_parser, "stagevar-eval": eval_cli.build_parser}
     if words[0] in parsers:
         arguments = words[1:]

@@ -14,12 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from benchmarks.relaunch import RelaunchRecorder, tensors_of, with_tensors
-from stagevar.attention import attend, attention_kernels, order_of, prefer_attention
 from stagevar.engine import CudaRecorder, GraphEngine, Recorder, RecordingFailed, build_engine
 from stagevar.errors import UsageError
-from stagevar.noise import PromptNoise
-from stagevar.sampler import Sampler
+from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import BOTH, StageSchedule, exact, fastvar
+from stagevar.tensors.attention import attend, attention_kernels, order_of, prefer_attention
+from stagevar.tensors.noise import PromptNoise
 from tests.fake_cuda import CUDA, NoWaiting, begin_on_fake_cuda, fake_mode
 from tests.tiny import GRIDS, tiny_infinity
 

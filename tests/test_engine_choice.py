@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from stagevar import engine_choice
 from stagevar.choices import ENGINES
-from stagevar.engine_choice import TOLERANCE, EngineTrials, choose_engine, pick_engine
 from stagevar.errors import InfrastructureError, UsageError
-from stagevar.latency import Timing
-from stagevar.profile_sections import EngineSection, EngineTried
+from stagevar.profile import engine_choice
+from stagevar.profile.engine_choice import TOLERANCE, EngineTrials, choose_engine, pick_engine
+from stagevar.profile.sections import EngineSection, EngineTried
 from stagevar.sections import read_section, section_data
+from stagevar.timing import Timing
 
 
 def tried(**latencies):
@@ -89,7 +89,7 @@ def trials(monkeypatch):
                 run()
             return {name: Timing((by_name[name].ms * factor,) * rounds) for name in runs}
 
-        monkeypatch.setattr("stagevar.latency.measure", measure)
+        monkeypatch.setattr("stagevar.timing.measure", measure)
         model = type("Model", (), {"device": torch.device("cpu")})
         made = EngineTrials(model, ["a", "b"], [1, 2], (), by_name.__getitem__)
         return by_name, made

@@ -11,7 +11,7 @@ import yaml
 from stagevar.card_state import CardState
 from stagevar.errors import UsageError
 from stagevar.profile import Profile, steps_to_data
-from stagevar.profile_sections import CardSection, QualitySection
+from stagevar.profile.sections import CardSection, QualitySection
 from tests.sample_study import KINDS, make
 from tuner.report.export import export, profile_of
 from tuner.report.page import _timing_line

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from stagevar import __version__, extras
-from stagevar.console import report_errors
+from stagevar.cli.console import report_errors
 from tests.test_house import ROOT, imports, modules, run_without
 from tuner.cli import doctor
 
@@ -87,8 +87,8 @@ COMMANDS = {
     ("tuner.cli", "sweep", "sweep.yaml"): "tune",
     ("tuner.evalkit.command", "images", "--images", ".", "--metric", "clip_score"): "tune",
     ("tuner.evalkit.command", "images", "--images", ".", "--metric", "psnr"): "metrics",
-    ("stagevar.cli", "analyze", "--model", "nano"): "tune",
-    ("stagevar.cli", "refit", "--model", "nano", "--out", "rule.json"): "tune",
+    ("stagevar.cli.command", "analyze", "--model", "nano"): "tune",
+    ("stagevar.cli.command", "refit", "--model", "nano", "--out", "rule.json"): "tune",
 }
 
 
@@ -112,7 +112,7 @@ def test_help_and_doctor_work_on_the_base_installation():
     for module, words in (
         ("tuner.cli", ["--help"]),
         ("tuner.evalkit.command", ["--help"]),
-        ("stagevar.cli", ["--help"]),
+        ("stagevar.cli.command", ["--help"]),
     ):
         result = run_without(EVERYTHING, f"from {module} import main\nsys.exit(main({words!r}))")
         assert result.returncode == 0 and "usage:" in result.stdout, result.stderr[-2000:]

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from stagevar.accelerators import FastVAR, StageVAR
 from stagevar.accelerators.base import Cached, ScaleContext
 from stagevar.accelerators.fastvar import pivotal_indices
-from stagevar.cache import step_lengths
 from stagevar.errors import ScheduleError
-from stagevar.grids import INFINITY_GRIDS, infinity_grids, square
 from stagevar.models.base import Site
-from stagevar.sampler import Sampler
+from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import BOTH, LowRank, Pivotal, ScaleStep, StageSchedule, exact, fastvar, kept_tokens
+from stagevar.schedule.grids import INFINITY_GRIDS, infinity_grids, square
+from stagevar.tensors.cache import step_lengths
 from tests.golden.fastvar_cases import reference_schedule
 from tests.tiny import GRIDS, tiny_infinity
 

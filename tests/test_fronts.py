@@ -8,10 +8,10 @@ import pytest
 
 from benchmarks.fronts import METHODS, best, main, method, retime, rows, setting, table
 from stagevar.errors import UsageError
-from stagevar.grids import square
 from stagevar.models.registry import load_model
 from stagevar.profile import steps_to_data
 from stagevar.schedule import PRESETS, StageSchedule
+from stagevar.schedule.grids import square
 from tests.sample_study import make
 
 GRIDS = square((1, 2, 3, 4, 6, 8))

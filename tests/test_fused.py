@@ -6,12 +6,20 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from stagevar import noise
 from stagevar.engine import EagerEngine, fell_back_because
 from stagevar.models import fused
-from stagevar.models.infinity import Pieces, Rotation, cosine_heads, modulated_norm, rope_table, rotate, turns
+from stagevar.models.infinity.transformer import (
+    Pieces,
+    Rotation,
+    cosine_heads,
+    modulated_norm,
+    rope_table,
+    rotate,
+    turns,
+)
 from stagevar.models.registry import load_model
-from stagevar.sampler import Sampler
+from stagevar.sampling.sampler import Sampler
+from stagevar.tensors import noise
 from tests.model_contract import Recorder, largest_difference
 from tests.test_engine import SCHEDULES
 from tests.tiny import GRIDS, tiny_infinity

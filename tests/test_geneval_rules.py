@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stagevar.errors import UsageError
-from stagevar.geneval import (
+from stagevar.prompts.geneval import (
     COLORS,
     RELATIONS,
     Detection,

@@ -91,13 +91,13 @@ def test_runtime_imports_without_the_tuners_packages():
 def test_generate_works_without_the_tuners_packages(tmp_path):
     target = tmp_path / "x.png"
     words = ["generate", "--model", "nano", "a photo of a red circle", "-o", str(target)]
-    code = f"from stagevar.cli import main; sys.exit(main({words!r}))"
+    code = f"from stagevar.cli.command import main; sys.exit(main({words!r}))"
     result = run_without((*ONE_PLACE, "transformers", "matplotlib", "rich", "scipy"), code)
     assert result.returncode == 0, result.stderr[-2000:]
     assert target.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("command", ["stagevar.cli", "tuner.cli", "tuner.evalkit.command"])
+@pytest.mark.parametrize("command", ["stagevar.cli.command", "tuner.cli", "tuner.evalkit.command"])
 def test_help_is_cheap(command):
     code = f"""
 import importlib, sys
@@ -164,4 +164,4 @@ def test_the_figures_see_what_they_should():
     assert house_figures.room("tuner.start") == "tuner"
     imported = house_figures.module_imports("stagevar")
     assert "stagevar.errors" in imported["stagevar.files"]
-    assert "stagevar.cli" not in imported["stagevar.schedule"]
+    assert "stagevar.cli.command" not in imported["stagevar.schedule"]

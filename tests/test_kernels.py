@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from stagevar.engine import decoder_kernels, kernels
-from stagevar.models.bsqvae import BSQVAE
-from stagevar.models.infinity import cosine_heads, modulated_norm, turns
+from stagevar.models.infinity.tokenizer import BSQVAE
+from stagevar.models.infinity.transformer import cosine_heads, modulated_norm, turns
 from tests.kernel_cases import MODELS, Numbers
 
 triton = pytest.importorskip("triton")

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from stagevar import latency
+from stagevar import timing as latency
 from stagevar.errors import UsageError
 
 

@@ -7,10 +7,10 @@ import pytest
 
 from stagevar.errors import WeightsError
 from stagevar.models import readiness
+from stagevar.models.infinity.text import RandomText, T5Text
 from stagevar.models.loading import locate, text_beside
 from stagevar.models.registry import load_model, resolve
-from stagevar.models.star_text import ClipText
-from stagevar.models.text import RandomText, T5Text
+from stagevar.models.star.text import ClipText
 from tests import stand_ins
 
 MAKERS = {

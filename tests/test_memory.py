@@ -5,15 +5,15 @@ import dataclasses
 import pytest
 import torch
 
-from stagevar.cache import KV_CACHES, KVCache, step_lengths
 from stagevar.errors import UsageError, WeightsError
-from stagevar.grids import square
 from stagevar.models import hub, memory
 from stagevar.models.memory import MIB, MemoryEstimate, estimate_model
 from stagevar.models.memory_plan import CARD_SHARE, TimedBytes, timed_beside_full, timed_bytes
 from stagevar.models.registry import load_model, model_parts, published, resolve
-from stagevar.sampler import Sampler
+from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import StageSchedule, exact, preset
+from stagevar.schedule.grids import square
+from stagevar.tensors.cache import KV_CACHES, KVCache, step_lengths
 
 
 def state_bytes(module: torch.nn.Module) -> int:

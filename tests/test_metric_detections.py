@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stagevar.errors import UsageError
-from stagevar.geneval import COLORS, Detection
+from stagevar.prompts.geneval import COLORS, Detection
 from tuner.metrics.detections import read_detections, read_metadata, score_detections
 
 METADATA = {"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "red"}], "prompt": "a red dog"}

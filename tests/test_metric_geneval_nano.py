@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from stagevar.nano import checker, scenes
+from stagevar.models.nano import checker, scenes
 from tuner.evalkit.command import main
 from tuner.metrics import create
 from tuner.metrics.geneval import Found

@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from stagevar.class_names import class_name
 from stagevar.errors import UsageError
-from stagevar.geneval import COLORS
+from stagevar.prompts.class_names import class_name
+from stagevar.prompts.geneval import COLORS
 from tests import metric_models
 from tuner.metrics import create
 from tuner.metrics.clip import ClipModel, ColorClassifier

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from stagevar.errors import UsageError
-from stagevar.geneval import COLORS, TAGS, check_metadata
+from stagevar.prompts.geneval import COLORS, TAGS, check_metadata
 from tuner.metrics.prompt_sets import (
     COCO_CLASSES,
     generate,

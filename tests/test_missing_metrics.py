@@ -56,7 +56,7 @@ def packages_behind(module: str) -> set[str]:
         seen.add(current)
         names = imports_of(current)
         packages |= {name.partition(".")[0] for name in names}
-        waiting += [n for n in names if n.startswith(("tuner.metrics.", "stagevar.nano.")) and n not in seen]
+        waiting += [n for n in names if n.startswith(("tuner.metrics.", "stagevar.models.nano.")) and n not in seen]
     return packages
 
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from stagevar.nano import scenes
-from stagevar.nano.checker import check, check_batch, detect
+from stagevar.models.nano import scenes
+from stagevar.models.nano.checker import check, check_batch, detect
 
 
 @pytest.fixture(scope="module")

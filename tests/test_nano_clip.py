@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from stagevar.nano import scenes
-from stagevar.nano.load import shipped_folder
+from stagevar.models.nano import scenes
+from stagevar.models.nano.load import shipped_folder
 from training.nano.clip import CONFIG, NanoClip, compacted, config_json, published, tokenize
 from training.nano.evaluate import Evaluation, clip_accuracy
 

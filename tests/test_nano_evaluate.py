@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stagevar.nano import scenes
-from stagevar.nano.load import read_preset, shipped_folder
+from stagevar.models.nano import scenes
+from stagevar.models.nano.load import read_preset, shipped_folder
 from training.nano import evaluate
 from training.nano.jobs import TransformerJob
 from training.nano.train import Recipe

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from stagevar.errors import UsageError
-from stagevar.geneval import check_metadata, relations
-from stagevar.nano import scenes
+from stagevar.models.nano import scenes
+from stagevar.prompts.geneval import check_metadata, relations
 
 
 def test_same_seed_same_scenes():

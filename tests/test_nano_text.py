@@ -2,9 +2,9 @@
 
 import torch
 
-from stagevar.nano import scenes
-from stagevar.nano.presets import preset
-from stagevar.nano.text import END, PAD, UNKNOWN, NanoTextEncoder
+from stagevar.models.nano import scenes
+from stagevar.models.nano.presets import preset
+from stagevar.models.nano.text import END, PAD, UNKNOWN, NanoTextEncoder
 
 
 def test_every_caption_is_in_the_vocabulary():

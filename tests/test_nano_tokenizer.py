@@ -5,11 +5,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stagevar.nano import scenes
-from stagevar.nano.checker import check_batch
-from stagevar.nano.load import read_preset, shipped_folder
-from stagevar.nano.presets import preset
-from stagevar.nano.tokenizer import NanoTokenizer
+from stagevar.models.nano import scenes
+from stagevar.models.nano.checker import check_batch
+from stagevar.models.nano.load import read_preset, shipped_folder
+from stagevar.models.nano.presets import preset
+from stagevar.models.nano.tokenizer import NanoTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_shapes_of_every_preset(name):
 
 
 def test_presets_meet_their_bounds():
-    from stagevar.models.infinity import Infinity
+    from stagevar.models.infinity.transformer import Infinity
 
     shipped, large = preset("64px"), preset("96px")
     assert sum(s * s for s in shipped.scales[-2:]) / shipped.tokens >= 0.7

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from stagevar.errors import WeightsError
-from stagevar.nano import scenes
-from stagevar.nano.presets import preset
+from stagevar.models.nano import scenes
+from stagevar.models.nano.presets import preset
 from training.nano import train
 from training.nano.checkpoints import MAX_SHARD_BYTES, load_checkpoint, save_checkpoint
 from training.nano.jobs import TransformerJob, sides_of

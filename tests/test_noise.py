@@ -3,7 +3,7 @@
 import torch
 
 from stagevar.models.base import Site
-from stagevar.noise import PromptNoise, hash_words, key_tensor, normal, philox4x32, uniform
+from stagevar.tensors.noise import PromptNoise, hash_words, key_tensor, normal, philox4x32, uniform
 
 KEY = key_tensor([(0, "a prompt")])
 

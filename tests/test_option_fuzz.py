@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stagevar import cli as stagevar_cli
-from stagevar.console import LONGEST_LINE
+from stagevar.cli import command as stagevar_cli
+from stagevar.cli.console import LONGEST_LINE
 from stagevar.models.registry import LoadRequest, model_parts, resolve
 from tests.test_profile import make
 from tuner import cli as tuner_cli
@@ -185,7 +185,7 @@ def stubs(folder, monkeypatch):
     monkeypatch.chdir(folder)
     for place in (
         "stagevar.models.registry.load_model",
-        "stagevar.models.weights.load_into",
+        "stagevar.models.checkpoint.weights.load_into",
         "tuner.evaluation.evaluator.load_evaluator",
         "tuner.cli.tune._ray_executor",
         "tuner.cluster.sweep.run_sweep",

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import phenomenon
 from benchmarks.phenomenon import FULL, main, rows
-from stagevar.nano.presets import preset
+from stagevar.models.nano.presets import preset
 
 
 def test_rows_do_what_they_are_called():

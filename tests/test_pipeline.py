@@ -10,9 +10,9 @@ import torch
 from benchmarks.relaunch import RelaunchRecorder
 from stagevar.engine import GraphEngine
 from stagevar.errors import UsageError
-from stagevar.pipeline import Pipeline
-from stagevar.requests import check_seeds
-from stagevar.sampler import Sampler
+from stagevar.profile.pipeline import Pipeline
+from stagevar.prompts.requests import check_seeds
+from stagevar.sampling.sampler import Sampler
 from tests.test_profile import MODEL, make
 
 TEXT = "a photo of a red circle"

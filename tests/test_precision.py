@@ -13,7 +13,7 @@ from stagevar.models.memory import estimate_model
 from stagevar.models.precision import LowPrecisionLinear, low_precision, quantize
 from stagevar.models.registry import load_model
 from stagevar.profile import steps_to_data
-from stagevar.sampler import Sampler
+from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import StageSchedule
 from tests.fake_cuda import NoWaiting, begin_on_fake_cuda, fake_mode
 from tests.model_contract import Recorder

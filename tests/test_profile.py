@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stagevar.errors import ProfileError
-from stagevar.pipeline import Pipeline
 from stagevar.profile import Profile, present_envelope, steps_to_data
-from stagevar.profile_sections import CardSection
-from stagevar.sampler import Sampler
+from stagevar.profile.pipeline import Pipeline
+from stagevar.profile.sections import CardSection
+from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import StageSchedule
 from tests.test_schedule import schedules
 from tests.tiny import GRIDS, tiny_infinity

@@ -572,7 +572,7 @@ def test_values_of_the_fake_differ_between_schedules(plain):
 
 
 def test_one_worker_chooses_the_engine_and_the_others_take_it():
-    from stagevar.profile_sections import EngineSection
+    from stagevar.profile.sections import EngineSection
 
     executor = object.__new__(RayExecutor)
     executor.recipe, executor._resource, executor.facts = Recipe("a:b", {"engine": "auto"}), "GPU", None

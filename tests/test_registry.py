@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from stagevar.errors import UsageError, WeightsError
-from stagevar.grids import infinity_grids
-from stagevar.models import hub, loading, registry, weights
-from stagevar.models.infinity import Infinity, InfinityConfig
+from stagevar.models import hub, loading, registry
+from stagevar.models.checkpoint import weights
+from stagevar.models.infinity.text import RandomText, T5Text
+from stagevar.models.infinity.transformer import Infinity, InfinityConfig
 from stagevar.models.registry import find, infinity_settings, list_models, load_model, model_parts, register, resolve
-from stagevar.models.text import RandomText, T5Text
-from stagevar.sampler import Sampler
+from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import exact
+from stagevar.schedule.grids import infinity_grids
 
 
 @pytest.fixture(autouse=True)
@@ -209,9 +210,8 @@ def test_public_files_are_fetched_by_their_official_names(tmp_path, monkeypatch)
 
 def test_an_offline_hub_ends_with_exit_code_2_and_one_line(tmp_path):
     """The whole way through the command line, with the hub switched off and an empty cache."""
-    code = (
-        "import sys; from stagevar.cli import main; sys.exit(main(['generate', 'a cat', '--model', 'infinity-125m']))"
-    )
+    call = "main(['generate', 'a cat', '--model', 'infinity-125m'])"
+    code = f"import sys; from stagevar.cli.command import main; sys.exit({call})"
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": "", "HOME": str(tmp_path)}
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
@@ -226,7 +226,7 @@ def test_the_text_encoder_beside_the_weights_is_used(tiny_files, tmp_path):
     (tmp_path / "flan-t5-xl" / "config.json").write_text("{}")
     (tmp_path / "transformer.pth").symlink_to(tiny_files / "transformer.pth")
     request = resolve("infinity-2b", weights=tmp_path / "transformer.pth", device="cpu")
-    from stagevar.models import infinity_loader
+    from stagevar.models.infinity import loader as infinity_loader
 
     text = infinity_loader._text(request, model_parts(request))
     assert isinstance(text, T5Text) and text.source == tmp_path / "flan-t5-xl"
@@ -302,7 +302,7 @@ def test_a_folder_converted_for_another_model_is_refused(tmp_path):
 
 
 def test_the_command_line_converts_and_loads_what_it_wrote(tiny_files, tmp_path, capsys):
-    from stagevar.cli import build_parser, load, main
+    from stagevar.cli.command import build_parser, load, main
 
     out = tmp_path / "converted"
     files = ["--weights", str(tiny_files / "transformer.pth"), "--tokenizer", str(tiny_files / "vae.pth")]

@@ -11,10 +11,10 @@ import pytest
 import yaml
 from PIL import Image
 
-import stagevar.compare
+import stagevar.sampling.bench
 import tuner.evaluation.evaluator
 import tuner.study.options
-from stagevar.cli import main as stagevar_main
+from stagevar.cli.command import main as stagevar_main
 from stagevar.profile import Profile
 from stagevar.schedule import exact
 from tests import stand_ins
@@ -120,7 +120,7 @@ def rehearsal(request, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ModelEvaluator, "latency", timed_by_tokens)
     # The process that proposes ahead has tests of its own; with four schedules there is nothing to gain from it.
     monkeypatch.setattr(tuner.study.options, "EXHAUSTIVE", Savings(table=False, rungs=False, overlap=False))
-    monkeypatch.setattr(stagevar.compare, "warm_up", lambda run, device, at_most: (1, True))
+    monkeypatch.setattr(stagevar.sampling.bench, "warm_up", lambda run, device, at_most: (1, True))
     return Rehearsal(request.param, tmp_path, capsys)
 
 

@@ -5,11 +5,12 @@ import json
 
 import pytest
 
-from stagevar import cli, compare
 from stagevar.choices import check_engine, check_threads, processors
+from stagevar.cli import command as cli
 from stagevar.errors import ProfileError, UsageError
 from stagevar.models import registry
 from stagevar.profile import Profile
+from stagevar.sampling import bench as compare
 from tests.test_profile import MODEL, make
 from tuner import cli as tuner_cli
 from tuner.study import verify_profile as recheck_module

@@ -8,13 +8,13 @@ import torch
 
 from stagevar.accelerators import Exact
 from stagevar.accelerators.stagevar import draw_indices, project
-from stagevar.cache import KVCache, step_lengths
 from stagevar.errors import ScheduleError
 from stagevar.models.base import Sampling
-from stagevar.models.infinity import draw_bits
-from stagevar.noise import hash_words, key_tensor, uniform
-from stagevar.sampler import Sampler
+from stagevar.models.infinity.transformer import draw_bits
+from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import BOTH, LowRank, StageSchedule, exact
+from stagevar.tensors.cache import KVCache, step_lengths
+from stagevar.tensors.noise import hash_words, key_tensor, uniform
 from tests.model_contract import fused_and_plain, largest_difference
 from tests.tiny import GRIDS, TinyText, tiny_infinity
 

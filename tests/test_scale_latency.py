@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from stagevar.sampler import Sampler
-from stagevar.scale_latency import time_scales
+from stagevar.sampling.sampler import Sampler
+from stagevar.sampling.scale_latency import time_scales
 from stagevar.schedule import StageSchedule, exact, skip_only
 from tests.sample_study import make
 from tests.tiny import GRIDS, tiny_infinity
@@ -34,7 +34,7 @@ def test_every_schedule_is_timed_scale_by_scale_in_turn(ran):
 
 def test_a_first_round_is_not_counted(ran, monkeypatch):
     clock = iter([100.0] * 5 + [1.0] * 5 + [2.0] * 5 + [3.0] * 5)
-    monkeypatch.setattr("stagevar.scale_latency.time_once", lambda run, device: (next(clock), run())[:1])
+    monkeypatch.setattr("stagevar.sampling.scale_latency.time_once", lambda run, device: (next(clock), run())[:1])
     steps = exact(len(GRIDS)).expand(GRIDS, ran.chunks)
     assert time_scales(ran, {"full": steps}, "a", 0, rounds=3) == {"full": (2.0,) * 5}
 

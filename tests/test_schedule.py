@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stagevar.errors import ScheduleError, UsageError
-from stagevar.grids import INFINITY_GRIDS, infinity_grids, nearest_ratio, square
 from stagevar.models.registry import list_models, published, scale_grids
-from stagevar.published_settings import INFINITY_SETTINGS
-from stagevar.ranks import published_table, rank, ratios_for_energy
 from stagevar.schedule import BOTH, LowRank, StageSchedule, exact, paper, preset, released, skip_only
+from stagevar.schedule.grids import INFINITY_GRIDS, infinity_grids, nearest_ratio, square
+from stagevar.schedule.published import INFINITY_SETTINGS
+from stagevar.schedule.ranks import published_table, rank, ratios_for_energy
 
 GRIDS, _ = infinity_grids("1M")
 NANO = square((1, 2, 3, 4, 6, 8))

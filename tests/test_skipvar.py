@@ -18,13 +18,13 @@ from stagevar.accelerators.skipvar import (
     load_rule,
     packaged_rules,
 )
+from stagevar.analysis.skipvar_fit import refit
 from stagevar.engine import GraphEngine
 from stagevar.errors import ScheduleError, UsageError
-from stagevar.grids import infinity_grids, square
-from stagevar.nano.load import read_preset, shipped_folder
-from stagevar.refit import refit
-from stagevar.sampler import Sampler
+from stagevar.models.nano.load import read_preset, shipped_folder
+from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import BOTH, StageSchedule, skipvar
+from stagevar.schedule.grids import infinity_grids, square
 from tests.test_engine import TapeRecorder
 from tests.tiny import tiny_infinity
 
@@ -307,7 +307,7 @@ def test_refit_learns_labels_that_follow_from_the_images(tmp_path):
 
 
 def test_refit_separates_separable_labels():
-    from stagevar.refit import _fit
+    from stagevar.analysis.skipvar_fit import _fit
 
     rng = np.random.RandomState(0)
     for classes in ((2,), (0, 3), (0, 1, 2, 3)):

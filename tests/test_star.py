@@ -10,19 +10,20 @@ import pytest
 import torch
 
 from stagevar.errors import UsageError, WeightsError
-from stagevar.grids import STAR_SIDES, square
-from stagevar.models import star_text, vq_loader
 from stagevar.models.base import LoadedModel, Sampling, around_nothing
 from stagevar.models.hub import HubFile
-from stagevar.models.infinity import Rotation, turns
+from stagevar.models.infinity.transformer import Rotation, turns
 from stagevar.models.registry import find, load_model, model_parts, published, resolve
-from stagevar.models.star import STAR, STARConfig, rope_table, shared_by_position
-from stagevar.models.star_text import ClipText, PromptText, RandomClipText
-from stagevar.models.var import guidance_ramp
-from stagevar.models.vqvae import VQVAE
-from stagevar.published_settings import STAR_SETTINGS
-from stagevar.sampler import Sampler
+from stagevar.models.star import text as star_text
+from stagevar.models.star.text import ClipText, PromptText, RandomClipText
+from stagevar.models.star.transformer import STAR, STARConfig, rope_table, shared_by_position
+from stagevar.models.var.transformer import guidance_ramp
+from stagevar.models.vq import loader as vq_loader
+from stagevar.models.vq.tokenizer import VQVAE
+from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import StageSchedule, exact, paper, preset, released
+from stagevar.schedule.grids import STAR_SIDES, square
+from stagevar.schedule.published import STAR_SETTINGS
 from tests.golden.star_cases import run_case
 from tests.model_contract import SEEDS, ModelContract, Recorder, largest_difference, masked_attend
 from tuner.config.prompts import load_prompts

@@ -8,9 +8,9 @@ import re
 import pytest
 from PIL import Image
 
-from stagevar import cli as stagevar_cli
+from stagevar.cli import command as stagevar_cli
 from stagevar.errors import UsageError
-from stagevar.prompt_files import natural_key, read_prompt_file
+from stagevar.prompts.prompt_files import natural_key, read_prompt_file
 from stagevar.text_files import read_json, read_json_values, read_table, split_lines
 from stagevar.yaml_files import read_yaml
 from tuner.cli import plan

@@ -267,8 +267,8 @@ def test_doctor_reports_this_machine(tmp_path, capsys):
 
 def test_engines_and_caches_on_offer_are_those_that_exist():
     """The command line names them itself, so that --help imports no torch."""
-    from stagevar.cache import KV_CACHES
     from stagevar.engine import ENGINES
+    from stagevar.tensors.cache import KV_CACHES
     from tuner.cli.tune import build_parser
 
     offered = {action.dest: action.choices for action in build_parser()._actions}

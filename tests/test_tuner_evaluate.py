@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from stagevar.errors import UsageError
-from stagevar.grids import square
-from stagevar.sampler import Sampler
+from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import StageSchedule, exact, skipvar
+from stagevar.schedule.grids import square
 from tests.tiny import tiny_infinity
 from tuner.config.prompts import load_prompts
 from tuner.config.space import PromptSource

@@ -26,7 +26,7 @@ TRIALS = 30
 def spawn():
     """Starts a driver in a process of its own, forked from a server that has everything imported."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.fakes", "tuner.study.study", "stagevar.nano.scenes", "PIL.Image"])
+    context.set_forkserver_preload(["tests.fakes", "tuner.study.study", "stagevar.models.nano.scenes", "PIL.Image"])
 
     def start(run_dir, trials=TRIALS):
         process = context.Process(target=drive, args=(str(run_dir), trials))

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stagevar.errors import StagevarError, UsageError
-from stagevar.grids import square
 from stagevar.schedule import PRESETS, StageSchedule
+from stagevar.schedule.grids import square
 from tests.fakes import CHUNKS, GRIDS, SPACE
 from tuner.config.space import NEVER, load_space, parse_space, space_names, steps_key
 

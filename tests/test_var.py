@@ -9,14 +9,22 @@ import pytest
 import torch
 
 from stagevar.errors import UsageError, WeightsError
-from stagevar.grids import square
 from stagevar.models.base import LoadedModel, Sampling, around_nothing
 from stagevar.models.registry import load_model, model_parts, resolve
-from stagevar.models.var import VAR, ClassLabels, RandomLabels, VARConfig, class_names, draw_index, guidance_ramp
-from stagevar.models.vqvae import VQVAE
-from stagevar.noise import PromptNoise, hash_words, key_tensor, uniform
-from stagevar.sampler import Sampler
+from stagevar.models.var.transformer import (
+    VAR,
+    ClassLabels,
+    RandomLabels,
+    VARConfig,
+    class_names,
+    draw_index,
+    guidance_ramp,
+)
+from stagevar.models.vq.tokenizer import VQVAE
+from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import BOTH, exact
+from stagevar.schedule.grids import square
+from stagevar.tensors.noise import PromptNoise, hash_words, key_tensor, uniform
 from tests.golden.var_cases import run_case
 from tests.model_contract import ModelContract, Recorder, masked_attend
 

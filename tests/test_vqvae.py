@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from stagevar.errors import UsageError, WeightsError
-from stagevar.grids import STAR_SIDES, square
-from stagevar.models import vqvae
-from stagevar.models.vqvae import VQVAE, VQVAE_RULES, phi_index
-from stagevar.models.weights import load_into
+from stagevar.models.checkpoint.weights import load_into
+from stagevar.models.vq import tokenizer as vqvae
+from stagevar.models.vq.tokenizer import VQVAE, VQVAE_RULES, phi_index
+from stagevar.schedule.grids import STAR_SIDES, square
 from tests.golden.checks import load_arrays, load_recipe
 
 CASE = Path(__file__).parent / "data/golden/var_adaln.json"

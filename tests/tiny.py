@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stagevar.grids import Grid
 from stagevar.models.base import LoadedModel, Sampling
-from stagevar.models.bits import BitResidual
-from stagevar.models.infinity import Infinity, InfinityConfig
+from stagevar.models.infinity.bits import BitResidual
+from stagevar.models.infinity.transformer import Infinity, InfinityConfig
+from stagevar.schedule.grids import Grid
 
 GRIDS: tuple[Grid, ...] = ((1, 1), (2, 2), (3, 3), (4, 4), (6, 6))
 TEXT_DIM = 128

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stagevar.models.base import Around, Grid, LoadedModel, Site
-from stagevar.noise import ScaleNoise
 from stagevar.schedule import Branch, Decision, ScaleStep, Steps
+from stagevar.tensors.noise import ScaleNoise
 
 #: Kinds of site inside a layer; the others, chunk and trunk, wrap whole layers.
 SUBLAYERS = frozenset({"attn", "cross", "mlp"})

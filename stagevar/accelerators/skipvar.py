@@ -6,7 +6,8 @@ scales; where that says 0, a second one says from which scale on to run the cond
 
 Source: SkipVAR (arXiv 2506.08908), fakerone-li/SkipVAR (facts; the published classifiers' numbers are in
 data/skipvar_models.json). Differs: the decision point counts from the end of the schedule, rows of a batch regroup by
-decision, and a classifier is refused on a model it was not fitted for. `stagevar.refit` fits one for another model.
+decision, and a classifier is refused on a model it was not fitted for. `stagevar.analysis.skipvar_fit` fits one for
+another model.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def packaged_rules() -> dict[str, dict[str, SkipRule]]:
 
 
 def load_rule(name: str, model: str, scales: int) -> SkipRule:
-    """A model's packaged classifier by name, or the one in a JSON file that `stagevar.refit` wrote.
+    """A model's packaged classifier by name, or the one in a JSON file that `stagevar.analysis.skipvar_fit` wrote.
 
     Raises UsageError for an unknown name, a file that cannot be read, and a classifier that was fitted for another model
     or number of scales.

@@ -31,14 +31,14 @@ from torch import Tensor
 
 from stagevar.choices import ENGINES, check_engine
 from stagevar.errors import UsageError
-from stagevar.noise import Draws, NoiseSource, PromptNoise
 from stagevar.schedule import ScaleStep
+from stagevar.tensors.noise import Draws, NoiseSource, PromptNoise
 
 if TYPE_CHECKING:
-    from stagevar.cache import KVCache
     from stagevar.models.base import Conditioning
-    from stagevar.models.bsqvae import Swished
-    from stagevar.models.infinity import Chained
+    from stagevar.models.infinity.tokenizer import Swished
+    from stagevar.models.infinity.transformer import Chained
+    from stagevar.tensors.cache import KVCache
 
 #: Text rows are padded to a multiple of this, so that prompts of different lengths replay the same graphs.
 TEXT_BUCKET = 32

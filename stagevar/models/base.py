@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from stagevar.noise import ScaleNoise
+from stagevar.tensors.noise import ScaleNoise
 
 Grid = tuple[int, int]
 
@@ -206,7 +206,7 @@ class Sampling:
 class LoadedModel:
     """Everything needed to make images: what `registry.load_model` returns and the Sampler takes.
 
-    kv_cache: one of stagevar.cache.KV_CACHES.
+    kv_cache: one of stagevar.tensors.cache.KV_CACHES.
     """
 
     name: str

@@ -20,10 +20,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from stagevar import noise
 from stagevar.models.base import NextScaleModel
-from stagevar.models.infinity import Chained, Pieces, cosine_heads, modulated_norm
+from stagevar.models.infinity.transformer import Chained, Pieces, cosine_heads, modulated_norm
 from stagevar.models.variants import variant
+from stagevar.tensors import noise
 
 Model = TypeVar("Model", bound=NextScaleModel)
 

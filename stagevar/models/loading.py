@@ -16,9 +16,9 @@ from torch import nn
 from stagevar.errors import UsageError, WeightsError
 from stagevar.models import hub, memory
 from stagevar.models.base import Grid, LoadedModel, NextScaleModel, Sampling, TextEncoder
+from stagevar.models.checkpoint.weights import KeyRules, Precision, fit, randomize
 from stagevar.models.hub import HubFile
 from stagevar.models.registry import LoadRequest
-from stagevar.models.weights import KeyRules, Precision, fit, randomize
 
 #: File that marks a folder written by `stagevar convert`.
 MARK = "stagevar.json"

@@ -143,7 +143,7 @@ def kv_cache_bytes(
         element: bytes of the blocks' precision. kv_cache: "model" or "int8". alike: with as many entries in every layer and
             branch, as cards with room get it.
     """
-    from stagevar.cache import even, step_lengths
+    from stagevar.tensors.cache import even, step_lengths
 
     lengths = step_lengths(steps, transformer.chunk_layers)
     entries = sum(sum(layers) for layers in (even(lengths) if alike else lengths).values())
@@ -154,7 +154,7 @@ def kv_cache_bytes(
 
 def working_bytes(transformer: NextScaleModel, steps: Steps, batch: int, element: int, kv_cache: str) -> int:
     """Activations of the scale that needs most; arguments as for `kv_cache_bytes`."""
-    from stagevar.cache import step_lengths
+    from stagevar.tensors.cache import step_lengths
 
     width, chunks, depth = transformer.width, transformer.chunk_layers, transformer.depth
     hidden = 4 * width

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stagevar.errors import UsageError
-from stagevar.grids import STAR_SIDES, VAR_SIDES, Grid, infinity_grids, square
 from stagevar.models.hub import HubFile
-from stagevar.published_settings import INFINITY_SETTINGS, STAR_SETTINGS, PublishedSettings
+from stagevar.schedule.grids import STAR_SIDES, VAR_SIDES, Grid, infinity_grids, square
+from stagevar.schedule.published import INFINITY_SETTINGS, STAR_SETTINGS, PublishedSettings
 
 if TYPE_CHECKING:
     import torch
@@ -125,7 +125,7 @@ def infinity_settings(model_type: str, latent_dim: int = 32, patchify: bool = Fa
 
 def _infinity(name: str, summary: str, settings: dict[str, Any], first: str, **fields: Any) -> ModelSpec:
     resolutions = (first, *(r for r in ("1M", "0.60M", "0.25M", "0.06M") if r != first))
-    module = "stagevar.models.infinity_loader"
+    module = "stagevar.models.infinity.loader"
     defaults = {"guidance": 3.0, "temperature": 0.5, "top_p": 0.97, "text": FLAN_T5_XL}
     return ModelSpec(
         name, "infinity", f"{module}:build", summary, resolutions, parts=f"{module}:parts", settings=settings,
@@ -145,7 +145,7 @@ _TINY = {"depth": 4, "width": 128, "heads": 4}
 
 def _vq(name: str, family: str, summary: str, pixels: int, transformer: dict[str, Any], **fields: Any) -> ModelSpec:
     """A row of VAR or STAR, with the references' sampling: VAR's cfg 1.5 as for its FID, STAR's 4 as for GenEval."""
-    module = "stagevar.models.vq_loader"
+    module = "stagevar.models.vq.loader"
     sides = (STAR_SIDES if family == "star" else VAR_SIDES)[pixels]
     guidance, top_k, top_p = (1 + 4.0, 600, 0.8) if family == "star" else (1 + 1.5, 900, 0.96)
     return ModelSpec(
@@ -173,7 +173,7 @@ def _star(name: str, pixels: int, file: str) -> ModelSpec:
 
 _SPECS = (
     ModelSpec(
-        "nano", "nano", "stagevar.nano.load:build", "the shipped model: colored shapes, made to run on two CPU cores",
+        "nano", "nano", "stagevar.models.nano.load:build", "the shipped model: colored shapes, made to run on two CPU cores",
         ("default",), guidance=3.0, temperature=(1.0, 1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2),
     ),
     _infinity(
@@ -300,7 +300,7 @@ def resolve(
     """Checks a request and fills in defaults, without loading anything. Arguments and errors as for `load_model`."""
     import torch
 
-    from stagevar.cache import KV_CACHES
+    from stagevar.tensors.cache import KV_CACHES
 
     spec = find(name)
     chosen = resolution_of(name, resolution)

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from stagevar.accelerators.base import Accelerator, Cached, ScaleContext
 from stagevar.accelerators.stagevar import StageVAR
-from stagevar.grids import infinity_grids
 from stagevar.models.base import Around, LoadedModel, Sampling, Site
-from stagevar.models.bits import BitResidual
-from stagevar.models.infinity import AttentivePool, CrossAttention, Infinity, InfinityConfig, linear
-from stagevar.sampler import Generation, Sampler
+from stagevar.models.infinity.bits import BitResidual
+from stagevar.models.infinity.transformer import AttentivePool, CrossAttention, Infinity, InfinityConfig, linear
+from stagevar.sampling.sampler import Generation, Sampler
 from stagevar.schedule import BOTH, ScaleStep, StageSchedule, Steps, exact
+from stagevar.schedule.grids import infinity_grids
 from tests.golden.checks import Check, RecipeNoise, difference, load_arrays, load_recipe, mismatches
 
 
@@ -228,8 +228,8 @@ def _text_checks(transformer: Infinity, arrays: dict[str, np.ndarray], config: d
 def _decoder_checks(
     case: dict[str, Any], arrays: dict[str, np.ndarray], loaded: LoadedModel, generation: Generation
 ) -> list[Check]:
-    from stagevar.models.bsqvae import BSQVAE
-    from stagevar.sampler import to_uint8
+    from stagevar.models.infinity.tokenizer import BSQVAE
+    from stagevar.sampling.sampler import to_uint8
 
     c = case["config"]
     residual = loaded.tokenizer.residual

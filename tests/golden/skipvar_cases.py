@@ -20,8 +20,8 @@ from stagevar.accelerators.skipvar import (
     load_rule,
     partial_image,
 )
-from stagevar.models.bsqvae import BSQVAE
-from stagevar.sampler import Generation
+from stagevar.models.infinity.tokenizer import BSQVAE
+from stagevar.sampling.sampler import Generation
 from stagevar.schedule import Steps, skipvar
 from tests.golden.checks import Check, RecipeNoise, difference, load_arrays, load_recipe, mismatches
 from tests.golden.infinity_cases import Recorder, build, text_rows

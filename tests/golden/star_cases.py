@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from stagevar.grids import square
-from stagevar.models.star import STAR, STARConfig
-from stagevar.models.star_text import PromptText
+from stagevar.models.star.text import PromptText
+from stagevar.models.star.transformer import STAR, STARConfig
+from stagevar.schedule.grids import square
 from tests.golden.checks import Check, difference, load_arrays, load_recipe, rand_in
 from tests.golden.var_cases import compare, read_shapes
 

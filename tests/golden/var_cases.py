@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stagevar.grids import square
 from stagevar.models.base import Conditioning, LoadedModel, NextScaleModel, Sampling
-from stagevar.models.var import VAR, VARConfig, guidance_ramp
-from stagevar.models.vqvae import VQVAE
-from stagevar.sampler import Sampler
+from stagevar.models.var.transformer import VAR, VARConfig, guidance_ramp
+from stagevar.models.vq.tokenizer import VQVAE
+from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import ScaleStep, exact
+from stagevar.schedule.grids import square
 from tests.golden.checks import Check, RecipeNoise, difference, load_arrays, load_recipe, mismatches
 
 #: Entries of the reference's state dicts that no model reads: attention masks and codebook statistics.

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stagevar.nano import scenes
-from stagevar.nano.presets import NanoPreset
+from stagevar.models.nano import scenes
+from stagevar.models.nano.presets import NanoPreset
 from training.nano.jobs import Job, draw_images
 
 CONFIG: dict[str, Any] = {

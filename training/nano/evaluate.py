@@ -5,7 +5,7 @@ held-out prompts; the same on shape-color pairs never trained; without guidance;
 Also what the tokenizer keeps after each late scale, how far images lie from the nearest of the scenes they were trained
 on, and pictures: samples, partial images, neighbors.
 
-Source: scoring is stagevar.geneval; the nearest-neighbor look follows common practice for generative models.
+Source: scoring is stagevar.prompts.geneval; the nearest-neighbor look follows common practice for generative models.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 from stagevar.errors import StagevarError, UsageError
-from stagevar.geneval import judge, summarize
+from stagevar.images import psnr_db, ssim
 from stagevar.models.base import LoadedModel, Sampling
+from stagevar.models.nano import scenes
+from stagevar.models.nano.checker import check_batch, detect
+from stagevar.models.nano.load import read_preset, shipped_folder
 from stagevar.models.registry import load_model
-from stagevar.nano import scenes
-from stagevar.nano.checker import check_batch, detect
-from stagevar.nano.load import read_preset, shipped_folder
-from stagevar.sampler import Sampler
+from stagevar.prompts.geneval import judge, summarize
+from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import StageSchedule, exact, skip_only
-from stagevar.similarity import psnr_db, ssim
 from training.nano.clip import NanoClip, compacted
 from training.nano.jobs import TransformerJob
 from training.nano.train import RECIPES, Recipe

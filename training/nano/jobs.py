@@ -26,11 +26,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from stagevar.errors import WeightsError
-from stagevar.models.infinity import Infinity
-from stagevar.nano import scenes
-from stagevar.nano.presets import NanoPreset
-from stagevar.nano.text import NanoTextEncoder
-from stagevar.nano.tokenizer import NanoTokenizer
+from stagevar.models.infinity.transformer import Infinity
+from stagevar.models.nano import scenes
+from stagevar.models.nano.presets import NanoPreset
+from stagevar.models.nano.text import NanoTextEncoder
+from stagevar.models.nano.tokenizer import NanoTokenizer
 
 
 class Job(ABC):

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stagevar.errors import StagevarError, UsageError
-from stagevar.nano.presets import PRESETS, NanoPreset, preset
+from stagevar.models.nano.presets import PRESETS, NanoPreset, preset
 from training.nano.checkpoints import load_checkpoint, save_checkpoint
 from training.nano.clip import ClipJob
 from training.nano.jobs import Job, TokenizerJob, TransformerJob

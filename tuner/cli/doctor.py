@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stagevar import extras
-from stagevar.console import Parser, name_value, path_value
+from stagevar.cli.console import Parser, name_value, path_value
 from stagevar.errors import StagevarError
 
 if TYPE_CHECKING:
@@ -127,8 +127,8 @@ def _card_state(index: int) -> Finding:
 
 def _selftest(device: torch.device) -> list[Finding]:
     """What works on the card, on a tiny model with random weights."""
-    from stagevar.card_selftest import selftest
     from stagevar.models.registry import load_model
+    from stagevar.profile.card_selftest import selftest
 
     model = load_model("infinity-tiny", weights="random", device=str(device))
     return [
@@ -141,7 +141,7 @@ def _timings() -> Finding:
     """How much a fixed computation's time varies on one pinned thread."""
     import torch
 
-    from stagevar.latency import pinned
+    from stagevar.timing import pinned
 
     a = torch.rand(384, 384)
     samples = []

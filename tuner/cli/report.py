@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from stagevar.console import Parser, path_value
+from stagevar.cli.console import Parser, path_value
 from tuner.cli.console import announce, write_derived
 
 

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from stagevar import __version__
 from stagevar.choices import processors
-from stagevar.console import STOPPED, Parser, name_value, path_value, positive_int
+from stagevar.cli.console import STOPPED, Parser, name_value, path_value, positive_int
 from stagevar.errors import EXIT_CODES, UsageError
-from stagevar.profile_sections import EngineSection
+from stagevar.profile.sections import EngineSection
 from stagevar.sections import read_section
 from tuner.cli.console import announce, write_derived
 from tuner.cli.dry_run import print_plan

@@ -38,7 +38,7 @@ from tuner.evaluation.local import evaluate_task
 from tuner.evaluation.timed_groups import deal, merged
 
 if TYPE_CHECKING:
-    from stagevar.latency import Timing
+    from stagevar.timing import Timing
 
 #: Where each latency figure was measured, one JSON object per line.
 MEASUREMENTS_FILE = "measurements.jsonl"
@@ -50,7 +50,7 @@ TREE_ATTEMPTS, SINGLE_ATTEMPTS = 2, 3
 NODES_EVERY_S = 3.0
 #: What the driver needs as soon as a timing arrives. Importing it, and torch with it, takes seconds in which nothing could be
 #: evaluated; at the start they pass while the workers load.
-NEEDED_LATER = ("stagevar.latency",)
+NEEDED_LATER = ("stagevar.timing",)
 #: Exit status of a worker whose CUDA context is broken beyond repair.
 BROKEN_CUDA = 86
 _KIND_PREFIX = "accelerator_type:"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stagevar.json_schema import DRAFT, Schema
+from stagevar.profile.json_schema import DRAFT, Schema
 from tuner.cluster.sweep import _NOT_IN_CELLS, AXES
 
 

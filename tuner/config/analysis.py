@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from stagevar.errors import ScheduleError, StagevarError, UsageError
-from stagevar.grids import Grid
 from stagevar.schedule import StageSchedule
+from stagevar.schedule.grids import Grid
 from stagevar.text_files import read_json
 from stagevar.yaml_files import read_yaml
 

@@ -19,7 +19,7 @@ from stagevar.choices import check_engine, check_threads, check_weights, process
 from stagevar.errors import InfrastructureError, UsageError
 from stagevar.files import check_output
 from stagevar.models import registry
-from stagevar.requests import check_prompts
+from stagevar.prompts.requests import check_prompts
 from stagevar.sections import shown
 from tuner.config.prompts import load_prompts, prompt_lines
 from tuner.config.space import PROMPT_SOURCES, SearchSpace
@@ -81,7 +81,7 @@ def check_prompts_of(space: SearchSpace, seed: int) -> None:
 
 
 def _check_metadata(metric: str, prompt: Prompt) -> None:
-    from stagevar.geneval import check_metadata
+    from stagevar.prompts.geneval import check_metadata
     from tuner.metrics.detections import geneval_metadata
 
     check_metadata(geneval_metadata(metric, prompt))
@@ -91,7 +91,7 @@ def _check_class(model: str, prompt: Prompt) -> None:
     """A prompt of a class-conditional model names a class."""
     if registry.find(model).family != "var":
         return
-    from stagevar.models.var import ClassLabels
+    from stagevar.models.var.transformer import ClassLabels
 
     ClassLabels().encode([prompt_text(prompt)])
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from stagevar.grids import Grid
 from stagevar.models.registry import ModelSpec, scale_grids
 from stagevar.schedule import PRESETS, paper, preset
+from stagevar.schedule.grids import Grid
 
 #: Kept shares of the tokens that are searched, whatever the family; the published mean share is among them.
 _RATIOS = (0.05, 0.1, 0.177, 0.25, 0.35, 0.5, 0.7, 1)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stagevar.json_schema import DRAFT, Schema, schedule_schema
+from stagevar.profile.json_schema import DRAFT, Schema, schedule_schema
 from stagevar.schedule import PRESETS
 from tuner.config.space import _RULES, NEVER, PROMPT_SOURCES
 from tuner.metrics.registry import METRIC_NAMES

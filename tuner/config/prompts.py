@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stagevar.errors import UsageError
-from stagevar.prompt_files import read_prompt_file
-from stagevar.seeds import non_negative
+from stagevar.prompts.prompt_files import read_prompt_file
+from stagevar.prompts.seeds import non_negative
 from tuner.config.space import PromptSource
 from tuner.metrics.base import Prompt, prompt_text
 
@@ -71,7 +71,7 @@ def load_prompts(source: PromptSource, seed: int = 0) -> dict[str, PromptSet]:
     Raises UsageError for a file that cannot be read, is empty, or holds one prompt.
     """
     if source.source == "nano":
-        from stagevar.nano.scenes import prompts
+        from stagevar.models.nano.scenes import prompts
 
         search: Sequence[Prompt]
         heldout: Sequence[Prompt]
@@ -153,7 +153,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 
 
 def prompt_lines(path: str | Path) -> list[tuple[int, Prompt]]:
-    """Distinct prompts of a file in any form that `stagevar.prompt_files` reads, with their lines, counted from 1.
+    """Distinct prompts of a file in any form that `stagevar.prompts.prompt_files` reads, with their lines, counted from 1.
 
     A prompt is a caption, or a mapping where the file says more of it. Raises UsageError, naming the line, for a file that
     cannot be read, holds none, or has an entry that is none.

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from stagevar.errors import ScheduleError, StagevarError, UsageError
-from stagevar.grids import Grid
 from stagevar.models import registry
 from stagevar.schedule import ACCELERATORS, BOTH, PRECISIONS, PRESETS, StageSchedule, Steps, preset
+from stagevar.schedule.grids import Grid
 from stagevar.yaml_files import read_yaml
 from tuner.config.analysis import Findings
 from tuner.config.default_space import completed, default_space

@@ -13,11 +13,11 @@ from importlib import metadata as package_metadata
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from stagevar.console import Parser, file_value
+from stagevar.cli.console import Parser, file_value
 from stagevar.errors import UsageError
 from stagevar.files import check_output, write_text_atomically, writing
 from stagevar.folders import visible_files
-from stagevar.prompt_files import natural_key
+from stagevar.prompts.prompt_files import natural_key
 
 #: What argparse gives for adding verbs; it has no public name.
 Verbs: TypeAlias = "argparse._SubParsersAction[Parser]"

@@ -16,7 +16,7 @@ import numpy as np
 
 from stagevar.errors import UsageError
 from stagevar.folders import visible, visible_files
-from stagevar.prompt_files import natural_key
+from stagevar.prompts.prompt_files import natural_key
 from stagevar.text_files import read_json
 from tuner.evalkit.pictures import read_picture
 from tuner.metrics.base import Metric, Prompt, SetMetric

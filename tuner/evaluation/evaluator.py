@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from stagevar.errors import OutOfDeviceMemory
-from stagevar.grids import Grid
-from stagevar.profile_sections import EngineSection
+from stagevar.profile.sections import EngineSection
 from stagevar.schedule import PRECISIONS, ScaleStep, Steps, exact
+from stagevar.schedule.grids import Grid
 from tuner.config.prompts import PromptSet
 from tuner.evaluation.timed_groups import merged
 
 if TYPE_CHECKING:
-    from stagevar.latency import Timing
     from stagevar.models.base import LoadedModel
-    from stagevar.sampler import Generation, Sampler
+    from stagevar.sampling.sampler import Generation, Sampler
+    from stagevar.timing import Timing
 
 Values = dict[str, np.ndarray]
 _WITH_TEXT = "text encoding, all scales and decoding of one image (batch 1)"
@@ -189,11 +189,11 @@ class ModelEvaluator:
         quality: metric -> weight, as in the search space; ignored for random weights. floors: further metrics to compute.
         threads: CPU threads of every latency, pinned while timing.
         drawing_threads: CPU threads that draw and judge images, `threads` when None; they change no image.
-        engine: what latency is timed on (stagevar.engine); "auto" has it chosen here (stagevar.engine_choice), a choice that
-            was made earlier is kept. Search images are drawn eagerly: a prefix that is run once is not worth recording, and
-            where other kernels round otherwise, images drift alike for a schedule and the full one that it is paired with.
-            Held-out images are drawn as they will be served, on this engine and one at a time, so that a verdict is about
-            those very images; the eager engine gives the same ones in any batch.
+        engine: what latency is timed on (stagevar.engine); "auto" has it chosen here (stagevar.profile.engine_choice),
+            a choice that was made earlier is kept. Search images are drawn eagerly: a prefix that is run once is not
+            worth recording, and where other kernels round otherwise, images drift alike for a schedule and the full one
+            that it is paired with. Held-out images are drawn as they will be served, on this engine and one at a time,
+            so that a verdict is about those very images; the eager engine gives the same ones in any batch.
         references_dir: where the full schedule's images are kept between batches; memory when None.
         keep_bytes: for the full schedule's scales on the search prompts, which later walks start from; None takes a
             quarter of what is free. 0 keeps nothing.
@@ -222,7 +222,7 @@ class ModelEvaluator:
         import torch
 
         from stagevar.engine import build_engine
-        from stagevar.sampler import Sampler
+        from stagevar.sampling.sampler import Sampler
 
         if isinstance(engine, str) and engine != "auto":
             build_engine(engine, model.device)  # refused before anything is measured
@@ -291,7 +291,7 @@ class ModelEvaluator:
 
     def _choose_engine(self, asked: str) -> EngineSection:
         """By the full schedule of two search prompts, where it has to be measured."""
-        from stagevar.engine_choice import engine_for
+        from stagevar.profile.engine_choice import engine_for
 
         prompts = self.prompts["search"]
         with self._pinned():
@@ -365,7 +365,7 @@ class ModelEvaluator:
     def _in_parts(self, split: str, batch: int, run: Callable[[slice], Any]) -> list[Any]:
         """`run` of the rows of a micro-batch, all at once or in parts that fit: one after the other, in order."""
         from stagevar.device_faults import free_unused, told_apart
-        from stagevar.latency import threads_of
+        from stagevar.timing import threads_of
 
         count, done, found = len(self.prompts[split].batch(batch)[0]), 0, []
         while done < count:
@@ -488,7 +488,7 @@ class ModelEvaluator:
         return {name: timings[name] for name in schedules}
 
     def _timings(self, schedules: Mapping[str, Steps], rounds: int, warm_up_at_most: int) -> Mapping[str, Timing]:
-        from stagevar.latency import measure
+        from stagevar.timing import measure
 
         prompts = self.prompts["search"]
         texts, seeds = [prompts.texts[0]], [prompts.seeds[0]]
@@ -508,13 +508,13 @@ class ModelEvaluator:
                 sampler.release()
 
     def _timed_sampler(self) -> Sampler:
-        from stagevar.sampler import Sampler
+        from stagevar.sampling.sampler import Sampler
 
         return Sampler(self.model, engine=self.engine)
 
     def _pinned(self) -> contextlib.AbstractContextManager[object]:
         """What CPU figures are timed in; a GPU's do not depend on it."""
-        from stagevar.latency import pinned
+        from stagevar.timing import pinned
 
         return contextlib.nullcontext() if self.model.device.type == "cuda" else pinned(self.threads)
 
@@ -538,7 +538,7 @@ class ModelEvaluator:
             return self._step_ms(schedules, rounds)
 
     def _step_ms(self, schedules: Sequence[Steps], rounds: int) -> dict[Steps, tuple[float, ...]]:
-        from stagevar.latency import time_once
+        from stagevar.timing import time_once
 
         if any(step.decision is not None for steps in schedules for step in steps):
             raise ValueError("a schedule that decides on the way has no single path to time")
@@ -568,9 +568,9 @@ class ModelEvaluator:
         return {key: tuple(values[1:]) for key, values in found.items()}
 
     def scale_ms(self, schedules: Mapping[str, Steps], rounds: int = 5) -> dict[str, tuple[float, ...]]:
-        """Median milliseconds per scale (`stagevar.scale_latency`), which explain a latency. Optional in an Evaluator."""
+        """Median milliseconds per scale (`stagevar.sampling.scale_latency`), to explain a latency. Optional in an Evaluator."""
         from stagevar.device_faults import told_apart
-        from stagevar.scale_latency import time_scales
+        from stagevar.sampling.scale_latency import time_scales
 
         prompts = self.prompts["search"]
         self._release()

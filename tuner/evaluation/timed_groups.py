@@ -15,7 +15,7 @@ import numpy as np
 from stagevar.schedule import Steps
 
 if TYPE_CHECKING:
-    from stagevar.latency import Timing
+    from stagevar.timing import Timing
 
 
 def deal(schedules: Mapping[str, Steps], sentinel: str | None, shares: int) -> list[dict[str, Steps]]:
@@ -42,7 +42,7 @@ def scaled(timing: Timing, sentinel: Timing, reference: Timing) -> Timing:
 
     All have the same rounds. CUDA events are left out: they are this group's.
     """
-    from stagevar.latency import Timing
+    from stagevar.timing import Timing
 
     factors = np.asarray(reference.samples_ms) / np.asarray(sentinel.samples_ms)
     samples = tuple(float(ms) for ms in np.asarray(timing.samples_ms) * factors)

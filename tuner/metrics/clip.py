@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from stagevar.errors import UsageError
-from stagevar.geneval import COLORS, classify_color
+from stagevar.prompts.geneval import COLORS, classify_color
 from tuner.metrics.base import Metric, Prompt, prompt_text
 from tuner.metrics.model_files import refuse_missing
 from tuner.metrics.remembered import Remembered
@@ -278,7 +278,7 @@ def _load_open_clip(model: str, pretrained: str, resize_mode: str | None) -> tup
 
 def _load_nano() -> tuple[torch.nn.Module, Any, Any]:
     """The package's own CLIP; nano's weights folder is an open_clip local folder."""
-    folder = Path(str(files("stagevar") / "nano" / "weights"))
+    folder = Path(str(files("stagevar.models.nano") / "weights"))
     if not (folder / "open_clip_model.safetensors").is_file():
         raise UsageError("nano's CLIP is not in this installation; train it with python -m training.nano.train clip")
     return _load_open_clip(f"local-dir:{folder}", "", None)

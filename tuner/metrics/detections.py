@@ -15,9 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stagevar.class_names import class_name, color_name
 from stagevar.errors import UsageError
-from stagevar.geneval import COLORS, Detection, Summary, Verdict, check_metadata, classify_color, judge, summarize
+from stagevar.prompts.class_names import class_name, color_name
+from stagevar.prompts.geneval import (
+    COLORS,
+    Detection,
+    Summary,
+    Verdict,
+    check_metadata,
+    classify_color,
+    judge,
+    summarize,
+)
 from stagevar.text_files import parse_json, read_json_values
 from tuner.metrics.base import Prompt
 from tuner.metrics.prompt_sets import COCO_CLASSES
@@ -101,7 +110,7 @@ def read_metadata(path: str | Path) -> list[Mapping[str, Any]]:
 
 
 def score_detections(images: Sequence[DetectedImage], **rules: float) -> GenEvalReport:
-    """Judge every image by the official rules; `rules` are the keyword options of `stagevar.geneval.judge`.
+    """Judge every image by the official rules; `rules` are the keyword options of `stagevar.prompts.geneval.judge`.
 
     Warns of classes and colors that prompts and detections do not share and that GenEval does not know.
     """

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from stagevar.class_names import class_name
 from stagevar.errors import UsageError
-from stagevar.geneval import Detection, check_metadata, judge
+from stagevar.prompts.class_names import class_name
+from stagevar.prompts.geneval import Detection, check_metadata, judge
 from tuner.metrics.base import BenchmarkMetric, Prompt
 from tuner.metrics.detections import geneval_metadata, geneval_summary
 from tuner.metrics.model_files import from_pretrained, pretrained_model

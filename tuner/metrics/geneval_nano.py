@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from stagevar.geneval import judge
-from stagevar.nano.checker import detect
+from stagevar.models.nano.checker import detect
+from stagevar.prompts.geneval import judge
 from tuner.metrics.base import BenchmarkMetric, Prompt
 from tuner.metrics.detections import geneval_metadata, geneval_summary
 

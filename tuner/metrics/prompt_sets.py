@@ -17,8 +17,8 @@ import numpy as np
 
 from stagevar.errors import UsageError
 from stagevar.files import write_text_atomically, writing
-from stagevar.geneval import COLORS, RELATIONS, TAGS
-from stagevar.prompt_files import read_prompt_file
+from stagevar.prompts.geneval import COLORS, RELATIONS, TAGS
+from stagevar.prompts.prompt_files import read_prompt_file
 
 Metadata = dict[str, Any]
 
@@ -184,7 +184,7 @@ def subset_rank_correlation(
 
 
 def read_prompts(path: str | Path) -> list[Metadata]:
-    """Prompts of a file or folder in any form that `stagevar.prompt_files` reads, in its order, each with its "prompt".
+    """Prompts of a file or folder in any form that `stagevar.prompts.prompt_files` reads, in its order, each with its "prompt".
 
     Raises UsageError, naming the line, for what is empty, unreadable or no prompt.
     """

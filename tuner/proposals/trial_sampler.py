@@ -25,7 +25,7 @@ from optuna.trial import Trial, TrialState
 
 from stagevar.errors import InfrastructureError, UsageError
 from stagevar.files import write_text_atomically
-from stagevar.seeds import in_32_bits
+from stagevar.prompts.seeds import in_32_bits
 from tuner.config.space import Parameter, SearchSpace, Value
 from tuner.results.run_dir import JOURNAL_FILE
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stagevar.errors import UsageError
-from stagevar.profile_sections import EngineSection
+from stagevar.profile.sections import EngineSection
 from tuner.config.quality import COMPOSITE, MetricLimit, limited, old_limits
 from tuner.results.candidate import Candidate, Failure, Sample
 from tuner.results.codec import build, record_of

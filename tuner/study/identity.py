@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from stagevar.errors import UsageError
 from stagevar.files import write_text_atomically
-from stagevar.profile_sections import EngineSection
+from stagevar.profile.sections import EngineSection
 from tuner.config.prompts import PromptSet
 from tuner.config.quality import MetricLimit
 from tuner.config.space import PromptSource, SearchSpace

@@ -36,7 +36,7 @@ from tuner.study.verdict import LEAST_GAIN, Limits, decide
 
 if TYPE_CHECKING:
     from stagevar.card_state import CardState
-    from stagevar.latency import Timing
+    from stagevar.timing import Timing
 
 #: Timing rounds after which decisions are taken.
 ROUNDS = (15, 30, 60)

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from typing import Any
 
-from stagevar.console import (
+from stagevar.cli.console import (
     existing_file,
 )
 from stagevar.errors import UsageError

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from stagevar.console import (
+from stagevar.cli.console import (
     existing_folder,
     existing_path,
     positive_int,

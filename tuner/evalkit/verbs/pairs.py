@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from stagevar.console import (
+from stagevar.cli.console import (
     existing_folder,
     existing_path,
     file_value,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from stagevar.console import (
+from stagevar.cli.console import (
     between,
     existing_file,
 )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stagevar.console import (
+from stagevar.cli.console import (
     existing_file,
     existing_path,
     file_value,
@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _tags(text: str) -> list[str]:
     """GenEval's tasks with commas between them."""
-    from stagevar.geneval import TAGS
+    from stagevar.prompts.geneval import TAGS
 
     tags = [word.strip() for word in text.split(",") if word.strip()]
     unknown = [tag for tag in tags if tag not in TAGS]

@@ -1,0 +1,5 @@
+"""What `stagevar analyze` and `stagevar refit` find out about a model, and the schedule that it proposes for it."""
+
+from stagevar.analysis.measure import Analysis, Similarity, analyze, find_similarity, load_proposal, nano_inputs
+
+__all__ = ["Analysis", "Similarity", "analyze", "find_similarity", "load_proposal", "nano_inputs"]

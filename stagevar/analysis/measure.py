@@ -1,0 +1,760 @@
+"""Finds a model's stages: what each scale still changes, what guidance still decides, how many tokens carry the features.
+
+For every scale the partial image is decoded and compared with the final one; the same scale is run once with each branch
+alone (rewinding makes that a fork, not a second generation) to see what dropping guidance would change; and the features
+that enter each chunk of blocks are decomposed into singular values. From these a schedule is proposed by a stated rule,
+and the proposal is checked by ablation: the same acceleration begun at every scale, against the full schedule.
+
+Source: StageVAR (arXiv 2512.16483) for the idea of the three curves and for rank by kept energy. The plateau rule with
+confidence over prompts, the image effect of dropping a branch and the ablation are ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+from stagevar.accelerators.base import Accelerator, Cached, ScaleContext
+from stagevar.accelerators.composite import Composite
+from stagevar.errors import UsageError
+from stagevar.files import write_text_atomically, writing
+from stagevar.images import psnr_db, ssim
+from stagevar.models.base import Around, LoadedModel, Site, SiteFn
+from stagevar.prompts.seeds import non_negative
+from stagevar.sampling.sampler import Generation, Sampler
+from stagevar.schedule.ranks import RankTable
+from stagevar.schedule.stage_schedule import BOTH, Branch, ScaleStep, StageSchedule, Steps, exact
+from stagevar.yaml_files import read_yaml
+
+SCHEMA = 1
+PROJECTIONS = ("gaussian", "rows")
+#: score(images uint8 (B, H, W, 3), prompts) -> (B,), higher is better
+Quality = Callable[[np.ndarray, Sequence[str]], np.ndarray]
+#: kept energies of the rank table: the published ones, so that `energy` schedules work with either table
+ENERGIES = ("0.999", "0.99", "0.98", "0.97", "0.96", "0.95", "0.92", "0.91", "0.90", "0.85", "0.80", "0.70")
+#: of these, what the rank rule tries, with either projection
+TRIED_ENERGIES = ("0.999", "0.99", "0.98", "0.96", "0.92", "0.85", "0.70")
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """How alike two images are, beyond the built-in SSIM and low-frequency match.
+
+    score(images, finals) -> (B,): both uint8 (B, H, W, 3); 1 for identical images (a distance d enters as 1 - d).
+    stage: which boundary it may decide, "semantic" (CLIP, DINO) or "structure" (LPIPS, DISTS).
+    """
+
+    name: str
+    score: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    stage: str = "semantic"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How curves become a schedule. Every limit is checked at an upper `confidence` bound, bootstrapped over prompts.
+
+    The way of a similarity m is what it lacks at scale 0, mean(1 - m). Its plateau is the first scale from which on it
+    lacks at most `semantic` or `structure` of its way. semantic_end is the scale after the slowest semantic curve's plateau,
+    structure_end the one after the slowest structure curve's; where that leaves no scale, only the last one is accelerated.
+    cfg_cutoff is the first scale from structure_end on after which one branch alone, at any single scale, moves the image
+    by at most `guidance` of SSIM's way; the branch that allows the earlier cutoff is kept. Ranks hold the smallest
+    tabulated energy at which the whole acceleration costs at most `ranks` of the SSIM that leaving out every scale from
+    structure_end on would cost: a share of SSIM's whole way would allow to leave the last scales out as well.
+    """
+
+    semantic: float = 0.10
+    structure: float = 0.25
+    guidance: float = 0.25
+    ranks: float = 0.5
+    confidence: float = 0.95
+
+    def __post_init__(self) -> None:
+        if not self.ranks > 0:
+            raise UsageError(f"analysis rule ranks {self.ranks!r} must be above 0")
+        for name in ("semantic", "structure", "guidance", "confidence"):
+            if not 0 < getattr(self, name) < 1:
+                raise UsageError(f"analysis rule {name} {getattr(self, name)!r} must lie between 0 and 1")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One figure per scale: mean over prompts and its two-sided bootstrap interval."""
+
+    mean: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values_NK: np.ndarray, confidence: float) -> Curve:
+        means_RK = _resample(values_NK).mean(axis=1)
+        tail = (1 - confidence) / 2
+        low, high = np.quantile(means_RK, [tail, 1 - tail], axis=0)
+        return cls(*(tuple(round(float(v), 6) for v in row) for row in (values_NK.mean(axis=0), low, high)))
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What was measured and what follows from it.
+
+    similarity: name -> curve of partial against final image. missing: name -> upper bound of the part still missing.
+    frequency: band -> energy change of the image at each scale over the final image's energy in that band.
+    guidance: branch -> measure -> curve: `divergence` (nats per token or bit, guided from the branch alone), `flips` (share
+    of tokens or bits drawn otherwise with the same noise), `image` (1 - SSIM of the partial image).
+    rank_ratio: energy -> scale side -> kept share of tokens per chunk. spectrum: per scale and chunk, the cumulative energy
+    at 33 evenly spaced shares of the tokens. ablation: one row per first accelerated scale. proposal and reasons: what the
+    rules give and why. partials: uint8 (prompts shown, scales, H, W, 3).
+    """
+
+    model: str
+    weights: str
+    grids: tuple[tuple[int, int], ...]
+    chunks: int
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    rules: Rules
+    similarity: dict[str, Curve]
+    missing: dict[str, tuple[float, ...]]
+    stage_of: dict[str, str]
+    frequency: dict[str, Curve]
+    guidance: dict[str, dict[str, Curve]]
+    rank_ratio: dict[str, dict[str, list[float]]]
+    spectrum: np.ndarray
+    proposal: StageSchedule
+    reasons: dict[str, str]
+    ablation: list[dict[str, Any]] = field(default_factory=list)
+    partials: np.ndarray | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain YAML data: everything but the pictures and the spectra."""
+        return {
+            "schema": SCHEMA,
+            "kind": "stagevar-analysis",
+            "model": self.model,
+            "weights": self.weights,
+            "scales": [list(grid) for grid in self.grids],
+            "chunks": self.chunks,
+            "prompts": list(self.prompts),
+            "seeds": list(self.seeds),
+            "rules": dataclasses.asdict(self.rules),
+            "proposal": self.proposal.to_dict(),
+            "reasons": dict(self.reasons),
+            "similarity": {
+                name: {
+                    **_curve(curve),
+                    "decides": self.stage_of[name],
+                    "missing_upper": list(self.missing.get(name, ())),
+                }
+                for name, curve in self.similarity.items()
+            },
+            "frequency": {name: _curve(curve) for name, curve in self.frequency.items()},
+            "guidance": {b: {name: _curve(c) for name, c in curves.items()} for b, curves in self.guidance.items()},
+            "ablation": self.ablation,
+        }
+
+    def rank_table(self) -> dict[str, Any]:
+        """The energy -> rank table in the format of stagevar/data/rank_ratio.json."""
+        return {
+            "what": f"kept tokens / tokens of {self.model} per kept-energy threshold, scale side and chunk of blocks "
+            f"({self.chunks} chunks), mean over {len(self.prompts)} prompts; rank = floor(ratio * tokens) + 1",
+            "source": "stagevar analyze",
+            "remarks": ["random weights: of no use for quality"] if self.weights == "random" else [],
+            "ratio": self.rank_ratio,
+        }
+
+    def save(self, directory: str | Path) -> list[Path]:
+        """Writes analysis.yaml, rank_ratio.json and the plots. Raises UsageError when the folder cannot be written."""
+        directory = Path(directory)
+        with writing(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            text = directory / "analysis.yaml"
+            write_text_atomically(text, yaml.safe_dump(self.to_dict(), sort_keys=False, width=120, allow_unicode=True))
+            table = directory / "rank_ratio.json"
+            write_text_atomically(table, json.dumps(self.rank_table(), indent=1) + "\n")
+        return [text, table, *self._plot(directory)]
+
+    def _plot(self, directory: Path) -> list[Path]:
+        from stagevar.analysis.plots import plot_curves, plot_partials
+
+        paths = [plot_curves(self, directory / "analysis.png")]
+        if self.partials is not None:
+            paths.append(plot_partials(self, directory / "partials.png"))
+        return paths
+
+
+def load_proposal(path: str | Path) -> StageSchedule:
+    """The proposed schedule of an analysis.yaml. Raises UsageError for anything else."""
+    data = read_yaml(path, "analysis")
+    if not isinstance(data, dict) or data.get("kind") != "stagevar-analysis" or "proposal" not in data:
+        raise UsageError(f"{path} is not an analysis.yaml; make one with `stagevar analyze`")
+    return StageSchedule.from_dict(data["proposal"])
+
+
+def find_similarity(text: str, device: str = "cpu") -> Similarity:
+    """A similarity that an installed package offers under the entry-point group `stagevar.similarities`.
+
+    text: a name, with options after a colon: "clip:model=nano", "lpips:weights=alexnet.pth,net=alex".
+    Raises UsageError for an unknown name or option, or weights that cannot be had.
+    """
+    name, _, options = text.partition(":")
+    offered = {point.name: point for point in entry_points(group="stagevar.similarities")}
+    if name not in offered:
+        hint = f"known: {', '.join(sorted(offered))}" if offered else "none is installed; install stagevar-tune in full"
+        raise UsageError(f"unknown similarity {name!r} ({hint})")
+    pairs = [part.partition("=") for part in options.split(",") if part]
+    if any(not equals for _, equals, _ in pairs):
+        raise UsageError(f"similarity options {options!r} must be name=value pairs with commas between them")
+    return offered[name].load()(device=device, **{key.strip(): value.strip() for key, _, value in pairs})
+
+
+def nano_inputs(count: int, seed: int = 0) -> tuple[list[str], list[int], dict[str, Quality]]:
+    """Prompts and seeds from nano's search split, and the pixel checker as the quality of the ablation."""
+    from stagevar.models.nano.checker import check_batch
+    from stagevar.models.nano.scenes import prompts as draw_prompts
+
+    items = draw_prompts("search", count, non_negative(seed))
+    metadata = {item["prompt"]: item for item in items}
+
+    def checker(images_BHW3: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+        images_B3HW = images_BHW3.transpose(0, 3, 1, 2).astype(np.float32) / 255
+        return np.asarray(check_batch(images_B3HW, [metadata[prompt] for prompt in prompts]), dtype=np.float64)
+
+    return [item["prompt"] for item in items], list(range(seed, seed + count)), {"checker": checker}
+
+
+def analyze(
+    model: LoadedModel,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    similarities: Sequence[Similarity] = (),
+    quality: Mapping[str, Quality] | None = None,
+    rules: Rules | None = None,
+    micro_batch: int = 16,
+    rank_prompts: int = 16,
+    ablation_prompts: int | None = None,
+    shown: int = 4,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Analysis:
+    """Measures every scale on these prompts, proposes a schedule and checks the proposal by ablation.
+
+    Args:
+        model: what `registry.load_model` returned. prompts, seeds: one per image; at least 2.
+        similarities: image comparisons beyond the built-in ones. quality: name -> score(images, prompts) -> (B,), higher
+            is better, compared with the full schedule's in the ablation (e.g. a checker or a CLIP score).
+        rules: see Rules. micro_batch: images at a time. rank_prompts: how many prompts' features are decomposed, and
+            how many the rank rule is tried on.
+        ablation_prompts: how many prompts the ablation runs on (None: all, 0: no ablation).
+        shown: prompts whose partial images are kept for the picture.
+        progress: called with (what, done, total).
+
+    Raises UsageError when the prompts are too few or do not match the seeds.
+    """
+    rules = rules or Rules()
+    if len(prompts) < 2 or len(prompts) != len(seeds):
+        raise UsageError(
+            f"analysis needs at least 2 prompts and a seed each, not {len(prompts)} and {len(seeds)} seeds"
+        )
+    observer = _Observer()
+    probe = _Probe(model, observer)
+    batches = [slice(i, i + micro_batch) for i in range(0, len(prompts), micro_batch)]
+    rank_batches = [batch for batch in batches if batch.start < rank_prompts]
+    ablated = len(prompts) if ablation_prompts is None else ablation_prompts
+    ablation_batches = [batch for batch in batches if batch.start < ablated]
+    total = len(batches) + len(rank_batches) + len(ablation_batches)
+    steps_done = iter(range(1, total + 1))
+
+    def report(what: str) -> None:
+        if progress:
+            progress(what, next(steps_done), total)
+
+    rows: dict[str, list[np.ndarray]] = {}
+    partials: list[np.ndarray] = []
+    for batch in batches:
+        observer.watched = max(0, rank_prompts - batch.start)
+        images_KBHW3 = _measure(probe, prompts[batch], seeds[batch], similarities, rows)
+        partials.append(images_KBHW3[:, : max(0, shown - batch.start)].swapaxes(0, 1))
+        report("scales")
+    measured = {name: np.concatenate(parts) for name, parts in rows.items()}
+
+    stage_of = {"low_frequency": "semantic", "ssim": "structure", "psnr_db": "none"} | {
+        s.name: s.stage for s in similarities
+    }
+    if any(s.stage == "semantic" for s in similarities):
+        stage_of["low_frequency"] = "none"  # it only stands in where nothing reads the meaning
+    missing = {n: _missing_upper(1 - measured[n], measured[n], rules) for n in stage_of if n != "psnr_db"}
+    table, spectrum = observer.table(model)
+    proposal, reasons = _propose_stages(model, rules, measured, missing, stage_of)
+    trials: dict[tuple[str, str], list[np.ndarray]] = {}
+    for batch in rank_batches:
+        _try_ranks(probe, prompts[batch], seeds[batch], proposal, table, trials)
+        report("ranks")
+    proposal, reasons["ranks"] = _propose_ranks(model, rules, measured["ssim"], trials, proposal, table)
+    scores: dict[str, list[np.ndarray]] = {}
+    for batch in ablation_batches:
+        _ablate(probe, prompts[batch], seeds[batch], proposal, similarities, quality or {}, scores)
+        report("ablation")
+    ablation: list[dict[str, Any]] = []
+    if scores:
+        ablation = _ablation_rows({k: np.concatenate(v) for k, v in scores.items()}, model, proposal, rules)
+        reasons["ablation"] = _verdict(ablation, model, proposal, quality or {}, rules)
+
+    def curve(name: str) -> Curve:
+        return Curve.of(measured[name], rules.confidence)
+
+    return Analysis(
+        model=model.name,
+        weights="random" if model.random_weights else "trained",
+        grids=tuple(model.grids),
+        chunks=probe.chunks,
+        prompts=tuple(prompts),
+        seeds=tuple(int(s) for s in seeds),
+        rules=rules,
+        similarity={name: curve(name) for name in stage_of},
+        missing=missing,
+        stage_of=stage_of,
+        frequency={band: curve(f"{band}_change") for band in ("low", "high")},
+        guidance={b: {m: curve(f"{m}:{b}") for m in ("divergence", "flips", "image")} for b in BOTH},
+        rank_ratio=table,
+        spectrum=spectrum,
+        proposal=proposal,
+        reasons=reasons,
+        ablation=ablation,
+        partials=np.concatenate(partials) if shown else None,
+    )
+
+
+# ---------------------------------------------------------------- probing a generation
+
+
+class _Observer(Accelerator):
+    """Leaves the work to the methods that the steps name, and decomposes what enters each chunk while it watches."""
+
+    name = "observer"
+
+    def __init__(self) -> None:
+        self.inner = Composite()
+        self.watched = 0  # prompts of the batch whose features are decomposed
+        self.on = False
+        self.energies: dict[tuple[int, int], list[np.ndarray]] = {}
+
+    def around(self, context: ScaleContext, updates: dict[Site, Cached]) -> Around:
+        inner = self.inner.around(context, updates)
+        if not self.on or not self.watched:
+            return inner
+
+        def around(site: Site, x: Tensor, positions: Tensor | None, run: SiteFn) -> Tensor:
+            if site.kind == "chunk":
+                self._record(context.step.scale, site.index, x, len(context.step.branches))
+            return inner(site, x, positions, run)
+
+        return around
+
+    def _record(self, scale: int, chunk: int, x_RMC: Tensor, branches: int) -> None:
+        """Keeps the squared singular values of the features, largest first, as shares of their sum: (rows, M)."""
+        batch = x_RMC.shape[0] // branches
+        rows = [b * batch + i for b in range(branches) for i in range(min(self.watched, batch))]
+        for row in rows:  # one by one: at 4,096 tokens a batch of these would not fit beside the model
+            x_MC = x_RMC[row].double()
+            gram = x_MC @ x_MC.T if x_MC.shape[0] <= x_MC.shape[1] else x_MC.T @ x_MC
+            energy = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).cpu().numpy()
+            share_M = np.zeros(x_MC.shape[0])
+            share_M[: len(energy)] = energy[: len(share_M)] / max(energy.sum(), 1e-300)
+            self.energies.setdefault((scale, chunk), []).append(share_M)
+
+    def table(self, model: LoadedModel) -> tuple[dict[str, dict[str, list[float]]], np.ndarray]:
+        """Kept share of tokens per energy, side and chunk (mean over prompts and branches), and the mean spectra (K, C, 33)."""
+        scales, chunks = len(model.grids), len(model.transformer.chunk_layers)
+        table: dict[str, dict[str, list[float]]] = {energy: {} for energy in ENERGIES}
+        spectrum_KCP = np.ones((scales, chunks, 33))
+        if not self.energies:
+            return {}, spectrum_KCP
+        for scale, grid in enumerate(model.grids):
+            cumulative = [np.cumsum(np.stack(self.energies[scale, c]), axis=1) for c in range(chunks)]
+            for energy in ENERGIES:
+                needed = [1 + (rows < float(energy) - 1e-12).sum(axis=1) for rows in cumulative]
+                tokens = grid[0] * grid[1]
+                table[energy][_side(grid)] = [round(float(np.minimum(n, tokens).mean() / tokens), 6) for n in needed]
+            for chunk, rows in enumerate(cumulative):
+                at = np.linspace(0, 1, 33)
+                own = np.concatenate([[0.0], rows.mean(axis=0)])
+                spectrum_KCP[scale, chunk] = np.interp(at, np.linspace(0, 1, len(own)), own)
+        return table, spectrum_KCP
+
+
+class _Probe(Sampler):
+    """A sampler that keeps what the last scale decided."""
+
+    def __init__(self, model: LoadedModel, observer: _Observer):
+        super().__init__(model, observer)
+        self.observer = observer
+        self.logits: Tensor | None = None
+        self.tokens: Tensor | None = None
+
+    def on_scale(self, step: ScaleStep, logits_BLV: Tensor, tokens: Tensor) -> None:
+        self.logits, self.tokens = logits_BLV, tokens
+
+    def try_step(self, generation: Generation, step: ScaleStep) -> tuple[Tensor, Tensor, np.ndarray]:
+        """Logits, tokens and partial image of one step; the generation moves on."""
+        self.advance(generation, step)
+        assert self.logits is not None and self.tokens is not None
+        return self.logits, self.tokens, self.decode(generation)
+
+
+def _measure(
+    probe: _Probe,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    similarities: Sequence[Similarity],
+    rows: dict[str, list[np.ndarray]],
+) -> np.ndarray:
+    """One batch through all scales: appends (B, K) arrays to `rows`, returns the partial images (K, B, H, W, 3)."""
+    model = probe.model
+    generation = probe.begin(prompts, seeds)
+    before = probe.decode(generation)
+    found: dict[str, list[np.ndarray]] = {}
+    images: list[np.ndarray] = []
+    for step in exact(len(model.grids)).expand(model.grids, probe.chunks):
+        alone: dict[Branch, tuple[Tensor, Tensor, np.ndarray]] = {}
+        for branch in BOTH:
+            alone[branch] = probe.try_step(generation, dataclasses.replace(step, branches=(branch,)))
+            probe.rewind(generation, step.scale)
+        probe.observer.on = True
+        logits, tokens, image = probe.try_step(generation, step)
+        probe.observer.on = False
+        for branch, (own_logits, own_tokens, own_image) in alone.items():
+            found.setdefault(f"divergence:{branch}", []).append(_divergence(logits, own_logits))
+            flips = (own_tokens != tokens).float().flatten(1).mean(1).cpu().numpy()
+            found.setdefault(f"flips:{branch}", []).append(flips)
+            found.setdefault(f"image:{branch}", []).append(1 - ssim(own_image, image))
+        images.append(image)
+    final = images[-1]
+    low_KB, high_KB = _band_changes([before, *images], model.grids[-1])
+    for name, values_KB in (("low_change", low_KB), ("high_change", high_KB)):
+        found[name] = list(values_KB)
+    for image in images:
+        found.setdefault("low_frequency", []).append(1 - _low_error(image, final, model.grids[-1]))
+        found.setdefault("ssim", []).append(ssim(image, final))
+        found.setdefault("psnr_db", []).append(psnr_db(image, final))
+        for similarity in similarities:
+            found.setdefault(similarity.name, []).append(np.asarray(similarity.score(image, final), dtype=np.float64))
+    for name, parts in found.items():
+        rows.setdefault(name, []).append(np.stack(parts, axis=1))
+    return np.stack(images)
+
+
+def _divergence(guided: Tensor, alone: Tensor) -> np.ndarray:
+    """KL(guided, alone) in nats per token or bit (B,): the last axis holds the choices, whatever the family."""
+    p, q = guided.double().log_softmax(-1), alone.double().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1).flatten(1).mean(1).cpu().numpy()
+
+
+def _spectra(images_BHW3: np.ndarray, final_grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """2-D spectrum of the luminance (B, H, W) without its mean, and the mask of low frequencies.
+
+    Low: at most half of the final token grid's Nyquist frequency, i.e. a quarter of its side, in cycles per image.
+    """
+    luminance = images_BHW3.astype(np.float64) @ np.array([0.299, 0.587, 0.114]) / 255
+    height, width = luminance.shape[1:]
+    y, x = np.fft.fftfreq(height, 1 / height)[:, None], np.fft.fftfreq(width, 1 / width)[None]
+    radius = np.hypot(y / (final_grid[0] / 4), x / (final_grid[1] / 4))
+    spectrum = np.fft.fft2(luminance)
+    spectrum[:, 0, 0] = 0
+    return spectrum, radius <= 1
+
+
+def _energy(spectrum_BHW: np.ndarray, mask_HW: np.ndarray) -> np.ndarray:
+    return (np.abs(spectrum_BHW) ** 2 * mask_HW).sum(axis=(1, 2))
+
+
+def _band_changes(images: Sequence[np.ndarray], final_grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Energy of the change that each scale makes, low and high band (K, B), over the final image's in that band."""
+    spectra = [_spectra(image, final_grid)[0] for image in images]
+    low = _spectra(images[-1][:1], final_grid)[1]
+    changes = []
+    for mask in (low, ~low):
+        total = np.maximum(_energy(spectra[-1], mask), 1e-12)
+        changes.append(np.stack([_energy(after - first, mask) / total for first, after in itertools.pairwise(spectra)]))
+    return changes[0], changes[1]
+
+
+def _low_error(image: np.ndarray, final: np.ndarray, final_grid: tuple[int, int]) -> np.ndarray:
+    """Energy of the difference in the low band over the final image's in that band (B,)."""
+    (own, low), (last, _) = _spectra(image, final_grid), _spectra(final, final_grid)
+    return _energy(own - last, low) / np.maximum(_energy(last, low), 1e-12)
+
+
+# ---------------------------------------------------------------- from curves to a schedule
+
+
+def _side(grid: tuple[int, int]) -> str:
+    """A grid's key in a rank table: the side of the square with as many tokens."""
+    return str(round(math.sqrt(grid[0] * grid[1])))
+
+
+def _at(model: LoadedModel, scale: int) -> str:
+    """A scale in words."""
+    return f"scale {scale} (side {_side(model.grids[scale])})"
+
+
+def _resample(values_N: np.ndarray) -> np.ndarray:
+    """Bootstrap samples (R, N, ...) over the first axis; the same draws for the same N."""
+    rng = np.random.default_rng(0)
+    return values_N[rng.integers(0, len(values_N), (_RESAMPLES, len(values_N)))]
+
+
+def _missing_upper(part_NK: np.ndarray, similarity_NK: np.ndarray, rules: Rules) -> tuple[float, ...]:
+    """Upper confidence bound per scale of mean(part) over the mean of what `similarity` lacks at scale 0."""
+    span_N1 = np.maximum(1 - similarity_NK[:, :1], 0)
+    joint_RNK = _resample(np.concatenate([part_NK, span_N1], axis=1)).mean(axis=1)
+    ratio_RK = joint_RNK[:, :-1] / np.maximum(joint_RNK[:, -1:], 1e-9)
+    return tuple(round(float(v), 6) for v in np.quantile(ratio_RK, rules.confidence, axis=0))
+
+
+def _settled(upper: Sequence[float], limit: float) -> int:
+    """First scale from which on every bound is within the limit (the number of scales if none is)."""
+    return next((s for s in range(len(upper)) if all(v <= limit for v in upper[s:])), len(upper))
+
+
+def _propose_stages(
+    model: LoadedModel,
+    rules: Rules,
+    measured: Mapping[str, np.ndarray],
+    missing: Mapping[str, Sequence[float]],
+    stage_of: Mapping[str, str],
+) -> tuple[StageSchedule, dict[str, str]]:
+    """Boundaries, cutoff and branch as the rules give them, and one sentence per decision."""
+    last = len(model.grids) - 1
+    ends: dict[str, int] = {}
+    reasons: dict[str, str] = {}
+    for stage, limit in (("semantic", rules.semantic), ("structure", rules.structure)):
+        plateaus = {name: _settled(missing[name], limit) for name, own in stage_of.items() if own == stage}
+        slowest = max(plateaus, key=lambda name: plateaus[name])
+        plateau = plateaus[slowest]
+        ends[stage] = max(1, min(plateau + 1, last))
+        bound = f"upper {rules.confidence:.0%} bound {missing[slowest][min(plateau, last - 1)]:.3f}"
+        lacking = f"{slowest} still lacks more than {limit:.0%} of its way before the last scale"
+        reasons[f"{stage}_end"] = (
+            f"{slowest} lacks at most {limit:.0%} of its way from {_at(model, plateau)} on ({bound})"
+            if plateau < last
+            else f"{lacking} ({bound} at {_at(model, last - 1)}): no plateau, so only the last scale is left to accelerate"
+        )
+    start = max(ends["structure"], ends["semantic"])
+
+    effects = {b: _missing_upper(measured[f"image:{b}"], measured["ssim"], rules) for b in BOTH}
+    cutoffs = {b: max(_settled(effects[b], rules.guidance), start) for b in BOTH}
+    kept: Branch = min(BOTH, key=lambda b: (cutoffs[b], max(effects[b][start:])))
+    cutoff = cutoffs[kept]
+    if cutoff <= last:
+        delay = cutoff - start
+        reasons["cfg_cutoff"] = (
+            f"from {_at(model, cutoff)} on the {kept} branch alone, at any one scale, moves the image by at most "
+            f"{rules.guidance:.0%} of its way (upper bound {max(effects[kept][cutoff:]):.3f})"
+        )
+    else:
+        delay = None
+        reasons["cfg_cutoff"] = (
+            f"either branch alone moves the image by more than {rules.guidance:.0%} of its way at the last scale "
+            f"(upper bound {effects[kept][last]:.3f}): guidance stays"
+        )
+    return StageSchedule(start, ends["semantic"], cfg_delay=delay, branch=kept), reasons
+
+
+def _with_ranks(
+    schedule: StageSchedule, model: LoadedModel, table: RankTable, energy: str, projection: str
+) -> StageSchedule:
+    """The schedule with ranks that hold this energy, a ratio per chunk at every scale of the model."""
+    ratios = tuple(tuple(table[energy][_side(grid)]) for grid in model.grids[schedule.structure_end :])
+    rope = "index" if projection == "rows" else "first"  # a kept row has its own position, a mixture has none
+    return dataclasses.replace(schedule, rank_ratios=ratios, projection=projection, rope=rope)
+
+
+def _try_ranks(
+    probe: _Probe,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    schedule: StageSchedule,
+    table: RankTable,
+    trials: dict[tuple[str, str], list[np.ndarray]],
+) -> None:
+    """One batch: 1 - SSIM with the full schedule's image (B,) for every tried energy and projection."""
+    model = probe.model
+    generation = probe.begin(prompts, seeds)
+    final = _finish(probe, generation, exact(len(model.grids)).expand(model.grids, probe.chunks))
+    for projection in PROJECTIONS:
+        for energy in TRIED_ENERGIES:
+            probe.rewind(generation, schedule.structure_end)
+            tried = _with_ranks(schedule, model, table, energy, projection)
+            image = _finish(probe, generation, tried.expand(model.grids, probe.chunks))
+            trials.setdefault((energy, projection), []).append(1 - ssim(image, final))
+
+
+def _propose_ranks(
+    model: LoadedModel,
+    rules: Rules,
+    ssim_NK: np.ndarray,
+    trials: Mapping[tuple[str, str], list[np.ndarray]],
+    schedule: StageSchedule,
+    table: RankTable,
+) -> tuple[StageSchedule, str]:
+    """The schedule with the ranks that the rule allows, and why."""
+    if not trials:
+        return schedule, "not tried: every token is kept"
+    unfinished_NK = ssim_NK[:, schedule.structure_end - 1 :]  # its first column: nothing run from structure_end on
+    bounds = {}
+    for choice, parts in trials.items():
+        part_N1 = np.concatenate(parts)[:, None]
+        bounds[choice] = _missing_upper(part_N1, unfinished_NK[: len(part_N1)], rules)[0]
+    fine = [choice for choice in trials if bounds[choice] <= rules.ranks]
+    allowed = (
+        f"at most {rules.ranks:.0%} of what leaving out all scales from {_at(model, schedule.structure_end)} on costs"
+    )
+    if not fine:
+        energy, projection = min(bounds, key=lambda choice: bounds[choice])
+        return schedule, (
+            f"no tabulated energy costs {allowed} (best: energy {energy}, {projection}, upper bound "
+            f"{bounds[energy, projection]:.3f}): every token is kept"
+        )
+    energy, projection = min(fine, key=lambda choice: (float(choice[0]), bounds[choice]))
+    proposed = _with_ranks(schedule, model, table, energy, projection)
+    assert proposed.rank_ratios is not None
+    means = ", ".join(f"{np.mean(ratio):.0%}" for ratio in proposed.rank_ratios)
+    return proposed, (
+        f"energy {energy} with projection {projection} costs {allowed} (upper bound "
+        f"{bounds[energy, projection]:.3f}); share of tokens per scale: {means}"
+    )
+
+
+# ---------------------------------------------------------------- ablation
+
+
+def _idle(schedule: StageSchedule) -> bool:
+    """Whether a proposal accelerates nothing."""
+    return schedule.cfg_delay is None and schedule.rank_ratios is None
+
+
+def _begun_at(proposal: StageSchedule, start: int, model: LoadedModel) -> StageSchedule:
+    """The proposal's kind of acceleration begun at another scale; earlier scales get the ratios of its first one.
+
+    A proposal that accelerates nothing is ablated by dropping a branch at once, to show what that would cost.
+    """
+    scales, ratios = len(model.grids), proposal.rank_ratios
+    if ratios is not None:
+        shift = start - proposal.structure_end
+        ratios = ratios[shift:] if shift >= 0 else (ratios[0],) * -shift + ratios
+    delay = 0 if _idle(proposal) else proposal.cfg_delay
+    delay = None if delay is None else min(delay, scales - start)
+    return dataclasses.replace(
+        proposal,
+        structure_end=start,
+        semantic_end=min(proposal.semantic_end, start),
+        cfg_delay=delay,
+        rank_ratios=ratios,
+    )
+
+
+def _ablate(
+    probe: _Probe,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    proposal: StageSchedule,
+    similarities: Sequence[Similarity],
+    quality: Mapping[str, Quality],
+    scores: dict[str, list[np.ndarray]],
+) -> None:
+    """One batch: the full schedule, then the acceleration begun at each scale, last first, on the same prefix."""
+    model = probe.model
+    generation = probe.begin(prompts, seeds)
+    full = exact(len(model.grids)).expand(model.grids, probe.chunks)
+    final = _finish(probe, generation, full)
+    base = {name: np.asarray(score(final, prompts), dtype=np.float64) for name, score in quality.items()}
+    found: dict[str, list[np.ndarray]] = {}
+    for start in range(len(model.grids) - 1, 0, -1):
+        probe.rewind(generation, start)
+        steps = _begun_at(proposal, start, model).expand(model.grids, probe.chunks)
+        image = _finish(probe, generation, steps)
+        found.setdefault("ssim", []).append(ssim(image, final))
+        for similarity in similarities:
+            found.setdefault(similarity.name, []).append(np.asarray(similarity.score(image, final), dtype=np.float64))
+        for name, score in quality.items():
+            found.setdefault(f"change:{name}", []).append(
+                np.asarray(score(image, prompts), dtype=np.float64) - base[name]
+            )
+    for name, parts in found.items():
+        scores.setdefault(name, []).append(np.stack(parts[::-1], axis=1))
+
+
+def _finish(probe: _Probe, generation: Generation, steps: Steps) -> np.ndarray:
+    for step in steps[generation.scale :]:
+        probe.advance(generation, step)
+    return probe.decode(generation)
+
+
+def _ablation_rows(
+    scores: Mapping[str, np.ndarray],
+    model: LoadedModel,
+    proposal: StageSchedule,
+    rules: Rules,
+) -> list[dict[str, Any]]:
+    chunks = len(model.transformer.chunk_layers)
+    curves = {name: Curve.of(values, rules.confidence) for name, values in scores.items()}
+    full = sum(s.processed_tokens(chunks) for s in exact(len(model.grids)).expand(model.grids, chunks))
+    rows = []
+    for index in range(len(model.grids) - 1):
+        start = index + 1
+        steps = _begun_at(proposal, start, model).expand(model.grids, chunks)
+        row: dict[str, Any] = {
+            "first_accelerated_scale": start,
+            "grid": list(model.grids[start]),
+            "token_rows": round(sum(s.processed_tokens(chunks) for s in steps) / full, 6),
+        }
+        for name, curve in curves.items():
+            row[name] = {"mean": curve.mean[index], "low": curve.low[index], "high": curve.high[index]}
+        rows.append(row)
+    return rows
+
+
+def _verdict(
+    rows: Sequence[Mapping[str, Any]],
+    model: LoadedModel,
+    proposal: StageSchedule,
+    quality: Mapping[str, Quality],
+    rules: Rules,
+) -> str:
+    """Whether starting at the proposal costs nothing measurable, and starting at the first possible scale does."""
+    late, early = rows[proposal.structure_end - 1], rows[0]
+    if quality:
+        name = f"change:{next(iter(quality))}"
+        what = f"{name.removeprefix('change:')} changes by {{mean:+.4f}} ({{low:+.4f}} to {{high:+.4f}})"
+        harmless, telling = late[name]["high"] >= 0, early[name]["high"] < 0
+    else:
+        name, what = "ssim", "SSIM with the full schedule's image is {mean:.3f} ({low:.3f} to {high:.3f})"
+        harmless = telling = early[name]["high"] < late[name]["low"]
+    if _idle(proposal):
+        return (
+            f"no acceleration is proposed; with the {proposal.branch} branch alone from {_at(model, 1)} on, "
+            + what.format(**early[name])
+        )
+    finding = (
+        "not confirmed" if not harmless else "confirmed" if telling else "harmless, but so is starting earlier here"
+    )
+    return (
+        f"{finding}: accelerated from {_at(model, proposal.structure_end)} on, "
+        f"{what.format(**late[name])}; from {_at(model, 1)} on, {what.format(**early[name])} ({rules.confidence:.0%} intervals)"
+    )
+
+
+def _curve(curve: Curve) -> dict[str, list[float]]:
+    return {"mean": list(curve.mean), "low": list(curve.low), "high": list(curve.high)}

@@ -1,0 +1,1 @@
+"""`stagevar`: its commands and the console that all three commands of the project share."""

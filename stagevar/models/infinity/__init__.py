@@ -1,0 +1,1 @@
+"""Infinity: transformer, bitwise tokenizer, text encoder, loader."""

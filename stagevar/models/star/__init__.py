@@ -1,0 +1,1 @@
+"""STAR: transformer and text encoder, on the tokenizer of `stagevar.models.vq`."""

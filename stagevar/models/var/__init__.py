@@ -1,0 +1,1 @@
+"""VAR: the class-conditional transformer, on the tokenizer of `stagevar.models.vq`."""

@@ -1,0 +1,1 @@
+"""The vector-quantized tokenizer that VAR and STAR share, and the loader of both."""

@@ -1,0 +1,169 @@
+"""A loaded model with the schedule of a profile: what production calls."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from stagevar.errors import UsageError
+from stagevar.profile.profile import Profile, present_envelope
+from stagevar.prompts.requests import check_negatives, check_prompts, check_seeds
+from stagevar.sections import shown
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from stagevar.sampling.sampler import Sampler
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """images: PIL images, the `num_images_per_prompt` of the first prompt first. seeds: the seed of each."""
+
+    images: list[Image]
+    seeds: list[int]
+
+
+@dataclass
+class Pipeline:
+    """Draws with the schedule of a profile, on its engine, in batches of its size, on its CPU threads.
+
+    Args:
+        profile: what tuning wrote. sampler: on the profile's model.
+        batch: images per pass instead of the profile's. threads: CPU threads instead of the profile's.
+
+    Warns (UserWarning) about everything that differs from where the profile was measured.
+    """
+
+    profile: Profile
+    sampler: Sampler
+    batch: int = 0
+    threads: int | None = None
+    steps: Any = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        envelope = self.profile.envelope
+        self.steps = self.profile.expand(self.sampler.model)
+        self.batch = self.batch or envelope.batch
+        self.threads = self.threads or envelope.threads
+        engine = self.sampler.engine.name
+        present = present_envelope(self.sampler.model, batch=self.batch, threads=self.threads, engine=engine)
+        for line in self.profile.warnings_here(present):
+            warnings.warn(line, stacklevel=3)
+
+    def generate(self, prompts: Any, seeds: Any = None, negative: Any = None, **options: Any) -> list[Image]:
+        """One image per prompt.
+
+        Args:
+            prompts: one text or a list of texts.
+            seeds: one per prompt (list, array, tensor), one number that is counted up, or a generator of random numbers
+                (torch, numpy, random), which is drawn from; default 0, 1, 2, ...
+            negative: instead of the model's null text: one text for all, or a list with one per prompt.
+            options: of `Sampler.begin`.
+
+        Raises UsageError for prompts, seeds or negatives of another kind or number. The same prompt and seed give the same
+        image in any batch.
+        """
+        from PIL import Image
+
+        texts = check_prompts(prompts)
+        numbers, negatives = check_seeds(seeds, len(texts)), check_negatives(negative, len(texts))
+        images: list[Image.Image] = []
+        with self._threads():
+            for first in range(0, len(texts), self.batch):
+                part = slice(first, first + self.batch)
+                chosen = {} if negatives is None else {"negative": negatives[part]}
+                pixels = self.sampler.generate(texts[part], numbers[part], self.steps, **chosen, **options)
+                images += [Image.fromarray(image) for image in pixels]
+        return images
+
+    def warm(self, lengths: Sequence[int] = (32,), batches: Sequence[int] = ()) -> float:
+        """Draws one batch for every length of text, so that no later image of such a length waits for compiling or recording.
+
+        Args:
+            lengths: tokens of text; a recorded graph serves all lengths up to the next multiple of 32
+                (`stagevar.engine.TEXT_BUCKET`). Models whose text has one length for all prompts are drawn with once.
+            batches: images per pass, by default the pipeline's; a last, smaller part of a call is one of its own.
+
+        Returns the seconds that it took. Raises UsageError for numbers below 1.
+        """
+        import time
+
+        from stagevar.sampling.bench import bench_prompts
+
+        batches = batches or (self.batch,)
+        for name, numbers in (("length", lengths), ("batch", batches)):
+            for number in numbers:
+                if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                    raise UsageError(f"warm: {name} {shown(number)} must be a whole number of at least 1")
+        model, began = self.sampler.model, time.perf_counter()
+        with self._threads():
+            for batch in batches:
+                prompts = bench_prompts(model, 1) * batch
+                features = model.text.encode(prompts)
+                ragged = isinstance(features, list) and all(getattr(rows, "ndim", 0) == 2 for rows in features)
+                for length in lengths if ragged else (None,):
+                    encoded = features if length is None else [_of_length(rows_TC, length) for rows_TC in features]
+                    self.sampler.generate(prompts, list(range(batch)), self.steps, encoded=encoded)
+        return time.perf_counter() - began
+
+    def __call__(
+        self,
+        prompt: Any = None,
+        negative_prompt: Any = None,
+        num_images_per_prompt: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        generator: Any = None,
+        seed: Any = None,
+        **others: Any,
+    ) -> PipelineOutput:
+        """As pipelines of diffusers are called; `.images` of what it returns are PIL images.
+
+        Args:
+            prompt, negative_prompt: one text or a list of texts.
+            num_images_per_prompt: images of each prompt, side by side in the result.
+            height, width: in pixels; a profile is for one size, so others are refused.
+            generator: of random numbers, or a list with one per image. seed: instead of it, as `seeds` of `generate`.
+
+        Raises UsageError for whatever cannot be done, options that belong to diffusion models included.
+        """
+        for name in others:
+            raise UsageError(f"{name} is not an option of this pipeline: the profile decides how images are drawn")
+        if generator is not None and seed is not None:
+            raise UsageError("give either generator= or seed=, not both")
+        if isinstance(num_images_per_prompt, bool) or not isinstance(num_images_per_prompt, int):
+            raise UsageError(f"num_images_per_prompt {shown(num_images_per_prompt)} must be a whole number")
+        if num_images_per_prompt < 1:
+            raise UsageError(f"num_images_per_prompt {num_images_per_prompt} must be at least 1")
+        for name, asked, made in zip(("height", "width"), (height, width), self.sampler.model.pixels, strict=True):
+            if asked is not None and asked != made:
+                raise UsageError(
+                    f"{name} {shown(asked)}: the profile draws {made} pixels; tune one with --resolution for another size"
+                )
+        texts = check_prompts(prompt)
+        negatives = check_negatives(negative_prompt, len(texts))
+        count = len(texts) * num_images_per_prompt
+        seeds = check_seeds(seed if generator is None else generator, count)
+        repeated = None if negatives is None else _repeat(negatives, num_images_per_prompt)
+        return PipelineOutput(self.generate(_repeat(texts, num_images_per_prompt), seeds, repeated), seeds)
+
+    def _threads(self) -> contextlib.AbstractContextManager[None]:
+        """The threads that latency was measured with, for the length of a call; a GPU does not depend on them."""
+        from stagevar.timing import threads_of
+
+        return threads_of(self.threads if self.sampler.model.device.type == "cpu" else None)
+
+
+def _of_length(rows_TC: Tensor, length: int) -> Tensor:
+    """Text features with as many rows as asked for, repeated from the start."""
+    return rows_TC[[row % len(rows_TC) for row in range(length)]]
+
+
+def _repeat(texts: list[str], times: int) -> list[str]:
+    return list(itertools.chain.from_iterable([text] * times for text in texts))

@@ -1,0 +1,315 @@
+"""The deployment profile: what tuning proved, in one YAML file that the runtime loads in production.
+
+A profile is data from outside: it is parsed with the safe loader, without aliases, every key is checked, and its expanded
+steps must equal what its parameters expand to on the model at hand. Loading it for another model is refused; loading it
+outside the envelope in which it was measured warns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+
+from stagevar.errors import ProfileError, StagevarError
+from stagevar.files import write_text_atomically
+from stagevar.profile.sections import (
+    BaselineSection,
+    CardSection,
+    ConstraintsSection,
+    EngineSection,
+    LatencySection,
+    ModelSection,
+    ProvenanceSection,
+    QualitySection,
+    SamplingSection,
+)
+from stagevar.schedule.stage_schedule import LowRank, ScaleStep, StageSchedule, Steps
+from stagevar.sections import read_section, read_value, section_data, shortened, shown
+from stagevar.yaml_files import read_yaml
+
+if TYPE_CHECKING:
+    from stagevar.card_state import CardState
+    from stagevar.models.base import LoadedModel
+    from stagevar.profile.pipeline import Pipeline
+
+SCHEMA = "stagevar-profile/1"
+
+#: The typed sections of a profile, by key.
+SECTIONS: dict[str, Any] = {
+    "model": ModelSection,
+    "sampling": SamplingSection,
+    "latency": LatencySection,
+    "quality": QualitySection,
+    "baseline": BaselineSection,
+    "constraints": ConstraintsSection,
+    "provenance": ProvenanceSection,
+    "engine": EngineSection,
+}
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """Where the figures were measured and hold. card: None on a CPU, where NVML is missing, and in profiles of before."""
+
+    device: str
+    dtype: str
+    batch: int
+    engine: Literal["eager", "compiled", "graph", "graph-compiled", "graph-kernels"]
+    threads: int | None
+    torch: str
+    card: CardSection | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("batch", self.batch), ("threads", self.threads)):
+            if value is not None and value < 1:
+                raise ProfileError(f"envelope.{name} {value} must be at least 1")
+
+    def differences(self, other: Envelope) -> list[str]:
+        """What differs between this (measured) and another (present) envelope, one phrase each."""
+        names = (f.name for f in dataclasses.fields(self) if f.name != "card")
+        pairs = ((name, getattr(self, name), getattr(other, name)) for name in names)
+        found = [f"{name} {there!r} instead of {here!r}" for name, here, there in pairs if here != there]
+        known = self.card is not None and other.card is not None
+        return [*found, *(self.card.differences(other.card) if known else ())]  # type: ignore[union-attr,arg-type]
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain data."""
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "card"}
+        return data if self.card is None else {**data, "card": section_data(self.card)}
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One schedule with its evidence.
+
+    A section may be given as a mapping, which is checked and becomes the section; ProfileError names what does not fit.
+
+    Attributes:
+        model: which model, and the options that load it. sampling: as used while measuring.
+        schedule: the parameters; steps: their expansion as plain data, for readers and as a checksum.
+        envelope: where it was measured. verified: whether every constraint was proved.
+        verdict: one sentence. latency, quality, baseline, constraints: measured figures with intervals.
+        reproduce: the command that produced it. provenance: versions, hashes, dates.
+        engine: which engine runs it and why, None in profiles of before there was a choice.
+    """
+
+    model: ModelSection
+    schedule: StageSchedule
+    steps: list[dict[str, Any]]
+    sampling: SamplingSection
+    envelope: Envelope
+    verified: bool
+    verdict: str
+    latency: LatencySection = field(default_factory=LatencySection)
+    quality: QualitySection = field(default_factory=QualitySection)
+    baseline: BaselineSection = field(default_factory=BaselineSection)
+    constraints: ConstraintsSection = field(default_factory=ConstraintsSection)
+    reproduce: str = ""
+    provenance: ProvenanceSection = field(default_factory=ProvenanceSection)
+    engine: EngineSection | None = None
+    schema: str = SCHEMA
+
+    def __post_init__(self) -> None:
+        for name, kind in SECTIONS.items():
+            value = getattr(self, name)
+            if isinstance(value, dict):
+                object.__setattr__(self, name, read_section(kind, plain(value), name))
+
+    # ------------------------------------------------------------ files
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain YAML data, schema first."""
+        data: dict[str, Any] = {"schema": self.schema}
+        for name in (f.name for f in dataclasses.fields(self) if f.name != "schema"):
+            value = getattr(self, name)
+            if name in SECTIONS and value is not None:
+                data[name] = section_data(value)
+            elif value is not None:
+                data[name] = value.to_dict() if name == "schedule" else value
+        return plain({**data, "envelope": self.envelope.to_dict()})
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the profile atomically."""
+        text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+        write_text_atomically(path, text)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Profile:
+        """Reads a profile. Raises ProfileError in one line when it is unreadable, foreign, hostile or inconsistent."""
+        try:
+            return cls.from_dict(read_yaml(path, "profile"))
+        except ProfileError as error:
+            raise ProfileError(str(error) if str(path) in str(error) else f"profile {path}: {error}") from None
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Profile:
+        """Checks plain data key by key and type by type."""
+        if not isinstance(data, dict) or not isinstance(data.get("schema"), str):
+            raise ProfileError("not a stagevar profile (no schema key)")
+        if data["schema"] != SCHEMA:
+            raise ProfileError(f"schema {shown(data['schema'])} is not supported; this version reads {SCHEMA!r}")
+        data = _checked(cls, data, "profile")
+        for name, kind in SECTIONS.items():
+            if name in data:
+                data[name] = read_section(kind, data[name], name)
+        for name, kind in (("verified", bool), ("verdict", str), ("reproduce", str)):
+            data[name] = read_value(kind, data.get(name, ""), name)
+        read_value(tuple[Mapping[str, Any], ...], data["steps"], "steps")
+        data["envelope"] = read_section(Envelope, data["envelope"], "envelope")
+        read_value(Any, data["schedule"], "schedule")
+        try:
+            data["schedule"] = StageSchedule.from_dict(data["schedule"])
+        except StagevarError as error:
+            raise ProfileError(shortened(error)) from None
+        return cls(**data)
+
+    # ------------------------------------------------------------ use
+
+    def expand(self, model: LoadedModel) -> Steps:
+        """The decided steps on this model.
+
+        Raises ProfileError when the model is another one or the stored steps are not what the parameters give here.
+        """
+        if self.model.name != model.name:
+            raise ProfileError(f"the profile is for model {shown(self.model.name)}, not {model.name!r}")
+        if self.model.pixels and self.model.pixels != tuple(model.pixels):
+            here, there = ("x".join(map(str, pixels)) for pixels in (model.pixels, self.model.pixels))
+            raise ProfileError(f"the profile is for images of {there} pixels, not {here}; leave out --resolution")
+        self._check_weights(model)
+        try:
+            steps = self.schedule.expand(model.grids, len(model.transformer.chunk_layers))
+        except StagevarError as error:
+            raise ProfileError(shortened(error)) from None
+        if steps_to_data(steps) != plain(self.steps):
+            raise ProfileError("its steps are not what its schedule expands to on this model; it was edited by hand")
+        return steps
+
+    def _check_weights(self, model: LoadedModel) -> None:
+        """Compares contents, part by part. Profiles of before name files instead of parts; their names do not count."""
+        here = model.provenance.get("weights") or {}
+        files = {*here.values(), *model.provenance.get("weight_files", ())}
+        for part, digest in self.model.weights.items():
+            if digest == here.get(part) or (part not in here and digest in files):
+                continue
+            now = here.get(part, "not among those loaded")
+            raise ProfileError(f"the profile was made with other weights: {part:.99} is {now}, not {digest:.99}")
+
+    def warnings_here(self, present: Envelope) -> list[str]:
+        """What of the measured envelope does not hold here, one line each."""
+        return [f"outside the measured envelope: {text}" for text in self.envelope.differences(present)]
+
+    def pipeline(
+        self,
+        device: str = "auto",
+        *,
+        engine: str = "auto",
+        batch: int = 0,
+        threads: int | None = None,
+        **load_options: Any,
+    ) -> Pipeline:
+        """Loads the model and returns something that makes images with this schedule.
+
+        engine, batch, threads: instead of the profile's own. load_options: of `load_model`.
+        Warns (UserWarning) about everything that differs from where the profile was measured.
+        """
+        from stagevar.models.registry import load_model
+        from stagevar.profile.pipeline import Pipeline
+        from stagevar.sampling.sampler import Sampler
+
+        options = {"schedule": self.schedule, **self.model.load.given(), **load_options}
+        model = load_model(self.model.name, device=device, **options)
+        if model.random_weights:
+            raise ProfileError(
+                f"the profile of {model.name} was made on random weights, which draw noise; load trained weights instead"
+            )
+        if engine != "auto":
+            return Pipeline(self, Sampler(model, engine=engine), batch, threads)
+        return Pipeline(self, Sampler(model, engine=self.engine_here(model.device.type)), batch, threads)
+
+    def engine_here(self, device: str) -> str:
+        """The profile's engine, or "eager" with a warning on a kind of device that cannot run it."""
+        engine = self.envelope.engine
+        if device == "cuda" or not engine.startswith("graph"):
+            return engine
+        warnings.warn(f"engine {engine} needs a CUDA device, not {device}; falling back to engine eager", stacklevel=3)
+        return "eager"
+
+
+def present_envelope(model: LoadedModel, batch: int, threads: int | None, engine: str = "eager") -> Envelope:
+    """The envelope of this process for a model. `threads` is what latency was or will be measured with (CPU)."""
+    import torch
+
+    from stagevar.card_state import read_card
+
+    card = None
+    if model.device.type == "cuda":
+        device, threads = torch.cuda.get_device_name(model.device), None
+        state = read_card(model.device)
+        card = None if state is None else card_section(state)
+    else:
+        device = model.device.type
+    dtype = str(model.dtype).removeprefix("torch.")
+    return Envelope(device, dtype, batch, engine, threads, str(torch.__version__), card)
+
+
+def card_section(state: CardState) -> CardSection:
+    """What an envelope keeps of a reading."""
+    return CardSection(**{f.name: getattr(state, f.name) for f in dataclasses.fields(CardSection)})
+
+
+def steps_to_data(steps: Steps) -> list[dict[str, Any]]:
+    """Expanded steps as plain data: what a reader wants to see and what `expand` is checked against."""
+    return [plain(_step_data(step)) for step in steps]
+
+
+def _step_data(step: ScaleStep) -> dict[str, Any]:
+    data: dict[str, Any] = {"scale": step.scale, "grid": list(step.grid), "stage": step.stage}
+    if step.skipped:
+        return {**data, "skipped": True}
+    data["branches"] = list(step.branches)
+    if step.fuse_layer:
+        data["fuse_layer"] = step.fuse_layer
+    if step.reduction is not None:
+        kind = "low_rank" if isinstance(step.reduction, LowRank) else type(step.reduction).__name__.lower()
+        data["reduction"] = {"kind": kind, **dataclasses.asdict(step.reduction)}
+    if step.precision != "model":
+        data["precision"] = step.precision
+    if step.decision is not None:
+        data["decision"] = {"rule": step.decision.rule, "outcomes": [name for name, _ in step.decision.outcomes]}
+    return data
+
+
+def plain(value: Any) -> Any:
+    """Data made of dict, list, str, int, float, bool and None only (tuples and numpy scalars converted, NaN to None)."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, str):
+        return str(value)  # torch's version is a subclass that YAML would tag
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _checked(cls: Any, data: dict[str, Any], what: str) -> dict[str, Any]:
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in data:
+        if key not in fields:
+            near = difflib.get_close_matches(shown(key).strip("'"), fields, n=1, cutoff=0.0)[0]
+            raise ProfileError(f"unknown key {shown(key)} in {what} (nearest: {near})")
+    for name, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and name not in data:
+            raise ProfileError(f"{name} is missing from the {what}")
+    return dict(data)

@@ -1,0 +1,514 @@
+"""The one sampling loop: begin, advance one scale at a time, rewind, decode.
+
+No model, accelerator or baseline owns a second loop. Everything a scale changes is small (code sum, accelerator state,
+cache lengths) and is kept per scale, so rewinding to an earlier scale costs nothing and a generation can be forked there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stagevar.accelerators.base import Accelerator, Cached, ScaleContext, State
+from stagevar.accelerators.composite import Composite
+from stagevar.engine import Engine, Start, build_engine
+from stagevar.errors import ScheduleError
+from stagevar.models.base import Around, LoadedModel, NextScaleModel, Sampling, Site, SiteFn
+from stagevar.models.memory import total_bytes
+from stagevar.models.precision import low_precision
+from stagevar.prompts.requests import check_negatives, check_prompts, check_seeds
+from stagevar.schedule import BOTH, Branch, Decision, ScaleStep, Steps, exact
+from stagevar.tensors.attention import attention_kernels
+from stagevar.tensors.cache import HeadsIntoCache, KVCache, Lengths, even, step_lengths
+from stagevar.tensors.noise import Draws, NoiseSource, PromptNoise
+
+#: Share of a card's memory that a cache may take beyond its entries, to have as many in every layer and branch.
+EVEN_SHARE = 0.02
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """Everything a generation is, before a scale runs, apart from the cache contents."""
+
+    code_sum_BdHW: Tensor
+    state: State
+    lengths: Lengths
+    branches: tuple[Branch, ...]
+
+
+class _Updates(dict[Site, Cached]):
+    """What a scale keeps for later ones; with planned schedules only what the accelerator can still use."""
+
+    def __init__(self, accelerator: Accelerator, later: Sequence[Steps] | None):
+        super().__init__()
+        self.accelerator, self.later = accelerator, later
+
+    def wanted(self, site: Site) -> bool:
+        if self.later is None:
+            return True
+        return any(bool(steps) and self.accelerator.keeps(site, steps) for steps in self.later)
+
+    def __setitem__(self, site: Site, cached: Cached) -> None:
+        if self.wanted(site):
+            super().__setitem__(site, cached)
+
+
+class _CachedAttention:
+    """What a scale's layers attend with: `stagevar.models.base.Attend`, and the same from the qkv product's output."""
+
+    def __init__(self, cache: KVCache, step: ScaleStep):
+        self._cache, self._step = cache, step
+
+    @property
+    def takes_products(self) -> bool:
+        """Whether `heads` can be called: entries in 8 bits are made of finished keys and values."""
+        return not self._cache.eight_bit
+
+    def __call__(self, layer: int, q_RHLc: Tensor, k_RHLc: Tensor, v_RHLc: Tensor, scale: float) -> Tensor:
+        return self._cache.attend(self._step.branches_at(layer), layer, q_RHLc, k_RHLc, v_RHLc, scale)
+
+    def heads(
+        self, layer: int, qkv_RL3C: Tensor, factor_H: Tensor, cos_sin: Tensor, write: HeadsIntoCache, scale: float
+    ) -> Tensor:
+        return self._cache.attend_heads(self._step.branches_at(layer), layer, qkv_RL3C, factor_H, cos_sin, write, scale)
+
+
+_ENDED = "this generation ended when the sampler began another one or was released"
+
+
+class Generation:
+    """One batch on its way through the scales. Made by `Sampler.begin`.
+
+    Attributes:
+        scale: index of the next scale. code_sum_BdHW: codes of all scales so far at the final grid.
+        steps: what was run. cache: the sampler's; let go when the generation ends, so that none outlives its sampler's use.
+        live: False once the sampler began another one or was released.
+        outcomes: what the schedule's decision chose per image, None before it or without one.
+    """
+
+    def __init__(
+        self,
+        start: Start,
+        sampling: Sampling,
+        batch: int,
+        cache: KVCache,
+        plans: Sequence[Steps] | None = None,
+    ):
+        self.conditioning, self.noise, self.resident = start.conditioning, start.noise, start.resident
+        self.sampling, self.batch, self.plans = sampling, batch, plans
+        self._cache: KVCache | None = cache
+        self.live = True
+        self.steps: list[ScaleStep] = []
+        self.outcomes: tuple[str, ...] | None = None
+        self._saved = [_Saved(start.code_sum_BdHW, {}, cache.lengths, BOTH)]
+
+    @property
+    def cache(self) -> KVCache:
+        """Raises ValueError when the generation ended."""
+        if self._cache is None:
+            raise ValueError(_ENDED)
+        return self._cache
+
+    def end(self) -> None:
+        """Lets go of the cache and of everything else that takes room; what was run and its code sums stay."""
+        self.live, self._cache, self.resident = False, None, None
+        self._saved = [dataclasses.replace(saved, state={}) for saved in self._saved]
+
+    @property
+    def scale(self) -> int:
+        return len(self.steps)
+
+    @property
+    def code_sum_BdHW(self) -> Tensor:
+        return self._saved[-1].code_sum_BdHW
+
+    @property
+    def state(self) -> State:
+        """Accelerator state after the last run scale."""
+        return self._saved[-1].state
+
+    def code_sum_before(self, scale: int) -> Tensor:
+        """The code sum as it was before `scale` ran."""
+        return self._saved[scale].code_sum_BdHW
+
+
+class Sampler:
+    """Runs schedules on a loaded model.
+
+    Args:
+        model: what `registry.load_model` returned.
+        accelerator: how reduced steps are carried out (by default each step by the method it names).
+        engine: how they reach the device, one of stagevar.engine.ENGINES, or an engine itself.
+    """
+
+    def __init__(self, model: LoadedModel, accelerator: Accelerator | None = None, engine: str | Engine = "eager"):
+        self.model = model
+        self.accelerator = accelerator or Composite()
+        self.engine = build_engine(engine, model.device) if isinstance(engine, str) else engine
+        transformer = model.transformer
+        self._full = exact(len(model.grids)).expand(model.grids, len(transformer.chunk_layers))
+        self._caches: list[KVCache] = []
+        self._draws, plain = Draws(), transformer
+        if self.engine.compiled:
+            from stagevar.models import fused  # compilers take long to import
+
+            self._draws, plain = fused.draws(), fused.compiled(transformer, self.engine.chained)
+            self._draws = self.engine.draws or self._draws
+        self._tokenizer = model.tokenizer
+        if self.engine.swished is not None and hasattr(model.tokenizer, "decoding_with"):
+            self._tokenizer = model.tokenizer.decoding_with(self.engine.swished)
+        self._transformers: dict[str, NextScaleModel] = {"model": plain}
+        self._current: Generation | None = None
+
+    @property
+    def chunks(self) -> int:
+        """Number of block chunks, as `StageSchedule.expand` wants it."""
+        return len(self.model.transformer.chunk_layers)
+
+    def _transformer(self, precision: str) -> NextScaleModel:
+        """The model's transformer with its products in this precision, made when first wanted."""
+        if precision not in self._transformers:
+            self._transformers[precision] = low_precision(self._transformers["model"], precision)
+        return self._transformers[precision]
+
+    @torch.inference_mode()
+    def begin(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        steps: Steps | None = None,
+        among: Sequence[Steps] | None = None,
+        negative: Sequence[str] | None = None,
+        sampling: Sampling | None = None,
+        noise: NoiseSource | None = None,
+        encoded: Any | None = None,
+        encoded_negative: Any | None = None,
+    ) -> Generation:
+        """Starts a batch; an earlier generation of this sampler ends here, because the cache is shared.
+
+        Args:
+            prompts, seeds: one per image, as `Pipeline.generate` takes them; the pair decides the noise.
+            steps: the only schedule that will run (deployment: smaller cache, nothing kept that it does not restore
+                from). None leaves room for any schedule.
+            among: instead, the schedules that may run: there is room for any, but nothing is kept that none restores from.
+            negative: prompts for the unconditional branch (default: the model's null text).
+            sampling: instead of the model's defaults. noise: instead of the keyed streams.
+            encoded, encoded_negative: text features made earlier, instead of encoding here.
+
+        Raises UsageError for prompts, seeds or negatives of another kind or number.
+        """
+        model, prompts = self.model, check_prompts(prompts)
+        batch = len(prompts)
+        seeds, negative = check_seeds(seeds, batch), check_negatives(negative, batch)
+        if encoded is None:
+            encoded = model.text.encode(prompts)
+        if encoded_negative is None and negative is not None:
+            encoded_negative = model.text.encode(negative)
+        conditioning = model.transformer.condition(encoded, encoded_negative)
+        self._end_current()  # it would hold a cache that `_allocate` is about to free
+        cache = self._allocate(batch, steps or self._full)
+        code_sum = model.tokenizer.residual.zeros(batch, model.device)
+        noise = noise or PromptNoise(prompts, seeds, model.device, self._draws)
+        sampling = sampling or model.sampling
+        plans = None if steps is None and among is None else tuple(among or (steps,))
+        start = self.engine.start(Start(conditioning, noise, code_sum), cache, (sampling, plans))
+        self._current = Generation(start, sampling, batch, cache, plans)
+        return self._current
+
+    def _allocate(self, batch: int, steps: Steps) -> KVCache:
+        transformer = self.model.transformer
+        capacity = self._capacity(batch, steps)
+        wanted = {branch: tuple(entries) for branch, entries in capacity.items()}
+        cache = next((c for c in self._caches if c.batch == batch and c.capacity == wanted), None)
+        if cache is None:
+            while len(self._caches) >= self.engine.max_caches:  # freed before the next one is allocated
+                self.engine.forget(self._caches.pop(0))
+            model, shape = self.model, (batch, transformer.heads, transformer.head_dim)
+            cache = KVCache(*shape, capacity, model.device, model.dtype, eight_bit=model.kv_cache == "int8")
+            self._caches.append(cache)
+        cache.rewind(tuple((0,) * transformer.depth for _ in BOTH))
+        return cache
+
+    def _capacity(self, batch: int, steps: Steps) -> dict[Branch, list[int]]:
+        """Entries per branch and layer: as few as the schedule makes, on a card the same everywhere where that costs little."""
+        transformer, device = self.model.transformer, self.model.device
+        least = step_lengths(steps, transformer.chunk_layers)
+        total = total_bytes(device) if device.type == "cuda" else None
+        if total is None:
+            return least
+        alike = even(least)
+        further = sum(map(sum, alike.values())) - sum(map(sum, least.values()))
+        entry_bytes = 2 * batch * transformer.width * self.model.dtype.itemsize
+        return alike if further * entry_bytes <= EVEN_SHARE * total else least
+
+    def release(self) -> None:
+        """Frees the caches and what the engine recorded; the generation that used one ends."""
+        self._end_current()
+        while self._caches:
+            self.engine.forget(self._caches.pop())
+        self.engine.release()
+
+    def _end_current(self) -> None:
+        if self._current is not None:
+            self._current.end()
+        self._current = None
+
+    @torch.inference_mode()
+    def advance(self, generation: Generation, step: ScaleStep) -> None:
+        """Runs (or skips) the next scale.
+
+        Raises ValueError when the step is for another scale, wants a branch that was dropped, or the generation is over
+        or waits for its decision.
+        """
+        if not generation.live:
+            raise ValueError(_ENDED)
+        if step.scale != generation.scale or step.grid != self.model.grids[step.scale]:
+            raise ValueError(
+                f"step for scale {step.scale} {step.grid} does not follow {generation.scale} scales of {self.model.name}"
+            )
+        if generation.outcomes is None and any(done.decision for done in generation.steps):
+            raise ValueError(f"scale {step.scale} comes after an open decision; call `decide` or `finish`")
+        before = generation._saved[-1]
+        if step.skipped:
+            after = before
+        else:
+            missing = [branch for branch in step.branches if branch not in before.branches]
+            if missing:
+                raise ValueError(f"scale {step.scale} wants the {missing[0]} branch, which an earlier scale dropped")
+            if step.fuse_layer:
+                self._check_fusing(step, generation.sampling)
+            self._transformer(step.precision)  # made here, lest it be part of a recording
+            steps = (*generation.steps, step)
+            cache = generation.cache  # recordings outlive the generation that made them
+            with attention_kernels(self.model.device):
+                after = self.engine.run(
+                    generation.resident, steps, cache, lambda: self._run(generation, cache, step, before)
+                )
+        generation.steps.append(step)
+        generation._saved.append(after)
+
+    @torch.inference_mode()
+    def advance_like(self, generation: Generation, kept: Generation) -> None:
+        """Runs the next scale by copying what `kept` computed for it: the same bits, for a copy of its cache entries.
+
+        kept: a generation of the same batch (`split` makes one that lasts) whose steps so far were the same.
+        Raises ValueError when it went another way, or where recorded graphs own the buffers.
+        """
+        scale = generation.scale
+        if generation.resident is not None:
+            raise ValueError(f"the {self.engine.name} engine cannot take over scales computed elsewhere")
+        if not generation.live or kept.scale <= scale or kept.steps[:scale] != generation.steps:
+            raise ValueError(f"no scale {scale} to take over: the other generation took other steps")
+        before, after = kept._saved[scale], kept._saved[scale + 1]
+        generation.cache.copy_entries(kept.cache, before.lengths, after.lengths)
+        generation.steps.append(kept.steps[scale])
+        generation._saved.append(after)
+
+    def _check_fusing(self, step: ScaleStep, sampling: Sampling) -> None:
+        depth = self.model.transformer.depth
+        if step.fuse_layer >= depth:
+            raise ScheduleError(
+                f"fuse_layer {step.fuse_layer} is beyond the {depth} layers of {self.model.name}; use 0 to {depth - 1}"
+            )
+        if sampling.inner_guidance_layers:
+            raise ScheduleError(
+                f"fuse_layer {step.fuse_layer} would mix the branches again: this sampling mixes them after layers "
+                f"{list(sampling.inner_guidance_layers)}; use fuse_layer 0"
+            )
+
+    def _around(self, generation: Generation, step: ScaleStep, state: State, updates: _Updates) -> Around:
+        """The accelerator's hook. At a fusing scale every site is run as the step of the branches that it puts out."""
+
+        def hook(step: ScaleStep) -> Around:
+            noise = generation.noise.at(step.scale, step.branches)
+            return self.accelerator.around(ScaleContext(step, noise, state), updates)
+
+        if not step.fuse_layer:
+            return hook(step)
+        before, behind = hook(step), hook(step.rest)
+        transformer = self.model.transformer
+
+        def around(site: Site, x_RLC: Tensor, positions: Tensor | None, run: SiteFn) -> Tensor:
+            last = site.index
+            if site.kind in ("trunk", "chunk"):
+                last = transformer.chunk_layers[site.index if site.kind == "chunk" else -1][-1]
+            return (behind if last >= step.fuse_layer else before)(site, x_RLC, positions, run)
+
+        return around
+
+    def _run(self, generation: Generation, cache: KVCache, step: ScaleStep, before: _Saved) -> _Saved:
+        model, batch = self.model, generation.batch
+        transformer, residual = self._transformer(step.precision), model.tokenizer.residual
+        sampling, scale = generation.sampling, step.scale
+        start = BOTH.index(step.branches[0]) * batch
+        conditioning = generation.conditioning.select(slice(start, start + len(step.branches) * batch))
+        noise = generation.noise.at(scale, step.branches)
+        last = scale == len(self.model.grids) - 1
+        plans = generation.plans
+        later = () if last else None if plans is None else {plan[scale + 1 :] for plan in plans}
+        updates = _Updates(self.accelerator, later)
+        around = self._around(generation, step, before.state, updates)
+
+        features = None if scale == 0 else residual.next_input(before.code_sum_BdHW, scale)
+        x_RLC = transformer.embed(features, scale, conditioning)
+        guidance, guided = sampling.guidance[scale], step.branches == BOTH and not step.fuse_layer
+        inner = None
+        if guided and guidance != 1 and sampling.inner_guidance_layers:
+            inner = {layer % transformer.depth: guidance for layer in sampling.inner_guidance_layers}
+        x_RLC = transformer.trunk(
+            x_RLC,
+            scale,
+            conditioning,
+            _CachedAttention(cache, step),
+            around,
+            inner,
+            (step.fuse_layer, guidance) if step.fuse_layer else None,
+        )
+        mixed = guided and guidance != 1 and sampling.logits_guidance
+        if step.branches == BOTH and not mixed:
+            x_RLC, conditioning = x_RLC[:batch], conditioning.select(slice(0, batch))
+        logits = transformer.logits(x_RLC, conditioning) / sampling.temperature[scale]
+        if mixed:
+            cond, uncond = logits.chunk(2)
+            logits = guidance * cond + (1 - guidance) * uncond
+        tokens = transformer.draw(logits, noise, sampling)
+        self.on_scale(step, logits, tokens)
+        code_sum = residual.add(before.code_sum_BdHW, tokens, scale)
+        state = {site: cached for site, cached in before.state.items() if updates.wanted(site)}
+        # Behind a fusing layer the dropped branch has no entries of this scale, so it cannot come back at a later one.
+        branches = step.rest.branches if step.fuse_layer else step.branches
+        return _Saved(code_sum, {**state, **updates}, cache.lengths, branches)
+
+    def on_scale(self, step: ScaleStep, logits_BLV: Tensor, tokens: Tensor) -> None:
+        """Called with every run scale's guided logits and drawn tokens; analysis and tests override it.
+
+        The graph engine calls it while recording only, so whoever overrides it needs the eager one.
+        """
+
+    def rewind(self, generation: Generation, scale: int) -> None:
+        """Forgets `scale` and everything after it; the next `advance` runs `scale`."""
+        if not 0 <= scale <= generation.scale:
+            raise ValueError(f"cannot rewind to scale {scale} from {generation.scale}")
+        del generation.steps[scale:]
+        del generation._saved[scale + 1 :]
+        generation.cache.rewind(generation._saved[scale].lengths)
+        if not any(step.decision for step in generation.steps):
+            generation.outcomes = None
+
+    @torch.inference_mode()
+    def decode(self, generation: Generation) -> np.ndarray:
+        """Pixels of the code sum as it stands: uint8 (B, H, W, 3), RGB; truncation as in the reference.
+
+        Raises ValueError when the generation ended: its code sum may lie in a buffer that a later one has overwritten.
+        """
+        if not generation.live:
+            raise ValueError(_ENDED)
+        return to_uint8(self.engine.decode(generation.code_sum_BdHW, self._tokenizer.decode))
+
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int], steps: Steps, **options: Any) -> np.ndarray:
+        """All scales of one schedule, then decode: uint8 (B, H, W, 3). Options as for `begin`.
+
+        Where decoding finds too little memory, the caches and recordings are freed and it is tried again, eagerly.
+        """
+        generation = self.begin(prompts, seeds, steps=steps, **options)
+        try:
+            return self.finish(generation, steps)
+        except torch.OutOfMemoryError:
+            if generation.scale < len(self.model.grids):
+                raise
+            code_sum_BdHW = generation.code_sum_BdHW.clone()
+        # Only here is the error gone, whose frames hold the generation and with it the cache.
+        self.release()
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        with torch.inference_mode():
+            return to_uint8(self._tokenizer.decode(code_sum_BdHW))
+
+    def finish(self, generation: Generation, steps: Steps) -> np.ndarray:
+        """Runs what is left of a schedule, its decision included, then decodes: uint8 (B, H, W, 3), RGB.
+
+        Raises UsageError, before anything runs, for a decision that was not fitted for this model.
+        """
+        rest = steps[generation.scale :]
+        for step in rest:
+            if step.decision is not None:
+                self.accelerator.check(self.model, step.decision)
+        for step in rest:
+            self.advance(generation, step)
+            if step.decision is not None:
+                return self._finish_decided(generation, step.decision)
+        return self.decode(generation)
+
+    def _finish_decided(self, generation: Generation, decision: Decision) -> np.ndarray:
+        rows_of: dict[Steps, list[int]] = {}
+        for row, outcome in enumerate(self.decide(generation)):
+            rows_of.setdefault(decision.continuation(outcome), []).append(row)
+        if len(rows_of) == 1:
+            return self.finish(generation, (*generation.steps, *next(iter(rows_of))))
+        images: dict[int, np.ndarray] = {}
+        for steps, rows in rows_of.items():
+            part = self.split(generation, rows)
+            images.update(zip(rows, self.finish(part, (*part.steps, *steps)), strict=True))
+        return np.stack([images[row] for row in range(generation.batch)])
+
+    @torch.inference_mode()
+    def decide(self, generation: Generation) -> tuple[str, ...]:
+        """Takes the decision that follows the last scale: one outcome per image, kept in `generation.outcomes`.
+
+        Raises ValueError when that scale has none, UsageError when its classifier is not for this model.
+        """
+        step = generation.steps[-1] if generation.steps else None
+        if step is None or step.decision is None:
+            raise ValueError(f"no decision follows the {generation.scale} scales that were run")
+        before, after = generation.code_sum_before(step.scale), generation.code_sum_BdHW
+        generation.outcomes = tuple(self.accelerator.decide(self.model, step.decision, before, after))
+        return generation.outcomes
+
+    @torch.inference_mode()
+    def split(self, generation: Generation, rows: Sequence[int]) -> Generation:
+        """A generation of its own from some images of a batch, at the same scale, with its own copy of their cache.
+
+        It may be advanced, rewound and decoded independently, also after the sampler began another batch.
+        """
+        rows, batch = list(rows), generation.batch
+        both = [branch * batch + row for branch in range(len(BOTH)) for row in rows]
+        part = Generation(
+            Start(generation.conditioning.select(both), generation.noise.rows(rows), generation.code_sum_BdHW[rows]),
+            generation.sampling,
+            len(rows),
+            generation.cache.select(rows),
+            generation.plans,
+        )
+        part.steps = list(generation.steps)
+        if generation.outcomes is not None:
+            part.outcomes = tuple(generation.outcomes[row] for row in rows)
+        chosen: dict[int, Cached] = {}  # one tensor serves several scales; copy it once
+
+        def choose(cached: Cached) -> Cached:
+            if id(cached) not in chosen:
+                chosen[id(cached)] = cached.select(rows)
+            return chosen[id(cached)]
+
+        part._saved = [
+            _Saved(
+                saved.code_sum_BdHW[rows],
+                {site: choose(cached) for site, cached in saved.state.items()},
+                saved.lengths,
+                saved.branches,
+            )
+            for saved in generation._saved
+        ]
+        return part
+
+
+def to_uint8(image_B3HW: Tensor) -> np.ndarray:
+    """[-1, 1] floats to uint8 (B, H, W, 3), clamped, truncated."""
+    pixels = ((image_B3HW.float().clamp(-1, 1) + 1) / 2 * 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()

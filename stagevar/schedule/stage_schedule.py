@@ -1,0 +1,504 @@
+"""Schedules are data: a few human parameters that expand to one fully decided step per scale. No torch here.
+
+A *scale* is one resolution step of the model; a *stage* groups scales. Only scales from `structure_end` on are
+accelerated.
+Two parameter sets that expand alike are the same schedule: compare `expand(...)` tuples, never parameters.
+
+A schedule may hold one decision point (SkipVAR): after that scale every image takes one of finitely many static
+continuations. Everything else is static.
+
+Source: StageVAR (arXiv 2512.16483) for the stages, the branch cutoff and the ranks; sen-mao/FasterVAR for what its code
+decides where the paper is silent; FastVAR (arXiv 2503.23367, csguoh/FastVAR) and SkipVAR (arXiv 2506.08908,
+fakerone-li/SkipVAR) for their settings, carried here by position in the schedule instead of by grid width; FocusVAR
+(aden9460/focusvar, no paper) for fusing the branches at an inner layer. Row selection, the trunk site, the conditional
+branch and mixing the methods are knobs of ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from stagevar.errors import ScheduleError
+from stagevar.schedule.grids import Grid
+from stagevar.schedule.ranks import RankTable, rank, ratios_for_energy
+
+if TYPE_CHECKING:
+    from stagevar.schedule.published import PublishedSettings
+
+Branch = Literal["cond", "uncond"]
+BOTH: tuple[Branch, ...] = ("cond", "uncond")
+STAGES = ("semantic", "structure", "fidelity")
+#: How tokens are reduced where a schedule keeps fewer than all: not at all, by projection, by pruning.
+ACCELERATORS = ("exact", "stagevar", "fastvar")
+#: Products of the blocks: in the model's precision, or in 8 bits (stagevar.models.precision).
+PRECISIONS = ("model", "int8", "fp8")
+#: Scales that a decision leaves open, at the end of the schedule (SkipVAR's published classes are 0 to 3).
+UNDECIDED_SCALES = 3
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Random projection of the token axis and representative token restoration.
+
+    ranks: one per chunk (site "chunk") or a single one (site "trunk"). projection: "gaussian" mixes tokens, "rows"
+    keeps the drawn ones. rope: positions of the r tokens, the scale's "first" r or the drawn "index".
+    """
+
+    ranks: tuple[int, ...]
+    projection: str = "gaussian"
+    rope: str = "first"
+    site: str = "chunk"
+
+
+@dataclass(frozen=True)
+class Pivotal:
+    """FastVAR's cached token pruning: each sublayer of these layers runs on its `kept` most deviating tokens.
+
+    The pruned tokens take the branch output of scale `cache_scale`, area-resized. Layers are [first, stop); a stop
+    beyond the model's depth means its last layer.
+    """
+
+    kept: int
+    layers: tuple[int, int]
+    cache_scale: int
+
+
+Reduction = LowRank | Pivotal
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Every image's continuation is chosen after this scale, from the partial image before and after it.
+
+    rule: name of a packaged classifier or path of a refitted one. outcomes: (name, steps of all later scales) pairs;
+    the first is the fullest and is what the schedule states for those scales.
+    """
+
+    rule: str
+    outcomes: tuple[tuple[str, tuple[ScaleStep, ...]], ...]
+
+    def continuation(self, outcome: str) -> tuple[ScaleStep, ...]:
+        """Steps of one outcome. Raises KeyError for an unknown name."""
+        return dict(self.outcomes)[outcome]
+
+
+@dataclass(frozen=True)
+class ScaleStep:
+    """What happens at one scale, fully decided and hashable. `stage` is a label and does not make steps differ.
+
+    keeps: layers [first, stop) whose sublayer outputs a later Pivotal step restores from. decision: what follows this
+    scale is chosen per image. precision: of the blocks' matrix products. fuse_layer: when above 0, layers [0, fuse_layer)
+    run both branches, guidance then mixes their streams, and the other layers and the head run the conditional rows alone.
+    """
+
+    scale: int
+    grid: Grid
+    branches: tuple[Branch, ...] = BOTH
+    reduction: Reduction | None = None
+    skipped: bool = False
+    stage: str = field(default="fidelity", compare=False)
+    keeps: tuple[int, int] | None = None
+    decision: Decision | None = None
+    precision: str = "model"
+    fuse_layer: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the full grid."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def rest(self) -> ScaleStep:
+        """The step as it is behind its fusing layer: the conditional branch alone."""
+        return dataclasses.replace(self, branches=BOTH[:1], fuse_layer=0)
+
+    def branches_at(self, layer: int) -> tuple[Branch, ...]:
+        """The branches that a layer runs."""
+        return self.rest.branches if 0 < self.fuse_layer <= layer else self.branches
+
+    def processed_tokens(self, chunks: int = 1) -> float:
+        """Token rows that enter the trunk, averaged over chunks: the cost proxy when nothing was measured."""
+        if self.skipped:
+            return 0.0
+        tokens: float = self.tokens
+        if isinstance(self.reduction, LowRank):
+            tokens = sum(self.reduction.ranks) / len(self.reduction.ranks)
+        elif isinstance(self.reduction, Pivotal):
+            tokens = self.reduction.kept
+        return tokens * len(self.branches)
+
+
+Steps = tuple[ScaleStep, ...]
+_Choice = TypeVar("_Choice", bound=str)
+
+
+def _choose(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.0)[0]
+        raise ScheduleError(f"{name} {value!r} is not one of {', '.join(choices)} (nearest: {near})")
+
+
+def _integer(name: str, value: Any, low: int, high: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        span = f">= {low}" if high is None else f"from {low} to {high}"
+        raise ScheduleError(f"{name} {value!r} must be a whole number {span}")
+
+
+def _ratio(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ScheduleError(f"{name} {value!r} must be above 0 and at most 1 (1 keeps every token)")
+
+
+@dataclass(frozen=True)
+class StageSchedule:
+    """The human parameters.
+
+    structure_end: first accelerated scale (number of scales = nothing is accelerated).
+    semantic_end: first scale of the structure stage; a label from analysis that bounds structure_end from below.
+    cfg_delay: scales after structure_end at which one branch is dropped; None keeps guidance throughout.
+    branch: the branch that stays after the cutoff ("uncond" is the paper's null-prompt choice).
+    fuse_layer: layers of the cutoff's scale that still run both branches; guidance then mixes them, and what follows is
+        conditional alone. 0: both end where the scale begins.
+    rank_ratios: kept share of the tokens per accelerated scale counted from structure_end (+ rank_delay); the last
+        entry repeats; an entry may hold one value per chunk; 1 keeps all tokens. energy: look the ratios up instead.
+    rank_delay: scales after structure_end at which tokens are first reduced.
+    skip: scale indices that are not run at all.
+    projection, rope, site: see LowRank.
+    accelerator: how tokens are reduced ("stagevar", "fastvar", or "exact" for not at all), one for all reduced scales
+        or a list, counted like rank_ratios. "fastvar" knows no chunks: it keeps the mean of their ratios.
+    layers: the [first, stop) layers that "fastvar" prunes; its cache is the last earlier scale that ran in full.
+    decision: classifier that chooses per image, three scales before the end, whether to skip or to drop guidance.
+    precision: of the blocks' matrix products from structure_end on: "model", "int8" or "fp8".
+    """
+
+    structure_end: int
+    semantic_end: int = 0
+    cfg_delay: int | None = None
+    branch: Branch = "uncond"
+    rank_ratios: tuple[float | tuple[float, ...], ...] | None = None
+    energy: float | None = None
+    rank_delay: int = 0
+    projection: str = "gaussian"
+    rope: str = "first"
+    site: str = "chunk"
+    skip: tuple[int, ...] = ()
+    accelerator: str | tuple[str, ...] = "stagevar"
+    layers: tuple[int, int] = (3, 28)
+    decision: str | None = None
+    precision: str = "model"
+    fuse_layer: int = 0
+
+    def __post_init__(self) -> None:
+        _integer("structure_end", self.structure_end, 0)
+        _integer("semantic_end", self.semantic_end, 0)
+        if self.semantic_end > self.structure_end:
+            raise ScheduleError(
+                f"structure_end {self.structure_end} lies before semantic_end {self.semantic_end}; raise structure_end"
+            )
+        if self.cfg_delay is not None:
+            _integer("cfg_delay", self.cfg_delay, 0)
+        _integer("rank_delay", self.rank_delay, 0)
+        _integer("fuse_layer", self.fuse_layer, 0)
+        _choose("branch", self.branch, BOTH)
+        _choose("projection", self.projection, ("gaussian", "rows"))
+        _choose("rope", self.rope, ("first", "index"))
+        _choose("site", self.site, ("chunk", "trunk"))
+        _choose("precision", self.precision, PRECISIONS)
+        if self.rank_ratios is not None and self.energy is not None:
+            raise ScheduleError(f"rank_ratios and energy {self.energy} are both given; keep one")
+        if self.energy is not None:
+            _ratio("energy", self.energy)
+        if self.rank_ratios is not None:
+            if not isinstance(self.rank_ratios, list | tuple) or not self.rank_ratios:
+                raise ScheduleError(f"rank_ratios {self.rank_ratios!r} must be a list of numbers above 0 and at most 1")
+            entries = []
+            for entry in self.rank_ratios:
+                values = entry if isinstance(entry, list | tuple) else (entry,)
+                for value in values:
+                    _ratio("rank ratio", value)
+                entries.append(tuple(map(float, entry)) if isinstance(entry, list | tuple) else float(entry))
+            object.__setattr__(self, "rank_ratios", tuple(entries))
+        if not isinstance(self.skip, list | tuple):
+            raise ScheduleError(f"skip {self.skip!r} must be a list of scale indices")
+        for scale in self.skip:
+            _integer("skipped scale", scale, 0)
+        object.__setattr__(self, "skip", tuple(sorted(set(self.skip))))
+        if isinstance(self.accelerator, list | tuple):
+            if not self.accelerator:
+                raise ScheduleError(f"accelerator [] must name at least one of {', '.join(ACCELERATORS)}")
+            object.__setattr__(self, "accelerator", tuple(self.accelerator))
+        for name in self.accelerator if isinstance(self.accelerator, tuple) else (self.accelerator,):
+            _choose("accelerator", name, ACCELERATORS)
+        if not isinstance(self.layers, list | tuple) or len(self.layers) != 2:
+            raise ScheduleError(f"layers {self.layers!r} must be two layer numbers, first and stop")
+        first, stop = self.layers
+        _integer("first layer", first, 0)
+        _integer("stop layer", stop, first + 1)
+        object.__setattr__(self, "layers", (first, stop))
+        if self.decision is not None:
+            if not isinstance(self.decision, str) or not self.decision:
+                raise ScheduleError(f"decision {self.decision!r} must be a classifier's name or path")
+            if self.cfg_delay is not None:
+                raise ScheduleError(
+                    f"decision {self.decision} and cfg_delay {self.cfg_delay} both drop a branch; keep one of them"
+                )
+
+        if self.fuse_layer and self.cfg_delay is None:
+            raise ScheduleError(f"fuse_layer {self.fuse_layer} says where guidance ends; give a cfg_delay too")
+        if self.fuse_layer and self.branch != "cond":
+            raise ScheduleError(
+                f"fuse_layer {self.fuse_layer} goes on with the conditional branch, not with {self.branch}; "
+                "set branch to cond"
+            )
+
+    @property
+    def cfg_cutoff(self) -> int | None:
+        """First scale that runs one branch only, None when guidance stays."""
+        return None if self.cfg_delay is None else self.structure_end + self.cfg_delay
+
+    def expand(self, grids: Sequence[Grid], chunks: int, rank_table: RankTable | None = None) -> Steps:
+        """One decided step per scale.
+
+        Args:
+            grids: token grid per scale. chunks: number of block chunks of the model.
+            rank_table: for `energy`; the published table by default.
+
+        Raises ScheduleError when a parameter does not fit this model's scales.
+        """
+        scales = len(grids)
+        if self.structure_end > scales:
+            raise ScheduleError(f"structure_end {self.structure_end} is beyond the model's {scales} scales")
+        if self.cfg_cutoff is not None and self.cfg_cutoff > scales:
+            raise ScheduleError(
+                f"cfg cutoff {self.cfg_cutoff} (structure_end + cfg_delay) is beyond the model's {scales} scales"
+            )
+        outside = [s for s in self.skip if s >= scales]
+        if outside:
+            raise ScheduleError(f"skipped scale {outside[0]} does not exist; the last one is {scales - 1}")
+        if 0 in self.skip:
+            raise ScheduleError("scale 0 cannot be skipped: nothing would start the image")
+        if self.fuse_layer and (self.cfg_cutoff == scales or self.cfg_cutoff in self.skip):
+            raise ScheduleError(
+                f"fuse_layer {self.fuse_layer} is for scale {self.cfg_cutoff} (structure_end + cfg_delay), which is not run"
+            )
+        steps: list[ScaleStep] = []
+        for scale, grid in enumerate(grids):
+            full = [s.scale for s in steps if s.reduction is None and not s.skipped]
+            step = self._step(scale, tuple(grid), chunks, rank_table, full[-1] if full else 0)
+            if isinstance(step.reduction, Pivotal):
+                cache = step.reduction.cache_scale
+                steps[cache] = dataclasses.replace(steps[cache], keeps=step.reduction.layers)
+            steps.append(step)
+        return tuple(steps) if self.decision is None else self._with_decision(steps)
+
+    def _with_decision(self, steps: list[ScaleStep]) -> Steps:
+        """The same steps, the one before the last three choosing between all continuations."""
+        point = len(steps) - 1 - UNDECIDED_SCALES
+        if point < 1:
+            raise ScheduleError(f"a decision needs at least {UNDECIDED_SCALES + 2} scales, the model has {len(steps)}")
+        if steps[point].skipped:
+            raise ScheduleError(f"skipped scale {point} is where the decision looks at the image; run it")
+        late = tuple(steps[point + 1 :])
+        outcomes = [("full", late)]
+        for count in range(1, UNDECIDED_SCALES + 1):
+            kept, last = late[:-count], late[-count:]
+            skipped = tuple(ScaleStep(s.scale, s.grid, (), None, True, s.stage) for s in last)
+            outcomes.append((f"skip{count}", kept + skipped))
+        for count in range(1, UNDECIDED_SCALES + 1):
+            kept, last = late[:-count], late[-count:]
+            alone = tuple(s if s.skipped else dataclasses.replace(s, branches=("cond",)) for s in last)
+            outcomes.append((f"cond{count}", kept + alone))
+        steps[point] = dataclasses.replace(steps[point], decision=Decision(self.decision or "", tuple(outcomes)))
+        return tuple(steps)
+
+    def _step(
+        self, scale: int, grid: Grid, chunks: int, rank_table: RankTable | None, last_full_scale: int
+    ) -> ScaleStep:
+        if scale < self.semantic_end:
+            stage = "semantic"
+        else:
+            stage = "structure" if scale < self.structure_end else "fidelity"
+        if scale in self.skip:
+            return ScaleStep(scale, grid, (), None, True, stage)
+        fuse_layer = self.fuse_layer if scale == self.cfg_cutoff else 0
+        alone = self.cfg_cutoff is not None and scale >= self.cfg_cutoff and not fuse_layer
+        branches = (self.branch,) if alone else BOTH
+        reduction = self._reduction(scale, grid, chunks, rank_table, last_full_scale)
+        if fuse_layer and isinstance(reduction, LowRank):
+            raise ScheduleError(
+                f"scale {scale} fuses the branches at layer {fuse_layer}, but projection leaves them on different tokens; "
+                "raise rank_delay, or use fastvar, which restores them before every layer"
+            )
+        precision = self.precision if stage == "fidelity" else "model"
+        return ScaleStep(scale, grid, branches, reduction, False, stage, precision=precision, fuse_layer=fuse_layer)
+
+    def _accelerator(self, position: int) -> str:
+        if isinstance(self.accelerator, str):
+            return self.accelerator
+        return self.accelerator[min(position, len(self.accelerator) - 1)]
+
+    def _reduction(
+        self, scale: int, grid: Grid, chunks: int, rank_table: RankTable | None, last_full_scale: int
+    ) -> Reduction | None:
+        start = self.structure_end + self.rank_delay
+        if scale < start or scale == 0 or (self.rank_ratios is None and self.energy is None):
+            return None
+        accelerator = self._accelerator(scale - start)
+        if accelerator == "exact":
+            return None
+        tokens = grid[0] * grid[1]
+        if self.energy is not None:
+            ratios = ratios_for_energy(self.energy, tokens, chunks, rank_table)
+        else:
+            assert self.rank_ratios is not None
+            entry = self.rank_ratios[min(scale - start, len(self.rank_ratios) - 1)]
+            ratios = entry if isinstance(entry, tuple) else (entry,) * chunks
+            if len(ratios) != chunks:
+                raise ScheduleError(
+                    f"{len(ratios)} rank ratios at scale {scale} do not fit the model's {chunks} chunks"
+                )
+        if all(ratio == 1 for ratio in ratios):
+            return None
+        if accelerator == "fastvar":
+            return Pivotal(kept_tokens(sum(ratios) / len(ratios), tokens), self.layers, last_full_scale)
+        if self.site == "trunk":
+            ratios = (sum(ratios) / len(ratios),)
+        return LowRank(tuple(rank(r, tokens) for r in ratios), self.projection, self.rope, self.site)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain YAML data, every parameter stated."""
+        return {k: _plain(v) for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> StageSchedule:
+        """The inverse of `to_dict`. Raises ScheduleError naming an unknown or missing key."""
+        if not isinstance(data, Mapping):
+            raise ScheduleError(f"a schedule must be a mapping, not {type(data).__name__}")
+        names = [f.name for f in dataclasses.fields(cls)]
+        for key in data:
+            if key not in names:
+                near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)[0]
+                raise ScheduleError(f"unknown schedule parameter {key!r} (nearest: {near})")
+        if "structure_end" not in data:
+            raise ScheduleError("structure_end is missing from the schedule")
+        return cls(**data)
+
+
+def kept_tokens(ratio: float, tokens: int) -> int:
+    """Tokens that FastVAR keeps: all but floor(tokens * pruned share), at least one."""
+    # Rounded first: 1 - 0.9 falls just short of 0.1, and floor would keep one token more than the stated share.
+    return max(1, tokens - int(round(tokens * (1 - ratio), 6)))
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def exact(scales: int) -> StageSchedule:
+    """The full schedule: guidance and every token at every scale."""
+    return StageSchedule(structure_end=scales)
+
+
+def paper(grids: Sequence[Grid], published: PublishedSettings | None = None) -> StageSchedule:
+    """StageVAR's setting: as published for the model's family at these scales, else carried over to them.
+
+    Carried over, the scales wider than half the last one are accelerated (sides 40, 48, 64 of Infinity): null branch only,
+    Gaussian projection per chunk, the mean ratios of the published table.
+    """
+    if published is not None and len(grids) == published.scales:
+        return published.paper
+    start = structure_boundary(grids)
+    return StageSchedule(
+        structure_end=start, semantic_end=min(len(grids) // 2, start), cfg_delay=0, rank_ratios=(0.177, 0.157, 0.049)
+    )
+
+
+def released(grids: Sequence[Grid], published: PublishedSettings | None = None) -> StageSchedule:
+    """The released code's setting: as published, else `paper` without the last scales (two of ten or more, one of fewer)."""
+    if published is not None and len(grids) == published.scales:
+        return published.released
+    count = 2 if len(grids) >= 10 else 1
+    return dataclasses.replace(paper(grids), skip=tuple(range(len(grids) - count, len(grids))))
+
+
+def fastvar(grids: Sequence[Grid]) -> StageSchedule:
+    """FastVAR's released setting, by position: 60 %, then 50 % of the tokens on the two scales before the skipped ones.
+
+    Skipped are the last two of 13 scales, one of fewer than ten. On Infinity's square 1M grids these are the sides 32,
+    40 and 48, 64, with the cache at side 24.
+    """
+    scales = len(grids)
+    skipped = 2 if scales >= 10 else 1
+    return StageSchedule(
+        structure_end=max(1, scales - skipped - 2),
+        accelerator="fastvar",
+        rank_ratios=(0.6, 0.5),
+        skip=tuple(range(scales - skipped, scales)),
+    )
+
+
+def skipvar(grids: Sequence[Grid], decision: str = "ssim-0.84") -> StageSchedule:
+    """SkipVAR: everything in full up to the fourth last scale, then one of seven continuations per image."""
+    return StageSchedule(structure_end=len(grids), decision=decision)
+
+
+def conditional(grids: Sequence[Grid]) -> StageSchedule:
+    """Every token, but the null branch is dropped where the fidelity stage starts (what analysis proposes for nano)."""
+    return StageSchedule(structure_end=structure_boundary(grids), cfg_delay=0, branch="cond")
+
+
+def focusvar(grids: Sequence[Grid]) -> StageSchedule:
+    """FocusVAR's setting on HART, by position: fused at the third last scale after five layers, then conditional only."""
+    return StageSchedule(structure_end=max(1, len(grids) - 3), cfg_delay=0, branch="cond", fuse_layer=5)
+
+
+def skip_inner(grids: Sequence[Grid], conditional: int = 1) -> StageSchedule:
+    """The last scale but one is not run; the conditional branch runs alone over the last `conditional` scales."""
+    scales = len(grids)
+    return StageSchedule(structure_end=max(1, scales - conditional), cfg_delay=0, branch="cond", skip=(scales - 2,))
+
+
+def skip_only(grids: Sequence[Grid], count: int = 1) -> StageSchedule:
+    """Full guidance and tokens, the last `count` scales not run."""
+    scales = len(grids)
+    return StageSchedule(structure_end=scales - count, skip=tuple(range(scales - count, scales)))
+
+
+def structure_boundary(grids: Sequence[Grid]) -> int:
+    """First scale wider than half of the last one, by area: where the paper's fidelity stage starts on Infinity."""
+    final = grids[-1][0] * grids[-1][1]
+    return next(s for s, (h, w) in enumerate(grids) if 4 * h * w > final)
+
+
+#: Named schedules carried to any scales: what `bench --compare` and a study's first trials take. `preset` knows besides what
+#: was published for a model's family.
+PRESETS: dict[str, Callable[[Sequence[Grid]], StageSchedule]] = {
+    "exact": lambda grids: exact(len(grids)),
+    "stagevar-paper": paper,
+    "stagevar-released": released,
+    "conditional": conditional,
+    "conditional-1": lambda grids: StageSchedule(structure_end=len(grids) - 1, cfg_delay=0, branch="cond"),
+    "conditional-3": lambda grids: StageSchedule(structure_end=max(1, len(grids) - 3), cfg_delay=0, branch="cond"),
+    "fastvar": fastvar,
+    "skipvar": skipvar,
+    "focusvar": focusvar,
+    "skip-inner": skip_inner,
+    "skip-inner-3": lambda grids: skip_inner(grids, 3),
+    "skip-1": skip_only,
+    "skip-2": lambda grids: skip_only(grids, 2),
+}
+
+
+def preset(name: str, grids: Sequence[Grid], published: PublishedSettings | None = None) -> StageSchedule:
+    """A named schedule for a model's grids, with what was published for its family (`stagevar.models.registry.published`).
+
+    Raises ScheduleError that names the nearest preset.
+    """
+    _choose("schedule", name, tuple(PRESETS))
+    if name == "stagevar-paper":
+        return paper(grids, published)
+    return released(grids, published) if name == "stagevar-released" else PRESETS[name](grids)
