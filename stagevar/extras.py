@@ -18,6 +18,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "ray": ("ray",),
     "infinity": ("transformers", "huggingface_hub", "sentencepiece"),
     "metrics": ("torchmetrics", "torch_fidelity", "lpips"),
+    "serve": ("fastapi", "uvicorn", "prometheus_client"),
 }
 
 

@@ -25,7 +25,7 @@ RUN_OPTIONS = {"trials": 8, "max_drop": 0.2, "command": "stagevar-tune --model f
 RUN_FILES = ("config.json", "trials.jsonl", "study.json", "journal.log")
 DERIVED = ("profile.yaml", "pareto.yaml", "trials.csv")
 COMMANDS = {
-    "stagevar": ("", "generate", "bench", "memory", "analyze", "refit", "convert"),
+    "stagevar": ("", "generate", "bench", "serve", "memory", "analyze", "refit", "convert"),
     "stagevar-tune": ("", "resume", "report", "verify", "sweep", "doctor"),
     "stagevar-eval": ("", "images", "geneval", "dpg", "prompts", "pairs", "preference"),
 }

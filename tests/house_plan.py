@@ -23,6 +23,7 @@ ARROWS = {
         "stagevar.prompts",
         "stagevar.sampling",
         "stagevar.schedule",
+        "stagevar.serving",
         "stagevar.tensors",
     },
     "stagevar.engine": {"stagevar", "stagevar.models", "stagevar.schedule", "stagevar.tensors"},
@@ -46,6 +47,14 @@ ARROWS = {
         "stagevar.tensors",
     },
     "stagevar.schedule": {"stagevar"},
+    "stagevar.serving": {
+        "stagevar",
+        "stagevar.engine",
+        "stagevar.models",
+        "stagevar.profile",
+        "stagevar.sampling",
+        "stagevar.schedule",
+    },
     "stagevar.tensors": {"stagevar", "stagevar.schedule"},
     "tuner": {"tuner.cli", "tuner.metrics", "tuner.report", "tuner.results"},
     "tuner.cli": {

@@ -22,9 +22,15 @@ IMPORTED_AS = {
     "torch-fidelity": "torch_fidelity",
     "pyyaml": "yaml",
     "pillow": "PIL",
+    "prometheus-client": "prometheus_client",
 }
 #: Come with a declared package that cannot work without them, or are offered by the system where they matter.
-BROUGHT_ALONG = {"sqlalchemy": "optuna", "pynvml": "a warning says how to get it", "triton": "torch's builds for CUDA"}
+BROUGHT_ALONG = {
+    "sqlalchemy": "optuna",
+    "starlette": "fastapi",
+    "pynvml": "a warning says how to get it",
+    "triton": "torch's builds for CUDA",
+}
 TUNE = extras.PACKAGES["tune"]
 EVERYTHING = tuple(package for packages in extras.PACKAGES.values() for package in packages)
 

@@ -16,6 +16,8 @@ from stagevar.choices import ENGINE_OPTIONS, check_engine, check_threads, check_
 from stagevar.cli.console import (
     MOST,
     Parser,
+    between,
+    existing_file,
     file_value,
     finite_number,
     name_value,
@@ -102,7 +104,15 @@ def build_parser() -> argparse.ArgumentParser:
     add_running_options(bench, batch="the profile's, else 1", threads="the profile's, else 1; pinned")
     bench.add_argument("--prompts", type=positive_int, default=32, help="prompts for the quality columns (default: 32)")
     bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    bench.add_argument("--serve", metavar="URL", type=name_value, help="measure a running server instead of schedules")
+    bench.add_argument(
+        "--concurrency", default="1,2,4,8", help="with --serve: comma list of clients at once (default: 1,2,4,8)"
+    )
+    bench.add_argument("--requests", type=positive_int, default=64, help="with --serve: per level (default: 64)")
+    bench.add_argument("--api-key-file", type=existing_file, help="with --serve: file whose first line is the key")
     bench.set_defaults(run=run_bench)
+
+    add_serve(verbs.add_parser("serve", help="serve a profile over HTTP as OpenAI's images endpoint"))
 
     memory = verbs.add_parser("memory", help="reckon how much memory schedules need; loads nothing")
     add_model_options(memory)
@@ -147,6 +157,31 @@ def build_parser() -> argparse.ArgumentParser:
     )
     convert.set_defaults(run=run_convert)
     return parser
+
+
+def add_serve(parser: argparse.ArgumentParser) -> None:
+    """The options of `serve`."""
+    parser.add_argument("--profile", type=path_value, help="profile.yaml written by stagevar-tune")
+    add_model_options(parser, required=False)
+    add_running_options(parser, batch="the profile's, else 1", threads="the profile's, else torch's")
+    parser.add_argument("--compare", action="store_true", help="serve the full schedule beside the profile's")
+    parser.add_argument(
+        "--host", type=name_value, default="127.0.0.1", help="address to listen on (default: 127.0.0.1)"
+    )
+    parser.add_argument("--port", type=whole_number, default=8000, help="0 takes a free one (default: 8000)")
+    parser.add_argument(
+        "--api-key-file", type=existing_file, help="accept only requests with one of its keys, one a line"
+    )
+    parser.add_argument("--queue", type=positive_int, default=64, help="images that may wait (default: 64)")
+    seconds = between(0.1, 86400)
+    parser.add_argument("--timeout", type=seconds, default=60, help="seconds until a request gives up (default: 60)")
+    parser.add_argument(
+        "--grace", type=seconds, default=30, help="seconds for accepted requests after SIGTERM (default: 30)"
+    )
+    parser.add_argument(
+        "--stuck", type=seconds, default=300, help="seconds of one batch after which /health fails (default: 300)"
+    )
+    parser.set_defaults(run=run_serve)
 
 
 def add_prompt_options(parser: argparse.ArgumentParser, count: int) -> None:
@@ -290,8 +325,53 @@ def output_paths(output: Path, count: int) -> list[Path]:
     return paths
 
 
+def run_serve(args: argparse.Namespace) -> int:
+    """Serves until it is told to stop."""
+    from stagevar.profile import Profile
+    from stagevar.serving.app import Keys, Limits
+    from stagevar.serving.server import Serving, read_keys, require_packages, serve
+
+    require_packages()
+    if (args.profile is None) == (args.model is None):
+        raise UsageError("give either --profile FILE or --model NAME")
+    if args.compare and args.profile is None:
+        raise UsageError("--compare needs --profile: a model alone is served with its full schedule")
+    if args.weights == "random":
+        raise UsageError("--weights random draws noise, not images; it is for latency work only")
+    keys = Keys() if args.api_key_file is None else read_keys(args.api_key_file)
+    limits = Limits(timeout_s=args.timeout, stuck_s=args.stuck)
+    serving = Serving(args.host, args.port, args.queue, args.grace, limits, keys)
+    profile = None if args.profile is None else Profile.load(args.profile)
+    check_running(args, profile.model.name if profile else args.model, [profile] if profile else [], args.threads)
+    from stagevar.serving.drawing import Loading
+
+    running = {"device": args.device, "engine": args.engine, "batch": args.batch or 0, "threads": args.threads}
+    serve(Loading(profile, args.model, args.compare, **running, options=given_options(args)), serving)
+    return 0
+
+
+def bench_server(args: argparse.Namespace) -> int:
+    """Prints one row per number of clients at once: latency, images per second, statuses."""
+    from stagevar.models.nano.scenes import prompts
+    from stagevar.serving.load import format_levels, measure_server
+
+    try:
+        levels = [positive_int(word) for word in args.concurrency.split(",")]
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"--concurrency: {error}") from None
+    key = None
+    if args.api_key_file is not None:
+        key = next(iter(args.api_key_file.read_text(encoding="utf-8").split()), None)
+    texts = [metadata["prompt"] for metadata in prompts("heldout", args.prompts)]
+    rows = [level.row() for level in measure_server(args.serve, levels, args.requests, texts, key)]
+    print(json.dumps(rows, indent=2) if args.json else format_levels(rows))
+    return 0
+
+
 def run_bench(args: argparse.Namespace) -> int:
     """Prints one row per schedule: latency, ratio to the full schedule, tokens, memory, quality against it."""
+    if args.serve is not None:
+        return bench_server(args)
     from stagevar.profile import Profile
     from stagevar.profile.engine_choice import engine_for
     from stagevar.sampling.bench import bench_prompts, compare, format_table

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from stagevar.sampling.sampler import Sampler
+    from stagevar.schedule import Steps
 
 
 @dataclass(frozen=True)
@@ -94,22 +95,14 @@ class Pipeline:
         """
         import time
 
-        from stagevar.sampling.bench import bench_prompts
-
         batches = batches or (self.batch,)
         for name, numbers in (("length", lengths), ("batch", batches)):
             for number in numbers:
                 if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                     raise UsageError(f"warm: {name} {shown(number)} must be a whole number of at least 1")
-        model, began = self.sampler.model, time.perf_counter()
+        began = time.perf_counter()
         with self._threads():
-            for batch in batches:
-                prompts = bench_prompts(model, 1) * batch
-                features = model.text.encode(prompts)
-                ragged = isinstance(features, list) and all(getattr(rows, "ndim", 0) == 2 for rows in features)
-                for length in lengths if ragged else (None,):
-                    encoded = features if length is None else [_of_length(rows_TC, length) for rows_TC in features]
-                    self.sampler.generate(prompts, list(range(batch)), self.steps, encoded=encoded)
+            warm_sampler(self.sampler, self.steps, lengths, batches)
         return time.perf_counter() - began
 
     def __call__(
@@ -158,6 +151,20 @@ class Pipeline:
         from stagevar.timing import threads_of
 
         return threads_of(self.threads if self.sampler.model.device.type == "cpu" else None)
+
+
+def warm_sampler(sampler: Sampler, steps: Steps, lengths: Sequence[int], batches: Sequence[int]) -> None:
+    """Draws one batch of every size and length of text, see `Pipeline.warm`."""
+    from stagevar.sampling.bench import bench_prompts
+
+    model = sampler.model
+    for batch in batches:
+        prompts = bench_prompts(model, 1) * batch
+        features = model.text.encode(prompts)
+        ragged = isinstance(features, list) and all(getattr(rows, "ndim", 0) == 2 for rows in features)
+        for length in lengths if ragged else (None,):
+            encoded = features if length is None else [_of_length(rows_TC, length) for rows_TC in features]
+            sampler.generate(prompts, list(range(batch)), steps, encoded=encoded)
 
 
 def _of_length(rows_TC: Tensor, length: int) -> Tensor:

@@ -6,6 +6,9 @@ text layers, shared AdaLN and head stay in float32.
 
 from __future__ import annotations
 
+import dataclasses
+from typing import cast
+
 import torch
 
 from stagevar.models.base import LoadedModel, TextEncoder
@@ -15,6 +18,7 @@ from stagevar.models.infinity.tokenizer import BSQVAE
 from stagevar.models.infinity.transformer import Infinity, InfinityConfig
 from stagevar.models.loading import Part, Parts, assemble, default_sampling, fill, made_up_text, text_beside
 from stagevar.models.registry import LoadRequest
+from stagevar.models.variants import variant
 from stagevar.schedule.grids import infinity_grids
 
 #: Parameters of flan-t5-xl's encoder: embeddings and 24 layers of width 2048 with gated feed-forwards of 5120.
@@ -38,7 +42,7 @@ def parts(request: LoadRequest) -> Parts:
         Part(transformer, INFINITY_RULES, block_precision(request.dtype)),
         Part(tokenizer, BSQVAE_RULES, everywhere(request.dtype)),
         grids,
-        (16 * grids[-1][0], 16 * grids[-1][1]),
+        pixels_at(request.resolution, request.ratio),
         text_bytes,
     )
 
@@ -55,6 +59,27 @@ def build(request: LoadRequest) -> LoadedModel:
     if isinstance(text, T5Text):
         record["text"] = text.provenance()
     return assemble(made, request, text, default_sampling(request, len(made.grids)), record)
+
+
+def pixels_at(resolution: str, ratio: float) -> tuple[int, int]:
+    """(height, width) in pixels of a pixel budget at a template ratio. Raises UsageError for an unknown budget."""
+    rows, columns = infinity_grids(resolution, ratio)[0][-1]
+    return 16 * rows, 16 * columns
+
+
+def at_ratio(model: LoadedModel, resolution: str, ratio: float) -> LoadedModel:
+    """The same loaded model at another height / width of its resolution: new tables of positions, every weight shared.
+
+    Raises UsageError for an unknown pixel budget.
+    """
+    grids, finest = infinity_grids(resolution, ratio)
+    transformer = variant(model.transformer, lambda name, module: None)
+    tokenizer = variant(cast(BSQVAE, model.tokenizer), lambda name, module: None)
+    transformer.set_grids(grids, finest)  # type: ignore[call-arg]
+    tokenizer.set_grids(grids)
+    return dataclasses.replace(  # type: ignore[arg-type]
+        model, transformer=transformer, tokenizer=tokenizer, grids=grids, pixels=pixels_at(resolution, ratio)
+    )
 
 
 def _text(request: LoadRequest, made: Parts) -> TextEncoder:
