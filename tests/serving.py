@@ -39,7 +39,7 @@ class FakeArtist:
     began: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     engine: str = "eager"
     guidance: float = 3.0
-    offer: Offer = Offer(("fake-1", "fake-full"), SIZES)
+    offer: Offer = field(default_factory=lambda: Offer(("fake-1", "fake-full"), SIZES))
     sizes: tuple[tuple[int, int], ...] = SIZES
 
     def __post_init__(self) -> None:

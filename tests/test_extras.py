@@ -94,6 +94,7 @@ COMMANDS = {
     ("tuner.evalkit.command", "images", "--images", ".", "--metric", "clip_score"): "tune",
     ("tuner.evalkit.command", "images", "--images", ".", "--metric", "psnr"): "metrics",
     ("stagevar.cli.command", "analyze", "--model", "nano"): "tune",
+    ("stagevar.cli.command", "serve", "--model", "nano"): "serve",
     ("stagevar.cli.command", "refit", "--model", "nano", "--out", "rule.json"): "tune",
 }
 

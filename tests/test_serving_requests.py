@@ -254,8 +254,8 @@ def test_defaults_and_everything_that_is_honored():
         "a-1", (64, 64), (7,), None, None, (),
     )  # fmt: skip
     full = read_request(
-        with_(model="a-full", n=3, size="32x96", seed=2**53 - 1, negative_prompt="", guidance_scale=2, response_format="b64_json",
-              output_format="png", background="auto", stream=False, partial_images=0, output_compression=100),
+        with_(model="a-full", n=3, size="32x96", seed=2**53 - 1, negative_prompt="", guidance_scale=2, stream=False,
+              response_format="b64_json", output_format="png", background="auto", partial_images=0, output_compression=100),
         OFFER,
     )  # fmt: skip
     assert full.seeds == (2**53 - 1, 2**53, 2**53 + 1) and full.size == (32, 96) and full.negative == ""

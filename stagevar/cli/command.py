@@ -104,12 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_running_options(bench, batch="the profile's, else 1", threads="the profile's, else 1; pinned")
     bench.add_argument("--prompts", type=positive_int, default=32, help="prompts for the quality columns (default: 32)")
     bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    bench.add_argument("--serve", metavar="URL", type=name_value, help="measure a running server instead of schedules")
-    bench.add_argument(
-        "--concurrency", default="1,2,4,8", help="with --serve: comma list of clients at once (default: 1,2,4,8)"
-    )
-    bench.add_argument("--requests", type=positive_int, default=64, help="with --serve: per level (default: 64)")
-    bench.add_argument("--api-key-file", type=existing_file, help="with --serve: file whose first line is the key")
+    add_server_measuring(bench)
     bench.set_defaults(run=run_bench)
 
     add_serve(verbs.add_parser("serve", help="serve a profile over HTTP as OpenAI's images endpoint"))
@@ -157,6 +152,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     convert.set_defaults(run=run_convert)
     return parser
+
+
+def add_server_measuring(bench: argparse.ArgumentParser) -> None:
+    """Options of `bench` for a running server."""
+    bench.add_argument("--serve", metavar="URL", type=name_value, help="measure a running server instead of schedules")
+    bench.add_argument(
+        "--concurrency", default="1,2,4,8", help="with --serve: comma list of clients at once (default: 1,2,4,8)"
+    )
+    bench.add_argument("--requests", type=positive_int, default=64, help="with --serve: per level (default: 64)")
+    bench.add_argument("--api-key-file", type=existing_file, help="with --serve: file whose first line is the key")
 
 
 def add_serve(parser: argparse.ArgumentParser) -> None:

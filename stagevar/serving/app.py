@@ -216,7 +216,7 @@ class Counter:
     limits: Limits
     keys: Keys
 
-    async def serve(self, request: "Request") -> tuple[dict[str, Any], str]:
+    async def serve(self, request: "Request") -> tuple[dict[str, object], str]:
         """The answer, and a line about it. Raises Refusal, and _ClientLeft where nobody waits any more."""
         began = time.monotonic()
         self.keys.check(request.headers.get("authorization"))
@@ -234,8 +234,8 @@ class Counter:
         images = await asyncio.to_thread(lambda: [_png(one.pixels) for one in drawn])
         self.metrics.phase("queue", waited_s)
         self.metrics.phase("encode", time.monotonic() - encoding)
-        answer = _answer(_artist(self.desk), asked, drawn, images)
-        answer["stagevar"] |= {"queue_ms": _ms(waited_s), "total_ms": _ms(time.monotonic() - began)}
+        times_ms = {"queue_ms": _ms(waited_s), "total_ms": _ms(time.monotonic() - began)}
+        answer = _answer(_artist(self.desk), asked, drawn, images, times_ms)
         return answer, f"n={len(images)} size={size_text(asked.size)} seed={asked.seeds[0]} model={asked.model}"
 
     async def _drawn(self, request: "Request", asked: Asked) -> tuple[list[Drawn], float]:
@@ -318,7 +318,7 @@ def _png(pixels_HWC: "np.ndarray") -> str:
     return b64encode(file.getvalue()).decode()
 
 
-def _models(desk: Desk) -> dict[str, dict[str, Any]]:
+def _models(desk: Desk) -> dict[str, dict[str, object]]:
     """The served ids as OpenAI lists models, with what is known of each."""
     artist = _artist(desk)
     return {
@@ -343,7 +343,9 @@ def _models(desk: Desk) -> dict[str, dict[str, Any]]:
     }
 
 
-def _answer(artist: "ModelArtist", asked: Asked, drawn: Sequence[Drawn], images: Sequence[str]) -> dict[str, Any]:
+def _answer(
+    artist: "ModelArtist", asked: Asked, drawn: Sequence[Drawn], images: Sequence[str], times_ms: Mapping[str, float]
+) -> dict[str, object]:
     """What OpenAI's clients read, and under "stagevar" what they do not know of."""
     served = next(one for one in artist.served if one.id == asked.model)
     changed = []
@@ -366,6 +368,7 @@ def _answer(artist: "ModelArtist", asked: Asked, drawn: Sequence[Drawn], images:
             "verified": served.verified and not changed,
             "outside_profile": changed,
             "ignored": list(asked.ignored),
+            **times_ms,
         },
     }
 
@@ -374,10 +377,10 @@ def _ms(seconds: float) -> float:
     return round(seconds * 1e3, 2)
 
 
-def _schema() -> dict[str, Any]:
+def _schema() -> dict[str, object]:
     """The request body for /openapi.json; `read_request` is what checks it."""
     text, number, whole = {"type": "string"}, {"type": "number"}, {"type": "integer"}
-    kinds: dict[str, Mapping[str, Any]] = {
+    kinds: dict[str, Mapping[str, object]] = {
         "prompt": {**text, "maxLength": LONGEST_PROMPT},
         "negative_prompt": {**text, "maxLength": LONGEST_PROMPT},
         "n": {**whole, "minimum": 1, "maximum": MOST_IMAGES},

@@ -13,7 +13,7 @@ import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from stagevar.errors import did_you_mean
 from stagevar.sections import shown
@@ -69,7 +69,7 @@ def size_text(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-def read_body(body: bytes) -> Mapping[str, Any]:
+def read_body(body: bytes) -> Mapping[str, object]:
     """A JSON object. Raises Refusal for what is none: bytes that are no UTF-8, numbers without end, keys that stand twice."""
     try:
         data = json.loads(body.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_no_pairs_twice)
@@ -94,7 +94,7 @@ def _no_constant(word: str) -> NoReturn:
     raise Refusal(f"the body is not JSON: {word} is not a number of JSON", code="bad_json")
 
 
-def _no_pairs_twice(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def _no_pairs_twice(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
     data = dict(pairs)
     if len(data) < len(pairs):
         names = [name for name, _ in pairs]
@@ -103,7 +103,7 @@ def _no_pairs_twice(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return data
 
 
-def read_request(data: Mapping[str, Any], offer: Offer, draw_seed: Callable[[], int] | None = None) -> Asked:
+def read_request(data: Mapping[str, object], offer: Offer, draw_seed: Callable[[], int] | None = None) -> Asked:
     """A body as something that can be drawn.
 
     A field that is null counts as absent. draw_seed: the first seed where none is given (default: at random, so that two
@@ -136,7 +136,7 @@ def read_request(data: Mapping[str, Any], offer: Offer, draw_seed: Callable[[], 
     )
 
 
-def _text(given: Mapping[str, Any], name: str) -> str | None:
+def _text(given: Mapping[str, object], name: str) -> str | None:
     value = given.get(name)
     if value is None:
         return None
@@ -151,7 +151,7 @@ def _text(given: Mapping[str, Any], name: str) -> str | None:
     return value
 
 
-def _model(given: Mapping[str, Any], offer: Offer) -> str:
+def _model(given: Mapping[str, object], offer: Offer) -> str:
     value = given.get("model", offer.models[0])
     if not isinstance(value, str):
         raise Refusal(f"model {shown(value)} must be text", code="invalid_type", param="model")
@@ -161,7 +161,7 @@ def _model(given: Mapping[str, Any], offer: Offer) -> str:
     return value
 
 
-def _size(given: Mapping[str, Any], offer: Offer) -> tuple[int, int]:
+def _size(given: Mapping[str, object], offer: Offer) -> tuple[int, int]:
     value = given.get("size", "auto")
     if not isinstance(value, str):
         raise Refusal(
@@ -177,13 +177,13 @@ def _size(given: Mapping[str, Any], offer: Offer) -> tuple[int, int]:
     return size
 
 
-def _whole(value: Any, name: str) -> int:
+def _whole(value: object, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise Refusal(f"{name} {shown(value)} must be a whole number", code="invalid_type", param=name)
     return value
 
 
-def _seeds(given: Mapping[str, Any], draw_seed: Callable[[], int]) -> tuple[int, ...]:
+def _seeds(given: Mapping[str, object], draw_seed: Callable[[], int]) -> tuple[int, ...]:
     count = _whole(given.get("n", 1), "n")
     if not 1 <= count <= MOST_IMAGES:
         raise Refusal(f"n {shown(count)} must be between 1 and {MOST_IMAGES}", param="n")
@@ -193,14 +193,14 @@ def _seeds(given: Mapping[str, Any], draw_seed: Callable[[], int]) -> tuple[int,
     return tuple(range(first, first + count))
 
 
-def _negative(given: Mapping[str, Any], offer: Offer) -> str | None:
+def _negative(given: Mapping[str, object], offer: Offer) -> str | None:
     value = _text(given, "negative_prompt")
     if value is not None and not offer.negative:
         raise Refusal("negative_prompt is not supported by this model; leave it out", param="negative_prompt")
     return value
 
 
-def _guidance(given: Mapping[str, Any], offer: Offer) -> float | None:
+def _guidance(given: Mapping[str, object], offer: Offer) -> float | None:
     value = given.get("guidance_scale")
     if value is None:
         return None

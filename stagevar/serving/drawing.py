@@ -155,15 +155,13 @@ class ModelArtist:
         # Recordings are of one image or of the whole batch; what is drawn to fill up is thrown away.
         missing = self.batch - len(orders) if self.records and len(orders) > 1 else 0
         rows = [*orders, *[orders[-1]] * missing]
-        options: dict[str, Any] = {}
-        if shape.negated:
-            options["negative"] = [order.negative or "" for order in rows]
+        negative = [order.negative or "" for order in rows] if shape.negated else None
+        sampling = None
         if shape.guidance is not None and shape.guidance != self.guidance:
-            options["sampling"] = guided(sampler.model.sampling, shape.guidance)
+            sampling = guided(sampler.model.sampling, shape.guidance)
         with threads_of(self.threads if self.model.device.type == "cpu" else None):
-            images = sampler.generate(
-                [order.prompt for order in rows], [order.seed for order in rows], steps, **options
-            )
+            prompts, seeds = [order.prompt for order in rows], [order.seed for order in rows]
+            images = sampler.generate(prompts, seeds, steps, negative=negative, sampling=sampling)
         text_ms, scale_ms, decode_ms = sampler.spent_ms()
         # Copies, because an engine may draw into one buffer.
         return [Drawn(image.copy(), text_ms, scale_ms, decode_ms, len(orders)) for image in images[: len(orders)]]
@@ -239,14 +237,15 @@ def load_artist(loading: Loading) -> ModelArtist:
     Raises UsageError, ProfileError and WeightsError as `Profile.pipeline` and `load_model` do.
     """
     profile = loading.profile
-    running: dict[str, Any] = {"batch": loading.batch, "threads": loading.threads, "engine": loading.engine}
     if profile is None:
         model = load_model(loading.model or "", device=loading.device, batch=loading.batch or 1, **loading.options)
         batch, threads = loading.batch or 1, loading.threads
         engine = _engine(loading.engine, model)
         served = [full_schedule(model)]
     else:
-        pipeline = profile.pipeline(loading.device, **running, **loading.options)
+        pipeline = profile.pipeline(
+            loading.device, engine=loading.engine, batch=loading.batch, threads=loading.threads, **loading.options
+        )
         model, batch, threads = pipeline.sampler.model, pipeline.batch, pipeline.threads
         engine = pipeline.sampler.engine.name
         present = present_envelope(model, batch=batch, threads=threads, engine=engine)

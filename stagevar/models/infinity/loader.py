@@ -11,7 +11,7 @@ from typing import cast
 
 import torch
 
-from stagevar.models.base import LoadedModel, TextEncoder
+from stagevar.models.base import ImageTokenizer, LoadedModel, TextEncoder
 from stagevar.models.checkpoint.weights import BSQVAE_RULES, INFINITY_RULES, block_precision, everywhere
 from stagevar.models.infinity.text import RandomText, T5Text
 from stagevar.models.infinity.tokenizer import BSQVAE
@@ -77,8 +77,12 @@ def at_ratio(model: LoadedModel, resolution: str, ratio: float) -> LoadedModel:
     tokenizer = variant(cast(BSQVAE, model.tokenizer), lambda name, module: None)
     transformer.set_grids(grids, finest)  # type: ignore[call-arg]
     tokenizer.set_grids(grids)
-    return dataclasses.replace(  # type: ignore[arg-type]
-        model, transformer=transformer, tokenizer=tokenizer, grids=grids, pixels=pixels_at(resolution, ratio)
+    return dataclasses.replace(
+        model,
+        transformer=transformer,
+        tokenizer=cast(ImageTokenizer, tokenizer),
+        grids=grids,
+        pixels=pixels_at(resolution, ratio),
     )
 
 
