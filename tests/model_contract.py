@@ -243,6 +243,7 @@ class ModelContract:
         generation = sampler.run(steps, self.prompts)
         assert all(logits.isfinite().all() for logits in sampler.logits.values())
         kept = steps[2].tokens + steps[3].tokens
+        kept += model.transformer.prefix_tokens
         assert generation.cache.lengths[1][0] < sum(s.tokens for s in steps[:2]) + kept
         assert len(np.unique(sampler.decode(generation))) > 1
 

@@ -131,7 +131,8 @@ class TextEncoder(Protocol):
 class NextScaleModel(nn.Module, ABC):
     """A transformer that predicts one whole scale at a time.
 
-    Attributes set by the family: depth, width, heads, head_dim, chunk_layers (layer range per chunk).
+    Attributes set by the family: depth, width, heads, head_dim, chunk_layers (layer range per chunk). prefix_tokens: tokens
+    that the first scale runs, and caches, before its grid's own; families that read text otherwise have none.
     """
 
     depth: int
@@ -139,6 +140,7 @@ class NextScaleModel(nn.Module, ABC):
     heads: int
     head_dim: int
     chunk_layers: tuple[range, ...]
+    prefix_tokens: int = 0
 
     @abstractmethod
     def condition(self, prompts: Any, negative: Any | None = None) -> Conditioning:
@@ -172,6 +174,23 @@ class NextScaleModel(nn.Module, ABC):
     @abstractmethod
     def draw(self, logits_BLV: Tensor, noise: ScaleNoise, sampling: Sampling) -> Tensor:
         """Tokens of one scale from guided, tempered logits; randomness only from `noise`."""
+
+    def scale_tokens(
+        self,
+        logits_BLV: Tensor,
+        x_RLC: Tensor,
+        scale: int,
+        noise: ScaleNoise,
+        sampling: Sampling,
+        residual: Residual,
+    ) -> Tensor:
+        """`draw`, for families whose tokens follow from the logits alone; others override it.
+
+        Args:
+            x_RLC: the trunk's output in the rows that the logits were made of, 2B where guidance mixed them.
+            residual: the tokenizer's, which takes what this returns.
+        """
+        return self.draw(logits_BLV, noise, sampling)
 
     def set_grids(self, grids: Sequence[Grid]) -> None:
         """Prepares position tables for a resolution and aspect ratio (called once, before the first `embed`)."""

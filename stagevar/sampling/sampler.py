@@ -239,7 +239,7 @@ class Sampler:
     def _capacity(self, batch: int, steps: Steps) -> dict[Branch, list[int]]:
         """Entries per branch and layer: as few as the schedule makes, on a card the same everywhere where that costs little."""
         transformer, device = self.model.transformer, self.model.device
-        least = step_lengths(steps, transformer.chunk_layers)
+        least = step_lengths(steps, transformer.chunk_layers, transformer.prefix_tokens)
         total = total_bytes(device) if device.type == "cuda" else None
         if total is None:
             return least
@@ -378,7 +378,7 @@ class Sampler:
         if mixed:
             cond, uncond = logits.chunk(2)
             logits = guidance * cond + (1 - guidance) * uncond
-        tokens = transformer.draw(logits, noise, sampling)
+        tokens = transformer.scale_tokens(logits, x_RLC, scale, noise, sampling, residual)
         self.on_scale(step, logits, tokens)
         code_sum = residual.add(before.code_sum_BdHW, tokens, scale)
         state = {site: cached for site, cached in before.state.items() if updates.wanted(site)}

@@ -31,10 +31,13 @@ HeadsIntoCache = Callable[[Tensor, Tensor, "Tensor | None", Tensor, Tensor], Ten
 Lengths = tuple[tuple[int, ...], ...]
 
 
-def step_lengths(steps: Steps, chunk_layers: Sequence[range]) -> dict[Branch, list[int]]:
-    """Cache entries per branch and layer after all these steps ran: the smallest capacity that holds the schedule."""
+def step_lengths(steps: Steps, chunk_layers: Sequence[range], prefix_tokens: int = 0) -> dict[Branch, list[int]]:
+    """Cache entries per branch and layer after all these steps ran: the smallest capacity that holds the schedule.
+
+    prefix_tokens: what the first scale caches besides its grid's tokens.
+    """
     depth = sum(len(layers) for layers in chunk_layers)
-    needed: dict[Branch, list[int]] = {branch: [0] * depth for branch in BOTH}
+    needed: dict[Branch, list[int]] = {branch: [prefix_tokens] * depth for branch in BOTH}
     for step in steps:
         if step.skipped:
             continue

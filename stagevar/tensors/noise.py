@@ -103,6 +103,10 @@ class ScaleNoise(Protocol):
         """(B, *shape) draws in (0, 1) for the B prompts."""
         ...
 
+    def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
+        """(B, *shape) standard normal draws for the B prompts."""
+        ...
+
     def site_uniform(self, purpose: str, site: object, shape: tuple[int, ...]) -> Tensor:
         """(R, *shape) draws in (0, 1) for the rows being run at a site."""
         ...
@@ -169,6 +173,10 @@ class _PromptScaleNoise:
     def uniform(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
         keys_B2, draw = self.source.keys_B2, hash_words(purpose, self.scale)
         return self.source.draws.uniform(keys_B2, math.prod(shape), draw).reshape(len(keys_B2), *shape)
+
+    def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
+        keys_B2, draw = self.source.keys_B2, hash_words(purpose, self.scale)
+        return self.source.draws.normal(keys_B2, math.prod(shape), draw).reshape(len(keys_B2), *shape)
 
     def _rows(self) -> tuple[Tensor, Tensor]:
         keys_B2 = self.source.keys_B2

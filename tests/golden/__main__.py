@@ -21,6 +21,7 @@ RUNNERS = {
     "skipvar_": "tests.golden.skipvar_cases:run_case",
     "var_": "tests.golden.var_cases:run_case",
     "star_": "tests.golden.star_cases:run_case",
+    "hart_": "tests.golden.hart_cases:run_case",
 }
 
 

@@ -136,6 +136,9 @@ class _RecipeScaleNoise:
             )
         return uniform_in(f"{purpose}_s{self.scale}", (self.source.batch, *shape))
 
+    def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
+        return rand_in(f"{purpose}_s{self.scale}", (self.source.batch, *shape), 1.0)
+
     def _site_tag(self, purpose: str, site: object) -> str:
         return f"{_SITE_TAGS[purpose]}_s{self.scale}_c{site.index}"  # type: ignore[attr-defined]
 

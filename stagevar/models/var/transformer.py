@@ -55,13 +55,13 @@ def draw_index(logits_BLV: Tensor, noise: ScaleNoise, top_k: int = 0, top_p: flo
     pushed through the cumulative distribution, would not give that.
     """
     u_BLV = noise.uniform("gumbel", tuple(logits_BLV.shape[1:]))
-    floor = _smallest_kept(logits_BLV, top_k, top_p)
+    floor = smallest_kept(logits_BLV, top_k, top_p)
     if floor is not None:
         logits_BLV = logits_BLV.masked_fill(logits_BLV < floor, -math.inf)
     return (logits_BLV - torch.log(-torch.log(u_BLV))).argmax(-1)
 
 
-def _smallest_kept(logits_BLV: Tensor, top_k: int, top_p: float) -> Tensor | None:
+def smallest_kept(logits_BLV: Tensor, top_k: int, top_p: float) -> Tensor | None:
     """The smallest logit (B, L, 1) that top-k and top-p leave; None when both are off."""
     size = logits_BLV.shape[-1]
     keep_k, keep_p = 0 < top_k < size, 0 < top_p < 1

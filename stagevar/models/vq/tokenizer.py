@@ -207,10 +207,13 @@ class VQResidual:
         return torch.zeros(batch, self.latent_dim, *self.final_grid, device=device, dtype=dtype)
 
     def add(self, code_sum_BdHW: Tensor, index_BL: Tensor, scale: int) -> Tensor:
-        """New code sum with this scale's codes added (bicubic, then half smoothed by phi; the input is not changed)."""
+        """New code sum with this scale's codes added (the input is not changed)."""
+        return self.add_codes(code_sum_BdHW, F.embedding(index_BL, self.quantizer.embedding.weight), scale)
+
+    def add_codes(self, code_sum_BdHW: Tensor, codes_BLd: Tensor, scale: int) -> Tensor:
+        """`add` of the codes themselves: resized (bicubic), then half smoothed by phi."""
         dtype = code_sum_BdHW.dtype
-        codes_BLd = F.embedding(index_BL, self.quantizer.embedding.weight).to(dtype)
-        codes = codes_BLd.transpose(1, 2).unflatten(2, self.grids[scale])
+        codes = codes_BLd.to(dtype).transpose(1, 2).unflatten(2, self.grids[scale])
         if scale < len(self.grids) - 1:
             codes = F.interpolate(codes, size=self.final_grid, mode="bicubic")
         phi = self.quantizer.quant_resi.qresi_ls[phi_index(scale, len(self.grids))]
