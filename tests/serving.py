@@ -85,8 +85,8 @@ def wait_until(holds, seconds: float = 60.0) -> None:
 
 
 @contextlib.contextmanager
-def in_thread(desk: Desk, **options) -> Iterator[tuple[str, int]]:
-    """The application over a desk on a free port of this process: (host, port)."""
+def in_thread(desk: Desk, ready: bool = True, **options) -> Iterator[tuple[str, int]]:
+    """The application over a desk on a free port of this process: (host, port). ready: wait until it is."""
     import uvicorn
 
     from stagevar.serving.app import build_app
@@ -99,7 +99,7 @@ def in_thread(desk: Desk, **options) -> Iterator[tuple[str, int]]:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         try:
-            wait_until(lambda: server.started and desk.state != "loading")
+            wait_until(lambda: server.started and (not ready or desk.state != "loading"))
             yield listener.getsockname()
         finally:
             server.should_exit = True

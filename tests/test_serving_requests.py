@@ -2,20 +2,21 @@
 
 import json
 import logging
+import re
 import socket
 import threading
 import time
 
 import pytest
 
-pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
-pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
-
 from stagevar.serving.app import LARGEST_BODY, Keys, Limits
 from stagevar.serving.asking import FIELDS, Offer, read_request
 from stagevar.serving.desk import Desk
 from stagevar.serving.refusal import Refusal
 from tests.serving import FakeArtist, ask, get, in_thread, post, refusing, wait_until
+
+pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
+pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
 
 PATH = "/v1/images/generations"
 JSON = {"content-type": "application/json"}
@@ -123,8 +124,6 @@ def refused_once(caplog, status, answer, expected, words):
     error = answer["error"]
     assert set(error) == {"message", "type", "param", "code"} and "\n" not in error["message"]
     assert len(error["message"]) < 700
-    import re
-
     assert re.search(words, error["message"]), error["message"]
     assert error["type"] == "invalid_request_error"
     wait_until(lambda: [r for r in caplog.records if f" {expected} " in r.getMessage()])
