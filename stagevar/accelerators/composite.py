@@ -8,33 +8,47 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import cache
 
 from torch import Tensor
 
 from stagevar.accelerators.base import SUBLAYERS, Accelerator, Cached, ScaleContext
 from stagevar.accelerators.fastvar import FastVAR
+from stagevar.accelerators.plugged import plugged
 from stagevar.accelerators.skipvar import SkipVAR
 from stagevar.accelerators.stagevar import StageVAR
-from stagevar.models.base import Around, LoadedModel, Site, SiteFn, leaves_layers_alone
-from stagevar.schedule import Decision, LowRank, Pivotal, Steps
+from stagevar.models.base import Around, LoadedModel, Site, SiteFn, around_nothing, leaves_layers_alone
+from stagevar.schedule import Decision, LowRank, Pivotal, Plugged, Steps
 
 
 class Composite(Accelerator):
-    """StageVAR at chunks and trunk, FastVAR at sublayers, SkipVAR at the decision."""
+    """StageVAR at chunks and trunk, FastVAR or a plug-in at sublayers, SkipVAR at the decision."""
 
     name = "composite"
 
     def __init__(self) -> None:
         self.stagevar, self.fastvar, self.skipvar = StageVAR(), FastVAR(), SkipVAR()
+        self._plugged = cache(plugged)
 
     def around(self, context: ScaleContext, updates: dict[Site, Cached]) -> Around:
         wide = self.stagevar.around(_without(context, Pivotal), updates)
-        narrow = self.fastvar.around(_without(context, LowRank), updates)
+        narrow = self._narrow(_without(context, LowRank), updates)
 
         def around(site: Site, x_RLC: Tensor, positions: Tensor | None, run: SiteFn) -> Tensor:
             return (narrow if site.kind in SUBLAYERS else wide)(site, x_RLC, positions, run)
 
         around.leaves_layers_alone = leaves_layers_alone(narrow)  # type: ignore[attr-defined]
+        return around
+
+    def _narrow(self, context: ScaleContext, updates: dict[Site, Cached]) -> Around:
+        reduction = context.step.reduction
+        if not isinstance(reduction, Plugged):
+            return self.fastvar.around(context, updates)
+        hook, layers = self._plugged(reduction.accelerator).around(context, updates), range(*reduction.layers)
+
+        def around(site: Site, x_RLC: Tensor, positions: Tensor | None, run: SiteFn) -> Tensor:
+            return (hook if site.index in layers else around_nothing)(site, x_RLC, positions, run)
+
         return around
 
     def keeps(self, site: Site, later: Steps) -> bool:

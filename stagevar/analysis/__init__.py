@@ -1,5 +1,13 @@
 """What `stagevar analyze` and `stagevar refit` find out about a model, and the schedule that it proposes for it."""
 
-from stagevar.analysis.measure import Analysis, Similarity, analyze, find_similarity, load_proposal, nano_inputs
+from stagevar.analysis.measure import (
+    SIMILARITIES,
+    Analysis,
+    Similarity,
+    analyze,
+    find_similarity,
+    load_proposal,
+    nano_inputs,
+)
 
-__all__ = ["Analysis", "Similarity", "analyze", "find_similarity", "load_proposal", "nano_inputs"]
+__all__ = ["SIMILARITIES", "Analysis", "Similarity", "analyze", "find_similarity", "load_proposal", "nano_inputs"]

@@ -17,7 +17,6 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from stagevar import plugins
 from stagevar.accelerators.base import Accelerator, Cached, ScaleContext
 from stagevar.accelerators.composite import Composite
 from stagevar.errors import UsageError
@@ -40,6 +40,8 @@ from stagevar.yaml_files import read_yaml
 
 SCHEMA = 1
 PROJECTIONS = ("gaussian", "rows")
+#: Group of entry points in which packages offer image comparisons.
+SIMILARITIES = "stagevar.similarities"
 #: score(images uint8 (B, H, W, 3), prompts) -> (B,), higher is better
 Quality = Callable[[np.ndarray, Sequence[str]], np.ndarray]
 #: kept energies of the rank table: the published ones, so that `energy` schedules work with either table
@@ -203,20 +205,27 @@ def load_proposal(path: str | Path) -> StageSchedule:
 
 
 def find_similarity(text: str, device: str = "cpu") -> Similarity:
-    """A similarity that an installed package offers under the entry-point group `stagevar.similarities`.
+    """A similarity that an installed package offers under the entry-point group SIMILARITIES.
 
     text: a name, with options after a colon: "clip:model=nano", "lpips:weights=alexnet.pth,net=alex".
-    Raises UsageError for an unknown name or option, or weights that cannot be had.
+    Raises UsageError for an unknown name or option, weights that cannot be had, or a plug-in that cannot be used.
     """
     name, _, options = text.partition(":")
-    offered = {point.name: point for point in entry_points(group="stagevar.similarities")}
-    if name not in offered:
+    plugin = plugins.find(SIMILARITIES, name)
+    if plugin is None:
+        offered = plugins.offered(SIMILARITIES)
         hint = f"known: {', '.join(sorted(offered))}" if offered else "none is installed; install stagevar-tune in full"
         raise UsageError(f"unknown similarity {name!r} ({hint})")
     pairs = [part.partition("=") for part in options.split(",") if part]
     if any(not equals for _, equals, _ in pairs):
         raise UsageError(f"similarity options {options!r} must be name=value pairs with commas between them")
-    return offered[name].load()(device=device, **{key.strip(): value.strip() for key, _, value in pairs})
+    try:
+        similarity = plugin.load()(device=device, **{key.strip(): value.strip() for key, _, value in pairs})
+    except TypeError as error:
+        raise plugin.wrong(f"cannot be called with these options: {error}") from error
+    if not isinstance(similarity, Similarity):
+        raise plugin.wrong("must be a function that returns a stagevar.analysis.Similarity")
+    return similarity
 
 
 def nano_inputs(count: int, seed: int = 0) -> tuple[list[str], list[int], dict[str, Quality]]:

@@ -1,7 +1,7 @@
 """Which models exist, and how each is loaded. Light data: importing this file imports no torch.
 
-A family is a module with a builder; a model is one `ModelSpec` row that names it. Add a row here (or call `register`)
-and the model works in every command.
+A family is a module with a builder; a model is one `ModelSpec` row that names it. Add a row here, call `register`, or
+offer the row by entry point (stagevar.plugins), and the model works in every command.
 
 Source: FoundationVision/Infinity, FoundationVision/VAR, Davinci-XLab/STAR-T2I: sizes, file names and default sampling
 (facts; 1B is the reference's infinity_layer24, 125M its infinity_layer12 with the d16 tokenizer).
@@ -10,6 +10,7 @@ Source: FoundationVision/Infinity, FoundationVision/VAR, Davinci-XLab/STAR-T2I: 
 from __future__ import annotations
 
 import difflib
+import logging
 import math
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stagevar import plugins
 from stagevar.errors import UsageError
 from stagevar.models.hub import HubFile
 from stagevar.schedule.grids import STAR_SIDES, VAR_SIDES, Grid, infinity_grids, square
@@ -27,6 +29,11 @@ if TYPE_CHECKING:
 
     from stagevar.models.base import LoadedModel
     from stagevar.schedule import StageSchedule
+
+#: Group of entry points in which packages offer a ModelSpec.
+MODELS = "stagevar.models"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -241,22 +248,47 @@ def register(spec: ModelSpec) -> None:
         raise ValueError(f"model {spec.name} is registered twice")
 
 
+def model_names() -> tuple[str, ...]:
+    """Every model's name, in the table's order, then those of plug-ins; imports none of them."""
+    return (*SPECS, *plugins.offered(MODELS, SPECS))
+
+
 def list_models() -> tuple[ModelSpec, ...]:
-    """Every model, in the table's order."""
-    return tuple(SPECS.values())
+    """Every model, in the table's order, then those of plug-ins; one that cannot be loaded is left out with a warning."""
+    found = list(SPECS.values())
+    for plugin in plugins.offered(MODELS, SPECS).values():
+        try:
+            found.append(_plugged(plugin))
+        except plugins.PluginError as error:
+            log.warning("%s", error)
+    return tuple(found)
 
 
 def find(name: str) -> ModelSpec:
-    """A model by name. Raises UsageError naming the nearest one."""
-    if name not in SPECS:
-        near = difflib.get_close_matches(str(name)[:60], SPECS, n=1, cutoff=0.0)[0]
-        raise UsageError(f"unknown model {name!r:.60} (nearest: {near}); known: {', '.join(SPECS)}")
-    return SPECS[name]
+    """A model by name. Raises UsageError naming the nearest one, or the plug-in that cannot be loaded."""
+    if name in SPECS:
+        return SPECS[name]
+    plugin = plugins.find(MODELS, name, SPECS)
+    if plugin is not None:
+        return _plugged(plugin)
+    known = model_names()
+    near = difflib.get_close_matches(str(name)[:60], known, n=1, cutoff=0.0)[0]
+    raise UsageError(f"unknown model {name!r:.60} (nearest: {near}); known: {', '.join(known)}")
+
+
+def _plugged(plugin: plugins.Plugin) -> ModelSpec:
+    """The row that a package offers. Raises PluginError unless it is one and bears the plug-in's name."""
+    spec = plugin.load()
+    if not isinstance(spec, ModelSpec):
+        raise plugin.wrong(f"must be a ModelSpec, not {type(spec).__name__}")
+    if spec.name != plugin.name:
+        raise plugin.wrong(f"is named {spec.name}; both names must be the same")
+    return spec
 
 
 def published(name: str) -> PublishedSettings | None:
     """The published settings of a model's family; None where there are none, and for models that are not registered."""
-    return SPECS[name].published if name in SPECS else None
+    return find(name).published if name in model_names() else None
 
 
 def scale_grids(name: str, resolution: str | int | None = None) -> tuple[Grid, ...]:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from stagevar import plugins
 from stagevar.errors import ScheduleError
 from stagevar.schedule.grids import Grid
 from stagevar.schedule.ranks import RankTable, rank, ratios_for_energy
@@ -34,6 +35,8 @@ BOTH: tuple[Branch, ...] = ("cond", "uncond")
 STAGES = ("semantic", "structure", "fidelity")
 #: How tokens are reduced where a schedule keeps fewer than all: not at all, by projection, by pruning.
 ACCELERATORS = ("exact", "stagevar", "fastvar")
+#: Group of entry points in which packages offer further ones (stagevar.accelerators.plugged).
+PLUGGED_ACCELERATORS = "stagevar.accelerators"
 #: Products of the blocks: in the model's precision, or in 8 bits (stagevar.models.precision).
 PRECISIONS = ("model", "int8", "fp8")
 #: Scales that a decision leaves open, at the end of the schedule (SkipVAR's published classes are 0 to 3).
@@ -65,6 +68,13 @@ class Pivotal:
     kept: int
     layers: tuple[int, int]
     cache_scale: int
+
+
+@dataclass(frozen=True)
+class Plugged(Pivotal):
+    """The same places and tokens, reduced by the accelerator that an installed package offers under this name."""
+
+    accelerator: str = ""
 
 
 Reduction = LowRank | Pivotal
@@ -142,6 +152,11 @@ def _choose(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ScheduleError(f"{name} {value!r} is not one of {', '.join(choices)} (nearest: {near})")
 
 
+def accelerator_names() -> tuple[str, ...]:
+    """The ways to reduce tokens: the built-in ones, then those of plug-ins; imports none of them."""
+    return (*ACCELERATORS, *plugins.offered(PLUGGED_ACCELERATORS, ACCELERATORS))
+
+
 def _integer(name: str, value: Any, low: int, high: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
         span = f">= {low}" if high is None else f"from {low} to {high}"
@@ -168,9 +183,10 @@ class StageSchedule:
     rank_delay: scales after structure_end at which tokens are first reduced.
     skip: scale indices that are not run at all.
     projection, rope, site: see LowRank.
-    accelerator: how tokens are reduced ("stagevar", "fastvar", or "exact" for not at all), one for all reduced scales
-        or a list, counted like rank_ratios. "fastvar" knows no chunks: it keeps the mean of their ratios.
-    layers: the [first, stop) layers that "fastvar" prunes; its cache is the last earlier scale that ran in full.
+    accelerator: how tokens are reduced ("stagevar", "fastvar", a plug-in's name, or "exact" for not at all), one for all
+        reduced scales or a list, counted like rank_ratios. "fastvar" and plug-ins know no chunks: they keep the mean of
+        their ratios.
+    layers: the [first, stop) layers that these prune; their cache is the last earlier scale that ran in full.
     decision: classifier that chooses per image, three scales before the end, whether to skip or to drop guidance.
     precision: of the blocks' matrix products from structure_end on: "model", "int8" or "fp8".
     """
@@ -232,7 +248,8 @@ class StageSchedule:
                 raise ScheduleError(f"accelerator [] must name at least one of {', '.join(ACCELERATORS)}")
             object.__setattr__(self, "accelerator", tuple(self.accelerator))
         for name in self.accelerator if isinstance(self.accelerator, tuple) else (self.accelerator,):
-            _choose("accelerator", name, ACCELERATORS)
+            if name not in ACCELERATORS:
+                _choose("accelerator", name, accelerator_names())
         if not isinstance(self.layers, list | tuple) or len(self.layers) != 2:
             raise ScheduleError(f"layers {self.layers!r} must be two layer numbers, first and stop")
         first, stop = self.layers
@@ -363,8 +380,9 @@ class StageSchedule:
                 )
         if all(ratio == 1 for ratio in ratios):
             return None
-        if accelerator == "fastvar":
-            return Pivotal(kept_tokens(sum(ratios) / len(ratios), tokens), self.layers, last_full_scale)
+        if accelerator != "stagevar":
+            where = kept_tokens(sum(ratios) / len(ratios), tokens), self.layers, last_full_scale
+            return Pivotal(*where) if accelerator == "fastvar" else Plugged(*where, accelerator)
         if self.site == "trunk":
             ratios = (sum(ratios) / len(ratios),)
         return LowRank(tuple(rank(r, tokens) for r in ratios), self.projection, self.rope, self.site)

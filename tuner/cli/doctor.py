@@ -11,12 +11,13 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stagevar import extras
+from stagevar import extras, plugins
 from stagevar.cli.console import Parser, name_value, path_value
 from stagevar.errors import StagevarError
 
@@ -49,7 +50,7 @@ def examine(out: Path, model: str | None = None, weights: str | None = None, dev
     out: where runs would be written. model: also what this model needs here and what of it is missing; weights and
     device as for loading it.
     """
-    findings = [*_python(), *_packages(), *_device(), _timings(), _disk(out), *_models()]
+    findings = [*_python(), *_packages(), *_device(), _timings(), _disk(out), *_models(), *_plugins()]
     if model is not None:
         from stagevar.models import readiness
 
@@ -203,6 +204,34 @@ def _models() -> list[Finding]:
         findings.append(Finding("ok", f"nano loads: {len(model.grids)} scales, {model.pixels[0]} pixels"))
     except StagevarError as error:
         findings.append(Finding("fail", f"nano does not load: {error}"))
+    return findings
+
+
+def _plugins() -> list[Finding]:
+    """What other packages offer by entry point: each loads, or one line says why not."""
+    from stagevar.accelerators.plugged import plugged
+    from stagevar.analysis import SIMILARITIES
+    from stagevar.models.registry import MODELS, SPECS, find
+    from stagevar.schedule import ACCELERATORS, PLUGGED_ACCELERATORS
+    from tuner.metrics.registry import METRIC_NAMES, METRICS, metric_class
+
+    findings = []
+    rooms: tuple[tuple[str, Collection[str], Callable[[str], object]], ...] = (
+        (MODELS, SPECS, find),
+        (PLUGGED_ACCELERATORS, ACCELERATORS, plugged),
+        (METRICS, METRIC_NAMES, metric_class),
+        (SIMILARITIES, (), lambda name: plugins.offered(SIMILARITIES)[name].load()),
+    )
+    for group, taken, use in rooms:
+        for name, plugin in plugins.offered(group, taken).items():
+            if plugin.package == extras.DISTRIBUTION:
+                continue
+            try:
+                use(name)
+                findings.append(Finding("ok", f"plug-in: {plugin.title}"))
+            except StagevarError as error:
+                findings.append(Finding("warn", f"plug-in: {error}"))
+        findings += [Finding("warn", f"plug-in: {reason}") for reason in plugins.refused(group, taken).values()]
     return findings
 
 

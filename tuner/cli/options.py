@@ -19,7 +19,7 @@ def add_study_options(parser: Parser, required: bool) -> None:
     """Options that decide what is measured against what."""
     profiles = "the profile's"
     budget_help = "latency of one image: 2s, 800ms, or 60%% of the measured full schedule"
-    models = ", ".join(model.name for model in registry.list_models())
+    models = ", ".join(registry.model_names())
     parser.add_argument("--model", type=name_value, required=required, help=f"one of {models}")
     parser.add_argument("--budget", "--latency-budget", required=required, metavar="LATENCY", help=budget_help)
     parser.add_argument(

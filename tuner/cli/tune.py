@@ -16,11 +16,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stagevar import __version__
+from stagevar import __version__, plugins
 from stagevar.choices import processors
 from stagevar.cli.console import STOPPED, Parser, name_value, path_value, positive_int
 from stagevar.errors import EXIT_CODES, UsageError
+from stagevar.models.registry import MODELS, SPECS
 from stagevar.profile.sections import EngineSection
+from stagevar.schedule import ACCELERATORS, PLUGGED_ACCELERATORS
 from stagevar.sections import read_section
 from tuner.cli.console import announce, write_derived
 from tuner.cli.dry_run import print_plan
@@ -28,6 +30,7 @@ from tuner.cli.options import PROG, add_output_options, add_study_options
 from tuner.cli.plan import Plan, plan
 from tuner.config.quality import composite_options, quality_limits
 from tuner.config.space import SearchSpace
+from tuner.metrics.registry import METRIC_NAMES, METRICS
 from tuner.results.run_dir import CONFIG_FILE, STUDY_FILE, discard, driver_lock, prepare, repair
 
 if TYPE_CHECKING:
@@ -249,7 +252,7 @@ def build_study(checked: Plan, progress: Any, stop: Callable[[], bool]) -> Study
         sampler=args.sampler,
         storage=args.storage,
         command=checked.command,
-        versions=versions(),
+        versions=versions() | plugged_versions(space),
         patience=args.patience,
         savings=EXHAUSTIVE if args.exhaustive else Savings(),
     )
@@ -294,6 +297,16 @@ def _ray_executor(checked: Plan, parts: dict[str, Any], progress: Any) -> RayExe
         run_dir=checked.run_dir,
         say=progress.say,
     )
+
+
+def plugged_versions(space: SearchSpace) -> dict[str, str]:
+    """Versions of the packages whose plug-ins the study uses."""
+    words = {str(value) for parameter in space.parameters for value in parameter.values}
+    return {
+        **plugins.versions(MODELS, {space.model}, SPECS),
+        **plugins.versions(METRICS, {*space.quality}, METRIC_NAMES),
+        **plugins.versions(PLUGGED_ACCELERATORS, words, ACCELERATORS),
+    }
 
 
 def versions() -> dict[str, str]:

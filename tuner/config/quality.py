@@ -15,6 +15,7 @@ from typing import Any
 
 from stagevar.errors import UsageError
 from tuner.metrics.declarations import DECLARATIONS, Declaration
+from tuner.metrics.registry import declaration_of
 
 #: The composite of results that were written before limits went by metric.
 COMPOSITE = "quality"
@@ -77,7 +78,7 @@ def quality_limits(
     found = []
     for metric, value in quality.items():
         options = value if isinstance(value, Mapping) else {"weight": value}
-        declared = DECLARATIONS[metric]
+        declared = declaration_of(metric)
         max_drop = given.get(metric, options.get("max_drop"))
         if max_drop is None and metric == primary:
             max_drop = declared.max_drop
@@ -164,7 +165,7 @@ def _no_metric(what: str, metric: str, quality: Mapping[str, Any]) -> str:
 
 
 def _max_drop(metric: str, text: str, what: str) -> float:
-    declared = DECLARATIONS[metric]
+    declared = declaration_of(metric)
     example = "2% or 0.02" if declared.is_share else f"{metric}={declared.max_drop:g}"
     match = _NUMBER.fullmatch(text)
     if match is None:
@@ -176,7 +177,7 @@ def _max_drop(metric: str, text: str, what: str) -> float:
 
 def check_max_drop(metric: str, value: Any, what: str) -> float:
     """A largest drop as a number. Raises UsageError, beginning with `what`."""
-    declared = DECLARATIONS[metric]
+    declared = declaration_of(metric)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise UsageError(f"{what} must be a number above 0, in {declared.unit}")
     if declared.kind != "continuous" and value > declared.change:

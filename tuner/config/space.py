@@ -22,7 +22,7 @@ from typing import Any
 
 from stagevar.errors import ScheduleError, StagevarError, UsageError
 from stagevar.models import registry
-from stagevar.schedule import ACCELERATORS, BOTH, PRECISIONS, PRESETS, StageSchedule, Steps, preset
+from stagevar.schedule import ACCELERATORS, BOTH, PRECISIONS, PRESETS, StageSchedule, Steps, accelerator_names, preset
 from stagevar.schedule.grids import Grid
 from stagevar.yaml_files import read_yaml
 from tuner.config.analysis import Findings
@@ -461,6 +461,8 @@ def _number(value: Any) -> float:
 
 def _check(name: str, value: Any) -> Value:
     rule = _RULES[name]
+    if name == "accelerator":
+        rule = dataclasses.replace(rule, words=accelerator_names())
     if isinstance(value, str) and value in rule.words:
         return value
     valid = not isinstance(value, bool) and isinstance(value, int if rule.kind is int else int | float)
@@ -514,11 +516,11 @@ def _quality(data: Any) -> dict[str, Any]:
             f"search space: quality {data!r:.60} must be metrics with weights, such as "
             "{metrics: [{name: clip_score, weight: 1, max_drop: 0.3}]}"
         )
-    from tuner.metrics.registry import METRIC_NAMES
+    from tuner.metrics.registry import metric_names
 
     data = _listed_metrics(data) if "metrics" in data else data
     for position, (name, value) in enumerate(data.items()):
-        _metric(name, METRIC_NAMES)
+        _metric(name, metric_names())
         weight = value.get("weight", 1.0) if isinstance(value, dict) else value
         number = not isinstance(weight, bool) and isinstance(weight, int | float) and 0 <= weight < math.inf
         if not number or (weight == 0 and position == 0):
@@ -548,10 +550,10 @@ def _floors(data: Any) -> dict[str, float]:
         raise UsageError(
             f"search space: floors {data!r:.60} must be metrics with their smallest mean, such as {{psnr: 20}}"
         )
-    from tuner.metrics.registry import METRIC_NAMES
+    from tuner.metrics.registry import metric_names
 
     for name, value in data.items():
-        _metric(name, METRIC_NAMES)
+        _metric(name, metric_names())
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise UsageError(f"search space: floor of {name} is {value!r}; it must be a number")
     return {name: float(value) for name, value in data.items()}

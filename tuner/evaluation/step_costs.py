@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stagevar.schedule import LowRank, Pivotal, ScaleStep, Steps
+from stagevar.schedule import LowRank, Pivotal, Plugged, ScaleStep, Steps
 
 #: Root mean square error of predicted ratios above which schedules are timed instead.
 TOLERANCE = 0.05
@@ -212,5 +212,5 @@ def _kind(step: ScaleStep) -> tuple[object, ...]:
     if isinstance(reduction, LowRank):
         how += (reduction.site, reduction.projection, reduction.rope)
     elif isinstance(reduction, Pivotal):
-        how += (reduction.layers,)
+        how += (reduction.layers, *([reduction.accelerator] if isinstance(reduction, Plugged) else []))
     return (dataclasses.replace(step, reduction=None), *how)

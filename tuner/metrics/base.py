@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from stagevar.errors import UsageError
+from tuner.metrics.declarations import Declaration
 
 Prompt = str | Mapping[str, Any]  # a caption, or GenEval metadata with its caption under "prompt"
 
@@ -18,12 +19,14 @@ class Metric(ABC):
 
     `name` is the registry's and the YAML's; `higher_is_better` the direction; `needs_reference` whether `score`
     compares with the full schedule's image of the same prompt and seed; `needs_prompt` whether it reads the prompts.
+    `declaration` is for metrics of other packages; those of this one have a row in tuner.metrics.declarations.
     """
 
     name: ClassVar[str]
     higher_is_better: ClassVar[bool] = True
     needs_reference: ClassVar[bool] = False
     needs_prompt: ClassVar[bool] = False
+    declaration: ClassVar[Declaration | None] = None
 
     def score(
         self,

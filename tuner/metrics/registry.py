@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from stagevar import extras
+from stagevar import extras, plugins
 from stagevar.errors import UsageError
 from stagevar.sections import shown
 from tuner.metrics.base import Metric, Prompt
+from tuner.metrics.declarations import DECLARATIONS, Declaration
 
 # name -> (module, class). Modules are imported on use: torch takes seconds, open_clip fifteen.
 _REGISTRY: dict[str, tuple[str, str]] = {
@@ -35,7 +36,10 @@ _REGISTRY: dict[str, tuple[str, str]] = {
     "fid_dinov2": ("tuner.metrics.distribution", "FidDinov2"),
     "cmmd": ("tuner.metrics.distribution", "Cmmd"),
 }
+#: The built-in ones; `metric_names` has those of plug-ins too.
 METRIC_NAMES: tuple[str, ...] = tuple(_REGISTRY)
+#: Group of entry points in which packages offer classes of metrics.
+METRICS = "stagevar.metrics"
 #: Kinds of options that a file or command line can give, by their annotation.
 _PLAIN = {"str": str, "int": int, "float": float, "bool": bool, "None": type(None)}
 _KIND_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "empty"}
@@ -60,11 +64,26 @@ _PACKAGES: dict[str, tuple[str, ...]] = {
 }
 
 
+def metric_names() -> tuple[str, ...]:
+    """The names of all metrics, built in first, then those of plug-ins; imports none of them."""
+    return (*_REGISTRY, *plugins.offered(METRICS, _REGISTRY))
+
+
+def declaration_of(name: str) -> Declaration:
+    """What a metric measures. A plug-in's module is imported for it. Raises UsageError as `metric_class` does."""
+    if name in DECLARATIONS:
+        return DECLARATIONS[name]
+    declaration = metric_class(name).declaration
+    assert declaration is not None  # checked as the plug-in was loaded
+    return declaration
+
+
 def check_name(name: str) -> None:
     """Raise UsageError with the nearest name unless there is such a metric; imports nothing."""
-    if name not in _REGISTRY:
-        near = difflib.get_close_matches(str(name), METRIC_NAMES, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(METRIC_NAMES)}"
+    if name not in _REGISTRY and plugins.find(METRICS, name, _REGISTRY) is None:
+        known = metric_names()
+        near = difflib.get_close_matches(str(name), known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
         raise UsageError(f"unknown metric {name!r}: {hint}")
 
 
@@ -89,11 +108,36 @@ def _extra_of_metric(package: str) -> str | None:
 
 
 def metric_class(name: str) -> type[Metric]:
-    """The class behind a name. Raises UsageError naming the nearest one, or the package that it lacks."""
+    """The class behind a name.
+
+    Raises UsageError naming the nearest one, the package that it lacks, or the plug-in that cannot be used.
+    """
     check_name(name)
     check_packages(name)
-    module, class_name = _REGISTRY[name]
-    return getattr(importlib.import_module(module), class_name)
+    if name in _REGISTRY:
+        module, class_name = _REGISTRY[name]
+        return getattr(importlib.import_module(module), class_name)
+    plugin = plugins.find(METRICS, name, _REGISTRY)
+    assert plugin is not None  # check_name saw it
+    return _plugged(plugin)
+
+
+def _plugged(plugin: plugins.Plugin) -> type[Metric]:
+    """The class that a package offers. Raises PluginError unless it is a metric of that name that says what it measures."""
+    cls = plugin.load()
+    if not (inspect.isclass(cls) and issubclass(cls, Metric)) or inspect.isabstract(cls):
+        raise plugin.wrong("must be a class that inherits tuner.metrics.base.Metric and computes its values")
+    if getattr(cls, "name", None) != plugin.name:
+        raise plugin.wrong(f"is named {getattr(cls, 'name', None)!r}; both names must be the same")
+    if not isinstance(cls.declaration, Declaration):
+        raise plugin.wrong(
+            "needs a `declaration`: tuner.metrics.declarations.Declaration(kind, unit, change, max_drop)"
+        )
+    if cls.declaration.higher_is_better != cls.higher_is_better:
+        raise plugin.wrong("says one direction in `higher_is_better` and the other in its `declaration`")
+    if "device" not in inspect.signature(cls).parameters:
+        raise plugin.wrong("must take the keyword argument `device`")
+    return cls
 
 
 def create(name: str, *, device: str = "cpu", **options: Any) -> Metric:

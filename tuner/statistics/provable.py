@@ -14,7 +14,7 @@ import numpy as np
 from scipy import special
 
 from tuner.config.quality import MetricLimit, limited
-from tuner.metrics.declarations import DECLARATIONS
+from tuner.metrics.registry import declaration_of
 from tuner.statistics.bounds import ALPHA, LEAST_CONTINUOUS, binomial_upper, unseen_share
 from tuner.statistics.looks import claims
 
@@ -128,7 +128,7 @@ def floor_shortfalls(floors: Mapping[str, float], prompts: int, micro_batch: int
     """One phrase per floor that so many held-out prompts could not prove even if every image were perfect."""
     found = []
     for metric, floor in floors.items():
-        declared = DECLARATIONS[metric]
+        declared = declaration_of(metric)
         room = math.inf if declared.kind == "continuous" else declared.change - floor
         limit = MetricLimit(metric, 1.0, room, declared.kind, declared.unit, declared.change)
         if provable_drop(limit, prompts, micro_batch) > room or math.isinf(provable_drop(limit, prompts, micro_batch)):

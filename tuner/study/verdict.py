@@ -16,7 +16,7 @@ from tuner.config.costs import FINALISTS_PER_KIND
 from tuner.config.limits import Budget
 from tuner.config.quality import MetricLimit, limited
 from tuner.config.space import PromptSource
-from tuner.metrics.declarations import DECLARATIONS
+from tuner.metrics.registry import declaration_of
 from tuner.results import pareto
 from tuner.results.candidate import OF_TIME, Candidate, Verdict
 from tuner.statistics.bounds import ALPHA, indistinguishable
@@ -281,7 +281,7 @@ def _open_drop(
     values, metric = candidate.verification.values, verdict.name.partition(":")[2]
     own = np.asarray(values[metric])
     if verdict.name.startswith("floor:"):
-        declared = DECLARATIONS[metric]
+        declared = declaration_of(metric)
         top = 0.0 if declared.kind == "continuous" else declared.change
         room = MetricLimit(
             metric, 1.0, top - verdict.limit, declared.kind, declared.unit, declared.change, declared.higher_is_better

@@ -21,7 +21,7 @@ from tuner.config.prompts import PromptSet
 from tuner.config.quality import MetricLimit, limited
 from tuner.evaluation.evaluator import Evaluator
 from tuner.evaluation.executor import Executor, Failed, NotMeasured, QualityTask
-from tuner.metrics.declarations import DECLARATIONS
+from tuner.metrics.registry import declaration_of
 from tuner.results.candidate import Interval, LatencyStats, Verdict, Verification
 from tuner.statistics.bounds import (
     ALPHA,
@@ -289,7 +289,7 @@ class Verifier:
 
     def _floor_verdict(self, name: str, metric: str, floor: float, count: int, alpha: float | None) -> Verdict:
         """Whether the mean of a metric, not its difference, stays at or above a floor: the drop from the top of the range."""
-        declared = DECLARATIONS[metric]
+        declared = declaration_of(metric)
         peers, values_KN = self._with_peers(metric, count)
         top = 0.0 if declared.kind == "continuous" else declared.change
         bounds = continuous_drop_bounds if declared.kind == "continuous" else drop_bounds

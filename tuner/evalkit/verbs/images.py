@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from stagevar import plugins
 from stagevar.cli.console import (
     existing_folder,
     existing_path,
@@ -52,10 +53,18 @@ def run(options: argparse.Namespace) -> int:
     from stagevar.models.registry import resolve_device
     from tuner.evalkit.image_folder import evaluate_folder, match_references, read_folder, reference_set
     from tuner.metrics.base import SetMetric
-    from tuner.metrics.registry import METRIC_NAMES, check_name, check_options, create, metric_class
+    from tuner.metrics.registry import (
+        METRIC_NAMES,
+        METRICS,
+        check_name,
+        check_options,
+        create,
+        metric_class,
+        metric_names,
+    )
 
     if options.metric == ["list"]:
-        print("\n".join(METRIC_NAMES))
+        print("\n".join(metric_names()))
         return 0
     if options.images is None:
         raise UsageError("give --images DIR, the folder to score (see stagevar-eval images --help)")
@@ -88,6 +97,7 @@ def run(options: argparse.Namespace) -> int:
         lines.append(f"{name}  ({result['images']} images)")
         lines += [f"  {label:<28} {value}" for label, value in _flat(result["summary"])]
     versions = ("torch", "transformers", "open_clip_torch", "torchmetrics", "torch-fidelity", "lpips")
+    versions = (*versions, *plugins.versions(METRICS, classes, METRIC_NAMES))
     return deliver(options, {"metrics": results, "images_sha256": digest}, lines, packages=versions)
 
 
