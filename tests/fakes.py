@@ -33,6 +33,7 @@ SPACE = {
         "skip_last": {"low": 0, "high": 1},
     },
     "enqueue": ["stagevar-paper", "skip-1"],
+    "proposals": {},
     "prompts": {"source": "nano", "search": 16, "heldout": 64, "micro_batch": 8},
 }
 

@@ -77,7 +77,7 @@ class Rules:
     structure_end on would cost: a share of SSIM's whole way would allow to leave the last scales out as well.
     """
 
-    semantic: float = 0.10
+    semantic: float = 0.15
     structure: float = 0.25
     guidance: float = 0.25
     ranks: float = 0.5

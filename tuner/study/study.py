@@ -243,6 +243,7 @@ class Study:
             self.stop,
             earlier,
             extensions=len(self.judged_on),
+            processed_tokens={c.key: c.processed_tokens for c in finalists},
         )
         verifications = verifier.run()
         own = verifications[BASELINE]

@@ -140,7 +140,12 @@ def named_picks(verified: Sequence[Candidate], quality: bool) -> dict[str, str]:
     fastest = min(verified, key=lambda c: c.verification.latency.ratio.mean)
     if not quality:
         return {"pick": max(verified, key=lambda c: c.processed_tokens).key, "fastest": fastest.key}
-    picks = {"pick": _least_accelerated(verified).key, "fastest": fastest.key}
+    pick = least_accelerated(
+        {c.key: c.verification.values["quality"] for c in verified},
+        {c.key: c.verification.differences["quality"].mean for c in verified},
+        {c.key: c.processed_tokens for c in verified},
+    )
+    picks = {"pick": pick, "fastest": fastest.key}
     points = [(c.verification.latency.ratio.mean, c.verification.differences["quality"].mean) for c in verified]
     picks["balanced"] = verified[pareto.balanced(points)].key
     picks["best_quality"] = max(verified, key=lambda c: c.verification.differences["quality"].mean).key
@@ -150,15 +155,44 @@ def named_picks(verified: Sequence[Candidate], quality: bool) -> dict[str, str]:
     return picks
 
 
-def _least_accelerated(verified: Sequence[Candidate]) -> Candidate:
-    best = max(verified, key=lambda c: c.verification.differences["quality"].mean)
+def least_accelerated(
+    qualities: Mapping[str, Sequence[float]], means: Mapping[str, float], processed_tokens: Mapping[str, float]
+) -> str:
+    """Of those whose quality the data cannot tell from the best, the one with most tokens left.
 
-    def equal(candidate: Candidate) -> bool:
-        own, other = candidate.verification.values["quality"], best.verification.values["quality"]
-        count = min(len(own), len(other))
-        return indistinguishable(own[:count], other[:count])
+    qualities: per key, the composite per held-out prompt in order. means: its mean difference to the full schedule.
+    """
+    best = max(means, key=lambda key: means[key])
 
-    return max((c for c in verified if c is best or equal(c)), key=lambda c: (c.processed_tokens, c.key))
+    def equal(key: str) -> bool:
+        count = min(len(qualities[key]), len(qualities[best]))
+        return indistinguishable(qualities[key][:count], qualities[best][:count])
+
+    return max((k for k in means if k == best or equal(k)), key=lambda k: (processed_tokens[k], k))
+
+
+def is_settled(
+    verified: Sequence[str],
+    undecided: Sequence[str],
+    qualities: Mapping[str, Sequence[float]],
+    baseline: Sequence[float],
+    processed_tokens: Mapping[str, float],
+) -> bool:
+    """Whether the pick stays the same even if one of the undecided were verified after all.
+
+    qualities: per key, the composite per held-out prompt in order. baseline: the full schedule's.
+    """
+    if not verified:
+        return False
+    means = {
+        k: float(np.mean(np.subtract(qualities[k], baseline[: len(qualities[k])]))) for k in (*verified, *undecided)
+    }
+
+    def pick_of(keys: Sequence[str]) -> str:
+        return least_accelerated(qualities, {key: means[key] for key in keys}, processed_tokens)
+
+    pick = pick_of(verified)
+    return all(pick_of((*verified, key)) == pick for key in undecided)
 
 
 # ------------------------------------------------------------------------------------------------ concluding

@@ -4,8 +4,10 @@ Verified means that every bound is on the right side: the upper bound of latency
 latency ratio at most 0.98 (a gain under 2 % is no acceleration), for every metric the one-sided 95 % upper bound of the
 paired drop within the allowed one, every floor kept. All must hold, so the metrics share no error; the bounds hold for all
 finalists together, so choosing among them afterwards is fair.
-Prompts and rounds are added in steps until each finalist is decided or the limit is reached; giving up early on a bad
-one costs nothing, while claims are made at few looks only, which share the 5 % with all judgements of the study.
+Prompts and rounds are added in steps until each finalist is decided, the pick is settled or the limit is reached; giving up
+early on a bad one costs nothing, while claims are made at few looks only, which share the 5 % with all judgements of the study.
+The pick is settled when one is verified that no undecided finalist would replace: drawing on would cost as much again and
+change nothing that is exported under that name.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from tuner.statistics.bounds import (
     ratio_interval,
 )
 from tuner.statistics.looks import claims, judgement_alpha, looks
-from tuner.study.verdict import LEAST_GAIN, Limits, decide
+from tuner.study.verdict import LEAST_GAIN, Limits, decide, is_settled
 
 if TYPE_CHECKING:
     from stagevar.card_state import CardState
@@ -95,6 +97,7 @@ class Verifier:
     Args:
         finalists: key -> steps. full: the full schedule's steps. heldout: prompts to verify on, all of them at most.
         note: called with a line of progress and the share done. stop: asked between steps whether to end early.
+        processed_tokens: by key; the pick is the one with most of those that are equally good.
         earlier: verifications of an earlier part of the same study by key, the full schedule's under BASELINE; their values
             per held-out prompt are not measured again. extensions: judgements of the study before this one.
 
@@ -115,7 +118,9 @@ class Verifier:
         stop: Callable[[], bool] = lambda: False,
         earlier: Mapping[str, Verification] | None = None,
         extensions: int = 0,
+        processed_tokens: Mapping[str, float] | None = None,
     ):
+        self.processed_tokens = processed_tokens or dict.fromkeys(finalists, 0.0)
         self.evaluator, self.executor, self.finalists, self.full = evaluator, executor, dict(finalists), full
         self.heldout, self.limits, self.note, self.stop = heldout, limits, note, stop
         self.earlier, self.extensions, self.cut_short = dict(earlier or {}), extensions, False
@@ -228,9 +233,25 @@ class Verifier:
             running = [k for k in running if k not in self.errors and k in self.finalists]
             # A finalist that is decided either way needs no more prompts.
             running = [k for k in running if self._status(self._quality_verdicts(k)) == "open"]
+            if self._pick_is_settled(running):
+                break
             if self.stop():
                 self.cut_short |= bool(running) and done < len(self.heldout)
                 break
+
+    def _pick_is_settled(self, undecided: Sequence[str]) -> bool:
+        verified = [n for n in self.finalists if n not in self.errors and self._in_time(n) and self._keeps_quality(n)]
+        # Timing is over: whose time stayed open is not verified by any number of prompts.
+        rivals = [n for n in undecided if self._in_time(n)]
+        qualities = {n: self.values[n]["quality"] for n in (*verified, *rivals)}
+        return is_settled(verified, rivals, qualities, self.values[BASELINE]["quality"], self.processed_tokens)
+
+    def _in_time(self, name: str) -> bool:
+        return self._status(self._latency_verdicts(name)) == "met"
+
+    def _keeps_quality(self, name: str) -> bool:
+        verdicts = self._quality_verdicts(name)
+        return bool(verdicts) and self._status(verdicts) == "met"
 
     def _measure(self, keys: Sequence[str], batches: Sequence[int]) -> dict[int, dict[str, Any]]:
         """Values or Failed by micro-batch and key; what an earlier part of the study measured is taken from there."""
