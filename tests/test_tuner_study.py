@@ -14,7 +14,7 @@ from tuner.report.page import write_report
 from tuner.results.codec import build, to_plain
 from tuner.results.result import StudyResult
 from tuner.statistics.bounds import ratio_interval
-from tuner.study.verdict import LEAST_GAIN
+from tuner.study.verdict import LEAST_GAIN, is_settled
 
 BIG = {"prompts": {"source": "nano", "search": 24, "heldout": 320, "micro_batch": 16}}
 
@@ -106,6 +106,30 @@ def test_among_equals_the_least_accelerated_is_the_pick(tmp_path):
     verified = [c for c in result.candidates if c.verification and c.verification.status == "verified"]
     assert len(verified) > 1
     assert result.pick.processed_tokens == max(c.processed_tokens for c in verified)
+
+
+def test_the_pick_is_settled_where_nobody_left_would_replace_it():
+    rng = np.random.default_rng(0)
+    good = (rng.random(256) < 0.9).astype(float)
+    bad = good * (rng.random(256) < 0.8)
+    qualities = {"few": good, "many": good.copy(), "bad": bad}
+    tokens = {"few": 1.0, "many": 2.0, "bad": 3.0}
+    assert is_settled(["many"], ["few", "bad"], qualities, good, tokens)
+    assert is_settled(["few"], [], qualities, good, tokens)
+    assert not is_settled(["few"], ["many"], qualities, good, tokens), "as good and less accelerated"
+    assert not is_settled(["bad"], ["few"], qualities, good, tokens), "better"
+    assert not is_settled([], ["few"], qualities, good, tokens)
+
+
+def test_verification_ends_when_the_pick_is_settled(tmp_path):
+    """Schedules with skipped scales change some images for better and for worse, so that many prompts would be needed."""
+    prompts = {"prompts": {"source": "nano", "search": 16, "heldout": 1024, "micro_batch": 64}}
+    drop = lambda steps: 0.03 if any(step.skipped for step in steps) else 0.0  # noqa: E731
+    result = study(tmp_path, {"drop": drop}, prompts, trials=8, max_drop=0.05).run()
+    finalists = [c for c in result.candidates if c.verification]
+    left = [c for c in finalists if c.verification.status == "open"]
+    assert result.verdict == "verified" and not result.pick.skipped_scales
+    assert left and all(c.verification.prompts == result.pick.verification.prompts < 1024 for c in left)
 
 
 def test_a_better_schedule_beats_a_less_accelerated_one(tmp_path):
