@@ -231,13 +231,12 @@ class Study:
             ledger.baseline = dataclasses.replace(ledger.baseline, verification=earlier[BASELINE])
             return self._judged(chosen)
         self.progress.phase("verification", 100)
-        heldout = self.prompts["heldout"] if self.quality else None
         verifier = Verifier(
             self.evaluator,
             self.executor,
             {c.key: ledger.steps[c.key] for c in finalists},
             ledger.full,
-            heldout,
+            self.prompts["heldout"] if self.quality else None,
             ledger.limits,
             lambda line, share: self.progress.update(100 * share, line),
             self.stop,
