@@ -27,6 +27,7 @@ from stagevar.analysis.measure import (
     load_proposal,
     nano_inputs,
 )
+from stagevar.analysis.plots import draw
 from stagevar.errors import UsageError
 from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import BOTH, StageSchedule, exact
@@ -169,7 +170,8 @@ def test_rank_table_agrees_with_a_plain_svd(model, analysis):
 
 
 def test_written_files_are_what_the_runtime_reads(model, analysis, tmp_path):
-    paths = analysis.save(tmp_path / "new" / "folder")
+    folder = tmp_path / "new" / "folder"
+    paths = [*analysis.save(folder), *draw(analysis, folder)]
     assert [path.name for path in paths] == ["analysis.yaml", "rank_ratio.json", "analysis.png", "partials.png"]
     data = yaml.safe_load(paths[0].read_text())
     assert data["kind"] == "stagevar-analysis" and data["weights"] == "trained"

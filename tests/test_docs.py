@@ -57,7 +57,7 @@ def test_python_blocks_run(page, demo_run, monkeypatch):
     for text in blocks(page, "python"):
         if "infinity-" in text:  # public weights cannot be had here: the arguments are checked, a tiny model stands in
             text = text.replace("from stagevar import load_model", "").replace(
-                "from stagevar.models.checkpoint.weights import convert", ""
+                "from stagevar.models.convert import convert", ""
             )
             names |= {"load_model": checked_load, "convert": checked_convert}
         if "StageSchedule(" in text:
@@ -75,7 +75,7 @@ def checked_load(name, **options):
 def checked_convert(name, out, **options):
     import inspect
 
-    from stagevar.models.checkpoint.weights import convert
+    from stagevar.models.convert import convert
 
     inspect.signature(convert).bind(name, out, **options)
     registry.find(name)

@@ -12,6 +12,7 @@ import torch
 from stagevar.errors import UsageError, WeightsError
 from stagevar.models import hub, loading, registry
 from stagevar.models.checkpoint import weights
+from stagevar.models.convert import convert
 from stagevar.models.infinity.text import RandomText, T5Text
 from stagevar.models.infinity.transformer import Infinity, InfinityConfig
 from stagevar.models.registry import find, infinity_settings, list_models, load_model, model_parts, register, resolve
@@ -250,9 +251,7 @@ def test_another_models_tokenizer_is_refused(tiny_files):
 
 def test_converted_weights_load_the_same(tiny_files, tmp_path):
     out = tmp_path / "converted"
-    files = weights.convert(
-        "infinity-tiny", out, weights=tiny_files / "transformer.pth", tokenizer=tiny_files / "vae.pth"
-    )
+    files = convert("infinity-tiny", out, weights=tiny_files / "transformer.pth", tokenizer=tiny_files / "vae.pth")
     assert {path.name for path in files} == {"transformer.safetensors", "tokenizer.safetensors", "stagevar.json"}
     plain, converted = load_tiny(tiny_files), load_model("infinity-tiny", weights=out)
     for part in ("transformer", "tokenizer"):
@@ -263,7 +262,7 @@ def test_converted_weights_load_the_same(tiny_files, tmp_path):
 
 def test_conversion_to_bfloat16_shrinks_the_blocks_only(tiny_files, tmp_path):
     out = tmp_path / "half"
-    weights.convert(
+    convert(
         "infinity-tiny",
         out,
         weights=tiny_files / "transformer.pth",
@@ -282,11 +281,11 @@ def test_conversion_to_bfloat16_shrinks_the_blocks_only(tiny_files, tmp_path):
 
 def test_conversion_refuses_and_leaves_nothing_behind(tiny_files, tmp_path):
     with pytest.raises(UsageError, match="already exists"):
-        weights.convert("infinity-tiny", tiny_files, weights=tiny_files)
+        convert("infinity-tiny", tiny_files, weights=tiny_files)
     with pytest.raises(UsageError, match="nothing to convert"):
-        weights.convert("infinity-tiny", tmp_path / "x", weights="random")
+        convert("infinity-tiny", tmp_path / "x", weights="random")
     with pytest.raises(WeightsError, match="do not fit"):
-        weights.convert(
+        convert(
             "infinity-tiny",
             tmp_path / "x",
             weights=tiny_files / "transformer.pth",

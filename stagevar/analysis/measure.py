@@ -34,8 +34,8 @@ from stagevar.images import psnr_db, ssim
 from stagevar.models.base import Around, LoadedModel, Site, SiteFn
 from stagevar.prompts.seeds import non_negative
 from stagevar.sampling.sampler import Generation, Sampler
+from stagevar.schedule import BOTH, Branch, ScaleStep, StageSchedule, Steps, exact
 from stagevar.schedule.ranks import RankTable
-from stagevar.schedule.stage_schedule import BOTH, Branch, ScaleStep, StageSchedule, Steps, exact
 from stagevar.yaml_files import read_yaml
 
 SCHEMA = 1
@@ -177,7 +177,7 @@ class Analysis:
         }
 
     def save(self, directory: str | Path) -> list[Path]:
-        """Writes analysis.yaml, rank_ratio.json and the plots. Raises UsageError when the folder cannot be written."""
+        """Writes analysis.yaml and rank_ratio.json. Raises UsageError when the folder cannot be written."""
         directory = Path(directory)
         with writing(directory):
             directory.mkdir(parents=True, exist_ok=True)
@@ -185,15 +185,7 @@ class Analysis:
             write_text_atomically(text, yaml.safe_dump(self.to_dict(), sort_keys=False, width=120, allow_unicode=True))
             table = directory / "rank_ratio.json"
             write_text_atomically(table, json.dumps(self.rank_table(), indent=1) + "\n")
-        return [text, table, *self._plot(directory)]
-
-    def _plot(self, directory: Path) -> list[Path]:
-        from stagevar.analysis.plots import plot_curves, plot_partials
-
-        paths = [plot_curves(self, directory / "analysis.png")]
-        if self.partials is not None:
-            paths.append(plot_partials(self, directory / "partials.png"))
-        return paths
+        return [text, table]
 
 
 def load_proposal(path: str | Path) -> StageSchedule:

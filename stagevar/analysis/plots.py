@@ -15,6 +15,14 @@ _STAGES = {"semantic": "#7a5cd0", "structure": "#1789a6", "fidelity": "#dd8a1d"}
 _LINES = ("#2f6bd8", "#d4480b", "#1a7f4b", "#8a4fbf", "#a06a00", "#c22f3d")
 
 
+def draw(analysis: Analysis, directory: Path) -> list[Path]:
+    """All pictures of an analysis, drawn into a folder that exists."""
+    paths = [plot_curves(analysis, directory / "analysis.png")]
+    if analysis.partials is not None:
+        paths.append(plot_partials(analysis, directory / "partials.png"))
+    return paths
+
+
 def plot_curves(analysis: Analysis, path: Path) -> Path:
     """Similarity, change per band, guidance, ranks and ablation against the scale, as one PNG."""
     from matplotlib.figure import Figure

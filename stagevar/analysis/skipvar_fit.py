@@ -27,7 +27,7 @@ from stagevar.errors import UsageError
 from stagevar.files import check_output, write_text_atomically, writing
 from stagevar.images import ssim
 from stagevar.sampling.sampler import Sampler, to_uint8
-from stagevar.schedule.stage_schedule import UNDECIDED_SCALES, skipvar
+from stagevar.schedule import UNDECIDED_SCALES, skipvar
 
 #: Prompts below which a fit means nothing.
 LEAST_PROMPTS = 8

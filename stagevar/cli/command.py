@@ -307,7 +307,7 @@ def draw_full(args: argparse.Namespace, prompts: Sequence[str], seeds: Sequence[
 
 def run_convert(args: argparse.Namespace) -> int:
     """Writes safetensors and prints their paths."""
-    from stagevar.models.checkpoint.weights import convert
+    from stagevar.models.convert import convert
 
     check_weights(args.weights, args.tokenizer)
     for path in convert(args.model, args.output, weights=args.weights, tokenizer=args.tokenizer, dtype=args.dtype):
@@ -506,6 +506,7 @@ def _study_rows(
 def run_analyze(args: argparse.Namespace) -> int:
     """Writes the analysis and prints its proposal with the reasons."""
     from stagevar.analysis import analyze, find_similarity, nano_inputs
+    from stagevar.analysis.plots import draw
     from stagevar.sampling.bench import bench_prompts
 
     extras.require("stagevar analyze", "matplotlib", *(["scipy"] if args.model == "nano" else []))
@@ -533,7 +534,7 @@ def run_analyze(args: argparse.Namespace) -> int:
         print(f"\r{what} {done}/{total}\033[K", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
     found = analyze(model, prompts, seeds, progress=progress if sys.stderr and sys.stderr.isatty() else None, **options)
-    files = found.save(out)
+    files = [*found.save(out), *draw(found, Path(out))]
     for name, reason in found.reasons.items():
         print(f"{name}: {reason}")
     for path in files:

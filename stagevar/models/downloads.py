@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stagevar.models.hub import HubFile
-from stagevar.models.loading import Part, text_beside
+from stagevar.models.loading import text_beside
+from stagevar.models.parts import Part
 from stagevar.models.registry import LoadRequest, model_parts
 
 #: Parameters of text encoders' repositories: flan-t5-xl with its decoder, Stable Diffusion 2.1's text model.

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from stagevar.errors import UsageError, WeightsError
 from stagevar.models import hub, memory
-from stagevar.models.base import Grid, LoadedModel, NextScaleModel, Sampling, TextEncoder
-from stagevar.models.checkpoint.weights import KeyRules, Precision, fit, randomize
+from stagevar.models.base import LoadedModel, NextScaleModel, Sampling, TextEncoder
+from stagevar.models.checkpoint.weights import fit, randomize
 from stagevar.models.hub import HubFile
+from stagevar.models.parts import Parts
 from stagevar.models.registry import LoadRequest
 
 #: File that marks a folder written by `stagevar convert`.
@@ -33,26 +31,6 @@ _TEXT_FOLDERS = {
     "infinity": (("flan-t5-xl", "flan-t5-xl-official", "text"), "config.json"),
     "star": (("CLIP", "stable-diffusion-2-1", "text"), "text_encoder"),
 }
-
-
-@dataclass(frozen=True)
-class Part:
-    """One module that one file fills: built on the meta device, with the family's key rules and weight precision."""
-
-    module: nn.Module
-    rules: KeyRules
-    precision: Precision
-
-
-@dataclass(frozen=True)
-class Parts:
-    """A model's modules and the grids they were built for. text_bytes: the text encoder's size while it is loaded."""
-
-    transformer: Part
-    tokenizer: Part
-    grids: tuple[Grid, ...]
-    pixels: tuple[int, int]
-    text_bytes: int = 0
 
 
 def default_sampling(request: LoadRequest, scales: int) -> Sampling:

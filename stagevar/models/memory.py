@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from stagevar.models.base import NextScaleModel
-    from stagevar.models.loading import Part, Parts
+    from stagevar.models.parts import Part, Parts
     from stagevar.models.registry import LoadRequest
 
 MIB = 2**20

@@ -9,11 +9,11 @@ from stagevar.errors import StagevarError, UsageError
 from stagevar.models import memory
 from stagevar.models.downloads import is_cached
 from stagevar.models.hub import HubFile
-from stagevar.models.loading import text_beside
+from stagevar.models.loading import locate, text_beside
 from stagevar.models.registry import LoadRequest, model_parts, resolve
 
 if TYPE_CHECKING:
-    from stagevar.models.loading import Parts
+    from stagevar.models.parts import Parts
 
 
 def examine(name: str, **options: object) -> list[tuple[str, str]]:
@@ -61,8 +61,6 @@ def _files(request: LoadRequest) -> list[tuple[str, str]]:
     if request.weights is None and spec.weights is None:
         return [("fail", f"{spec.name} has no public weights; give --weights PATH, or --weights random")]
     if request.weights is not None:
-        from stagevar.models.loading import locate
-
         try:
             return [*(("ok", f"weights {path}") for path in locate(request)[:2]), *_text_of(request)]
         except StagevarError as error:

@@ -86,7 +86,7 @@ class _Images:
 
     def __init__(self, model: LoadedModel, build: Callable[[str], Sampler] | None):
         from stagevar.sampling.sampler import Sampler
-        from stagevar.schedule.stage_schedule import exact
+        from stagevar.schedule import exact
 
         self.build = build or (lambda name: Sampler(model, engine=name))
         self.steps = exact(len(model.grids)).expand(model.grids, len(model.transformer.chunk_layers))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from stagevar.models.base import LoadedModel
     from stagevar.sampling.sampler import Sampler
-    from stagevar.schedule.stage_schedule import Steps
+    from stagevar.schedule import Steps
 
 #: Mean absolute difference of pixels, as a share of their range, up to which an image equals eager's.
 TOLERANCE = 0.01

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stagevar.profile.profile import SCHEMA, SECTIONS, Envelope, Profile
-from stagevar.schedule.stage_schedule import ACCELERATORS, BOTH, PRECISIONS, StageSchedule
+from stagevar.schedule import ACCELERATORS, BOTH, PRECISIONS, StageSchedule
 
 #: A JSON Schema as plain data.
 Schema = dict[str, object]

@@ -7,10 +7,10 @@ import itertools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from stagevar.errors import UsageError
-from stagevar.profile.profile import Profile, present_envelope
+from stagevar.profile.envelope import Envelope, present_envelope
 from stagevar.prompts.requests import check_negatives, check_prompts, check_seeds
 from stagevar.sections import shown
 
@@ -18,8 +18,20 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from stagevar.models.base import LoadedModel
     from stagevar.sampling.sampler import Sampler
     from stagevar.schedule import Steps
+
+
+class DeployedSchedule(Protocol):
+    """What drawing needs of a profile (`stagevar.profile.Profile`)."""
+
+    @property
+    def envelope(self) -> Envelope: ...
+
+    def expand(self, model: LoadedModel) -> Steps: ...
+
+    def warnings_here(self, present: Envelope) -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -41,7 +53,7 @@ class Pipeline:
     Warns (UserWarning) about everything that differs from where the profile was measured.
     """
 
-    profile: Profile
+    profile: DeployedSchedule
     sampler: Sampler
     batch: int = 0
     threads: int | None = None

@@ -14,15 +14,15 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from stagevar.errors import ProfileError, StagevarError
 from stagevar.files import write_text_atomically
+from stagevar.profile.envelope import Envelope
 from stagevar.profile.sections import (
     BaselineSection,
-    CardSection,
     ConstraintsSection,
     EngineSection,
     LatencySection,
@@ -31,12 +31,11 @@ from stagevar.profile.sections import (
     QualitySection,
     SamplingSection,
 )
-from stagevar.schedule.stage_schedule import LowRank, ScaleStep, StageSchedule, Steps
+from stagevar.schedule import LowRank, ScaleStep, StageSchedule, Steps
 from stagevar.sections import read_section, read_value, section_data, shortened, shown
 from stagevar.yaml_files import read_yaml
 
 if TYPE_CHECKING:
-    from stagevar.card_state import CardState
     from stagevar.models.base import LoadedModel
     from stagevar.profile.pipeline import Pipeline
 
@@ -53,37 +52,6 @@ SECTIONS: dict[str, Any] = {
     "provenance": ProvenanceSection,
     "engine": EngineSection,
 }
-
-
-@dataclass(frozen=True)
-class Envelope:
-    """Where the figures were measured and hold. card: None on a CPU, where NVML is missing, and in profiles of before."""
-
-    device: str
-    dtype: str
-    batch: int
-    engine: Literal["eager", "compiled", "graph", "graph-compiled", "graph-kernels"]
-    threads: int | None
-    torch: str
-    card: CardSection | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in (("batch", self.batch), ("threads", self.threads)):
-            if value is not None and value < 1:
-                raise ProfileError(f"envelope.{name} {value} must be at least 1")
-
-    def differences(self, other: Envelope) -> list[str]:
-        """What differs between this (measured) and another (present) envelope, one phrase each."""
-        names = (f.name for f in dataclasses.fields(self) if f.name != "card")
-        pairs = ((name, getattr(self, name), getattr(other, name)) for name in names)
-        found = [f"{name} {there!r} instead of {here!r}" for name, here, there in pairs if here != there]
-        known = self.card is not None and other.card is not None
-        return [*found, *(self.card.differences(other.card) if known else ())]  # type: ignore[union-attr,arg-type]
-
-    def to_dict(self) -> dict[str, object]:
-        """Plain data."""
-        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "card"}
-        return data if self.card is None else {**data, "card": section_data(self.card)}
 
 
 @dataclass(frozen=True)
@@ -241,28 +209,6 @@ class Profile:
             return engine
         warnings.warn(f"engine {engine} needs a CUDA device, not {device}; falling back to engine eager", stacklevel=3)
         return "eager"
-
-
-def present_envelope(model: LoadedModel, batch: int, threads: int | None, engine: str = "eager") -> Envelope:
-    """The envelope of this process for a model. `threads` is what latency was or will be measured with (CPU)."""
-    import torch
-
-    from stagevar.card_state import read_card
-
-    card = None
-    if model.device.type == "cuda":
-        device, threads = torch.cuda.get_device_name(model.device), None
-        state = read_card(model.device)
-        card = None if state is None else card_section(state)
-    else:
-        device = model.device.type
-    dtype = str(model.dtype).removeprefix("torch.")
-    return Envelope(device, dtype, batch, engine, threads, str(torch.__version__), card)
-
-
-def card_section(state: CardState) -> CardSection:
-    """What an envelope keeps of a reading."""
-    return CardSection(**{f.name: getattr(state, f.name) for f in dataclasses.fields(CardSection)})
 
 
 def steps_to_data(steps: Steps) -> list[dict[str, Any]]:

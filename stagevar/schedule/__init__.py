@@ -1,24 +1,9 @@
 """Schedules as data: parameters, their expansion to one step per scale, presets, published settings, ranks, grids."""
 
-from stagevar.schedule.stage_schedule import (
-    ACCELERATORS,
-    BOTH,
-    PLUGGED_ACCELERATORS,
-    PRECISIONS,
+from stagevar.schedule.presets import (
     PRESETS,
-    UNDECIDED_SCALES,
-    Branch,
-    Decision,
-    LowRank,
-    Pivotal,
-    Plugged,
-    ScaleStep,
-    StageSchedule,
-    Steps,
-    accelerator_names,
     exact,
     fastvar,
-    kept_tokens,
     paper,
     preset,
     released,
@@ -26,6 +11,16 @@ from stagevar.schedule.stage_schedule import (
     skipvar,
     structure_boundary,
 )
+from stagevar.schedule.stage_schedule import (
+    ACCELERATORS,
+    PLUGGED_ACCELERATORS,
+    PRECISIONS,
+    UNDECIDED_SCALES,
+    StageSchedule,
+    accelerator_names,
+    kept_tokens,
+)
+from stagevar.schedule.steps import BOTH, Branch, Decision, LowRank, Pivotal, Plugged, ScaleStep, Steps
 
 __all__ = [
     "ACCELERATORS",

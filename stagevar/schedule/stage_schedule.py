@@ -18,21 +18,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from stagevar import plugins
 from stagevar.errors import ScheduleError
 from stagevar.schedule.grids import Grid
 from stagevar.schedule.ranks import RankTable, rank, ratios_for_energy
+from stagevar.schedule.steps import BOTH, Branch, Decision, LowRank, Pivotal, Plugged, Reduction, ScaleStep, Steps
 
-if TYPE_CHECKING:
-    from stagevar.schedule.published import PublishedSettings
-
-Branch = Literal["cond", "uncond"]
-BOTH: tuple[Branch, ...] = ("cond", "uncond")
-STAGES = ("semantic", "structure", "fidelity")
 #: How tokens are reduced where a schedule keeps fewer than all: not at all, by projection, by pruning.
 ACCELERATORS = ("exact", "stagevar", "fastvar")
 #: Group of entry points in which packages offer further ones (stagevar.accelerators.plugged).
@@ -43,110 +38,8 @@ PRECISIONS = ("model", "int8", "fp8")
 UNDECIDED_SCALES = 3
 
 
-@dataclass(frozen=True)
-class LowRank:
-    """Random projection of the token axis and representative token restoration.
-
-    ranks: one per chunk (site "chunk") or a single one (site "trunk"). projection: "gaussian" mixes tokens, "rows"
-    keeps the drawn ones. rope: positions of the r tokens, the scale's "first" r or the drawn "index".
-    """
-
-    ranks: tuple[int, ...]
-    projection: str = "gaussian"
-    rope: str = "first"
-    site: str = "chunk"
-
-
-@dataclass(frozen=True)
-class Pivotal:
-    """FastVAR's cached token pruning: each sublayer of these layers runs on its `kept` most deviating tokens.
-
-    The pruned tokens take the branch output of scale `cache_scale`, area-resized. Layers are [first, stop); a stop
-    beyond the model's depth means its last layer.
-    """
-
-    kept: int
-    layers: tuple[int, int]
-    cache_scale: int
-
-
-@dataclass(frozen=True)
-class Plugged(Pivotal):
-    """The same places and tokens, reduced by the accelerator that an installed package offers under this name."""
-
-    accelerator: str = ""
-
-
-Reduction = LowRank | Pivotal
-
-
-@dataclass(frozen=True)
-class Decision:
-    """Every image's continuation is chosen after this scale, from the partial image before and after it.
-
-    rule: name of a packaged classifier or path of a refitted one. outcomes: (name, steps of all later scales) pairs;
-    the first is the fullest and is what the schedule states for those scales.
-    """
-
-    rule: str
-    outcomes: tuple[tuple[str, tuple[ScaleStep, ...]], ...]
-
-    def continuation(self, outcome: str) -> tuple[ScaleStep, ...]:
-        """Steps of one outcome. Raises KeyError for an unknown name."""
-        return dict(self.outcomes)[outcome]
-
-
-@dataclass(frozen=True)
-class ScaleStep:
-    """What happens at one scale, fully decided and hashable. `stage` is a label and does not make steps differ.
-
-    keeps: layers [first, stop) whose sublayer outputs a later Pivotal step restores from. decision: what follows this
-    scale is chosen per image. precision: of the blocks' matrix products. fuse_layer: when above 0, layers [0, fuse_layer)
-    run both branches, guidance then mixes their streams, and the other layers and the head run the conditional rows alone.
-    """
-
-    scale: int
-    grid: Grid
-    branches: tuple[Branch, ...] = BOTH
-    reduction: Reduction | None = None
-    skipped: bool = False
-    stage: str = field(default="fidelity", compare=False)
-    keeps: tuple[int, int] | None = None
-    decision: Decision | None = None
-    precision: str = "model"
-    fuse_layer: int = 0
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the full grid."""
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def rest(self) -> ScaleStep:
-        """The step as it is behind its fusing layer: the conditional branch alone."""
-        return dataclasses.replace(self, branches=BOTH[:1], fuse_layer=0)
-
-    def branches_at(self, layer: int) -> tuple[Branch, ...]:
-        """The branches that a layer runs."""
-        return self.rest.branches if 0 < self.fuse_layer <= layer else self.branches
-
-    def processed_tokens(self, chunks: int = 1) -> float:
-        """Token rows that enter the trunk, averaged over chunks: the cost proxy when nothing was measured."""
-        if self.skipped:
-            return 0.0
-        tokens: float = self.tokens
-        if isinstance(self.reduction, LowRank):
-            tokens = sum(self.reduction.ranks) / len(self.reduction.ranks)
-        elif isinstance(self.reduction, Pivotal):
-            tokens = self.reduction.kept
-        return tokens * len(self.branches)
-
-
-Steps = tuple[ScaleStep, ...]
-_Choice = TypeVar("_Choice", bound=str)
-
-
-def _choose(name: str, value: Any, choices: Sequence[str]) -> None:
+def choose(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raises ScheduleError for a value that is none of the choices."""
     if value not in choices:
         near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.0)[0]
         raise ScheduleError(f"{name} {value!r} is not one of {', '.join(choices)} (nearest: {near})")
@@ -219,11 +112,11 @@ class StageSchedule:
             _integer("cfg_delay", self.cfg_delay, 0)
         _integer("rank_delay", self.rank_delay, 0)
         _integer("fuse_layer", self.fuse_layer, 0)
-        _choose("branch", self.branch, BOTH)
-        _choose("projection", self.projection, ("gaussian", "rows"))
-        _choose("rope", self.rope, ("first", "index"))
-        _choose("site", self.site, ("chunk", "trunk"))
-        _choose("precision", self.precision, PRECISIONS)
+        choose("branch", self.branch, BOTH)
+        choose("projection", self.projection, ("gaussian", "rows"))
+        choose("rope", self.rope, ("first", "index"))
+        choose("site", self.site, ("chunk", "trunk"))
+        choose("precision", self.precision, PRECISIONS)
         if self.rank_ratios is not None and self.energy is not None:
             raise ScheduleError(f"rank_ratios and energy {self.energy} are both given; keep one")
         if self.energy is not None:
@@ -249,7 +142,7 @@ class StageSchedule:
             object.__setattr__(self, "accelerator", tuple(self.accelerator))
         for name in self.accelerator if isinstance(self.accelerator, tuple) else (self.accelerator,):
             if name not in ACCELERATORS:
-                _choose("accelerator", name, accelerator_names())
+                choose("accelerator", name, accelerator_names())
         if not isinstance(self.layers, list | tuple) or len(self.layers) != 2:
             raise ScheduleError(f"layers {self.layers!r} must be two layer numbers, first and stop")
         first, stop = self.layers
@@ -414,109 +307,3 @@ def kept_tokens(ratio: float, tokens: int) -> int:
 
 def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-def exact(scales: int) -> StageSchedule:
-    """The full schedule: guidance and every token at every scale."""
-    return StageSchedule(structure_end=scales)
-
-
-def paper(grids: Sequence[Grid], published: PublishedSettings | None = None) -> StageSchedule:
-    """StageVAR's setting: as published for the model's family at these scales, else carried over to them.
-
-    Carried over, the scales wider than half the last one are accelerated (sides 40, 48, 64 of Infinity): null branch only,
-    Gaussian projection per chunk, the mean ratios of the published table.
-    """
-    if published is not None and len(grids) == published.scales:
-        return published.paper
-    start = structure_boundary(grids)
-    return StageSchedule(
-        structure_end=start, semantic_end=min(len(grids) // 2, start), cfg_delay=0, rank_ratios=(0.177, 0.157, 0.049)
-    )
-
-
-def released(grids: Sequence[Grid], published: PublishedSettings | None = None) -> StageSchedule:
-    """The released code's setting: as published, else `paper` without the last scales (two of ten or more, one of fewer)."""
-    if published is not None and len(grids) == published.scales:
-        return published.released
-    count = 2 if len(grids) >= 10 else 1
-    return dataclasses.replace(paper(grids), skip=tuple(range(len(grids) - count, len(grids))))
-
-
-def fastvar(grids: Sequence[Grid]) -> StageSchedule:
-    """FastVAR's released setting, by position: 60 %, then 50 % of the tokens on the two scales before the skipped ones.
-
-    Skipped are the last two of 13 scales, one of fewer than ten. On Infinity's square 1M grids these are the sides 32,
-    40 and 48, 64, with the cache at side 24.
-    """
-    scales = len(grids)
-    skipped = 2 if scales >= 10 else 1
-    return StageSchedule(
-        structure_end=max(1, scales - skipped - 2),
-        accelerator="fastvar",
-        rank_ratios=(0.6, 0.5),
-        skip=tuple(range(scales - skipped, scales)),
-    )
-
-
-def skipvar(grids: Sequence[Grid], decision: str = "ssim-0.84") -> StageSchedule:
-    """SkipVAR: everything in full up to the fourth last scale, then one of seven continuations per image."""
-    return StageSchedule(structure_end=len(grids), decision=decision)
-
-
-def conditional(grids: Sequence[Grid]) -> StageSchedule:
-    """Every token, but the null branch is dropped where the fidelity stage starts (what analysis proposes for nano)."""
-    return StageSchedule(structure_end=structure_boundary(grids), cfg_delay=0, branch="cond")
-
-
-def focusvar(grids: Sequence[Grid]) -> StageSchedule:
-    """FocusVAR's setting on HART, by position: fused at the third last scale after five layers, then conditional only."""
-    return StageSchedule(structure_end=max(1, len(grids) - 3), cfg_delay=0, branch="cond", fuse_layer=5)
-
-
-def skip_inner(grids: Sequence[Grid], conditional: int = 1) -> StageSchedule:
-    """The last scale but one is not run; the conditional branch runs alone over the last `conditional` scales."""
-    scales = len(grids)
-    return StageSchedule(structure_end=max(1, scales - conditional), cfg_delay=0, branch="cond", skip=(scales - 2,))
-
-
-def skip_only(grids: Sequence[Grid], count: int = 1) -> StageSchedule:
-    """Full guidance and tokens, the last `count` scales not run."""
-    scales = len(grids)
-    return StageSchedule(structure_end=scales - count, skip=tuple(range(scales - count, scales)))
-
-
-def structure_boundary(grids: Sequence[Grid]) -> int:
-    """First scale wider than half of the last one, by area: where the paper's fidelity stage starts on Infinity."""
-    final = grids[-1][0] * grids[-1][1]
-    return next(s for s, (h, w) in enumerate(grids) if 4 * h * w > final)
-
-
-#: Named schedules carried to any scales: what `bench --compare` and a study's first trials take. `preset` knows besides what
-#: was published for a model's family.
-PRESETS: dict[str, Callable[[Sequence[Grid]], StageSchedule]] = {
-    "exact": lambda grids: exact(len(grids)),
-    "stagevar-paper": paper,
-    "stagevar-released": released,
-    "conditional": conditional,
-    "conditional-1": lambda grids: StageSchedule(structure_end=len(grids) - 1, cfg_delay=0, branch="cond"),
-    "conditional-3": lambda grids: StageSchedule(structure_end=max(1, len(grids) - 3), cfg_delay=0, branch="cond"),
-    "fastvar": fastvar,
-    "skipvar": skipvar,
-    "focusvar": focusvar,
-    "skip-inner": skip_inner,
-    "skip-inner-3": lambda grids: skip_inner(grids, 3),
-    "skip-1": skip_only,
-    "skip-2": lambda grids: skip_only(grids, 2),
-}
-
-
-def preset(name: str, grids: Sequence[Grid], published: PublishedSettings | None = None) -> StageSchedule:
-    """A named schedule for a model's grids, with what was published for its family (`stagevar.models.registry.published`).
-
-    Raises ScheduleError that names the nearest preset.
-    """
-    _choose("schedule", name, tuple(PRESETS))
-    if name == "stagevar-paper":
-        return paper(grids, published)
-    return released(grids, published) if name == "stagevar-released" else PRESETS[name](grids)

@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import pickle
-import shutil
 import struct
 import zlib
 from abc import ABC, abstractmethod
@@ -28,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stagevar.errors import UsageError, WeightsError
+from stagevar.errors import WeightsError
 from stagevar.models.checkpoint.kinds import kind_in_safetensors, kind_of, kind_of_dtype
 from stagevar.models.checkpoint.names import bare_names, without_wrappers
 from stagevar.models.checkpoint.state_dicts import find_state_dict
@@ -36,7 +35,7 @@ from stagevar.models.checkpoint.state_dicts import find_state_dict
 #: key -> dtype of that weight on the device; see `block_precision`.
 Precision = Callable[[str], torch.dtype]
 
-_SHARD_BYTES = 4 * 2**30
+SHARD_BYTES = 4 * 2**30
 #: File names of transformers and diffusers, the preferred first.
 _STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
@@ -482,7 +481,7 @@ def _random_scale(key: str, shape: tuple[int, ...]) -> tuple[float, float]:
 # -------------------------------------------------------------------------------------------------- converting
 
 
-def save_weights(module: nn.Module, folder: Path, stem: str, shard_bytes: int = _SHARD_BYTES) -> list[Path]:
+def save_weights(module: nn.Module, folder: Path, stem: str, shard_bytes: int = SHARD_BYTES) -> list[Path]:
     """Writes a module as `stem`.safetensors, or as shards plus `stem`.safetensors.index.json above `shard_bytes`.
 
     One shard at a time is copied to memory. Returns the files to open (the index first when there is one).
@@ -512,55 +511,3 @@ def save_weights(module: nn.Module, folder: Path, stem: str, shard_bytes: int = 
         index.write_text(json.dumps({"weight_map": weight_map}, indent=1))
         paths.insert(0, index)
     return paths
-
-
-def convert(
-    model: str,
-    out: Path | str,
-    *,
-    weights: Path | str | None = None,
-    tokenizer: Path | str | None = None,
-    dtype: str | None = None,
-    shard_bytes: int = _SHARD_BYTES,
-) -> list[Path]:
-    """Writes a model's files once as safetensors, which then load memory-mapped with `weights=out`.
-
-    Args:
-        model: registry name. out: a folder that does not exist or is empty; it appears only when everything is written.
-        weights, tokenizer: as for `load_model`; None fetches the public files.
-        dtype: of the transformer blocks and the tokenizer ("bfloat16" halves the size); None keeps the files'.
-
-    Returns the written files. Raises UsageError for an `out` in use, WeightsError as loading does.
-    """
-    from stagevar.models.hub import sha256_files
-    from stagevar.models.loading import MARK, locate
-    from stagevar.models.registry import model_parts, resolve
-
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"output {out} already exists; name a new folder")
-    if not out.absolute().parent.is_dir():
-        raise UsageError(f"output {out}: folder {out.absolute().parent} does not exist")
-    request = resolve(model, weights=weights, tokenizer=tokenizer, device="cpu", dtype=dtype)
-    if request.random:
-        raise UsageError("random weights are made on the fly; there is nothing to convert")
-    parts = model_parts(request)
-    transformer_path, tokenizer_path, sources = locate(request)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    read: list[Path] = []
-    jobs = (("transformer", parts.transformer, transformer_path), ("tokenizer", parts.tokenizer, tokenizer_path))
-    try:
-        for stem, part, path in jobs:
-            precision = part.precision if dtype else None
-            read += load_into(part.module, path, what=f"{model} ({stem})", rules=part.rules, precision=precision)
-            save_weights(part.module, partial, stem, shard_bytes)
-        mark = {"model": model, "dtype": dtype or "as in the files", "sources": sources, "sha256": sha256_files(read)}
-        (partial / MARK).write_text(json.dumps(mark, indent=1) + "\n")
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if out.exists():
-        out.rmdir()
-    partial.rename(out)
-    return sorted(out.iterdir())

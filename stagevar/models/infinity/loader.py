@@ -16,7 +16,8 @@ from stagevar.models.checkpoint.weights import BSQVAE_RULES, INFINITY_RULES, blo
 from stagevar.models.infinity.text import RandomText, T5Text
 from stagevar.models.infinity.tokenizer import BSQVAE
 from stagevar.models.infinity.transformer import Infinity, InfinityConfig
-from stagevar.models.loading import Part, Parts, assemble, default_sampling, fill, made_up_text, text_beside
+from stagevar.models.loading import assemble, default_sampling, fill, made_up_text, text_beside
+from stagevar.models.parts import Part, Parts
 from stagevar.models.registry import LoadRequest
 from stagevar.models.variants import variant
 from stagevar.schedule.grids import infinity_grids

@@ -9,7 +9,8 @@ import torch
 from stagevar.errors import UsageError
 from stagevar.models.base import LoadedModel, NextScaleModel, Sampling, TextEncoder
 from stagevar.models.checkpoint.weights import STAR_RULES, VAR_RULES, block_precision
-from stagevar.models.loading import Part, Parts, assemble, default_sampling, fill, made_up_text, text_beside
+from stagevar.models.loading import assemble, default_sampling, fill, made_up_text, text_beside
+from stagevar.models.parts import Part, Parts
 from stagevar.models.registry import LoadRequest
 from stagevar.models.star.text import ClipText, RandomClipText
 from stagevar.models.star.transformer import STAR, STARConfig
