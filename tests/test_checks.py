@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from stagevar.cli.console import report_errors
+from stagevar.console import report_errors
 from stagevar.errors import InfrastructureError, UsageError
 from stagevar.prompts.seeds import in_32_bits, non_negative
 from tuner import cli
@@ -232,7 +232,7 @@ def test_ctrl_c_is_one_line_and_130(capsys):
 
 INTERRUPTED = """
 import os, signal, sys
-from stagevar.cli.console import report_errors
+from stagevar.console import report_errors
 def run():
     try:
         os.kill(os.getpid(), signal.SIGINT)
@@ -258,7 +258,7 @@ def test_ctrl_c_while_the_modules_of_a_command_load_is_one_line(monkeypatch, cap
         module, function = place.split(":")
         entry = getattr(importlib.import_module(module), function)
         with monkeypatch.context() as patch:
-            patch.setattr("stagevar.cli.console.importlib.import_module", interrupted)
+            patch.setattr("stagevar.console.importlib.import_module", interrupted)
             assert entry() == 130
         assert capsys.readouterr().err.startswith(f"{command}: stopped;")
         with monkeypatch.context() as patch:

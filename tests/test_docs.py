@@ -93,7 +93,7 @@ def commands():
 @pytest.mark.parametrize("words", commands())
 def test_shell_blocks_parse(words, monkeypatch):
     monkeypatch.setattr(
-        "stagevar.cli.console._existing", lambda path, what: path
+        "stagevar.cli.arguments._existing", lambda path, what: path
     )  # the files of examples are the reader's
     parsers = {"stagevar": stagevar_cli.build_parser, "stagevar-eval": eval_cli.build_parser}
     if words[0] in parsers:

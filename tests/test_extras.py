@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from stagevar import __version__, extras
-from stagevar.cli.console import report_errors
+from stagevar.console import report_errors
 from tests.test_house import ROOT, imports, modules, run_without
 from tuner.cli import doctor
 

@@ -22,7 +22,7 @@ import pytest
 from PIL import Image
 
 from stagevar.cli import command as stagevar_cli
-from stagevar.cli.console import LONGEST_LINE
+from stagevar.console import LONGEST_LINE
 from stagevar.models.registry import LoadRequest, model_parts, resolve
 from tests.test_profile import make
 from tuner import cli as tuner_cli

@@ -1,6 +1,6 @@
 """Entry points of `stagevar-tune` and `stagevar-eval`: Ctrl-C is one line also while their modules load."""
 
-from stagevar.cli.console import start
+from stagevar.console import start
 
 
 def tune() -> int:

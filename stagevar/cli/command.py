@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from stagevar import __version__, extras
 from stagevar.choices import ENGINE_OPTIONS, check_engine, check_threads, check_weights
-from stagevar.cli.console import (
+from stagevar.cli.arguments import (
     MOST,
     Parser,
     between,
@@ -23,9 +23,9 @@ from stagevar.cli.console import (
     name_value,
     path_value,
     positive_int,
-    report_errors,
     whole_number,
 )
+from stagevar.console import report_errors
 from stagevar.errors import UsageError
 from stagevar.files import check_output, check_output_folder, write_atomically, writing
 from stagevar.prompts.requests import check_negatives, check_prompts

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from stagevar import extras
-from stagevar.cli.console import Parser, report_errors
+from stagevar.cli.arguments import Parser
+from stagevar.console import report_errors
 from stagevar.errors import UsageError, did_you_mean
 from tuner.cli import tune
 from tuner.cli.options import PROG, add_output_options

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stagevar import extras, plugins
-from stagevar.cli.console import Parser, name_value, path_value
+from stagevar.cli.arguments import Parser, name_value, path_value
 from stagevar.errors import StagevarError
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stagevar.choices import ENGINE_OPTIONS
-from stagevar.cli.console import Parser, name_value, path_value, positive_int, whole_number
+from stagevar.cli.arguments import Parser, name_value, path_value, positive_int, whole_number
 from stagevar.models import registry
 from tuner.config.space import PROMPT_SOURCES
 

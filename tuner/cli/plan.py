@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stagevar.cli.console import MOST
+from stagevar.cli.arguments import MOST
 from stagevar.errors import UsageError
 from stagevar.files import check_output_folder
 from stagevar.models import registry

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from stagevar.cli.console import Parser, path_value
+from stagevar.cli.arguments import Parser, path_value
 from tuner.cli.console import announce, write_derived
 
 

@@ -7,7 +7,7 @@ import json
 import shlex
 from pathlib import Path
 
-from stagevar.cli.console import Parser, path_value
+from stagevar.cli.arguments import Parser, path_value
 from stagevar.errors import UsageError
 from tuner.cli import tune
 from tuner.config import checks

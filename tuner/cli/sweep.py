@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stagevar.cli.console import Parser, name_value, path_value
+from stagevar.cli.arguments import Parser, name_value, path_value
 from stagevar.errors import InfrastructureError
 from tuner.cli import tune
 from tuner.cli.options import PROG

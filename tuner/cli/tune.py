@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from stagevar import __version__, plugins
 from stagevar.choices import processors
-from stagevar.cli.console import STOPPED, Parser, name_value, path_value, positive_int
+from stagevar.cli.arguments import Parser, name_value, path_value, positive_int
+from stagevar.console import STOPPED
 from stagevar.errors import EXIT_CODES, UsageError
 from stagevar.models.registry import MODELS, SPECS
 from stagevar.profile.sections import EngineSection

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stagevar.cli.console import Parser, path_value
+from stagevar.cli.arguments import Parser, path_value
 from stagevar.errors import UsageError
 from tuner.cli import tune
 from tuner.cli.options import add_study_options

@@ -9,7 +9,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from stagevar.cli.console import Parser, report_errors
+from stagevar.cli.arguments import Parser
+from stagevar.console import report_errors
 from tuner.evalkit.delivery import check_outputs, version_of
 from tuner.evalkit.verbs import dpg, geneval, images, pairs, preference, prompts
 

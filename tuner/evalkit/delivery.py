@@ -13,7 +13,7 @@ from importlib import metadata as package_metadata
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from stagevar.cli.console import Parser, file_value
+from stagevar.cli.arguments import Parser, file_value
 from stagevar.errors import UsageError
 from stagevar.files import check_output, write_text_atomically, writing
 from stagevar.folders import visible_files

@@ -6,9 +6,7 @@ import argparse
 import dataclasses
 from typing import Any
 
-from stagevar.cli.console import (
-    existing_file,
-)
+from stagevar.cli.arguments import existing_file
 from stagevar.errors import UsageError
 from tuner.evalkit.delivery import Verbs, add_verb, deliver
 

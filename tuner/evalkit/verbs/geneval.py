@@ -5,11 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from stagevar.cli.console import (
-    between,
-    existing_file,
-    positive_int,
-)
+from stagevar.cli.arguments import between, existing_file, positive_int
 from tuner.evalkit.delivery import Verbs, add_verb, deliver
 
 _HELP = """\

@@ -7,11 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from stagevar import plugins
-from stagevar.cli.console import (
-    existing_folder,
-    existing_path,
-    positive_int,
-)
+from stagevar.cli.arguments import existing_folder, existing_path, positive_int
 from stagevar.errors import UsageError
 from stagevar.files import check_output
 from stagevar.sections import shown

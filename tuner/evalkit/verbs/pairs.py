@@ -5,14 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from stagevar.cli.console import (
-    existing_folder,
-    existing_path,
-    file_value,
-    name_value,
-    positive_int,
-    whole_number,
-)
+from stagevar.cli.arguments import existing_folder, existing_path, file_value, name_value, positive_int, whole_number
 from stagevar.files import write_text_atomically, writing
 from tuner.evalkit.delivery import Verbs, add_verb, deliver
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from stagevar.cli.console import (
-    between,
-    existing_file,
-)
+from stagevar.cli.arguments import between, existing_file
 from tuner.evalkit.delivery import Verbs, add_verb, deliver
 
 

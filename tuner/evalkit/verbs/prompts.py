@@ -8,14 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stagevar.cli.console import (
-    existing_file,
-    existing_path,
-    file_value,
-    name_value,
-    positive_int,
-    whole_number,
-)
+from stagevar.cli.arguments import existing_file, existing_path, file_value, name_value, positive_int, whole_number
 from stagevar.errors import UsageError
 from stagevar.sections import shown
 from tuner.evalkit.delivery import Verbs, add_verb, deliver

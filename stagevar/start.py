@@ -1,6 +1,6 @@
 """Entry point of `stagevar`: Ctrl-C is one line from the first moment, also while the command's modules load."""
 
-from stagevar.cli.console import start
+from stagevar.console import start
 
 
 def main() -> int:

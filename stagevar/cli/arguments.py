@@ -1,0 +1,132 @@
+"""The parser of every command, whose errors are one line, and the types of its options' values."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import stat
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from stagevar.errors import UsageError, did_you_mean
+from stagevar.sections import shortened, shown
+
+#: The largest count that an option takes; more would fill the memory before anything runs.
+MOST = 1_000_000
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line with exit code 2, for `report_errors` to print."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UsageError."""
+        raise UsageError(shortened(f"{message} (see {self.prog} --help)"))
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """The arguments; an unknown option is named with the nearest known one. Raises UsageError."""
+        args, rest = self.parse_known_args(argv)
+        if rest:
+            known = [option for action in self._actions for option in action.option_strings]
+            self.error(f"unknown option {rest[0]!r}{did_you_mean(rest[0].split('=')[0], known, cutoff=0.4)}")
+        return args
+
+
+def positive_int(text: str) -> int:
+    """A whole number from 1 to MOST."""
+    value = _whole(text)
+    if value is None or value < 1:
+        raise argparse.ArgumentTypeError(f"{shown(text)} must be a whole number of at least 1")
+    if value > MOST:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is too large; at most {MOST}")
+    return value
+
+
+def whole_number(text: str) -> int:
+    """A whole number of any sign and size, such as a seed."""
+    value = _whole(text)
+    if value is None:
+        raise argparse.ArgumentTypeError(f"{shown(text)} must be a whole number")
+    return value
+
+
+def _whole(text: str) -> int | None:
+    try:
+        return int(text)
+    except ValueError:
+        return None
+
+
+def finite_number(text: str) -> float:
+    """A number that is neither infinite nor NaN."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{shown(text)} must be a number")
+    return value
+
+
+def between(low: float, high: float, ends: bool = True) -> Callable[[str], float]:
+    """The type of numbers between two, which are among them or not."""
+
+    def value_of(text: str) -> float:
+        value = finite_number(text)
+        if not (low <= value <= high if ends else low < value < high):
+            wanted = f"be a number from {low:g} to {high:g}" if ends else f"lie between {low:g} and {high:g}"
+            raise argparse.ArgumentTypeError(f"{shown(text)} must {wanted}")
+        return value
+
+    return value_of
+
+
+def path_value(text: str) -> Path:
+    """The path of a file or folder."""
+    return Path(name_value(text))
+
+
+def file_value(text: str) -> Path:
+    """The path of a file; a slash at the end names a folder, which Path would forget."""
+    if text.endswith(("/", os.sep)) or text in (".", ".."):
+        raise argparse.ArgumentTypeError(f"{shown(text)} is a folder; name a file in it")
+    return path_value(text)
+
+
+def existing_path(text: str) -> Path:
+    """The path of a file or folder that is there."""
+    return _existing(path_value(text), "a file or folder")
+
+
+def existing_file(text: str) -> Path:
+    """The path of a file, device or pipe that is there."""
+    return _existing(file_value(text), "a file")
+
+
+def existing_folder(text: str) -> Path:
+    """The path of a folder that is there."""
+    return _existing(path_value(text), "a folder")
+
+
+def _existing(path: Path, what: str) -> Path:
+    named = shown(str(path))
+    try:
+        is_folder = stat.S_ISDIR(os.stat(path).st_mode)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise argparse.ArgumentTypeError(f"{named} cannot be read: {reason}; give {what} that exists") from None
+    if is_folder and what == "a file":
+        raise argparse.ArgumentTypeError(f"{named} is a folder; name a file in it")
+    if not is_folder and what == "a folder":
+        raise argparse.ArgumentTypeError(f"{named} is not a folder; name the folder that it lies in")
+    return path
+
+
+def name_value(text: str) -> str:
+    """Text that is not empty and that the system takes for a name."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is empty")
+    if "\0" in text:
+        raise argparse.ArgumentTypeError(f"{shown(text)} holds a null character")
+    return text
