@@ -138,8 +138,8 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def shortened(error: Exception) -> str:
-    """An error's message on one line, its middle left out where it repeats a value of any length."""
+def shortened(error: Exception | str) -> str:
+    """A message on one line, its middle left out where it repeats a value of any length."""
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else f"{text[:150]} ... {text[-140:]}"
 
