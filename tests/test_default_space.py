@@ -46,7 +46,9 @@ def test_a_default_space_fits_every_resolution_and_holds_the_carried_setting(mod
     assert nearest["cfg_delay"] == 0 and nearest["rank_delay"] == setting.rank_delay
     assert space.semantic_end == setting.semantic_end == space.parameters[0].low
     assert space.parameters[0].high == len(grids) - 1
-    expanded = {preset(name, grids, published(model)).expand(grids, CHUNKS) for name in space.enqueue}
+    row = published(model)
+    chunks = row.chunks if row and row.chunks > 1 else CHUNKS
+    expanded = {preset(name, grids, row).expand(grids, chunks) for name in space.enqueue}
     assert len(expanded) == len(space.enqueue) == 4 and space.enqueue[0] == "stagevar-paper"
 
 

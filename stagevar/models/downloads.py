@@ -12,8 +12,8 @@ from stagevar.models.loading import text_beside
 from stagevar.models.parts import Part
 from stagevar.models.registry import LoadRequest, model_parts
 
-#: Parameters of text encoders' repositories: flan-t5-xl with its decoder, Stable Diffusion 2.1's text model.
-_TEXT_PARAMETERS = {"infinity": 2_849_757_184, "star": 340_387_840}
+#: Parameters of text encoders' repositories: flan-t5-xl with its decoder, Stable Diffusion 2.1's text model, Qwen2's of 1.5 B.
+_TEXT_PARAMETERS = {"infinity": 2_849_757_184, "star": 340_387_840, "hart": 1_543_714_304}
 #: Files that are there when a folder of the hub is.
 _MARKS = ("model.safetensors.index.json", "pytorch_model.bin.index.json", "config.json", "text_encoder/config.json")
 

@@ -16,20 +16,24 @@ from stagevar.models.base import LoadedModel, NextScaleModel, Sampling, TextEnco
 from stagevar.models.checkpoint.weights import fit, randomize
 from stagevar.models.hub import HubFile
 from stagevar.models.parts import Parts
-from stagevar.models.registry import LoadRequest
+from stagevar.models.registry import LoadRequest, ModelSpec
 
 #: File that marks a folder written by `stagevar convert`.
 MARK = "stagevar.json"
 #: How a family's public files are named, transformer and tokenizer, so that a local pair under other names is found too.
 _FILE_NAMES = {
     "infinity": ("infinity_*", "infinity_vae*"),
+    "hart": ("hart_*", "hart_vae*"),
     "star": ("star_*", "vae_*"),
     "var": ("var_*", "vae_*"),
 }
+#: Where a copy of a family's whole repository has its transformer, from its root or from a folder in it, and its tokenizer.
+_IN_COPIES: dict[str, tuple[tuple[str, ...], str]] = {"hart": (("llm/ema_model.bin", "ema_model.bin"), "tokenizer")}
 #: Folders of a family's text encoder as they lie beside local weights, and what such a folder holds.
 _TEXT_FOLDERS = {
     "infinity": (("flan-t5-xl", "flan-t5-xl-official", "text"), "config.json"),
     "star": (("CLIP", "stable-diffusion-2-1", "text"), "text_encoder"),
+    "hart": (("Qwen2-VL-1.5B-Instruct", "text"), "config.json"),
 }
 
 
@@ -54,9 +58,12 @@ def _converted(folder: Path, stem: str) -> Path | None:
     return _first(folder, f"{stem}.safetensors.index.json", f"{stem}.safetensors")
 
 
-def _tokenizer_names(file: HubFile | None) -> tuple[str, ...]:
+def _tokenizer_names(spec: ModelSpec) -> tuple[str, ...]:
+    copies = (_IN_COPIES[spec.family][1],) if spec.family in _IN_COPIES else ()
+    if spec.tokenizer is None:
+        return copies
     # The reference's notebooks spell the d32 file with one underscore more than the hub does.
-    return () if file is None else (file.name, file.name.replace("d32reg", "d32_reg"))
+    return (spec.tokenizer.name, spec.tokenizer.name.replace("d32reg", "d32_reg"), *copies)
 
 
 def _named_alike(folder: Path, pattern: str, but: str = "") -> Path | None:
@@ -93,6 +100,23 @@ def made_up_text(request: LoadRequest, needed: str) -> None:
         )
 
 
+def local_transformer(request: LoadRequest) -> Path:
+    """Where the transformer's weights are, or should be, of a request that gives a path; fetches nothing.
+
+    Raises WeightsError where there is nothing at the path.
+    """
+    spec, given = request.spec, Path(request.weights or "")
+    if not given.exists():
+        raise WeightsError(f"no weights at {given}; give a file, a folder of shards, or 'random'")
+    found = None
+    if given.is_dir():
+        _check_mark(given, spec.name)
+        found = _converted(given, "transformer") or (spec.weights and _first(given, spec.weights.name))
+        found = found or _first(given, *_IN_COPIES.get(spec.family, ((), ""))[0])
+        found = found or _named_alike(given, *_FILE_NAMES.get(spec.family, ("transformer",)))
+    return found or given
+
+
 def locate(request: LoadRequest) -> tuple[Path, Path, dict[str, str]]:
     """Paths of the transformer's and the tokenizer's weights, and where they came from. Fetches what is not local."""
     spec, sources = request.spec, {}
@@ -107,23 +131,13 @@ def locate(request: LoadRequest) -> tuple[Path, Path, dict[str, str]]:
     if request.weights is None:
         transformer, near = public("weights", spec.weights), None
     else:
-        given = Path(request.weights)
-        if not given.exists():
-            raise WeightsError(f"no weights at {given}; give a file, a folder of shards, or 'random'")
+        transformer, given = local_transformer(request), Path(request.weights)
         near = given if given.is_dir() else given.parent
-        found = None
-        if given.is_dir():
-            _check_mark(given, spec.name)
-            found = _converted(given, "transformer") or (spec.weights and _first(given, spec.weights.name))
-            found = found or _named_alike(given, *_FILE_NAMES.get(spec.family, ("transformer",)))
-        transformer = found or given
     tokenizer = request.tokenizer
     if tokenizer is None and near is not None:
         # Shards lie in a folder of their own, so the tokenizer may be beside it.
         for folder in (near, near.parent):
-            tokenizer = (
-                tokenizer or _converted(folder, "tokenizer") or _first(folder, *_tokenizer_names(spec.tokenizer))
-            )
+            tokenizer = tokenizer or _converted(folder, "tokenizer") or _first(folder, *_tokenizer_names(spec))
     if tokenizer is None and near is not None and spec.family in _FILE_NAMES:
         tokenizer = _named_alike(near, _FILE_NAMES[spec.family][1])
     if tokenizer is None:

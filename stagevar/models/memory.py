@@ -145,7 +145,7 @@ def kv_cache_bytes(
     """
     from stagevar.tensors.cache import even, step_lengths
 
-    lengths = step_lengths(steps, transformer.chunk_layers)
+    lengths = step_lengths(steps, transformer.chunk_layers, transformer.prefix_tokens)
     entries = sum(sum(layers) for layers in (even(lengths) if alike else lengths).values())
     eight_bit = kv_cache == "int8"
     entry = transformer.heads * (transformer.head_dim + 4) if eight_bit else transformer.width * element
@@ -156,7 +156,12 @@ def working_bytes(transformer: NextScaleModel, steps: Steps, batch: int, element
     """Activations of the scale that needs most; arguments as for `kv_cache_bytes`."""
     from stagevar.tensors.cache import step_lengths
 
-    width, chunks, depth = transformer.width, transformer.chunk_layers, transformer.depth
+    width, chunks, depth, prefix = (
+        transformer.width,
+        transformer.chunk_layers,
+        transformer.depth,
+        transformer.prefix_tokens,
+    )
     hidden = 4 * width
     attention = 3 * width * element + 4 * width * 4 + width * element
     per_token = width * element + max(attention, 2 * hidden * element)
@@ -166,7 +171,7 @@ def working_bytes(transformer: NextScaleModel, steps: Steps, batch: int, element
         rows = len(step.branches) * batch
         widened = 0
         if kv_cache == "int8":
-            widened = 2 * width * element * max(map(max, step_lengths(steps[: index + 1], chunks).values()))
+            widened = 2 * width * element * max(map(max, step_lengths(steps[: index + 1], chunks, prefix).values()))
         return rows * (step.tokens * 8 * width + max(_reduced_tokens(step, depth)) * per_token + widened)
 
     return max(working(index) for index, step in enumerate(steps) if not step.skipped)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound="NextScaleModel")
 #: Layers that a scale runs on its tokens, by the last part of their name. Others inside blocks see the text once.
-_PRODUCTS = ("mat_qkv", "mat_q", "proj", "fc1", "fc2")
+_PRODUCTS = ("mat_qkv", "qkv_proj", "mat_q", "proj", "fc1", "fc2", "gate_proj", "up_proj", "down_proj")
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
 _DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 #: Rows that integer products need at least on a GPU.

@@ -3,8 +3,8 @@
 A family is a module with a builder; a model is one `ModelSpec` row that names it. Add a row here, call `register`, or
 offer the row by entry point (stagevar.plugins), and the model works in every command.
 
-Source: FoundationVision/Infinity, FoundationVision/VAR, Davinci-XLab/STAR-T2I: sizes, file names and default sampling
-(facts; 1B is the reference's infinity_layer24, 125M its infinity_layer12 with the d16 tokenizer).
+Source: FoundationVision/Infinity, FoundationVision/VAR, Davinci-XLab/STAR-T2I, mit-han-lab/hart: sizes, file names and default
+sampling (facts; 1B is the reference's infinity_layer24, 125M its infinity_layer12 with the d16 tokenizer).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from stagevar import plugins
 from stagevar.errors import UsageError
 from stagevar.models.hub import HubFile
 from stagevar.schedule.grids import STAR_SIDES, VAR_SIDES, Grid, infinity_grids, square
-from stagevar.schedule.published import INFINITY_SETTINGS, STAR_SETTINGS, PublishedSettings
+from stagevar.schedule.published import HART_SETTINGS, INFINITY_SETTINGS, STAR_SETTINGS, PublishedSettings
 
 if TYPE_CHECKING:
     import torch
@@ -178,6 +178,22 @@ def _star(name: str, pixels: int, file: str) -> ModelSpec:
     )  # fmt: skip
 
 
+_HART_REPO = "mit-han-lab/hart-0.7b-1024px"
+
+
+def _hart(name: str, summary: str, pixels: int, transformer: Mapping[str, object], **fields: Any) -> ModelSpec:
+    """A row of HART, with the sampling of its scripts: cfg 4.5; from 600 codes, and from 300 on the later scales."""
+    module, sides = "stagevar.models.hart.loader", STAR_SIDES[pixels]
+    return ModelSpec(
+        name, "hart", f"{module}:build", summary, (str(pixels),), guidance=1 + 4.5, temperature=1.0, top_k=600,
+        parts=f"{module}:parts", settings={"transformer": transformer, "sides": sides, **fields.pop("settings", {})},
+        scales=lambda _: square(sides), published=HART_SETTINGS, **fields,
+    )  # fmt: skip
+
+
+_HART_07B = {"depth": 24, "width": 1536, "heads": 24}
+_QWEN = HubFile("mit-han-lab/Qwen2-VL-1.5B-Instruct", "")
+
 _SPECS = (
     ModelSpec(
         "nano", "nano", "stagevar.models.nano.load:build", "the shipped model: colored shapes, made to run on two CPU cores",
@@ -221,6 +237,20 @@ _SPECS = (
     _vq(
         "star-tiny", "star", "a few layers of STAR on its 256 px scales; random weights only, for trying the tools",
         256, {**_TINY, "text_dim": 64}, settings=_TINY_VQ,
+    ),
+    _hart(
+        "hart-0.7b", "HART 0.7B, 1024 px", 1024, _HART_07B, weights=HubFile(_HART_REPO, "llm/ema_model.bin"),
+        tokenizer=HubFile(_HART_REPO, "tokenizer/"), text=_QWEN,
+    ),
+    _hart(
+        "hart-0.7b-512", "HART 0.7B, 512 px; architecture only, no public weights", 512, _HART_07B,
+        tokenizer=HubFile(_HART_REPO, "tokenizer/"), text=_QWEN,
+    ),
+    _hart(
+        "hart-tiny", "a few layers of HART on its 256 px scales; random weights only, for trying the tools", 256,
+        # As large as infinity-tiny: beside fewer layers the decoder would take most of the time, and nothing could be saved.
+        {"depth": 8, "width": 256, "heads": 8, "text_dim": 64, "text_tokens": 32, "head_width": 128, "head_depth": 2},
+        settings=_TINY_VQ,
     ),
     _var(16, 256, "310M"),
     _var(20, 256, "600M"),

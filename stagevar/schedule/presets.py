@@ -42,13 +42,15 @@ def released(grids: Sequence[Grid], published: PublishedSettings | None = None) 
     return dataclasses.replace(paper(grids), skip=tuple(range(len(grids) - count, len(grids))))
 
 
-def fastvar(grids: Sequence[Grid]) -> StageSchedule:
-    """FastVAR's released setting, by position: 60 %, then 50 % of the tokens on the two scales before the skipped ones.
+def fastvar(grids: Sequence[Grid], published: PublishedSettings | None = None) -> StageSchedule:
+    """FastVAR's released setting: as published for the family, else Infinity's by position.
 
-    Skipped are the last two of 13 scales, one of fewer than ten. On Infinity's square 1M grids these are the sides 32,
-    40 and 48, 64, with the cache at side 24.
+    That is 60 %, then 50 % of the tokens on the two scales before the skipped ones. Skipped are the last two of 13 scales,
+    one of fewer than ten. On Infinity's square 1M grids these are the sides 32, 40 and 48, 64, with the cache at side 24.
     """
     scales = len(grids)
+    if published is not None and published.fastvar is not None and scales == published.scales:
+        return published.fastvar
     skipped = 2 if scales >= 10 else 1
     return StageSchedule(
         structure_end=max(1, scales - skipped - 2),
@@ -116,6 +118,5 @@ def preset(name: str, grids: Sequence[Grid], published: PublishedSettings | None
     Raises ScheduleError that names the nearest preset.
     """
     choose("schedule", name, tuple(PRESETS))
-    if name == "stagevar-paper":
-        return paper(grids, published)
-    return released(grids, published) if name == "stagevar-released" else PRESETS[name](grids)
+    by_family = {"stagevar-paper": paper, "stagevar-released": released, "fastvar": fastvar}
+    return by_family[name](grids, published) if name in by_family else PRESETS[name](grids)

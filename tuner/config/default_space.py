@@ -94,7 +94,8 @@ def _presets(grids: Sequence[Grid], spec: ModelSpec) -> list[str]:
     expanded: dict[Any, str] = {}
     for name in _PRESETS:
         assert name in PRESETS
-        expanded.setdefault(preset(name, grids, spec.published).expand(grids, 1), name)
+        chunks = spec.published.chunks if spec.published else 1
+        expanded.setdefault(preset(name, grids, spec.published).expand(grids, chunks), name)
     return list(expanded.values())[:_ENQUEUED]
 
 
