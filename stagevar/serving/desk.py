@@ -171,6 +171,12 @@ class Desk:
         self.stop()
         self._refuse_all(not_ready("broken" if self._state == "broken" else "stopping"))
 
+    def wait_until_loaded(self) -> None:
+        """Returns when the desk is no longer loading."""
+        with self._change:
+            while self._state == "loading":
+                self._change.wait()
+
     def join(self, timeout_s: float) -> bool:
         """Waits for the thread; whether it ended."""
         if self._thread.is_alive():
@@ -185,6 +191,7 @@ class Desk:
             with self._change:
                 if self._state == "loading":
                     self._state = "ready"
+                self._change.notify_all()
             while tickets := self._next():
                 self._draw(tickets)
                 self._drawing_since = None
@@ -192,6 +199,7 @@ class Desk:
             self.error = error
             with self._change:
                 self._state = "broken"
+                self._change.notify_all()
             self._refuse_all(not_ready("broken"))
             self.on_end(error)
 
