@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from stagevar.serving.desk import Desk
     from stagevar.serving.drawing import Loading
 
-Message = MutableMapping[str, Any]
+Message = MutableMapping[str, object]
 #: Seconds between Ray's questions whether a replica is healthy.
 HEALTH_PERIOD_S = 2.0
 _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -61,7 +61,7 @@ class Arguments:
             **dict.fromkeys(("batch", "threads", "queue", "replicas"), int),
             **dict.fromkeys(("timeout", "stuck", "gpus"), float),
         }
-        values: dict[str, Any] = {}
+        values: dict[str, object] = {}
         for name, value in given.items():
             if name not in cls.__dataclass_fields__:
                 raise UsageError(f"unknown argument {shown(name)}{did_you_mean(name, cls.__dataclass_fields__)}")
@@ -71,7 +71,7 @@ class Arguments:
                 raise UsageError(
                     f"{name} {shown(value)} is not a value of its kind; see stagevar serve --help"
                 ) from None
-        arguments = cls(**values)
+        arguments = cls(**values)  # type: ignore[arg-type]
         if (arguments.profile is None) == (arguments.model is None):
             raise UsageError("give either profile=FILE or model=NAME")
         return arguments
