@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from stagevar.models.registry import load_model
 from tests.metric_models import clip_folder, mask2former_folder, trunk_file
@@ -31,6 +32,20 @@ def star_weights(folder: Path) -> Path:
     torch.save({"trainer": {"var_wo_ddp": model.transformer.state_dict()}}, folder / "star_rope_d4_256.pth")
     torch.save(model.tokenizer.state_dict(), folder / "vae_ch32v256z8.pth")
     _clip_text(folder / "text", width=64)
+    return folder
+
+
+def hart_weights(folder: Path) -> Path:
+    """hart-tiny as its repository is laid out: the averaged transformer, the tokenizer with its discriminator, and Qwen2."""
+    model = load_model("hart-tiny", weights="random", device="cpu", seed=1)
+    (folder / "llm").mkdir()
+    (folder / "tokenizer").mkdir()
+    masks = {"lvl_1L": torch.zeros(1, 711, dtype=torch.long), "attn_bias_for_masking": torch.zeros(1, 1, 7, 7)}
+    torch.save({**model.transformer.state_dict(), **masks}, folder / "llm" / "ema_model.bin")
+    vae = {f"vae.{key}": value.clone() for key, value in model.tokenizer.state_dict().items()}
+    counts = {"vae.quantize.ema_vocab_hit_SV": torch.zeros(10, 256), "disc.main.0.weight": torch.zeros(4, 3, 4, 4)}
+    save_file({**vae, **counts}, folder / "tokenizer" / "model.safetensors")
+    _qwen(folder / "Qwen2-VL-1.5B-Instruct", width=64)
     return folder
 
 
@@ -86,6 +101,23 @@ def _clip_text(folder: Path, width: int) -> None:
         bos_token_id=0, eos_token_id=1, pad_token_id=2,
     )  # fmt: skip
     CLIPTextModel(config).save_pretrained(folder / "text_encoder")
+
+
+def _qwen(folder: Path, width: int) -> None:
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2Model
+
+    pieces = ByteLevelBPETokenizer()
+    pieces.train_from_iterator(_texts(), vocab_size=500, special_tokens=["<|endoftext|>"], show_progress=False)
+    PreTrainedTokenizerFast(
+        tokenizer_object=pieces._tokenizer, pad_token="<|endoftext|>", padding_side="left", model_max_length=512
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=pieces.get_vocab_size(), hidden_size=width, intermediate_size=128, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    Qwen2Model(config).save_pretrained(folder)
 
 
 def text_metrics(folder: Path) -> list[dict]:

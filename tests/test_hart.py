@@ -8,18 +8,22 @@ import numpy as np
 import pytest
 import torch
 
-from stagevar.errors import UsageError
+from stagevar.errors import UsageError, WeightsError
+from stagevar.models import memory
 from stagevar.models.base import LoadedModel, Sampling, around_nothing
 from stagevar.models.hart.diffusion_head import STEPS, DiffusionHead, denoising_steps
-from stagevar.models.hart.text import RandomLanguageText
+from stagevar.models.hart.text import QwenText, RandomLanguageText, instruction
 from stagevar.models.hart.tokenizer import HybridVAE
 from stagevar.models.hart.transformer import HART, HARTConfig, guidance_ramp
+from stagevar.models.loading import locate
+from stagevar.models.registry import find, load_model, model_parts, published, resolve, scale_grids
 from stagevar.sampling.sampler import Sampler
-from stagevar.schedule import exact
+from stagevar.schedule import BOTH, exact, preset
 from stagevar.schedule.grids import square
 from stagevar.tensors.noise import PromptNoise
 from tests.golden.hart_cases import run_case
 from tests.model_contract import SEEDS, ModelContract, Recorder, masked_attend
+from tests.stand_ins import hart_weights
 
 SIDES = (1, 2, 3, 4)
 GRIDS = square(SIDES)
@@ -229,3 +233,148 @@ def test_the_heads_draws_are_its_own_stream():
     assert not torch.equal(drawn, noise.at(2, ("cond",)).normal("diffusion", (STEPS, 6, 4)))
     assert not torch.equal(drawn[0, 0], drawn[0, 1]) and not torch.equal(drawn[0], drawn[1])
     assert abs(float(drawn.mean())) < 0.15 and abs(float(drawn.std()) - 1) < 0.15
+
+
+# ------------------------------------------------------------------------------------------------ files and text
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """A copy of the repository's layout with small weights."""
+    return hart_weights(tmp_path_factory.mktemp("hart-tiny"))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("STAGEVAR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def test_the_published_layout_loads_from_its_root_and_from_the_transformers_folder(copy):
+    whole = load_model("hart-tiny", weights=copy, device="cpu")
+    wanted = load_model("hart-tiny", weights="random", device="cpu", seed=1)
+    for part in ("transformer", "tokenizer"):
+        own, other = getattr(whole, part).state_dict(), getattr(wanted, part).state_dict()
+        assert own.keys() == other.keys() and all(torch.equal(own[key], other[key]) for key in own)
+    inner = load_model("hart-tiny", weights=copy / "llm", device="cpu")
+    assert inner.provenance["weights"] == whole.provenance["weights"]
+    assert isinstance(inner.text, QwenText) and isinstance(whole.text, QwenText)
+    assert {path.name for path in locate(resolve("hart-tiny", weights=copy))[:2]} == {"ema_model.bin", "tokenizer"}
+
+
+def test_settings_follow_from_the_names_of_the_weights(copy, tmp_path):
+    (tmp_path / "llm").mkdir()
+    settings = {**find("hart-tiny").settings["transformer"], **find("hart-tiny").settings["codebook"]}
+    sides = find("hart-tiny").settings["sides"]
+    other = HART(HARTConfig(sides=sides, **settings, context_norm=False, level_table=True, cosine=True))
+    torch.save({"module." + key: value for key, value in other.state_dict().items()}, tmp_path / "llm/ema_model.bin")
+    loaded = load_model(
+        "hart-tiny", weights=tmp_path, tokenizer=copy / "tokenizer", text=copy / "Qwen2-VL-1.5B-Instruct"
+    )
+    config = loaded.transformer.config
+    assert not config.context_norm and config.level_table and config.cosine
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in loaded.transformer.state_dict().items())
+
+
+def test_files_that_do_not_fit_are_one_line(copy, tmp_path):
+    state = torch.load(copy / "llm" / "ema_model.bin")
+    torch.save({**state, "spare.weight": torch.zeros(3)}, tmp_path / "ema_model.bin")
+    with pytest.raises(WeightsError, match=r"1 unknown \(spare\.weight\)"):
+        load_model("hart-tiny", weights=tmp_path, tokenizer=copy / "tokenizer")
+    with pytest.raises(WeightsError, match="no weights at"):
+        load_model("hart-tiny", weights=tmp_path / "missing")
+    with pytest.raises(UsageError, match=r"square images only; aspect ratio 1\.5 must be 1"):
+        load_model("hart-tiny", weights="random", ratio=1.5)
+
+
+@pytest.mark.parametrize("name", ["hart-0.7b", "hart-0.7b-512"])
+def test_public_files_are_named_when_they_cannot_be_had(name, monkeypatch):
+    monkeypatch.setattr("stagevar.models.memory.available_bytes", lambda device: None)
+    with pytest.raises((WeightsError, UsageError)) as error:
+        load_model(name, device="cpu")
+    wanted = {"hart-0.7b": "mit-han-lab/hart-0.7b-1024px/llm/ema_model.bin", "hart-0.7b-512": "no public weights"}
+    assert wanted[name] in str(error.value) and "--weights" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "pixels", "tokens"), [("hart-0.7b", 1024, 9451), ("hart-0.7b-512", 512, 2240)])
+def test_released_sizes(name, pixels, tokens):
+    parts = model_parts(resolve(name, device="cpu", weights="random"))
+    transformer = parts.transformer.module
+    assert sum(p.numel() for p in transformer.parameters()) / 1e9 == pytest.approx(0.7324, abs=1e-4)
+    assert sum(p.numel() for p in transformer.diffloss.parameters()) / 1e6 == pytest.approx(36.6, abs=0.1)
+    assert parts.pixels == (pixels, pixels) and sum(h * w for h, w in parts.grids) == tokens
+    assert (transformer.depth, transformer.width, transformer.head_dim, transformer.config.hidden) == (
+        24,
+        1536,
+        64,
+        4096,
+    )
+    assert parts.transformer.precision("blocks.0.ffn.up_proj.weight") == torch.float32
+    half = model_parts(resolve(name, device="cpu", weights="random", dtype="bfloat16"))
+    assert half.transformer.precision("blocks.0.ffn.up_proj.weight") == torch.bfloat16
+    assert half.transformer.precision("diffloss.net.input_proj.weight") == torch.float32
+
+
+def test_a_longer_text_costs_cache(monkeypatch):
+    """24 layers, 2 rows, keys and values of 1536 numbers of 4 bytes: per token of the prefix."""
+    request = resolve("hart-0.7b", device="cpu", weights="random")
+    parts = model_parts(request)
+    long = memory.estimate(parts, request).kv_cache
+    parts.transformer.module.prefix_tokens = 0
+    assert long - memory.estimate(parts, request).kv_cache == 299 * 24 * 2 * 2 * 1536 * 4
+
+
+def test_the_language_model_reads_the_instruction_and_gives_rows_of_the_prompt_alone(copy):
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = copy / "Qwen2-VL-1.5B-Instruct"
+    encoder = QwenText(folder, length=24)
+    prompts = ["a photo of a red dog", "two cats"]
+    found = encoder.encode(prompts)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    asked = tokenizer(instruction(), max_length=24, truncation=True, return_tensors="pt")["input_ids"]
+    for prompt, text in zip(prompts, found, strict=True):
+        own = tokenizer(prompt, max_length=24, padding="max_length", return_tensors="pt")
+        real = own["attention_mask"]
+        assert text.features_TD.shape == (24, 64) and text.place_T.tolist() == (real.cumsum(1) - 1)[0].tolist()
+        with torch.inference_mode():
+            ids, mask = torch.cat([asked, own["input_ids"]], 1), torch.cat([torch.ones_like(asked), real], 1)
+            hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state[0, 24:]
+        assert (text.features_TD - hidden).abs().max() < 1e-4
+    assert found[0].place_T[-1] > found[1].place_T[-1] > 0
+
+
+def test_features_are_cached_and_the_language_model_is_let_go(copy, monkeypatch):
+    encoder = QwenText(copy / "Qwen2-VL-1.5B-Instruct", length=24)
+    encoder.prepare(["a dog", "a cat"])
+    assert not encoder.loaded
+    again = QwenText(copy / "Qwen2-VL-1.5B-Instruct", length=24)
+    monkeypatch.setattr(again, "_load", lambda: pytest.fail("the cache should have held it"))
+    first, repeated = again.encode(["a cat", "a dog"]), encoder.encode(["a cat", "a dog"])
+    assert all(torch.equal(a.features_TD, b.features_TD) for a, b in zip(first, repeated, strict=True))
+    with pytest.warns(UserWarning, match="is cut to 4: 'a photo of a"):
+        QwenText(copy / "Qwen2-VL-1.5B-Instruct", length=4).encode(["a photo of a red dog and a blue cat"])
+    with pytest.raises(WeightsError, match="no text encoder at"):
+        QwenText(copy / "llm")
+
+
+# ------------------------------------------------------------------------------------------------ published settings
+
+
+def test_the_papers_setting_is_by_block_and_fastvars_has_its_own_ratios():
+    grids = scale_grids("hart-0.7b")
+    row = published("hart-0.7b")
+    steps = preset("stagevar-paper", grids, row).expand(grids, 24)
+    assert [step.branches for step in steps[11:]] == [BOTH, ("uncond",), ("uncond",)]
+    assert all(step.reduction is None for step in steps[:13])
+    reduction = steps[13].reduction
+    assert (reduction.ranks[0], max(reduction.ranks), reduction.ranks[-1]) == (29, 656, 477)
+    assert len(reduction.ranks) == 24 and (reduction.rope, reduction.site) == ("index", "chunk")
+    assert sum(reduction.ranks) / 24 / 4096 == pytest.approx(row.rank_ratio, abs=1e-3)
+    assert not any(step.skipped for step in steps) and row.released == row.paper
+    pruned = preset("fastvar", grids, row).expand(grids, 24)
+    assert [step.reduction and step.reduction.kept for step in pruned[11:]] == [None, 1152, 1024]
+    assert {step.reduction.cache_scale for step in pruned[12:]} == {11} and pruned[12].reduction.layers == (0, 24)
+    assert all(step.branches == BOTH for step in pruned)
+    carried = scale_grids("hart-0.7b-512")
+    assert preset("fastvar", carried, row) == preset("fastvar", carried)

@@ -30,6 +30,7 @@ FAMILIES = {
         stand_ins.infinity_weights, stand_ins.text_metrics, "a photo of a dog", "10%,clip_score=1,psnr=10",
     ),
     "star-tiny": (stand_ins.star_weights, stand_ins.text_metrics, "a photo of a dog", "10%,clip_score=1,psnr=10"),
+    "hart-tiny": (stand_ins.hart_weights, stand_ins.text_metrics, "a photo of a dog", "10%,clip_score=1,psnr=10"),
     "var-tiny": (stand_ins.var_weights, stand_ins.image_metrics, "207", "psnr=10"),
 }  # fmt: skip
 
