@@ -50,6 +50,7 @@ def opened(browser, url, **options):
 
 def test_the_keyboard_alone_draws_both_schedules_side_by_side(browser, url, artist):
     page = opened(browser, url, viewport={"width": 1200, "height": 800})
+    assert page.locator("#key").is_hidden(), "no key is needed here"
     artist.batches.clear()
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "prompt"
@@ -142,7 +143,7 @@ def test_a_key_is_asked_for_where_one_is_needed(browser):
     with in_thread(Desk(FakeArtist, 10), keys=Keys.of(["open sesame"])) as (host, port):
         page = browser.new_context().new_page()
         page.goto(f"http://{host}:{port}/")
-        page.wait_for_selector("#key-row:not([hidden])")
+        page.wait_for_selector("#key", state="visible")
         assert page.locator("#draw").is_disabled()
         page.fill("#key", "open sesame")
         page.keyboard.press("Tab")
