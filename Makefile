@@ -38,7 +38,7 @@ wheel:
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check stagevar tuner tests benchmarks search_spaces training examples docs
+	$(BIN)/ruff format --check stagevar tuner tests benchmarks search_spaces training examples docs integrations
 	$(BIN)/python -m mypy
 
 # uv installs in a fraction of pip's time; where it cannot be had, pip does the same.
