@@ -31,8 +31,8 @@ from tuner.cluster.executor import RayExecutor, Recipe, cut
 from tuner.config.prompts import load_prompts
 from tuner.config.space import SearchSpace, load_space
 from tuner.proposals.trial_sampler import Proposer, Told
+from tuner.study.latency_source import CHECK_EVERY, SEARCH_ROUNDS, TABLE_ROUNDS, TABLE_SCHEDULES
 from tuner.study.options import ROUND
-from tuner.study.search import CHECK_EVERY, SEARCH_ROUNDS, TABLE_ROUNDS, TABLE_SCHEDULES
 
 GPUS = (1, 8, 64, 256)
 #: Warm-up runs before a timing settles.

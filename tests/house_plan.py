@@ -101,7 +101,6 @@ LONG_FILES = {
     "stagevar/sampling/sampler.py",
     "tuner/evaluation/evaluator.py",
     "tuner/cluster/executor.py",
-    "tuner/study/search.py",
     "tuner/config/space.py",
 }
 

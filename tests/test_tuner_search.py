@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import threading
 import time
 
 import numpy as np
@@ -14,6 +15,7 @@ from tuner.proposals.trial_sampler import Told
 from tuner.report.page import write_report
 from tuner.results.run_dir import EvidenceLog
 from tuner.study import search as search_module
+from tuner.study.ledger import Ledger
 from tuner.study.options import EXHAUSTIVE, Savings
 
 PLAIN = Savings(batch=1, tree=False, table=False, rungs=False, overlap=False)
@@ -176,7 +178,7 @@ def test_hypervolume_counts_feasible_schedules_only(tmp_path):
 def test_tpe_takes_over_when_asks_hold_rounds_up(tmp_path, monkeypatch):
     monkeypatch.setattr(search_module, "ASK_SHARE", -1.0)
     said = []
-    made = study(tmp_path, {}, SPACE, trials=30, sampler="auto")
+    made = study(tmp_path, {}, SPACE, trials=30, sampler="auto", savings=Savings(overlap=True))
     made.progress.say = said.append
     result = made.run()
     assert sum("switching to TPE" in line for line in said) == 1
@@ -184,8 +186,8 @@ def test_tpe_takes_over_when_asks_hold_rounds_up(tmp_path, monkeypatch):
 
 
 def test_the_gaussian_process_goes_on_while_asks_are_cheap(tmp_path, monkeypatch):
-    monkeypatch.setattr(search_module, "ASK_SHARE", 1.0)
-    result, _ = run(tmp_path, trials=16, sampler="auto")
+    monkeypatch.setattr(search_module, "ASK_SHARE", 1e6)
+    result, _ = run(tmp_path, trials=16, sampler="auto", savings=Savings(overlap=True))
     assert result.search["proposing_at_the_end"] == "gp"
 
 
@@ -211,6 +213,35 @@ def test_presets_are_asked_together_and_asks_ahead_are_given_back(tmp_path):
     assert len(result.candidates) == 12 and not result.failures
     trials = [r["candidate"]["trial"] for r in EvidenceLog(tmp_path).read() if r["kind"] == "trial"]
     assert len(set(trials)) == 12
+
+
+def test_one_thread_registers_records_and_tells(tmp_path, monkeypatch):
+    """Asking ahead returns proposals; the ledger, the evidence and what the sampler is told are the main thread's."""
+    writers = set()
+
+    def noting(method):
+        def noted(*arguments, **options):
+            writers.add((method.__name__, threading.current_thread() is threading.main_thread()))
+            return method(*arguments, **options)
+
+        return noted
+
+    for owner, names in (
+        (EvidenceLog, ("append",)),
+        (Ledger, ("register", "record_dropped", "keep")),
+        (ProposerProcess, ("tell", "fail")),
+    ):
+        for name in names:
+            monkeypatch.setattr(owner, name, noting(getattr(owner, name)))
+    flat = {"drop": lambda steps: 0.0}
+    result, _ = run(tmp_path, flat, trials=16, budget="50%", savings=Savings(overlap=True))
+    assert result.search["dropped"] and {name for name, _ in writers} >= {
+        "append",
+        "register",
+        "record_dropped",
+        "tell",
+    }
+    assert {here for _, here in writers} == {True}
 
 
 # ---------------------------------------------------------------------------------------------------- the other process

@@ -71,6 +71,11 @@ class LatencyStats:
     card: tuple[CardState, ...] = ()
 
     @property
+    def share(self) -> float:
+        """Latency over the full schedule's; 1 for the full schedule itself."""
+        return 1.0 if self.ratio is None else self.ratio.mean
+
+    @property
     def speedup(self) -> Interval | None:
         """How many times faster than the full schedule; None for the full schedule itself."""
         return None if self.ratio is None else self.ratio.inverse

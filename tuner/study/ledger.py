@@ -63,6 +63,15 @@ class Ledger:
         self.steps.setdefault(key, steps)
         return key
 
+    def expand(self, proposal: Proposal) -> tuple[str, StageSchedule, Steps]:
+        """Key, schedule and steps of a proposal, unregistered. Raises ScheduleError for a preset that does not fit."""
+        if proposal.preset is not None:
+            schedule = self.space.known_schedule(proposal.preset, self.facts.grids)
+        else:
+            schedule = self.space.schedule(proposal.values, self.facts.grids)
+        steps = schedule.expand(self.facts.grids, self.facts.chunks)
+        return steps_key(steps), schedule, steps
+
     def blank(self, key: str, proposal: Proposal) -> Candidate:
         """A candidate of which nothing is known yet."""
         schedule, steps, preset = self.schedules[key], self.steps[key], proposal.preset
@@ -98,10 +107,14 @@ class Ledger:
             (self.failed if candidate.state == "failed" else self.unmeasured)[candidate.key] = candidate
             self.failures.append(Failure(candidate.trial, candidate.params, candidate.error or ""))
 
+    @property
+    def known(self) -> frozenset[str]:
+        """Keys of the schedules of which there is something to tell the sampler."""
+        return frozenset((self.full_key, *self.candidates, *self.failed, *self.unmeasured, *self.dropped))
+
     def knows(self, key: str) -> bool:
         """Whether there is something to tell the sampler of a schedule."""
-        kinds = (self.candidates, self.failed, self.unmeasured, self.dropped)
-        return key == self.full_key or any(key in known for known in kinds)
+        return key in self.known
 
     @property
     def evaluated(self) -> int:
@@ -117,10 +130,17 @@ class Ledger:
         return ("latency", *(m.name for m in limited(self.metrics)), *(f"floor:{m}" for m in self.space.floors))
 
     @property
+    def measured_baseline(self) -> Candidate:
+        """The full schedule's figures, once it was measured."""
+        assert self.baseline is not None
+        return self.baseline
+
+    @property
     def limits(self) -> Limits:
         """What schedules must keep; known once the full schedule was measured."""
-        full_ms = self.baseline.latency.median_ms
-        return Limits(self.budget, full_ms, self.metrics, self.space.floors, self.quality)
+        latency = self.measured_baseline.latency
+        assert latency is not None
+        return Limits(self.budget, latency.median_ms, self.metrics, self.space.floors, self.quality)
 
     @property
     def budget_ratio(self) -> float:

@@ -1,0 +1,157 @@
+"""Asking the sampler for a round of new schedules, here or on a thread while the round before runs.
+
+Whoever asks reads a snapshot of what was known and returns proposals. Registering schedules, telling the sampler what is known
+of them and writing evidence are the caller's, so that one thread writes.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from stagevar.schedule import StageSchedule, Steps
+from tuner.proposals.sampler_process import ProposerProcess
+from tuner.proposals.trial_sampler import Proposal, Proposer
+from tuner.study.options import ROUND
+
+#: Proposals in a round that bring no new schedule before the space counts as exhausted.
+MOST_DUPLICATES = 60
+
+
+class Fate(enum.Enum):
+    """What becomes of a proposal: evaluated; told with its twin under evaluation; told at once; dropped unevaluated."""
+
+    NEW = "new"
+    REPEATED = "repeated"
+    KNOWN = "known"
+    DROPPED = "dropped"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A proposal and what it expands to. ratio: the predicted latency ratio for which it is dropped."""
+
+    proposal: Proposal
+    schedule: StageSchedule
+    steps: Steps
+    key: str
+    fate: Fate
+    ratio: float | None = None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What was known of schedules when asking began.
+
+    Args:
+        known: keys of which the sampler can be told. busy: keys under evaluation.
+        hopeless: the predicted ratio of a schedule that is beyond the budget for certain, else None.
+    """
+
+    known: frozenset[str]
+    busy: frozenset[str]
+    hopeless: Callable[[Steps], float | None]
+
+
+@dataclass
+class Round:
+    """What was asked together. exhausted: fewer new schedules than wanted were found. handed_over: to TPE meanwhile."""
+
+    asked: list[Asked] = field(default_factory=list)
+    exhausted: bool = False
+    handed_over: bool = False
+
+    def of(self, fate: Fate) -> list[Asked]:
+        """The proposals with this fate."""
+        return [asked for asked in self.asked if asked.fate is fate]
+
+    @property
+    def new(self) -> list[Asked]:
+        """What has to be evaluated."""
+        return self.of(Fate.NEW)
+
+
+class AskAhead:
+    """Asks one sampler for rounds of new schedules.
+
+    Args:
+        expand: key, schedule and steps of a proposal; changes nothing. beside: ask on a thread, as `begin` does.
+    """
+
+    def __init__(
+        self,
+        proposer: Proposer | ProposerProcess,
+        expand: Callable[[Proposal], tuple[str, StageSchedule, Steps]],
+        beside: bool,
+    ):
+        self.proposer, self._expand = proposer, expand
+        self._thread = ThreadPoolExecutor(1) if beside else None
+        self._impatient = threading.Event()
+        self._future: Future[Round] | None = None
+
+    def close(self) -> None:
+        """Waits for what is still being asked."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=True)
+
+    def ask(self, wanted: int, snapshot: Snapshot, each: Callable[[Asked], None] = lambda asked: None) -> Round:
+        """A round with `wanted` new schedules, or fewer where the sampler finds no more. each: hears of every proposal."""
+        made = Round()
+        for asked in self._asks(wanted, snapshot, made):
+            made.asked.append(asked)
+            each(asked)
+        made.exhausted = len(made.new) < wanted
+        return made
+
+    def begin(self, wanted: int, snapshot: Snapshot) -> None:
+        """Starts asking on the thread, where there is one."""
+        if self._thread is not None:
+            self._future = self._thread.submit(self.ask, wanted, snapshot)
+
+    def take(self, patience_s: float | None, impatient: bool) -> Round:
+        """What `begin` started, an empty round if nothing; waits for it.
+
+        patience_s: after so long the Gaussian process hands over to TPE, if `impatient`; None waits as long as it takes.
+        """
+        if self._future is None:
+            return Round()
+        future, self._future = self._future, None
+        try:
+            return future.result(timeout=patience_s)
+        except TimeoutError:
+            if impatient:
+                self._impatient.set()
+            return future.result()
+
+    def _asks(self, wanted: int, snapshot: Snapshot, made: Round) -> Iterator[Asked]:
+        seen, dropped, misses = set(snapshot.busy), set[str](), 0
+        found = 0
+        while found < wanted and misses < MOST_DUPLICATES:
+            if self._impatient.is_set():
+                self._impatient.clear()
+                made.handed_over |= self._hand_over()
+            proposal = self.proposer.ask(random=misses > ROUND)
+            key, schedule, steps = self._expand(proposal)
+            fate, ratio = Fate.NEW, None
+            if key in seen:
+                fate = Fate.REPEATED
+            elif key in snapshot.known or key in dropped:
+                fate = Fate.KNOWN
+            elif proposal.preset is None and (ratio := snapshot.hopeless(steps)) is not None:
+                fate = Fate.DROPPED
+                dropped.add(key)
+            if fate is Fate.NEW:
+                seen.add(key)
+                found += 1
+            else:
+                misses += 1
+            yield Asked(proposal, schedule, steps, key, fate, ratio)
+
+    def _hand_over(self) -> bool:
+        if self.proposer.proposes != "gp":
+            return False
+        self.proposer.hand_over()
+        return True
