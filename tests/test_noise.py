@@ -1,5 +1,6 @@
 """The counter-based streams: known answers, independence from layout, and their distributions."""
 
+import pytest
 import torch
 
 from stagevar.models.base import Site
@@ -19,6 +20,14 @@ def test_philox_known_answers():
     assert _words([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
     counter = [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344]
     assert _words(counter, [0xA4093822, 0x299F31D0]) == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
+
+
+@pytest.mark.parametrize("count", [1, 24, 507, 6144])
+@pytest.mark.parametrize("words", [0, torch.tensor([[1], [2], [2]])])
+def test_the_short_way_on_a_cpu_draws_the_same_bits(count, words):
+    keys_R2 = key_tensor([(1, "a"), (2**32 - 1, "b"), (0, "")])
+    plain = uniform(keys_R2, count, (5, 2**32 - 1), words, philox=lambda counter, key: philox4x32(counter, key))
+    assert torch.equal(uniform(keys_R2, count, (5, 2**32 - 1), words), plain)
 
 
 def test_uniform_is_open_and_flat():
