@@ -356,7 +356,14 @@ def _answer(
     return {
         "created": int(time.time()),
         "data": [
-            {"b64_json": image, "seed": seed, "scale_ms": [round(ms, 3) for ms in one.scale_ms], "batch": one.batch}
+            {
+                "b64_json": image,
+                "seed": seed,
+                "batch": one.batch,
+                "text_ms": round(one.text_ms, 3),
+                "scale_ms": [round(ms, 3) for ms in one.scale_ms],
+                "decode_ms": round(one.decode_ms, 3),
+            }
             for image, seed, one in zip(images, asked.seeds, drawn, strict=True)
         ],
         "output_format": "png",
