@@ -5,33 +5,22 @@ import asyncio
 import contextlib
 import hashlib
 import hmac
-import io
 import logging
 import time
-from base64 import b64encode
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from stagevar import __version__
 from stagevar.sections import shown
-from stagevar.serving.asking import (
-    FIELDS,
-    IGNORED,
-    LONGEST_PROMPT,
-    MOST_IMAGES,
-    Asked,
-    read_body,
-    read_request,
-    size_text,
-)
+from stagevar.serving.answers import answer_data, models_data, png_text, request_schema
+from stagevar.serving.asking import Asked, read_body, read_request, size_text
 from stagevar.serving.desk import Desk, Drawn, Order, Shape
 from stagevar.serving.metrics import Metrics
 from stagevar.serving.refusal import Refusal, not_ready
 
 if TYPE_CHECKING:
-    import numpy as np
     from fastapi import FastAPI, Request
 
     from stagevar.serving.drawing import ModelArtist
@@ -172,12 +161,12 @@ def _add_models(app: "FastAPI", desk: Desk, keys: Keys) -> None:
     @app.get("/v1/models")
     async def get_models(request: Request) -> Response:
         keys.check(request.headers.get("authorization"))
-        return JSONResponse({"object": "list", "data": list(_models(desk).values())})
+        return JSONResponse({"object": "list", "data": list(models_data(_artist(desk)).values())})
 
     @app.get("/v1/models/{name}")
     async def get_model(request: Request, name: str) -> Response:
         keys.check(request.headers.get("authorization"))
-        served = _models(desk)
+        served = models_data(_artist(desk))
         if name not in served:
             message = f"model {shown(name)} is not served here; this server has {', '.join(served)}"
             raise Refusal(message, 404, code="model_not_found", param="model")
@@ -189,7 +178,7 @@ def _add_images(app: "FastAPI", counter: "Counter") -> None:
     from fastapi import Request
     from fastapi.responses import JSONResponse, Response
 
-    @app.post("/v1/images/generations", openapi_extra=_schema())
+    @app.post("/v1/images/generations", openapi_extra=request_schema())
     async def post_generations(request: Request) -> Response:
         began = time.monotonic()
         try:
@@ -231,11 +220,11 @@ class Counter:
         self.metrics.asked(len(asked.seeds))
         drawn, waited_s = await self._drawn(request, asked)
         encoding = time.monotonic()
-        images = await asyncio.to_thread(lambda: [_png(one.pixels) for one in drawn])
+        images = await asyncio.to_thread(lambda: [png_text(one.pixels) for one in drawn])
         self.metrics.phase("queue", waited_s)
         self.metrics.phase("encode", time.monotonic() - encoding)
-        times_ms = {"queue_ms": _ms(waited_s), "total_ms": _ms(time.monotonic() - began)}
-        answer = _answer(_artist(self.desk), asked, drawn, images, times_ms)
+        times_ms = {"queue_ms": round(waited_s * 1e3, 2), "total_ms": round((time.monotonic() - began) * 1e3, 2)}
+        answer = answer_data(_artist(self.desk), asked, drawn, images, times_ms)
         return answer, f"n={len(images)} size={size_text(asked.size)} seed={asked.seeds[0]} model={asked.model}"
 
     async def _drawn(self, request: "Request", asked: Asked) -> tuple[list[Drawn], float]:
@@ -307,97 +296,3 @@ async def _left(request: "Request") -> None:
     """Returns when the client closes the connection."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _png(pixels_HWC: "np.ndarray") -> str:
-    """An image as PNG in base64; packed lightly, because a megapixel packed well takes as long as drawing it."""
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.fromarray(pixels_HWC).save(file, "PNG", compress_level=1)
-    return b64encode(file.getvalue()).decode()
-
-
-def _models(desk: Desk) -> dict[str, dict[str, object]]:
-    """The served ids as OpenAI lists models, with what is known of each."""
-    artist = _artist(desk)
-    return {
-        one.id: {
-            "id": one.id,
-            "object": "model",
-            "created": 0,
-            "owned_by": "stagevar",
-            "stagevar": {
-                "model": artist.model.name,
-                "schedule": one.schedule_hash,
-                "verdict": one.verdict,
-                "verified": one.verified,
-                "inside_envelope": not one.differences,
-                "outside_envelope": list(one.differences),
-                "sizes": [size_text(size) for size in artist.sizes],
-                "batch": artist.batch,
-                "engine": artist.engine,
-            },
-        }
-        for one in artist.served
-    }
-
-
-def _answer(
-    artist: "ModelArtist", asked: Asked, drawn: Sequence[Drawn], images: Sequence[str], times_ms: Mapping[str, float]
-) -> dict[str, object]:
-    """What OpenAI's clients read, and under "stagevar" what they do not know of."""
-    served = next(one for one in artist.served if one.id == asked.model)
-    changed = []
-    if asked.guidance not in (None, artist.guidance):
-        changed.append(f"guidance_scale {asked.guidance:g} instead of {artist.guidance:g}")
-    if asked.size != next(iter(artist.sizes)):
-        changed.append(f"size {size_text(asked.size)} instead of {size_text(next(iter(artist.sizes)))}")
-    return {
-        "created": int(time.time()),
-        "data": [
-            {
-                "b64_json": image,
-                "seed": seed,
-                "batch": one.batch,
-                "text_ms": round(one.text_ms, 3),
-                "scale_ms": [round(ms, 3) for ms in one.scale_ms],
-                "decode_ms": round(one.decode_ms, 3),
-            }
-            for image, seed, one in zip(images, asked.seeds, drawn, strict=True)
-        ],
-        "output_format": "png",
-        "size": size_text(asked.size),
-        "stagevar": {
-            "profile": served.id,
-            "schedule": served.schedule_hash,
-            "verdict": served.verdict,
-            "verified": served.verified and not changed,
-            "outside_profile": changed,
-            "ignored": list(asked.ignored),
-            **times_ms,
-        },
-    }
-
-
-def _ms(seconds: float) -> float:
-    return round(seconds * 1e3, 2)
-
-
-def _schema() -> dict[str, object]:
-    """The request body for /openapi.json; `read_request` is what checks it."""
-    text, number, whole = {"type": "string"}, {"type": "number"}, {"type": "integer"}
-    kinds: dict[str, Mapping[str, object]] = {
-        "prompt": {**text, "maxLength": LONGEST_PROMPT},
-        "negative_prompt": {**text, "maxLength": LONGEST_PROMPT},
-        "n": {**whole, "minimum": 1, "maximum": MOST_IMAGES},
-        "seed": {**whole, "minimum": 0},
-        "guidance_scale": number,
-        "output_compression": whole,
-        "partial_images": whole,
-        "stream": {"type": "boolean"},
-        **{name: {**text, "description": "accepted, without effect"} for name in IGNORED},
-    }
-    properties = {name: kinds.get(name, text) for name in FIELDS}
-    schema = {"type": "object", "required": ["prompt"], "properties": properties, "additionalProperties": False}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
