@@ -4,6 +4,8 @@ import collections
 import contextlib
 import os
 import pickle
+import pkgutil
+import re
 import signal
 import socket
 import sys
@@ -11,6 +13,7 @@ import threading
 import types
 
 import pytest
+import yaml
 
 from stagevar.errors import DeviceBroken, InfrastructureError, UsageError
 from stagevar.extras import MissingExtra
@@ -18,6 +21,7 @@ from stagevar.serving import ray_app
 from stagevar.serving.ray_app import Arguments, ReplicaApp
 from stagevar.serving.refusal import RETRYABLE
 from tests.serving import FakeArtist, get, open_desk, post, wait_until
+from tests.test_house import ROOT
 
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 PROMPT = "a photo of two blue stars"
@@ -66,6 +70,18 @@ def _order(prompt):
     from stagevar.serving.desk import Order, Shape
 
     return Order(prompt, 1, Shape((64, 64), "fake-1"))
+
+
+def test_the_files_of_the_documentation_are_what_build_takes():
+    texts = re.findall(r"^```yaml\n(.*?)^```$", (ROOT / "docs" / "serving.md").read_text(), re.MULTILINE | re.DOTALL)
+    files = [yaml.safe_load(text) for text in texts]
+    nested = [yaml.safe_load(file["spec"]["serveConfigV2"]) for file in files if file.get("kind") == "RayService"]
+    deployed = [file for file in [*files, *nested] if "applications" in file]
+    assert len(deployed) == 2
+    for application in (one for file in deployed for one in file["applications"]):
+        assert pkgutil.resolve_name(application["import_path"]) is ray_app.build
+        assert Arguments.read(application["args"]).profile == "/models/profile.yaml"
+        assert [one["name"] for one in application["deployments"]] == ["stagevar"]
 
 
 def test_without_rays_own_extra_it_is_named(monkeypatch):
