@@ -43,7 +43,7 @@ def test_the_rare_task_is_spread_over_a_large_held_out_set():
 )
 def test_prompts_on_the_command_line(text, source, search):
     prompts = with_prompts(load_space("nano"), text, None).prompts
-    assert (prompts.source, prompts.search, prompts.heldout) == (source, search, 1024)
+    assert (prompts.source, prompts.search, prompts.heldout) == (source, search, 1536)
 
 
 @pytest.mark.parametrize(
