@@ -88,6 +88,7 @@ MAINS = {"stagevar": stagevar_cli.main, "stagevar-tune": tuner_cli.main, "stagev
 VERBS = (
     Verb("stagevar", ("generate", "a red circle", "--model=nano", "--output=x.png")),
     Verb("stagevar", ("bench", "--model=nano")),
+    Verb("stagevar", ("serve", "--model=nano", "--port=0")),
     Verb("stagevar", ("memory", "--model=infinity-tiny", "--compare=exact", "--kv-cache=model")),
     Verb("stagevar", ("analyze", "--model=nano", "--out=analysis")),
     Verb("stagevar", ("refit", "--model=nano", "--out=refit.json")),
@@ -164,7 +165,7 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
-def nobody(address: tuple[str, int], timeout: float = 0) -> None:
+def nobody(address: tuple[str, int], timeout: float = 0, source: object = None) -> None:
     """`socket.create_connection` where nobody answers, without asking a name server."""
     address[0].encode("idna")
     raise ConnectionRefusedError(111, "Connection refused")
@@ -186,6 +187,7 @@ def stubs(folder, monkeypatch):
     for place in (
         "stagevar.models.registry.load_model",
         "stagevar.models.checkpoint.weights.load_into",
+        "stagevar.serving.server.serve",
         "tuner.evaluation.evaluator.load_evaluator",
         "tuner.cli.tune._ray_executor",
         "tuner.cluster.sweep.run_sweep",

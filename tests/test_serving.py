@@ -426,6 +426,8 @@ def test_bench_measures_a_server(capsys):
     [
         (["--serve", "ftp://x"], 2, "is not a URL"),
         (["--serve", "http://127.0.0.1:99999"], 2, "is not a URL"),
+        (["--serve", "http://é" + "x" * 70], 2, "is not a URL"),
+        (["--serve", "127.0.0.1:1", "--concurrency", "1001"], 2, "--concurrency 1001 is too large; at most 1000"),
         (["--serve", "127.0.0.1:1", "--requests", "1"], 6, "drew nothing: statuses {'0': 1}"),
         (["--serve", "127.0.0.1:1", "--concurrency", "1,x"], 2, "--concurrency: 'x' must be a whole number"),
     ],

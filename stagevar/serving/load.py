@@ -23,6 +23,8 @@ from stagevar.sections import shown
 
 #: Seconds that a client waits for an answer.
 PATIENCE_S = 600.0
+#: Clients at once, each a thread.
+MOST_CLIENTS = 1000
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,12 @@ def measure_server(
         url: of the server, such as http://127.0.0.1:8000. requests: per level. prompts: taken in turn, with seeds 0, 1, ...
         key: API key. body: further fields of every request.
 
-    Raises UsageError for a URL of another kind, InfrastructureError where nothing answers there or nothing is drawn.
+    Raises UsageError for a URL of another kind or too many clients, InfrastructureError where nothing answers there or
+    nothing is drawn.
     """
     address = _address(url)
+    if max(concurrency) > MOST_CLIENTS:
+        raise UsageError(f"--concurrency {max(concurrency)} is too large; at most {MOST_CLIENTS} clients at once")
     levels = []
     for clients in concurrency:
         _run(address, clients, clients, prompts, key, body or {})
@@ -86,7 +91,8 @@ def measure_server(
 def _address(url: str) -> SplitResult:
     try:
         parts = urlsplit(url if "://" in url else f"http://{url}")
-        valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
+        valid = parts.scheme in ("http", "https") and (parts.port is None or parts.port > 0)
+        valid = valid and bool((parts.hostname or "").encode("idna")) and parts.path.isascii()
     except ValueError:
         valid = False
     if not valid:
