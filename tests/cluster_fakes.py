@@ -123,7 +123,7 @@ class TinyModel(FakeEvaluator):
         import torch
 
         from stagevar.sampling.sampler import Sampler
-        from tests.tiny import GRIDS, tiny_infinity
+        from stagevar.testing.tiny import GRIDS, tiny_infinity
 
         super().__init__(prompts)
         torch.set_num_threads(1)

@@ -56,6 +56,15 @@ ARROWS = {
         "stagevar.schedule",
     },
     "stagevar.tensors": {"stagevar", "stagevar.schedule"},
+    "stagevar.testing": {
+        "stagevar",
+        "stagevar.accelerators",
+        "stagevar.analysis",
+        "stagevar.models",
+        "stagevar.sampling",
+        "stagevar.schedule",
+        "stagevar.tensors",
+    },
     "tuner": {"tuner.cli", "tuner.metrics", "tuner.report", "tuner.results"},
     "tuner.cli": {
         "tuner.cluster",

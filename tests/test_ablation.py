@@ -9,7 +9,7 @@ from stagevar.models.base import Site
 from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import BOTH, LowRank, ScaleStep, exact
 from stagevar.tensors.noise import PromptNoise
-from tests.tiny import GRIDS, tiny_infinity
+from stagevar.testing.tiny import GRIDS, tiny_infinity
 
 
 def apply(projection, restoration, rank, run=lambda x, positions: x):

@@ -32,7 +32,7 @@ from stagevar.errors import UsageError
 from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import BOTH, StageSchedule, exact
 from stagevar.schedule.ranks import ratios_for_energy
-from tests.tiny import GRIDS, tiny_infinity
+from stagevar.testing.tiny import GRIDS, tiny_infinity
 
 PROMPTS = ["a red circle", "two blue squares", "a green star above a cat", "nothing"]
 SEEDS = [3, 1, 4, 1]

@@ -9,7 +9,7 @@ from stagevar.analysis import analyze
 from stagevar.errors import UsageError
 from stagevar.models.registry import scale_grids
 from stagevar.schedule import StageSchedule
-from tests.tiny import tiny_infinity
+from stagevar.testing.tiny import tiny_infinity
 from tuner.cli import main
 from tuner.config.analysis import read_analysis
 from tuner.config.space import load_space

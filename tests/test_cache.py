@@ -10,9 +10,9 @@ from benchmarks.growing_cache import GrowingSampler
 from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import BOTH, StageSchedule, exact
 from stagevar.tensors.cache import KVCache
-from tests.model_contract import Recorder, largest_difference
+from stagevar.testing.recorder import Recorder, largest_difference
+from stagevar.testing.tiny import GRIDS, tiny_infinity
 from tests.test_engine import SCHEDULES, graph_sampler
-from tests.tiny import GRIDS, tiny_infinity
 
 PROMPTS, SEEDS = ["a red ring", "two stars", "a very long prompt"], [1, 2, 3]
 

@@ -14,7 +14,7 @@ from stagevar.engine import graph as engine_module
 from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import StageSchedule, exact, preset
 from stagevar.tensors.cache import KVCache, even, step_lengths
-from tests.tiny import GRIDS, tiny_infinity
+from stagevar.testing.tiny import GRIDS, tiny_infinity
 
 FULL = exact(len(GRIDS)).expand(GRIDS, 2)
 OTHER = preset("skip-1", GRIDS).expand(GRIDS, 2)

@@ -10,7 +10,7 @@ from stagevar.engine import GraphEngine
 from stagevar.errors import UsageError
 from stagevar.profile.card_selftest import selftest
 from stagevar.sampling.sampler import Sampler
-from tests.tiny import tiny_infinity
+from stagevar.testing.tiny import tiny_infinity
 from tuner.cli import doctor
 
 

@@ -14,9 +14,9 @@ from stagevar.models.registry import load_model
 from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import fastvar, preset
 from stagevar.tensors.cache import KVCache
-from tests.model_contract import Recorder, largest_difference
+from stagevar.testing.recorder import Recorder, largest_difference
+from stagevar.testing.tiny import GRIDS, tiny_infinity
 from tests.test_engine import SCHEDULES
-from tests.tiny import GRIDS, tiny_infinity
 
 PROMPTS, SEEDS = ["a red ring", "two stars"], [1, 2]
 

@@ -11,8 +11,8 @@ from stagevar.errors import ScheduleError, UsageError
 from stagevar.sampling.bench import bench_prompts, compare, format_table
 from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import StageSchedule, exact, skipvar
+from stagevar.testing.tiny import tiny_infinity
 from tests.test_accelerator_contract import GRIDS, PROMPTS, splitting_rule, write_rule
-from tests.tiny import tiny_infinity
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from stagevar.errors import DeviceBroken, OutOfDeviceMemory
 from stagevar.schedule import StageSchedule, exact
 from stagevar.schedule.grids import square
 from stagevar.tensors.cache import KVCache, step_lengths
+from stagevar.testing.tiny import tiny_infinity
 from tests.fakes import FakeEvaluator, study, tokens
-from tests.tiny import tiny_infinity
 from tuner.config.prompts import load_prompts
 from tuner.config.space import PromptSource
 from tuner.evaluation.evaluator import ModelEvaluator

@@ -12,7 +12,7 @@ from stagevar.models import registry
 from stagevar.models.registry import load_model
 from stagevar.profile import Profile, present_envelope, steps_to_data
 from stagevar.schedule import paper
-from tests.tiny import tiny_infinity
+from stagevar.testing.tiny import tiny_infinity
 from tuner.cli.command import verb_parser
 from tuner.cli.tune import build_parser
 from tuner.evalkit import command as eval_cli

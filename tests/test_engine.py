@@ -20,8 +20,8 @@ from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import BOTH, StageSchedule, exact, fastvar
 from stagevar.tensors.attention import attend, attention_kernels, order_of, prefer_attention
 from stagevar.tensors.noise import PromptNoise
+from stagevar.testing.tiny import GRIDS, tiny_infinity
 from tests.fake_cuda import CUDA, NoWaiting, begin_on_fake_cuda, fake_mode
-from tests.tiny import GRIDS, tiny_infinity
 
 FULL = exact(len(GRIDS)).expand(GRIDS, 2)
 SCHEDULES = {

@@ -15,8 +15,8 @@ from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import BOTH, LowRank, Pivotal, ScaleStep, StageSchedule, exact, fastvar, kept_tokens
 from stagevar.schedule.grids import INFINITY_GRIDS, infinity_grids, square
 from stagevar.tensors.cache import step_lengths
+from stagevar.testing.tiny import GRIDS, tiny_infinity
 from tests.golden.fastvar_cases import reference_schedule
-from tests.tiny import GRIDS, tiny_infinity
 
 SQUARE, _ = infinity_grids("1M")
 

@@ -20,9 +20,9 @@ from stagevar.models.infinity.transformer import (
 from stagevar.models.registry import load_model
 from stagevar.sampling.sampler import Sampler
 from stagevar.tensors import noise
-from tests.model_contract import Recorder, largest_difference
+from stagevar.testing.recorder import Recorder, largest_difference
+from stagevar.testing.tiny import GRIDS, tiny_infinity
 from tests.test_engine import SCHEDULES
-from tests.tiny import GRIDS, tiny_infinity
 
 PROMPTS, SEEDS = ["a red ring", "two stars"], [1, 2]
 

@@ -21,8 +21,10 @@ from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import BOTH, exact, preset
 from stagevar.schedule.grids import square
 from stagevar.tensors.noise import PromptNoise
+from stagevar.testing.models import masked_attend
+from stagevar.testing.recorder import SEEDS, Recorder
 from tests.golden.hart_cases import run_case
-from tests.model_contract import SEEDS, ModelContract, Recorder, masked_attend
+from tests.model_contract import ModelContract
 from tests.stand_ins import hart_weights
 
 SIDES = (1, 2, 3, 4)

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 import tomllib
@@ -18,6 +19,8 @@ RUNTIME = {"torch", "numpy", "yaml", "safetensors", "PIL", "stagevar"}
 TRITON_DOOR = "stagevar/engine/kernels.py"
 #: The one module of the runtime that may import Ray: several GPUs are Ray Serve's.
 RAY_DOOR = "stagevar/serving/ray_app.py"
+#: Contracts for authors of plug-ins are test classes; nothing of the runtime imports this room.
+CONTRACTS = "stagevar/testing/"
 #: Each of these is imported in one module of the tuner only.
 ONE_PLACE = ("optuna", "ray", "open_clip", "pandas")
 
@@ -59,7 +62,23 @@ def test_stagevar_imports_only_its_own_packages_at_the_top():
         if (extra := imports(path, top_level_only=True) - RUNTIME - set(sys.stdlib_module_names))
     }
     assert strangers.pop(TRITON_DOOR) == ["triton"]
+    assert {name for names in _of_contracts(strangers) for name in names} == {"pytest"}
     assert strangers == {}
+
+
+def _of_contracts(strangers):
+    """Takes what the room of the contracts imports out of a list."""
+    return [strangers.pop(path) for path in list(strangers) if path.startswith(CONTRACTS)]
+
+
+def test_nothing_imports_the_contracts_but_tests():
+    importers = [
+        path
+        for package in PACKAGES
+        for path in modules(package)
+        if "testing" not in path.parts and re.search(r"\b(stagevar|tuner)\.testing\b", path.read_text())
+    ]
+    assert importers == []
 
 
 @pytest.mark.parametrize("package", ONE_PLACE)

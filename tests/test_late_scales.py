@@ -4,8 +4,8 @@ import torch
 
 from benchmarks.late_scales import Together, candidates
 from stagevar.schedule import StageSchedule
-from tests.model_contract import SEEDS, Recorder
-from tests.tiny import GRIDS, tiny_infinity
+from stagevar.testing.recorder import SEEDS, Recorder
+from stagevar.testing.tiny import GRIDS, tiny_infinity
 
 PROMPTS = ["a red ring", "two blue stars", "a cross"]
 

@@ -19,9 +19,9 @@ from stagevar.plugins import PluginError
 from stagevar.profile import Profile, present_envelope, steps_to_data
 from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import PLUGGED_ACCELERATORS, Pivotal, Plugged, StageSchedule, exact
+from stagevar.testing.tiny import tiny_infinity
 from tests.plugin_package import MODULE, OFFERS, install
 from tests.test_house import ROOT
-from tests.tiny import tiny_infinity
 from tuner.cli import doctor
 from tuner.cli.tune import plugged_versions
 from tuner.config.prompts import load_prompts

@@ -15,10 +15,10 @@ from stagevar.models.registry import load_model
 from stagevar.profile import steps_to_data
 from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import StageSchedule
+from stagevar.testing.recorder import Recorder
+from stagevar.testing.tiny import GRIDS, tiny_infinity
 from tests.fake_cuda import NoWaiting, begin_on_fake_cuda, fake_mode
-from tests.model_contract import Recorder
 from tests.test_engine import graph_sampler
-from tests.tiny import GRIDS, tiny_infinity
 from tuner.config.space import load_space, parse_space
 from tuner.report.words import describe
 

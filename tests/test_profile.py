@@ -18,8 +18,8 @@ from stagevar.profile.pipeline import Pipeline
 from stagevar.profile.sections import CardSection
 from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import StageSchedule
+from stagevar.testing.tiny import GRIDS, tiny_infinity
 from tests.test_schedule import schedules
-from tests.tiny import GRIDS, tiny_infinity
 
 MODEL = tiny_infinity()
 SCHEDULE = StageSchedule(structure_end=3, cfg_delay=0, rank_ratios=(0.5, 0.2))

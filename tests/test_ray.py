@@ -93,7 +93,7 @@ def wait_until_all_are_ready(executor):
 def test_a_real_model_gives_the_same_images_in_a_worker_bit_for_bit(start):
     here = cluster_fakes.tiny_model()
     executor = start(Recipe("tests.cluster_fakes:tiny_model"))
-    from tests.tiny import GRIDS as TINY
+    from stagevar.testing.tiny import GRIDS as TINY
 
     schedules = tuple(s.expand(TINY, 2) for s in (exact(5), preset("stagevar-paper", TINY), preset("skip-1", TINY)))
     for task, outcomes in executor.run([QualityTask(schedules, "search", b) for b in (0, 1)]):

@@ -15,8 +15,9 @@ from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import BOTH, LowRank, StageSchedule, exact
 from stagevar.tensors.cache import KVCache, step_lengths
 from stagevar.tensors.noise import hash_words, key_tensor, uniform
-from tests.model_contract import fused_and_plain, largest_difference
-from tests.tiny import GRIDS, TinyText, tiny_infinity
+from stagevar.testing.models import fused_and_plain
+from stagevar.testing.recorder import largest_difference
+from stagevar.testing.tiny import GRIDS, TinyText, tiny_infinity
 
 PROMPTS, SEEDS = ["a red ring", "two blue stars", "a cross"], [3, 4, 5]
 FULL = exact(len(GRIDS)).expand(GRIDS, 2)

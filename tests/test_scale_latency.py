@@ -7,8 +7,8 @@ import pytest
 from stagevar.sampling.sampler import Sampler
 from stagevar.sampling.scale_latency import time_scales
 from stagevar.schedule import StageSchedule, exact, skip_only
+from stagevar.testing.tiny import GRIDS, tiny_infinity
 from tests.sample_study import make
-from tests.tiny import GRIDS, tiny_infinity
 from tuner.study.study import Study
 
 

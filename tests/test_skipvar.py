@@ -25,8 +25,8 @@ from stagevar.models.nano.load import read_preset, shipped_folder
 from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import BOTH, StageSchedule, skipvar
 from stagevar.schedule.grids import infinity_grids, square
+from stagevar.testing.tiny import tiny_infinity
 from tests.test_engine import TapeRecorder
-from tests.tiny import tiny_infinity
 
 SQUARE, _ = infinity_grids("1M")
 GRIDS = square((1, 2, 3, 4, 5, 6))

@@ -24,8 +24,10 @@ from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import StageSchedule, exact, paper, preset, released
 from stagevar.schedule.grids import STAR_SIDES, square
 from stagevar.schedule.published import STAR_SETTINGS
+from stagevar.testing.models import masked_attend
+from stagevar.testing.recorder import SEEDS, Recorder, largest_difference
 from tests.golden.star_cases import run_case
-from tests.model_contract import SEEDS, ModelContract, Recorder, largest_difference, masked_attend
+from tests.model_contract import ModelContract
 from tuner.config.prompts import load_prompts
 from tuner.config.space import PromptSource, load_space
 

@@ -8,7 +8,7 @@ from stagevar.errors import UsageError
 from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import StageSchedule, exact, skipvar
 from stagevar.schedule.grids import square
-from tests.tiny import tiny_infinity
+from stagevar.testing.tiny import tiny_infinity
 from tuner.config.prompts import load_prompts
 from tuner.config.space import PromptSource
 from tuner.evaluation.evaluator import ModelEvaluator, walk

@@ -25,8 +25,10 @@ from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import BOTH, exact
 from stagevar.schedule.grids import square
 from stagevar.tensors.noise import PromptNoise, hash_words, key_tensor, uniform
+from stagevar.testing.models import masked_attend
+from stagevar.testing.recorder import Recorder
 from tests.golden.var_cases import run_case
-from tests.model_contract import ModelContract, Recorder, masked_attend
+from tests.model_contract import ModelContract
 
 SIDES = (1, 2, 3, 4)
 GRIDS = square(SIDES)

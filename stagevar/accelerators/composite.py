@@ -7,8 +7,7 @@ from earlier scales is kept whoever ran them, as long as they ran in full at tha
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -22,13 +21,16 @@ from stagevar.schedule import Decision, LowRank, Pivotal, Plugged, Steps
 
 
 class Composite(Accelerator):
-    """StageVAR at chunks and trunk, FastVAR or a plug-in at sublayers, SkipVAR at the decision."""
+    """StageVAR at chunks and trunk, FastVAR or a plug-in at sublayers, SkipVAR at the decision.
+
+    plugged: accelerators by the name that steps call them by; others are looked up among installed packages.
+    """
 
     name = "composite"
 
-    def __init__(self) -> None:
+    def __init__(self, plugged: Mapping[str, Accelerator] | None = None) -> None:
         self.stagevar, self.fastvar, self.skipvar = StageVAR(), FastVAR(), SkipVAR()
-        self._plugged = cache(plugged)
+        self._plugged = dict(plugged or {})
 
     def around(self, context: ScaleContext, updates: dict[Site, Cached]) -> Around:
         wide = self.stagevar.around(_without(context, Pivotal), updates)
@@ -44,7 +46,10 @@ class Composite(Accelerator):
         reduction = context.step.reduction
         if not isinstance(reduction, Plugged):
             return self.fastvar.around(context, updates)
-        hook, layers = self._plugged(reduction.accelerator).around(context, updates), range(*reduction.layers)
+        name, layers = reduction.accelerator, range(*reduction.layers)
+        if name not in self._plugged:
+            self._plugged[name] = plugged(name)
+        hook = self._plugged[name].around(context, updates)
 
         def around(site: Site, x_RLC: Tensor, positions: Tensor | None, run: SiteFn) -> Tensor:
             return (hook if site.index in layers else around_nothing)(site, x_RLC, positions, run)
