@@ -170,6 +170,12 @@ def test_smooth_codes_are_blends_of_entries(model):
         assert bool(((smooth.tokens[scale] >= low) & (smooth.tokens[scale] <= high)).all())
 
 
+def test_vectors_are_told_apart_by_their_nearest_code(model):
+    residual = model.tokenizer.residual
+    index = torch.tensor([[3, 0, 23]])
+    assert residual.nearest(residual.codes(index) + 1e-3).tolist() == index.tolist()
+
+
 def test_late_scales_draw_from_half_as_many_codes():
     model = tiny_hart(smooth=False)
     seen = []

@@ -405,7 +405,9 @@ class _Probe(Sampler):
         self.tokens: Tensor | None = None
 
     def on_scale(self, step: ScaleStep, logits_BLV: Tensor, tokens: Tensor) -> None:
-        self.logits, self.tokens = logits_BLV, tokens
+        # Vectors never come out alike; they count as drawn otherwise where another code is nearest.
+        nearest = getattr(self.model.tokenizer.residual, "nearest", None)
+        self.logits, self.tokens = logits_BLV, tokens if nearest is None else nearest(tokens)
 
     def try_step(self, generation: Generation, step: ScaleStep) -> tuple[Tensor, Tensor, np.ndarray]:
         """Logits, tokens and partial image of one step; the generation moves on."""

@@ -50,31 +50,8 @@ def _star() -> PublishedSettings:
 #: Tokens that FasterVAR keeps of HART's 4,096 at side 64 in each block, for 96 % of the energy: its ratios of the model's
 #: width, 1,536, rounded as in its code.
 _HART_RANKS = (
-    29,
-    36,
-    68,
-    152,
-    244,
-    319,
-    357,
-    364,
-    389,
-    415,
-    451,
-    504,
-    553,
-    606,
-    615,
-    630,
-    641,
-    656,
-    654,
-    602,
-    535,
-    424,
-    412,
-    477,
-)
+    29, 36, 68, 152, 244, 319, 357, 364, 389, 415, 451, 504, 553, 606, 615, 630, 641, 656, 654, 602, 535, 424, 412, 477,
+)  # fmt: skip
 
 
 def _hart() -> PublishedSettings:

@@ -1,7 +1,7 @@
 """Figures that the StageVAR paper publishes, for reference beside our own measurements. Data only.
 
 Source: arXiv 2512.16483, main comparison table. Latency is on a GPU that the paper does not name, so only
-speed-ups carry over. `None` where the paper gives no figure.
+speed-ups carry over. A row of another paper names it. `None` where the paper gives no figure.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ SOURCE = "arXiv 2512.16483"
 
 @dataclass(frozen=True)
 class Published:
-    """One row: latency of one image in seconds, speed-up over the model's own full run, GenEval and DPG overall."""
+    """One row: latency of one image in seconds, speed-up over the model's own full run, GenEval and DPG overall.
+
+    source: of a row that is not SOURCE's.
+    """
 
     name: str
     latency_s: float | None
@@ -21,6 +24,7 @@ class Published:
     geneval: float | None
     dpg: float | None
     parameters: str = ""
+    source: str = ""
 
 
 #: model name as registered -> its full run first, then the accelerated ones
@@ -38,6 +42,10 @@ METHODS: dict[str, tuple[Published, ...]] = {
     "star-1.7b": (
         Published("STAR-1.7B", 2.00, 1.0, 0.51, None, "1.7B"),
         Published("StageVAR", 1.15, 1.74, 0.51, None),
+    ),
+    "hart-0.7b": (
+        Published("HART-0.7B", 0.95, 1.0, 0.51, 80.89, "0.7B"),
+        Published("FastVAR", None, 1.5, None, None, source="arXiv 2503.23367"),
     ),
 }
 

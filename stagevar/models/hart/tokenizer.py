@@ -29,6 +29,10 @@ class HybridResidual(VQResidual):
         """Codebook entries averaged with these weights: (B, L, d), float32."""
         return torch.matmul(weight_BLV, self.quantizer.embedding.weight.to(weight_BLV.dtype)).float()
 
+    def nearest(self, codes_BLd: Tensor) -> Tensor:
+        """Indices (B, L) of the entries that lie nearest to vectors."""
+        return torch.cdist(codes_BLd, self.quantizer.embedding.weight.to(codes_BLd.dtype)[None]).argmin(-1)
+
     def add(self, code_sum_BdHW: Tensor, codes_BLd: Tensor, scale: int) -> Tensor:
         """New code sum with this scale's vectors added (the input is not changed)."""
         if scale < len(self.grids) - 1:
