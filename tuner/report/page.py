@@ -22,6 +22,7 @@ from tuner.report.sections.published import published_section
 from tuner.report.sections.run import failures_section, run_section
 from tuner.report.sections.scales import scales_section
 from tuner.report.sections.schedules import schedules_section
+from tuner.report.sections.space import space_section
 from tuner.report.sections.table import table_section
 from tuner.report.sections.tradeoff import tradeoff_section
 from tuner.report.words import (
@@ -81,6 +82,7 @@ def render(result: StudyResult, run_dir: Path) -> str:
             ("Candidates", table_section(result)),
             ("Search", history_section(result)),
             ("Parameters", importances_section(result)),
+            ("Space", space_section(result)),
             ("Published figures", published_section(result)),
             ("Failures", failures_section(result)),
             ("Run", run_section(result)),

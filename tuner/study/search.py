@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from stagevar.errors import ScheduleError
+from stagevar.schedule import Steps
+from tuner.config.coverage import SpaceCoverage, coverage
 from tuner.config.prompts import PromptSet
 from tuner.evaluation.evaluator import Evaluator
 from tuner.evaluation.executor import Executor, Failed, NotMeasured
@@ -369,4 +371,20 @@ class Search:
             "ask_seconds": [round(s, 4) for s in self.ask_seconds],
             "waited_s": round(self._waited_s, 3),
             "proposing_at_the_end": self.proposed,
+            "space": dataclasses.asdict(self._coverage()),
         }
+
+    def _coverage(self) -> SpaceCoverage:
+        ledger, table, grids = self.ledger, self.latency.table, self.ledger.facts.grids
+        tried = [
+            c.params or ledger.space.nearest_values(ledger.schedules[c.key], grids) for c in ledger.candidates.values()
+        ]
+
+        predicts = table.trusted
+
+        def ratio(steps: Steps) -> float | None:
+            return table.predict(steps).ratio if predicts and table.covers(steps) else None
+
+        known = ledger.baseline is not None and ledger.baseline.latency is not None
+        budget = ledger.budget_ratio if known else 1.0
+        return coverage(ledger.space, grids, ledger.facts.chunks, tried, ratio, budget, self.seed)

@@ -1,0 +1,123 @@
+"""How much of its space a search has seen: size, schedules, what was tried of each parameter, what the budget excludes.
+
+Pure. Schedules are counted on draws, because most settings of a space expand to a schedule that another one expands to, and
+enumerating half a million settings would take longer than it tells.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from stagevar.errors import ScheduleError
+from stagevar.schedule import Steps
+from stagevar.schedule.grids import Grid
+from tuner.config.costs import settings_of
+from tuner.config.space import Parameter, SearchSpace, Value, draw, steps_key
+
+#: Settings drawn to count schedules and what the budget excludes.
+DRAWS = 1000
+#: Bins of a continuous parameter.
+BINS = 5
+
+
+@dataclass(frozen=True)
+class ParameterCoverage:
+    """One parameter. tried: how many schedules were evaluated at each of its values, or in each bin, in order."""
+
+    name: str
+    tried: tuple[tuple[str, int], ...]
+
+    @property
+    def untried(self) -> tuple[str, ...]:
+        """Values that no schedule was evaluated at."""
+        return tuple(value for value, count in self.tried if not count)
+
+
+@dataclass(frozen=True)
+class SpaceCoverage:
+    """What a search has seen of its space.
+
+    settings: how many the space holds, None where a parameter is continuous. draws: settings drawn to count on. unfit: of
+    these, without a schedule. distinct: schedules among the others. priced: of these, with a predicted latency; excluded: of
+    those, beyond the budget. evaluated: schedules.
+    """
+
+    settings: int | None
+    draws: int
+    unfit: int
+    distinct: int
+    priced: int
+    excluded: int
+    evaluated: int
+    parameters: tuple[ParameterCoverage, ...]
+
+    @property
+    def excluded_share(self) -> float | None:
+        """Share of the schedules beyond the budget, None where no latency can be predicted."""
+        return self.excluded / self.priced if self.priced else None
+
+
+def coverage(
+    space: SearchSpace,
+    grids: Sequence[Grid],
+    chunks: int,
+    tried: Sequence[Mapping[str, Value]],
+    ratio: Callable[[Steps], float | None] = lambda steps: None,
+    budget_ratio: float = 1.0,
+    seed: int = 0,
+) -> SpaceCoverage:
+    """Counts what was tried.
+
+    Args:
+        tried: values per evaluated schedule; presets at the nearest ones. ratio: predicted latency as a share of the full
+            schedule's, None where it cannot be predicted. budget_ratio: the budget, likewise.
+    """
+    rng = random.Random(seed)
+    found: dict[str, Steps] = {}
+    unfit = 0
+    for _ in range(DRAWS):
+        try:
+            steps = space.schedule(draw(space, rng), grids).expand(grids, chunks)
+        except ScheduleError:
+            unfit += 1
+            continue
+        found.setdefault(steps_key(steps), steps)
+    ratios = [value for value in map(ratio, found.values()) if value is not None]
+    return SpaceCoverage(
+        settings=settings_of(space),
+        draws=DRAWS,
+        unfit=unfit,
+        distinct=len(found),
+        priced=len(ratios),
+        excluded=sum(value > budget_ratio for value in ratios),
+        evaluated=len(tried),
+        parameters=tuple(_of_parameter(parameter, tried) for parameter in space.parameters),
+    )
+
+
+def _of_parameter(parameter: Parameter, tried: Sequence[Mapping[str, Value]]) -> ParameterCoverage:
+    values = [values[parameter.name] for values in tried if parameter.name in values]
+    if parameter.values:
+        counts = Counter(values)
+        return ParameterCoverage(parameter.name, tuple((_text(value), counts[value]) for value in parameter.values))
+    low, high = parameter.low, parameter.high
+    if parameter.kind == "int" and high - low < 2 * BINS:
+        counts = Counter(int(value) for value in values)
+        return ParameterCoverage(parameter.name, tuple((f"{v}", counts[v]) for v in range(int(low), int(high) + 1)))
+    if parameter.log:
+        edges = [low * (high / low) ** (k / BINS) for k in range(BINS + 1)]
+    else:
+        edges = [low + (high - low) * k / BINS for k in range(BINS + 1)]
+    bins = [0] * BINS
+    for value in values:
+        bins[sum(float(value) > edge for edge in edges[1:-1])] += 1
+    names = (f"{first:.3g} to {last:.3g}" for first, last in itertools.pairwise(edges))
+    return ParameterCoverage(parameter.name, tuple(zip(names, bins, strict=True)))
+
+
+def _text(value: Value) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
