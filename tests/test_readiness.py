@@ -71,7 +71,7 @@ def test_an_unknown_model_is_a_usage_error():
 
 
 @pytest.mark.parametrize("spec", [s for s in registry.list_models() if s.parts], ids=lambda s: s.name)
-def test_every_model_can_be_reckoned_with(spec):
+def test_every_model_can_be_estimated(spec):
     findings = readiness.examine(spec.name, weights="random", device="cpu")
     peak = next(line for _, line in findings if line.strip().startswith("peak"))
     assert int(peak.split()[1].replace(",", "")) > 600

@@ -301,7 +301,8 @@ def test_a_folder_converted_for_another_model_is_refused(tmp_path):
 
 
 def test_the_command_line_converts_and_loads_what_it_wrote(tiny_files, tmp_path, capsys):
-    from stagevar.cli.command import build_parser, load, main
+    from stagevar.cli.command import build_parser, main
+    from stagevar.cli.model_options import load
 
     out = tmp_path / "converted"
     files = ["--weights", str(tiny_files / "transformer.pth"), "--tokenizer", str(tiny_files / "vae.pth")]

@@ -8,7 +8,7 @@ import re
 import pytest
 from PIL import Image
 
-from stagevar.cli import command as stagevar_cli
+from stagevar.cli import model_options
 from stagevar.errors import UsageError
 from stagevar.prompts.prompt_files import natural_key, read_prompt_file
 from stagevar.text_files import read_json, read_json_values, read_table, split_lines
@@ -121,7 +121,7 @@ def every_reading(path, pictures):
         "checks before loading": [prompt_text(prompt) for _, prompt in study_prompts.prompt_lines(path)],
         "stagevar-eval": [prompt["prompt"] for prompt in prompt_sets.read_prompts(path)],
         "stagevar-eval images": [prompt_text(image.prompt) for image in read_folder(pictures, path)],
-        "stagevar analyze": stagevar_cli.prompts_of_file(argparse.Namespace(prompts_file=path, prompts=100)),
+        "stagevar analyze": model_options.prompts_of_file(argparse.Namespace(prompts_file=path, prompts=100)),
     }
 
 

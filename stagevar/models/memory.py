@@ -1,4 +1,4 @@
-"""How much memory a model needs, reckoned before anything is loaded, and a refusal when it cannot fit.
+"""How much memory a model needs, estimated before anything is loaded, and a refusal when it cannot fit.
 
 The arithmetic, per term:
 
@@ -80,9 +80,10 @@ class MemoryEstimate:
         """The most that is needed at once."""
         return max(self.sampling, self.encoding)
 
-    def lines(self) -> list[str]:
-        """A readable account, one line per use, in MiB."""
-        rows = {
+    @property
+    def rows(self) -> dict[str, int]:
+        """Bytes by use, in words, and the two sums that decide."""
+        return {
             "transformer": self.weights,
             "tokenizer": self.tokenizer,
             "KV cache": self.kv_cache,
@@ -94,7 +95,10 @@ class MemoryEstimate:
             "sampling, cache freed before decoding": self.generating,
             "peak": self.peak,
         }
-        return [f"{name:<40}{size / MIB:>10,.0f} MiB" for name, size in rows.items()]
+
+    def lines(self) -> list[str]:
+        """A readable account, one line per use, in MiB."""
+        return [f"{name:<40}{size / MIB:>10,.0f} MiB" for name, size in self.rows.items()]
 
 
 def estimate(parts: Parts, request: LoadRequest) -> MemoryEstimate:

@@ -461,5 +461,5 @@ def _function(target: str) -> Any:
 def model_parts(request: LoadRequest) -> Any:
     """The model's modules on the meta device (stagevar.models.loading.Parts). Raises UsageError where it has none."""
     if not request.spec.parts:
-        raise UsageError(f"{request.spec.name} ships in the package: there are no files to convert or to reckon with")
+        raise UsageError(f"{request.spec.name} ships in the package: there are no weight files to convert or measure")
     return _function(request.spec.parts)(request)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+from dataclasses import dataclass
+
 from stagevar.choices import ENGINE_OPTIONS
 from stagevar.cli.arguments import Parser, name_value, path_value, positive_int, whole_number
 from stagevar.models import registry
@@ -15,55 +18,75 @@ def heldout_numbers(text: str) -> tuple[int, ...]:
     return tuple(positive_int(part) for part in text.split("+"))
 
 
-def add_study_options(parser: Parser, required: bool) -> None:
+@dataclass(frozen=True)
+class Groups:
+    """Sections of --help."""
+
+    what: argparse._ArgumentGroup
+    limits: argparse._ArgumentGroup
+    search: argparse._ArgumentGroup
+    place: argparse._ArgumentGroup
+    output: argparse._ArgumentGroup
+
+    @classmethod
+    def of(cls, parser: Parser, what: str) -> Groups:
+        """Adds the sections in order; those that stay empty are not printed. what: the first one's title."""
+        titles = (what, "limits", "search", "where it runs", "output")
+        return cls(*(parser.add_argument_group(title) for title in titles))
+
+
+def add_study_options(groups: Groups, required: bool) -> None:
     """Options that decide what is measured against what."""
     profiles = "the profile's"
-    budget_help = "latency of one image: 2s, 800ms, or 60%% of the measured full schedule"
+    what, limits, place = groups.what, groups.limits, groups.place
     models = ", ".join(registry.model_names())
-    parser.add_argument("--model", type=name_value, required=required, help=f"one of {models}")
-    parser.add_argument("--budget", "--latency-budget", required=required, metavar="LATENCY", help=budget_help)
-    parser.add_argument(
+    what.add_argument("--model", type=name_value, required=required, help=f"one of {models}")
+    what.add_argument("--weights", type=name_value, help="path, or 'random' for seeded random weights (latency only)")
+    what.add_argument("--resolution", help="pixel budget (0.25M, 1M ...) or image side, where a model has several")
+    what.add_argument(
+        "--space", type=path_value, metavar="FILE", help="search space, or what of it differs from the model's default"
+    )
+    sources = ", ".join(PROMPT_SOURCES)
+    what.add_argument(
+        "--prompts",
+        metavar="N|SOURCE[:N]|FILE",
+        help=f"search prompts: how many, {sources} (geneval:64), a file (.txt, .jsonl, .json, .csv), or a folder of .txt",
+    )
+    what.add_argument(
+        "--heldout",
+        type=heldout_numbers,
+        metavar="N[+N]",
+        help="maximum number of held-out prompts for verification; more of them continue a run (with geneval as 512+640: "
+        "640 added)",
+    )
+    what.add_argument("--seed", type=whole_number, default=0, help="of prompts, noise and sampler (default: 0)")
+    budget_help = "latency of one image: 2s, 800ms, or 60%% of the measured full schedule"
+    limits.add_argument("--budget", "--latency-budget", required=required, metavar="LATENCY", help=budget_help)
+    limits.add_argument(
         "--max-drop",
         action="append",
         metavar="[METRIC=]DROP",
         help="largest drop: 2%% for the first metric of the space, clip_score=0.3 for another; may be repeated "
         "(default: the space's)",
     )
-    sources = ", ".join(PROMPT_SOURCES)
-    parser.add_argument(
-        "--prompts",
-        metavar="N|SOURCE[:N]|FILE",
-        help=f"search prompts: how many, {sources} (geneval:64), a file (.txt, .jsonl, .json, .csv), or a folder of .txt",
-    )
-    parser.add_argument(
-        "--heldout",
-        type=heldout_numbers,
-        metavar="N[+N]",
-        help="held-out prompts that verify at most; more of them continue a run (with geneval as 512+640: 640 added)",
-    )
-    parser.add_argument("--seed", type=whole_number, default=0, help="of prompts, noise and sampler (default: 0)")
-    parser.add_argument(
-        "--space", type=path_value, metavar="FILE", help="search space, or what of it differs from the model's default"
-    )
-    parser.add_argument("--weights", type=name_value, help="path, or 'random' for seeded random weights (latency only)")
-    parser.add_argument("--resolution", help="pixel budget (0.25M, 1M ...) or image side, where a model has several")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
-    parser.add_argument(
+    place.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
+    place.add_argument(
         "--threads",
         type=positive_int,
         default=1 if required else None,
         help=f"CPU threads of a latency, pinned while timing (default: {'1' if required else profiles})",
     )
-    parser.add_argument(
+    place.add_argument(
         "--engine",
         choices=ENGINE_OPTIONS,
         default="auto" if required else None,
-        help="what latency is timed on, and deployed with (default: auto, the fastest that draws the same images)"
+        help="execution engine to time, recorded in the profile (default: auto, the fastest that draws the same images)"
         if required
-        else "what latency is timed on (default: the profile's)",
+        else "execution engine to time (default: the profile's)",
     )
 
 
-def add_output_options(parser: Parser) -> None:
+def add_output_options(parser: Parser | argparse._ArgumentGroup) -> None:
+    """What is printed."""
     parser.add_argument("--quiet", action="store_true", help="no progress; the result only")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")

@@ -27,7 +27,7 @@ from stagevar.schedule import ACCELERATORS, PLUGGED_ACCELERATORS
 from stagevar.sections import read_section
 from tuner.cli.console import announce, write_derived
 from tuner.cli.dry_run import print_plan
-from tuner.cli.options import PROG, add_output_options, add_study_options
+from tuner.cli.options import PROG, Groups, add_output_options, add_study_options
 from tuner.cli.plan import Plan, plan
 from tuner.config.quality import composite_options, quality_limits
 from tuner.config.space import SearchSpace
@@ -67,51 +67,53 @@ def build_parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
-    add_study_options(parser, required=True)
-    parser.add_argument(
+    groups = Groups.of(parser, "what to tune")
+    what, limits, search, place, output = groups.what, groups.limits, groups.search, groups.place, groups.output
+    add_study_options(groups, required=True)
+    what.add_argument(
         "--analysis",
         type=path_value,
         metavar="DIR",
         help="boundaries, ranks and proposals of `stagevar analyze --out DIR`",
     )
-    parser.add_argument("--trials", type=positive_int, default=30, help="distinct schedules to evaluate (default: 30)")
-    parser.add_argument("--time-budget", metavar="TIME", help="tuning time, such as 10m; verification included")
-    parser.add_argument(
+    what.add_argument(
         "--kv-cache", choices=("model", "int8"), default="model", help="8 bits halve the cache (default: the model's)"
     )
-    parser.add_argument(
+    limits.add_argument("--time-budget", metavar="TIME", help="tuning time, such as 10m; verification included")
+    search.add_argument("--trials", type=positive_int, default=30, help="distinct schedules to evaluate (default: 30)")
+    search.add_argument(
         "--patience", type=positive_int, default=60, metavar="N", help="end after N schedules without progress (60)"
     )
-    parser.add_argument(
+    search.add_argument(
         "--exhaustive", action="store_true", help="time every schedule end to end and judge it on all search prompts"
     )
-    parser.add_argument(
-        "--out", type=path_value, metavar="DIR", help="run directory (default: outputs/MODEL-BUDGET-sSEED)"
-    )
-    parser.add_argument("--fresh", action="store_true", help="discard what an earlier run left in --out")
-    parser.add_argument("--sampler", choices=("auto", "gp", "tpe", "random"), default="auto", help="default: auto")
-    parser.add_argument("--executor", choices=("local", "ray"), default="local", help="where it runs (default: local)")
-    parser.add_argument(
-        "--ray-address",
-        type=name_value,
-        metavar="ADDRESS",
-        help="cluster to join, such as auto (default: start one here)",
-    )
-    parser.add_argument("--gpu-kind", metavar="NAME", help="the GPUs to use where a Ray cluster has several kinds")
-    parser.add_argument(
-        "--task-timeout",
-        default="30m",
-        metavar="TIME",
-        help="restart a Ray worker that has not answered for TIME (default: 30m)",
-    )
-    parser.add_argument(
+    search.add_argument("--sampler", choices=("auto", "gp", "tpe", "random"), default="auto", help="default: auto")
+    search.add_argument(
         "--storage",
         type=name_value,
         metavar="URL",
         help="database for the trials, as postgresql://HOST/DB (default: a file)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, run nothing")
-    add_output_options(parser)
+    place.add_argument("--executor", choices=("local", "ray"), default="local", help="where it runs (default: local)")
+    place.add_argument(
+        "--ray-address",
+        type=name_value,
+        metavar="ADDRESS",
+        help="cluster to join, such as auto (default: start one here)",
+    )
+    place.add_argument("--gpu-kind", metavar="NAME", help="the GPUs to use where a Ray cluster has several kinds")
+    place.add_argument(
+        "--task-timeout",
+        default="30m",
+        metavar="TIME",
+        help="restart a Ray worker that has not answered for TIME (default: 30m)",
+    )
+    output.add_argument(
+        "--out", type=path_value, metavar="DIR", help="run directory (default: outputs/MODEL-BUDGET-sSEED)"
+    )
+    output.add_argument("--fresh", action="store_true", help="discard what an earlier run left in --out")
+    output.add_argument("--dry-run", action="store_true", help="check everything, print the plan, run nothing")
+    add_output_options(output)
     return parser
 
 

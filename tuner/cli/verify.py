@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from stagevar.cli.arguments import Parser, path_value
 from stagevar.errors import UsageError
 from tuner.cli import tune
-from tuner.cli.options import add_study_options
+from tuner.cli.options import Groups, add_study_options
 from tuner.cli.plan import check_provable, checked_space
 from tuner.config import checks
 from tuner.config.limits import parse_budget, parse_share
@@ -27,7 +27,7 @@ def add_options(parser: Parser) -> None:
     """The profile, how much slower it may be, and what it is measured against."""
     parser.add_argument("profile", type=path_value, help="profile.yaml of a run")
     parser.add_argument("--max-regression", metavar="SHARE", help="fail when this much slower than recorded, as 3%%")
-    add_study_options(parser, required=False)
+    add_study_options(Groups.of(parser, "what to measure"), required=False)
     parser.set_defaults(seed=None)
 
 

@@ -1,0 +1,81 @@
+"""`stagevar analyze`: finds the stages of a model and proposes a schedule."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from stagevar import extras
+from stagevar.cli.arguments import (
+    path_value,
+)
+from stagevar.cli.model_options import (
+    Verbs,
+    add_model_options,
+    add_prompt_options,
+    check_loading,
+    load,
+    prompts_of_file,
+)
+from stagevar.errors import UsageError
+from stagevar.files import check_output_folder
+
+
+def add(verbs: Verbs) -> None:
+    """The verb and its options."""
+    parser = verbs.add_parser("analyze", help="find the stages of a model and propose a schedule")
+    add_model_options(parser)
+    add_prompt_options(parser, 48)
+    parser.add_argument("--out", type=path_value, help="folder for analysis.yaml, rank_ratio.json and plots")
+    parser.add_argument(
+        "--ranks", action="store_true", help="only measure spectra for the energy -> rank table: no ablation"
+    )
+    parser.add_argument(
+        "--similarity",
+        action="append",
+        metavar="NAME[:K=V,...]",
+        help="a further comparison with the final image, e.g. clip, dino, lpips:net=alex (may be repeated)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the analysis and prints its proposal with the reasons."""
+    from stagevar.analysis import analyze, find_similarity, nano_inputs
+    from stagevar.analysis.plots import draw
+    from stagevar.sampling.bench import bench_prompts
+
+    extras.require("stagevar analyze", "matplotlib", *(["scipy"] if args.model == "nano" else []))
+    device = check_loading(args, args.model)
+    out = check_output_folder(args.out or Path("outputs") / f"analysis-{args.model}", "--out")
+    given = prompts_of_file(args)
+    options: dict[str, Any] = {"ablation_prompts": 0} if args.ranks else {}
+    wanted = args.similarity or (["clip:model=nano"] if args.model == "nano" else [])
+    try:
+        options["similarities"] = [
+            find_similarity(text, device if args.device == "auto" else args.device) for text in wanted
+        ]
+    except UsageError as error:
+        if args.similarity:
+            raise
+        warnings.warn(f"CLIP similarity is left out: {error}", stacklevel=2)
+    model = load(args)
+    if model.name == "nano" and given is None:
+        prompts, seeds, options["quality"] = nano_inputs(args.prompts, args.seed)
+    else:
+        prompts = bench_prompts(model, args.prompts) if given is None else given
+        seeds = [args.seed + i for i in range(len(prompts))]
+
+    def progress(what: str, done: int, total: int) -> None:
+        print(f"\r{what} {done}/{total}\033[K", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+    found = analyze(model, prompts, seeds, progress=progress if sys.stderr and sys.stderr.isatty() else None, **options)
+    files = [*found.save(out), *draw(found, Path(out))]
+    for name, reason in found.reasons.items():
+        print(f"{name}: {reason}")
+    for path in files:
+        print(path)
+    return 0
