@@ -93,25 +93,33 @@ def ask(url: str, prompt: str, seed: int) -> tuple[int, np.ndarray | None, float
         return error.code, None, 0.0
 
 
-def resident_mib(url: str) -> float:
-    """The server's resident memory, from its metrics."""
+def metric(url: str, name: str) -> float:
+    """A value of the server's metrics."""
     text = urllib.request.urlopen(f"{url}/metrics").read().decode()
-    found = re.search(r"^process_resident_memory_bytes (\S+)$", text, re.MULTILINE)
+    found = re.search(rf"^{name} (\S+)$", text, re.MULTILINE)
     assert found is not None
-    return float(found[1]) / 2**20
+    return float(found[1])
+
+
+def resident_mib(url: str) -> float:
+    """The server's resident memory."""
+    return metric(url, "process_resident_memory_bytes") / 2**20
 
 
 def overhead(url: str, pipeline: Pipeline, prompts: list[str], rounds: int) -> dict[str, float]:
     """Medians in milliseconds of a local call, of a request, and of their difference round by round.
 
     outside_ms: of a request, what is not text, scales or decoding: HTTP, the queue, threads, PNG, base64, on both sides. It
-    does not suffer from other processes as the difference does.
+    does not suffer from other processes as the difference does. local_cpu_ms, served_cpu_ms: mean processor time of this
+    process in a local call, of the server in a request; other processes hardly change it.
     """
-    local_ms, served_ms, outside_ms = [], [], []
+    local_ms, served_ms, outside_ms, local_cpu_s, server_cpu_s = [], [], [], 0.0, 0.0
     for index in range(-3, rounds):
         pair = prompts[index % len(prompts)], index + 3
+        if index == 0:
+            server_cpu_s = metric(url, "process_cpu_seconds_total")
         for kind in ("local", "served") if index % 2 else ("served", "local"):
-            began = time.perf_counter()
+            began, began_cpu_s = time.perf_counter(), time.process_time()
             if kind == "local":
                 pipeline.generate([pair[0]], [pair[1]])
             else:
@@ -119,8 +127,11 @@ def overhead(url: str, pipeline: Pipeline, prompts: list[str], rounds: int) -> d
             elapsed_ms = (time.perf_counter() - began) * 1e3
             if index >= 0:
                 (local_ms if kind == "local" else served_ms).append(elapsed_ms)
-                if kind == "served":
+                if kind == "local":
+                    local_cpu_s += time.process_time() - began_cpu_s
+                else:
                     outside_ms.append(elapsed_ms - drawing_ms)
+    server_cpu_s = metric(url, "process_cpu_seconds_total") - server_cpu_s
     difference_ms = np.asarray(served_ms) - np.asarray(local_ms)
     draws = np.random.default_rng(0).choice(difference_ms, size=(2000, len(difference_ms)))
     low_ms, high_ms = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
@@ -128,6 +139,8 @@ def overhead(url: str, pipeline: Pipeline, prompts: list[str], rounds: int) -> d
         "rounds": rounds,
         "local_ms": float(np.median(local_ms)),
         "served_ms": float(np.median(served_ms)),
+        "local_cpu_ms": local_cpu_s / rounds * 1e3,
+        "served_cpu_ms": server_cpu_s / rounds * 1e3,
         "outside_ms": float(np.median(outside_ms)),
         "outside_p90_ms": float(np.percentile(outside_ms, 90)),
         "difference_ms": float(np.median(difference_ms)),

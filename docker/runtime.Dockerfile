@@ -1,6 +1,9 @@
 # The runtime alone, for drawing with a profile:
 #   docker build -f docker/runtime.Dockerfile -t stagevar .
 #   docker run --gpus all -v "$PWD:/work" stagevar generate --profile profile.yaml "a photo of a red circle" -o red.png
+# To serve over HTTP (docs/serving.md):
+#   docker build -f docker/runtime.Dockerfile --build-arg EXTRAS=infinity,serve -t stagevar-serve .
+#   docker run --gpus all -p 8000:8000 -v "$PWD:/work" stagevar-serve serve --profile profile.yaml --host 0.0.0.0
 FROM python:3.11-slim
 
 ARG EXTRAS=infinity
