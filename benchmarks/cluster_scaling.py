@@ -27,7 +27,9 @@ import numpy as np
 
 from benchmarks.environment import environment, write_json
 from stagevar.schedule import ScaleStep, Steps, exact
-from tuner.cluster.executor import RayExecutor, Recipe, cut
+from tuner.cluster.dispatcher import cut
+from tuner.cluster.executor import RayExecutor
+from tuner.cluster.worker import Recipe
 from tuner.config.prompts import load_prompts
 from tuner.config.space import SearchSpace, load_space
 from tuner.proposals.trial_sampler import Proposer, Told

@@ -19,7 +19,7 @@ import numpy as np
 
 from stagevar.errors import UsageError
 from tests.fakes import SPACE, FakeEvaluator
-from tuner.cluster.executor import Recipe
+from tuner.cluster.worker import Recipe
 from tuner.config.prompts import load_prompts
 from tuner.config.space import parse_space
 

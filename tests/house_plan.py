@@ -108,7 +108,6 @@ LONG_FILES = {
     "stagevar/models/nano/scenes.py",
     "stagevar/sampling/sampler.py",
     "tuner/evaluation/evaluator.py",
-    "tuner/cluster/executor.py",
     "tuner/config/space.py",
 }
 

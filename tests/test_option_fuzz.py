@@ -198,7 +198,7 @@ def stubs(folder, monkeypatch):
     # Neither takes a file, but each a tenth of a second, every time.
     monkeypatch.setattr("stagevar.models.memory.estimate_model", reached)
     monkeypatch.setattr("stagevar.models.registry.model_parts", parts_once)
-    monkeypatch.setattr("tuner.cluster.executor.check_installed", lambda: None)
+    monkeypatch.setattr("tuner.cluster.connection.check_installed", lambda: None)
     monkeypatch.setattr("socket.create_connection", nobody)
     for name in ("_device", "_models", "_packages"):  # they look at the machine, not at arguments
         monkeypatch.setattr(f"tuner.cli.doctor.{name}", list)

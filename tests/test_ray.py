@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -24,19 +23,13 @@ from tests.conftest import claims
 from tests.fakes import CHUNKS, GRIDS
 from tests.test_executor_contract import FULL, PAPER, SKIP, TREE, same, tasks
 from tests.test_house import run_without
-from tuner.cluster import executor as ray_executor
-from tuner.cluster.executor import (
-    MEASUREMENTS_FILE,
-    QUARANTINE_AFTER,
-    Place,
-    RayExecutor,
-    Recipe,
-    RemoteEvaluator,
-    Worker,
-    _Job,
-    _quality_job,
-    cut,
-)
+from tuner.cluster import connection
+from tuner.cluster import worker as worker_module
+from tuner.cluster.dispatcher import QUARANTINE_AFTER, Dispatcher, WorkerSlot, cut
+from tuner.cluster.executor import RayExecutor
+from tuner.cluster.remote_evaluator import MEASUREMENTS_FILE, RemoteEvaluator
+from tuner.cluster.worker import Place, Recipe, Worker
+from tuner.evaluation.evaluator import Facts
 from tuner.evaluation.executor import Failed, QualityTask, WorkersLost
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,17 +66,17 @@ def check_all(executor, plain, schedules=TREE):
 
 
 def node_ids(executor):
-    return [seat.node for seat in executor.seats.values() if seat.state == "ready"]
+    return [seat.node for seat in executor.dispatcher.slots.values() if seat.state == "ready"]
 
 
 def wait_until_all_are_ready(executor):
     deadline = time.monotonic() + 120
-    while any(seat.state == "loading" for seat in executor.seats.values()) or len(node_ids(executor)) < 2:
-        assert time.monotonic() < deadline, {seat.id: seat.state for seat in executor.seats.values()}
-        if any(seat.ref is not None or seat.state == "held" for seat in executor.seats.values()):
-            executor._advance(deque(), set(), grow=True)
+    while any(seat.state == "loading" for seat in executor.dispatcher.slots.values()) or len(node_ids(executor)) < 2:
+        assert time.monotonic() < deadline, {seat.id: seat.state for seat in executor.dispatcher.slots.values()}
+        if any(seat.busy or seat.state == "held" for seat in executor.dispatcher.slots.values()):
+            executor.advance(grow=True)
         else:  # nothing to wait for: a node that was just added is not in Ray's list at once
-            executor._read_nodes(grow=True)
+            executor.read_nodes(grow=True)
             time.sleep(0.1)
 
 
@@ -156,14 +149,14 @@ def test_a_killed_worker_is_rebuilt_and_its_batch_is_evaluated_again(start, plai
     executor = start()
     (tmp_path / "die-3").touch()
     check_all(executor, plain)
-    assert executor.counts["rebuilds"] == 1 and executor.counts["quarantined"] == 0
+    assert executor.dispatcher.counts["rebuilds"] == 1 and executor.dispatcher.counts["quarantined"] == 0
 
 
 def test_a_stuck_worker_is_killed_and_its_batch_goes_elsewhere(start, plain, tmp_path):
     executor = start(task_timeout_s=3.0)
     (tmp_path / "hang-2").touch()
     check_all(executor, plain)
-    assert executor.counts["timeouts"] == 1 and executor.counts["rebuilds"] == 1
+    assert executor.dispatcher.counts["timeouts"] == 1 and executor.dispatcher.counts["rebuilds"] == 1
     assert any("no answer within 3 s" in line for line in executor.lines)
 
 
@@ -171,20 +164,20 @@ def test_a_schedule_that_kills_its_process_loses_itself_only(start, plain, tmp_p
     executor = start(cluster_fakes.recipe(tmp_path, poison_skips=True))
     for task, (full, paper, skip) in executor.run(tasks(BATCHES)):
         assert same([full, paper], plain.quality((FULL, PAPER), "search", task.batch))
-        assert isinstance(skip, Failed) and "workers down" in skip.error
-    assert executor.counts["quarantined"] == 0
+        assert isinstance(skip, Failed) and "workers; last error" in skip.error
+    assert executor.dispatcher.counts["quarantined"] == 0
 
 
 def test_three_failures_in_a_row_quarantine_a_worker_and_the_other_finishes(start, plain, tmp_path):
     executor = start()
     wait_until_all_are_ready(executor)
-    bad = next(iter(executor.seats.values()))
+    bad = next(iter(executor.dispatcher.slots.values()))
     (tmp_path / f"doom-{bad.node}").touch()
     for count in range(1, 1 + QUARANTINE_AFTER):
         check_all(executor, plain, TREE[:count])  # other schedules each time: no schedule is to blame
         if bad.state != "quarantined":
             wait_until_all_are_ready(executor)
-    assert executor.counts["quarantined"] == 1
+    assert executor.dispatcher.counts["quarantined"] == 1
     check_all(executor, plain)
 
 
@@ -193,7 +186,7 @@ def test_the_death_of_a_worker_during_timing_moves_its_share(start, plain, tmp_p
     wait_until_all_are_ready(executor)
     (tmp_path / "die-latency").touch()
     timings = executor.evaluator.latency({"baseline": FULL, "a": PAPER, "b": SKIP}, 5)
-    assert executor.counts["rebuilds"] == 1
+    assert executor.dispatcher.counts["rebuilds"] == 1
     for name, steps in (("a", PAPER), ("b", SKIP)):
         ratios = np.divide(timings[name].samples_ms, timings["baseline"].samples_ms)
         np.testing.assert_allclose(ratios, [plain.ratio(steps)] * 5, rtol=1e-12)
@@ -217,8 +210,8 @@ class TestHealthyWorkers:
     def test_timing_is_spread_over_gpus_and_the_sentinel_cancels_their_speed(self, executor, plain):
         schedules = {"baseline": FULL, "a": PAPER, "b": SKIP, "c": preset("skip-2", GRIDS).expand(GRIDS, CHUNKS)}
         first = executor.evaluator.latency({"baseline": FULL}, 3)
-        home = executor.seats[executor._timer]
-        [other] = [seat for seat in executor.seats.values() if seat is not home]
+        home = executor.dispatcher.slots[executor.dispatcher.timer]
+        [other] = [seat for seat in executor.dispatcher.slots.values() if seat is not home]
         slow = executor.run_dir / f"slow-{other.node}"
         slow.write_text("1.5")
         found = executor.evaluator.latency(schedules, 7)
@@ -242,26 +235,6 @@ class TestHealthyWorkers:
         line = measurements(executor.run_dir)[-1]
         assert line["sentinel"] is None and set(line["samples_ms"]) == {"a", "b"}
 
-    def test_nothing_disturbs_a_timing_on_its_machine(self, executor, monkeypatch):
-        """Both workers are on one machine, though on two nodes."""
-        seat, other = executor.seats.values()
-        timing, judging = _Job("timed", (), None, alone=True), _quality_job(tasks([0])[0], 0, [0])
-        loading = None
-        for resource, starting, running, allowed in (
-            ("GPU", timing, judging, False),
-            ("GPU", judging, timing, False),
-            ("GPU", timing, loading, False),
-            ("GPU", timing, timing, True),  # each on a GPU of its own
-            ("CPU", timing, timing, False),  # they would share memory and caches
-            ("CPU", judging, judging, True),
-        ):
-            monkeypatch.setattr(executor, "_resource", resource)
-            other.job, other.ref, host = running, "busy", other.host
-            assert executor._choose(deque([starting]), seat) is (starting if allowed else None)
-            other.host = "another machine"
-            assert executor._choose(deque([starting]), seat) is starting
-            other.host, other.job, other.ref = host, None, None
-
     def test_several_kinds_of_gpu_are_refused_until_one_is_chosen(self, executor, monkeypatch):
         nodes = {
             "a": {"GPU": 8, "accelerator_type:H100": 1},
@@ -270,14 +243,14 @@ class TestHealthyWorkers:
         }
         monkeypatch.setattr(executor, "gpu_kind", None)
         with pytest.raises(UsageError, match=r"mixes kinds of GPU \(8 x H100, 4 x L40\); choose one with --gpu-kind"):
-            executor._chosen(nodes)
+            executor.chosen(nodes)
         executor.gpu_kind = "h100"
-        assert list(executor._chosen(nodes)) == ["a"]
+        assert list(executor.chosen(nodes)) == ["a"]
         assert executor.lines[-1] == "node b (L40) is left out: this study runs on h100"
-        monkeypatch.setattr(executor, "seats", {})
+        monkeypatch.setattr(executor, "dispatcher", Dispatcher(own_gpus=True))
         executor.gpu_kind = "A100"
         with pytest.raises(UsageError, match=r"no GPU of kind 'A100' in the cluster \(8 x H100, 4 x L40\)"):
-            executor._chosen(nodes)
+            executor.chosen(nodes)
 
 
 def test_step_costs_are_spread_and_keep_their_shares_of_the_full_schedule(plain, tmp_path):
@@ -364,10 +337,10 @@ def test_a_dead_nodes_batches_go_to_others_and_a_new_node_is_used(start, plain, 
     assert sorted(batch for batch, _ in answers) == BATCHES
     assert all(same(outcomes, plain.quality(TREE, "search", batch)) for batch, outcomes in answers)
     deadline = time.monotonic() + 60
-    while not executor.counts["lost"] and time.monotonic() < deadline:
-        executor._read_nodes(grow=False)  # Ray calls a dead node alive for a while, longer than the batches took
+    while not executor.dispatcher.counts["lost"] and time.monotonic() < deadline:
+        executor.read_nodes(grow=False)  # Ray calls a dead node alive for a while, longer than the batches took
         time.sleep(0.1)
-    assert executor.counts["lost"] == 1 and executor.counts["quarantined"] == 0
+    assert executor.dispatcher.counts["lost"] == 1 and executor.dispatcher.counts["quarantined"] == 0
 
     joined = ray_cluster.add_node(**claims("FAKE"))
     wait_until_all_are_ready(executor)
@@ -409,7 +382,7 @@ def test_a_killed_driver_loses_and_doubles_no_trial(ray_cluster, tmp_path):
 
 def test_a_broken_cuda_context_ends_the_process(monkeypatch, tmp_path):
     left = []
-    monkeypatch.setattr(ray_executor.os, "_exit", left.append)
+    monkeypatch.setattr(worker_module.os, "_exit", left.append)
     worker = Worker(cluster_fakes.recipe(tmp_path, broken_skips=True), "node")
     worker.load()
     assert isinstance(worker.quality(QualityTask((SKIP,), "search", 0))[0], Failed)
@@ -425,7 +398,7 @@ def test_a_broken_cuda_context_ends_the_process(monkeypatch, tmp_path):
     }.items():
         monkeypatch.setattr(worker.evaluator, method, broken, raising=False)
         call()
-    assert left == [ray_executor.BROKEN_CUDA] * 3
+    assert left == [worker_module.BROKEN_CUDA] * 3
 
 
 @pytest.mark.parametrize(
@@ -474,7 +447,7 @@ def test_a_cluster_of_our_own_asks_for_the_loopback_without_dashboard(monkeypatc
     asked = {}
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **options: asked.update(options))
-    ray_executor.connect(None)
+    connection.connect(None)
     assert asked["address"] == "local" and asked["_node_ip_address"] == "127.0.0.1"
     assert asked["include_dashboard"] is False
 
@@ -486,7 +459,7 @@ import json, os
 for name in list(os.environ):
     if name.startswith("RAY_"):
         del os.environ[name]
-from tuner.cluster.executor import connect
+from tuner.cluster.connection import connect
 from tests.test_ray import listening
 disconnect = connect(None)
 print(json.dumps(listening(os.getpid())))
@@ -533,7 +506,7 @@ def test_an_unreachable_cluster_is_a_usage_error(monkeypatch):
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", refuse)
     with pytest.raises(UsageError, match="no Ray cluster at 'auto'"):
-        ray_executor.connect("auto")
+        connection.connect("auto")
 
 
 # ---------------------------------------------------------------------------------------------------- storage
@@ -577,7 +550,9 @@ def test_one_worker_chooses_the_engine_and_the_others_take_it():
     executor = object.__new__(RayExecutor)
     executor.recipe, executor._resource, executor.facts = Recipe("a:b", {"engine": "auto"}), "GPU", None
     executor.say = lambda line: None
-    executor.seats = {name: ray_executor._Seat(name, "node", "host", "held") for name in "abc"}
+    executor.dispatcher = Dispatcher(own_gpus=True)
+    for name in "abc":
+        executor.dispatcher.add(WorkerSlot(name, "node", "host"))
     built = []
 
     def build(seat):
@@ -588,11 +563,11 @@ def test_one_worker_chooses_the_engine_and_the_others_take_it():
     executor._build_held()
     executor._build_held()
     assert built == [("a", "auto")], "the others wait"
-    executor.seats["a"].state = "quarantined"
+    executor.dispatcher.slots["a"].state = "quarantined"
     executor._build_held()
     assert [name for name, _ in built] == ["a", "b"], "the next one chooses where the first failed"
     choice = EngineSection("graph", "auto", "60 ms")
-    facts = ray_executor.Facts("fake", GRIDS, CHUNKS, (48, 48), {}, engine="graph", engine_choice=choice)
-    executor._welcome(executor.seats["b"], facts, ray_executor.Place("node", "host", 1))
+    facts = Facts("fake", GRIDS, CHUNKS, (48, 48), {}, engine="graph", engine_choice=choice)
+    executor._admit(executor.dispatcher.slots["b"], facts, Place("node", "host", 1))
     executor._build_held()
     assert built[2:] == [("c", choice)]

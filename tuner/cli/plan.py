@@ -115,7 +115,7 @@ def check_placement(args: argparse.Namespace, run_dir: Path) -> None:
     """Checks the options that say where work runs and where trials are kept. Raises UsageError."""
     args.task_timeout = parse_time(args.task_timeout)
     if args.executor == "ray":
-        from tuner.cluster.executor import check_installed
+        from tuner.cluster.connection import check_installed
 
         check_installed()
         if args.ray_address is not None:

@@ -286,7 +286,8 @@ def kept_engine(run_dir: Path, asked: str) -> Any:
 
 def _ray_executor(checked: Plan, parts: dict[str, Any], progress: Any) -> RayExecutor:
     """Workers that load the same model; paths must exist on every node."""
-    from tuner.cluster.executor import RayExecutor, Recipe
+    from tuner.cluster.executor import RayExecutor
+    from tuner.cluster.worker import Recipe
 
     args = checked.args
     if args.weights and Path(args.weights).exists():

@@ -22,7 +22,7 @@ from stagevar.errors import InfrastructureError, UsageError, first_line
 from stagevar.files import write_text_atomically
 from stagevar.profile import plain
 from stagevar.yaml_files import read_yaml
-from tuner.cluster.executor import free_memory
+from tuner.cluster.worker import free_memory
 from tuner.report.sweep_page import write_table
 
 AXES = {"models": "model", "resolutions": "resolution", "budgets": "budget", "gpus": "gpu", "seeds": "seed"}
@@ -147,7 +147,7 @@ def run_sweep(
         runner: "module:function" taking a cell's command line and run directory and giving its row.
         address: of the Ray cluster; None starts one here.
     """
-    from tuner.cluster.executor import check_installed, connect, require
+    from tuner.cluster.connection import check_installed, connect, require
 
     check_installed()
     out = out.resolve()

@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
     for name, result in results.items():
         lines.append(f"{name}  ({result['images']} images)")
         lines += [f"  {label:<28} {value}" for label, value in _flat(result["summary"])]
-    versions = ("torch", "transformers", "open_clip_torch", "torchmetrics", "torch-fidelity", "lpips")
+    versions: tuple[str, ...] = ("torch", "transformers", "open_clip_torch", "torchmetrics", "torch-fidelity", "lpips")
     versions = (*versions, *plugins.versions(METRICS, classes, METRIC_NAMES))
     return deliver(options, {"metrics": results, "images_sha256": digest}, lines, packages=versions)
 

@@ -1,0 +1,103 @@
+"""What runs in a worker's process: one evaluator, built there from a recipe and called by the driver."""
+
+from __future__ import annotations
+
+import gc
+import os
+import pkgutil
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from stagevar.errors import DeviceBroken
+from stagevar.schedule import Steps
+from tuner.evaluation.evaluator import Evaluator, Facts
+from tuner.evaluation.executor import Outcome, QualityTask
+from tuner.evaluation.local import evaluate_task
+
+#: Exit status of a worker whose CUDA context is broken beyond repair.
+BROKEN_CUDA = 86
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a worker builds its evaluator.
+
+    function: "module:function". arguments: its keywords, plain data; paths absolute.
+    """
+
+    function: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self) -> Evaluator:
+        return pkgutil.resolve_name(self.function)(**self.arguments)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a worker runs. node: Ray's id. gpu: UUID of the GPU, empty on CPU."""
+
+    node: str
+    host: str
+    process: int
+    gpu: str = ""
+
+
+class Worker:
+    """One evaluator in one process, built once; Ray runs its calls one at a time."""
+
+    def __init__(self, recipe: Recipe, node: str):
+        self.recipe, self.node = recipe, node
+        self.evaluator: Evaluator
+
+    def load(self) -> tuple[Facts, Place]:
+        """Builds the evaluator, which takes model and metric models from disk; no other call comes before."""
+        self.evaluator = self.recipe.build()
+        return self.evaluator.facts, self._place()
+
+    def quality(self, task: QualityTask) -> list[Outcome]:
+        with _leaving_when_broken():
+            return evaluate_task(self.evaluator, task)
+
+    def timed(self, method: str, *arguments: Any) -> tuple[Any, Place]:
+        """What a method of the evaluator that times measured, and where."""
+        with _leaving_when_broken():
+            return getattr(self.evaluator, method)(*arguments), self._place()
+
+    def images(self, steps: Steps, split: str, batch: int) -> np.ndarray:
+        with _leaving_when_broken():
+            return self.evaluator.images(steps, split, batch)
+
+    def _place(self) -> Place:
+        gpu = ""
+        if self.evaluator.facts.device.get("kind") == "cuda":
+            import torch
+
+            gpu = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+        return Place(self.node, socket.gethostname(), os.getpid(), gpu)
+
+
+@contextmanager
+def _leaving_when_broken() -> Iterator[None]:
+    """Ends this process where no kernel can run in it any more: only a new one helps, and the driver builds it."""
+    try:
+        yield
+    except DeviceBroken:
+        os._exit(BROKEN_CUDA)
+
+
+def free_memory() -> None:
+    """Gives back what an ended study held, for the next one in this process; ends a process that cannot run another."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        from stagevar.device_faults import is_broken
+
+        if is_broken(RuntimeError("an ended study"), torch.device("cuda")):
+            os._exit(BROKEN_CUDA)
+        torch.cuda.empty_cache()
