@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import gc
 import weakref
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from stagevar.engine import CudaRecorder, GraphEngine, Recorder, RecordingFailed
 from stagevar.errors import UsageError
 from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import BOTH, StageSchedule, exact, fastvar
+from stagevar.tensors import noise
 from stagevar.tensors.attention import attend, attention_kernels, order_of, prefer_attention
 from stagevar.tensors.noise import PromptNoise
 from stagevar.testing.tiny import GRIDS, tiny_infinity
@@ -57,12 +59,28 @@ class Number(int):
     """Which of the recording's own tensors."""
 
 
+def philox_in_operations(count, key_R2, words):
+    """`noise._philox_on_cpu` as a card draws: in operations that a recording sees, and with the same bits."""
+    zero_R1 = torch.zeros((len(key_R2), 1), dtype=torch.int64)
+    counter = (torch.arange(count)[None], *(zero_R1 + word for word in words))
+    return torch.stack(noise.philox4x32(counter, (key_R2[:, :1], key_R2[:, 1:])), dim=-1)
+
+
 class Tape(TorchDispatchMode):
     """Keeps every operation. Numbers are baked in, tensors from outside are addresses, and its own are numbered."""
 
     def __init__(self):
         super().__init__()
         self.operations, self.numbers, self.alive = [], {}, []
+        self.drawing = mock.patch.object(noise, "_philox_on_cpu", philox_in_operations)
+
+    def __enter__(self):
+        self.drawing.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.drawing.stop()
+        super().__exit__(*error)
 
     def name(self, tensor):
         return self.numbers[id(tensor)] if id(tensor) in self.numbers else Address.of(tensor)
