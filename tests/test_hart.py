@@ -16,9 +16,10 @@ from stagevar.models.hart.text import QwenText, RandomLanguageText, instruction
 from stagevar.models.hart.tokenizer import HybridVAE
 from stagevar.models.hart.transformer import HART, HARTConfig, guidance_ramp
 from stagevar.models.loading import locate
+from stagevar.models.precision import LowPrecisionLinear
 from stagevar.models.registry import find, load_model, model_parts, published, resolve, scale_grids
 from stagevar.sampling.sampler import Sampler
-from stagevar.schedule import BOTH, exact, preset
+from stagevar.schedule import BOTH, StageSchedule, exact, preset
 from stagevar.schedule.grids import square
 from stagevar.tensors.noise import PromptNoise
 from stagevar.testing.models import masked_attend
@@ -288,7 +289,7 @@ def test_files_that_do_not_fit_are_one_line(copy, tmp_path):
     state = torch.load(copy / "llm" / "ema_model.bin")
     torch.save({**state, "spare.weight": torch.zeros(3)}, tmp_path / "ema_model.bin")
     with pytest.raises(WeightsError, match=r"1 unknown \(spare\.weight\)"):
-        load_model("hart-tiny", weights=tmp_path, tokenizer=copy / "tokenizer")
+        load_model("hart-tiny", weights=tmp_path, tokenizer=copy / "tokenizer", text=copy / "Qwen2-VL-1.5B-Instruct")
     with pytest.raises(WeightsError, match="no weights at"):
         load_model("hart-tiny", weights=tmp_path / "missing")
     with pytest.raises(UsageError, match=r"square images only; aspect ratio 1\.5 must be 1"):
@@ -364,6 +365,21 @@ def test_features_are_cached_and_the_language_model_is_let_go(copy, monkeypatch)
         QwenText(copy / "Qwen2-VL-1.5B-Instruct", length=4).encode(["a photo of a red dog and a blue cat"])
     with pytest.raises(WeightsError, match="no text encoder at"):
         QwenText(copy / "llm")
+
+
+@pytest.mark.parametrize("kv_cache", ["model", "int8"])
+def test_eight_bits_and_half_precision_run(kv_cache):
+    """All five products of a block are exchanged; the image stays finite in bfloat16 and with 8-bit entries."""
+    model = load_model("hart-tiny", weights="random", device="cpu", dtype="bfloat16", kv_cache=kv_cache)
+    sampler = Sampler(model)
+    last = len(model.grids) - 1
+    steps = StageSchedule(last, precision="int8").expand(model.grids, sampler.chunks)
+    generation = sampler.begin(["a dog"], [1], steps=steps)
+    for step in steps:
+        sampler.advance(generation, step)
+    assert generation.code_sum_BdHW.isfinite().all()
+    exchanged = [part for part in sampler._transformers["int8"].modules() if isinstance(part, LowPrecisionLinear)]
+    assert len(exchanged) == 5 * model.transformer.depth
 
 
 # ------------------------------------------------------------------------------------------------ published settings
