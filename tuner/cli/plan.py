@@ -50,6 +50,7 @@ def plan(args: argparse.Namespace, argv: Sequence[str]) -> Plan:
     )
     findings = checked_findings(args)
     space = checked_space(args.model, args.space, args.prompts, args.heldout, args.seed, args.resolution, findings)
+    space = with_earlier(space, args.start_from, args.resolution)
     args.max_drop = parse_max_drops(args.max_drop or (), space.quality)
     check_provable(space, args.max_drop, args.weights)
     from tuner.config.prompts import warn_of_short_files
@@ -88,6 +89,22 @@ def checked_space(
     space = checks.with_absolute_source(with_prompts(space, prompts, heldout), [Path.cwd()])
     checks.check_prompts_of(space, seed)
     checks.check_metric_options(space)
+    return space
+
+
+def with_earlier(space: SearchSpace, earlier: Path | None, resolution: str | int | None) -> SearchSpace:
+    """The space with what --from found proposed before everything else. Raises UsageError."""
+    if earlier is None:
+        return space
+    from tuner.results.earlier import earlier_schedules
+
+    known = registry.find(space.model).scales is not None
+    grids = registry.scale_grids(space.model, resolution) if known else None
+    named = earlier_schedules(earlier, space.model, grids)
+    others = tuple((name, schedule) for name, schedule in space.proposals if name not in named)
+    space = dataclasses.replace(space, proposals=(*named.items(), *others))
+    if grids is not None:
+        space.fit(grids)
     return space
 
 

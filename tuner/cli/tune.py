@@ -80,6 +80,14 @@ def build_parser() -> Parser:
         "--kv-cache", choices=("model", "int8"), default="model", help="8 bits halve the cache (default: the model's)"
     )
     limits.add_argument("--time-budget", metavar="TIME", help="tuning time, such as 10m; verification included")
+    search.add_argument(
+        "--from",
+        "--start-from",
+        dest="start_from",
+        type=path_value,
+        metavar="RUN",
+        help="try first what an earlier run, or a profile.yaml, found; everything is measured anew",
+    )
     search.add_argument("--trials", type=positive_int, default=30, help="distinct schedules to evaluate (default: 30)")
     search.add_argument(
         "--patience", type=positive_int, default=60, metavar="N", help="end after N schedules without progress (60)"

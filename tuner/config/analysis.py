@@ -69,6 +69,7 @@ class Findings:
         if isinstance(parameters.get("rank_ratio"), list):
             parameters["rank_ratio"] = _with_shares(parameters["rank_ratio"], self._shares())
         proposals = {name: schedule.to_dict() for name, schedule in self.proposals().items()}
+        proposals |= {name: one for name, one in (data.get("proposals") or {}).items() if name not in proposals}
         return {**data, "semantic_end": start, "parameters": parameters, "proposals": proposals}
 
     def proposals(self) -> dict[str, StageSchedule]:

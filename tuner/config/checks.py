@@ -198,7 +198,7 @@ def sqlite_file(url: str) -> str | None:
 
 # ---------------------------------------------------------------------------------------------------- paths of a run
 
-_PATHS = ("--space", "--prompts", "--weights", "--storage", "--analysis")
+_PATHS = ("--space", "--prompts", "--weights", "--storage", "--analysis", "--from", "--start-from")
 
 
 def with_absolute_paths(words: Sequence[str], folders: Sequence[Path]) -> list[str]:
