@@ -24,7 +24,7 @@ test: $(STAMP)
 
 # Without processes, a cluster or a model larger than a few thousand weights.
 CHECK := schedule noise tuner_budget tuner_space yaml_files text_files profile default_space quality_limits drop_bounds \
-	tuner_stats geneval_rules next_steps cache fastvar sampler folders costs cut_prompts fronts
+	tuner_stats geneval_rules next_steps cache fastvar sampler folders costs cut_prompts fronts serving_desk
 
 check: lint
 	$(BIN)/python -m pytest $(CHECK:%=tests/test_%.py)

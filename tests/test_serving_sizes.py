@@ -17,6 +17,7 @@ from stagevar.serving import drawing
 from stagevar.serving.desk import Order, Shape
 from stagevar.serving.drawing import Loading, guided, load_artist
 
+pytestmark = pytest.mark.filterwarnings("ignore:infinity-tiny reads made-up text")
 PROMPT = "a photo of two blue stars"
 
 
