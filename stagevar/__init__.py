@@ -11,6 +11,7 @@ Names are loaded on first use, so that importing this package costs nothing.
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import Any
 
 __version__ = "0.2.0"
@@ -26,6 +27,9 @@ _EXPORTS = {
     "load_model": "stagevar.models.registry",
 }
 __all__ = ["__version__", *_EXPORTS]
+
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from stagevar import extras
+from stagevar import extras, logs
 from stagevar.errors import InfrastructureError, StagevarError, UsageError
 from stagevar.files import gave_way, write_error
 
@@ -36,15 +37,37 @@ def start(prog: str, module: str) -> int:
     return report_errors(prog, load) or loaded[0].main()
 
 
+#: The console of the command that runs, while one does.
+_consoles: list[logs.Console] = []
+
+
+def set_verbosity(verbose: int, quiet: bool) -> None:
+    """What of the messages the command shows, as -v and -q say: warnings; -v what happens too, -vv everything; -q errors."""
+    level = logging.ERROR if quiet else {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
+    for console in _consoles:
+        logs.set_level(console, level)
+
+
+@contextlib.contextmanager
+def _console(prog: str) -> Iterator[None]:
+    console = logs.Console(prog, say)
+    _consoles.append(console)
+    try:
+        with logs.listening(console):
+            yield
+    finally:
+        _consoles.remove(console)
+
+
 def report_errors(prog: str, run: Callable[[], int]) -> int:
     """Runs a command; what a user caused, the system refused or Ctrl-C stopped becomes one line and its exit code."""
 
     def one_line(message: Any, *rest: Any) -> None:
-        _say(f"{prog}: warning: {message}")
+        say(f"{prog}: warning: {message}")
 
     with _interruptible() as interrupted:
         try:
-            with warnings.catch_warnings(), showing_everything():
+            with _console(prog), warnings.catch_warnings(), showing_everything():
                 warnings.filterwarnings("default", category=UserWarning)
                 warnings.showwarning = one_line  # type: ignore[assignment]
                 try:
@@ -58,12 +81,12 @@ def report_errors(prog: str, run: Callable[[], int]) -> int:
         except (Exception, KeyboardInterrupt) as error:
             if isinstance(error, KeyboardInterrupt) or interrupted.is_set():
                 # Libraries that are interrupted while they load raise all kinds of errors.
-                _say(f"{prog}: stopped; the same command starts again, a tuning run resumes")
+                say(f"{prog}: stopped; the same command starts again, a tuning run resumes")
                 return STOPPED
             known = _known(error)
             if known is None:
                 raise
-            _say(f"{prog}: {known}")
+            say(f"{prog}: {known}")
             if isinstance(error, OSError):
                 _leave_stdout()  # it may be what is full
             return known.exit_code
@@ -88,7 +111,7 @@ def _about_file(error: OSError) -> str:
     return f"{os.fspath(error.filename)!s:.200}: {error.strerror or error}" if error.filename else str(error)
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     """A line on stderr, whatever it can show, its middle left out where it is too long; nothing where nobody listens."""
     if sys.stderr is None:
         return

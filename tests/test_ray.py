@@ -385,7 +385,7 @@ def test_a_broken_cuda_context_ends_the_process(monkeypatch, tmp_path):
     monkeypatch.setattr(worker_module.os, "_exit", left.append)
     worker = Worker(cluster_fakes.recipe(tmp_path, broken_skips=True), "node")
     worker.load()
-    assert isinstance(worker.quality(QualityTask((SKIP,), "search", 0))[0], Failed)
+    assert isinstance(worker.quality(QualityTask((SKIP,), "search", 0)).value[0], Failed)
     assert left == [], "the schedule failed, not the device"
 
     def broken(*_):

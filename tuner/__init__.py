@@ -12,10 +12,14 @@ Names are loaded on first use, so that importing this package costs nothing.
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import Any
 
 _EXPORTS = {"Tuned": "tuner.api", "open_run": "tuner.api", "tune": "tuner.api"}
 __all__ = list(_EXPORTS)
+
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:

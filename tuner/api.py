@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tuner.results.result import StudyResult
 
 #: Options of the command that make no sense for a function: what it prints.
-_NOT_HERE = ("help", "version", "json", "quiet", "dry_run", "model", "budget", "out", "latency_budget")
+_NOT_HERE = ("help", "version", "json", "quiet", "verbose", "dry_run", "model", "budget", "out", "latency_budget")
 
 
 @dataclass(frozen=True)

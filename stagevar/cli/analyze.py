@@ -72,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
     def progress(what: str, done: int, total: int) -> None:
         print(f"\r{what} {done}/{total}\033[K", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
-    found = analyze(model, prompts, seeds, progress=progress if sys.stderr and sys.stderr.isatty() else None, **options)
+    shows = sys.stderr and sys.stderr.isatty() and not args.quiet
+    found = analyze(model, prompts, seeds, progress=progress if shows else None, **options)
     files = [*found.save(out), *draw(found, Path(out))]
     for name, reason in found.reasons.items():
         print(f"{name}: {reason}")

@@ -33,6 +33,13 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
+def add_verbosity(*parsers: argparse.ArgumentParser) -> None:
+    """How much is said on stderr beside the result (`stagevar.console.set_verbosity`)."""
+    for parser in parsers:
+        parser.add_argument("-v", "--verbose", action="count", default=0, help="say what happens; twice: in detail")
+        parser.add_argument("-q", "--quiet", action="store_true", help="no progress; the result only")
+
+
 def positive_int(text: str) -> int:
     """A whole number from 1 to MOST."""
     value = _whole(text)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from stagevar import __version__
 from stagevar.cli import analyze, bench, convert, generate, memory, refit, serve
-from stagevar.cli.arguments import Parser
-from stagevar.console import report_errors
+from stagevar.cli.arguments import Parser, add_verbosity
+from stagevar.console import report_errors, set_verbosity
 
 #: In the order of --help.
 VERBS = (generate, bench, serve, memory, analyze, refit, convert)
@@ -22,6 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb in VERBS:
         verb.add(verbs)
+    add_verbosity(*verbs.choices.values())
     return parser
 
 
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         args = build_parser().parse_args(argv)
+        set_verbosity(args.verbose, args.quiet)
         return args.run(args)
 
     return report_errors("stagevar", run)

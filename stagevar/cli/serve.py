@@ -69,5 +69,6 @@ def run(args: argparse.Namespace) -> int:
     from stagevar.serving.drawing import Loading
 
     running = {"device": args.device, "engine": args.engine, "batch": args.batch or 0, "threads": args.threads}
-    serve(Loading(profile, args.model, args.compare, **running, options=given_options(args)), serving)
+    loading = Loading(profile, args.model, args.compare, **running, options=given_options(args))
+    serve(loading, serving, lambda address: print(address, flush=True))
     return 0

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,10 +69,10 @@ def require_packages() -> None:
     extras.require("stagevar serve", *extras.PACKAGES["serve"])
 
 
-def serve(loading: Loading, serving: Serving) -> None:
+def serve(loading: Loading, serving: Serving, announce: Callable[[str], None]) -> None:
     """Serves until SIGTERM or Ctrl-C, then finishes what was accepted.
 
-    Prints the address once it listens; /ready says when the model is warm.
+    announce: gets the address once it listens; /ready says when the model is warm.
 
     Raises:
         UsageError: an address that cannot be used, or what loading the model refuses.
@@ -82,7 +82,7 @@ def serve(loading: Loading, serving: Serving) -> None:
     require_packages()
     with _log_on_stderr(), contextlib.closing(_listen(serving)) as listener:
         host, port = listener.getsockname()[:2]
-        print(f"http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+        announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
         if not serving.keys.hashes and host not in ("127.0.0.1", "::1"):
             logger.warning("listening on %s without API keys: whoever reaches it can draw; see --api-key-file", host)
         desk = Desk(lambda: load_and_warm(loading), serving.queue)

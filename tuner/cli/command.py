@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from stagevar import extras
 from stagevar.cli.arguments import Parser
-from stagevar.console import report_errors
+from stagevar.console import report_errors, set_verbosity
 from stagevar.errors import UsageError, did_you_mean
 from tuner.cli import tune
 from tuner.cli.options import PROG, add_output_options
@@ -32,6 +32,7 @@ def _main(argv: list[str]) -> int:
     if verb not in VERBS:
         raise UsageError(f"unknown verb {verb!r}{did_you_mean(verb, VERBS)}; tuning needs none: {PROG} --model ...")
     args = verb_parser(verb).parse(argv[1:])
+    set_verbosity(args.verbose, args.quiet)
     if verb != "doctor":
         extras.require(f"{PROG} {verb}", *NEEDED)
     return importlib.import_module(f"tuner.cli.{verb}").run(args)

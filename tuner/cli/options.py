@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 
 from stagevar.choices import ENGINE_OPTIONS
-from stagevar.cli.arguments import Parser, name_value, path_value, positive_int, whole_number
+from stagevar.cli.arguments import Parser, add_verbosity, name_value, path_value, positive_int, whole_number
 from stagevar.models import registry
 from tuner.config.space import PROMPT_SOURCES
 
@@ -88,5 +88,5 @@ def add_study_options(groups: Groups, required: bool) -> None:
 
 def add_output_options(parser: Parser | argparse._ArgumentGroup) -> None:
     """What is printed."""
-    parser.add_argument("--quiet", action="store_true", help="no progress; the result only")
+    add_verbosity(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")

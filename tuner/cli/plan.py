@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,9 @@ from tuner.config.limits import parse_budget, parse_time
 from tuner.config.quality import parse_max_drops, quality_limits
 from tuner.config.space import PROMPT_SOURCES, SearchSpace, load_space
 from tuner.results.run_dir import check_strangers
+
+#: Options that change what is printed or what becomes of an earlier run, and no figure.
+_NOT_OF_THE_STUDY = ("--fresh", "--quiet", "--verbose", "--json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +62,7 @@ def plan(args: argparse.Namespace, argv: Sequence[str]) -> Plan:
     warn_of_short_files(space.prompts)
     check_output_folder(run_dir)
     check_strangers(run_dir)
-    words = [a for a in argv if a not in ("--fresh", "--quiet", "--json")]
+    words = [a for a in argv if a not in _NOT_OF_THE_STUDY and not re.fullmatch("-[vq]+", a)]
     command = shlex.join([PROG, *checks.with_absolute_paths(words, [Path.cwd()])])
     return Plan(args, space, run_dir, command)
 

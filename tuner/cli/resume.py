@@ -30,4 +30,5 @@ def run(args: argparse.Namespace) -> int:
     words = checks.with_absolute_paths(words, [Path.cwd(), *args.run_dir.absolute().parents])
     parsed = tune.build_parser().parse(words)
     parsed.out, parsed.quiet, parsed.json = args.run_dir, args.quiet, args.json
+    parsed.verbose = args.verbose
     return tune.run(parsed, words, again=True)

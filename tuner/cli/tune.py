@@ -5,21 +5,21 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 import os
 import platform
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stagevar import __version__, plugins
+from stagevar import __version__, logs, plugins
 from stagevar.choices import processors
 from stagevar.cli.arguments import Parser, name_value, path_value, positive_int
-from stagevar.console import STOPPED
+from stagevar.console import STOPPED, say, set_verbosity
 from stagevar.errors import EXIT_CODES, UsageError
 from stagevar.models.registry import MODELS, SPECS
 from stagevar.profile.sections import EngineSection
@@ -32,12 +32,14 @@ from tuner.cli.plan import Plan, plan
 from tuner.config.quality import composite_options, quality_limits
 from tuner.config.space import SearchSpace
 from tuner.metrics.registry import METRIC_NAMES, METRICS
-from tuner.results.run_dir import CONFIG_FILE, STUDY_FILE, discard, driver_lock, prepare, repair
+from tuner.results.run_dir import CONFIG_FILE, LOG_FILE, STUDY_FILE, discard, driver_lock, prepare, repair
 
 if TYPE_CHECKING:
     from tuner.cluster.executor import RayExecutor
     from tuner.results.result import StudyResult
     from tuner.study.study import Study
+
+log = logging.getLogger(__name__)
 
 #: CPU threads that draw images for quality at most: the products of a small model are too small to share among many.
 MOST_DRAWING_THREADS = 4
@@ -157,13 +159,14 @@ def run(args: argparse.Namespace, argv: Sequence[str], again: bool = False) -> i
         # Before the checks of the plan load torch, which reads it once: drawing threads that wait asleep, not spinning, lose
         # little beside a busy process. Timings on several threads are left as a deployment has them.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    set_verbosity(args.verbose, args.quiet)
     checked = plan(args, argv)
     if args.dry_run:
         return print_plan(checked)
     try:
         result, written = carry_out(checked, again)
     except KeyboardInterrupt:
-        print(f"{PROG}: interrupted; rerun the same command to resume", file=sys.stderr)
+        say(f"{PROG}: interrupted; rerun the same command to resume")
         return STOPPED
     return announce(result, checked.run_dir, written, args)
 
@@ -177,7 +180,10 @@ def carry_out(checked: Plan, again: bool = False) -> tuple[StudyResult, list[Pat
     with driver_lock(checked.run_dir):
         if checked.args.fresh:
             discard(checked.run_dir)
-        return _drive(checked, again)
+        with logs.log_file(checked.run_dir / LOG_FILE, checked.command, versions()):
+            result, written = _drive(checked, again)
+            log.info("%s: %s", result.verdict, result.reason)
+        return result, written
 
 
 def _finished(checked: Plan, again: bool) -> StudyResult | None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from stagevar import logs
 from stagevar.errors import InfrastructureError, StagevarError, UsageError, first_line
 from tuner.cluster.connection import connect, require
 from tuner.cluster.dispatcher import Dispatcher, Ended, Job, WorkerSlot, cut, quality_job
@@ -199,7 +200,9 @@ class RayExecutor(Executor):
         """Takes what a worker answered."""
         errors, process = self._ray.exceptions, self._workers[slot.id]
         try:
-            value = self._ray.get(process.ref)
+            answer = self._ray.get(process.ref)
+            logs.pass_on(answer.messages, f"worker {slot.id}")
+            value = answer.value
         except errors.RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else RuntimeError(first_line(error))
             if slot.state == "loading":

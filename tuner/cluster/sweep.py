@@ -29,7 +29,18 @@ AXES = {"models": "model", "resolutions": "resolution", "budgets": "budget", "gp
 SWEEP_FILE, CELL_FILE = "sweep.json", "cell.json"
 RAY_LOG = "ray_tune.log"
 #: Options that a cell may not have: they would not be a whole study in one process, or are set by the sweep.
-_NOT_IN_CELLS = ("executor", "ray-address", "gpu-kind", "out", "fresh", "dry-run", "json", "quiet", *AXES.values())
+_NOT_IN_CELLS = (
+    "executor",
+    "ray-address",
+    "gpu-kind",
+    "out",
+    "fresh",
+    "dry-run",
+    "json",
+    "quiet",
+    "verbose",
+    *AXES.values(),
+)
 #: How often a cell whose process died is started anew.
 RESTARTS = 2
 

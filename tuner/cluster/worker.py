@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import pkgutil
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from stagevar import logs
 from stagevar.errors import DeviceBroken
 from stagevar.schedule import Steps
 from tuner.evaluation.evaluator import Evaluator, Facts
@@ -48,27 +50,52 @@ class Place:
     gpu: str = ""
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a call gave, and the messages that its worker logged since the last one."""
+
+    value: Any
+    messages: tuple[tuple[str, int, str], ...]
+
+
+def _with_messages(method: Callable[..., Any]) -> Callable[..., Answer]:
+    """A worker's method whose answer brings the messages of its process along."""
+
+    @functools.wraps(method)
+    def answer(self: Worker, *arguments: Any) -> Answer:
+        value = method(self, *arguments)
+        return Answer(value, self.messages.take())
+
+    return answer
+
+
 class Worker:
     """One evaluator in one process, built once; Ray runs its calls one at a time."""
 
     def __init__(self, recipe: Recipe, node: str):
         self.recipe, self.node = recipe, node
         self.evaluator: Evaluator
+        self.messages = logs.Kept()
+        logs.listening(self.messages).__enter__()  # until the process ends
 
+    @_with_messages
     def load(self) -> tuple[Facts, Place]:
         """Builds the evaluator, which takes model and metric models from disk; no other call comes before."""
         self.evaluator = self.recipe.build()
         return self.evaluator.facts, self._place()
 
+    @_with_messages
     def quality(self, task: QualityTask) -> list[Outcome]:
         with _leaving_when_broken():
             return evaluate_task(self.evaluator, task)
 
+    @_with_messages
     def timed(self, method: str, *arguments: Any) -> tuple[Any, Place]:
         """What a method of the evaluator that times measured, and where."""
         with _leaving_when_broken():
             return getattr(self.evaluator, method)(*arguments), self._place()
 
+    @_with_messages
     def images(self, steps: Steps, split: str, batch: int) -> np.ndarray:
         with _leaving_when_broken():
             return self.evaluator.images(steps, split, batch)

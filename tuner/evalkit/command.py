@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from stagevar.cli.arguments import Parser
-from stagevar.console import report_errors
+from stagevar.console import report_errors, set_verbosity
 from tuner.evalkit.delivery import check_outputs, version_of
 from tuner.evalkit.verbs import dpg, geneval, images, pairs, preference, prompts
 
@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run() -> int:
         options = build_parser().parse_args(arguments)
         if "out" in options:  # a verb was given
+            set_verbosity(options.verbose, options.quiet)
             check_outputs(options)
         return options.run(options)
 

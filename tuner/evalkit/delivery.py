@@ -13,7 +13,7 @@ from importlib import metadata as package_metadata
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from stagevar.cli.arguments import Parser, file_value
+from stagevar.cli.arguments import Parser, add_verbosity, file_value
 from stagevar.errors import UsageError
 from stagevar.files import check_output, write_text_atomically, writing
 from stagevar.folders import visible_files
@@ -36,6 +36,7 @@ def add_verb(verbs: Verbs, name: str, summary: str, epilog: str = "") -> Parser:
         "--out", type=file_value, metavar="FILE.json", help="also write the results, with versions and hashes, here"
     )
     verb.add_argument("--json", action="store_true", help="print that JSON instead of the table")
+    add_verbosity(verb)
     verb.set_defaults(outputs=("out",))
     return verb
 

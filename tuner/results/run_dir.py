@@ -27,13 +27,15 @@ if TYPE_CHECKING:
 JOURNAL_FILE = "journal.log"
 EVIDENCE_FILE = "trials.jsonl"
 LOCK_FILE = "driver.lock"
+#: Messages of the driver and its workers with their times, appended by every process that drives the run.
+LOG_FILE = "run.log"
 CONFIG_FILE = "config.json"
 STUDY_FILE = "study.json"
 #: Everything that a study writes into its directory, and so all that --fresh may remove.
 #: config.json comes last, so that an interrupted removal still leaves a folder that is recognised as a run.
 RUN_FILES = (
     *(EVIDENCE_FILE, f"{JOURNAL_FILE}*", STUDY_FILE, "profile.yaml", "pareto.yaml", "trials.csv", "report.html"),
-    *("images", "references", "study.name", "measurements.jsonl", CONFIG_FILE),
+    *(LOG_FILE, "images", "references", "study.name", "measurements.jsonl", CONFIG_FILE),
 )
 
 
@@ -146,7 +148,7 @@ def check_strangers(run_dir: Path) -> None:
     """Raises UsageError for a folder that holds something else than a run; names that systems hide do not count."""
     if not run_dir.is_dir():
         return
-    strangers = [p.name for p in visible(run_dir.iterdir()) if p.name != LOCK_FILE]
+    strangers = [p.name for p in visible(run_dir.iterdir()) if p.name not in (LOCK_FILE, LOG_FILE)]
     if strangers and not (run_dir / CONFIG_FILE).exists():
         raise UsageError(f"output {run_dir} is not empty and holds no run ({strangers[0]}); choose another --out")
 

@@ -7,10 +7,13 @@ module that imports rich.
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import time
 from collections.abc import Iterator
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 #: What a phase is about, for the line that starts it.
 _BEGINNINGS = {
@@ -57,20 +60,18 @@ class Progress:
         self._phase, self._total, self._tenth, self._began = name, max(1, total), 0, time.perf_counter()
         if self._bar is not None:
             self._task = self._bar.add_task(name, total=total, line="")
-        else:
-            self.say(f"{name}: {_BEGINNINGS.get(name, 'begins')}")
+        self._note(f"{name}: {_BEGINNINGS.get(name, 'begins')}")
 
     def update(self, done: float, line: str = "") -> None:
         """States the units done so far and what to say beside them; where there is no bar, once per tenth."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, line=line)
-            return
         share = min(1.0, done / self._total)
         # A hair above, since 0.3 * 100 units are 29.999... of them.
         tenth = int(10 * share + 1e-9)
         if line and tenth > self._tenth:
             self._tenth = tenth
-            self.say(f"{self._phase} {100 * share:.0f} %: {line}")
+            self._note(f"{self._phase} {100 * share:.0f} %: {line}")
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, line=line)
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -82,11 +83,21 @@ class Progress:
             key = f"{self._phase}: {name}"
             self.parts[key] = self.parts.get(key, 0.0) + time.perf_counter() - start
 
+    def _note(self, line: str) -> None:
+        """A line of the log; a bar shows it in its own way."""
+        if self._bar is None:
+            self.say(line)
+        else:
+            log.info("%s", line, extra={"shown": True})
+
     def say(self, line: str) -> None:
-        """A line that stays; the same one in a row is said once."""
-        if self.quiet or line == self._last:
+        """A line that stays, here and in the log of the run; the same one in a row is said once."""
+        if line == self._last:
             return
         self._last = line
+        log.info("%s", line, extra={"shown": True})
+        if self.quiet:
+            return
         if self._bar is not None:
             self._bar.console.print(line, markup=False, highlight=False)
         else:

@@ -7,7 +7,7 @@ Source: our own; the shape of the interface follows Infinity's use of flan-T5 (r
 
 from __future__ import annotations
 
-import sys
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -57,7 +57,7 @@ class NanoTextEncoder(nn.Module):
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Word ids (B, T) padded with 0, and lengths (B,) that count the end token.
 
-        Words outside the vocabulary become <unk>, said once per word on stderr; prompts too long are cut.
+        Words outside the vocabulary become <unk>, warned of once per word; prompts too long are cut.
         """
         rows = []
         for prompt in prompts:
@@ -65,7 +65,7 @@ class NanoTextEncoder(nn.Module):
             for word in prompt.lower().replace(",", " ").replace(".", " ").split():
                 if word not in _INDEX and word not in self._warned:
                     self._warned.add(word)
-                    print(f"warning: nano does not know the word {word!r}; it reads it as <unk>", file=sys.stderr)
+                    warnings.warn(f"nano does not know the word {word!r}; it reads it as <unk>", stacklevel=3)
                 ids.append(_INDEX.get(word, UNKNOWN))
             rows.append([*ids[: self.maxlen - 1], END])
         lengths_B = torch.tensor([len(row) for row in rows])

@@ -1,0 +1,117 @@
+"""Where log messages go: to the console of a command, to the file of a run, from a worker to its driver.
+
+Modules log to loggers of their own name, below "stagevar" or "tuner"; a script that configures logging gets them as any
+others. Libraries never print. What was raised with `warnings.warn` is in the file of a run too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import platform
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+#: The packages of this project, whose loggers are the parents of all its others.
+PACKAGES = ("stagevar", "tuner")
+#: A line of a run's file.
+LINE = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+#: Messages that a worker keeps until it is asked; the oldest go first.
+MOST_KEPT = 1000
+
+
+class Console(logging.Handler):
+    """Messages as lines of a command. say: writes one; prog: the command's name.
+
+    A record with a true attribute `shown` was shown by whoever logged it.
+    """
+
+    def __init__(self, prog: str, say: Callable[[str], None]):
+        super().__init__(logging.WARNING)
+        self.prog, self.say = prog, say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "shown", False):
+            return
+        kind = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        self.say(f"{self.prog}: {kind}{record.getMessage()}")
+
+
+class Kept(logging.Handler):
+    """Messages that are kept until somebody takes them."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self._records: deque[tuple[str, int, str]] = deque(maxlen=MOST_KEPT)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._records.append((record.name, record.levelno, record.getMessage()))
+
+    def take(self) -> tuple[tuple[str, int, str], ...]:
+        """(logger, level, message) of what was logged since the last call."""
+        taken = tuple(self._records)
+        self._records.clear()
+        return taken
+
+
+def pass_on(messages: tuple[tuple[str, int, str], ...], source: str) -> None:
+    """Logs what another process kept. source: who it was, which begins each line."""
+    for name, level, text in messages:
+        logging.getLogger(name).log(level, "%s: %s", source, text)
+
+
+@contextlib.contextmanager
+def listening(handler: logging.Handler) -> Iterator[None]:
+    """Both packages' messages at or above the handler's level go to it as well."""
+    loggers = [logging.getLogger(name) for name in PACKAGES]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(min(handler.level, logger.level or logging.WARNING))
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+
+
+def set_level(handler: logging.Handler, level: int) -> None:
+    """Changes what a handler that is listening gets."""
+    handler.setLevel(level)
+    for name in PACKAGES:
+        logger = logging.getLogger(name)
+        logger.setLevel(min(level, logger.level or logging.WARNING))
+
+
+@contextlib.contextmanager
+def log_file(path: Path, command: str, versions: Mapping[str, str], level: int = logging.INFO) -> Iterator[None]:
+    """Appends the messages and warnings of a run to a file, after a line each for its command and its versions."""
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    handler.setLevel(level)
+    handler.setFormatter(logging.Formatter(LINE))
+    raised = logging.getLogger("stagevar.warnings")
+    shown = warnings.showwarning
+
+    def showwarning(message: Any, category: Any, filename: str, *rest: Any) -> None:
+        text = " ".join(str(message).split())
+        handler.handle(raised.makeRecord(raised.name, logging.WARNING, filename, 0, text, (), None))
+        shown(message, category, filename, *rest)
+
+    with contextlib.closing(handler), listening(handler):
+        log = logging.getLogger(__name__)
+        log.info("%s", command)
+        log.info("%s", ", ".join(f"{name} {version}" for name, version in versions.items()))
+        log.info("%s %s, %s", platform.system(), platform.release(), platform.machine())
+        warnings.showwarning = showwarning
+        try:
+            yield
+        except BaseException as error:
+            log.error("ended by %s: %s", type(error).__name__, " ".join(str(error).split()))
+            raise
+        finally:
+            if warnings.showwarning is showwarning:
+                warnings.showwarning = shown
