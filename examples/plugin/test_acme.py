@@ -1,0 +1,20 @@
+"""The plug-ins against the published contracts: python -m pytest examples/plugin"""
+
+from acme import Spread, palette
+
+from stagevar.testing.accelerators import PluggedContract
+from stagevar.testing.similarities import SimilarityContract
+
+
+class TestSpread(PluggedContract):
+    """Shapes, exactness where every token is kept, draws, rewinding, batches, every aspect ratio."""
+
+    def plugged(self):
+        return Spread()
+
+
+class TestPalette(SimilarityContract):
+    """Values of images, of themselves and of batches."""
+
+    def similarity(self):
+        return palette()
