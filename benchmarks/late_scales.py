@@ -27,7 +27,8 @@ from stagevar.models.base import LoadedModel, around_nothing
 from stagevar.models.infinity.transformer import Infinity
 from stagevar.models.registry import load_model
 from stagevar.sampling.bench import bench_prompts, compare, format_table
-from stagevar.sampling.sampler import Generation, Sampler, _Saved
+from stagevar.sampling.generation import Generation, SavedScale
+from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import BOTH, ScaleStep, StageSchedule
 from stagevar.tensors.cache import KVCache
 from tuner.results.pareto import front
@@ -43,12 +44,12 @@ class Together(Sampler):
         super().__init__(model)
         self.group = tuple(group)
 
-    def _run(self, generation: Generation, cache: KVCache, step: ScaleStep, before: _Saved) -> _Saved:
+    def _run(self, generation: Generation, cache: KVCache, step: ScaleStep, before: SavedScale) -> SavedScale:
         if step.scale == self.group[0]:
             return self._together(generation, cache, step, before)
         return before if step.scale in self.group else super()._run(generation, cache, step, before)
 
-    def _together(self, generation: Generation, cache: KVCache, step: ScaleStep, before: _Saved) -> _Saved:
+    def _together(self, generation: Generation, cache: KVCache, step: ScaleStep, before: SavedScale) -> SavedScale:
         transformer, residual = self.model.transformer, self.model.tokenizer.residual
         assert isinstance(transformer, Infinity)
         batch, sampling = generation.batch, generation.sampling
@@ -79,7 +80,7 @@ class Together(Sampler):
             tokens = transformer.draw(tempered, generation.noise.at(scale, step.branches), sampling)
             self.on_scale(step, tempered, tokens)
             code_sum = residual.add(code_sum, tokens, scale)
-        return _Saved(code_sum, before.state, cache.lengths, step.branches)
+        return SavedScale(code_sum, before.state, cache.lengths, step.branches)
 
 
 def candidates(model: LoadedModel) -> tuple[dict[str, StageSchedule], dict[str, Callable[[LoadedModel], Sampler]]]:

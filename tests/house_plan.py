@@ -102,7 +102,6 @@ CIRCLES: set[tuple[str, ...]] = set()
 LONG_FILES = {
     "stagevar/analysis/measure.py",
     "stagevar/engine/graph.py",
-    "stagevar/models/infinity/transformer.py",
     "stagevar/models/registry.py",
     "stagevar/models/checkpoint/weights.py",
     "stagevar/models/nano/scenes.py",

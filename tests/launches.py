@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten
 from stagevar.engine import TEXT_BUCKET, kernels
 from stagevar.models import fused
 from stagevar.models.base import LoadedModel
-from stagevar.models.infinity.transformer import Chained, Pieces, modulated_norm
+from stagevar.models.layers import Chained, Pieces, modulated_norm
 from stagevar.models.loading import default_sampling
 from stagevar.models.registry import model_parts, published, resolve
 from stagevar.sampling.sampler import Sampler

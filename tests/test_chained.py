@@ -9,7 +9,7 @@ from stagevar.choices import check_engine
 from stagevar.engine import build_engine, decoder_kernels, kernels
 from stagevar.errors import UsageError
 from stagevar.models import fused
-from stagevar.models.infinity.transformer import Chained, Pieces, cosine_heads, modulated_norm
+from stagevar.models.layers import Chained, Pieces, cosine_heads, modulated_norm
 from stagevar.models.registry import load_model
 from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import fastvar, preset

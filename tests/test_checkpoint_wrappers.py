@@ -13,7 +13,8 @@ from stagevar.models.checkpoint.kinds import kind_in_safetensors, kind_of
 from stagevar.models.checkpoint.names import bare_names, without_wrappers
 from stagevar.models.checkpoint.state_dicts import find_state_dict
 from stagevar.models.checkpoint.weights import INFINITY_RULES
-from stagevar.models.infinity.transformer import Infinity, InfinityConfig
+from stagevar.models.infinity.config import InfinityConfig
+from stagevar.models.infinity.transformer import Infinity
 
 TINY = InfinityConfig(depth=2, width=64, heads=2, chunks=2, token_bits=4, text_dim=128, text_maxlen=8)
 PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "model.", "base_model.model.", "_forward_module.", "net.")

@@ -8,15 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from stagevar.engine import EagerEngine, fell_back_because
 from stagevar.models import fused
-from stagevar.models.infinity.transformer import (
-    Pieces,
-    Rotation,
-    cosine_heads,
-    modulated_norm,
-    rope_table,
-    rotate,
-    turns,
-)
+from stagevar.models.layers import Pieces, Rotation, cosine_heads, modulated_norm, rope_table, rotate, turns
 from stagevar.models.registry import load_model
 from stagevar.sampling.sampler import Sampler
 from stagevar.tensors import noise

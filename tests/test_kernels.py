@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from stagevar.engine import decoder_kernels, kernels
 from stagevar.models.infinity.tokenizer import BSQVAE
-from stagevar.models.infinity.transformer import cosine_heads, modulated_norm, turns
+from stagevar.models.layers import cosine_heads, modulated_norm, turns
 from tests.kernel_cases import MODELS, Numbers
 
 triton = pytest.importorskip("triton")

@@ -13,8 +13,9 @@ from stagevar.errors import UsageError, WeightsError
 from stagevar.models import hub, loading, registry
 from stagevar.models.checkpoint import weights
 from stagevar.models.convert import convert
+from stagevar.models.infinity.config import InfinityConfig
 from stagevar.models.infinity.text import RandomText, T5Text
-from stagevar.models.infinity.transformer import Infinity, InfinityConfig
+from stagevar.models.infinity.transformer import Infinity
 from stagevar.models.registry import find, infinity_settings, list_models, load_model, model_parts, register, resolve
 from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import exact

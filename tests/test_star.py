@@ -12,7 +12,7 @@ import torch
 from stagevar.errors import UsageError, WeightsError
 from stagevar.models.base import LoadedModel, Sampling, around_nothing
 from stagevar.models.hub import HubFile
-from stagevar.models.infinity.transformer import Rotation, turns
+from stagevar.models.layers import Rotation, turns
 from stagevar.models.registry import find, load_model, model_parts, published, resolve
 from stagevar.models.star import text as star_text
 from stagevar.models.star.text import ClipText, PromptText, RandomClipText

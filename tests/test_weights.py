@@ -14,8 +14,9 @@ from stagevar.errors import WeightsError
 from stagevar.models import hub
 from stagevar.models.checkpoint import weights
 from stagevar.models.checkpoint.weights import BSQVAE_RULES, INFINITY_RULES
+from stagevar.models.infinity.config import InfinityConfig
 from stagevar.models.infinity.tokenizer import BSQVAE
-from stagevar.models.infinity.transformer import Infinity, InfinityConfig
+from stagevar.models.infinity.transformer import Infinity
 
 TINY = InfinityConfig(depth=2, width=64, heads=2, chunks=2, token_bits=4, text_dim=128, text_maxlen=8)
 GRIDS = ((1, 1), (2, 2))

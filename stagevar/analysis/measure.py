@@ -33,7 +33,8 @@ from stagevar.files import write_text_atomically, writing
 from stagevar.images import psnr_db, ssim
 from stagevar.models.base import Around, LoadedModel, Site, SiteFn
 from stagevar.prompts.seeds import non_negative
-from stagevar.sampling.sampler import Generation, Sampler
+from stagevar.sampling.generation import Generation
+from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import BOTH, Branch, ScaleStep, StageSchedule, Steps, exact
 from stagevar.schedule.ranks import RankTable
 from stagevar.yaml_files import read_yaml

@@ -37,7 +37,7 @@ from stagevar.tensors.noise import Draws, NoiseSource, PromptNoise
 if TYPE_CHECKING:
     from stagevar.models.base import Conditioning
     from stagevar.models.infinity.tokenizer import Swished
-    from stagevar.models.infinity.transformer import Chained
+    from stagevar.models.layers import Chained
     from stagevar.tensors.cache import KVCache
 
 #: Text rows are padded to a multiple of this, so that prompts of different lengths replay the same graphs.

@@ -8,7 +8,7 @@ The twins are the definition: on a CPU they run, and the kernels are tested agai
 is float32 whatever the inputs are. Triton comes with torch's builds for CUDA only; without it `triton` is None here and
 `available` says why.
 
-Source: `modulated_norm`, `cosine_heads` and `rotate` of stagevar.models.infinity.transformer; differs in rounding only, at the
+Source: `modulated_norm`, `cosine_heads` and `rotate` of stagevar.models.layers; differs in rounding only, at the
 places where these keep a value in the products' precision.
 """
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from stagevar.tensors import noise
 
 if TYPE_CHECKING:
-    from stagevar.models.infinity.transformer import Chained
+    from stagevar.models.layers import Chained
 
 try:
     import triton
@@ -355,7 +355,7 @@ def draws_launch(kernel, key_R2, count, draw, word_R1=0, normal=False):
 def gelu_linear(x: Tensor, layer: nn.Module) -> Tensor:
     """A layer and a tanh-approximated GELU; on a card of a plain layer the second is part of the product."""
     if not isinstance(layer, nn.Linear) or x.device.type != "cuda":
-        from stagevar.models.infinity.transformer import linear
+        from stagevar.models.layers import linear
 
         return F.gelu(linear(x, layer), approximate="tanh")
     product = torch._addmm_activation(layer.bias, x.flatten(0, -2), layer.weight.t(), use_gelu=True)
@@ -364,7 +364,7 @@ def gelu_linear(x: Tensor, layer: nn.Module) -> Tensor:
 
 def chained() -> Chained:
     """The kernels that a block of Infinity is chained of."""
-    from stagevar.models.infinity.transformer import Chained
+    from stagevar.models.layers import Chained
 
     return Chained(
         functools.partial(gated_norm_launch, gated_norm_kernel),

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from stagevar.models.base import NextScaleModel
-from stagevar.models.infinity.transformer import Chained, Pieces, cosine_heads, modulated_norm
+from stagevar.models.layers import Chained, Pieces, cosine_heads, modulated_norm
 from stagevar.models.variants import variant
 from stagevar.tensors import noise
 

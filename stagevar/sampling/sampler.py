@@ -6,9 +6,7 @@ cache lengths) and is kept per scale, so rewinding to an earlier scale costs not
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,119 +21,14 @@ from stagevar.models.base import Around, LoadedModel, NextScaleModel, Sampling, 
 from stagevar.models.memory import total_bytes
 from stagevar.models.precision import low_precision
 from stagevar.prompts.requests import check_negatives, check_prompts, check_seeds
+from stagevar.sampling.generation import ENDED, CachedAttention, Generation, SavedScale, Updates
 from stagevar.schedule import BOTH, Branch, Decision, ScaleStep, Steps, exact
 from stagevar.tensors.attention import attention_kernels
-from stagevar.tensors.cache import HeadsIntoCache, KVCache, Lengths, even, step_lengths
+from stagevar.tensors.cache import KVCache, even, step_lengths
 from stagevar.tensors.noise import Draws, NoiseSource, PromptNoise
 
 #: Share of a card's memory that a cache may take beyond its entries, to have as many in every layer and branch.
 EVEN_SHARE = 0.02
-
-
-@dataclass(frozen=True)
-class _Saved:
-    """Everything a generation is, before a scale runs, apart from the cache contents."""
-
-    code_sum_BdHW: Tensor
-    state: State
-    lengths: Lengths
-    branches: tuple[Branch, ...]
-
-
-class _Updates(dict[Site, Cached]):
-    """What a scale keeps for later ones; with planned schedules only what the accelerator can still use."""
-
-    def __init__(self, accelerator: Accelerator, later: Sequence[Steps] | None):
-        super().__init__()
-        self.accelerator, self.later = accelerator, later
-
-    def wanted(self, site: Site) -> bool:
-        if self.later is None:
-            return True
-        return any(bool(steps) and self.accelerator.keeps(site, steps) for steps in self.later)
-
-    def __setitem__(self, site: Site, cached: Cached) -> None:
-        if self.wanted(site):
-            super().__setitem__(site, cached)
-
-
-class _CachedAttention:
-    """What a scale's layers attend with: `stagevar.models.base.Attend`, and the same from the qkv product's output."""
-
-    def __init__(self, cache: KVCache, step: ScaleStep):
-        self._cache, self._step = cache, step
-
-    @property
-    def takes_products(self) -> bool:
-        """Whether `heads` can be called: entries in 8 bits are made of finished keys and values."""
-        return not self._cache.eight_bit
-
-    def __call__(self, layer: int, q_RHLc: Tensor, k_RHLc: Tensor, v_RHLc: Tensor, scale: float) -> Tensor:
-        return self._cache.attend(self._step.branches_at(layer), layer, q_RHLc, k_RHLc, v_RHLc, scale)
-
-    def heads(
-        self, layer: int, qkv_RL3C: Tensor, factor_H: Tensor, cos_sin: Tensor, write: HeadsIntoCache, scale: float
-    ) -> Tensor:
-        return self._cache.attend_heads(self._step.branches_at(layer), layer, qkv_RL3C, factor_H, cos_sin, write, scale)
-
-
-_ENDED = "this generation ended when the sampler began another one or was released"
-
-
-class Generation:
-    """One batch on its way through the scales. Made by `Sampler.begin`.
-
-    Attributes:
-        scale: index of the next scale. code_sum_BdHW: codes of all scales so far at the final grid.
-        steps: what was run. cache: the sampler's; let go when the generation ends, so that none outlives its sampler's use.
-        live: False once the sampler began another one or was released.
-        outcomes: what the schedule's decision chose per image, None before it or without one.
-    """
-
-    def __init__(
-        self,
-        start: Start,
-        sampling: Sampling,
-        batch: int,
-        cache: KVCache,
-        plans: Sequence[Steps] | None = None,
-    ):
-        self.conditioning, self.noise, self.resident = start.conditioning, start.noise, start.resident
-        self.sampling, self.batch, self.plans = sampling, batch, plans
-        self._cache: KVCache | None = cache
-        self.live = True
-        self.steps: list[ScaleStep] = []
-        self.outcomes: tuple[str, ...] | None = None
-        self._saved = [_Saved(start.code_sum_BdHW, {}, cache.lengths, BOTH)]
-
-    @property
-    def cache(self) -> KVCache:
-        """Raises ValueError when the generation ended."""
-        if self._cache is None:
-            raise ValueError(_ENDED)
-        return self._cache
-
-    def end(self) -> None:
-        """Lets go of the cache and of everything else that takes room; what was run and its code sums stay."""
-        self.live, self._cache, self.resident = False, None, None
-        self._saved = [dataclasses.replace(saved, state={}) for saved in self._saved]
-
-    @property
-    def scale(self) -> int:
-        return len(self.steps)
-
-    @property
-    def code_sum_BdHW(self) -> Tensor:
-        return self._saved[-1].code_sum_BdHW
-
-    @property
-    def state(self) -> State:
-        """Accelerator state after the last run scale."""
-        return self._saved[-1].state
-
-    def code_sum_before(self, scale: int) -> Tensor:
-        """The code sum as it was before `scale` ran."""
-        return self._saved[scale].code_sum_BdHW
 
 
 class Sampler:
@@ -268,7 +161,7 @@ class Sampler:
         or waits for its decision.
         """
         if not generation.live:
-            raise ValueError(_ENDED)
+            raise ValueError(ENDED)
         if step.scale != generation.scale or step.grid != self.model.grids[step.scale]:
             raise ValueError(
                 f"step for scale {step.scale} {step.grid} does not follow {generation.scale} scales of {self.model.name}"
@@ -323,7 +216,7 @@ class Sampler:
                 f"{list(sampling.inner_guidance_layers)}; use fuse_layer 0"
             )
 
-    def _around(self, generation: Generation, step: ScaleStep, state: State, updates: _Updates) -> Around:
+    def _around(self, generation: Generation, step: ScaleStep, state: State, updates: Updates) -> Around:
         """The accelerator's hook. At a fusing scale every site is run as the step of the branches that it puts out."""
 
         def hook(step: ScaleStep) -> Around:
@@ -343,7 +236,7 @@ class Sampler:
 
         return around
 
-    def _run(self, generation: Generation, cache: KVCache, step: ScaleStep, before: _Saved) -> _Saved:
+    def _run(self, generation: Generation, cache: KVCache, step: ScaleStep, before: SavedScale) -> SavedScale:
         model, batch = self.model, generation.batch
         transformer, residual = self._transformer(step.precision), model.tokenizer.residual
         sampling, scale = generation.sampling, step.scale
@@ -353,7 +246,7 @@ class Sampler:
         last = scale == len(self.model.grids) - 1
         plans = generation.plans
         later = () if last else None if plans is None else {plan[scale + 1 :] for plan in plans}
-        updates = _Updates(self.accelerator, later)
+        updates = Updates(self.accelerator, later)
         around = self._around(generation, step, before.state, updates)
 
         features = None if scale == 0 else residual.next_input(before.code_sum_BdHW, scale)
@@ -366,7 +259,7 @@ class Sampler:
             x_RLC,
             scale,
             conditioning,
-            _CachedAttention(cache, step),
+            CachedAttention(cache, step),
             around,
             inner,
             (step.fuse_layer, guidance) if step.fuse_layer else None,
@@ -384,7 +277,7 @@ class Sampler:
         state = {site: cached for site, cached in before.state.items() if updates.wanted(site)}
         # Behind a fusing layer the dropped branch has no entries of this scale, so it cannot come back at a later one.
         branches = step.rest.branches if step.fuse_layer else step.branches
-        return _Saved(code_sum, {**state, **updates}, cache.lengths, branches)
+        return SavedScale(code_sum, {**state, **updates}, cache.lengths, branches)
 
     def on_scale(self, step: ScaleStep, logits_BLV: Tensor, tokens: Tensor) -> None:
         """Called with every run scale's guided logits and drawn tokens; analysis and tests override it.
@@ -409,7 +302,7 @@ class Sampler:
         Raises ValueError when the generation ended: its code sum may lie in a buffer that a later one has overwritten.
         """
         if not generation.live:
-            raise ValueError(_ENDED)
+            raise ValueError(ENDED)
         return to_uint8(self.engine.decode(generation.code_sum_BdHW, self._tokenizer.decode))
 
     def generate(self, prompts: Sequence[str], seeds: Sequence[int], steps: Steps, **options: Any) -> np.ndarray:
@@ -497,7 +390,7 @@ class Sampler:
             return chosen[id(cached)]
 
         part._saved = [
-            _Saved(
+            SavedScale(
                 saved.code_sum_BdHW[rows],
                 {site: choose(cached) for site, cached in saved.state.items()},
                 saved.lengths,

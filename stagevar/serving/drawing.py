@@ -23,7 +23,8 @@ from stagevar.profile import Profile, present_envelope, steps_to_data
 from stagevar.profile.engine_choice import engine_for
 from stagevar.profile.pipeline import warm_sampler
 from stagevar.sampling.bench import bench_prompts
-from stagevar.sampling.sampler import Generation, Sampler
+from stagevar.sampling.generation import Generation
+from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import ScaleStep, StageSchedule, Steps, exact
 from stagevar.schedule.grids import INFINITY_GRIDS
 from stagevar.serving.asking import Offer

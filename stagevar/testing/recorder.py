@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from stagevar.models.base import LoadedModel
-from stagevar.sampling.sampler import Generation, Sampler
+from stagevar.sampling.generation import Generation
+from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import ScaleStep, Steps
 
 SEEDS = (3, 4, 5)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from stagevar.models.base import LoadedModel, Sampling
 from stagevar.models.infinity.bits import BitResidual
-from stagevar.models.infinity.transformer import Infinity, InfinityConfig
+from stagevar.models.infinity.config import InfinityConfig
+from stagevar.models.infinity.transformer import Infinity
 from stagevar.schedule.grids import Grid
 
 GRIDS: tuple[Grid, ...] = ((1, 1), (2, 2), (3, 3), (4, 4), (6, 6))

@@ -16,7 +16,7 @@ from stagevar.accelerators.base import SUBLAYERS, Cached, ScaleContext
 from stagevar.accelerators.fastvar import FastVAR, pivotal_indices
 from stagevar.models.base import Around, Grid, Site
 from stagevar.models.infinity.transformer import Infinity
-from stagevar.sampling.sampler import Generation
+from stagevar.sampling.generation import Generation
 from stagevar.schedule import BOTH, Pivotal, StageSchedule, Steps
 from tests.golden.checks import Check, difference, load_arrays, mismatches
 from tests.golden.infinity_cases import Recorder, build

@@ -16,8 +16,12 @@ from stagevar.accelerators.base import Accelerator, Cached, ScaleContext
 from stagevar.accelerators.stagevar import StageVAR
 from stagevar.models.base import Around, LoadedModel, Sampling, Site
 from stagevar.models.infinity.bits import BitResidual
-from stagevar.models.infinity.transformer import AttentivePool, CrossAttention, Infinity, InfinityConfig, linear
-from stagevar.sampling.sampler import Generation, Sampler
+from stagevar.models.infinity.blocks import AttentivePool, CrossAttention
+from stagevar.models.infinity.config import InfinityConfig
+from stagevar.models.infinity.transformer import Infinity
+from stagevar.models.layers import linear
+from stagevar.sampling.generation import Generation
+from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import BOTH, ScaleStep, StageSchedule, Steps, exact
 from stagevar.schedule.grids import infinity_grids
 from tests.golden.checks import Check, RecipeNoise, difference, load_arrays, load_recipe, mismatches

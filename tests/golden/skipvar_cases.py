@@ -21,7 +21,7 @@ from stagevar.accelerators.skipvar import (
     partial_image,
 )
 from stagevar.models.infinity.tokenizer import BSQVAE
-from stagevar.sampling.sampler import Generation
+from stagevar.sampling.generation import Generation
 from stagevar.schedule import Steps, skipvar
 from tests.golden.checks import Check, RecipeNoise, difference, load_arrays, load_recipe, mismatches
 from tests.golden.infinity_cases import Recorder, build, text_rows

@@ -27,7 +27,8 @@ from tuner.evaluation.timed_groups import merged
 
 if TYPE_CHECKING:
     from stagevar.models.base import LoadedModel
-    from stagevar.sampling.sampler import Generation, Sampler
+    from stagevar.sampling.generation import Generation
+    from stagevar.sampling.sampler import Sampler
     from stagevar.timing import Timing
 
 Values = dict[str, np.ndarray]

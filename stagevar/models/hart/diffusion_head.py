@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stagevar.models.infinity.transformer import linear
+from stagevar.models.layers import linear
 
 #: Denoising steps of the released model.
 STEPS = 8

@@ -13,9 +13,10 @@ import torch
 
 from stagevar.models.base import ImageTokenizer, LoadedModel, TextEncoder
 from stagevar.models.checkpoint.weights import BSQVAE_RULES, INFINITY_RULES, block_precision, everywhere
+from stagevar.models.infinity.config import InfinityConfig
 from stagevar.models.infinity.text import RandomText, T5Text
 from stagevar.models.infinity.tokenizer import BSQVAE
-from stagevar.models.infinity.transformer import Infinity, InfinityConfig
+from stagevar.models.infinity.transformer import Infinity
 from stagevar.models.loading import assemble, default_sampling, fill, made_up_text, text_beside
 from stagevar.models.parts import Part, Parts
 from stagevar.models.registry import LoadRequest

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stagevar.errors import UsageError
-from stagevar.models.infinity.transformer import InfinityConfig
+from stagevar.models.infinity.config import InfinityConfig
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from stagevar.models.base import (
     around_nothing,
     by_layer,
 )
-from stagevar.models.infinity.transformer import MAX_SCALE_MUL, FeedForward, Rotation, SelfAttention, linear
+from stagevar.models.layers import MAX_SCALE_MUL, FeedForward, Rotation, SelfAttention, linear
 from stagevar.models.star.text import PromptText
 from stagevar.models.var.transformer import draw_index, run_trunk
 from stagevar.schedule.grids import Grid, square

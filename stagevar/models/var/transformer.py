@@ -34,7 +34,7 @@ from stagevar.models.base import (
     by_layer,
     mixed,
 )
-from stagevar.models.infinity.transformer import PLAIN, FeedForward, SelfAttention, linear, modulated_norm
+from stagevar.models.layers import PLAIN, FeedForward, SelfAttention, linear, modulated_norm
 from stagevar.schedule.grids import Grid, square
 from stagevar.tensors.noise import ScaleNoise
 
