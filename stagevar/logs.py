@@ -110,7 +110,8 @@ def log_file(path: Path, command: str, versions: Mapping[str, str], level: int =
         try:
             yield
         except BaseException as error:
-            log.error("ended by %s: %s", type(error).__name__, " ".join(str(error).split()))
+            reason = " ".join(str(error).split())  # the command says it on the console
+            log.error("ended by %s: %s", type(error).__name__, reason, extra={"shown": True})
             raise
         finally:
             if warnings.showwarning is showwarning:
