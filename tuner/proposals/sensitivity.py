@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from stagevar.schedule import BOTH, Branch, LowRank, ScaleStep, Steps
+from stagevar.schedule import BOTH, Branch, LowRank, Pivotal, ScaleStep, Steps
 from stagevar.schedule.steps import Reduction
 
 
@@ -109,7 +109,7 @@ def alone(change: Change, full: Steps) -> Steps:
                 return dataclasses.replace(step, fuse_layer=fuse_layer)
             case FewerTokens(scale, reduction, _) if step.scale == scale:
                 return dataclasses.replace(step, reduction=reduction)
-            case FewerTokens(_, reduction, _) if step.scale == getattr(reduction, "cache_scale", None):
+            case FewerTokens(_, Pivotal() as reduction, _) if step.scale == reduction.cache_scale:
                 return dataclasses.replace(step, keeps=reduction.layers)
             case LeftOut(scale) if step.scale == scale:
                 return dataclasses.replace(step, skipped=True, branches=())
