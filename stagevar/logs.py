@@ -106,7 +106,7 @@ def log_file(path: Path, command: str, versions: Mapping[str, str], level: int =
         log.info("%s", command)
         log.info("%s", ", ".join(f"{name} {version}" for name, version in versions.items()))
         log.info("%s %s, %s", platform.system(), platform.release(), platform.machine())
-        warnings.showwarning = showwarning
+        warnings.showwarning = showwarning  # type: ignore[assignment]  # the rest is passed on as it comes
         try:
             yield
         except BaseException as error:

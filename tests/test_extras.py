@@ -30,6 +30,7 @@ BROUGHT_ALONG = {
     "starlette": "fastapi",
     "pynvml": "a warning says how to get it",
     "triton": "torch's builds for CUDA",
+    "pytest": "whoever tests a plug-in by stagevar.testing has it",
 }
 TUNE = extras.PACKAGES["tune"]
 EVERYTHING = tuple(package for packages in extras.PACKAGES.values() for package in packages)

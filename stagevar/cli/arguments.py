@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
-def add_verbosity(*parsers: argparse.ArgumentParser) -> None:
+def add_verbosity(*parsers: argparse._ActionsContainer) -> None:
     """How much is said on stderr beside the result (`stagevar.console.set_verbosity`)."""
     for parser in parsers:
         parser.add_argument("-v", "--verbose", action="count", default=0, help="say what happens; twice: in detail")

@@ -13,6 +13,7 @@ method, and `neutral`, its setting that must change nothing although it goes thr
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,7 +38,8 @@ class Probe(Accelerator):
     name = "probe"
 
     def __init__(self, inner: Accelerator):
-        self.inner, self.calls, self.reduced = inner, [], 0
+        self.inner, self.reduced = inner, 0
+        self.calls: list[Any] = []
 
     def around(self, context, updates):
         hook = self.inner.around(context, updates)

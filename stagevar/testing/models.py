@@ -38,14 +38,13 @@ def fused_and_plain(model: LoadedModel, prompts: Sequence[str], fuse_layer: int)
     """
     grids = model.grids
     at = len(grids) - 2
-    options = {"cfg_delay": 0, "branch": "cond"}
     chunks = len(model.transformer.chunk_layers)
     fused = Recorder(model)
-    steps = StageSchedule(at, **options, fuse_layer=fuse_layer).expand(grids, chunks)
+    steps = StageSchedule(at, cfg_delay=0, branch="cond", fuse_layer=fuse_layer).expand(grids, chunks)
     fused.run(steps, prompts)
     plain = Recorder(model, forced=fused.tokens)
     generation = plain.begin(prompts, SEEDS)
-    for step in StageSchedule(at + 1, **options).expand(grids, chunks):
+    for step in StageSchedule(at + 1, cfg_delay=0, branch="cond").expand(grids, chunks):
         layers = (fuse_layer - 1,) if step.scale == at else ()
         generation.sampling = dataclasses.replace(
             model.sampling, inner_guidance_layers=layers, logits_guidance=not layers

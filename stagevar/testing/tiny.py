@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stagevar.models.base import LoadedModel, Sampling
+from stagevar.models.base import LoadedModel, Residual, Sampling
 from stagevar.models.infinity.bits import BitResidual
 from stagevar.models.infinity.config import InfinityConfig
 from stagevar.models.infinity.transformer import Infinity
@@ -34,7 +34,7 @@ class TinyTokenizer:
     """The shared residual loop with a decoder that shows the first three channels, four pixels per position."""
 
     def __init__(self, grids: Sequence[Grid], latent_dim: int = 4, patchify: bool = False):
-        self.residual = BitResidual(grids, latent_dim, patchify)
+        self.residual: Residual = BitResidual(grids, latent_dim, patchify)
         self.latent_dim = latent_dim
 
     def decode(self, code_sum_BdHW: Tensor) -> Tensor:

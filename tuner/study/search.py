@@ -24,7 +24,7 @@ from tuner.evaluation.executor import Executor, Failed, NotMeasured
 from tuner.proposals.sampler_process import ProposerProcess
 from tuner.proposals.trial_sampler import STARTUP_TRIALS, Proposal, Proposer, Told
 from tuner.results.candidate import Candidate, LatencyStats
-from tuner.results.codec import build
+from tuner.results.codec import build, to_plain
 from tuner.study.ask_ahead import MOST_DUPLICATES, AskAhead, Asked, Fate, Round, Snapshot
 from tuner.study.latency_source import LatencySource
 from tuner.study.ledger import Ledger
@@ -371,7 +371,7 @@ class Search:
             "ask_seconds": [round(s, 4) for s in self.ask_seconds],
             "waited_s": round(self._waited_s, 3),
             "proposing_at_the_end": self.proposed,
-            "space": dataclasses.asdict(self._coverage()),
+            "space": to_plain(dataclasses.asdict(self._coverage())),
         }
 
     def _coverage(self) -> SpaceCoverage:

@@ -20,6 +20,7 @@ from stagevar.models.checkpoint.weights import KeyRules, block_precision, open_w
 from stagevar.models.hart.text import QwenText, RandomLanguageText
 from stagevar.models.hart.tokenizer import HybridVAE
 from stagevar.models.hart.transformer import HART, HARTConfig, guidance_ramp
+from stagevar.models.hub import HubFile
 from stagevar.models.loading import (
     assemble,
     default_sampling,
@@ -127,7 +128,7 @@ def _sampling(request: LoadRequest, scales: int) -> Sampling:
 def _text(request: LoadRequest, made: Parts) -> TextEncoder:
     config = made.transformer.module.config
     assert isinstance(config, HARTConfig)
-    source = request.text or text_beside(request)
+    source: HubFile | Path | None = request.text or text_beside(request)
     if source is None and not request.random:
         source = request.spec.text
     if source is None:

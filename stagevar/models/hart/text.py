@@ -145,9 +145,9 @@ class QwenText(LazyEncoder):
                 raise WeightsError(
                     "the Qwen2 text encoder needs transformers: pip install 'stagevar-tune[infinity]'"
                 ) from None
-            on_hub = isinstance(self.source, HubFile)
-            name = self.source.repo if on_hub else str(self.source)
-            options = {"revision": self.source.revision} if on_hub else {"local_files_only": True}
+            name, options = str(self.source), dict[str, object](local_files_only=True)
+            if isinstance(self.source, HubFile):
+                name, options = self.source.repo, {"revision": self.source.revision}
             try:
                 tokenizer = AutoTokenizer.from_pretrained(name, **options)
                 model = AutoModel.from_pretrained(name, dtype=self.dtype, **options)
