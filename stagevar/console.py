@@ -53,7 +53,7 @@ def _console(prog: str) -> Iterator[None]:
     console = logs.Console(prog, say)
     _consoles.append(console)
     try:
-        with logs.listening(console):
+        with logs.listening(console, alone=True):
             yield
     finally:
         _consoles.remove(console)

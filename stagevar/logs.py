@@ -63,20 +63,41 @@ def pass_on(messages: tuple[tuple[str, int, str], ...], source: str) -> None:
         logging.getLogger(name).log(level, "%s: %s", source, text)
 
 
+class _Onward(logging.Handler):
+    """What the root's handlers would have got anyway, and no more: messages at or above a level."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        root = logging.getLogger()
+        if root.handlers:  # else the last resort would print what no one asked for
+            root.callHandlers(record)
+
+
 @contextlib.contextmanager
-def listening(handler: logging.Handler) -> Iterator[None]:
-    """Both packages' messages at or above the handler's level go to it as well."""
+def listening(handler: logging.Handler, alone: bool = False) -> Iterator[None]:
+    """Both packages' messages at or above the handler's level go to it as well.
+
+    The root's handlers go on getting what they got before, lest a library that calls `logging.basicConfig` puts every line of
+    a run on stderr. alone: they get nothing, because the handler is the console itself.
+    """
     loggers = [logging.getLogger(name) for name in PACKAGES]
-    before = [logger.level for logger in loggers]
+    before = [(logger.level, logger.propagate) for logger in loggers]
+    onward = _Onward(loggers[0].getEffectiveLevel())
     for logger in loggers:
+        if alone:
+            logger.propagate = False
+        elif logger.propagate and handler.level < onward.level:
+            logger.propagate = False
+            logger.addHandler(onward)
         logger.addHandler(handler)
         logger.setLevel(min(handler.level, logger.level or logging.WARNING))
     try:
         yield
     finally:
-        for logger, level in zip(loggers, before, strict=True):
+        for logger, (level, propagates) in zip(loggers, before, strict=True):
+            logger.removeHandler(onward)
             logger.removeHandler(handler)
             logger.setLevel(level)
+            logger.propagate = propagates
 
 
 def set_level(handler: logging.Handler, level: int) -> None:

@@ -138,6 +138,38 @@ def test_the_file_of_a_run_is_appended_and_holds_times_levels_versions_and_warni
     ]  # fmt: skip
 
 
+@pytest.fixture
+def root_lines():
+    """Lines of a handler on the root logger, as a library leaves one there by `logging.basicConfig`."""
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    logging.getLogger().addHandler(handler)
+    yield lambda: stream.getvalue().splitlines()
+    logging.getLogger().removeHandler(handler)
+
+
+def test_a_root_handler_gets_no_more_than_before_while_a_run_is_written(tmp_path, root_lines):
+    log = logging.getLogger("tuner.study.progress")
+    with logs.log_file(tmp_path / LOG_FILE, "command", {}):
+        log.info("search 50 %")
+        log.warning("a warning")
+    log.warning("later")
+    assert root_lines() == ["a warning", "later"]
+    assert "search 50 %" in (tmp_path / LOG_FILE).read_text()
+
+
+def test_a_command_is_its_own_console(tmp_path, root_lines, capsys):
+    def run():
+        with logs.log_file(tmp_path / LOG_FILE, "command", {}):
+            logging.getLogger("tuner.study.progress").info("search 50 %")
+            logging.getLogger("stagevar.models").warning("a warning")
+        return 0
+
+    assert console.report_errors("stagevar-tune", run) == 0
+    assert root_lines() == [] and capsys.readouterr().err.splitlines() == ["stagevar-tune: warning: a warning"]
+    assert logging.getLogger("stagevar").propagate and logging.getLogger("tuner").propagate
+
+
 def test_the_file_says_what_ended_the_run(tmp_path):
     with pytest.raises(RuntimeError), logs.log_file(tmp_path / LOG_FILE, "tune", {}):
         raise RuntimeError("the disk\nis full")
@@ -191,7 +223,7 @@ def test_what_a_worker_logs_is_passed_on_under_its_name(caplog):
         log.debug("not this")
     with caplog.at_level(logging.INFO, "tuner"):
         logs.pass_on(kept.take(), "worker 3")
-    assert [(r.name, r.levelname, r.getMessage()) for r in caplog.records[1:]] == [
+    assert [(r.name, r.levelname, r.getMessage()) for r in caplog.records] == [
         ("tuner.evaluation.somewhere", "INFO", "worker 3: the reference images are drawn")
     ]
     assert kept.take() == ()
