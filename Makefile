@@ -17,7 +17,7 @@ help:
 	@echo 'PYTHON=/path/to/python3.12 before any of them picks the interpreter of a new .venv'
 
 demo: $(STAMP)
-	$(BIN)/stagevar-tune --model nano --budget 57% --out outputs/demo --fresh
+	$(BIN)/stagevar-tune --model nano --budget 60% --out outputs/demo --fresh
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -21,13 +21,13 @@ cd "$WORK"
 step "import stagevar" base/bin/python -c 'import stagevar; print(stagevar.__version__)'
 step "stagevar --help" base/bin/stagevar --help
 step "stagevar generate" base/bin/stagevar generate --model nano "a photo of a red circle" -o red.png
-code=0; base/bin/stagevar-tune --model nano --budget 57% 2>"$WORK/said" || code=$?
+code=0; base/bin/stagevar-tune --model nano --budget 60% 2>"$WORK/said" || code=$?
 [ "$code" = 2 ] && grep -q "stagevar-tune\[tune\]" "$WORK/said" || { echo "base: $code $(cat "$WORK/said")" >&2; exit 1; }
 step "install [tune]" environment tune "$WHEEL[tune]"
-step "stagevar-tune --dry-run" tune/bin/stagevar-tune --model nano --budget 57% --dry-run
+step "stagevar-tune --dry-run" tune/bin/stagevar-tune --model nano --budget 60% --dry-run
 step "uvx --from wheel stagevar" uvx --from "$WHEEL" stagevar generate --model nano "a photo of a blue star" -o blue.png
 if [ "${STUDY:-}" ]; then
-    step "stagevar-tune, six schedules" tune/bin/stagevar-tune --model nano --budget 57% --trials 6 --out run
+    step "stagevar-tune, six schedules" tune/bin/stagevar-tune --model nano --budget 60% --trials 6 --out run
 fi
 test -s red.png && test -s blue.png
 echo "wheel works: $WHEEL"

@@ -383,7 +383,7 @@ def test_a_batch_that_hangs_fails_the_liveness_probe(slow):
     assert "has been running for" in get(*address, "/health")[1]["status"]
     artist.gate.set()
     asking.join(30)
-    assert get(*address, "/health")[0] == 200
+    wait_until(lambda: get(*address, "/health")[0] == 200)
 
 
 def test_before_it_is_ready_it_lives_and_refuses():
