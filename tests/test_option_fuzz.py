@@ -186,7 +186,7 @@ def stubs(folder, monkeypatch):
     monkeypatch.chdir(folder)
     for place in (
         "stagevar.models.registry.load_model",
-        "stagevar.models.checkpoint.weights.load_into",
+        "stagevar.models.convert.load_into",
         "stagevar.serving.server.serve",
         "tuner.evaluation.evaluator.load_evaluator",
         "tuner.cli.tune._ray_executor",
