@@ -5,8 +5,10 @@ Shared by every family whose models are a transformer file and a tokenizer file.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,18 @@ def default_sampling(request: LoadRequest, scales: int) -> Sampling:
         top_k=spec.top_k,
         top_p=spec.top_p,
     )
+
+
+def ramped_sampling(request: LoadRequest, scales: int, ramp: Callable[[float, int], tuple[float, ...]]) -> Sampling:
+    """The defaults; one guidance number is that of the ramp's end, as the references' cfg plus 1.
+
+    ramp: (cfg, scales) -> guidance per scale.
+    """
+    sampling = default_sampling(request, scales)
+    asked = request.spec.guidance if request.guidance is None else request.guidance
+    if isinstance(asked, int | float):
+        sampling = dataclasses.replace(sampling, guidance=ramp(asked - 1, scales))
+    return sampling
 
 
 def _first(folder: Path, *names: str) -> Path | None:

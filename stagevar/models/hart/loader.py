@@ -6,7 +6,6 @@ the copy that its scripts use, and `tokenizer/` the autoencoder beside a discrim
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 
 from stagevar.errors import UsageError, WeightsError
 from stagevar.models import memory
-from stagevar.models.base import LoadedModel, Sampling, TextEncoder
+from stagevar.models.base import LoadedModel, TextEncoder
 from stagevar.models.checkpoint.names import bare_names
 from stagevar.models.checkpoint.weights import KeyRules, block_precision, open_weights
 from stagevar.models.hart.text import QwenText, RandomLanguageText
@@ -23,11 +22,11 @@ from stagevar.models.hart.transformer import HART, HARTConfig, guidance_ramp
 from stagevar.models.hub import HubFile
 from stagevar.models.loading import (
     assemble,
-    default_sampling,
     fill,
     local_transformer,
     locate,
     made_up_text,
+    ramped_sampling,
     text_beside,
 )
 from stagevar.models.parts import Part, Parts
@@ -113,16 +112,7 @@ def build(request: LoadRequest) -> LoadedModel:
     transformer.set_grids(made.grids)
     if isinstance(text, QwenText):
         record["text"] = text.provenance()
-    return assemble(made, request, text, _sampling(request, len(made.grids)), record)
-
-
-def _sampling(request: LoadRequest, scales: int) -> Sampling:
-    """The defaults; one guidance number is that of the ramp's end, as the reference's cfg plus 1."""
-    sampling = default_sampling(request, scales)
-    asked = request.spec.guidance if request.guidance is None else request.guidance
-    if isinstance(asked, int | float):
-        sampling = dataclasses.replace(sampling, guidance=guidance_ramp(asked - 1, scales))
-    return sampling
+    return assemble(made, request, text, ramped_sampling(request, len(made.grids), guidance_ramp), record)
 
 
 def _text(request: LoadRequest, made: Parts) -> TextEncoder:

@@ -25,15 +25,13 @@ import torch
 from torch import Tensor
 
 from stagevar.errors import WeightsError
-from stagevar.folders import visible
-from stagevar.models.hub import HubFile, sha256_files
-from stagevar.models.infinity.text import FeatureCache, LazyEncoder
+from stagevar.models.hub import HubFile
+from stagevar.models.infinity.text import LazyEncoder
 
 #: Rows of every prompt, padding included.
 TEXT_LENGTH = 300
 #: Prompts encoded at once.
 _BATCH = 8
-_LOADED_FILES = ("*.safetensors", "pytorch_model*.bin", "*.json", "merges.txt")
 
 
 @dataclass(frozen=True)
@@ -64,6 +62,8 @@ class QwenText(LazyEncoder):
     Raises WeightsError (on use, for a local folder at once) when transformers is missing or the encoder cannot be had.
     """
 
+    loaded_files = ("*.safetensors", "pytorch_model*.bin", "*.json", "merges.txt")
+
     def __init__(
         self,
         source: HubFile | Path | str,
@@ -72,48 +72,21 @@ class QwenText(LazyEncoder):
         length: int = TEXT_LENGTH,
         cache_folder: Path | None = None,
     ):
-        self.source = source if isinstance(source, HubFile) else Path(source)
-        self.device, self.length = torch.device(device), length
+        super().__init__(source, device, cache_folder)
+        self.length = length
         self.dtype = torch.float16 if self.device.type == "cuda" else torch.float32
-        self._cache_folder = cache_folder
-        self._cache: FeatureCache | None = None
-        self._loaded: tuple[Any, Any] | None = None
         if isinstance(self.source, Path) and not (self.source / "config.json").is_file():
             raise WeightsError(
                 f"no text encoder at {self.source}: the folder needs config.json, tokenizer and weights of a language model"
             )
 
-    @property
-    def loaded(self) -> bool:
-        """Whether the language model is in memory."""
-        return self._loaded is not None
-
-    def provenance(self) -> dict[str, object]:
-        """What profiles record: repository and revision, or the hashes of the local files."""
-        if isinstance(self.source, HubFile):
-            return {"repo": self.source.repo, "revision": self.source.revision}
-        files = {path for pattern in _LOADED_FILES for path in visible(self.source.glob(pattern))}
-        return {"path": str(self.source), "sha256": sha256_files(files)}
+    def _identity(self, known: dict[str, object]) -> list[object]:
+        asked = hashlib.sha256(instruction().encode()).hexdigest()
+        return ["qwen", known, str(self.dtype), self.length, asked]
 
     def encode(self, prompts: Sequence[str]) -> list[HARTText]:
         """Features, one per prompt, in order; a prompt that repeats is encoded once."""
-        if self._cache is None:
-            known = self.provenance()
-            known.pop("path", None)
-            asked = hashlib.sha256(instruction().encode()).hexdigest()
-            identity = json.dumps(["qwen", known, str(self.dtype), self.length, asked], sort_keys=True)
-            self._cache = FeatureCache(identity, self._cache_folder)
-        found: dict[str, dict[str, Tensor]] = {}
-        for prompt in dict.fromkeys(prompts):
-            cached = self._cache.get(prompt)
-            if cached is not None:
-                found[prompt] = cached
-        todo = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
-        for start in range(0, len(todo), _BATCH):
-            part = todo[start : start + _BATCH]
-            for prompt, features in zip(part, self._run(part), strict=True):
-                self._cache.put(prompt, features)
-                found[prompt] = features
+        found = self._features(prompts, _BATCH)
         return [HARTText(found[prompt]["features"], found[prompt]["place"]) for prompt in prompts]
 
     @torch.inference_mode()

@@ -18,9 +18,9 @@ import os
 import warnings
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -29,8 +29,6 @@ from torch import Tensor
 from stagevar.errors import WeightsError
 from stagevar.folders import cache_dir, visible
 from stagevar.models.hub import HubFile, sha256_files
-
-_LOADED_FILES = ("*.safetensors", "pytorch_model*.bin", "*.json", "spiece.model")
 
 
 class FeatureCache:
@@ -84,10 +82,60 @@ class FeatureCache:
 
 
 class LazyEncoder(ABC):
-    """A text encoder that is loaded when a prompt needs it and can be freed; subclasses set `device` and `_loaded`."""
+    """A text encoder that is loaded when a prompt needs it and can be freed.
 
-    device: torch.device
-    _loaded: Any
+    Args:
+        source: hub repository, or a local folder. device: where it runs. cache_folder: instead of the user's cache.
+
+    loaded_files: patterns of the files of a local folder that decide what the features are.
+    """
+
+    loaded_files: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, source: HubFile | Path | str, device: torch.device | str, cache_folder: Path | None):
+        self.source = source if isinstance(source, HubFile) else Path(source)
+        self.device = torch.device(device)
+        self._cache_folder = cache_folder
+        self._cache: FeatureCache | None = None
+        self._loaded: tuple[Any, Any] | None = None
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the encoder is in memory."""
+        return self._loaded is not None
+
+    def provenance(self) -> dict[str, object]:
+        """What profiles record: repository and revision, or the hashes of the local files."""
+        if isinstance(self.source, HubFile):
+            return {"repo": self.source.repo, "revision": self.source.revision}
+        return {"path": str(self.source), "sha256": sha256_files(self._files(self.source))}
+
+    def _files(self, folder: Path) -> Collection[Path]:
+        return {path for pattern in self.loaded_files for path in visible(folder.glob(pattern))}
+
+    @abstractmethod
+    def _identity(self, known: dict[str, object]) -> list[object]:
+        """What makes two encoders give different features, plain data; known: the provenance without a path."""
+
+    @abstractmethod
+    def _run(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
+        """Features of the prompts, not from the cache."""
+
+    def _features(self, prompts: Iterable[str], batch: int) -> dict[str, dict[str, Tensor]]:
+        """By prompt: from the cache, or run in this order, `batch` at a time; a prompt that repeats is run once."""
+        if self._cache is None:
+            known = self.provenance()
+            known.pop("path", None)
+            self._cache = FeatureCache(json.dumps(self._identity(known), sort_keys=True), self._cache_folder)
+        wanted = list(dict.fromkeys(prompts))
+        found = {prompt: cached for prompt in wanted if (cached := self._cache.get(prompt)) is not None}
+        todo = [prompt for prompt in wanted if prompt not in found]
+        for start in range(0, len(todo), batch):
+            part = todo[start : start + batch]
+            for prompt, features in zip(part, self._run(part), strict=True):
+                self._cache.put(prompt, features)
+                found[prompt] = features
+        return found
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Any:
@@ -118,6 +166,8 @@ class T5Text(LazyEncoder):
     Raises WeightsError (on use) when transformers is missing or the encoder cannot be had.
     """
 
+    loaded_files = ("*.safetensors", "pytorch_model*.bin", "*.json", "spiece.model")
+
     def __init__(
         self,
         source: HubFile | Path | str,
@@ -127,51 +177,23 @@ class T5Text(LazyEncoder):
         cache_folder: Path | None = None,
         max_length: int = 512,
     ):
-        self.source = source if isinstance(source, HubFile) else Path(source)
-        self.device = torch.device(device)
+        super().__init__(source, device, cache_folder)
         self.dtype = dtype or (torch.float16 if self.device.type == "cuda" else torch.float32)
         self.max_length = max_length
-        self._cache_folder = cache_folder
-        self._cache: FeatureCache | None = None
-        self._loaded: tuple[Any, Any] | None = None
         if isinstance(self.source, Path) and not (self.source / "config.json").is_file():
             raise WeightsError(f"no text encoder at {self.source}: the folder needs config.json, tokenizer and weights")
 
-    @property
-    def loaded(self) -> bool:
-        """Whether T5 is in memory."""
-        return self._loaded is not None
-
-    def provenance(self) -> dict[str, Any]:
-        """What profiles record: repository and revision, or the hashes of the local files."""
-        if isinstance(self.source, HubFile):
-            return {"repo": self.source.repo, "revision": self.source.revision}
-        files = {path for pattern in _LOADED_FILES for path in visible(self.source.glob(pattern))}
-        return {"path": str(self.source), "sha256": sha256_files(files)}
+    def _identity(self, known: dict[str, object]) -> list[object]:
+        return [known, str(self.dtype), self.max_length]
 
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:
         """Features [(tokens_i, dim)] float32, one per prompt, in order; a prompt that repeats is encoded once."""
-        if self._cache is None:
-            known = self.provenance()
-            known.pop("path", None)
-            identity = json.dumps([known, str(self.dtype), self.max_length], sort_keys=True)
-            self._cache = FeatureCache(identity, self._cache_folder)
-        found: dict[str, Tensor] = {}
-        for prompt in dict.fromkeys(prompts):
-            cached = self._cache.get(prompt)
-            if cached is not None:
-                found[prompt] = cached["features"].float()
         # Similar lengths together, so that little is padded.
-        todo = sorted((prompt for prompt in dict.fromkeys(prompts) if prompt not in found), key=len)
-        for start in range(0, len(todo), 16):
-            part = todo[start : start + 16]
-            for prompt, features in zip(part, self._run(part), strict=True):
-                self._cache.put(prompt, {"features": features})
-                found[prompt] = features.float()
-        return [found[prompt] for prompt in prompts]
+        found = self._features(sorted(prompts, key=len), 16)
+        return [found[prompt]["features"].float() for prompt in prompts]
 
     @torch.inference_mode()
-    def _run(self, prompts: Sequence[str]) -> list[Tensor]:
+    def _run(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
         tokenizer, model = self._load()
         whole = tokenizer(list(prompts), truncation=False, verbose=False)["input_ids"]
         for prompt, ids in zip(prompts, whole, strict=True):
@@ -184,7 +206,7 @@ class T5Text(LazyEncoder):
         ).to(self.device)
         hidden_BTD = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
         lengths = batch["attention_mask"].sum(1).tolist()
-        return [rows[:length].cpu() for rows, length in zip(hidden_BTD, lengths, strict=True)]
+        return [{"features": rows[:length].cpu()} for rows, length in zip(hidden_BTD, lengths, strict=True)]
 
     def _load(self) -> tuple[Any, Any]:
         if self._loaded is None:

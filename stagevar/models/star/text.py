@@ -8,7 +8,6 @@ Source: Davinci-XLab/STAR-T2I, models/text_encoder.py and sample.py (facts).
 
 from __future__ import annotations
 
-import json
 import warnings
 import zlib
 from collections.abc import Sequence
@@ -22,8 +21,8 @@ from torch import Tensor
 
 from stagevar.errors import WeightsError
 from stagevar.folders import visible
-from stagevar.models.hub import HubFile, fetch, sha256_files
-from stagevar.models.infinity.text import FeatureCache, LazyEncoder
+from stagevar.models.hub import HubFile, fetch
+from stagevar.models.infinity.text import LazyEncoder
 
 #: Text rows of every prompt, padding included.
 TEXT_LENGTH = 77
@@ -53,11 +52,7 @@ class ClipText(LazyEncoder):
     def __init__(
         self, source: HubFile | Path | str, *, device: torch.device | str = "cpu", cache_folder: Path | None = None
     ):
-        self.source = source if isinstance(source, HubFile) else Path(source)
-        self.device = torch.device(device)
-        self._cache_folder = cache_folder
-        self._cache: FeatureCache | None = None
-        self._loaded: tuple[Any, Any] | None = None
+        super().__init__(source, device, cache_folder)
         if isinstance(self.source, Path):
             for part in ("tokenizer", "text_encoder"):
                 if not (self.source / part).is_dir():
@@ -65,35 +60,15 @@ class ClipText(LazyEncoder):
                         f"no CLIP text encoder at {self.source}: the folder needs {part}/ as in Stable Diffusion 2.1"
                     )
 
-    @property
-    def loaded(self) -> bool:
-        """Whether CLIP is in memory."""
-        return self._loaded is not None
+    def _files(self, folder: Path) -> list[Path]:
+        return [path for path in visible((folder / "text_encoder").iterdir()) if path.is_file()]
 
-    def provenance(self) -> dict[str, Any]:
-        """What profiles record: repository and revision, or the hashes of the local files."""
-        if isinstance(self.source, HubFile):
-            return {"repo": self.source.repo, "revision": self.source.revision}
-        files = [path for path in visible((self.source / "text_encoder").iterdir()) if path.is_file()]
-        return {"path": str(self.source), "sha256": sha256_files(files)}
+    def _identity(self, known: dict[str, object]) -> list[object]:
+        return ["clip", known]
 
     def encode(self, prompts: Sequence[str]) -> list[PromptText]:
         """Features, one per prompt, in order; a prompt that repeats is encoded once."""
-        if self._cache is None:
-            known = self.provenance()
-            known.pop("path", None)
-            self._cache = FeatureCache(json.dumps(["clip", known], sort_keys=True), self._cache_folder)
-        found: dict[str, dict[str, Tensor]] = {}
-        for prompt in dict.fromkeys(["", *prompts]):
-            cached = self._cache.get(prompt)
-            if cached is not None:
-                found[prompt] = cached
-        todo = [prompt for prompt in dict.fromkeys(["", *prompts]) if prompt not in found]
-        for start in range(0, len(todo), 32):
-            part = todo[start : start + 32]
-            for prompt, features in zip(part, self._run(part), strict=True):
-                self._cache.put(prompt, features)
-                found[prompt] = features
+        found = self._features(["", *prompts], 32)
         null = found[""]["pooled"]
         return [PromptText(found[p]["features"], found[p]["mask"], found[p]["pooled"], null) for p in prompts]
 

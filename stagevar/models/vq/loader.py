@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 
 from stagevar.errors import UsageError
-from stagevar.models.base import LoadedModel, NextScaleModel, Sampling, TextEncoder
+from stagevar.models.base import LoadedModel, NextScaleModel, TextEncoder
 from stagevar.models.checkpoint.weights import STAR_RULES, VAR_RULES, block_precision
-from stagevar.models.loading import assemble, default_sampling, fill, made_up_text, text_beside
+from stagevar.models.loading import assemble, fill, made_up_text, ramped_sampling, text_beside
 from stagevar.models.parts import Part, Parts
 from stagevar.models.registry import LoadRequest
 from stagevar.models.star.text import ClipText, RandomClipText
@@ -60,16 +58,7 @@ def build(request: LoadRequest) -> LoadedModel:
     transformer.set_grids(made.grids)
     if isinstance(text, ClipText):
         record["text"] = text.provenance()
-    return assemble(made, request, text, _sampling(request, len(made.grids)), record)
-
-
-def _sampling(request: LoadRequest, scales: int) -> Sampling:
-    """The defaults; one guidance number is that of the last scale, reached along the families' ramp."""
-    sampling = default_sampling(request, scales)
-    asked = request.spec.guidance if request.guidance is None else request.guidance
-    if isinstance(asked, int | float):
-        sampling = dataclasses.replace(sampling, guidance=guidance_ramp(asked - 1, scales))
-    return sampling
+    return assemble(made, request, text, ramped_sampling(request, len(made.grids), guidance_ramp), record)
 
 
 def _text(request: LoadRequest, made: Parts) -> TextEncoder:
