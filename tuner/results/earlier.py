@@ -36,7 +36,7 @@ def earlier_schedules(path: Path, model: str, grids: Sequence[Grid] | None) -> d
         keys = [key for key in dict.fromkeys([*result.picks.values(), *result.front]) if key != result.baseline.key]
         found = [StageSchedule.from_dict(result.candidate(key).schedule) for key in keys]
         if not found:
-            raise UsageError(f"--from {path} found no schedule besides the full one; leave out --from")
+            raise UsageError(f"--from {path} found no schedule but the full one; leave out --from")
     else:
         profile = Profile.load(path)
         _check_model(path, profile.model.name, model)

@@ -158,7 +158,7 @@ def named_picks(verified: Sequence[Candidate], quality: bool) -> dict[str, str]:
 def least_accelerated(
     qualities: Mapping[str, Sequence[float]], means: Mapping[str, float], processed_tokens: Mapping[str, float]
 ) -> str:
-    """Of those whose quality the data cannot tell from the best, the one with most tokens left.
+    """Of those whose quality cannot be told from the best's, the one with most tokens left.
 
     qualities: per key, the composite per held-out prompt in order. means: its mean difference to the full schedule.
     """
