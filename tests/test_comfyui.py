@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from stagevar.models.registry import load_model
-from stagevar.profile import Profile, present_envelope, steps_to_data
 from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import exact, paper
 from tests import comfy_stand_in
+from tests.serving import save_profile
 from tests.test_house import ROOT
 
 FOLDER = ROOT / "integrations" / "comfyui"
@@ -53,18 +53,7 @@ def nano():
 
 @pytest.fixture(scope="module")
 def profile(nano, tmp_path_factory):
-    schedule = paper(nano.grids)
-    path = tmp_path_factory.mktemp("comfy") / "profile.yaml"
-    Profile(
-        model={"name": "nano", "weights": nano.provenance["weights"], "load": nano.provenance["load"]},
-        schedule=schedule,
-        steps=steps_to_data(schedule.expand(nano.grids, len(nano.transformer.chunk_layers))),
-        sampling={},
-        envelope=present_envelope(nano, batch=2, threads=1),
-        verified=True,
-        verdict="verified: made by a test",
-    ).save(path)
-    return str(path)
+    return save_profile(nano, tmp_path_factory.mktemp("comfy") / "profile.yaml", 2)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import dataclasses
 import io
 import json
 import logging
@@ -16,13 +15,12 @@ from PIL import Image
 
 from stagevar.cli.command import main
 from stagevar.models.registry import load_model
-from stagevar.profile import Profile, present_envelope, steps_to_data
 from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import exact, paper
 from stagevar.serving.app import Limits
 from stagevar.serving.desk import Desk
 from stagevar.serving.drawing import schedule_hash
-from tests.serving import FakeArtist, as_process, get, in_thread, post, wait_until
+from tests.serving import FakeArtist, as_process, get, in_thread, post, save_profile, wait_until
 
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
@@ -42,18 +40,7 @@ def nano():
 @pytest.fixture(scope="module")
 def profile(nano, tmp_path_factory):
     """A profile of nano for batches of four, said to be measured with another torch."""
-    schedule = paper(nano.grids)
-    path = tmp_path_factory.mktemp("profile") / "profile.yaml"
-    Profile(
-        model={"name": "nano", "weights": nano.provenance["weights"], "load": nano.provenance["load"]},
-        schedule=schedule,
-        steps=steps_to_data(schedule.expand(nano.grids, len(nano.transformer.chunk_layers))),
-        sampling={},
-        envelope=dataclasses.replace(present_envelope(nano, batch=4, threads=1), torch="1.0"),
-        verified=True,
-        verdict="verified: made by a test",
-    ).save(path)
-    return path
+    return save_profile(nano, tmp_path_factory.mktemp("profile") / "profile.yaml", 4, torch="1.0")
 
 
 @pytest.fixture(scope="module")
