@@ -67,7 +67,7 @@ def read_value(kind: Any, value: Any, path: str) -> Any:
     if origin is Mapping or (isinstance(origin, type) and issubclass(origin, Mapping)):
         if not isinstance(value, Mapping):
             raise ProfileError(f"{path} {shown(value)} must be a mapping")
-        return {_key(key, path): read_value(inner[1], entry, f"{path}.{key}") for key, entry in value.items()}
+        return {_key(key, path): read_value(inner[1], entry, _below(path, key)) for key, entry in value.items()}
     if dataclasses.is_dataclass(kind):
         return read_section(typing.cast(type, kind), value, path)
     return _read_scalar(kind, value, path)
@@ -108,7 +108,7 @@ def _check_plain(value: Any, path: str) -> None:
     """Raises ProfileError for anything but mappings with text keys, lists, text, numbers, true, false and empty."""
     if isinstance(value, Mapping):
         for key, entry in value.items():
-            _check_plain(entry, f"{path}.{_key(key, path)}")
+            _check_plain(entry, _below(path, _key(key, path)))
     elif isinstance(value, list | tuple):
         for index, entry in enumerate(value):
             _check_plain(entry, f"{path}[{index}]")
@@ -126,6 +126,12 @@ def _key(key: Any, path: str) -> str:
     if not isinstance(key, str):
         raise ProfileError(f"{path} has the key {shown(key)}, which must be text")
     return key
+
+
+def _below(path: str, key: str) -> str:
+    """The place of a key below a path, for messages: one line, at most some 200 characters, whatever the key is."""
+    place = f"{path}.{key if key.isprintable() and 0 < len(key) <= 60 else shown(key)}"
+    return place if len(place) <= 200 else f"{place[:100]}...{place[-97:]}"
 
 
 def shown(value: Any) -> str:

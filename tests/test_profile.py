@@ -193,6 +193,14 @@ def test_fuzzed_at_every_depth_is_one_line(path, value):
         assert "\n" not in str(error) and len(str(error)) < 500
 
 
+def test_a_key_that_is_no_name_stays_one_short_line():
+    for key in ("\n", "", "x" * 5000, "a\tb"):
+        for value in (2**63, {key: {key: object()}}):
+            with pytest.raises(ProfileError) as caught:
+                Profile.from_dict({**FULL, "schedule": {key: value}})
+            assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.sampled_from([p for p in PLACES if isinstance(p and p[-1], str)]), st.text(max_size=8) | ODD)
 def test_fuzzed_keys_at_every_depth_are_one_line(path, key):
