@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from tuner.evalkit.command import main
-from tuner.metrics import METRIC_NAMES
+from tuner.metrics import METRIC_NAMES, registry
 
 DOGS = {
     "tag": "counting",
@@ -141,6 +141,24 @@ def test_the_documented_examples_run_as_they_stand(capsys, tmp_path):
         assert found["overall"] == 1.0 if language == "json" else found["corrected"]["score"] == 50.0
     names = set(re.findall(r"^\| `(\w+)` \| (?:prompt|reference|\| higher)", text, re.MULTILINE))
     assert names == set(METRIC_NAMES)
+
+
+def test_the_list_of_metrics_says_what_each_needs(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(registry, "missing_packages", lambda name: ["lpips"] if name == "lpips" else [])
+    code, out, _ = run(capsys, "--metric", "list")
+    header, *rows, star = out.splitlines()
+    columns = [header.index(word) for word in ("metric", "unit", "better", "compares", "packages", "weights")]
+    cells = [[row[a:b].strip() for a, b in zip(columns, [*columns[1:], None], strict=True)] for row in rows]
+    assert code == 0 and [row[0] for row in cells] == list(METRIC_NAMES) and star == "* not installed"
+    by_name = {row[0]: row[1:] for row in cells}
+    assert by_name["lpips"] == ["LPIPS", "lower", "reference", "lpips* torchmetrics torchvision", "244 MB"]
+    assert by_name["psnr"] == ["dB", "higher", "reference", "torchmetrics", "none"]
+    assert by_name["fid"][2] == "reference set" and by_name["is"][2] == "-"
+    listed = results(capsys, "--metric", "list", "--out", tmp_path / "metrics.json")["results"]
+    assert [entry["name"] for entry in listed] == list(METRIC_NAMES)
+    assert listed == json.loads((tmp_path / "metrics.json").read_text())["results"]
+    local = {"geneval_nano", "psnr", "ssim"}
+    assert {entry["name"] for entry in listed if entry["weights_bytes"] == 0} == local
 
 
 def test_a_folder_needs_no_verb(capsys, folder):

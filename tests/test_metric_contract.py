@@ -14,6 +14,8 @@ import torch
 from stagevar.errors import UsageError
 from tests import metric_models
 from tuner.metrics import METRIC_NAMES, SetMetric, create
+from tuner.metrics.base import BenchmarkMetric
+from tuner.metrics.declarations import DECLARATIONS
 from tuner.metrics.registry import create_composite, metric_class
 
 PROMPT = {
@@ -147,6 +149,15 @@ def test_a_metric_describes_itself_in_json(built, name):
     described = built[name].describe()
     assert described["name"] == name == built[name].name
     assert json.loads(json.dumps(described)) == described
+
+
+@every_metric
+def test_what_a_metric_compares_with_is_declared_as_its_class_is(name):
+    declared, cls = DECLARATIONS[name].compares, metric_class(name)
+    assert declared.startswith("reference") == cls.needs_reference
+    assert declared.startswith("prompt") == cls.needs_prompt
+    assert not cls.needs_reference or (declared == "reference set") == issubclass(cls, SetMetric)
+    assert (declared in ("prompt metadata", "prompt's questions")) == issubclass(cls, BenchmarkMetric)
 
 
 @every_metric

@@ -19,6 +19,16 @@ _DETECTORS = {
     "owlv2": ("google/owlv2-base-patch16-ensemble", 4 * 155_000_000),
 }
 _TRUNKS = {"alex": ("alexnet", 244_408_911), "vgg": ("vgg16", 553_433_881)}
+#: Metric -> option that takes a path or another model, its default on the hub, bytes. Parameters in millions: BLIP-VQA 385,
+#: DINO ViT-S/16 22, DINOv2 ViT-L/14 304; HPSv2's file holds 986 M in half precision.
+_SINGLE = {
+    "hpsv2": ("weights", "xswu/HPSv2/HPS_v2.1_compressed.pt", 1_972_490_005),
+    "dpg": ("model", "Salesforce/blip-vqa-capfilt-large", 4 * 385_000_000),
+    "dino": ("model", "facebook/dino-vits16", 4 * 22_000_000),
+    "fid_dinov2": ("model", "facebook/dinov2-large", 4 * 304_000_000),
+}
+#: Inception of the FID papers as torch-fidelity publishes it: 24 M parameters.
+_INCEPTION = ("torch-fidelity pt_inception-2015-12-05", 4 * 24_000_000)
 _CLIP_BYTES = {"ViT-L-14": 4 * 428_000_000, "ViT-L-14-336": 4 * 428_000_000}
 #: Metric -> its options that name a CLIP model and the model's tag.
 _CLIP = {
@@ -57,10 +67,19 @@ def _of(metric: str, options: Mapping[str, Any]) -> list[Download]:
     if metric in ("lpips", "dists") and options.get("weights") is None:
         name, size = _TRUNKS["vgg" if metric == "dists" else options.get("net", "alex")]
         found.append(Download(f"network of {metric}", f"torchvision {name}", size, None))
+    if metric in _SINGLE:
+        option, repo, size = _SINGLE[metric]
+        if options.get(option) is None:
+            found.append(Download(f"model of {metric}", repo, size, _cached(repo)))
+    inception = metric in ("fid", "kid", "is") and options.get("extractor", "inception") == "inception"
+    if inception and options.get("weights") is None:
+        found.append(Download(f"network of {metric}", *_INCEPTION, None))
     return found
 
 
-def _cached(repo: str) -> bool | None:
+def _cached(source: str) -> bool | None:
+    """source: organization/repository, or one file of it behind another slash."""
     from stagevar.models.downloads import is_cached
 
-    return is_cached(HubFile(repo, ""))
+    organization, repository, *path = source.split("/", 2)
+    return is_cached(HubFile(f"{organization}/{repository}", "".join(path)))

@@ -87,9 +87,14 @@ def check_name(name: str) -> None:
         raise UsageError(f"unknown metric {name!r}: {hint}")
 
 
+def packages_of(name: str) -> tuple[str, ...]:
+    """Packages beyond the base installation that a built-in metric needs, by the names that imports use."""
+    return _PACKAGES.get(name, ())
+
+
 def missing_packages(name: str) -> list[str]:
     """Packages that a metric needs and that are not installed; imports nothing."""
-    return [package for package in _PACKAGES.get(name, ()) if not extras.is_installed(package)]
+    return [package for package in packages_of(name) if not extras.is_installed(package)]
 
 
 def check_packages(name: str) -> None:

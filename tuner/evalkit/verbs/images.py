@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,12 +57,13 @@ def run(options: argparse.Namespace) -> int:
         check_options,
         create,
         metric_class,
-        metric_names,
     )
 
     if options.metric == ["list"]:
-        print("\n".join(metric_names()))
-        return 0
+        from tuner.metrics.listing import listed_metrics, table
+
+        metrics_there = listed_metrics()
+        return deliver(options, [dataclasses.asdict(metric) for metric in metrics_there], table(metrics_there))
     if options.images is None:
         raise UsageError("give --images DIR, the folder to score (see stagevar-eval images --help)")
     progress = None
