@@ -55,6 +55,7 @@ def plan(args: argparse.Namespace, argv: Sequence[str]) -> Plan:
     findings = checked_findings(args)
     space = checked_space(args.model, args.space, args.prompts, args.heldout, args.seed, args.resolution, findings)
     space = with_earlier(space, args.start_from, args.resolution)
+    args.store = store_folder(args.store)
     args.max_drop = parse_max_drops(args.max_drop or (), space.quality)
     check_provable(space, args.max_drop, args.weights)
     from tuner.config.prompts import warn_of_short_files
@@ -110,6 +111,14 @@ def with_earlier(space: SearchSpace, earlier: Path | None, resolution: str | int
     if grids is not None:
         space.fit(grids)
     return space
+
+
+def store_folder(asked: Path | None) -> Path | None:
+    """The folder of `--store`, else of STAGEVAR_STORE, else none. Raises UsageError for one that cannot be written."""
+    named = asked or Path(os.environ.get("STAGEVAR_STORE") or "")
+    if named == Path(""):
+        return None
+    return check_output_folder(named, "--store" if asked else "STAGEVAR_STORE").absolute()
 
 
 def check_provable(space: SearchSpace, max_drop: Mapping[str, float], weights: str | None) -> None:

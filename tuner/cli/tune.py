@@ -11,7 +11,7 @@ import platform
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,9 @@ from tuner.results.run_dir import CONFIG_FILE, LOG_FILE, STUDY_FILE, discard, dr
 
 if TYPE_CHECKING:
     from tuner.cluster.executor import RayExecutor
+    from tuner.config.prompts import PromptSet
+    from tuner.evaluation.executor import Executor
+    from tuner.evaluation.store import StoredCosts, StoredExecutor
     from tuner.results.result import StudyResult
     from tuner.study.study import Study
 
@@ -103,6 +106,12 @@ def build_parser() -> Parser:
         type=name_value,
         metavar="URL",
         help="database for the trials, as postgresql://HOST/DB (default: a file)",
+    )
+    search.add_argument(
+        "--store",
+        type=path_value,
+        metavar="DIR",
+        help="take quality and step costs from this folder where they fit, and add to it (default: STAGEVAR_STORE)",
     )
     place.add_argument("--executor", choices=("local", "ray"), default="local", help="where it runs (default: local)")
     place.add_argument(
@@ -222,6 +231,7 @@ def _drive(checked: Plan, again: bool) -> tuple[StudyResult, list[Path]]:
                 if result is not None:
                     return result, write_derived(result, checked.run_dir)
                 result = study.run()
+                say_reuse(study, progress)
             finally:
                 study.executor.close()
             progress.phase("report")
@@ -273,7 +283,39 @@ def build_study(checked: Plan, progress: Any, stop: Callable[[], bool]) -> Study
         patience=args.patience,
         savings=EXHAUSTIVE if args.exhaustive else Savings(),
     )
+    if args.store is not None and not evaluator.facts.random_weights:
+        executor, evaluator = _with_store(args, space, evaluator, prompts, executor, progress)
     return Study(checked.run_dir, space, options, evaluator, prompts, executor, progress, stop)
+
+
+def _with_store(
+    args: argparse.Namespace,
+    space: SearchSpace,
+    evaluator: Any,
+    prompts: Mapping[str, PromptSet],
+    executor: Executor | None,
+    progress: Any,
+) -> tuple[StoredExecutor, StoredCosts]:
+    """Executor and evaluator that ask the store first; says what it holds for this study."""
+    from tuner.evaluation.local import LocalExecutor
+    from tuner.evaluation.store import Store, StoredCosts, StoredExecutor
+
+    store, limits = Store(args.store), quality_limits(space.quality, args.max_drop)
+    inner = executor or LocalExecutor(evaluator)
+    stored = StoredExecutor(inner, store, evaluator.facts, space, prompts, limits)
+    for line in stored.reasons():
+        progress.say(f"store: {line}")
+    return stored, StoredCosts(evaluator, store)
+
+
+def say_reuse(study: Study, progress: Any) -> None:
+    """How much of a study came out of its store, where it has one."""
+    counts = getattr(study.executor, "counts", None)
+    if counts is not None and counts.reused + counts.made:
+        share = counts.made / (counts.reused + counts.made)
+        progress.say(
+            f"store: {counts.made:,} of {counts.reused + counts.made:,} images drawn ({share:.0%}), others reused"
+        )
 
 
 def say_downloads(model: str, space: SearchSpace, place: dict[str, Any], progress: Any) -> None:

@@ -198,13 +198,14 @@ def sqlite_file(url: str) -> str | None:
 
 # ---------------------------------------------------------------------------------------------------- paths of a run
 
-_PATHS = ("--space", "--prompts", "--weights", "--storage", "--analysis", "--from", "--start-from")
+_PATHS = ("--space", "--prompts", "--weights", "--storage", "--analysis", "--from", "--start-from", "--store")
 
 
 def with_absolute_paths(words: Sequence[str], folders: Sequence[Path]) -> list[str]:
     """A command line whose files are found from any working directory.
 
-    folders: where a relative path may be, the preferred first; one that is nowhere is left as it stands.
+    folders: where a relative path may be, the preferred first; one that is nowhere is left as it stands, but a store,
+        which is made.
     """
     done: list[str] = []
     words = list(words)
@@ -234,7 +235,7 @@ def _absolute(option: str, value: str, folders: Sequence[Path]) -> str:
     for folder in folders:
         if os.path.exists(folder / value):
             return os.path.abspath(folder / value)
-    return value
+    return os.path.abspath(folders[0] / value) if option == "--store" else value
 
 
 def with_absolute_source(space: SearchSpace, folders: Sequence[Path]) -> SearchSpace:
