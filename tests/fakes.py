@@ -16,6 +16,7 @@ from stagevar.schedule import Steps
 from stagevar.schedule.grids import square
 from tuner.config.prompts import PromptSet
 from tuner.evaluation.evaluator import Facts, Values
+from tuner.testing.formulas import Samples
 
 GRIDS = square((1, 2, 3, 4, 6, 8))
 CHUNKS = 3
@@ -36,14 +37,6 @@ SPACE = {
     "proposals": {},
     "prompts": {"source": "nano", "search": 16, "heldout": 64, "micro_batch": 8},
 }
-
-
-class FakeTiming:
-    """The part of stagevar.timing.Timing that the tuner reads, without torch."""
-
-    def __init__(self, samples_ms: Sequence[float]):
-        self.samples_ms, self.warm_up_runs, self.warmed = tuple(samples_ms), 3, True
-        self.card, self.disturbed = (), ()
 
 
 def tokens(steps: Steps) -> float:
@@ -113,12 +106,10 @@ class FakeEvaluator:
             found.append(values)
         return found
 
-    def latency(
-        self, schedules: Mapping[str, Steps], rounds: int, warm_up_at_most: int = 12
-    ) -> Mapping[str, FakeTiming]:
+    def latency(self, schedules: Mapping[str, Steps], rounds: int, warm_up_at_most: int = 12) -> Mapping[str, Samples]:
         drift = 1 + 0.05 * np.abs(self.clock.standard_normal(rounds))
         return {
-            name: FakeTiming(
+            name: Samples(
                 self.full_ms * self.ratio(steps) * drift * (1 + self.noise * np.abs(self.clock.standard_normal(rounds)))
             )
             for name, steps in schedules.items()

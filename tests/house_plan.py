@@ -85,6 +85,7 @@ ARROWS = {
     "tuner.report": {"tuner.config", "tuner.results"},
     "tuner.results": {"tuner.config"},
     "tuner.statistics": {"tuner.config", "tuner.metrics", "tuner.results"},
+    "tuner.testing": {"tuner.config", "tuner.evaluation", "tuner.metrics"},
     "tuner.study": {
         "tuner.config",
         "tuner.evaluation",

@@ -1,5 +1,6 @@
 """Examples run as they are printed: scripts, the sweep, and a package of plug-ins with its own tests."""
 
+import inspect
 import re
 import runpy
 import sys
@@ -104,11 +105,13 @@ def _contract(name):
 
 
 def test_its_own_tests_are_the_contracts(acme):
-    """Two of the accelerator's, all of the similarity's; the whole suite runs with `pytest examples/plugin`."""
-    spread, palette = _contract("TestSpread"), _contract("TestPalette")
+    """Two of the accelerator's, all of the others'; the whole suite runs with `pytest examples/plugin`."""
+    spread = _contract("TestSpread")
     model = tiny_infinity(GRIDS)
     spread.test_neutral_setting_is_exact_through_the_real_path(model, None)
     spread.test_a_batch_row_is_the_single_prompt(model, None)
-    for name in dir(palette):
-        if name.startswith("test_"):
-            getattr(palette, name)()
+    for contract in (_contract("TestPalette"), _contract("TestSharpness")):
+        values = {"metric": contract.build(), "images": contract.draw()} if hasattr(contract, "draw") else {}
+        for name in (name for name in dir(contract) if name.startswith("test_")):
+            test = getattr(contract, name)
+            test(**{key: values[key] for key in inspect.signature(test).parameters})

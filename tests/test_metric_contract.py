@@ -1,11 +1,9 @@
-"""What every metric must do, whoever computes it: shapes, determinism, batch independence, directions, refusals.
+"""Every metric of the package against the published contract (tuner.testing.metrics), and what registry and options refuse.
 
 The models are tiny and random: these tests are about the code around them, and no figure here means anything.
 """
 
 from __future__ import annotations
-
-import json
 
 import numpy as np
 import pytest
@@ -16,7 +14,8 @@ from tests import metric_models
 from tuner.metrics import METRIC_NAMES, SetMetric, create
 from tuner.metrics.base import BenchmarkMetric
 from tuner.metrics.declarations import DECLARATIONS
-from tuner.metrics.registry import create_composite, metric_class
+from tuner.metrics.registry import create_composite
+from tuner.testing.metrics import MetricContract
 
 PROMPT = {
     "tag": "colors",
@@ -79,106 +78,41 @@ def built(options):
     return {name: create(name, **options[name]) for name in METRIC_NAMES}
 
 
-@pytest.fixture(scope="module")
-def images():
-    """Four images of low frequency and their slightly noisy copies."""
-    rng = np.random.default_rng(3)
-    coarse = torch.tensor(rng.random((4, 3, 6, 6)))
-    smooth = torch.nn.functional.interpolate(coarse, size=SIZE, mode="bicubic").clamp(0, 1).permute(0, 2, 3, 1).numpy()
-    noisy = np.clip(smooth + rng.normal(0, 0.08, smooth.shape), 0, 1)
-    return (smooth * 255).astype(np.uint8), (noisy * 255).astype(np.uint8)
+@pytest.mark.parametrize("metric", METRIC_NAMES, indirect=True)
+class TestEveryMetric(MetricContract):
+    size, prompt = SIZE, PROMPT
 
+    @pytest.fixture
+    def metric(self, built, request):
+        return built[request.param]
 
-every_metric = pytest.mark.parametrize("name", METRIC_NAMES)
+    def test_its_name_is_the_registrys(self, metric, request):
+        assert metric.describe()["name"] == request.node.callspec.params["metric"]
 
+    def test_a_set_metric_says_so(self, metric):
+        assert isinstance(metric, SetMetric) == (metric.name in SETS)
 
-@every_metric
-def test_one_finite_value_per_image_and_the_same_again(built, images, name):
-    metric, (smooth, noisy) = built[name], images
-    values = metric.score(noisy, [PROMPT] * 4, smooth)
-    assert values.shape == (4,) and values.dtype == np.float64 and np.isfinite(values).all()
-    assert np.array_equal(values, metric.score(noisy, [PROMPT] * 4, smooth))
-    rows = metric.rows(noisy, [PROMPT] * 4, smooth)
-    assert [row["value"] for row in rows] == values.tolist()
-    assert json.loads(json.dumps(rows)) == rows
+    def test_the_reference_itself_has_the_best_value(self, metric, images):
+        smooth, _ = images
+        best = {"psnr": 100.0, "ssim": 1.0, "clip_image_similarity": 1.0, "dino": 1.0, "lpips": 0.0, "dists": 0.0}
+        if metric.needs_reference and metric.name not in SETS:
+            np.testing.assert_allclose(metric.score(smooth, self.prompts, smooth), best[metric.name], atol=1e-4)
 
+    def test_what_it_compares_with_is_declared_as_its_class_is(self, metric):
+        declared, cls = DECLARATIONS[metric.name].compares, type(metric)
+        assert declared.startswith("reference") == cls.needs_reference
+        assert declared.startswith("prompt") == cls.needs_prompt
+        assert not cls.needs_reference or (declared == "reference set") == issubclass(cls, SetMetric)
+        assert (declared in ("prompt metadata", "prompt's questions")) == issubclass(cls, BenchmarkMetric)
 
-@pytest.mark.parametrize("name", [name for name in METRIC_NAMES if name not in SETS])
-def test_the_batch_does_not_matter(built, images, name):
-    metric, (smooth, noisy) = built[name], images
-    together = metric.score(noisy, [PROMPT] * 4, smooth)
-    alone = [metric.score(noisy[i : i + 1], [PROMPT], smooth[i : i + 1])[0] for i in range(4)]
-    np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", [name for name in METRIC_NAMES if metric_class(name).needs_reference])
-def test_nothing_is_better_than_the_reference_itself(built, images, name):
-    metric, (smooth, noisy) = built[name], images
-    sign = 1 if metric.higher_is_better else -1
-    same, other = (sign * metric.score(batch, [PROMPT] * 4, smooth) for batch in (smooth, noisy))
-    assert same.mean() > other.mean()
-    best = {"psnr": 100.0, "ssim": 1.0, "clip_image_similarity": 1.0, "dino": 1.0, "lpips": 0.0, "dists": 0.0}
-    if name in best:
-        np.testing.assert_allclose(sign * same, best[name], atol=1e-4)
-
-
-@every_metric
-def test_inputs_that_do_not_fit_are_refused(built, images, name):
-    metric, (smooth, _) = built[name], images
-    with pytest.raises(UsageError, match="expected uint8"):
-        metric.score(smooth.astype(np.float32), [PROMPT] * 4, smooth)
-    with pytest.raises(UsageError, match="expected uint8"):
-        metric.score(smooth[0], [PROMPT], smooth)
-    with pytest.raises(UsageError, match="4 images but 1 prompts"):
-        metric.score(smooth, [PROMPT], smooth)
-    if metric.needs_reference:
-        with pytest.raises(UsageError, match="reference"):
-            metric.score(smooth, [PROMPT] * 4)
-        with pytest.raises(UsageError, match="sizes must agree"):
-            metric.score(smooth, [PROMPT] * 4, smooth[:, :-1])
-
-
-@every_metric
-def test_no_images_are_no_values(built, name):
-    empty = np.zeros((0, SIZE, SIZE, 3), dtype=np.uint8)
-    assert built[name].score(empty, [], empty).shape == (0,)
-
-
-@every_metric
-def test_a_metric_describes_itself_in_json(built, name):
-    described = built[name].describe()
-    assert described["name"] == name == built[name].name
-    assert json.loads(json.dumps(described)) == described
-
-
-@every_metric
-def test_what_a_metric_compares_with_is_declared_as_its_class_is(name):
-    declared, cls = DECLARATIONS[name].compares, metric_class(name)
-    assert declared.startswith("reference") == cls.needs_reference
-    assert declared.startswith("prompt") == cls.needs_prompt
-    assert not cls.needs_reference or (declared == "reference set") == issubclass(cls, SetMetric)
-    assert (declared in ("prompt metadata", "prompt's questions")) == issubclass(cls, BenchmarkMetric)
-
-
-@every_metric
-def test_every_metric_serves_as_objective_by_name(options, images, name):
-    smooth, noisy = images
-    quality = create_composite({name: {"weight": 0.5, **options[name]}, "psnr": 1.0})
-    values = quality.score_parts(noisy, [PROMPT] * 4, smooth)
-    sign = 1 if quality.parts[name][1].higher_is_better else -1
-    expected = 0.5 * sign * values[name] + (values["psnr"] if name != "psnr" else 0)
-    np.testing.assert_allclose(quality.score(noisy, [PROMPT] * 4, smooth), expected if name != "psnr" else values[name])
-    assert set(quality.describe()) == {name, "psnr"}
-
-
-@every_metric
-def test_the_summary_is_json(built, images, name):
-    metric, (smooth, noisy) = built[name], images
-    rows = metric.rows(noisy, [PROMPT] * 4, smooth)
-    summary = metric.summary(rows, [PROMPT] * 4)
-    assert summary and json.loads(json.dumps(summary)) == summary
-    if name in SETS:
-        assert isinstance(metric, SetMetric)
+    def test_it_serves_as_objective_by_name_and_options(self, metric, options, images):
+        smooth, noisy = images
+        quality = create_composite({metric.name: {"weight": 0.5, **options[metric.name]}, "psnr": 1.0})
+        values = quality.score_parts(noisy, self.prompts, smooth)
+        sign = 1 if metric.higher_is_better else -1
+        expected = values["psnr"] if metric.name == "psnr" else 0.5 * sign * values[metric.name] + values["psnr"]
+        np.testing.assert_allclose(quality.score(noisy, self.prompts, smooth), expected)
+        assert set(quality.describe()) == {metric.name, "psnr"}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from stagevar.models.registry import list_models
 from stagevar.schedule import exact, preset
-from tests.fakes import GRIDS, FakeTiming
+from tests.fakes import GRIDS
 from tuner.config.limits import parse_budget
 from tuner.config.prompts import load_prompts
 from tuner.config.quality import quality_limits
@@ -26,6 +26,7 @@ from tuner.statistics.provable import (
 )
 from tuner.study.verdict import Limits
 from tuner.study.verification import BASELINE, Verifier
+from tuner.testing.formulas import Samples
 
 YES_NO = quality_limits({"geneval": {"max_drop": 0.02}})[0]
 POINTS = quality_limits({"clip_score": {"max_drop": 0.3}})[0]
@@ -130,7 +131,7 @@ class Unchanged:
 
     def latency(self, schedules, rounds, warm_up_at_most=12):
         drift = 1 + 0.02 * self.rng.random(rounds)
-        return {name: FakeTiming((100 if name == BASELINE else 50) * drift) for name in schedules}
+        return {name: Samples((100 if name == BASELINE else 50) * drift) for name in schedules}
 
     def quality(self, schedules, split, batch):
         count = len(self.prompts[split].batch(batch)[0])

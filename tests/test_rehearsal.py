@@ -18,11 +18,11 @@ from stagevar.cli.command import main as stagevar_main
 from stagevar.profile import Profile
 from stagevar.schedule import exact
 from tests import stand_ins
-from tests.fakes import FakeTiming
 from tuner.cli import main as tune_main
 from tuner.evaluation.evaluator import ModelEvaluator, walk
 from tuner.results.result import StudyResult
 from tuner.study.options import Savings
+from tuner.testing.formulas import Samples
 
 #: Model -> its weights, its quality, a prompt, and limits as far as 64 prompts can prove; the default ones take 512.
 FAMILIES = {
@@ -35,7 +35,7 @@ FAMILIES = {
 }  # fmt: skip
 
 
-class TokenTiming(FakeTiming):
+class TokenTiming(Samples):
     """With the figure that `verify` reads besides."""
 
     @property
