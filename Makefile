@@ -23,11 +23,14 @@ test: $(STAMP)
 	$(BIN)/python -m pytest
 
 # Without processes, a cluster or a model larger than a few thousand weights.
-CHECK := schedule noise tuner_budget tuner_space yaml_files text_files profile default_space quality_limits drop_bounds \
-	tuner_stats geneval_rules next_steps cache fastvar sampler folders costs cut_prompts fronts serving_desk
+CHECK := benchmarks/fronts stagevar/accelerators/fastvar stagevar/folders stagevar/profile/profile \
+	stagevar/prompts/geneval stagevar/sampling/sampler stagevar/schedule/schedule stagevar/serving/desk \
+	stagevar/tensors/cache stagevar/tensors/noise stagevar/text_files stagevar/yaml_files tuner/config/costs \
+	tuner/config/default_space tuner/config/limits tuner/config/quality tuner/config/space tuner/evaluation/cut_prompts \
+	tuner/report/next_steps tuner/statistics/bounds tuner/statistics/drop_bounds
 
 check: lint
-	$(BIN)/python -m pytest $(CHECK:%=tests/test_%.py)
+	$(BIN)/python -m pytest $(foreach name,$(CHECK),tests/$(dir $(name))test_$(notdir $(name)).py)
 
 docs: $(STAMP)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[docs]'

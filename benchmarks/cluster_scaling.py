@@ -175,7 +175,7 @@ def measure_asking(space: SearchSpace, sampler: str, counts: Sequence[int]) -> t
 
 def measure_booking() -> float:
     """Seconds of evidence, judging and telling per schedule: a study on the tests' fake, asking left out."""
-    from tests import fakes
+    from tests.fakes import studies as fakes
 
     with tempfile.TemporaryDirectory() as folder:
         start = time.process_time()

@@ -21,7 +21,7 @@ bench() { # name, model, further options
 }
 
 doctor() { $python -m tuner.cli doctor --model "$large" --weights random; }
-tests() { $python -m pytest -q -x tests/test_engine.py tests/test_fused.py tests/test_kernels.py tests/test_cache.py tests/test_precision.py; }
+tests() { $python -m pytest -q -x tests/stagevar/engine/test_graph.py tests/stagevar/models/test_fused.py tests/stagevar/engine/test_kernels.py tests/stagevar/tensors/test_cache.py tests/stagevar/models/test_precision.py; }
 equal() {
     bench nano nano --check --engines "$engines" --schedules exact,stagevar-paper,stagevar-released,fastvar &&
         bench tiny infinity-tiny --weights random --check --engines "$engines" --schedules exact,stagevar-paper,fastvar

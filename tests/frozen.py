@@ -17,9 +17,11 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
-FROZEN = Path(__file__).parent / "data" / "frozen"
+from tests import DATA
+
+FROZEN = DATA / "frozen"
 RUN, SAMPLE, HELP = FROZEN / "run", FROZEN / "sample", FROZEN / "help"
-#: What the frozen run was started with (tests.fakes.study).
+#: What the frozen run was started with (tests.fakes.studies.study).
 RUN_OPTIONS = {"trials": 8, "max_drop": 0.2, "command": "stagevar-tune --model fake --budget 60% --trials 8"}
 #: Files of record of a run. Its lock and its pictures are made anew by whoever resumes it.
 RUN_FILES = ("config.json", "trials.jsonl", "study.json", "journal.log")
@@ -75,8 +77,8 @@ def write_derived(folder: Path) -> None:
 
 def freeze(everything: bool) -> None:
     """Writes the files of record."""
-    from tests.fakes import study
-    from tests.sample_study import make
+    from tests.fakes.sample_study import make
+    from tests.fakes.studies import study
 
     HELP.mkdir(parents=True, exist_ok=True)
     for command, verbs in COMMANDS.items():

@@ -1,6 +1,6 @@
 """Figures of the house from its syntax trees: rooms, arrows, circles, long files and functions, open dictionaries, mypy.
 
-`python -m tests.house_figures` prints them (mypy only where it is installed); tests/test_house.py holds them to
+`python -m tests.house_figures` prints them (mypy only where it is installed); tests/repository/test_house.py holds them to
 tests/house_plan.py. An import inside a function counts as one at the top does, and so does one for type checking only.
 """
 
@@ -12,7 +12,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests import ROOT
+
 PACKAGES = ("stagevar", "tuner")
 FILE_LINES = 400
 FUNCTION_LINES = 80

@@ -1,4 +1,4 @@
-"""The plan of the house, as data for tests/test_house.py. `python -m tests.house_figures` prints where it stands.
+"""The plan of the house, as data for tests/repository/test_house.py. `python -m tests.house_figures` prints where it stands.
 
 The lists of what is too large or runs in a circle may only shrink: whoever mends an entry removes it here.
 """

@@ -1,13 +1,12 @@
 """Writes the published JSON Schemas: `python -m tests.schemas`. A test compares them with what the code generates."""
 
 import json
-from pathlib import Path
 
 from stagevar.profile.json_schema import profile_schema
+from tests import ROOT
 from tuner.cluster.sweep_schema import sweep_schema
 from tuner.config.json_schema import space_schema
 
-ROOT = Path(__file__).resolve().parents[1]
 SCHEMAS = {
     "stagevar/data/profile.schema.json": profile_schema,
     "search_spaces/search_space.schema.json": space_schema,

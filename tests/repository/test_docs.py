@@ -1,0 +1,129 @@
+"""Every code block of README and docs runs, or at least parses where it would fetch weights or tune for minutes."""
+
+import json
+import re
+import shlex
+
+import pytest
+
+from stagevar.cli import command as stagevar_cli
+from stagevar.models import registry
+from stagevar.models.registry import load_model
+from stagevar.profile import Profile, present_envelope, steps_to_data
+from stagevar.schedule import paper
+from stagevar.testing.tiny import tiny_infinity
+from tests import ROOT
+from tuner.cli.command import verb_parser
+from tuner.cli.tune import build_parser
+from tuner.evalkit import command as eval_cli
+
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page, *languages):
+    return [text for language, text in BLOCK.findall(page.read_text()) if language in languages]
+
+
+def with_blocks(*languages):
+    found = [page for page in PAGES if blocks(page, *languages)]
+    return pytest.mark.parametrize("page", found, ids=[page.name for page in found])
+
+
+@pytest.fixture
+def demo_run(tmp_path, monkeypatch):
+    """A working directory in which outputs/demo/profile.yaml is a profile of nano."""
+    nano = load_model("nano", device="cpu")
+    schedule = paper(nano.grids)
+    folder = tmp_path / "outputs" / "demo"
+    folder.mkdir(parents=True)
+    Profile(
+        model={"name": "nano", "weights": nano.provenance["weights"], "load": nano.provenance["load"]},
+        schedule=schedule,
+        steps=steps_to_data(schedule.expand(nano.grids, len(nano.transformer.chunk_layers))),
+        sampling={},
+        envelope=present_envelope(nano, batch=1, threads=1),
+        verified=False,
+        verdict="made by a test",
+    ).save(folder / "profile.yaml")
+    monkeypatch.chdir(tmp_path)
+
+
+@with_blocks("python")
+def test_python_blocks_run(page, demo_run, monkeypatch):
+    monkeypatch.setattr(registry, "SPECS", dict(registry.SPECS))
+    names = {}
+    for text in blocks(page, "python"):
+        if "infinity-" in text:  # public weights cannot be had here: the arguments are checked, a tiny model stands in
+            text = text.replace("from stagevar import load_model", "").replace(
+                "from stagevar.models.convert import convert", ""
+            )
+            names |= {"load_model": checked_load, "convert": checked_convert}
+        if "StageSchedule(" in text:
+            from stagevar.schedule import StageSchedule
+
+            names["StageSchedule"] = StageSchedule
+        exec(compile(text, str(page), "exec"), names)
+
+
+def checked_load(name, **options):
+    registry.resolve(name, **options)
+    return tiny_infinity()
+
+
+def checked_convert(name, out, **options):
+    import inspect
+
+    from stagevar.models.convert import convert
+
+    inspect.signature(convert).bind(name, out, **options)
+    registry.find(name)
+
+
+def commands():
+    for page in PAGES:
+        for text in blocks(page, "sh", "bash", "console"):
+            for line in text.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if words and words[0].startswith("stagevar"):
+                    yield pytest.param(words, id=f"{page.name}: {' '.join(words)[:60]}")
+
+
+@pytest.mark.parametrize("words", commands())
+def test_shell_blocks_parse(words, monkeypatch):
+    monkeypatch.setattr(
+        "stagevar.cli.arguments._existing", lambda path, what: path
+    )  # the files of examples are the reader's
+    parsers = {"stagevar": stagevar_cli.build_parser, "stagevar-eval": eval_cli.build_parser}
+    if words[0] in parsers:
+        arguments = words[1:]
+        if words[0] == "stagevar-eval" and arguments[0] not in eval_cli.VERBS:
+            arguments = ["images", *arguments]  # the verb that need not be said
+        parsers[words[0]]().parse_args(arguments)
+    elif words[1].startswith("-"):
+        build_parser().parse(words[1:])
+    else:
+        verb_parser(words[1]).parse(words[2:])
+
+
+def test_json_blocks_are_json():
+    for page in PAGES:
+        for text in blocks(page, "json"):
+            for line in [text] if text.lstrip().startswith(("{\n", "[")) else text.splitlines():
+                if line.strip():
+                    json.loads(line)
+
+
+def test_links_and_pictures_exist():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} points to {target}"
+        for target in re.findall(
+            r"`((?:docs|stagevar|tuner|tests|benchmarks|search_spaces)/[\w/.-]+\.\w+)`", page.read_text()
+        ):
+            assert (ROOT / target).exists(), f"{page.name} names {target}"
+
+
+def test_every_page_is_in_the_site_once():
+    nav = re.findall(r"^ +- .*?(\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(nav) == sorted(path.name for path in (ROOT / "docs").rglob("*.md"))

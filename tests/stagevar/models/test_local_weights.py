@@ -1,0 +1,70 @@
+"""Weights on disk as people download them: the pair of files under the families' names, the text encoder beside them."""
+
+import shutil
+import warnings
+
+import pytest
+
+from stagevar.errors import WeightsError
+from stagevar.models import readiness
+from stagevar.models.infinity.text import RandomText, T5Text
+from stagevar.models.loading import locate, text_beside
+from stagevar.models.registry import load_model, resolve
+from stagevar.models.star.text import ClipText
+from tests.fakes import weights as stand_ins
+
+MAKERS = {
+    "infinity-tiny": stand_ins.infinity_weights,
+    "star-tiny": stand_ins.star_weights,
+    "var-tiny": stand_ins.var_weights,
+}
+
+
+@pytest.fixture(scope="module", params=MAKERS)
+def downloaded(request, tmp_path_factory):
+    return request.param, MAKERS[request.param](tmp_path_factory.mktemp("weights"))
+
+
+def test_the_official_pair_and_its_text_encoder_load_strictly(downloaded, tmp_path, monkeypatch):
+    monkeypatch.setenv("STAGEVAR_CACHE", str(tmp_path))
+    name, folder = downloaded
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = load_model(name, weights=folder, device="cpu")
+    assert not model.random_weights and len(model.provenance["weights"]) == 2
+    kinds = {"infinity-tiny": T5Text, "star-tiny": ClipText}
+    if name in kinds:
+        assert isinstance(model.text, kinds[name])
+        first, second = model.text.encode(["a photo of a dog", "a photo of two cats"])
+        assert repr(first) != repr(second)
+    found = readiness.examine(name, weights=str(folder), device="cpu")
+    assert not [text for state, text in found if state == "fail"]
+    assert any(text.startswith("text encoder ") for _, text in found) == (name in kinds)
+
+
+def test_one_file_of_the_pair_may_be_named(downloaded):
+    name, folder = downloaded
+    both = locate(resolve(name, weights=folder, device="cpu"))[:2]
+    assert locate(resolve(name, weights=both[0], device="cpu"))[:2] == both
+
+
+def test_weights_without_a_text_encoder_say_so(downloaded, tmp_path):
+    name, folder = downloaded
+    for file in folder.glob("*.pth"):
+        shutil.copy(file, tmp_path)
+    assert text_beside(resolve(name, weights=tmp_path, device="cpu")) is None
+    if name == "infinity-tiny":
+        with pytest.warns(UserWarning, match="made-up text features.*text/ with a T5 encoder"):
+            assert isinstance(load_model(name, weights=tmp_path, device="cpu").text, RandomText)
+        found = readiness.examine(name, weights=str(tmp_path), device="cpu")
+        assert ("warn", "no text encoder in text/ beside the weights: made-up features") in found
+
+
+def test_two_candidates_are_not_guessed_between(downloaded, tmp_path):
+    name, folder = downloaded
+    transformer, tokenizer, _ = locate(resolve(name, weights=folder, device="cpu"))
+    shutil.copy(tokenizer, tmp_path)
+    shutil.copy(transformer, tmp_path)
+    shutil.copy(transformer, tmp_path / transformer.name.replace(".pth", "_more.pth"))
+    with pytest.raises(WeightsError, match=r"several files that could be meant \(.*_more\.pth.*give the path of one"):
+        locate(resolve(name, weights=tmp_path, device="cpu"))

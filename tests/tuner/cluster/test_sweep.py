@@ -1,0 +1,205 @@
+"""Sweeps: what a sweep file may say, cells, table and report, and a sweep whose driver is killed and restored."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from stagevar.errors import UsageError
+from tests import ROOT
+from tuner.cli.sweep import RUNNER, check
+from tuner.cluster.sweep import AXES, CELL_FILE, check_cells, load_sweep, run_sweep
+from tuner.report.sweep_page import write_table
+
+
+def sweep_file(tmp_path, text):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(text)
+    return path
+
+
+GRID = """
+models: [nano, infinity-tiny]
+budgets: [60%, 25ms]
+seeds: [0, 1]
+options: {trials: 6, max-drop: 0.1}
+"""
+
+
+def test_cells_are_every_combination_as_command_lines(tmp_path):
+    cells = load_sweep(sweep_file(tmp_path, GRID)).cells()
+    assert len(cells) == 8 == len({cell.name for cell in cells})
+    assert cells[3].name == "nano-25ms-1"
+    assert cells[3].argv == ("--model=nano", "--budget=25ms", "--seed=1", "--trials=6", "--max-drop=0.1")
+    assert cells[0].resources == {"CPU": 1}
+    check_cells(cells, check)
+
+
+def test_options_of_one_model_win_over_those_of_all(tmp_path):
+    text = f"{GRID}model_options: {{infinity-tiny: {{weights: random, trials: 3}}}}"
+    cells = load_sweep(sweep_file(tmp_path, text)).cells()
+    assert cells[3].argv == ("--model=nano", "--budget=25ms", "--seed=1", "--trials=6", "--max-drop=0.1")
+    assert cells[7].argv == (
+        "--model=infinity-tiny", "--budget=25ms", "--seed=1", "--trials=3", "--max-drop=0.1", "--weights=random",
+    )  # fmt: skip
+    check_cells(cells, check)
+
+
+def test_kinds_of_gpu_and_resolutions_are_axes(tmp_path):
+    text = "models: [infinity-2b]\nbudgets: [1s]\nresolutions: [0.25M, 1M]\ngpus: [H100, L40]\nresources: {cpus: 4}"
+    cells = load_sweep(sweep_file(tmp_path, text)).cells()
+    assert [cell.name for cell in cells][:2] == ["infinity-2b-0.25M-1s-H100", "infinity-2b-0.25M-1s-L40"]
+    assert cells[1].resources == {"CPU": 4, "GPU": 1, "accelerator_type:L40": 0.001}
+    assert cells[1].argv == ("--model=infinity-2b", "--resolution=0.25M", "--budget=1s")
+    check_cells(cells, check)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("models: [nano]", "models and budgets are needed"),
+        ("models: nano\nbudgets: [60%]", "must be a list of different values"),
+        ("models: [nano, nano]\nbudgets: [60%]", "must be a list of different values"),
+        ("models: [nano]\nbudgets: [60%]\nmodel: x", "unknown key 'model'"),
+        ("models: [nano]\nbudgets: [60%]\noptions: {out: here}", "option 'out' cannot be set"),
+        ("models: [nano]\nbudgets: [60%]\noptions: {executor: ray}", "option 'executor' cannot be set"),
+        ("models: [nano]\nbudgets: [60%]\nmodel_options: {nano: {out: here}}", "option 'out' cannot be set"),
+        ("models: [nano]\nbudgets: [60%]\nmodel_options: {nano: 3}", "model_options of nano must be options"),
+        ("models: [nano]\nbudgets: [60%]\nmodel_options: {nono: {trials: 3}}", "must name models of the sweep"),
+        ("models: [nano]\nbudgets: [60%]\nresources: {gpus: many}", "must be a number of at least 0"),
+        ("models: [nano]\nbudgets: [60%]\nresources: {ram: 3}", "must be {cpus: NUMBER, gpus: NUMBER}"),
+        ("models: [nano]\nbudgets: [60%]\ngpus: [H100]\nresources: {gpus: 0}", "must give each cell some"),
+        ("models: [nano]\nbudgets: [[1]]", "must be a list of different values"),
+        ("- nano", "models and budgets are needed"),
+    ],
+)
+def test_a_bad_sweep_file_is_one_line(tmp_path, text, message):
+    with pytest.raises(UsageError, match=message.replace("{", r"\{").replace("}", r"\}")):
+        load_sweep(sweep_file(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("models: [nano, nono]\nbudgets: [60%]", "sweep cell nono-60pct: .*nano"),
+        ("models: [nano]\nbudgets: [60]", "sweep cell nano-60: "),
+        ("models: [nano]\nbudgets: [60%]\noptions: {trails: 3}", "did you mean --trials"),
+    ],
+)
+def test_cells_are_checked_before_anything_runs(tmp_path, text, message):
+    with pytest.raises(UsageError, match=message):
+        check_cells(load_sweep(sweep_file(tmp_path, text)).cells(), check)
+
+
+def test_another_sweep_or_a_strange_folder_is_not_touched(tmp_path):
+    cells = load_sweep(sweep_file(tmp_path, GRID)).cells()
+    strange = tmp_path / "strange"
+    strange.mkdir()
+    (strange / "thesis.txt").touch()
+    with pytest.raises(UsageError, match="is not empty and holds no sweep"):
+        run_sweep(cells, strange, RUNNER)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "sweep.json").write_text('{"cells": []}')
+    with pytest.raises(UsageError, match="holds another sweep"):
+        run_sweep(cells, other, RUNNER)
+
+
+def test_table_and_report_list_failures_and_escape_what_users_typed(tmp_path):
+    good = {
+        "cell": "a",
+        "model": "nano",
+        "budget": "60%",
+        "seed": 0,
+        "verdict": "verified",
+        "full_ms": 20.0,
+        "pick_ms": 10.0,
+    }
+    good |= {
+        "speedup": 2.0,
+        "quality": -0.01,
+        "quality_low": -0.02,
+        "quality_high": 0.0,
+        "profile": "cells/a/profile.yaml",
+    }
+    bad = {"cell": "b", "model": "<b>x", "budget": "60%", "seed": 1, "verdict": "failed", "reason": "no <weights>"}
+    table, report = write_table([good, bad], AXES.values(), tmp_path)
+    rows = list(csv.DictReader(table.open()))
+    assert [row["cell"] for row in rows] == ["a", "b"]
+    assert rows[0]["seed"] == "0" and rows[0]["speedup"] == "2.0" and rows[1]["speedup"] == ""
+    page = report.read_text()
+    assert "1 of 2 studies ended" in page and "2.00x" in page and 'href="cells/a/profile.yaml"' in page
+    assert "no &lt;weights&gt;" in page and "<b>x" not in page
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_a_sweep_that_is_killed_once_and_restored_ends_complete(ray_cluster, tmp_path):
+    """2 models x 2 budgets x 2 seeds, and a ninth cell that always fails; the driver dies in the middle of the fourth."""
+    (tmp_path / "driver-fake-b-60pct-1").touch()
+    command = [sys.executable, "-m", "tests.fakes.cluster_sweep", str(tmp_path), ray_cluster.address]
+    killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    out = tmp_path / "out"
+    done = {path.parent.name: path.stat().st_mtime_ns for path in out.glob(f"cells/*/{CELL_FILE}")}
+    assert 0 < len(done) < 8 and not (out / "sweep.csv").exists()
+
+    restored = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert restored.returncode == 0, restored.stderr[-2000:]
+    rows = list(csv.DictReader((out / "sweep.csv").open()))
+    assert [row["verdict"] for row in rows] == ["verified"] * 8 + ["failed"], [row.get("reason") for row in rows]
+    assert "no such weights" in rows[8]["reason"] and rows[8]["cell"] == "broken-60pct-0"
+    assert all((out / row["profile"]).is_file() and (out / row["report"]).is_file() for row in rows[:8])
+    assert restored.stdout == ""  # Ray Tune's words are in a file
+    assert "8 of 9 studies ended" in (out / "sweep.html").read_text()
+    # What had ended was not run again; the cell that was cut off went on from its own journal.
+    for name, written in done.items():
+        assert (out / "cells" / name / CELL_FILE).stat().st_mtime_ns == written
+    lines = [json.loads(line) for line in (out / "cells" / "fake-b-60pct-1" / "trials.jsonl").read_text().splitlines()]
+    trials = [line["candidate"]["trial"] for line in lines if line["kind"] == "trial"]
+    assert len(trials) == len(set(trials)) == 6
+
+
+def test_the_verb_checks_its_file_first(tmp_path, capsys):
+    from tuner.cli import main
+
+    assert main(["sweep", str(tmp_path / "none.yaml")]) == 2
+    assert (
+        main(["sweep", str(sweep_file(tmp_path, "models: [nono]\nbudgets: [60%]")), "--out", str(tmp_path / "o")]) == 2
+    )
+    assert "nearest" in capsys.readouterr().err and not (tmp_path / "o").exists()
+
+
+def test_a_cell_that_lost_its_infrastructure_is_not_done_and_the_sweep_ends_with_6(tmp_path, monkeypatch, capsys):
+    from types import SimpleNamespace
+
+    from tuner import cli
+    from tuner.cluster import sweep
+
+    class Tune:
+        Trainable = object
+        PlacementGroupFactory = staticmethod(lambda *_, **__: None)
+        with_resources = staticmethod(lambda kind, _: kind)
+
+    outcomes = iter(
+        [{"verdict": "failed", "exit_code": 6, "reason": "disk full"}, {"verdict": "verified", "exit_code": 0}]
+    )
+    monkeypatch.setattr("tuner.cli.sweep.run_cell", lambda argv, run_dir: next(outcomes))
+    cell = {"name": "a", "argv": ["--seed", "0"]}
+    trainable = sweep._trainable(Tune, "tuner.cli.sweep:run_cell", tmp_path)()
+    trainable.config = {"cell": cell}
+    done = tmp_path / "cells" / "a" / sweep.CELL_FILE
+    with pytest.raises(RuntimeError, match="disk full"):
+        trainable.step()
+    row = sweep._row(SimpleNamespace(name="a", axes={}), tmp_path, "RuntimeError: disk full")
+    assert not done.exists() and (row["exit_code"], row["reason"]) == (6, "RuntimeError: disk full")
+    trainable.step()
+    assert done.exists(), "the rerun tries it again"
+    monkeypatch.setattr(sweep, "load_sweep", lambda path: SimpleNamespace(cells=list))
+    monkeypatch.setattr(sweep, "check_cells", lambda cells, check: None)
+    monkeypatch.setattr(
+        sweep, "run_sweep", lambda *_, **__: [{**row, "cell": "a"}, {"cell": "b", "verdict": "verified"}]
+    )
+    assert cli.main(["sweep", "s.yaml", "--out", str(tmp_path), "--quiet"]) == 6
