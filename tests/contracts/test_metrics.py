@@ -51,6 +51,8 @@ def options(tmp_path_factory):
         "clip_score": clip,
         "clip_image_similarity": clip,
         "hpsv2": clip | {"weights": "unused"},
+        "image_reward": metric_models.image_reward_options(folder("image_reward")),
+        "pickscore": {"model": metric_models.pickscore_folder(folder("pickscore"))},
         "geneval": {
             "detector": "rtdetr",
             "detector_model": metric_models.rtdetr_folder(folder("rtdetr")),

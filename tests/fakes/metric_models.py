@@ -254,6 +254,78 @@ def blip_folder(folder: Path) -> str:
     return str(folder)
 
 
+def bert_folder(folder: Path) -> str:
+    """BERT's tokenizer over a few words."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of", "dog", "cat", "two", "red", "##s", "x"]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    return str(folder)
+
+
+def image_reward_state() -> dict[str, torch.Tensor]:
+    """Random tensors under the names of ImageReward.pt: two blocks, one text layer, an image of 32 pixels."""
+    generator = torch.Generator().manual_seed(0)
+    width, text_width, hidden = 128, 64, 48
+    shapes: dict[str, tuple[int, ...]] = {
+        "visual_encoder.cls_token": (1, 1, width),
+        "visual_encoder.pos_embed": (1, 5, width),
+        "visual_encoder.patch_embed.proj.weight": (width, 3, 16, 16),
+        "text_encoder.embeddings.word_embeddings.weight": (16, text_width),
+        "text_encoder.embeddings.position_embeddings.weight": (40, text_width),
+        "vision_proj.weight": (8, width),
+    }
+    linear = {"vision_proj": (8, width), "visual_encoder.patch_embed.proj": (width,)}
+    norms = {"visual_encoder.norm": width, "text_encoder.embeddings.LayerNorm": text_width}
+    for block in ("visual_encoder.blocks.0.", "visual_encoder.blocks.1."):
+        norms |= {block + "norm1": width, block + "norm2": width}
+        linear |= {block + "attn.qkv": (3 * width, width), block + "attn.proj": (width, width)}
+        linear |= {block + "mlp.fc1": (hidden, width), block + "mlp.fc2": (width, hidden)}
+    layer = "text_encoder.encoder.layer.0."
+    for kind, source in (("attention", text_width), ("crossattention", width)):
+        linear |= {f"{layer}{kind}.self.query": (text_width, text_width)}
+        linear |= {f"{layer}{kind}.self.{name}": (text_width, source) for name in ("key", "value")}
+        linear |= {f"{layer}{kind}.output.dense": (text_width, text_width)}
+        norms |= {f"{layer}{kind}.output.LayerNorm": text_width}
+    linear |= {layer + "intermediate.dense": (hidden, text_width), layer + "output.dense": (text_width, hidden)}
+    norms |= {layer + "output.LayerNorm": text_width}
+    shapes |= {name + ".weight": shape for name, shape in linear.items() if len(shape) == 2}
+    shapes |= {name + ".bias": shape[:1] for name, shape in linear.items()}
+    shapes |= {f"{name}.{part}": (size,) for name, size in norms.items() for part in ("weight", "bias")}
+    shapes = {"blip." + name: shape for name, shape in shapes.items()}
+    for index, (rows, columns) in {0: (24, text_width), 2: (12, 24), 4: (8, 12), 6: (4, 8), 7: (1, 4)}.items():
+        shapes |= {f"mlp.layers.{index}.weight": (rows, columns), f"mlp.layers.{index}.bias": (rows,)}
+    state = {
+        name: torch.randn(shape, generator=generator) * (shape[-1] ** -0.5 if len(shape) > 1 else 0.1)
+        + ("norm" in name.lower())
+        for name, shape in shapes.items()
+    }
+    return state | {"blip.text_encoder.embeddings.position_ids": torch.arange(40)[None]}
+
+
+def image_reward_options(folder: Path) -> dict[str, str]:
+    """ImageReward.pt and its tokenizer."""
+    torch.save(image_reward_state(), folder / "ImageReward.pt")
+    return {"weights": str(folder / "ImageReward.pt"), "tokenizer": bert_folder(folder)}
+
+
+def pickscore_folder(folder: Path) -> str:
+    """A transformers CLIP with its processor beside it."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    torch.manual_seed(0)
+    tower = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config=tower
+        | {"vocab_size": 190, "max_position_embeddings": 40, "bos_token_id": 188, "eos_token_id": 189},
+        vision_config=tower | {"image_size": 32, "patch_size": 16},
+        projection_dim=16,
+        logit_scale_init_value=4.6,
+    )
+    CLIPModel(config).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    clip_tokenizer(folder).save_pretrained(folder)
+    return str(folder)
+
+
 def trunk_file(folder: Path, net: str) -> str:
     """torchvision's state dict of a network's `features`, random."""
     import torchvision

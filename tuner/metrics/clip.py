@@ -21,7 +21,8 @@ from PIL import Image
 from stagevar.errors import UsageError
 from stagevar.prompts.geneval import COLORS, classify_color
 from tuner.metrics.base import Metric, Prompt, prompt_text
-from tuner.metrics.model_files import refuse_missing
+from tuner.metrics.downloads import HPSV2
+from tuner.metrics.model_files import hub_file, refuse_missing
 from tuner.metrics.remembered import Remembered
 
 
@@ -174,11 +175,13 @@ class HumanPreferenceScore(Metric):
         self,
         *,
         device: str = "cpu",
-        weights: str = "hub:xswu/HPSv2/HPS_v2.1_compressed.pt",
+        weights: str = f"hub:{HPSV2}",
         model: str = "ViT-H-14",
         batch_size: int = 16,
     ) -> None:
-        self.clip = ClipModel(model, _hub_file(weights), device=device, batch_size=batch_size, resize_mode="longest")
+        self.clip = ClipModel(
+            model, hub_file(weights, "HPSv2"), device=device, batch_size=batch_size, resize_mode="longest"
+        )
 
     def _score(
         self, images_uint8_BHW3: np.ndarray, prompts: Sequence[Prompt], reference_images_uint8_BHW3: np.ndarray | None
@@ -282,17 +285,6 @@ def _load_nano() -> tuple[torch.nn.Module, Any, Any]:
     if not (folder / "open_clip_model.safetensors").is_file():
         raise UsageError("nano's CLIP is not in this installation; train it with python -m training.nano.train clip")
     return _load_open_clip(f"local-dir:{folder}", "", None)
-
-
-def _hub_file(source: str) -> str:
-    """A local path as it is; `hub:org/repo/file` through the hub's cache."""
-    if not source.startswith("hub:"):
-        return source
-    organisation, repository, name = source.removeprefix("hub:").split("/", 2)
-    from huggingface_hub import hf_hub_download
-
-    with refuse_missing(name):
-        return hf_hub_download(f"{organisation}/{repository}", name)
 
 
 def _short(pretrained: str) -> str:

@@ -19,10 +19,18 @@ _DETECTORS = {
     "owlv2": ("google/owlv2-base-patch16-ensemble", 4 * 155_000_000),
 }
 _TRUNKS = {"alex": ("alexnet", 244_408_911), "vgg": ("vgg16", 553_433_881)}
+#: Public files at the revision that a metric was written for, and their bytes.
+HPSV2 = "xswu/HPSv2/HPS_v2.1_compressed.pt@697403c78157020a1ae59d23f111aa58ced35b0a"
+IMAGE_REWARD = "zai-org/ImageReward/ImageReward.pt@5736be03b2652728fb87788c9797b0570450ab72"
+IMAGE_REWARD_TOKENIZER = "google-bert/bert-base-uncased@86b5e0934494bd15c9632b12f734a8a67f723594"
+PICKSCORE = "yuvalkirstain/PickScore_v1@a4e4367c6dfa7288a00c550414478f865b875800"
+PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K@1c2b8495b28150b8a4922ee1c8edee224c284c0c"
 #: Metric -> option that takes a path or another model, its default on the hub, bytes. Parameters in millions: BLIP-VQA 385,
-#: DINO ViT-S/16 22, DINOv2 ViT-L/14 304; HPSv2's file holds 986 M in half precision.
+#: DINO ViT-S/16 22, DINOv2 ViT-L/14 304.
 _SINGLE = {
-    "hpsv2": ("weights", "xswu/HPSv2/HPS_v2.1_compressed.pt", 1_972_490_005),
+    "hpsv2": ("weights", HPSV2, 1_972_490_005),
+    "image_reward": ("weights", IMAGE_REWARD, 1_786_880_927),
+    "pickscore": ("model", PICKSCORE, 3_944_552_236),
     "dpg": ("model", "Salesforce/blip-vqa-capfilt-large", 4 * 385_000_000),
     "dino": ("model", "facebook/dino-vits16", 4 * 22_000_000),
     "fid_dinov2": ("model", "facebook/dinov2-large", 4 * 304_000_000),
@@ -78,8 +86,9 @@ def _of(metric: str, options: Mapping[str, Any]) -> list[Download]:
 
 
 def _cached(source: str) -> bool | None:
-    """source: organization/repository, or one file of it behind another slash."""
+    """source: organization/repository, one file of it behind another slash, @revision where it is pinned."""
     from stagevar.models.downloads import is_cached
 
-    organization, repository, *path = source.split("/", 2)
-    return is_cached(HubFile(f"{organization}/{repository}", "".join(path)))
+    name, _, revision = source.partition("@")
+    organization, repository, *path = name.split("/", 2)
+    return is_cached(HubFile(f"{organization}/{repository}", "".join(path), revision or "main"))

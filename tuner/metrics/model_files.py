@@ -80,10 +80,37 @@ def _stop_asking_if_offline() -> None:
         constants.HF_HUB_OFFLINE = True
 
 
-def from_pretrained(factory: Any, source: str, what: str, **options: Any) -> Any:
-    """A transformers processor, tokenizer or config from a local folder or the hub."""
-    with refuse_missing(f"{what} {source}", option="model"):
-        return factory.from_pretrained(source, local_files_only=os.path.isdir(source), **options)
+def hub_file(source: str, what: str, option: str = "weights") -> str:
+    """A local path as it is; `hub:organization/repository/file`, with @revision where it is pinned, by the hub's cache.
+
+    Raises UsageError, in one line that names the option, when the file cannot be had.
+    """
+    if not source.startswith("hub:"):
+        return source
+    repository, revision = pinned(source.removeprefix("hub:"))
+    organization, name, path = repository.split("/", 2)
+    from huggingface_hub import hf_hub_download
+
+    with refuse_missing(f"{what} {path}", option):
+        return hf_hub_download(f"{organization}/{name}", path, revision=revision.get("revision"))
+
+
+def pinned(source: str) -> tuple[str, dict[str, str]]:
+    """A hub name without its @revision, and that as the option that hubs take; local folders stay as they are."""
+    if os.path.isdir(source) or "@" not in source:
+        return source, {}
+    name, _, revision = source.rpartition("@")
+    return name, {"revision": revision}
+
+
+def from_pretrained(factory: Any, source: str, what: str, option: str = "model", **options: Any) -> Any:
+    """A transformers processor, tokenizer or config from a local folder or the hub, there at @revision if one is named.
+
+    option: the metric's, which takes the path instead.
+    """
+    name, revision = pinned(source)
+    with refuse_missing(f"{what} {source}", option):
+        return factory.from_pretrained(name, local_files_only=os.path.isdir(name), **revision, **options)
 
 
 def pretrained_model(factory: Any, source: str, what: str, *, device: str, optional: tuple[str, ...] = ()) -> Any:

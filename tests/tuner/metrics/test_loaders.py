@@ -274,6 +274,8 @@ def test_four_images_of_an_item_count_as_its_four_tiles(tmp_path):
     [
         ("clip_score", {}),
         ("hpsv2", {}),
+        ("image_reward", {}),
+        ("pickscore", {}),
         ("dino", {"model": "facebook/dino-none"}),
         ("lpips", {}),
         ("dists", {}),
