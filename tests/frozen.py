@@ -64,7 +64,7 @@ def page_text(page: str) -> str:
 
 def write_derived(folder: Path) -> None:
     """Exports the study of a folder again, and the words of its report beside it."""
-    from tuner.report.export import export
+    from tuner.report.export import JSON_SCHEMA_FILE, export
     from tuner.report.page import write_report
     from tuner.results.result import StudyResult
 
@@ -73,6 +73,7 @@ def write_derived(folder: Path) -> None:
     report = write_report(result, folder)
     (folder / "report.txt").write_text(page_text(report.read_text(encoding="utf-8")), encoding="utf-8")
     report.unlink()
+    (folder / JSON_SCHEMA_FILE).unlink()  # a copy of the published one
 
 
 def freeze(everything: bool) -> None:

@@ -104,10 +104,11 @@ class Profile:
                 data[name] = value.to_dict() if name == "schedule" else value
         return plain({**data, "envelope": self.envelope.to_dict()})
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the profile atomically."""
+    def save(self, path: str | os.PathLike[str], *, json_schema: str | None = None) -> None:
+        """Writes the profile atomically. json_schema: address of its JSON Schema, named in the first line for editors."""
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
-        write_text_atomically(path, text)
+        first = "" if json_schema is None else f"# yaml-language-server: $schema={json_schema}\n"
+        write_text_atomically(path, first + text)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:

@@ -15,7 +15,7 @@ import yaml
 
 from stagevar.errors import UsageError
 from stagevar.files import write_text_atomically
-from stagevar.profile import Envelope, Profile, card_section, plain
+from stagevar.profile import PROFILE_JSON_SCHEMA, Envelope, Profile, card_section, plain
 from stagevar.schedule import StageSchedule
 from tuner.config.quality import MetricLimit, limited
 from tuner.report.words import PICK_ORDER, describe, latency_of, name_of
@@ -26,11 +26,14 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PROFILE_FILE, PARETO_FILE, TRIALS_FILE = "profile.yaml", "pareto.yaml", "trials.csv"
+#: The JSON Schema of profile.yaml, laid beside it so that editors find it wherever the directory goes.
+JSON_SCHEMA_FILE = "profile.schema.json"
 PARETO_SCHEMA = "stagevar-pareto/1"
 
 
 def export(result: StudyResult, run_dir: Path | str) -> list[Path]:
-    """Writes what the result allows and returns the paths: pareto.yaml and trials.csv always, profile.yaml for a pick.
+    """Writes what the result allows and returns the paths: pareto.yaml and trials.csv always, profile.yaml for a pick,
+    with its JSON Schema beside it.
 
     A profile.yaml of an earlier, different outcome is removed: a run directory never offers a schedule that its own
     study did not pick. Raises UsageError when the folder cannot be written.
@@ -42,7 +45,8 @@ def export(result: StudyResult, run_dir: Path | str) -> list[Path]:
         if result.pick is None:
             profile_path.unlink(missing_ok=True)
             return paths
-        profile_of(result, result.pick).save(profile_path)
+        write_text_atomically(run_dir / JSON_SCHEMA_FILE, PROFILE_JSON_SCHEMA.read_text(encoding="utf-8"))
+        profile_of(result, result.pick).save(profile_path, json_schema=JSON_SCHEMA_FILE)
     except OSError as error:
         raise UsageError(f"{run_dir} cannot be written: {error.strerror or error}; choose another --out") from None
     return [profile_path, *paths]

@@ -34,8 +34,8 @@ STUDY_FILE = "study.json"
 #: Everything that a study writes into its directory, and so all that --fresh may remove.
 #: config.json comes last, so that an interrupted removal still leaves a folder that is recognised as a run.
 RUN_FILES = (
-    *(EVIDENCE_FILE, f"{JOURNAL_FILE}*", STUDY_FILE, "profile.yaml", "pareto.yaml", "trials.csv", "report.html"),
-    *(LOG_FILE, "images", "references", "study.name", "measurements.jsonl", CONFIG_FILE),
+    *(EVIDENCE_FILE, f"{JOURNAL_FILE}*", STUDY_FILE, "profile.yaml", "profile.schema.json", "pareto.yaml"),
+    *("trials.csv", "report.html", LOG_FILE, "images", "references", "study.name", "measurements.jsonl", CONFIG_FILE),
 )
 
 
