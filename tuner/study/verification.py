@@ -7,7 +7,8 @@ finalists together, so choosing among them afterwards is fair.
 Prompts and rounds are added in steps until each finalist is decided, the pick is settled or the limit is reached; giving up
 early on a bad one costs nothing, while claims are made at few looks only, which share the 5 % with all judgements of the study.
 The pick is settled when one is verified that no undecided finalist would replace: drawing on would cost as much again and
-change nothing that is exported under that name.
+change nothing that is exported under that name. Finalists whose time stayed open cannot be verified by any number of prompts;
+images of them are drawn only where nothing else is verified, to tell undecided from infeasible.
 """
 
 from __future__ import annotations
@@ -40,8 +41,10 @@ if TYPE_CHECKING:
     from stagevar.card_state import CardState
     from stagevar.timing import Timing
 
-#: Timing rounds after which decisions are taken.
-ROUNDS = (15, 30, 60)
+#: Timing rounds after which decisions are taken, with an equal share of the error each. Decided finalists take no further
+#: part; beyond PATIENT_ROUNDS only those do whom the last look would decide if their estimates hold.
+ROUNDS = (15, 30, 60, 120, 240)
+PATIENT_ROUNDS = 60
 BASELINE = "baseline"
 
 
@@ -143,52 +146,67 @@ class Verifier:
     # ------------------------------------------------------------------------------------------------ latency
 
     def _time(self) -> None:
+        names = list(self.finalists)
         for rounds in ROUNDS:
             missing = rounds - len(self.samples[BASELINE])
-            self.note(f"timing {len(self.finalists)} finalists and the full schedule, {rounds} rounds", 0.0)
-            timings = self._timings(missing)
-            for name, timing in timings.items():
+            self.note(f"timing {len(names)} finalists and the full schedule, {rounds} rounds", 0.0)
+            for name, timing in self._timings(names, missing).items():
                 self.samples[name] += timing.samples_ms
                 runs, _ = self.warmth.get(name, (0, True))
                 self.warmth[name] = (runs + timing.warm_up_runs, timing.warmed)
                 self.disturbed |= dict.fromkeys(timing.disturbed)
                 self.card[name] = timing.card
-            undecided = [v for n in self.finalists for v in self._latency_verdicts(n) if v.status == "open"]
-            if not undecided:
+            # Who sits a look out stays out: samples are paired with the full schedule's of the first rounds.
+            names = [n for n in names if n in self.finalists and self._worth_timing(n, rounds)]
+            if not names:
                 break
             if self.stop():
                 self.cut_short = rounds < ROUNDS[-1]
                 break
 
-    def _timings(self, rounds: int) -> Mapping[str, Timing]:
-        """Of the full schedule and the finalists; those that find too little memory beside it leave."""
+    def _worth_timing(self, name: str, rounds: int) -> bool:
+        """Whether a finalist is undecided, and more rounds than these would or, early on, may decide it."""
+        undecided = [v for v in self._latency_verdicts(name) if v.status == "open"]
+        if not undecided or rounds < PATIENT_ROUNDS:
+            return bool(undecided)
+        shrinks = (rounds / ROUNDS[-1]) ** 0.5
+        return all(abs(v.limit - v.value) >= (v.bound - v.value) * shrinks for v in undecided)
+
+    def _timings(self, names: Sequence[str], rounds: int) -> Mapping[str, Timing]:
+        """Of the full schedule and these finalists; those that find too little memory beside it leave."""
+        chosen = {name: self.finalists[name] for name in names}
         try:
-            return self.evaluator.latency({BASELINE: self.full, **self.finalists}, rounds)
+            return self.evaluator.latency({BASELINE: self.full, **chosen}, rounds)
         except OutOfDeviceMemory:
-            if not self.finalists:
+            if not chosen:
                 raise
-        for name, steps in list(self.finalists.items()):
+        for name, steps in list(chosen.items()):
             try:
                 self.evaluator.latency({BASELINE: self.full, name: steps}, 1, 1)
             except OutOfDeviceMemory as error:
                 self._leave(name, str(error))
-        return self.evaluator.latency({BASELINE: self.full, **self.finalists}, rounds)
+                del chosen[name]
+        return self.evaluator.latency({BASELINE: self.full, **chosen}, rounds)
+
+    def _beside(self, name: str) -> list[float]:
+        """The full schedule's samples of the rounds in which this one was timed."""
+        return self.samples[BASELINE][: len(self.samples[name])]
 
     def _leave(self, name: str, error: str) -> None:
         del self.finalists[name]
         self.unmeasured[name] = f"not measured here: {error}"
 
     def _latency_verdicts(self, name: str) -> list[Verdict]:
-        # One-sided, for all finalists together (Bonferroni): timings are cheap, so the price is a few rounds. Every
+        # One-sided, for all finalists and looks together (Bonferroni): timings are cheap, so the price is a few rounds. Every
         # judgement times anew and may take a limit for kept by luck, so they share the 5 % as those of the prompts do.
-        level = 1 - 2 * judgement_alpha(self.extensions) / max(1, len(self.finalists))
+        level = 1 - 2 * judgement_alpha(self.extensions) / len(ROUNDS) / max(1, len(self.finalists))
         own = median_interval(self.samples[name], level)
         budget_ms = self.limits.budget_ms
         if name == BASELINE:
             if self.limits.budget.fraction is not None:
                 own = Interval(self.limits.baseline_ms, self.limits.baseline_ms, self.limits.baseline_ms, own.n)
             return [Verdict("latency", budget_ms, "ms", own.mean, own.high, decide(budget_ms, own.low, own.high))]
-        ratio = ratio_interval(self.samples[name], self.samples[BASELINE], level)
+        ratio = ratio_interval(self.samples[name], self._beside(name), level)
         if self.limits.budget.fraction is not None:
             scale = self.limits.baseline_ms
             own = Interval(ratio.mean * scale, ratio.low * scale, ratio.high * scale, own.n)
@@ -207,7 +225,13 @@ class Verifier:
         return claims(len(self.heldout), self.heldout.micro_batch, self.extensions).get(count)
 
     def _judge(self) -> None:
-        running = [n for n in self.finalists if all(v.status != "broken" for v in self._latency_verdicts(n))]
+        in_time = [n for n in self.finalists if self._in_time(n)]
+        self._judge_these(in_time)
+        if not self.cut_short and not any(n not in self.errors and self._keeps_quality(n) for n in in_time):
+            self._judge_these([n for n in self.finalists if self._status(self._latency_verdicts(n)) == "open"])
+
+    def _judge_these(self, running: Sequence[str]) -> None:
+        """Draws and scores held-out prompts of the full schedule and these finalists until they are decided."""
         done = 0
         for count in self._looks():
             if not running:
@@ -241,10 +265,8 @@ class Verifier:
 
     def _pick_is_settled(self, undecided: Sequence[str]) -> bool:
         verified = [n for n in self.finalists if n not in self.errors and self._in_time(n) and self._keeps_quality(n)]
-        # Timing is over: whose time stayed open is not verified by any number of prompts.
-        rivals = [n for n in undecided if self._in_time(n)]
-        qualities = {n: self.values[n]["quality"] for n in (*verified, *rivals)}
-        return is_settled(verified, rivals, qualities, self.values[BASELINE]["quality"], self.processed_tokens)
+        qualities = {n: self.values[n]["quality"] for n in (*verified, *undecided)}
+        return is_settled(verified, undecided, qualities, self.values[BASELINE]["quality"], self.processed_tokens)
 
     def _in_time(self, name: str) -> bool:
         return self._status(self._latency_verdicts(name)) == "met"
@@ -254,11 +276,13 @@ class Verifier:
         return bool(verdicts) and self._status(verdicts) == "met"
 
     def _measure(self, keys: Sequence[str], batches: Sequence[int]) -> dict[int, dict[str, Any]]:
-        """Values or Failed by micro-batch and key; what an earlier part of the study measured is taken from there."""
+        """New values or Failed by micro-batch and key; what an earlier part of the study measured is taken from there."""
         found: dict[int, dict[str, Any]] = {batch: {} for batch in batches}
         missing: dict[int, list[str]] = {}
         for batch in batches:
             for key in keys:
+                if len(self.values[key].get("quality", ())) > batch * self.heldout.micro_batch:
+                    continue  # the full schedule, drawn beside finalists that were judged before
                 kept = self._kept(key, batch)
                 if kept is None:
                     missing.setdefault(batch, []).append(key)
@@ -353,7 +377,7 @@ class Verifier:
         share = self.limits.budget.fraction is not None
         latency = latency_stats(
             self.samples[name],
-            None if name == BASELINE else self.samples[BASELINE],
+            None if name == BASELINE else self._beside(name),
             self.limits.baseline_ms if share else None,
             *self.warmth[name],
             tuple(self.disturbed),

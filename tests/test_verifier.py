@@ -1,0 +1,89 @@
+"""The verifier itself on fakes: who is timed on, and of whom held-out images are drawn."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from stagevar.schedule import exact, preset
+from tests.fakes import CHUNKS, GRIDS, SPACE, FakeEvaluator, FakeTiming
+from tuner.config.limits import parse_budget
+from tuner.config.prompts import load_prompts
+from tuner.config.quality import quality_limits
+from tuner.config.space import parse_space
+from tuner.evaluation.local import LocalExecutor
+from tuner.statistics.bounds import ratio_interval
+from tuner.statistics.looks import FIRST_ALPHA
+from tuner.study.verdict import Limits
+from tuner.study.verification import BASELINE, ROUNDS, Verifier
+
+FULL = exact(len(GRIDS)).expand(GRIDS, CHUNKS)
+FAST, EDGE = (preset(name, GRIDS).expand(GRIDS, CHUNKS) for name in ("skip-2", "skip-1"))
+PROMPTS = {"source": "nano", "search": 16, "heldout": 320, "micro_batch": 16}
+
+
+class Counting(FakeEvaluator):
+    """Timings with a given spread of the ratio; counts what was timed and drawn."""
+
+    def __init__(self, ratios, spread=0.0, seed=0, **options):
+        space = parse_space({**SPACE, "prompts": PROMPTS})
+        super().__init__(load_prompts(space.prompts), **options)
+        self.limits = Limits(parse_budget("60%"), 100.0, quality_limits(space.quality, {"geneval_nano": 0.05}))
+        self.ratios, self.spread, self.random = ratios, spread, np.random.default_rng(seed)
+        self.timed, self.drawn = Counter(), Counter()
+
+    def latency(self, schedules, rounds, warm_up_at_most=12):
+        self.timed.update(dict.fromkeys(schedules, rounds))
+        # As many above as below, so that the median of many rounds is the ratio itself.
+        errors = {name: self.spread * self.random.permutation(np.linspace(-1, 1, rounds)) for name in schedules}
+        return {
+            name: FakeTiming(
+                100 * self.ratios.get(steps, 1.0) * np.exp(errors[name] if steps != FULL else 0 * errors[name])
+            )
+            for name, steps in schedules.items()
+        }
+
+    def quality(self, schedules, split, batch):
+        self.drawn.update(schedules)
+        return super().quality(schedules, split, batch)
+
+
+def verified(evaluator, finalists):
+    verifier = Verifier(
+        evaluator, LocalExecutor(evaluator), finalists, FULL, evaluator.prompts["heldout"], evaluator.limits
+    )
+    return verifier.run()
+
+
+def test_a_decided_finalist_is_timed_no_more_and_an_undecided_one_until_the_last_look_decides():
+    evaluator = Counting({FAST: 0.3, EDGE: 0.585}, spread=0.1, drop=lambda steps: 0.0)
+    found = verified(evaluator, {"fast": FAST, "edge": EDGE})
+    assert evaluator.timed["fast"] == ROUNDS[0] and evaluator.timed[BASELINE] == evaluator.timed["edge"] > 60
+    assert {found[name].status for name in ("fast", "edge")} == {"verified"}
+    assert found["edge"].latency.ratio.n == evaluator.timed["edge"] and found["fast"].latency.ratio.n == ROUNDS[0]
+
+
+def test_a_finalist_that_no_look_would_decide_is_left_after_sixty_rounds():
+    evaluator = Counting({EDGE: 0.5999}, spread=0.2, drop=lambda steps: 0.0)
+    found = verified(evaluator, {"edge": EDGE})
+    assert evaluator.timed["edge"] == 60 and found["edge"].times_open
+
+
+@pytest.mark.parametrize("lost", [0.0, 0.5])
+def test_whose_time_stayed_open_is_drawn_only_where_nothing_else_is_verified(lost):
+    evaluator = Counting({FAST: 0.3, EDGE: 0.5999}, spread=0.2, drop=lambda steps: lost if steps == FAST else 0.0)
+    found = verified(evaluator, {"fast": FAST, "edge": EDGE})
+    assert found["edge"].status == "open" and found["fast"].status == ("broken" if lost else "verified")
+    assert bool(evaluator.drawn[EDGE]) == bool(lost)
+    assert evaluator.drawn[FULL] == max(evaluator.drawn[FAST], evaluator.drawn[EDGE]), "each batch once"
+    assert len(found[BASELINE].values["quality"]) == found[BASELINE].prompts == 16 * evaluator.drawn[FULL]
+
+
+def test_all_looks_at_all_finalists_share_the_error_of_a_judgement():
+    evaluator = Counting({FAST: 0.3, EDGE: 0.585}, spread=0.1, drop=lambda steps: 0.0)
+    found = verified(evaluator, {"fast": FAST, "edge": EDGE})
+    for name in ("fast", "edge"):
+        own = found[name].latency.samples_ms
+        beside = found[BASELINE].latency.samples_ms[: len(own)]
+        interval = ratio_interval(own, beside, 1 - 2 * FIRST_ALPHA / len(ROUNDS) / 2)
+        assert found[name].verdicts[0].bound == pytest.approx(100 * interval.high)
