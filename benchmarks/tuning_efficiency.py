@@ -45,11 +45,11 @@ from tuner.results import pareto
 from tuner.results.candidate import Candidate
 from tuner.statistics.bounds import ratio_interval
 from tuner.statistics.pruning import clearly_worse, rungs, shrunk
+from tuner.study.finalist_times import BASELINE, latency_stats
 from tuner.study.ledger import Ledger
 from tuner.study.options import Savings
 from tuner.study.progress import Progress
 from tuner.study.search import Search
-from tuner.study.verification import BASELINE, latency_stats
 
 PUBLISHED = ("stagevar-paper", "stagevar-released", "fastvar", "skip-1")
 MAX_DROP, BUDGET = 0.35, Budget("95%", fraction=0.95)

@@ -14,8 +14,9 @@ from tuner.config.space import parse_space
 from tuner.evaluation.local import LocalExecutor
 from tuner.statistics.bounds import ratio_interval
 from tuner.statistics.looks import FIRST_ALPHA
+from tuner.study.finalist_times import BASELINE, ROUNDS
 from tuner.study.verdict import Limits
-from tuner.study.verification import BASELINE, ROUNDS, Verifier
+from tuner.study.verification import Verifier
 
 FULL = exact(len(GRIDS)).expand(GRIDS, CHUNKS)
 FAST, EDGE = (preset(name, GRIDS).expand(GRIDS, CHUNKS) for name in ("skip-2", "skip-1"))

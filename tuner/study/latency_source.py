@@ -15,9 +15,9 @@ from tuner.evaluation.executor import Failed, NotMeasured
 from tuner.evaluation.step_costs import TOLERANCE, StepCosts
 from tuner.results.candidate import LatencyStats
 from tuner.study.ask_ahead import Asked
+from tuner.study.finalist_times import BASELINE, latency_stats
 from tuner.study.ledger import Ledger
 from tuner.study.progress import Progress
-from tuner.study.verification import BASELINE, latency_stats
 
 SEARCH_ROUNDS = 7
 #: Warm-up runs per schedule in the search at most; a noisy machine never settles, and finalists are measured again.

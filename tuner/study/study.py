@@ -27,13 +27,14 @@ from tuner.results.candidate import Candidate, Failure, Sample, Verification
 from tuner.results.codec import build
 from tuner.results.result import EXIT_CODES, StudyResult
 from tuner.results.run_dir import write_pictures
+from tuner.study.finalist_times import BASELINE, latency_stats
 from tuner.study.identity import Identity, RunConfig, identity_of
 from tuner.study.ledger import Ledger
 from tuner.study.options import Options
 from tuner.study.progress import Progress
 from tuner.study.search import Search
 from tuner.study.verdict import Conclusion, Heldout, choose_finalists, conclude
-from tuner.study.verification import BASELINE, Verifier, latency_stats
+from tuner.study.verification import Verifier
 
 BASELINE_ROUNDS = 15
 

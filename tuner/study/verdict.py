@@ -89,6 +89,12 @@ def decide(limit: float, lower: float, upper: float) -> str:
     return "met" if upper <= limit else "broken" if lower > limit else "open"
 
 
+def status_of(verdicts: Sequence[Verdict]) -> str:
+    """Of several verdicts together: "broken" where one is, else "open" where one is, else "met"."""
+    states = {verdict.status for verdict in verdicts}
+    return "broken" if "broken" in states else "open" if "open" in states else "met"
+
+
 # ------------------------------------------------------------------------------------------------ comparing
 
 

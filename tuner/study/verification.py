@@ -14,7 +14,7 @@ images of them are drawn only where nothing else is verified, to tell undecided 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -25,63 +25,21 @@ from tuner.config.quality import MetricLimit, limited
 from tuner.evaluation.evaluator import Evaluator
 from tuner.evaluation.executor import Executor, Failed, NotMeasured, QualityTask
 from tuner.metrics.registry import declaration_of
-from tuner.results.candidate import Interval, LatencyStats, Verdict, Verification
+from tuner.results.candidate import Interval, Verdict, Verification
 from tuner.statistics.bounds import (
     ALPHA,
     continuous_drop_bounds,
     drop_bounds,
     mean_interval,
-    median_interval,
-    ratio_interval,
 )
-from tuner.statistics.looks import claims, judgement_alpha, looks
-from tuner.study.verdict import LEAST_GAIN, Limits, decide, is_settled
-
-if TYPE_CHECKING:
-    from stagevar.card_state import CardState
-    from stagevar.timing import Timing
-
-#: Timing rounds after which decisions are taken, with an equal share of the error each. Decided finalists take no further
-#: part; beyond PATIENT_ROUNDS only those do whom the last look would decide if their estimates hold.
-ROUNDS = (15, 30, 60, 120, 240)
-PATIENT_ROUNDS = 60
-BASELINE = "baseline"
+from tuner.statistics.looks import claims, looks
+from tuner.study.finalist_times import BASELINE, FinalistTimes
+from tuner.study.verdict import Limits, decide, is_settled, status_of
 
 
 def _claimed(status: str, alpha: float | None) -> str:
     """A promising status between two looks at which claims are made (alpha is None) waits for the next one."""
     return "open" if status == "met" and alpha is None else status
-
-
-def latency_stats(
-    samples_ms: Sequence[float],
-    baseline_samples_ms: Sequence[float] | None,
-    baseline_ms: float | None,
-    warm_up_runs: int = 0,
-    warmed: bool = True,
-    disturbed: Sequence[str] = (),
-    card: Sequence[CardState] = (),
-) -> LatencyStats:
-    """Figures of one schedule; with the baseline's samples of the same rounds also the ratio.
-
-    baseline_ms: what the ratio is scaled to; None takes the schedule's own median. card: its states around the samples.
-    """
-    median = median_interval(samples_ms)
-    ratio = None if baseline_samples_ms is None else ratio_interval(samples_ms, baseline_samples_ms)
-    corrected = median.mean if ratio is None or baseline_ms is None else ratio.mean * baseline_ms
-    return LatencyStats(
-        samples_ms=tuple(samples_ms),
-        median_ms=median.mean,
-        p90_ms=float(np.percentile(samples_ms, 90)),
-        low_ms=median.low,
-        high_ms=median.high,
-        drift_corrected_ms=corrected,
-        ratio=ratio,
-        warmup_runs=warm_up_runs,
-        settled=warmed,
-        disturbed=tuple(disturbed),
-        card=tuple(card),
-    )
 
 
 def paired_differences(
@@ -127,93 +85,23 @@ class Verifier:
         self.evaluator, self.executor, self.finalists, self.full = evaluator, executor, dict(finalists), full
         self.heldout, self.limits, self.note, self.stop = heldout, limits, note, stop
         self.earlier, self.extensions, self.cut_short = dict(earlier or {}), extensions, False
-        self.samples: dict[str, list[float]] = {name: [] for name in (BASELINE, *finalists)}
-        self.warmth: dict[str, tuple[int, bool]] = {}
+        self.times = FinalistTimes(evaluator, self.finalists, full, limits, note, stop, extensions)
         self.values: dict[str, dict[str, list[float]]] = {name: {} for name in (BASELINE, *finalists)}
-        self.disturbed: dict[str, None] = {}
-        self.card: dict[str, tuple[CardState, ...]] = {}
         self.errors: dict[str, str] = {}
         self._bounds: dict[Any, tuple[np.ndarray, np.ndarray]] = {}
-        self.unmeasured: dict[str, str] = {}
+
+    @property
+    def unmeasured(self) -> dict[str, str]:
+        """Why finalists left, by key."""
+        return self.times.unmeasured
 
     def run(self) -> dict[str, Verification]:
         """Verifications by key, the full schedule's under BASELINE."""
-        self._time()
+        self.times.take()
+        self.cut_short = self.times.cut_short
         if self.limits.quality and self.heldout is not None:
             self._judge()
         return {name: self.verification(name) for name in (BASELINE, *self.finalists)}
-
-    # ------------------------------------------------------------------------------------------------ latency
-
-    def _time(self) -> None:
-        names = list(self.finalists)
-        for rounds in ROUNDS:
-            missing = rounds - len(self.samples[BASELINE])
-            self.note(f"timing {len(names)} finalists and the full schedule, {rounds} rounds", 0.0)
-            for name, timing in self._timings(names, missing).items():
-                self.samples[name] += timing.samples_ms
-                runs, _ = self.warmth.get(name, (0, True))
-                self.warmth[name] = (runs + timing.warm_up_runs, timing.warmed)
-                self.disturbed |= dict.fromkeys(timing.disturbed)
-                self.card[name] = timing.card
-            # Who sits a look out stays out: samples are paired with the full schedule's of the first rounds.
-            names = [n for n in names if n in self.finalists and self._worth_timing(n, rounds)]
-            if not names:
-                break
-            if self.stop():
-                self.cut_short = rounds < ROUNDS[-1]
-                break
-
-    def _worth_timing(self, name: str, rounds: int) -> bool:
-        """Whether a finalist is undecided, and more rounds than these would or, early on, may decide it."""
-        undecided = [v for v in self._latency_verdicts(name) if v.status == "open"]
-        if not undecided or rounds < PATIENT_ROUNDS:
-            return bool(undecided)
-        shrinks = (rounds / ROUNDS[-1]) ** 0.5
-        return all(abs(v.limit - v.value) >= (v.bound - v.value) * shrinks for v in undecided)
-
-    def _timings(self, names: Sequence[str], rounds: int) -> Mapping[str, Timing]:
-        """Of the full schedule and these finalists; those that find too little memory beside it leave."""
-        chosen = {name: self.finalists[name] for name in names}
-        try:
-            return self.evaluator.latency({BASELINE: self.full, **chosen}, rounds)
-        except OutOfDeviceMemory:
-            if not chosen:
-                raise
-        for name, steps in list(chosen.items()):
-            try:
-                self.evaluator.latency({BASELINE: self.full, name: steps}, 1, 1)
-            except OutOfDeviceMemory as error:
-                self._leave(name, str(error))
-                del chosen[name]
-        return self.evaluator.latency({BASELINE: self.full, **chosen}, rounds)
-
-    def _beside(self, name: str) -> list[float]:
-        """The full schedule's samples of the rounds in which this one was timed."""
-        return self.samples[BASELINE][: len(self.samples[name])]
-
-    def _leave(self, name: str, error: str) -> None:
-        del self.finalists[name]
-        self.unmeasured[name] = f"not measured here: {error}"
-
-    def _latency_verdicts(self, name: str) -> list[Verdict]:
-        # One-sided, for all finalists and looks together (Bonferroni): timings are cheap, so the price is a few rounds. Every
-        # judgement times anew and may take a limit for kept by luck, so they share the 5 % as those of the prompts do.
-        level = 1 - 2 * judgement_alpha(self.extensions) / len(ROUNDS) / max(1, len(self.finalists))
-        own = median_interval(self.samples[name], level)
-        budget_ms = self.limits.budget_ms
-        if name == BASELINE:
-            if self.limits.budget.fraction is not None:
-                own = Interval(self.limits.baseline_ms, self.limits.baseline_ms, self.limits.baseline_ms, own.n)
-            return [Verdict("latency", budget_ms, "ms", own.mean, own.high, decide(budget_ms, own.low, own.high))]
-        ratio = ratio_interval(self.samples[name], self._beside(name), level)
-        if self.limits.budget.fraction is not None:
-            scale = self.limits.baseline_ms
-            own = Interval(ratio.mean * scale, ratio.low * scale, ratio.high * scale, own.n)
-        return [
-            Verdict("latency", budget_ms, "ms", own.mean, own.high, decide(budget_ms, own.low, own.high)),
-            Verdict("gain", LEAST_GAIN, "ratio", ratio.mean, ratio.high, decide(LEAST_GAIN, ratio.low, ratio.high)),
-        ]
 
     # ------------------------------------------------------------------------------------------------ quality
 
@@ -225,10 +113,9 @@ class Verifier:
         return claims(len(self.heldout), self.heldout.micro_batch, self.extensions).get(count)
 
     def _judge(self) -> None:
-        in_time = [n for n in self.finalists if self._in_time(n)]
-        self._judge_these(in_time)
-        if not self.cut_short and not any(n not in self.errors and self._keeps_quality(n) for n in in_time):
-            self._judge_these([n for n in self.finalists if self._status(self._latency_verdicts(n)) == "open"])
+        self._judge_these([n for n in self.finalists if self.times.status(n) == "met"])
+        if not self.cut_short and not self._verified():
+            self._judge_these([n for n in self.finalists if self.times.status(n) == "open"])
 
     def _judge_these(self, running: Sequence[str]) -> None:
         """Draws and scores held-out prompts of the full schedule and these finalists until they are decided."""
@@ -244,7 +131,7 @@ class Verifier:
                         if key == BASELINE:
                             raise OutOfDeviceMemory(outcome.error)
                         if key in self.finalists:
-                            self._leave(key, outcome.error)
+                            self.times.leave(key, outcome.error)
                         continue
                     if isinstance(outcome, Failed):
                         self.errors[key] = outcome.error
@@ -256,7 +143,7 @@ class Verifier:
                 raise RuntimeError(f"the full schedule failed on held-out prompts: {self.errors[BASELINE]}")
             running = [k for k in running if k not in self.errors and k in self.finalists]
             # A finalist that is decided either way needs no more prompts.
-            running = [k for k in running if self._status(self._quality_verdicts(k)) == "open"]
+            running = [k for k in running if status_of(self._quality_verdicts(k)) == "open"]
             if self._pick_is_settled(running):
                 break
             if self.stop():
@@ -264,16 +151,15 @@ class Verifier:
                 break
 
     def _pick_is_settled(self, undecided: Sequence[str]) -> bool:
-        verified = [n for n in self.finalists if n not in self.errors and self._in_time(n) and self._keeps_quality(n)]
+        verified = self._verified()
         qualities = {n: self.values[n]["quality"] for n in (*verified, *undecided)}
         return is_settled(verified, undecided, qualities, self.values[BASELINE]["quality"], self.processed_tokens)
 
-    def _in_time(self, name: str) -> bool:
-        return self._status(self._latency_verdicts(name)) == "met"
-
-    def _keeps_quality(self, name: str) -> bool:
-        verdicts = self._quality_verdicts(name)
-        return bool(verdicts) and self._status(verdicts) == "met"
+    def _verified(self) -> list[str]:
+        """Finalists that keep every limit, as far as was measured."""
+        in_time = (n for n in self.finalists if n not in self.errors and self.times.status(n) == "met")
+        verdicts = {n: self._quality_verdicts(n) for n in in_time}
+        return [n for n, found in verdicts.items() if found and status_of(found) == "met"]
 
     def _measure(self, keys: Sequence[str], batches: Sequence[int]) -> dict[int, dict[str, Any]]:
         """New values or Failed by micro-batch and key; what an earlier part of the study measured is taken from there."""
@@ -367,23 +253,10 @@ class Verifier:
 
     # ------------------------------------------------------------------------------------------------ result
 
-    @staticmethod
-    def _status(verdicts: Sequence[Verdict]) -> str:
-        states = {verdict.status for verdict in verdicts}
-        return "broken" if "broken" in states else "open" if "open" in states else "met"
-
     def verification(self, name: str) -> Verification:
         """Everything known about a finalist, or the full schedule, at this moment."""
-        share = self.limits.budget.fraction is not None
-        latency = latency_stats(
-            self.samples[name],
-            None if name == BASELINE else self._beside(name),
-            self.limits.baseline_ms if share else None,
-            *self.warmth[name],
-            tuple(self.disturbed),
-            self.card[name],
-        )
-        verdicts = self._latency_verdicts(name)
+        latency = self.times.stats(name)
+        verdicts = self.times.verdicts(name)
         upper_ms = verdicts[0].bound
         values = {metric: tuple(v) for metric, v in self.values[name].items()}
         count = len(values.get("quality", ()))
@@ -396,7 +269,7 @@ class Verifier:
                 base = {metric: v[:count] for metric, v in self.values[BASELINE].items()}
                 differences = paired_differences(values, base, self.evaluator.facts.higher_is_better)
                 drop_upper = next(v.bound for v in verdicts if v.name.startswith("drop:"))
-        status = "broken" if name in self.errors else self._status(verdicts)
+        status = "broken" if name in self.errors else status_of(verdicts)
         if status == "met" and self.limits.quality and not count:
             status = "open"  # stopped before any held-out prompt
         return Verification(

@@ -13,8 +13,9 @@ from tuner.config.limits import Budget
 from tuner.config.quality import COMPOSITE, MetricLimit, composite_options
 from tuner.config.space import SearchSpace
 from tuner.results.candidate import Verdict, Verification
+from tuner.study.finalist_times import BASELINE
 from tuner.study.verdict import Limits, decide
-from tuner.study.verification import BASELINE, Verifier
+from tuner.study.verification import Verifier
 
 _STATES = {"met": "kept", "broken": "BROKEN", "open": "undecided"}
 

@@ -15,7 +15,7 @@ from tuner.cli.plan import plan
 from tuner.cli.tune import Interrupts
 from tuner.results.candidate import Interval
 from tuner.results.result import StudyResult
-from tuner.study.verification import latency_stats
+from tuner.study.finalist_times import latency_stats
 from tuner.study.verify_profile import Recheck, regression_verdict
 
 GOOD = ["--model", "nano", "--budget", "60%"]
@@ -189,7 +189,7 @@ def test_the_command_reproduces_without_what_only_concerns_the_screen():
 
 
 def test_a_study_on_nano_ends_with_a_profile_that_loads_and_verifies(tmp_path, small_space, capsys, monkeypatch):
-    monkeypatch.setattr("tuner.study.verification.ROUNDS", (5, 10))  # what they decide is not looked at here
+    monkeypatch.setattr("tuner.study.finalist_times.ROUNDS", (5, 10))  # what they decide is not looked at here
     monkeypatch.setattr("tuner.study.study.BASELINE_ROUNDS", 5)
     out = tmp_path / "run"
     argv = [*QUICK, "--space", str(small_space), "--out", str(out)]

@@ -16,7 +16,7 @@ from tests.fakes.sample_study import KINDS, make
 from tuner.report.export import export, profile_of
 from tuner.report.page import _timing_line
 from tuner.report.sections.run import _engine_facts
-from tuner.study.verification import latency_stats
+from tuner.study.finalist_times import latency_stats
 
 
 @pytest.fixture(scope="module")

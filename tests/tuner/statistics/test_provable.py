@@ -24,8 +24,9 @@ from tuner.statistics.provable import (
     provable_drop,
     shortfalls,
 )
+from tuner.study.finalist_times import BASELINE
 from tuner.study.verdict import Limits
-from tuner.study.verification import BASELINE, Verifier
+from tuner.study.verification import Verifier
 from tuner.testing.formulas import Samples
 
 YES_NO = quality_limits({"geneval": {"max_drop": 0.02}})[0]
