@@ -87,9 +87,8 @@ class Study:
 
     def check_identity(self) -> bool:
         """Claims the run directory for this study; returns whether it held this study already. See `RunConfig.claim`."""
-        known = self.config.claim(
-            self.identity(), self.space.prompts, self.prompts["heldout"], self.facts.engine_choice
-        )
+        heldout = self.prompts["heldout"]
+        known = self.config.claim(self.identity(), self.space.prompts, heldout, self.facts.engine_choice)
         self.judged_on = list(self.config.judged_on)
         return known
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from stagevar.schedule import exact, preset
-from tests.fakes import CHUNKS, GRIDS, SPACE, FakeEvaluator, FakeTiming
+from tests.fakes.studies import CHUNKS, GRIDS, SPACE, FakeEvaluator
 from tuner.config.limits import parse_budget
 from tuner.config.prompts import load_prompts
 from tuner.config.quality import quality_limits
@@ -17,6 +17,7 @@ from tuner.statistics.looks import FIRST_ALPHA
 from tuner.study.finalist_times import BASELINE, ROUNDS
 from tuner.study.verdict import Limits
 from tuner.study.verification import Verifier
+from tuner.testing.formulas import Samples
 
 FULL = exact(len(GRIDS)).expand(GRIDS, CHUNKS)
 FAST, EDGE = (preset(name, GRIDS).expand(GRIDS, CHUNKS) for name in ("skip-2", "skip-1"))
@@ -38,7 +39,7 @@ class Counting(FakeEvaluator):
         # As many above as below, so that the median of many rounds is the ratio itself.
         errors = {name: self.spread * self.random.permutation(np.linspace(-1, 1, rounds)) for name in schedules}
         return {
-            name: FakeTiming(
+            name: Samples(
                 100 * self.ratios.get(steps, 1.0) * np.exp(errors[name] if steps != FULL else 0 * errors[name])
             )
             for name, steps in schedules.items()
