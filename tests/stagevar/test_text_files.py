@@ -20,9 +20,9 @@ from tuner.evalkit.image_folder import read_folder
 from tuner.evalkit.user_study import read_votes
 from tuner.evalkit.verbs import prompts
 from tuner.metrics import prompt_sets
+from tuner.metrics.answers_file import read_answers, read_questions
 from tuner.metrics.base import prompt_text
 from tuner.metrics.detections import read_detections, read_metadata
-from tuner.metrics.dpg import read_answers, read_questions
 
 # U+2028, U+0085, a form feed and a no-break space are characters; a comma, quotes and a semicolon look like CSV.
 PROMPTS = [

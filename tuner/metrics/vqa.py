@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from stagevar.errors import UsageError
+from tuner.metrics.answers_file import Question, is_yes, read_questions
 from tuner.metrics.base import BenchmarkMetric, Prompt
-from tuner.metrics.dpg import MODES, Question, is_yes, read_questions, score_dpg
+from tuner.metrics.dpg import MODES, score_dpg
 from tuner.metrics.model_files import from_pretrained, pretrained_model
 
 

@@ -305,7 +305,11 @@ def test_wrong_input_is_one_line_and_exit_2(capsys, detections, answers, folder,
 def test_outputs_are_checked_before_anything_is_computed(
     capsys, monkeypatch, detections, answers, folder, arguments, says
 ):
-    readers = ("metrics.detections.read_detections", "metrics.dpg.read_answers", "evalkit.image_folder.read_folder")
+    readers = (
+        "metrics.detections.read_detections",
+        "metrics.answers_file.read_answers",
+        "evalkit.image_folder.read_folder",
+    )
     for place in (*readers, "metrics.prompt_sets.generate"):
         monkeypatch.setattr(f"tuner.{place}", lambda *a, **k: pytest.fail("work began"))
     (folder / "p").write_text("a dog\n")

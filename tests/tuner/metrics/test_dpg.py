@@ -7,7 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stagevar.errors import UsageError
-from tuner.metrics.dpg import Question, is_yes, read_answers, score_dpg
+from tuner.metrics.answers_file import Question, is_yes, read_answers
+from tuner.metrics.dpg import score_dpg
 
 Y, N = 1.0, 0.0
 

@@ -44,7 +44,8 @@ def add(verbs: Verbs) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Scores answers under the published rules, the corrected ones, or both."""
-    from tuner.metrics.dpg import MODES, read_answers, score_dpg
+    from tuner.metrics.answers_file import read_answers
+    from tuner.metrics.dpg import MODES, score_dpg
 
     questions, answers = read_answers(options.answers, options.questions)
     results: dict[str, Any] = {}

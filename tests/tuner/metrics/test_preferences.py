@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 from stagevar.errors import UsageError
-from tests import metric_models
+from tests.fakes import metric_models
 from tuner.metrics import create
 from tuner.metrics.model_files import hub_file, pinned
 
