@@ -46,6 +46,8 @@ def options(tmp_path_factory):
     clip = {"model": metric_models.clip_folder(folder("clip"))}
     questions = folder("dpg") / "dpg_bench.csv"
     questions.write_text(metric_models.QUESTIONS)
+    prompts = folder("geneval2") / "geneval2_data.jsonl"
+    prompts.write_text(metric_models.GENEVAL2)
     sets = {"extractor": FlatFeatures()}
     return {
         "clip_score": clip,
@@ -61,6 +63,7 @@ def options(tmp_path_factory):
             "counting_threshold": 0.01,
         },
         "geneval_nano": {},
+        "geneval2": {"questions": str(prompts), "judge": metric_models.Brightness()},
         "dpg": {"questions": str(questions), "vqa": metric_models.AnswersYes()},
         "psnr": {},
         "ssim": {},
@@ -130,6 +133,8 @@ class TestEveryMetric(MetricContract):
         (lambda: create_composite({"psnr": {"weight": float("nan")}}), "weight of psnr is nan"),
         (lambda: create("dpg"), "dpg_bench.csv"),
         (lambda: create("dpg", questions="none.csv"), "cannot be read"),
+        (lambda: create("geneval2"), "geneval2_data.jsonl"),
+        (lambda: create("geneval2", questions="none.jsonl"), "cannot be read"),
         (lambda: create("geneval", detector="yolo"), "detector 'yolo'"),
         (lambda: create("lpips", net="resnet"), "net 'resnet'"),
         (lambda: create("lpips", batch_size="many"), "batch_size is 'many', expected a whole number"),

@@ -342,6 +342,66 @@ def trunk_file(folder: Path, net: str) -> str:
     return str(folder / f"{net}.safetensors")
 
 
+def qwen3_vl_folder(folder: Path) -> str:
+    """A Qwen3-VL that reads bytes, with a token of its own for Yes."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import (
+        Qwen2Tokenizer,
+        Qwen2VLImageProcessor,
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLProcessor,
+        Qwen3VLVideoProcessor,
+    )
+
+    torch.manual_seed(0)
+    words = [*sorted(ByteLevel.alphabet()), "es", "Yes"]
+    (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\ne s\nY es\n")
+    tokenizer = Qwen2Tokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    marks = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    start, end, image, video = tokenizer.convert_tokens_to_ids(marks[:4])
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+    config = Qwen3VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "rope_parameters": rope,
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "patch_size": 16,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0],
+        },
+        image_token_id=image,
+        video_token_id=video,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+    )
+    Qwen3VLForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(folder)
+    template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
+        "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
+        "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    images = Qwen2VLImageProcessor(
+        patch_size=16, merge_size=2, size={"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
+    )
+    Qwen3VLProcessor(images, tokenizer, Qwen3VLVideoProcessor(), chat_template=template).save_pretrained(folder)
+    return str(folder)
+
+
 class FixedColor:
     """A color classifier that always says red."""
 
@@ -359,6 +419,22 @@ class AnswersYes:
         return {"kind": "bright"}
 
 
+class Brightness:
+    """A judge that takes bright images for right ones."""
+
+    def __call__(self, image, question, spellings):
+        return float(np.asarray(image).mean() / 255)
+
+    def describe(self):
+        return {"kind": "bright"}
+
+
+#: Two lines in the layout of geneval2_data.jsonl.
+GENEVAL2 = (
+    '{"prompt": "a photo of a dog", "atom_count": 3, "vqa_list": [["How many dogs are in the image?", "one"], '
+    '["Are there any dogs in the image?", "Yes"]], "skills": ["count", "object"]}\n'
+    '{"prompt": "two cats", "atom_count": 4, "vqa_list": [["How many cats are in the image?", "two"]], "skills": ["count"]}\n'
+)
 QUESTIONS = """item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,question
 a,a photo of a dog,k,1,0,entity,whole,entity - whole (dog),is there a dog?
 a,a photo of a dog,k,2,1,attribute,color,attribute - color (dog),is there a cat?

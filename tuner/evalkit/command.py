@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from stagevar.cli.arguments import Parser
 from stagevar.console import report_errors, set_verbosity
 from tuner.evalkit.delivery import check_outputs, version_of
-from tuner.evalkit.verbs import dpg, geneval, images, pairs, preference, prompts
+from tuner.evalkit.verbs import answers, dpg, geneval, images, pairs, preference, prompts
 
-VERBS = ("images", "geneval", "dpg", "prompts", "pairs", "preference")
+VERBS = ("images", "geneval", "dpg", "answers", "prompts", "pairs", "preference")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"stagevar-tune {version_of('stagevar-tune')}")
     verbs = parser.add_subparsers(dest="verb", metavar="{" + ",".join(VERBS) + "}")
     parser.set_defaults(run=lambda options: parser.print_help() or 0)
-    for verb in (geneval, dpg, images, prompts, pairs, preference):
+    for verb in (geneval, dpg, answers, images, prompts, pairs, preference):
         verb.add(verbs)
     return parser
 

@@ -7,15 +7,18 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from stagevar.errors import UsageError
 from stagevar.text_files import read_table
 
+Reading = Literal["exact", "words", "shares"]
+
 
 @dataclass(frozen=True)
 class Question:
-    """One yes/no question. `parents` are proposition ids of the same item; `category` is "entity - whole" or "";
-    `text` the question, `prompt` the item's caption, both "" if the file does not say."""
+    """One question. `parents` are proposition ids of the same item; `category` is "entity - whole", a skill or ""; `text` the
+    question, `prompt` the item's caption, `atoms` GenEval 2's count of its prompt: "" and 0 if the file does not say."""
 
     item_id: str
     proposition_id: int
@@ -23,6 +26,7 @@ class Question:
     category: str = ""
     text: str = ""
     prompt: str = ""
+    atoms: int = 0
 
 
 Answers = Mapping[tuple[str, int, int], float]  # (item, proposition, tile) -> 1.0 for yes, 0.0 for all else
@@ -38,9 +42,10 @@ _ALIASES = {
     "proposition_id": ("proposition_id", "proposition", "qid", "question_id"),
     "dependency": ("dependency", "dependencies", "parents", "parent", "depends_on"),
     "tile": ("tile", "tile_id", "tile_index", "sample", "image", "image_id", "image_index", "pic"),
-    "answer": ("answer", "vqa_answer", "response", "prediction"),
+    "answer": ("answer", "vqa_answer", "response", "prediction", "probability"),
     "score": ("score", "correct"),
-    "tuple": ("tuple", "category"),
+    "tuple": ("tuple", "category", "skill"),
+    "atoms": ("atom_count", "atoms"),
     "text": ("question_natural_language", "question"),
     "prompt": ("text", "prompt"),
 }
@@ -57,11 +62,12 @@ def read_questions(path: str | Path) -> list[Question]:
 
 
 def read_answers(
-    path: str | Path, questions_path: str | Path | None = None
+    path: str | Path, questions_path: str | Path | None = None, *, reading: Reading = "exact"
 ) -> tuple[list[Question], dict[tuple[str, int, int], float]]:
     """(questions in file order, answers) of an answers file; its format is in docs/metrics.md ("Answers file").
 
-    With `questions_path` (dpg_bench.csv) the answers file needs only item, proposition, tile and answer.
+    With `questions_path` (dpg_bench.csv) the answers file needs only item, proposition, tile and answer. reading: "exact"
+    takes the word yes alone as yes, as DPG-Bench does, "words" in any case, "shares" probabilities from 0 to 1.
     Raises UsageError naming the line at fault.
     """
     path = Path(path)
@@ -98,7 +104,9 @@ def read_answers(
                 )
     if not raw:
         raise UsageError(f"{path}: every answer is empty")
-    values = _values(path, raw, lines)
+    if reading == "words":
+        raw = {key: cell.strip().casefold() for key, cell in raw.items()}
+    values = (_shares if reading == "shares" else _values)(path, raw, lines)
     _warn_of_uneven_tiles(path, values)
     if questions_path is not None:
         asked = read_questions(questions_path)
@@ -154,7 +162,16 @@ def _question(path: Path, number: int, row: Mapping[str, str], columns: _Columns
     else:
         category = ""
     text, prompt = (columns.cell(row, wanted).strip() for wanted in ("text", "prompt"))
-    return Question(item_id, proposition_id, parents, category, text, prompt)
+    atoms = columns.cell(row, "atoms").strip()
+    return Question(
+        item_id,
+        proposition_id,
+        parents,
+        category,
+        text,
+        prompt,
+        _whole(path, number, "atom_count", atoms) if atoms else 0,
+    )
 
 
 def _whole(path: Path, number: int, column: str, cell: str) -> int:
@@ -214,6 +231,22 @@ def _values(
         cell = next(iter(raw.values()))
         warnings.warn(f"{path}: no answer is yes or no, so all count as no; the first: {cell!r:.40}")
     return {key: is_yes(cell) for key, cell in raw.items()}
+
+
+def _shares(
+    path: Path, raw: Mapping[tuple[str, int, int], str], lines: Mapping[tuple[str, int, int], int]
+) -> dict[tuple[str, int, int], float]:
+    """The probabilities that answers are. Raises UsageError for words and for numbers beyond 0 to 1."""
+    found = {}
+    for key, cell in raw.items():
+        share = _score(cell)
+        if share is None or not 0 <= share <= 1:
+            raise UsageError(
+                f"{path} line {lines[key]}: {cell.strip()!r:.40} is no probability from 0 to 1; give the one that the model "
+                "has for the right answer"
+            )
+        found[key] = share
+    return found
 
 
 def _score(cell: str) -> float | None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 
 from stagevar.errors import UsageError
 from tuner.metrics.declarations import Declaration
 
+#: A JSON object: what a metric says of one image, of many, or of itself.
+Facts: TypeAlias = dict[str, Any]
 Prompt = str | Mapping[str, Any]  # a caption, or GenEval metadata with its caption under "prompt"
 
 
@@ -74,13 +76,13 @@ class Metric(ABC):
         images_uint8_BHW3: np.ndarray,
         prompts: Sequence[Prompt],
         reference_images_uint8_BHW3: np.ndarray | None = None,
-    ) -> list[dict[str, Any]]:
+    ) -> list[Facts]:
         """As `score`, one JSON object per image with its "value" and whatever else `summary` needs."""
         return [
             {"value": float(value)} for value in self.score(images_uint8_BHW3, prompts, reference_images_uint8_BHW3)
         ]
 
-    def summary(self, rows: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt]) -> dict[str, Any]:
+    def summary(self, rows: Sequence[Facts], prompts: Sequence[Prompt]) -> Facts:
         """The published figure of many images from their rows, in the benchmark's own arithmetic. JSON values only."""
         values = [row["value"] for row in rows]
         return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0}
@@ -89,7 +91,7 @@ class Metric(ABC):
         """What a reader of the figures over these prompts must know, one sentence each, such as that texts were cut."""
         return []
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Facts:
         """What makes the figure reproducible: model names, file hashes, rules. JSON values only."""
         return {"name": self.name}
 
@@ -100,7 +102,7 @@ class BenchmarkMetric(Metric):
     needs_prompt: ClassVar[bool] = True
 
     @abstractmethod
-    def _rows(self, images_uint8_BHW3: np.ndarray, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+    def _rows(self, images_uint8_BHW3: np.ndarray, prompts: Sequence[Prompt]) -> list[Facts]:
         """As `rows`, with inputs already checked."""
 
     def rows(
@@ -108,7 +110,7 @@ class BenchmarkMetric(Metric):
         images_uint8_BHW3: np.ndarray,
         prompts: Sequence[Prompt],
         reference_images_uint8_BHW3: np.ndarray | None = None,
-    ) -> list[dict[str, Any]]:
+    ) -> list[Facts]:
         self.check(images_uint8_BHW3, prompts, reference_images_uint8_BHW3)
         return self._rows(images_uint8_BHW3, prompts)
 

@@ -49,6 +49,7 @@ DECLARATIONS: dict[str, Declaration] = {
     "pickscore": Declaration("continuous", "PickScore", 4.0, 0.2, compares="prompt"),
     "geneval": Declaration("binary", _SHARE, 1.0, 0.02, compares="prompt metadata"),
     "geneval_nano": Declaration("binary", _SHARE, 1.0, 0.05, compares="prompt metadata"),
+    "geneval2": Declaration("bounded", _SHARE, 1.0, 0.03, compares="prompt's questions"),
     "dpg": Declaration("bounded", "share of questions", 1.0, 0.05, compares="prompt's questions"),
     "psnr": Declaration("continuous", "dB", 90.0, 3.0, compares="reference"),
     "ssim": Declaration("continuous", "SSIM", 1.0, 0.05, compares="reference"),

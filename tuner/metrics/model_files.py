@@ -113,8 +113,16 @@ def from_pretrained(factory: Any, source: str, what: str, option: str = "model",
         return factory.from_pretrained(name, local_files_only=os.path.isdir(name), **revision, **options)
 
 
-def pretrained_model(factory: Any, source: str, what: str, *, device: str, optional: tuple[str, ...] = ()) -> Any:
-    """A transformers model in fp32, frozen, on `device`, from a local folder or the hub.
+def pretrained_model(
+    factory: Any,
+    source: str,
+    what: str,
+    *,
+    device: str,
+    optional: tuple[str, ...] = (),
+    dtype: torch.dtype | str = torch.float32,
+) -> Any:
+    """A transformers model, frozen, on `device`, from a local folder or the hub. dtype: "auto" is the checkpoint's own.
 
     Strict: transformers fills missing weights with noise and goes on; here that is a WeightsError, except for names
     that start with one of `optional`.
@@ -122,7 +130,7 @@ def pretrained_model(factory: Any, source: str, what: str, *, device: str, optio
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model, info = from_pretrained(factory, source, what, output_loading_info=True, dtype=torch.float32)
+    model, info = from_pretrained(factory, source, what, output_loading_info=True, dtype=dtype)
     missing = sorted(key for key in info["missing_keys"] if not key.startswith(optional or "\0"))
     mismatched = sorted(str(key) for key in info["mismatched_keys"])
     if missing or mismatched:

@@ -276,6 +276,7 @@ def test_four_images_of_an_item_count_as_its_four_tiles(tmp_path):
         ("hpsv2", {}),
         ("image_reward", {}),
         ("pickscore", {}),
+        ("geneval2", {"questions": "geneval2_data.jsonl"}),
         ("dino", {"model": "facebook/dino-none"}),
         ("lpips", {}),
         ("dists", {}),
@@ -285,6 +286,8 @@ def test_four_images_of_an_item_count_as_its_four_tiles(tmp_path):
 )
 def test_offline_the_refusal_says_what_to_do(name, options, offline, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "geneval2_data.jsonl").write_text(metric_models.GENEVAL2)
+    monkeypatch.chdir(tmp_path)
     torch.hub.set_dir(str(tmp_path))
     try:
         with pytest.raises(UsageError, match=r"cannot be loaded .* fetch it where there is a network"):
