@@ -12,7 +12,7 @@ EXIT_CODES = {
     2: "unusable input: the line names the value and the fix",
     3: "no schedule meets the budget within the allowed drop; verify: a limit is broken",
     4: "all trials failed",
-    5: "inconclusive: the measurements do not decide",
+    5: "inconclusive: the measurements do not decide; --effort instant: nothing was verified",
     6: "infrastructure (workers lost, device broken, disk full, database away): the same command resumes",
     130: "stopped by Ctrl-C: the same command resumes",
 }

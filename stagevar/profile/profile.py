@@ -172,8 +172,9 @@ class Profile:
             raise ProfileError(f"the profile was made with other weights: {part:.99} is {now}, not {digest:.99}")
 
     def warnings_here(self, present: Envelope) -> list[str]:
-        """What of the measured envelope does not hold here, one line each."""
-        return [f"outside the measured envelope: {text}" for text in self.envelope.differences(present)]
+        """Whether quality was never measured, and what of the measured envelope does not hold here, one line each."""
+        told = [] if self.verified or self.quality.measured is not False else [f"not verified: {self.quality.why}"]
+        return told + [f"outside the measured envelope: {text}" for text in self.envelope.differences(present)]
 
     def pipeline(
         self,
@@ -187,7 +188,7 @@ class Profile:
         """Loads the model and returns something that makes images with this schedule.
 
         engine, batch, threads: instead of the profile's own. load_options: of `load_model`.
-        Warns (UserWarning) about everything that differs from where the profile was measured.
+        Warns (UserWarning) where quality was never measured, and about everything that differs from where the profile was.
         """
         from stagevar.models.registry import load_model
         from stagevar.profile.pipeline import Pipeline

@@ -22,6 +22,7 @@ from tuner.config.limits import parse_budget, parse_time
 from tuner.config.quality import parse_max_drops, quality_limits
 from tuner.config.space import PROMPT_SOURCES, SearchSpace, load_space
 from tuner.results.run_dir import check_strangers
+from tuner.study.options import FULL_TRIALS, QUICK_TRIALS
 
 #: Options that change what is printed or what becomes of an earlier run, and no figure.
 _NOT_OF_THE_STUDY = ("--fresh", "--quiet", "--verbose", "--json")
@@ -43,6 +44,7 @@ def plan(args: argparse.Namespace, argv: Sequence[str]) -> Plan:
     args.time_budget = parse_time(args.time_budget) if args.time_budget else None
     registry.find(args.model)
     run_dir = args.out or Path("outputs") / checks.run_name(args.model, args.budget.text, args.seed)
+    check_effort(args)
     check_placement(args, run_dir)
     checks.check_running(
         args.model,
@@ -139,6 +141,16 @@ def check_provable(space: SearchSpace, max_drop: Mapping[str, float], weights: s
     missing = [*shortfalls(limits, *size), *floor_shortfalls(space.floors, *size)]
     if missing:
         raise UsageError(f"{'; '.join(missing)}; raise --heldout (and add prompts to a file), or loosen --max-drop")
+
+
+def check_effort(args: argparse.Namespace) -> None:
+    """Fills in how many schedules an effort evaluates. Raises UsageError for options that contradict each other."""
+    if args.exhaustive:
+        if args.effort == "instant":
+            raise UsageError("--exhaustive judges every schedule and --effort instant none; leave out one of them")
+        args.effort = "full"
+    if args.trials is None:
+        args.trials = QUICK_TRIALS if args.effort == "quick" and args.weights != "random" else FULL_TRIALS
 
 
 def check_placement(args: argparse.Namespace, run_dir: Path) -> None:

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+EFFORTS = ("instant", "quick", "full")
 #: CPU threads that draw images for quality at most: the products of a small model are too small to share among many.
 MOST_DRAWING_THREADS = 4
 
@@ -93,7 +94,14 @@ def build_parser() -> Parser:
         metavar="RUN",
         help="try first what an earlier run, or a profile.yaml, found; everything is measured anew",
     )
-    search.add_argument("--trials", type=positive_int, default=30, help="distinct schedules to evaluate (default: 30)")
+    search.add_argument(
+        "--effort",
+        choices=EFFORTS,
+        default="full",
+        help="instant: step costs and what is known, nothing verified; quick: sensitivities, few schedules, verification; "
+        "full: then the sampler too (default: full)",
+    )
+    search.add_argument("--trials", type=positive_int, help="distinct schedules to evaluate (default: 30, 12 if quick)")
     search.add_argument(
         "--patience", type=positive_int, default=60, metavar="N", help="end after N schedules without progress (60)"
     )
@@ -247,7 +255,9 @@ def build_study(checked: Plan, progress: Any, stop: Callable[[], bool]) -> Study
     """Loads model, prompts and metrics."""
     from tuner.config.prompts import load_prompts
     from tuner.evaluation.evaluator import fitting_micro_batch, load_evaluator
+    from tuner.study.instant import InstantStudy
     from tuner.study.options import EXHAUSTIVE, Savings
+    from tuner.study.predicted_front import load_table
     from tuner.study.study import Options, Study
 
     args, space = checked.args, checked.space
@@ -281,11 +291,13 @@ def build_study(checked: Plan, progress: Any, stop: Callable[[], bool]) -> Study
         command=checked.command,
         versions=versions() | plugged_versions(space),
         patience=args.patience,
-        savings=EXHAUSTIVE if args.exhaustive else Savings(),
+        savings=EXHAUSTIVE if args.exhaustive else Savings(sensitivity=True, few=args.effort == "quick"),
+        earlier=None if args.start_from is None else load_table(args.start_from, args.model),
     )
     if args.store is not None and not evaluator.facts.random_weights:
         executor, evaluator = _with_store(args, space, evaluator, prompts, executor, progress)
-    return Study(checked.run_dir, space, options, evaluator, prompts, executor, progress, stop)
+    kind = InstantStudy if args.effort == "instant" else Study
+    return kind(checked.run_dir, space, options, evaluator, prompts, executor, progress, stop)
 
 
 def _with_store(

@@ -56,6 +56,8 @@ class StepCosts:
         self._scale = np.ones(1)
         self._weights = np.zeros(1)
         self._checks: dict[Steps, float] = {}
+        self._kin: dict[tuple[object, ...], list[_Entry]] = {}
+        self._costs: dict[tuple[ScaleStep, float], float] = {}
 
     # ------------------------------------------------------------------------------------------------ filling
 
@@ -91,6 +93,11 @@ class StepCosts:
     def covers(self, steps: Steps) -> bool:
         """Whether steps are decided beforehand, so that there is one latency to predict."""
         return all(step.decision is None for step in steps)
+
+    @property
+    def filled(self) -> bool:
+        """Whether steps were timed, so that there is something to predict from, trusted or not."""
+        return bool(self._entries)
 
     @property
     def checks(self) -> int:
@@ -162,8 +169,14 @@ class StepCosts:
         entry = self._entries.get((step, cached))
         if entry is not None:
             return entry.share, True
+        known = self._costs.get((step, cached))
+        if known is None:
+            known = self._costs[step, cached] = self._interpolated(step, cached)
+        return known, False
+
+    def _interpolated(self, step: ScaleStep, cached: float) -> float:
         own = float(self._features(step, cached) / self._scale @ self._weights)
-        kin = [e for e in self._entries.values() if _kind(e.step) == _kind(step)]
+        kin = self._kin.get(_kind(step), [])
         if kin:
             point = np.array([step.processed_tokens(self.chunks), cached])
             span = max(1.0, step.tokens * len(step.branches))
@@ -174,7 +187,7 @@ class StepCosts:
             off = [e.share - float(self._features(e.step, e.cached) / self._scale @ self._weights) for e in kin]
             own += float(weight @ off / weight.sum())
         floor = 0.25 * min(e.share for e in self._entries.values())
-        return max(own, floor), False
+        return max(own, floor)
 
     def _features(self, step: ScaleStep, cached: float) -> np.ndarray:
         scale = np.zeros(len(self.full))
@@ -203,6 +216,9 @@ class StepCosts:
         scaled = matrix / self._scale * weight[:, None]
         gram = scaled.T @ scaled + _RIDGE * np.eye(scaled.shape[1])
         self._weights = np.linalg.solve(gram, scaled.T @ (shares * weight))
+        self._kin, self._costs = {}, {}
+        for entry in entries:
+            self._kin.setdefault(_kind(entry.step), []).append(entry)
 
 
 def _kind(step: ScaleStep) -> tuple[object, ...]:

@@ -164,7 +164,8 @@ def _quality(result: StudyResult, candidate: Candidate) -> dict[str, Any]:
     held = check is not None and bool(check.values)
     values = check.values if check is not None and held else candidate.values
     if not values:
-        return {"measured": False, "why": "no metric was run"}
+        unjudged = "no image was judged (--effort instant)"
+        return {"measured": False, "why": unjudged if result.verdict == "unverified" else "no metric was run"}
     data: dict[str, Any] = {
         "measured": True,
         "prompt_set": "held-out prompts" if held else "search prompts",

@@ -38,6 +38,7 @@ def next_steps(result: StudyResult, run_dir: Path, words: Sequence[str]) -> Next
         "verified": _verified,
         "baseline_meets_budget": _nothing_to_gain,
         "latency_only": _latency_only,
+        "unverified": _unverified,
         "infeasible": _infeasible,
         "inconclusive": _inconclusive,
         "partial": _partial,
@@ -98,6 +99,12 @@ def _latency_only(result: StudyResult, run_dir: Path, words: Sequence[str]) -> _
     again = _with(_without(words, "--weights"), "--out", f"{run_dir}-weights")
     steps = [("tune with trained weights, which also judges the images", _line(again))]
     return told, steps
+
+
+def _unverified(result: StudyResult, run_dir: Path, words: Sequence[str]) -> _Told:
+    told = [f"not proved: {result.reason}"]
+    again = _with(_with(words, "--effort", "quick"), "--out", f"{run_dir}-quick")
+    return told, [("judge images and verify", _line(again))]
 
 
 def _infeasible(result: StudyResult, run_dir: Path, words: Sequence[str]) -> _Told:
@@ -221,7 +228,8 @@ def _files(result: StudyResult, run_dir: Path) -> str:
     report = f"{_path(run_dir / 'report.html')} shows all that was found"
     if result.pick is None:
         return f"files: {report}"
-    what = "holds the schedule" if result.random_weights else "is the schedule to deploy"
+    unproved = result.random_weights or result.verdict == "unverified"
+    what = "holds the schedule" if unproved else "is the schedule to deploy"
     return f"files: {_path(run_dir / 'profile.yaml')} {what}, {report}"
 
 

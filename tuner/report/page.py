@@ -49,6 +49,7 @@ _BADGES = {
     "verified": ("Verified", "good"),
     "baseline_meets_budget": ("Nothing to gain", "good"),
     "latency_only": ("Latency only", "neutral"),
+    "unverified": ("Unverified", "neutral"),
     "dry_run": ("Dry run", "neutral"),
     "infeasible": ("Infeasible", "poor"),
     "failed": ("Failed", "poor"),

@@ -22,7 +22,8 @@ from tuner.results.codec import build, record_of
 from tuner.results.run_dir import STUDY_FILE
 
 SCHEMA = 2
-#: Verdicts and their exit codes. "partial" is a study that Ctrl-C stopped before its picks were verified.
+#: Verdicts and their exit codes. "unverified" is what `--effort instant` ends with; "partial" is a study that Ctrl-C stopped
+#: before its picks were verified.
 EXIT_CODES = {
     "verified": 0,
     "baseline_meets_budget": 0,
@@ -31,6 +32,7 @@ EXIT_CODES = {
     "infeasible": 3,
     "failed": 4,
     "inconclusive": 5,
+    "unverified": 5,
     "partial": 130,
 }
 

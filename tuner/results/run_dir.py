@@ -31,11 +31,14 @@ LOCK_FILE = "driver.lock"
 LOG_FILE = "run.log"
 CONFIG_FILE = "config.json"
 STUDY_FILE = "study.json"
+#: What lasting changes to the full schedule cost (tuner.proposals.sensitivity).
+SENSITIVITY_FILE = "sensitivity.json"
 #: Everything that a study writes into its directory, and so all that --fresh may remove.
 #: config.json comes last, so that an interrupted removal still leaves a folder that is recognised as a run.
 RUN_FILES = (
     *(EVIDENCE_FILE, f"{JOURNAL_FILE}*", STUDY_FILE, "profile.yaml", "profile.schema.json", "pareto.yaml"),
-    *("trials.csv", "report.html", LOG_FILE, "images", "references", "study.name", "measurements.jsonl", CONFIG_FILE),
+    *("trials.csv", "report.html", LOG_FILE, "images", "references", "study.name", "measurements.jsonl"),
+    *(SENSITIVITY_FILE, CONFIG_FILE),
 )
 
 

@@ -36,7 +36,7 @@ class Ledger:
 
     Attributes: full, full_key: the full schedule. baseline: its figures, None before it was measured. candidates, failed:
     by key. unmeasured: by key, those that found too little memory in this run. failures: both in order. dropped: keys that
-    were not judged, with the ratio predicted for them.
+    were not judged, with the ratio predicted for them. foreseen: keys that the predicted front proposed.
     """
 
     def __init__(self, run_dir: Path, space: SearchSpace, facts: Facts, budget: Budget, metrics: Sequence[MetricLimit]):
@@ -50,6 +50,7 @@ class Ledger:
         self.unmeasured: dict[str, Candidate] = {}
         self.failures: list[Failure] = []
         self.dropped: dict[str, float] = {}
+        self.foreseen: set[str] = set()
         self.baseline: Candidate | None = None
         schedule = exact(len(facts.grids))
         self.full = schedule.expand(facts.grids, facts.chunks)
@@ -82,7 +83,7 @@ class Ledger:
             schedule=schedule.to_dict(),
             steps=tuple(steps_to_data(steps)),
             accelerator=accelerator if isinstance(accelerator, str) else "+".join(dict.fromkeys(accelerator)),
-            source="sampler" if preset is None else f"enqueued: {preset}",
+            source=f"enqueued: {preset}" if preset else "predicted" if key in self.foreseen else "sampler",
             trial=proposal.trial,
             state="complete",
             skipped_scales=sum(step.skipped for step in steps),

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from tuner.config.limits import Budget
 
+if TYPE_CHECKING:
+    from tuner.proposals.sensitivity import Sensitivities
+
 #: Schedules proposed and walked together.
 ROUND = 5
+#: Schedules that a whole search evaluates, and one that follows the predicted front.
+FULL_TRIALS, QUICK_TRIALS = 30, 12
 
 
 @dataclass(frozen=True)
@@ -17,7 +23,9 @@ class Savings:
 
     batch: schedules proposed together. tree: they are walked as a tree, so what they share runs once. table: latency is
     predicted from measured step costs. rungs: clearly worse schedules are stopped after a few prompts. overlap: the next
-    round is proposed while this one runs.
+    round is proposed while this one runs. sensitivity: lasting changes are measured first, and the front that they predict is
+    proposed first. few: presets that are predicted to break a limit are passed over, and while predictions hold, no more than
+    the trials asked for are made; where they do not, FULL_TRIALS.
     """
 
     batch: int = ROUND
@@ -25,6 +33,8 @@ class Savings:
     table: bool = True
     rungs: bool = True
     overlap: bool = True
+    sensitivity: bool = False
+    few: bool = False
 
 
 #: Every schedule on every prompt, timed end to end.
@@ -39,7 +49,8 @@ class Options:
     trials: distinct schedules to evaluate, the full one not counted. time_budget_s: tuning time, verification included.
     sampler, storage: see Proposer. command: what reproduces the study. versions: for the record. samples: prompts whose images
     are kept for the report. patience: schedules without a larger feasible hypervolume after which the search ends; None
-    never. savings: how the search costs less than measuring everything.
+    never. savings: how the search costs less than measuring everything. earlier: sensitivities that another study of the
+    model measured.
     """
 
     budget: Budget
@@ -54,3 +65,4 @@ class Options:
     samples: int = 6
     patience: int | None = None
     savings: Savings = field(default_factory=Savings)
+    earlier: Sensitivities | None = None

@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 
 from stagevar.errors import ScheduleError
-from stagevar.schedule import Steps
-from tuner.config.coverage import SpaceCoverage, coverage
 from tuner.config.prompts import PromptSet
 from tuner.evaluation.evaluator import Evaluator
 from tuner.evaluation.executor import Executor, Failed, NotMeasured
 from tuner.proposals.sampler_process import ProposerProcess
+from tuner.proposals.sensitivity import Sensitivities
 from tuner.proposals.trial_sampler import STARTUP_TRIALS, Proposal, Proposer, Told
 from tuner.results.candidate import Candidate, LatencyStats
 from tuner.results.codec import build, to_plain
@@ -29,8 +28,10 @@ from tuner.study.ask_ahead import MOST_DUPLICATES, AskAhead, Asked, Fate, Round,
 from tuner.study.latency_source import LatencySource
 from tuner.study.ledger import Ledger
 from tuner.study.options import Savings
+from tuner.study.predicted_front import PredictedFront
 from tuner.study.progress import Progress
 from tuner.study.prompt_rungs import PromptRungs, RoundQuality
+from tuner.study.searched_space import coverage_of
 from tuner.study.verdict import preference
 from tuner.study.verification import paired_differences
 
@@ -46,7 +47,8 @@ class Search:
 
     Args:
         trials: distinct schedules to evaluate. patience: end when the feasible hypervolume has not moved for so many; None
-            never. out_of_time: why tuning time is over, or "". stop: asked between rounds whether to end now.
+            never. earlier: sensitivities of another study of the model. out_of_time: why tuning time is over, or "".
+            stop: asked between rounds whether to end now.
 
     Attributes: stop_reason: one line. told: trials told, repeats included.
     """
@@ -66,6 +68,7 @@ class Search:
         storage: str | None = None,
         patience: int | None = None,
         savings: Savings = _DEFAULT_SAVINGS,
+        earlier: Sensitivities | None = None,
         out_of_time: Callable[[], str] = lambda: "",
         stop: Callable[[], bool] = lambda: False,
     ):
@@ -74,6 +77,10 @@ class Search:
         self.auto, self.out_of_time, self.stop = sampler == "auto", out_of_time, stop
         self.latency = LatencySource(ledger, evaluator, progress)
         self.rungs = PromptRungs(ledger, executor, search_prompts, savings)
+        self.front: PredictedFront | None = None
+        if savings.sensitivity and ledger.quality:
+            parts = ledger, executor, search_prompts, self.latency, progress
+            self.front = PredictedFront(run_dir, *parts, seed, savings.few, earlier)
         self.stop_reason, self.told = "", 0
         self._presets_first = 0
         self._best, self._best_at = 0.0, 0
@@ -130,11 +137,17 @@ class Search:
         if self.savings.table and self.trials > max(len(presets), ledger.evaluated):
             with self.progress.part("timing"):
                 self.latency.fill_table(self.trials, self.seed)
+        if self.front is not None:
+            with self.progress.part("sensitivity"):
+                self.front.fill(records)
+            presets = self.front.worth_trying(presets)
         for proposal in self.proposer.recover(known):
             self._give_up(proposal)
         self.proposer.enqueue(presets)
         self._again(list(unmeasured.values()))
         self._presets_first = len(presets)
+        if self.front is not None:
+            self._presets_first += self.front.propose(self.proposer, self.trials)
         self._show()
 
     def _again(self, unmeasured: Sequence[Candidate]) -> None:
@@ -310,6 +323,9 @@ class Search:
             else:
                 self.proposer.fail(candidate.trial)
         self._note_hypervolume()
+        if self.front is not None:
+            self.trials = self.front.judge(self.trials)
+            self.front.propose(self.proposer, self.trials)
         self._show()
         return following
 
@@ -371,20 +387,6 @@ class Search:
             "ask_seconds": [round(s, 4) for s in self.ask_seconds],
             "waited_s": round(self._waited_s, 3),
             "proposing_at_the_end": self.proposed,
-            "space": to_plain(dataclasses.asdict(self._coverage())),
+            **({} if self.front is None else {"prediction": self.front.facts()}),
+            "space": to_plain(dataclasses.asdict(coverage_of(ledger, table, self.seed))),
         }
-
-    def _coverage(self) -> SpaceCoverage:
-        ledger, table, grids = self.ledger, self.latency.table, self.ledger.facts.grids
-        tried = [
-            c.params or ledger.space.nearest_values(ledger.schedules[c.key], grids) for c in ledger.candidates.values()
-        ]
-
-        predicts = table.trusted
-
-        def ratio(steps: Steps) -> float | None:
-            return table.predict(steps).ratio if predicts and table.covers(steps) else None
-
-        known = ledger.baseline is not None and ledger.baseline.latency is not None
-        budget = ledger.budget_ratio if known else 1.0
-        return coverage(ledger.space, grids, ledger.facts.chunks, tried, ratio, budget, self.seed)

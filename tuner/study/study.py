@@ -68,11 +68,10 @@ class Study:
         if self.space is not space:
             for name, why in self.facts.refused.items():
                 self.progress.say(f"precision {name} is not searched: it cannot run here ({why})")
-        space = self.space
-        space.fit(self.facts.grids)
-        self.metrics = quality_limits(space.quality, options.max_drop)
+        self.space.fit(self.facts.grids)
+        self.metrics = quality_limits(self.space.quality, options.max_drop)
         self.config = RunConfig(run_dir, options.command)
-        self.ledger = Ledger(run_dir, space, self.facts, options.budget, self.metrics)
+        self.ledger = Ledger(run_dir, self.space, self.facts, options.budget, self.metrics)
         self.judged_on: list[int] = []
         self.told = 0
         self.stop_reason = ""
@@ -177,6 +176,7 @@ class Study:
             storage=options.storage,
             patience=options.patience,
             savings=options.savings,
+            earlier=options.earlier,
             out_of_time=self._out_of_time,
             stop=self.stop,
         )
@@ -388,7 +388,7 @@ class Study:
             reason=conclusion.reason,
             stop_reason=self.stop_reason,
             trials=self.told,
-            sampled=sum(c.source == "sampler" for c in ledger.candidates.values()),
+            sampled=sum(not c.source.startswith("enqueued") for c in ledger.candidates.values()),
             phases_s=dict(self.progress.seconds),
             search=self.search_facts,
             failures=tuple(ledger.failures),

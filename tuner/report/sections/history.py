@@ -78,6 +78,14 @@ def _savings(result: StudyResult) -> str:
                 f", with an error of {100 * facts['table_error']:.1f} % over {facts['table_checks']} that were timed"
             )
         found.append(f"{line}.")
+    foretold = facts.get("prediction", {}).get("metrics", {})
+    for metric, one in foretold.items():
+        if one["rank_correlation"] is not None:
+            ceiling = "" if one["ceiling"] is None else f" (noise allows {one['ceiling']:.2f})"
+            found.append(
+                f"Sensitivities ranked {one['schedules']} schedules by {metric} with a correlation of "
+                f"{one['rank_correlation']:.2f}{ceiling}; {100 * one['coverage']:.0f} % lay within their intervals."
+            )
     if facts.get("ask_seconds"):
         found.append(f"An ask took {np.median(facts['ask_seconds']):.2f} s in the median.")
     return " " + " ".join(found) if found else ""

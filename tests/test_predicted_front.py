@@ -1,0 +1,132 @@
+"""Sensitivities before trials, on fakes: the table, the front that it proposes, when it is not believed, and what is kept."""
+
+import json
+
+import numpy as np
+import pytest
+
+from stagevar.errors import UsageError
+from tests.fakes import FULL_TOKENS, study, tokens
+from tuner.proposals.sensitivity import Sensitivities
+from tuner.proposals.trial_sampler import Proposer
+from tuner.results.run_dir import SENSITIVITY_FILE, EvidenceLog
+from tuner.study.options import FULL_TRIALS, Savings
+from tuner.study.predicted_front import Forecast, layers, load_table
+
+FRONT = Savings(overlap=False, sensitivity=True)
+FEW = Savings(overlap=False, sensitivity=True, few=True)
+SPACE = {"prompts": {"source": "nano", "search": 64, "heldout": 64, "micro_batch": 8}}
+
+
+def drop(steps):
+    """What is left out costs; a skipped last scale costs all."""
+    return 0.6 if steps[-1].skipped else 0.3 * (1 - tokens(steps) / FULL_TOKENS)
+
+
+def run(path, savings=FRONT, **options):
+    one = study(
+        path, {"drop": drop, "noise": 0.0}, SPACE, **{"trials": 12, "max_drop": 0.3, "savings": savings, **options}
+    )
+    return one.run(), one
+
+
+def test_the_predicted_front_is_tried_first_and_what_it_said_is_compared(tmp_path):
+    result, _ = run(tmp_path)
+    predicted = [c for c in result.candidates if c.source == "predicted"]
+    assert 1 <= len(predicted) <= 6, "half of the trials stay the sampler's"
+    presets = [c for c in result.candidates if c.source.startswith("enqueued")]
+    assert max(c.trial for c in presets) < min(c.trial for c in predicted)
+    assert not any(c.skipped_scales for c in predicted), "the table says what the last scale costs"
+    assert all(c.latency.ratio.mean <= 0.6 * 1.1 for c in predicted)
+    facts = result.search["prediction"]
+    assert facts["measured"] and facts["trusted"] and facts["proposed"] == len(predicted) and facts["prompts"] == 16
+    assert facts["metrics"]["geneval_nano"]["rank_correlation"] > 0.5
+    assert result.sampled == len(result.candidates) - len(presets)
+
+
+def test_few_trials_pass_presets_over_that_are_predicted_to_break_a_limit(tmp_path):
+    result, _ = run(tmp_path, FEW, trials=6)
+    assert not any(c.source == "enqueued: skip-1" for c in result.candidates)
+    assert len(result.candidates) == 6 and sum(c.source == "predicted" for c in result.candidates) >= 4
+
+
+def test_the_table_is_measured_once_and_kept_for_other_studies(tmp_path):
+    run(tmp_path, trials=4)
+    [record] = [r for r in EvidenceLog(tmp_path).read() if r["kind"] == "sensitivity"]
+    kept = load_table(tmp_path, "fake")
+    assert kept.to_data() == Sensitivities.from_data(record["table"]).to_data()
+    calls = []
+    one_more = study(tmp_path, {"drop": drop, "noise": 0.0}, SPACE, trials=6, max_drop=0.3, savings=FRONT)
+    inner = one_more.executor.run
+    one_more.executor.run = lambda tasks: (calls.extend(len(t.schedules) for t in tasks), inner(tasks))[1]
+    result = one_more.run()
+    assert len(result.candidates) == 6 and max(calls) < len(kept.rows), "no task holds the table again"
+    assert len([r for r in EvidenceLog(tmp_path).read() if r["kind"] == "sensitivity"]) == 1
+
+
+@pytest.mark.parametrize("method", ["again", "begin", "tell"])
+def test_killed_around_its_proposals_a_study_reaches_its_target_with_one_table(tmp_path, monkeypatch, method):
+    class Killed(BaseException):
+        pass
+
+    def dying(self, *args):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Proposer, method, dying)
+        with pytest.raises(Killed):
+            run(tmp_path, trials=8)
+    result, _ = run(tmp_path, trials=8)
+    assert len({c.key for c in result.candidates}) == len(result.candidates) == 8
+    assert any(c.source == "predicted" for c in result.candidates)
+    assert len([r for r in EvidenceLog(tmp_path).read() if r["kind"] == "sensitivity"]) == 1
+
+
+def test_an_earlier_table_is_taken_over_where_it_has_the_metrics(tmp_path):
+    run(tmp_path / "a", trials=4)
+    earlier = load_table(tmp_path / "a", "fake")
+    result, _ = run(tmp_path / "b", trials=6, earlier=earlier, seed=1)
+    assert result.search["prediction"]["measured"] is False and (tmp_path / "b" / SENSITIVITY_FILE).exists()
+    other = Sensitivities(["clip_score"], earlier.rows)
+    result, _ = run(tmp_path / "c", trials=4, earlier=other)
+    assert result.search["prediction"]["measured"] is True
+
+
+def test_predictions_that_do_not_hold_are_said_and_followed_no_further(tmp_path, capsys):
+    """A table that has it the wrong way round: what it calls harmless is what costs."""
+    run(tmp_path / "a", trials=4)
+    right = load_table(tmp_path / "a", "fake")
+    worst = min(row.min() for row in right.rows.values())
+    wrong = Sensitivities(right.metrics, {c: np.minimum(0, worst - row) / 4 for c, row in right.rows.items()})
+    result, _ = run(tmp_path / "b", FEW, trials=12, earlier=wrong, budget="95%")
+    facts = result.search["prediction"]
+    assert facts["trusted"] is False and facts["metrics"]["geneval_nano"]["rank_correlation"] < 0.3
+    assert len(result.candidates) == FULL_TRIALS, "then it is a whole search"
+    assert any(c.source == "sampler" for c in result.candidates)
+
+
+def test_without_a_metric_there_is_no_table(tmp_path):
+    one = study(tmp_path, {"random_weights": True}, trials=4, savings=FRONT)
+    result = one.run()
+    assert "prediction" not in result.search and not (tmp_path / SENSITIVITY_FILE).exists()
+
+
+def test_a_front_is_proposed_from_its_ends_inwards_and_the_next_front_after_it():
+    first = [Forecast({}, f"a{n}", 0.1 * n, float(n), True) for n in range(1, 6)]
+    second = [Forecast({}, f"b{n}", 0.1 * n + 0.05, float(n) - 0.5, True) for n in range(1, 6)]
+    keys = [forecast.key for forecast in layers([*second, *first])]
+    assert keys == ["a5", "a1", "a3", "a2", "a4", "b5", "b1", "b3", "b2", "b4"]
+    assert layers([]) == [] and [f.key for f in layers(first[:1])] == ["a1"]
+
+
+def test_a_table_of_another_model_or_a_damaged_one_is_refused(tmp_path):
+    assert load_table(tmp_path, "fake") is None and load_table(tmp_path / "profile.yaml", "fake") is None
+    run(tmp_path, trials=1)
+    with pytest.raises(UsageError, match="is of model 'fake', not 'nano'"):
+        load_table(tmp_path, "nano")
+    assert load_table(tmp_path / "profile.yaml", "fake") is not None, "beside a profile"
+    path = tmp_path / SENSITIVITY_FILE
+    for text in ("{", "[]", "{}", json.dumps({**json.loads(path.read_text()), "changes": [{}]})):
+        path.write_text(text)
+        with pytest.raises(UsageError, match="is damaged"):
+            load_table(tmp_path, "fake")

@@ -1,0 +1,358 @@
+"""Sensitivities before trials: a table of lasting changes, the front that it predicts, and whether to go on believing it."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stagevar.errors import ScheduleError, UsageError
+from stagevar.files import write_text_atomically, writing
+from stagevar.schedule import Steps
+from tuner.config.prompts import PromptSet
+from tuner.config.quality import factors, limited
+from tuner.config.space import Value, draw, draws, steps_key
+from tuner.evaluation.executor import Executor, Failed, QualityTask
+from tuner.proposals.sampler_process import ProposerProcess
+from tuner.proposals.sensitivity import (
+    Change,
+    Sensitivities,
+    agreement,
+    alone,
+    changes_to_measure,
+    noise_ceiling,
+    predicted,
+)
+from tuner.proposals.trial_sampler import Proposal, Proposer
+from tuner.results import pareto
+from tuner.results.run_dir import SENSITIVITY_FILE
+from tuner.study.latency_source import LatencySource
+from tuner.study.ledger import Ledger
+from tuner.study.options import FULL_TRIALS, ROUND
+from tuner.study.progress import Progress
+
+SCHEMA = "stagevar-sensitivity/1"
+#: Prompts of the table; the search set is ordered so that the first ones hold every task in its share.
+TABLE_PROMPTS = 16
+#: Schedules drawn from the space to find its lasting changes, and settings drawn for the predicted front.
+CHANGE_DRAWS, FRONT_DRAWS = 300, 2000
+#: Schedules of the predicted fronts that are kept, best fronts first.
+MOST_FORECASTS = 100
+#: Schedules that have to be measured before predictions are judged by them.
+LEAST_JUDGED = 6
+#: Rank correlation, as a share of its noise ceiling, below which predictions propose nothing more; and the least ceiling that
+#: lets anything be told from noise.
+TRUST, LEAST_CEILING = 0.5, 0.5
+#: Predicted ratios may err by so much before a preset counts as beyond the budget.
+_SLACK = 1.1
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A schedule of the space before it was measured.
+
+    values: of the parameters. ratio: predicted latency over the full schedule's. quality: predicted composite, in
+    allowances. kept: whether every limit may be kept, by one standard error.
+    """
+
+    values: dict[str, Value]
+    key: str
+    ratio: float
+    quality: float
+    kept: bool
+
+
+class PredictedFront:
+    """The sensitivity table of one search and what it proposes.
+
+    Args:
+        prompts: of the search. latency: its table of step costs, filled before. few: see `Savings`. earlier: a table that
+            another study of the model measured, taken over where it holds every metric.
+
+    Attributes: forecasts: of the predicted front, those that were not proposed yet. table: None before `fill`, or where the
+    space has no change to measure. trusted: whether measured schedules leave it believable. measured: whether the table was
+    measured here.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        ledger: Ledger,
+        executor: Executor,
+        prompts: PromptSet,
+        latency: LatencySource,
+        progress: Progress,
+        seed: int,
+        few: bool = False,
+        earlier: Sensitivities | None = None,
+    ):
+        self.path, self.ledger, self.executor, self.prompts = run_dir / SENSITIVITY_FILE, ledger, executor, prompts
+        self.latency, self.progress, self.seed, self.few, self.earlier = latency, progress, seed, few, earlier
+        self.table: Sensitivities | None = None
+        self.trusted, self.measured = True, False
+        self._proposed: list[str] = []
+        self.forecasts: list[Forecast] = []
+
+    # ------------------------------------------------------------------------------------------------ the table
+
+    def fill(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Takes the table that this study or an earlier one measured, or measures it; keeps it in the run directory."""
+        known = next((record["table"] for record in records if record["kind"] == "sensitivity"), None)
+        metrics = [limit.metric for limit in self.ledger.metrics]
+        if known is not None:
+            self.table = Sensitivities.from_data(known)
+        elif not self.take_earlier():
+            self._measure(metrics)
+        if self.table is not None:
+            if known is None:
+                self.ledger.evidence.append({"kind": "sensitivity", "table": self.table.to_data()})
+            self._keep()
+
+    def take_earlier(self) -> bool:
+        """Takes over the earlier study's table, if there is one of this study's metrics."""
+        metrics = [limit.metric for limit in self.ledger.metrics]
+        if self.earlier is None or not set(metrics) <= set(self.earlier.metrics):
+            return False
+        rows = [self.earlier.metrics.index(metric) for metric in metrics]
+        self.table = Sensitivities(metrics, {c: row_MN[rows] for c, row_MN in self.earlier.rows.items()})
+        self.progress.say(f"sensitivities of {len(self.table.rows)} changes are taken from the earlier study")
+        self._keep()
+        return True
+
+    def _keep(self) -> None:
+        assert self.table is not None
+        save_table(self.path, self.ledger.facts.model, self.ledger.facts.grids, self.table)
+        self.forecasts = self._front()
+
+    def _measure(self, metrics: Sequence[str]) -> None:
+        ledger = self.ledger
+        facts = ledger.facts
+        drawn = draws(ledger.space, facts.grids, facts.chunks, self.seed, CHANGE_DRAWS)
+        changes = changes_to_measure([*ledger.steps.values(), *drawn])
+        if not changes:
+            return
+        schedules = tuple(alone(change, ledger.full) for change in changes)
+        batches = range(min(self.prompts.batches, -(-TABLE_PROMPTS // self.prompts.micro_batch)))
+        gathered: dict[int, list[Any]] = {}
+        for task, outcomes in self.executor.run([QualityTask(schedules, "search", batch) for batch in batches]):
+            gathered[task.batch] = outcomes
+            self.progress.update(ledger.evaluated, f"sensitivity of {len(changes)} changes")
+        rows: dict[Change, np.ndarray] = {}
+        for index, change in enumerate(changes):
+            parts = [gathered[batch][index] for batch in batches]
+            if any(isinstance(part, Failed) for part in parts):
+                continue
+            rows[change] = np.stack([self._differences(parts, metric) for metric in metrics])
+        self.measured = bool(rows)
+        self.table = Sensitivities(metrics, rows) if rows else None
+
+    def _differences(self, parts: Sequence[Mapping[str, Any]], metric: str) -> np.ndarray:
+        own = np.concatenate([np.asarray(part[metric], dtype=np.float64) for part in parts])
+        full = np.asarray(self.ledger.measured_baseline.values[metric])[: own.size]
+        sign = 1.0 if self.ledger.facts.higher_is_better.get(metric, True) else -1.0
+        return sign * (own - full)
+
+    # ------------------------------------------------------------------------------------------------ the front
+
+    def worth_trying(self, presets: dict[str, dict[str, Value]]) -> dict[str, dict[str, Value]]:
+        """Presets that may be within budget and limits by all that is predicted of them; all of them, unless few are wanted."""
+        if not self.few:
+            return presets
+        ledger, kept = self.ledger, {}
+        for name, values in presets.items():
+            steps = ledger.space.known_schedule(name, ledger.facts.grids).expand(
+                ledger.facts.grids, ledger.facts.chunks
+            )
+            forecast = self.forecast(values, steps)
+            if forecast is None or (forecast.kept and forecast.ratio <= _SLACK * ledger.budget_ratio):
+                kept[name] = values
+        return kept
+
+    def propose(self, proposer: Proposer | ProposerProcess, trials: int) -> int:
+        """Queues the next schedules of the predicted front while predictions hold; returns how many.
+
+        trials: how many schedules the search evaluates in all; half of them stay the sampler's, unless few are wanted.
+        """
+        ledger = self.ledger
+        if not self.trusted or not all(key in ledger.known for key in self._proposed):
+            return 0
+        most = trials if self.few else trials // 2
+        count = min(ROUND, trials - ledger.evaluated, most - len(self._proposed))
+        fresh = [forecast for forecast in self.forecasts if forecast.key not in ledger.known]
+        chosen, self.forecasts = fresh[: max(0, count)], fresh[max(0, count) :]
+        self._proposed += [forecast.key for forecast in chosen]
+        ledger.foreseen.update(forecast.key for forecast in chosen)
+        if chosen:
+            proposer.again([Proposal(-1, forecast.values) for forecast in chosen])
+        return len(chosen)
+
+    def _front(self) -> list[Forecast]:
+        """Drawn schedules within budget and limits, best fronts first."""
+        ledger, rng = self.ledger, random.Random(self.seed)
+        found: dict[str, Forecast] = {}
+        for _ in range(FRONT_DRAWS):
+            values = draw(ledger.space, rng)
+            try:
+                steps = ledger.space.schedule(values, ledger.facts.grids).expand(
+                    ledger.facts.grids, ledger.facts.chunks
+                )
+            except ScheduleError:
+                continue
+            key = steps_key(steps)
+            if key in found or key == ledger.full_key:
+                continue
+            forecast = self.forecast(values, steps, key)
+            if forecast is not None and forecast.kept and forecast.ratio <= ledger.budget_ratio:
+                found[key] = forecast
+        return layers(list(found.values()))
+
+    def forecast(self, values: dict[str, Value], steps: Steps, key: str = "") -> Forecast | None:
+        """None where the table cannot tell."""
+        found_MN = None if self.table is None else self.table.differences(steps)
+        if found_MN is None:
+            return None
+        limits, composite, kept = self.ledger.metrics, 0.0, True
+        per_unit = factors(limits)
+        for limit, row_N in zip(limits, found_MN, strict=True):
+            one = predicted(row_N)
+            composite += per_unit[limit.metric] * one.mean
+            if limit.max_drop is not None:
+                kept &= one.mean + one.standard_error >= -limit.max_drop
+        return Forecast(values, key, self.ratio(steps), composite, kept)
+
+    def ratio(self, steps: Steps) -> float:
+        """Predicted latency over the full schedule's: by step costs, else by token rows."""
+        table = self.latency.table
+        if table.filled and table.covers(steps):
+            return table.predict(steps).ratio
+        chunks = self.ledger.facts.chunks
+        rows = [sum(step.processed_tokens(chunks) for step in one) for one in (steps, self.ledger.full)]
+        return float(rows[0] / rows[1])
+
+    # ------------------------------------------------------------------------------------------------ how well it predicts
+
+    def judge(self, trials: int) -> int:
+        """Compares predictions with what was measured since; returns how many schedules the search evaluates in all.
+
+        trials: how many it would. Those few become a whole search where predictions do not hold, which is said once.
+        """
+        expected, measured = self._pairs("quality")
+        if not self.trusted or len(expected) < LEAST_JUDGED:
+            return trials
+        reached = agreement([predicted(row_N) for row_N in expected], measured).rank_correlation
+        ceiling = _ceiling(measured)
+        if reached is None or ceiling is None or ceiling < LEAST_CEILING or reached >= TRUST * ceiling:
+            return trials
+        self.trusted = False
+        self.progress.say(
+            f"predictions are not trusted any more: rank correlation {reached:.2f} on {len(expected)} schedules, "
+            f"where noise allows {ceiling:.2f}"
+        )
+        return max(trials, FULL_TRIALS) if self.few else trials
+
+    def _pairs(self, metric: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Predicted and measured differences per prompt, of schedules judged on prompts that the table did not see."""
+        expected: list[np.ndarray] = []
+        measured: list[np.ndarray] = []
+        if self.table is None or self.ledger.baseline is None:
+            return expected, measured
+        per_unit, full = factors(self.ledger.metrics), self.ledger.measured_baseline.values
+        for candidate in self.ledger.candidates.values():
+            found_MN = self.table.differences(self.ledger.steps[candidate.key])
+            values = candidate.values.get(metric)
+            if found_MN is None or not values or len(values) < self.table.prompts + 2:
+                continue
+            rows = dict(zip(self.table.metrics, found_MN, strict=True))
+            sign = 1.0 if self.ledger.facts.higher_is_better.get(metric, True) or metric == "quality" else -1.0
+            own = sign * (np.asarray(values) - np.asarray(full[metric])[: len(values)])
+            measured.append(own[self.table.prompts :])
+            expected.append(
+                rows[metric] if metric in rows else sum(per_unit[name] * row_N for name, row_N in rows.items())
+            )
+        return expected, measured
+
+    def facts(self) -> dict[str, Any]:
+        """How well predictions matched, for the result."""
+        found: dict[str, Any] = {
+            "changes": 0 if self.table is None else len(self.table.rows),
+            "prompts": 0 if self.table is None else self.table.prompts,
+            "measured": self.measured,
+            "proposed": len(self._proposed),
+            "trusted": self.trusted,
+            "metrics": {},
+        }
+        for limit in [*limited(self.ledger.metrics)] if self.table is not None else []:
+            expected, measured = self._pairs(limit.metric)
+            if len(expected) >= 2:
+                one = agreement([predicted(row_N) for row_N in expected], measured)
+                found["metrics"][limit.metric] = {
+                    "schedules": one.count,
+                    "rank_correlation": one.rank_correlation,
+                    "ceiling": _ceiling(measured),
+                    "coverage": one.coverage,
+                    "bias": one.bias,
+                }
+        return found
+
+
+def _ceiling(measured: Sequence[np.ndarray]) -> float | None:
+    fewest = min(row.size for row in measured)
+    return noise_ceiling([row[:fewest] for row in measured])
+
+
+def layers(forecasts: Iterable[Forecast]) -> list[Forecast]:
+    """Forecasts by non-dominated fronts of predicted ratio and quality, each spread over latency: ends and middle first."""
+    left, ordered = list(forecasts), list[Forecast]()
+    while left and len(ordered) < MOST_FORECASTS:
+        front = pareto.front([(one.ratio, one.quality) for one in left])
+        ordered += [left[index] for index in _spread(sorted(front, key=lambda index: left[index].ratio))]
+        members = set(front)
+        left = [one for index, one in enumerate(left) if index not in members]
+    return ordered
+
+
+def _spread(items: Sequence[int]) -> list[int]:
+    """The last, the first, the middle, the middles of the halves, and so on: any beginning is spread over all."""
+    ends = dict.fromkeys([*items[-1:], *items[:1]])
+    spans = [(0, len(items) - 1)]
+    while spans:
+        low, high = spans.pop(0)
+        middle = (low + high) // 2
+        if low < middle < high:
+            ends[items[middle]] = None
+            spans += [(low, middle), (middle, high)]
+    return [*ends, *(item for item in items if item not in ends)]
+
+
+# ---------------------------------------------------------------------------------------------------- in the run directory
+
+
+def save_table(path: Path, model: str, grids: Sequence[Any], table: Sensitivities) -> None:
+    """Writes a table beside the study."""
+    data = {"schema": SCHEMA, "model": model, "scales": len(grids), **table.to_data()}
+    with writing(path):
+        write_text_atomically(path, json.dumps(data) + "\n")
+
+
+def load_table(run: Path, model: str) -> Sensitivities | None:
+    """The table of an earlier run, or of the run that a profile lies in; None where there is none.
+
+    Raises UsageError for one of another model or one that is damaged.
+    """
+    path = (run if run.is_dir() else run.parent) / SENSITIVITY_FILE
+    if not path.is_file():
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            raise ValueError("no table of this version")
+        if data["model"] != model:
+            raise UsageError(f"{path} is of model {data['model']!r}, not {model!r}")
+        return Sensitivities.from_data(data)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"{path} is damaged ({error}); remove it, and the study measures anew") from None
