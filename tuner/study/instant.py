@@ -17,11 +17,11 @@ from stagevar.schedule import Steps
 from tuner.proposals.trial_sampler import Proposal
 from tuner.results.candidate import Candidate, LatencyStats
 from tuner.results.result import StudyResult
+from tuner.study.finalist_times import BASELINE, latency_stats
 from tuner.study.latency_source import SEARCH_ROUNDS, LatencySource
 from tuner.study.predicted_front import PredictedFront
 from tuner.study.study import Study
 from tuner.study.verdict import LEAST_GAIN, Conclusion
-from tuner.study.verification import BASELINE, latency_stats
 
 #: Schedules that are timed end to end, best first.
 TIMED = 3

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from stagevar.errors import UsageError
-from tests.fakes import FULL_TOKENS, study, tokens
+from tests.fakes.studies import FULL_TOKENS, study, tokens
 from tuner.proposals.sensitivity import Sensitivities
 from tuner.proposals.trial_sampler import Proposer
 from tuner.results.run_dir import SENSITIVITY_FILE, EvidenceLog

@@ -5,7 +5,7 @@ import yaml
 
 from stagevar.errors import EXIT_CODES as MEANINGS
 from stagevar.profile import Profile
-from tests.fakes import FULL_TOKENS, SPACE, FakeEvaluator, study, tokens
+from tests.fakes.studies import FULL_TOKENS, SPACE, FakeEvaluator, study, tokens
 from tuner.cli.console import write_derived
 from tuner.config.space import parse_space
 from tuner.report.next_steps import next_steps
