@@ -40,7 +40,7 @@ from tuner.evaluation.executor import Executor, Failed, Outcome, QualityTask
 log = logging.getLogger(__name__)
 
 #: What results have to agree in, by name; plain data.
-Context: TypeAlias = dict[str, Any]
+Context: TypeAlias = dict[str, object]
 #: Kept with every context, so that a later layout is no result of this one.
 LAYOUT = 1
 #: Where the code is that decides images, values or step costs.
@@ -99,7 +99,7 @@ def cost_context(facts: Facts) -> Context:
     )
 
 
-def _options(value: Any) -> dict[str, Any]:
+def _options(value: Any) -> dict[str, object]:
     """A metric's options without its weight and limit, which change no value of its own."""
     return {k: v for k, v in value.items() if k not in ("weight", "max_drop")} if isinstance(value, Mapping) else {}
 

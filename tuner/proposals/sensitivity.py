@@ -277,13 +277,13 @@ class Sensitivities:
 
     # ------------------------------------------------------------------------------------------------ as plain data
 
-    def to_data(self) -> dict[str, Any]:
+    def to_data(self) -> dict[str, object]:
         """As it is kept in a run directory."""
         changes = [{**_to_data(change), "differences": row_MN.tolist()} for change, row_MN in self.rows.items()]
         return {"metrics": list(self.metrics), "changes": changes}
 
     @classmethod
-    def from_data(cls, data: Mapping[str, Any]) -> Sensitivities:
+    def from_data(cls, data: Any) -> Sensitivities:
         """The inverse of `to_data`. Raises ValueError for anything else."""
         try:
             return cls(data["metrics"], {_from_data(entry): entry["differences"] for entry in data["changes"]})
@@ -295,7 +295,7 @@ _CHANGES = {"guidance ends": GuidanceEnds, "fewer tokens": FewerTokens, "left ou
 _KINDS = {"low rank": LowRank, "pivotal": Pivotal, "plugged": Plugged}
 
 
-def _to_data(change: Change) -> dict[str, Any]:
+def _to_data(change: Change) -> dict[str, object]:
     what = next(name for name, cls in _CHANGES.items() if type(change) is cls)
     data = {"change": what, **dataclasses.asdict(change)}
     if isinstance(change, FewerTokens):
@@ -304,7 +304,7 @@ def _to_data(change: Change) -> dict[str, Any]:
     return data
 
 
-def _from_data(entry: Mapping[str, Any]) -> Change:
+def _from_data(entry: Any) -> Change:
     given = {name: _tuples(value) for name, value in entry.items() if name not in ("change", "differences")}
     if "kind" in given:
         kind = {name: _tuples(value) for name, value in given["kind"].items()}

@@ -100,7 +100,7 @@ class PredictedFront:
 
     # ------------------------------------------------------------------------------------------------ the table
 
-    def fill(self, records: Sequence[Mapping[str, Any]]) -> None:
+    def fill(self, records: Sequence[Mapping[str, object]]) -> None:
         """Takes the table that this study or an earlier one measured, or measures it; keeps it in the run directory."""
         known = next((record["table"] for record in records if record["kind"] == "sensitivity"), None)
         metrics = [limit.metric for limit in self.ledger.metrics]
@@ -151,7 +151,7 @@ class PredictedFront:
         self.measured = bool(rows)
         self.table = Sensitivities(metrics, rows) if rows else None
 
-    def _differences(self, parts: Sequence[Mapping[str, Any]], metric: str) -> np.ndarray:
+    def _differences(self, parts: Sequence[Mapping[str, np.ndarray]], metric: str) -> np.ndarray:
         own = np.concatenate([np.asarray(part[metric], dtype=np.float64) for part in parts])
         full = np.asarray(self.ledger.measured_baseline.values[metric])[: own.size]
         sign = 1.0 if self.ledger.facts.higher_is_better.get(metric, True) else -1.0
@@ -245,7 +245,7 @@ class PredictedFront:
         if not self.trusted or len(expected) < LEAST_JUDGED:
             return trials
         reached = agreement([predicted(row_N) for row_N in expected], measured).rank_correlation
-        ceiling = _ceiling(measured)
+        ceiling = _ceiling(expected, measured)
         if reached is None or ceiling is None or ceiling < LEAST_CEILING or reached >= TRUST * ceiling:
             return trials
         self.trusted = False
@@ -276,33 +276,38 @@ class PredictedFront:
             )
         return expected, measured
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         """How well predictions matched, for the result."""
-        found: dict[str, Any] = {
-            "changes": 0 if self.table is None else len(self.table.rows),
-            "prompts": 0 if self.table is None else self.table.prompts,
-            "measured": self.measured,
-            "proposed": len(self._proposed),
-            "trusted": self.trusted,
-            "metrics": {},
-        }
-        for limit in [*limited(self.ledger.metrics)] if self.table is not None else []:
+        table, metrics = self.table, dict[str, object]()
+        for limit in limited(self.ledger.metrics) if table is not None else ():
             expected, measured = self._pairs(limit.metric)
             if len(expected) >= 2:
                 one = agreement([predicted(row_N) for row_N in expected], measured)
-                found["metrics"][limit.metric] = {
+                metrics[limit.metric] = {
                     "schedules": one.count,
                     "rank_correlation": one.rank_correlation,
-                    "ceiling": _ceiling(measured),
+                    "ceiling": _ceiling(expected, measured),
                     "coverage": one.coverage,
                     "bias": one.bias,
                 }
-        return found
+        return {
+            "changes": 0 if table is None else len(table.rows),
+            "prompts": 0 if table is None else table.prompts,
+            "measured": self.measured,
+            "proposed": len(self._proposed),
+            "trusted": self.trusted,
+            "metrics": metrics,
+        }
 
 
-def _ceiling(measured: Sequence[np.ndarray]) -> float | None:
+def _ceiling(expected: Sequence[np.ndarray], measured: Sequence[np.ndarray]) -> float | None:
+    """The rank correlation to be expected of true predictions, with the noise of both; None where either does not vary.
+
+    Among schedules that lose next to nothing the few prompts of the table tell no more than chance would.
+    """
     fewest = min(row.size for row in measured)
-    return noise_ceiling([row[:fewest] for row in measured])
+    one, other = noise_ceiling(expected), noise_ceiling([row[:fewest] for row in measured])
+    return None if one is None or other is None else one * other
 
 
 def layers(forecasts: Iterable[Forecast]) -> list[Forecast]:
