@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo check test lint docs wheel clean
+.PHONY: help demo check test lint docs notebook wheel clean
 
 help:
 	@echo 'make demo    installs into .venv, tunes the shipped model nano on the CPU, leaves outputs/demo/'
@@ -12,6 +12,7 @@ help:
 	@echo 'make test    every test'
 	@echo 'make lint    ruff: rules and format; mypy: types'
 	@echo 'make docs    builds the documentation site into site/, warnings are errors'
+	@echo 'make notebook executes examples/tune_nano.ipynb and keeps its outputs, about two minutes'
 	@echo 'make wheel   builds, checks and installs the wheel into empty environments'
 	@echo 'make clean   removes .venv, build, dist and site; never outputs/'
 	@echo 'PYTHON=/path/to/python3.12 before any of them picks the interpreter of a new .venv'
@@ -35,6 +36,10 @@ check: lint
 docs: $(STAMP)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[docs]'
 	$(BIN)/python -m mkdocs build --strict
+
+notebook: $(STAMP)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[notebook]'
+	$(BIN)/python .ci/execute_notebook.py examples/tune_nano.ipynb
 
 wheel:
 	.ci/install_wheel.sh

@@ -1,11 +1,13 @@
 """Examples run as they are printed: scripts, the sweep, and a package of plug-ins with its own tests."""
 
 import inspect
+import json
 import re
 import runpy
 import sys
 import tomllib
 from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -67,6 +69,48 @@ def test_a_study_from_python_leaves_its_front_as_a_table(tmp_path, monkeypatch, 
     assert len(front) >= 1 and front["on_front"].all()
     assert sum(" ms with " in line for line in said) == len(front)
     assert said[-1] == f"look at {tmp_path / 'run' / 'report.html'}"
+
+
+# ------------------------------------------------------------------------------------------------ the notebook
+
+
+NOTEBOOK = json.loads((EXAMPLES / "tune_nano.ipynb").read_text(encoding="utf-8"))
+CODE = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
+
+
+def test_the_notebook_was_executed_from_top_to_bottom_and_kept_its_outputs():
+    assert [cell["execution_count"] for cell in CODE] == list(range(1, len(CODE) + 1))
+    outputs = [output for cell in CODE for output in cell["outputs"]]
+    assert all(cell["outputs"] for cell in CODE) and "error" not in {output["output_type"] for output in outputs}
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    assert "<b>verified</b>" in "".join(CODE[0]["outputs"][-1]["data"]["text/html"])
+    assert not re.search(r"/(home|root|tmp|usr|work)/", json.dumps([cell["outputs"] for cell in CODE]))
+    assert NOTEBOOK["metadata"]["kernelspec"]["name"] == "python3"
+
+
+@pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive")
+def test_every_cell_of_the_notebook_runs(tmp_path, monkeypatch, capsys):
+    """On a make-believe study with the notebook's own options; `make notebook` executes the real one."""
+    checked_options = []
+
+    def build(checked, progress, stop):
+        checked_options.append((checked.args.heldout, checked.args.fresh))
+        return fakes.study(checked.run_dir, trials=checked.args.trials, command=checked.command, stop=stop)
+
+    def expand(profile, model):  # the make-believe model has other scales
+        return paper(model.grids).expand(model.grids, len(model.transformer.chunk_layers))
+
+    monkeypatch.setattr(tune_command, "build_study", build)
+    monkeypatch.setattr(Profile, "expand", expand)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    (tmp_path / "examples").mkdir()
+    monkeypatch.chdir(tmp_path / "examples")
+    names = {}
+    for cell in CODE:
+        exec(compile("".join(cell["source"]), "tune_nano.ipynb", "exec"), names)
+    assert len(checked_options) == 1 and names["result"].report == Path("../outputs/notebook/report.html")
+    assert len(names["known"]) > len(names["front"]) >= 1
+    assert "report: ../outputs/notebook/report.html" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------ the package of plug-ins
