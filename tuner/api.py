@@ -73,7 +73,9 @@ class Tuned:
         from tuner.report.words import latency_of
 
         front = [self.study.candidate(key) for key in self.study.front]
-        return [profile_of(self.study, one) for one in front if latency_of(self.study, one) is not None]
+        # The front is ordered by what the search saw; finalists carry what verification measured.
+        shown = [(latency.median_ms, one) for one in front if (latency := latency_of(self.study, one)) is not None]
+        return [profile_of(self.study, one) for _, one in sorted(shown, key=lambda pair: pair[0])]
 
     @cached_property
     def trials(self) -> pd.DataFrame:

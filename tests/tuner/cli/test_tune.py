@@ -3,13 +3,16 @@
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import yaml
 
 from stagevar.errors import UsageError
+from stagevar.models.registry import load_model
 from stagevar.profile import Profile
 from tests.fakes.studies import SPACE
+from tuner import tune
 from tuner.cli import main
 from tuner.cli.plan import plan
 from tuner.cli.tune import Interrupts
@@ -211,6 +214,7 @@ def test_a_study_on_nano_ends_with_a_profile_that_loads_and_verifies(tmp_path, s
     again = json.loads(capsys.readouterr().out)
     assert again["verdict"] == result.verdict and again["schedules"] == 4
     assert (out / "trials.jsonl").read_bytes() == before
+    same_from_python(argv, result)
     near = result.candidate(result.nearest[0]).verification if result.nearest else None
     if near is None or not near.times_open:  # else resume times the finalists anew
         assert main(["resume", str(out), "--quiet"]) == code
@@ -227,6 +231,24 @@ def test_a_study_on_nano_ends_with_a_profile_that_loads_and_verifies(tmp_path, s
         assert profile.reproduce == result.command and profile.envelope.engine == "eager"
         assert main(["verify", str(out / "profile.yaml"), "--max-regression", "100%", "--quiet"]) in (0, 3, 5)
         assert "regression" in capsys.readouterr().out
+
+
+def same_from_python(argv, result):
+    """The run that a shell made, as `tuner.tune` gives it for the same options."""
+    options = dict(zip([word.removeprefix("--").replace("-", "_") for word in argv[::2]], argv[1::2], strict=True))
+    tuned = tune(**options, progress=False)
+    assert tuned.study == result and tuned.run_dir == Path(options["out"])
+    assert len(tuned.trials) == 4 + 1 and tuned.trials["source"].iloc[0].endswith("full schedule")
+    assert (tuned.trials["latency_ms"] > 0).all() and tuned.trials["metric.geneval_nano"].between(-1, 1).iloc[1:].all()
+    model = load_model("nano", device="cpu")
+    assert tuned.pareto and all(len(profile.expand(model)) == len(model.grids) for profile in tuned.pareto)
+    shown_ms = [profile.latency.median_ms for profile in tuned.pareto]
+    assert shown_ms == sorted(shown_ms)
+    assert tuned.report.stat().st_size > 0
+    if tuned.profile is None:
+        assert not (tuned.run_dir / "profile.yaml").exists() and not tuned.verified
+    else:
+        assert tuned.profile == Profile.load(tuned.run_dir / "profile.yaml")
 
 
 def test_ctrl_c_once_asks_twice_stops():
