@@ -185,3 +185,30 @@ def test_the_figures_see_what_they_should():
     imported = house_figures.module_imports("stagevar")
     assert "stagevar.errors" in imported["stagevar.files"]
     assert "stagevar.cli.command" not in imported["stagevar.schedule"]
+
+
+# ------------------------------------------------------------------------------------------------ rooms of tests
+
+#: Rooms of tests that mirror no folder of code.
+APART = ("contracts", "repository")
+#: Rooms of code whose tests are in tests/contracts: they are the contracts.
+PUBLISHED_CONTRACTS = {"stagevar.testing", "tuner.testing"}
+
+
+def test_tests_lie_where_what_they_test_lies():
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    assert len(files) > 100
+    for path in files:
+        place = path.parent.relative_to(ROOT / "tests")
+        if place.parts[:1] not in [(room,) for room in APART]:
+            assert place.parts and (ROOT / place).is_dir(), f"{path.relative_to(ROOT)} lies in no room of the code"
+            *above, room = place.parts
+            names = rf"\b{'[./]'.join(place.parts)}\b|from {'.'.join(above)} import .*\b{room}\b"
+            named = re.search(names, path.read_text())
+            assert named, f"{path.relative_to(ROOT)} never names {'.'.join(place.parts)}: which room does it test?"
+
+
+def test_every_room_has_tests_of_its_own():
+    rooms = set(house_plan.ARROWS) - PUBLISHED_CONTRACTS
+    without = [room for room in rooms if not any((ROOT / "tests" / room.replace(".", "/")).rglob("test_*.py"))]
+    assert sorted(without) == []
