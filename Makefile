@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 help:
 	@echo 'make demo    installs into .venv, tunes the shipped model nano on the CPU, leaves outputs/demo/'
 	@echo 'make check   lint and the tests that start no process and load no large model'
-	@echo 'make test    every test'
+	@echo 'make test    every test; PROCESSES=2 runs two at a time'
 	@echo 'make lint    ruff: rules and format; mypy: types'
 	@echo 'make docs    builds the documentation site into site/, warnings are errors'
 	@echo 'make notebook executes examples/tune_nano.ipynb and keeps its outputs, about two minutes'
@@ -20,8 +20,10 @@ help:
 demo: $(STAMP)
 	$(BIN)/stagevar-tune --model nano --budget 60% --out outputs/demo --fresh
 
+# Most tests compute on one core or wait for a process that they started; tests/conftest.py says which process runs what.
+PROCESSES ?= 1
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(if $(filter-out 1,$(PROCESSES)),-n $(PROCESSES) --dist loadgroup --no-loadscope-reorder)
 
 # Without processes, a cluster or a model larger than a few thousand weights.
 CHECK := benchmarks/fronts stagevar/accelerators/fastvar stagevar/folders stagevar/profile/profile \
