@@ -18,7 +18,7 @@ help:
 	@echo 'PYTHON=/path/to/python3.12 before any of them picks the interpreter of a new .venv'
 
 demo: $(STAMP)
-	$(BIN)/stagevar-tune --model nano --budget 60% --out outputs/demo --fresh
+	$(BIN)/stagevar-tune --model nano --budget 57% --out outputs/demo --fresh
 
 # Most tests compute on one core or wait for a process that they started; tests/conftest.py says which process runs what.
 PROCESSES ?= 1
