@@ -29,7 +29,7 @@ DERIVED = ("profile.yaml", "pareto.yaml", "trials.csv")
 COMMANDS = {
     "stagevar": ("", "generate", "bench", "serve", "memory", "analyze", "refit", "convert"),
     "stagevar-tune": ("", "resume", "report", "verify", "sweep", "doctor"),
-    "stagevar-eval": ("", "images", "geneval", "dpg", "prompts", "pairs", "preference"),
+    "stagevar-eval": ("", "images", "geneval", "dpg", "answers", "prompts", "pairs", "preference"),
 }
 
 

@@ -18,6 +18,7 @@ from tuner.config.quality import COMPOSITE, limited
 from tuner.report.sections.history import history_section
 from tuner.report.sections.images import images_section
 from tuner.report.sections.importances import importances_section
+from tuner.report.sections.metric_notes import metric_notes_section
 from tuner.report.sections.published import published_section
 from tuner.report.sections.run import failures_section, run_section
 from tuner.report.sections.scales import scales_section
@@ -85,6 +86,7 @@ def render(result: StudyResult, run_dir: Path) -> str:
             ("Parameters", importances_section(result)),
             ("Space", space_section(result)),
             ("Published figures", published_section(result)),
+            ("Reading the metrics", metric_notes_section(result)),
             ("Failures", failures_section(result)),
             ("Run", run_section(result)),
         ]

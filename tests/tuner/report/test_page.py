@@ -15,7 +15,7 @@ from PIL import Image
 
 from stagevar.errors import UsageError
 from tests.fakes.sample_study import KINDS, make
-from tuner.config.quality import MetricLimit
+from tuner.config.quality import MetricLimit, quality_limits
 from tuner.report.charts import place_labels, ticks
 from tuner.report.page import MAX_BYTES, render, write_report
 from tuner.report.words import describe, signed
@@ -252,6 +252,29 @@ def test_published_rows_only_for_the_papers_models(pages):
     assert "Published figures" not in pages["full"].text
     text = pages["infinity"].text
     assert "SDXL" in text and "FastVAR, paper" in text and "its quality is on another scale" in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "metrics", "said"),
+    [
+        ("full", ("geneval_nano", "ssim"), []),
+        ("full", ("geneval",), ["17.7 %"]),
+        ("infinity", ("geneval", "lpips"), ["17.7 %", "0.69"]),
+        ("infinity", ("lpips", "fid"), ["fid of 64 images mostly measures"]),
+        ("full", ("fid", "is", "geneval"), ["17.7 %", "fid and is of 64 images mostly measure how"]),
+    ],
+)
+def test_metrics_are_warned_of_once_where_a_study_uses_them(runs, kind, metrics, said):
+    result, directory = runs[kind]
+    limits = quality_limits(dict.fromkeys(metrics, 1.0))
+    study = dataclasses.replace(result, limits=limits, heldout_prompts=("a dog",) * 64)
+    page = Page(render(study, directory))
+    assert ("reading-the-metrics" in page.sections) == bool(said)
+    notes = ["17.7 %", "0.69", "mostly measure"]
+    assert [page.text.count(note) for note in notes] == [sum(note in one for one in said) for note in notes]
+    assert all(note in page.text for note in said)
+    unknown = dataclasses.replace(study, random_weights=True)
+    assert "reading-the-metrics" not in Page(render(unknown, directory)).sections
 
 
 def test_failed_baseline_still_reports(runs):
