@@ -103,6 +103,7 @@ VERBS = (
     Verb("stagevar-tune", ("doctor",)),
     Verb("stagevar-eval", ("geneval", "--detections=found.json")),
     Verb("stagevar-eval", ("dpg", "--answers=answers.csv")),
+    Verb("stagevar-eval", ("answers", "--benchmark=oneig", "--answers=answers.csv")),
     Verb("stagevar-eval", ("images", "--images=pictures", "--metric=psnr", "--reference=pictures")),
     Verb("stagevar-eval", ("prompts", "--count=4")),
     Verb("stagevar-eval", ("pairs", "--a=pictures", "--b=pictures", "--page=page.html")),
