@@ -15,7 +15,18 @@ def build(model, pixels, device, dtype):
 """
 
 
-def test_everything_is_measured_and_written(tmp_path, capsys):
+@pytest.fixture
+def warm(monkeypatch):
+    """Every run counts as warm after one: how many it takes is a matter for the tests of `stagevar.timing`."""
+
+    def once(run, device, at_most):
+        run()
+        return 1, True
+
+    monkeypatch.setattr("stagevar.timing.warm_up", once)
+
+
+def test_everything_is_measured_and_written(tmp_path, capsys, warm):
     reference, output = tmp_path / "reference.py", tmp_path / "engine.json"
     reference.write_text(REFERENCE)
     arguments = [
@@ -49,7 +60,7 @@ def test_everything_is_measured_and_written(tmp_path, capsys):
     assert "interleaved rounds, ratio to exact eager batch 1" in said and "of it is decoding" in said
 
 
-def test_two_samplers_are_alive_only_where_the_memory_plan_has_room(tmp_path, monkeypatch, capsys):
+def test_two_samplers_are_alive_only_where_the_memory_plan_has_room(tmp_path, monkeypatch, capsys, warm):
     output = tmp_path / "engine.json"
     alive, most = weakref.WeakSet(), []
 
