@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 
 help:
 	@echo 'make demo    installs into .venv, tunes the shipped model nano on the CPU, leaves outputs/demo/'
-	@echo 'make check   lint and the tests that start no process and load no large model'
+	@echo 'make check   lint and the tests of rules and arithmetic, which start no process'
 	@echo 'make test    every test; PROCESSES=2 runs two at a time'
 	@echo 'make lint    ruff: rules and format; mypy: types'
 	@echo 'make docs    builds the documentation site into site/, warnings are errors'
@@ -25,15 +25,12 @@ PROCESSES ?= 1
 test: $(STAMP)
 	$(BIN)/python -m pytest $(if $(filter-out 1,$(PROCESSES)),-n $(PROCESSES) --dist loadgroup --no-loadscope-reorder)
 
-# Without processes, a cluster or a model larger than a few thousand weights.
-CHECK := benchmarks/fronts stagevar/accelerators/fastvar stagevar/folders stagevar/profile/profile \
-	stagevar/prompts/geneval stagevar/sampling/sampler stagevar/schedule/schedule stagevar/serving/desk \
-	stagevar/tensors/cache stagevar/tensors/noise stagevar/text_files stagevar/yaml_files tuner/config/costs \
-	tuner/config/default_space tuner/config/limits tuner/config/quality tuner/config/space tuner/evaluation/cut_prompts \
-	tuner/report/next_steps tuner/statistics/bounds tuner/statistics/drop_bounds
+# Rooms of rules and arithmetic: no process, no cluster, no model larger than a few thousand weights.
+CHECK := stagevar/schedule stagevar/prompts stagevar/tensors stagevar/sampling stagevar/accelerators \
+	tuner/config tuner/proposals tuner/statistics
 
 check: lint
-	$(BIN)/python -m pytest $(foreach name,$(CHECK),tests/$(dir $(name))test_$(notdir $(name)).py)
+	$(BIN)/python -m pytest -m "not process" $(CHECK:%=tests/%)
 
 docs: $(STAMP)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[docs]'

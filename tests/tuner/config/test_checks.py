@@ -244,6 +244,7 @@ sys.exit(report_errors("x", run))
 """
 
 
+@pytest.mark.process
 def test_an_error_that_ctrl_c_caused_is_no_traceback():
     done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 130 and done.stderr.count("\n") == 1 and done.stderr.startswith("x: stopped"), done.stderr
