@@ -3,11 +3,13 @@
     python -m benchmarks.tuning_efficiency replay --schedules 60 --prompts 64 --output replay.json
     python -m benchmarks.tuning_efficiency search --seeds 3 --trials 40 --output search.json --figure search.png
     python -m benchmarks.tuning_efficiency growth --output growth.json
+    python -m benchmarks.tuning_efficiency effort
 
 `replay` evaluates one list both ways on the same micro-batches, decoding and metrics included, and compares every value bit
 for bit. `search` runs each variant in turn, every run from nothing (its own proposing process, table of step costs and kept
 prefixes), and judges what a run held for its front at any moment by figures that no run saw: held-out prompts and timings of
-its own. `growth` times one walk over ever more schedules, and models large models by counted FLOPs.
+its own; seconds and images drawn (in scales run over a full schedule's) are both noted. `growth` times one walk over ever more
+schedules, and models large models by counted FLOPs. `effort` models what a study of a large model draws at each --effort.
 
 The quality is the SSIM with the full schedule's image, and only published settings are enqueued: nano's own presets came
 out of searches like these and already hold its front, so nothing would be left to gain.
@@ -20,7 +22,7 @@ import dataclasses
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +42,20 @@ from tuner.evaluation.evaluator import ModelEvaluator, walk
 from tuner.evaluation.executor import QualityTask
 from tuner.evaluation.local import LocalExecutor
 from tuner.evaluation.step_costs import StepCosts
+from tuner.proposals.sensitivity import alone, changes_to_measure
 from tuner.proposals.trial_sampler import Proposal
 from tuner.results import pareto
 from tuner.results.candidate import Candidate
 from tuner.statistics.bounds import ratio_interval
 from tuner.statistics.pruning import clearly_worse, rungs, shrunk
 from tuner.study.finalist_times import BASELINE, latency_stats
+from tuner.study.latency_source import SEARCH_ROUNDS, TABLE_ROUNDS, TABLE_SCHEDULES
 from tuner.study.ledger import Ledger
-from tuner.study.options import Savings
+from tuner.study.options import FULL_TRIALS, QUICK_TRIALS, Savings
+from tuner.study.predicted_front import CHANGE_DRAWS, TABLE_PROMPTS
 from tuner.study.progress import Progress
 from tuner.study.search import Search
+from tuner.study.study import BASELINE_ROUNDS
 
 PUBLISHED = ("stagevar-paper", "stagevar-released", "fastvar", "skip-1")
 MAX_DROP, BUDGET = 0.35, Budget("95%", fraction=0.95)
@@ -57,6 +63,8 @@ MAX_DROP, BUDGET = 0.35, Budget("95%", fraction=0.95)
 ARITHMETIC_S = {"infinity-2b": 0.19, "infinity-8b": 0.63}
 #: What each scale costs on top when launched eagerly: Infinity-2B takes 0.892 s where others measured it.
 LAUNCH_S = (0.892 - ARITHMETIC_S["infinity-2b"]) / 13
+#: Schedules that are verified in the arithmetic of `efforts`, and timed rounds of each.
+FINALISTS, VERIFY_ROUNDS = 3, 60
 PLAIN = Savings(batch=1, tree=False, table=False, rungs=False, overlap=False)
 #: Name -> (sampler, savings).
 VARIANTS: dict[str, tuple[str, Savings]] = {
@@ -68,6 +76,9 @@ VARIANTS: dict[str, tuple[str, Savings]] = {
     "rungs alone": ("tpe", dataclasses.replace(PLAIN, rungs=True)),
     "overlap alone": ("gp", dataclasses.replace(PLAIN, overlap=True)),
     "all": ("auto", Savings()),
+    "sensitivity alone": ("tpe", dataclasses.replace(PLAIN, batch=5, tree=True, table=True, sensitivity=True)),
+    "all, sensitivity": ("auto", Savings(sensitivity=True)),
+    "all, sensitivity, few": ("auto", Savings(sensitivity=True, few=True)),
     "all, 2 at a time": ("auto", Savings(batch=2)),
     "all, 10 at a time": ("auto", Savings(batch=10)),
 }
@@ -246,10 +257,14 @@ def rung_bias(bench: Bench, schedules: Sequence[Steps], quality_KN: np.ndarray) 
 
 
 class Watched(Ledger):
-    """A ledger that notes what the study holds for its front whenever that changes. Attributes: line: (seconds, keys)."""
+    """A ledger that notes what the study holds for its front whenever that changes.
 
-    def watch(self) -> None:
+    Attributes: line: (seconds, keys). drawn: images by then, in full schedules.
+    """
+
+    def watch(self, images_drawn: Callable[[], float]) -> None:
         self.began, self.line = time.perf_counter(), []
+        self.drawn, self.images_drawn = [], images_drawn
 
     def keep(self, candidate: Candidate) -> None:
         super().keep(candidate)
@@ -258,6 +273,7 @@ class Watched(Ledger):
         keys = sorted(whole[i].key for i in pareto.front(points))
         if not self.line or self.line[-1][1] != keys:
             self.line.append((time.perf_counter() - self.began, keys))
+            self.drawn.append(self.images_drawn())
 
 
 def searched(
@@ -287,7 +303,8 @@ def searched(
         )
         search.proposer.completed()  # started before the clock, as a study starts it while the full schedule is measured
         began = time.perf_counter()
-        ledger.watch()
+        before, unit = evaluator.scales_run, bench.space.prompts.micro_batch / len(bench.facts.grids)
+        ledger.watch(lambda: unit * (evaluator.scales_run - before))
         try:
             search.run([])
             seconds = time.perf_counter() - began
@@ -299,6 +316,8 @@ def searched(
         **facts,
         "seconds": seconds,
         "evaluated": ledger.evaluated,
+        "images_drawn": ledger.images_drawn(),
+        "drawn": ledger.drawn,
         "ask_median_s": float(np.median(asks)),
         "asks": len(asks),
     }
@@ -380,8 +399,10 @@ def compare(
     figures = truth(bench, schedules | presets)
     floor = volume(list(presets), figures)
     for run in runs:
-        run["volume"] = [(seconds, volume(keys, figures)) for seconds, keys in run["line"]]
-        del run["line"]
+        volumes = [volume(keys, figures) for _, keys in run["line"]]
+        run["volume"] = [(seconds, found) for (seconds, _), found in zip(run["line"], volumes, strict=True)]
+        run["volume_by_images"] = list(zip(run["drawn"], volumes, strict=True))
+        del run["line"], run["drawn"]
     return {"presets": floor, "runs": runs, "figures": figures, "summary": summarize(runs, floor)}
 
 
@@ -403,14 +424,17 @@ def summarize(runs: Sequence[Mapping[str, Any]], floor: float, share: float = 0.
             "gain": float(np.median([gain(r) for r in own(name)])),
             "schedules": float(np.median([r["evaluated"] for r in own(name)])),
             "seconds": float(np.median([r["seconds"] for r in own(name)])),
+            "images": float(np.median([r["images_drawn"] for r in own(name)])),
             "seconds_per_schedule": float(np.median([r["seconds"] / r["evaluated"] for r in own(name)])),
             "ask_median_s": float(np.median([r["ask_median_s"] for r in own(name)])),
         }
         for other, target in targets.items():
             times = [reached(r["volume"], target) for r in own(name)]
             missed = sum(t is None for t in times)
+            drawn = [reached(r["volume_by_images"], target) for r in own(name)]
             row[f"to the gain of {other}"] = {
                 "seconds": float(np.median([np.inf if t is None else t for t in times])),
+                "images": float(np.median([np.inf if t is None else t for t in drawn])),
                 "missed": missed,
             }
         found[name] = row
@@ -481,41 +505,96 @@ def growth(bench: Bench, counts: Sequence[int]) -> dict[str, Any]:
     return {"full_s": full_s, "by_schedules": rows, "by_prompts_30_schedules": prompts}
 
 
-def modelled(name: str, counts: Sequence[int]) -> dict[str, Any]:
-    """Cost of the tree of ever more schedules of a large model, from arithmetic, in full generations.
+class Modelled:
+    """Cost of walks of a large model, from arithmetic, in full generations.
 
     A scale costs its share of the model's arithmetic (linear layers by token rows, attention by rows times cache): alone, as
     with recorded graphs, and with the launches of an eager engine on top. Nothing here was measured on a large model.
     """
-    settings, space = find(name).settings["transformer"], load_space(name)
-    grids, chunks, width = infinity_grids()[0], settings["chunks"], settings["width"]
-    full = preset("exact", grids).expand(grids, chunks)
-    table = StepCosts(full, chunks)
 
-    def work(prefix: Steps) -> float:
-        step, cached = prefix[-1], table._cached(prefix, len(prefix) - 1)
-        rows = step.processed_tokens(chunks)
+    def __init__(self, name: str):
+        settings, self.name, self.space = find(name).settings["transformer"], name, load_space(name)
+        self.grids, self.chunks, self.width = infinity_grids()[0], settings["chunks"], settings["width"]
+        self.full = preset("exact", self.grids).expand(self.grids, self.chunks)
+        self.table = StepCosts(self.full, self.chunks)
+        self.total = sum(self._work(self.full[: d + 1]) for d in range(len(self.full)))
+        launches = LAUNCH_S / ARITHMETIC_S[name]
+        self.overheads = {"graphs": 0.0, "eager": launches}
+        self.image_s = {how: ARITHMETIC_S[name] * (1 + o * len(self.full)) for how, o in self.overheads.items()}
+
+    def drawn(self, count: int) -> list[Steps]:
+        """The first so many distinct schedules drawn from the space."""
+        found: dict[str, Steps] = {}
+        for steps in draws(self.space, self.grids, self.chunks, 0):
+            if len(found) >= count:
+                break
+            found.setdefault(steps_key(steps), steps)
+        return list(found.values())
+
+    def cost(self, schedules: Sequence[Steps], how: str) -> tuple[float, float]:
+        """Full generations per prompt: as one tree, and each schedule alone."""
+        prefixes = [[s[: d + 1] for d in range(len(s)) if not s[d].skipped] for s in schedules]
+        overhead = self.overheads[how]
+        unit = 1 + overhead * len(self.full)
+        distinct = {p for chain in prefixes for p in chain}
+        tree = sum(self._work(p) / self.total + overhead for p in distinct) / unit
+        alone = sum(self._work(p) / self.total + overhead for chain in prefixes for p in chain) / unit
+        return tree, alone
+
+    def _work(self, prefix: Steps) -> float:
+        step, cached = prefix[-1], self.table._cached(prefix, len(prefix) - 1)
+        rows = step.processed_tokens(self.chunks)
         kept = rows / len(step.branches)
-        return rows * (12 * width + 2 * (cached + kept))
+        return rows * (12 * self.width + 2 * (cached + kept))
 
-    total = sum(work(full[: d + 1]) for d in range(len(full)))
-    schedules: dict[str, Steps] = {}
-    for steps in draws(space, grids, chunks, 0):
-        if len(schedules) >= max(counts):
-            break
-        schedules.setdefault(steps_key(steps), steps)
+
+def modelled(name: str, counts: Sequence[int]) -> dict[str, Any]:
+    """Cost of the tree of ever more schedules of a large model."""
+    model = Modelled(name)
+    schedules = model.drawn(max(counts))
     rows = []
     for count in counts:
-        prefixes = [[s[: d + 1] for d in range(len(s)) if not s[d].skipped] for s in list(schedules.values())[:count]]
-        distinct = {p for chain in prefixes for p in chain}
         row: dict[str, Any] = {"schedules": count}
-        for how, overhead in (("graphs", 0.0), ("eager", LAUNCH_S / ARITHMETIC_S[name])):
-            unit = 1 + overhead * len(full)
-            tree = sum(work(p) / total + overhead for p in distinct) / unit
-            alone = sum(work(p) / total + overhead for chain in prefixes for p in chain) / unit
-            row[how] = {"full_generations": tree, "saved": alone / tree}
+        for how in model.overheads:
+            tree, single = model.cost(schedules[:count], how)
+            row[how] = {"full_generations": tree, "saved": single / tree}
         rows.append(row)
     return {"model": name, "rows": rows}
+
+
+def efforts(name: str) -> dict[str, Any]:
+    """What a study of a large model draws and times at each effort, in full generations, and the hours of one GPU.
+
+    Schedules of the search are judged on all search prompts (rungs save some of that); FINALISTS of the cost of a drawn
+    schedule are verified on all held-out prompts, one image at a time, beside the full schedule. Metrics are not counted.
+    """
+    model = Modelled(name)
+    source = model.space.prompts
+    changes = changes_to_measure(model.drawn(CHANGE_DRAWS))
+    lasting = [alone(change, model.full) for change in changes]
+    found: dict[str, Any] = {"model": name, "changes": len(changes), "search": source.search, "heldout": source.heldout}
+    for how in model.overheads:
+
+        def tree(count: int, how: str = how) -> float:
+            return model.cost(model.drawn(count), how)[0]
+
+        finalist = model.cost(model.drawn(100), how)[1] / 100
+        timing = BASELINE_ROUNDS + (TABLE_ROUNDS + 1) * tree(TABLE_SCHEDULES) + SEARCH_ROUNDS * (1 + 3 * finalist)
+        verifying = (source.heldout + VERIFY_ROUNDS) * (1 + FINALISTS * finalist)
+        table = TABLE_PROMPTS * model.cost(lasting, how)[0]
+        rows = {"instant": {"timing": timing}}
+        for effort, count in (("quick", QUICK_TRIALS), ("full", FULL_TRIALS)):
+            search = source.search * (1 + tree(count))
+            rows[effort] = {"timing": timing, "table": table, "search": search, "verification": verifying}
+        found[how] = {
+            effort: {
+                **{part: round(value) for part, value in parts.items()},
+                "full_generations": round(sum(parts.values())),
+                "hours": round(sum(parts.values()) * model.image_s[how] / 3600, 2),
+            }
+            for effort, parts in rows.items()
+        }
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -523,7 +602,7 @@ def modelled(name: str, counts: Sequence[int]) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("replay", "search", "growth"))
+    parser.add_argument("what", choices=("replay", "search", "growth", "effort"))
     parser.add_argument("--model", default="nano")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--heldout", type=int, default=128)
@@ -545,6 +624,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--figure", type=Path)
     args = parser.parse_args(argv)
+    if args.what == "effort":
+        for name in ("infinity-2b", "infinity-8b"):
+            print(efforts(name))
+        return 0
     try:
         torch.set_num_threads(1)
         bench = Bench(args.model, args.prompts, args.heldout, args.micro_batch, {"ssim": 1.0})

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.tuning_efficiency import Bench, growth, modelled, reached, replay, summarize
+from benchmarks.tuning_efficiency import Bench, efforts, growth, modelled, reached, replay, summarize
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,16 @@ def test_large_models_share_more_the_more_schedules_there_are():
         assert rows[0][engine]["full_generations"] < rows[1][engine]["full_generations"] < 40
 
 
+def test_less_effort_draws_less_and_an_instant_one_nothing_for_quality():
+    found = efforts("infinity-2b")
+    assert 10 < found["changes"] < 60
+    for engine in ("graphs", "eager"):
+        instant, quick, full = (found[engine][effort] for effort in ("instant", "quick", "full"))
+        assert instant.keys() == {"timing", "full_generations", "hours"} and instant["hours"] <= quick["hours"]
+        assert instant["full_generations"] < quick["full_generations"] < full["full_generations"]
+        assert quick["table"] == full["table"] and quick["search"] < full["search"]
+
+
 def test_a_target_is_reached_when_the_run_stays_there():
     line = [(1.0, 0.1), (2.0, 0.5), (3.0, 0.3), (4.0, 0.6)]
     assert reached(line, 0.5) == 4.0 and reached(line, 0.05) == 1.0 and reached(line, 0.7) is None
@@ -42,11 +52,13 @@ def test_a_target_is_reached_when_the_run_stays_there():
 
 def test_runs_are_compared_by_medians_and_misses_are_counted():
     def run(name, seed, ends):
-        return {"variant": name, "seed": seed, "volume": ends, "seconds": 10.0, "evaluated": 5, "ask_median_s": 0.1}
+        by_images = [(100 * seconds, volume) for seconds, volume in ends]
+        run = {"variant": name, "seed": seed, "volume": ends, "volume_by_images": by_images, "images_drawn": 900.0}
+        return {**run, "seconds": 10.0, "evaluated": 5, "ask_median_s": 0.1}
 
     runs = [run("plain, TPE", s, [(4.0, 0.2), (8.0, 1.0)]) for s in range(3)]
     runs += [run("all", 0, [(1.0, 1.1)]), run("all", 1, [(2.0, 1.2)]), run("all", 2, [(3.0, 0.4)])]
     found = summarize(runs, floor=0.1)
     assert found["plain, TPE"]["gain"] == pytest.approx(0.9)
-    assert found["all"]["to the gain of plain, TPE"] == {"seconds": 2.0, "missed": 1}
+    assert found["all"]["to the gain of plain, TPE"] == {"seconds": 2.0, "images": 200.0, "missed": 1}
     assert found["plain, TPE"]["to the gain of plain, TPE"]["seconds"] == 8.0
