@@ -101,7 +101,9 @@ def build_parser() -> Parser:
         help="instant: step costs and what is known, nothing verified; quick: sensitivities, few schedules, verification; "
         "full: then the sampler too (default: quick)",
     )
-    search.add_argument("--trials", type=positive_int, help="distinct schedules to evaluate (default: 12 if quick, else 30)")
+    search.add_argument(
+        "--trials", type=positive_int, help="distinct schedules to evaluate (default: 12 if quick, else 30)"
+    )
     search.add_argument(
         "--patience", type=positive_int, default=60, metavar="N", help="end after N schedules without progress (60)"
     )

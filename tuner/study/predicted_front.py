@@ -45,8 +45,8 @@ CHANGE_DRAWS, FRONT_DRAWS = 300, 2000
 MOST_FORECASTS = 100
 #: Schedules that have to be measured before predictions are judged by them.
 LEAST_JUDGED = 6
-#: Rank correlation, as a share of its noise ceiling, below which predictions propose nothing more; and the least ceiling that
-#: lets anything be told from noise.
+#: Rank correlation, as a share of its noise ceiling, below which by more than its standard error predictions propose nothing
+#: more; and the least ceiling that lets anything be told from noise.
 TRUST, LEAST_CEILING = 0.5, 0.5
 #: Predicted ratios may err by so much before a preset counts as beyond the budget.
 _SLACK = 1.1
@@ -246,7 +246,8 @@ class PredictedFront:
             return trials
         reached = agreement([predicted(row_N) for row_N in expected], measured).rank_correlation
         ceiling = _ceiling(expected, measured)
-        if reached is None or ceiling is None or ceiling < LEAST_CEILING or reached >= TRUST * ceiling:
+        error = 1 / np.sqrt(len(expected) - 1)
+        if reached is None or ceiling is None or ceiling < LEAST_CEILING or reached + error >= TRUST * ceiling:
             return trials
         self.trusted = False
         self.progress.say(
