@@ -43,8 +43,10 @@ TABLE_PROMPTS = 16
 CHANGE_DRAWS, FRONT_DRAWS = 300, 2000
 #: Schedules of the predicted fronts that are kept, best fronts first.
 MOST_FORECASTS = 100
-#: Schedules that have to be measured before predictions are judged by them.
-LEAST_JUDGED = 6
+#: Schedules that have to be measured before predictions are judged by them, and prompts unseen by the table that each needs.
+LEAST_JUDGED, LEAST_UNSEEN = 6, 8
+#: Proposals that have to be measured before they are judged, and the share that must not clearly break a limit.
+LEAST_PROPOSED, LEAST_HELD = 4, 0.5
 #: Rank correlation, as a share of its noise ceiling, below which by more than its standard error predictions propose nothing
 #: more; and the least ceiling that lets anything be told from noise.
 TRUST, LEAST_CEILING = 0.5, 0.5
@@ -241,23 +243,36 @@ class PredictedFront:
 
         trials: how many it would. Those few become a whole search where predictions do not hold, which is said once.
         """
-        expected, measured = self._pairs("quality")
-        if not self.trusted or len(expected) < LEAST_JUDGED:
-            return trials
-        reached = agreement([predicted(row_N) for row_N in expected], measured).rank_correlation
-        ceiling = _ceiling(expected, measured)
-        error = 1 / np.sqrt(len(expected) - 1)
-        if reached is None or ceiling is None or ceiling < LEAST_CEILING or reached + error >= TRUST * ceiling:
+        why = "" if not self.trusted else self._broken_promises() or self._wrong_order()
+        if not why:
             return trials
         self.trusted = False
-        self.progress.say(
-            f"predictions are not trusted any more: rank correlation {reached:.2f} on {len(expected)} schedules, "
-            f"where noise allows {ceiling:.2f}"
-        )
+        self.progress.say(f"predictions are not trusted any more: {why}")
         return max(trials, FULL_TRIALS) if self.few else trials
 
+    def _broken_promises(self) -> str:
+        """Why proposals are worse than was predicted of them: most clearly break a limit that they might have kept."""
+        limits = limited(self.ledger.metrics)
+        tried = [c for c in self.ledger.candidates.values() if c.source == "predicted" and c.differences]
+        held = sum(all(c.differences[m.metric].high >= -m.allowed for m in limits) for c in tried)
+        if len(tried) < LEAST_PROPOSED or held >= LEAST_HELD * len(tried):
+            return ""
+        return f"{held} of {len(tried)} proposed schedules may keep the limits, as was predicted of all"
+
+    def _wrong_order(self) -> str:
+        """Why predictions do not rank what was measured, beyond what noise explains."""
+        expected, measured = self._pairs("quality")
+        if len(expected) < LEAST_JUDGED:
+            return ""
+        reached = agreement([predicted(row_N) for row_N in expected], measured).rank_correlation
+        ceiling, error = _ceiling(expected, measured), 1 / np.sqrt(len(expected) - 1)
+        if reached is None or ceiling is None or ceiling < LEAST_CEILING or reached + error >= TRUST * ceiling:
+            return ""
+        return f"rank correlation {reached:.2f} on {len(expected)} schedules, where noise allows {ceiling:.2f}"
+
     def _pairs(self, metric: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Predicted and measured differences per prompt, of schedules judged on prompts that the table did not see."""
+        """Predicted and measured differences per prompt: on prompts that the table did not see, for schedules that were not
+        stopped before these."""
         expected: list[np.ndarray] = []
         measured: list[np.ndarray] = []
         if self.table is None or self.ledger.baseline is None:
@@ -266,12 +281,13 @@ class PredictedFront:
         for candidate in self.ledger.candidates.values():
             found_MN = self.table.differences(self.ledger.steps[candidate.key])
             values = candidate.values.get(metric)
-            if found_MN is None or not values or len(values) < self.table.prompts + 2:
+            if found_MN is None or not values or len(values) < 2:
                 continue
             rows = dict(zip(self.table.metrics, found_MN, strict=True))
             sign = 1.0 if self.ledger.facts.higher_is_better.get(metric, True) or metric == "quality" else -1.0
             own = sign * (np.asarray(values) - np.asarray(full[metric])[: len(values)])
-            measured.append(own[self.table.prompts :])
+            unseen = own[self.table.prompts :]
+            measured.append(unseen if unseen.size >= LEAST_UNSEEN else own)
             expected.append(
                 rows[metric] if metric in rows else sum(per_unit[name] * row_N for name, row_N in rows.items())
             )
