@@ -86,6 +86,32 @@ def build_parser() -> Parser:
         "--kv-cache", choices=("model", "int8"), default="model", help="8 bits halve the cache (default: the model's)"
     )
     limits.add_argument("--time-budget", metavar="TIME", help="tuning time, such as 10m; verification included")
+    _add_search_options(search)
+    place.add_argument("--executor", choices=("local", "ray"), default="local", help="where it runs (default: local)")
+    place.add_argument(
+        "--ray-address",
+        type=name_value,
+        metavar="ADDRESS",
+        help="cluster to join, such as auto (default: start one here)",
+    )
+    place.add_argument("--gpu-kind", metavar="NAME", help="the GPUs to use where a Ray cluster has several kinds")
+    place.add_argument(
+        "--task-timeout",
+        default="30m",
+        metavar="TIME",
+        help="restart a Ray worker that has not answered for TIME (default: 30m)",
+    )
+    output.add_argument(
+        "--out", type=path_value, metavar="DIR", help="run directory (default: outputs/MODEL-BUDGET-sSEED)"
+    )
+    output.add_argument("--fresh", action="store_true", help="discard what an earlier run left in --out")
+    output.add_argument("--dry-run", action="store_true", help="check everything, print the plan, run nothing")
+    add_output_options(output)
+    return parser
+
+
+def _add_search_options(search: argparse._ArgumentGroup) -> None:
+    """How it is searched, and what earlier studies bring."""
     search.add_argument(
         "--from",
         "--start-from",
@@ -123,27 +149,6 @@ def build_parser() -> Parser:
         metavar="DIR",
         help="take quality and step costs from this folder where they fit, and add to it (default: STAGEVAR_STORE)",
     )
-    place.add_argument("--executor", choices=("local", "ray"), default="local", help="where it runs (default: local)")
-    place.add_argument(
-        "--ray-address",
-        type=name_value,
-        metavar="ADDRESS",
-        help="cluster to join, such as auto (default: start one here)",
-    )
-    place.add_argument("--gpu-kind", metavar="NAME", help="the GPUs to use where a Ray cluster has several kinds")
-    place.add_argument(
-        "--task-timeout",
-        default="30m",
-        metavar="TIME",
-        help="restart a Ray worker that has not answered for TIME (default: 30m)",
-    )
-    output.add_argument(
-        "--out", type=path_value, metavar="DIR", help="run directory (default: outputs/MODEL-BUDGET-sSEED)"
-    )
-    output.add_argument("--fresh", action="store_true", help="discard what an earlier run left in --out")
-    output.add_argument("--dry-run", action="store_true", help="check everything, print the plan, run nothing")
-    add_output_options(output)
-    return parser
 
 
 class Interrupts:
