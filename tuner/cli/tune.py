@@ -11,7 +11,7 @@ import platform
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ from tuner.cli.console import announce, write_derived
 from tuner.cli.dry_run import print_plan
 from tuner.cli.options import PROG, Groups, add_output_options, add_study_options
 from tuner.cli.plan import Plan, plan
+from tuner.cli.stored import say_reuse, with_store
 from tuner.config.quality import composite_options, quality_limits
 from tuner.config.space import SearchSpace
 from tuner.metrics.registry import METRIC_NAMES, METRICS
@@ -36,9 +37,6 @@ from tuner.results.run_dir import CONFIG_FILE, LOG_FILE, STUDY_FILE, discard, dr
 
 if TYPE_CHECKING:
     from tuner.cluster.executor import RayExecutor
-    from tuner.config.prompts import PromptSet
-    from tuner.evaluation.executor import Executor
-    from tuner.evaluation.store import StoredCosts, StoredExecutor
     from tuner.results.result import StudyResult
     from tuner.study.study import Study
 
@@ -302,39 +300,9 @@ def build_study(checked: Plan, progress: Any, stop: Callable[[], bool]) -> Study
         earlier=None if args.start_from is None else load_table(args.start_from, args.model),
     )
     if args.store is not None and not evaluator.facts.random_weights:
-        executor, evaluator = _with_store(args, space, evaluator, prompts, executor, progress)
+        executor, evaluator = with_store(args, space, evaluator, prompts, executor, progress)
     kind = InstantStudy if args.effort == "instant" else Study
     return kind(checked.run_dir, space, options, evaluator, prompts, executor, progress, stop)
-
-
-def _with_store(
-    args: argparse.Namespace,
-    space: SearchSpace,
-    evaluator: Any,
-    prompts: Mapping[str, PromptSet],
-    executor: Executor | None,
-    progress: Any,
-) -> tuple[StoredExecutor, StoredCosts]:
-    """Executor and evaluator that ask the store first; says what it holds for this study."""
-    from tuner.evaluation.local import LocalExecutor
-    from tuner.evaluation.store import Store, StoredCosts, StoredExecutor
-
-    store, limits = Store(args.store), quality_limits(space.quality, args.max_drop)
-    inner = executor or LocalExecutor(evaluator)
-    stored = StoredExecutor(inner, store, evaluator.facts, space, prompts, limits)
-    for line in stored.reasons():
-        progress.say(f"store: {line}")
-    return stored, StoredCosts(evaluator, store)
-
-
-def say_reuse(study: Study, progress: Any) -> None:
-    """How much of a study came out of its store, where it has one."""
-    counts = getattr(study.executor, "counts", None)
-    if counts is not None and counts.reused + counts.made:
-        share = counts.made / (counts.reused + counts.made)
-        progress.say(
-            f"store: {counts.made:,} of {counts.reused + counts.made:,} images drawn ({share:.0%}), others reused"
-        )
 
 
 def say_downloads(model: str, space: SearchSpace, place: dict[str, Any], progress: Any) -> None:
