@@ -12,7 +12,7 @@ help:
 	@echo 'make test    every test; PROCESSES=2 runs two at a time'
 	@echo 'make lint    ruff: rules and format; mypy: types'
 	@echo 'make docs    builds the documentation site into site/, warnings are errors'
-	@echo 'make notebook executes examples/tune_nano.ipynb and keeps its outputs, about two minutes'
+	@echo 'make notebook executes examples/tune_nano.ipynb and keeps its outputs, about three minutes'
 	@echo 'make wheel   builds, checks and installs the wheel into empty environments'
 	@echo 'make clean   removes .venv, build, dist and site; never outputs/'
 	@echo 'PYTHON=/path/to/python3.12 before any of them picks the interpreter of a new .venv'
