@@ -55,6 +55,7 @@ def options(tmp_path_factory):
         "hpsv2": clip | {"weights": "unused"},
         "image_reward": metric_models.image_reward_options(folder("image_reward")),
         "pickscore": {"model": metric_models.pickscore_folder(folder("pickscore"))},
+        "hpsv3": metric_models.hpsv3_options(folder("hpsv3")),
         "geneval": {
             "detector": "rtdetr",
             "detector_model": metric_models.rtdetr_folder(folder("rtdetr")),

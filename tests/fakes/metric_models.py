@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -400,6 +401,74 @@ def qwen3_vl_folder(folder: Path) -> str:
     )
     Qwen3VLProcessor(images, tokenizer, Qwen3VLVideoProcessor(), chat_template=template).save_pretrained(folder)
     return str(folder)
+
+
+def qwen2_vl_folder(folder: Path) -> tuple[str, Any]:
+    """Configuration and processor of a Qwen2-VL that reads bytes, and that configuration."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import (
+        Qwen2Tokenizer,
+        Qwen2VLConfig,
+        Qwen2VLImageProcessor,
+        Qwen2VLProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    words = sorted(ByteLevel.alphabet())
+    (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = Qwen2Tokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    marks = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    start, end, image, video = tokenizer.convert_tokens_to_ids(marks[:4])
+    config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]},
+        },
+        vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "patch_size": 14},
+        image_token_id=image,
+        video_token_id=video,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+    )
+    config.save_pretrained(folder)
+    template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
+        "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
+        "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    processor = Qwen2VLProcessor(Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor(), chat_template=template)
+    processor.save_pretrained(folder)
+    return str(folder), config
+
+
+def hpsv3_options(folder: Path) -> dict[str, str]:
+    """A checkpoint under HPSv3's names, with its base and a short instruction."""
+    from safetensors.torch import save_file
+    from transformers import Qwen2VLModel
+
+    base, config = qwen2_vl_folder(folder)
+    config.text_config.vocab_size += 1  # the token whose state is read
+    torch.manual_seed(0)
+    state = {}
+    for key, value in Qwen2VLModel(config).to(torch.bfloat16).state_dict().items():
+        state[key if key.startswith("visual.") else f"model.{key.removeprefix('language_model.')}"] = value.contiguous()
+    state["lm_head.weight"] = torch.zeros(1, 32, dtype=torch.bfloat16)
+    for number, (rows, columns) in {0: (24, 32), 3: (16, 24), 5: (2, 16)}.items():
+        state[f"rm_head.{number}.weight"] = torch.randn(rows, columns) * columns**-0.5
+        state[f"rm_head.{number}.bias"] = torch.randn(rows) * 0.1
+    save_file(state, folder / "HPSv3.safetensors")
+    (folder / "instruction.txt").write_text(
+        "Judge it.\nTextual prompt - {text_prompt}\n\nThe rating: <|Reward|>\n\nEND\n"
+    )
+    weights, instruction = str(folder / "HPSv3.safetensors"), str(folder / "instruction.txt")
+    return {"weights": weights, "model": base, "instruction": instruction}
 
 
 class FixedColor:

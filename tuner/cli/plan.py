@@ -57,6 +57,7 @@ def plan(args: argparse.Namespace, argv: Sequence[str]) -> Plan:
     findings = checked_findings(args)
     space = checked_space(args.model, args.space, args.prompts, args.heldout, args.seed, args.resolution, findings)
     space = with_earlier(space, args.start_from, args.resolution)
+    check_searchable(space)
     args.store = store_folder(args.store)
     args.max_drop = parse_max_drops(args.max_drop or (), space.quality)
     check_provable(space, args.max_drop, args.weights)
@@ -121,6 +122,18 @@ def store_folder(asked: Path | None) -> Path | None:
     if named == Path(""):
         return None
     return check_output_folder(named, "--store" if asked else "STAGEVAR_STORE").absolute()
+
+
+def check_searchable(space: SearchSpace) -> None:
+    """Raises UsageError for a metric that is too slow to judge every trial of a search."""
+    from tuner.metrics.registry import declaration_of
+
+    for metric in (*space.quality, *space.floors):
+        if declaration_of(metric).verification_only:
+            raise UsageError(
+                f"metric {metric} is for verification alone: leave it out of what is searched; stagevar-tune verify PROFILE "
+                f"--space SPACE.yaml and stagevar-eval --metric {metric} take it"
+            )
 
 
 def check_provable(space: SearchSpace, max_drop: Mapping[str, float], weights: str | None) -> None:

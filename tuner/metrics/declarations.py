@@ -22,6 +22,7 @@ class Declaration:
     profit from). unit: of its mean and of its max_drop. change: what one image can lose at most (binary, bounded) or what a
     ruined image usually loses (continuous); 0 where that is not known. max_drop: of a metric that comes first in a space and
     states none. higher_is_better: direction. compares: what an image is held against.
+    verification_only: too slow for a search.
     """
 
     kind: Kind
@@ -30,6 +31,7 @@ class Declaration:
     max_drop: float
     higher_is_better: bool = True
     compares: Compares = ""
+    verification_only: bool = False
 
     @property
     def is_share(self) -> bool:
@@ -47,6 +49,7 @@ DECLARATIONS: dict[str, Declaration] = {
     "hpsv2": Declaration("continuous", "HPS", 0.1, 0.005, compares="prompt"),
     "image_reward": Declaration("continuous", "ImageReward", 2.0, 0.05, compares="prompt"),
     "pickscore": Declaration("continuous", "PickScore", 4.0, 0.2, compares="prompt"),
+    "hpsv3": Declaration("continuous", "HPSv3", 8.0, 0.3, compares="prompt", verification_only=True),
     "geneval": Declaration("binary", _SHARE, 1.0, 0.02, compares="prompt metadata"),
     "geneval_nano": Declaration("binary", _SHARE, 1.0, 0.05, compares="prompt metadata"),
     "geneval2": Declaration("bounded", _SHARE, 1.0, 0.03, compares="prompt's questions"),

@@ -25,6 +25,8 @@ IMAGE_REWARD = "zai-org/ImageReward/ImageReward.pt@5736be03b2652728fb87788c9797b
 IMAGE_REWARD_TOKENIZER = "google-bert/bert-base-uncased@86b5e0934494bd15c9632b12f734a8a67f723594"
 PICKSCORE = "yuvalkirstain/PickScore_v1@a4e4367c6dfa7288a00c550414478f865b875800"
 PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K@1c2b8495b28150b8a4922ee1c8edee224c284c0c"
+HPSV3 = "MizzenAI/HPSv3/HPSv3.safetensors@4f81e3e09edd82fe3c5f636444c721b592a735ca"
+HPSV3_BASE = "Qwen/Qwen2-VL-7B-Instruct"  # its configuration and processor alone
 #: The model that GenEval 2's authors ask; they name no revision.
 GENEVAL2_MODEL = "Qwen/Qwen3-VL-8B-Instruct"
 #: Metric -> option that takes a path or another model, its default on the hub, bytes. Parameters in millions: BLIP-VQA 385,
@@ -33,6 +35,7 @@ _SINGLE = {
     "hpsv2": ("weights", HPSV2, 1_972_490_005),
     "image_reward": ("weights", IMAGE_REWARD, 1_786_880_927),
     "pickscore": ("model", PICKSCORE, 3_944_552_236),
+    "hpsv3": ("weights", HPSV3, 2 * 8_291_000_000),
     "geneval2": ("model", GENEVAL2_MODEL, 2 * 8_767_000_000),
     "dpg": ("model", "Salesforce/blip-vqa-capfilt-large", 4 * 385_000_000),
     "dino": ("model", "facebook/dino-vits16", 4 * 22_000_000),
