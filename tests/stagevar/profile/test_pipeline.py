@@ -38,7 +38,7 @@ def test_one_text_is_one_prompt(pipeline):
     "seeds",
     [
         [3, 4], (3, 4), range(3, 5), np.array([3, 4]), torch.tensor([3, 4]), np.array([3, 4], np.uint8), 3, [3.0, 4],
-        [np.int32(3), torch.tensor(4)], iter([3, 4]), np.array(3), torch.tensor(3), np.int64(3),
+        [np.int32(3), torch.tensor(4)], pytest.param(iter([3, 4]), id="an iterator"), np.array(3), torch.tensor(3), np.int64(3),
     ],
     ids=str,
 )  # fmt: skip
