@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from stagevar.models.hub import HubFile
 from stagevar.models.loading import text_beside
 from stagevar.models.parts import Part
-from stagevar.models.registry import LoadRequest, model_parts
+from stagevar.models.registry import model_parts
+from stagevar.models.request import LoadRequest
 
 #: Parameters of text encoders' repositories: flan-t5-xl with its decoder, Stable Diffusion 2.1's text model, Qwen2's of 1.5 B.
 _TEXT_PARAMETERS = {"infinity": 2_849_757_184, "star": 340_387_840, "hart": 1_543_714_304}

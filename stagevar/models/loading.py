@@ -18,7 +18,8 @@ from stagevar.models.base import LoadedModel, NextScaleModel, Sampling, TextEnco
 from stagevar.models.checkpoint.weights import fit, randomize
 from stagevar.models.hub import HubFile
 from stagevar.models.parts import Parts
-from stagevar.models.registry import LoadRequest, ModelSpec
+from stagevar.models.request import LoadRequest
+from stagevar.models.spec import ModelSpec
 
 #: File that marks a folder written by `stagevar convert`.
 MARK = "stagevar.json"

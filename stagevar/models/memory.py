@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from stagevar.models.base import NextScaleModel
     from stagevar.models.parts import Part, Parts
-    from stagevar.models.registry import LoadRequest
+    from stagevar.models.request import LoadRequest
 
 MIB = 2**20
 #: CUDA context and allocator slack, and what Python and torch take on a CPU.

@@ -10,7 +10,8 @@ from stagevar.models import memory
 from stagevar.models.downloads import is_cached
 from stagevar.models.hub import HubFile
 from stagevar.models.loading import locate, text_beside
-from stagevar.models.registry import LoadRequest, model_parts, resolve
+from stagevar.models.registry import model_parts, resolve
+from stagevar.models.request import LoadRequest
 
 if TYPE_CHECKING:
     from stagevar.models.parts import Parts

@@ -13,14 +13,15 @@ import difflib
 import logging
 import math
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stagevar import plugins
 from stagevar.errors import UsageError
 from stagevar.models.hub import HubFile
+from stagevar.models.request import LoadRequest
+from stagevar.models.spec import ModelSpec
 from stagevar.schedule.grids import STAR_SIDES, VAR_SIDES, Grid, infinity_grids, square
 from stagevar.schedule.published import HART_SETTINGS, INFINITY_SETTINGS, STAR_SETTINGS, PublishedSettings
 
@@ -34,68 +35,6 @@ if TYPE_CHECKING:
 MODELS = "stagevar.models"
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """One loadable model.
-
-    builder: "module:function" taking a LoadRequest and giving a LoadedModel; imported on use.
-    parts: "module:function" taking a LoadRequest and giving the modules that files fill (stagevar.models.loading);
-        empty for models that ship in the package. Conversion and memory estimates use it.
-    resolutions: accepted values of `resolution`, the default first.
-    guidance, temperature: defaults, a number or one per scale (guidance s as in u + s(c - u); VAR and STAR ramp up to
-        a single number over their scales).
-    weights, tokenizer, text: public files; None where there are none.
-    settings: what the family's constructors need.
-    scales: token grids of a resolution, square; None where only the loaded model knows them.
-    published: the settings of acceleration that were published for the family.
-    """
-
-    name: str
-    family: str
-    builder: str
-    summary: str
-    resolutions: tuple[str, ...]
-    guidance: float | tuple[float, ...]
-    temperature: float | tuple[float, ...]
-    top_k: int = 0
-    top_p: float = 0.0
-    parts: str = ""
-    weights: HubFile | None = None
-    tokenizer: HubFile | None = None
-    text: HubFile | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    scales: Callable[[str], tuple[Grid, ...]] | None = None
-    published: PublishedSettings | None = None
-
-
-@dataclass(frozen=True)
-class LoadRequest:
-    """A model and everything asked of it, resolved: what a builder gets.
-
-    weights: None (public files), "random", or a path. tokenizer, text: paths instead of what belongs to the model.
-    batch, schedule: images per pass and what will run, for the memory check. kv_cache: see `load_model`.
-    """
-
-    spec: ModelSpec
-    resolution: str
-    ratio: float
-    device: torch.device
-    dtype: torch.dtype
-    weights: str | None = None
-    tokenizer: Path | None = None
-    text: Path | None = None
-    seed: int = 0
-    guidance: float | tuple[float, ...] | None = None
-    temperature: float | tuple[float, ...] | None = None
-    batch: int = 1
-    kv_cache: str = "model"
-    schedule: StageSchedule | None = None
-
-    @property
-    def random(self) -> bool:
-        return self.weights == "random"
 
 
 # ------------------------------------------------------------------------------------------------ the table

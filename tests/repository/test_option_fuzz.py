@@ -23,7 +23,8 @@ from PIL import Image
 
 from stagevar.cli import command as stagevar_cli
 from stagevar.console import LONGEST_LINE
-from stagevar.models.registry import LoadRequest, model_parts, resolve
+from stagevar.models.registry import model_parts, resolve
+from stagevar.models.request import LoadRequest
 from tests.stagevar.profile.test_profile import make
 from tuner import cli as tuner_cli
 from tuner.cli.command import VERBS as TUNE_VERBS

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from stagevar.models.registry import ModelSpec, scale_grids
+from stagevar.models.registry import scale_grids
+from stagevar.models.spec import ModelSpec
 from stagevar.schedule import PRESETS, paper, preset
 from stagevar.schedule.grids import Grid
 

@@ -30,7 +30,7 @@ from stagevar.models.loading import (
     text_beside,
 )
 from stagevar.models.parts import Part, Parts
-from stagevar.models.registry import LoadRequest
+from stagevar.models.request import LoadRequest
 from stagevar.schedule.grids import square
 
 TRANSFORMER_RULES = KeyRules(dropped=("lvl_1L", "attn_bias_for_masking"))

@@ -19,7 +19,7 @@ from stagevar.models.infinity.tokenizer import BSQVAE
 from stagevar.models.infinity.transformer import Infinity
 from stagevar.models.loading import assemble, default_sampling, fill, made_up_text, text_beside
 from stagevar.models.parts import Part, Parts
-from stagevar.models.registry import LoadRequest
+from stagevar.models.request import LoadRequest
 from stagevar.models.variants import variant
 from stagevar.schedule.grids import infinity_grids
 

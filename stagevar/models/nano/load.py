@@ -21,7 +21,7 @@ from stagevar.models.loading import default_sampling, kv_option
 from stagevar.models.nano.presets import NanoPreset, preset
 from stagevar.models.nano.text import NanoTextEncoder
 from stagevar.models.nano.tokenizer import NanoTokenizer
-from stagevar.models.registry import LoadRequest
+from stagevar.models.request import LoadRequest
 
 
 def shipped_folder() -> Path:

@@ -9,7 +9,7 @@ from stagevar.models.base import LoadedModel, NextScaleModel, TextEncoder
 from stagevar.models.checkpoint.weights import STAR_RULES, VAR_RULES, block_precision
 from stagevar.models.loading import assemble, fill, made_up_text, ramped_sampling, text_beside
 from stagevar.models.parts import Part, Parts
-from stagevar.models.registry import LoadRequest
+from stagevar.models.request import LoadRequest
 from stagevar.models.star.text import ClipText, RandomClipText
 from stagevar.models.star.transformer import STAR, STARConfig
 from stagevar.models.var.transformer import VAR, ClassLabels, RandomLabels, VARConfig, guidance_ramp
