@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.environment import environment, write_json
+from stagevar.models.request import ModelRequest
 from stagevar.schedule import ScaleStep, Steps, exact
 from tuner.cluster.dispatcher import cut
 from tuner.cluster.executor import RayExecutor
@@ -185,11 +186,10 @@ def measure_booking() -> float:
 
 def measure_ray(model_name: str, space: SearchSpace) -> dict[str, float]:
     """Wall seconds: starting Ray and a loaded worker here, and a round trip to it."""
-    parts = {"model": model_name, "prompts": load_prompts(space.prompts), "quality": {}, "floors": {}}
+    model = ModelRequest(model_name, weights="random", device="cpu")
+    parts = {"model": model, "prompts": load_prompts(space.prompts), "quality": {}, "floors": {}}
     started = time.perf_counter()
-    executor = RayExecutor(
-        Recipe("tuner.evaluation.evaluator:load_evaluator", {**parts, "weights": "random", "device": "cpu"})
-    )
+    executor = RayExecutor(Recipe("tuner.evaluation.evaluator:load_evaluator", parts))
     ready = time.perf_counter()
     trips = []
     for _ in range(50):

@@ -40,6 +40,7 @@ from stagevar.models.memory import available_bytes, estimate_model
 from stagevar.models.memory_plan import USABLE, timed_bytes
 from stagevar.models.precision import is_product
 from stagevar.models.registry import SPECS, load_model, published
+from stagevar.models.request import ModelRequest
 from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import BOTH, ScaleStep, StageSchedule, Steps, preset
 from stagevar.tensors import attention
@@ -266,10 +267,17 @@ def report_memory(
         del generation
         let_go(sampler)
         if SPECS[args.model].parts:
-            options = {"device": str(model.device), "dtype": model.dtype, "weights": args.weights, "batch": batch}
-            needed = estimate_model(
-                args.model, schedule=schedule, kv_cache=model.kv_cache, resolution=args.resolution, **options
+            request = ModelRequest(
+                args.model,
+                weights=args.weights,
+                resolution=args.resolution,
+                device=model.device,
+                dtype=model.dtype,
+                batch=batch,
+                kv_cache=model.kv_cache,
+                schedule=schedule,
             )
+            needed = estimate_model(request)
             row["reckoned_gib"] = needed.sampling / 2**30
         if model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(model.device)

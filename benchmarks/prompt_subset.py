@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.environment import environment, write_json
+from stagevar.models.request import ModelRequest
 from stagevar.schedule import StageSchedule, exact, preset
 from tuner.config.prompts import load_prompts
 from tuner.config.space import PromptSource
@@ -45,7 +46,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     prompts = load_prompts(PromptSource("nano", search=options.prompts, heldout=16, micro_batch=20))
-    evaluator = load_evaluator("nano", prompts, QUALITY, {"psnr": 0.0}, device="cpu", threads=options.threads)
+    evaluator = load_evaluator(
+        ModelRequest("nano", device="cpu"), prompts, QUALITY, {"psnr": 0.0}, threads=options.threads
+    )
     grids = tuple(evaluator.model.grids)
     named = schedules(grids)
     steps = [schedule.expand(grids, evaluator.sampler.chunks) for schedule in named.values()]

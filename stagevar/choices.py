@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from stagevar.errors import UsageError
 
@@ -33,7 +34,9 @@ def check_threads(threads: int, device: str = "cpu") -> None:
         raise UsageError(f"threads {threads} must be between 1 and the {available} processors this process may use")
 
 
-def check_weights(weights: str | None, tokenizer: str | None = None, text: str | None = None) -> None:
+def check_weights(
+    weights: str | Path | None, tokenizer: str | Path | None = None, text: str | Path | None = None
+) -> None:
     """Raises UsageError for paths of weights that hold nothing; "random" and None stand for none."""
     for option, given in (("weights", weights), ("tokenizer", tokenizer), ("text", text)):
         if given is None or (option == "weights" and given == "random"):
@@ -44,5 +47,5 @@ def check_weights(weights: str | None, tokenizer: str | None = None, text: str |
             reason = getattr(error, "strerror", None) or str(error)
             other = ", or 'random'" if option == "weights" else ""
             raise UsageError(
-                f"no {option} at {given:.200}: {reason}; give a file or folder that exists{other}"
+                f"no {option} at {given!s:.200}: {reason}; give a file or folder that exists{other}"
             ) from None

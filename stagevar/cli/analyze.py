@@ -17,7 +17,7 @@ from stagevar.cli.model_options import (
     add_model_options,
     add_prompt_options,
     check_loading,
-    load,
+    model_request,
     prompts_of_file,
 )
 from stagevar.errors import UsageError
@@ -46,10 +46,12 @@ def run(args: argparse.Namespace) -> int:
     """Writes the analysis and prints its proposal with the reasons."""
     from stagevar.analysis import analyze, find_similarity, nano_inputs
     from stagevar.analysis.plots import draw
+    from stagevar.models.registry import load_model
     from stagevar.sampling.bench import bench_prompts
 
     extras.require("stagevar analyze", "matplotlib", *(["scipy"] if args.model == "nano" else []))
-    device = check_loading(args, args.model)
+    request = model_request(args)
+    device = check_loading(request)
     out = check_output_folder(args.out or Path("outputs") / f"analysis-{args.model}", "--out")
     given = prompts_of_file(args)
     options: dict[str, Any] = {"ablation_prompts": 0} if args.ranks else {}
@@ -62,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         if args.similarity:
             raise
         warnings.warn(f"CLIP similarity is left out: {error}", stacklevel=2)
-    model = load(args)
+    model = load_model(request)
     if model.name == "nano" and given is None:
         prompts, seeds, options["quality"] = nano_inputs(args.prompts, args.seed)
     else:

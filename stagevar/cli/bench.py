@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 
 from stagevar.cli.arguments import (
@@ -16,7 +17,7 @@ from stagevar.cli.model_options import (
     add_model_options,
     add_running_options,
     check_running,
-    load,
+    model_request,
     presets,
     shared,
 )
@@ -55,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints one row per schedule: latency, ratio to the full schedule, tokens, memory, quality against it."""
     if args.serve is not None:
         return bench_server(args)
+    from stagevar.models.registry import load_model
     from stagevar.profile import Profile
     from stagevar.profile.engine_choice import engine_for
     from stagevar.sampling.bench import bench_prompts, compare, format_table
@@ -65,6 +67,9 @@ def run(args: argparse.Namespace) -> int:
         if not profiles:
             raise UsageError("give --model NAME or --profile FILE")
         args.model = profiles[0].model.name
+    request = model_request(args)
+    if profiles:
+        request = request.over(dataclasses.replace(profiles[0].model.request, name=args.model))
     batch = args.batch or shared("batch", [profile.envelope.batch for profile in profiles]) or 1
     threads = args.threads or shared("threads", [profile.envelope.threads for profile in profiles]) or 1
     if args.resolution is None:
@@ -72,8 +77,8 @@ def run(args: argparse.Namespace) -> int:
     if batch > args.prompts:
         raise UsageError(f"batch {batch} is larger than the {args.prompts} prompts; raise --prompts")
     names = presets(args.compare)
-    check_running(args, args.model, profiles, threads)
-    model = load(args, **(profiles[0].model.load.given() if profiles else {}))
+    check_running(request, args.engine, threads)
+    model = load_model(request)
     extra = {f"profile {path}": profile.expand(model) for path, profile in zip(args.profile, profiles, strict=True)}
     engines = {
         name: profile.engine_here(model.device.type) for name, profile in zip(extra, profiles, strict=True)

@@ -19,8 +19,7 @@ from stagevar.cli.model_options import (
     add_model_options,
     add_running_options,
     check_running,
-    given_options,
-    load,
+    model_request,
 )
 from stagevar.errors import UsageError
 from stagevar.files import check_output, write_atomically, writing
@@ -67,15 +66,15 @@ def run(args: argparse.Namespace) -> int:
         from stagevar.profile import Profile
 
         profile = Profile.load(args.profile)
-        check_running(args, profile.model.name, [profile], args.threads)
-        running = {"engine": args.engine, "batch": args.batch or 0, "threads": args.threads}
-        pipeline = profile.pipeline(device=args.device, **running, **given_options(args))
+        request = model_request(args, profile)
+        check_running(request, args.engine, args.threads)
+        pipeline = profile.pipeline_of(request, engine=args.engine, batch=args.batch or 0, threads=args.threads)
         parts = (slice(first, first + pipeline.batch) for first in range(0, count, pipeline.batch))
         images: Iterator[Image] = (
             image for part in parts for image in pipeline.generate(prompts[part], seeds[part], args.negative)
         )
     else:
-        check_running(args, args.model, [], args.threads)
+        check_running(model_request(args), args.engine, args.threads)
         images = draw_full(args, prompts, seeds)
     for image, path in zip(images, outputs, strict=True):
         save_image(image, path)
@@ -96,12 +95,13 @@ def draw_full(args: argparse.Namespace, prompts: Sequence[str], seeds: Sequence[
     """PIL images of a model's full schedule, drawn batch by batch."""
     from PIL import Image as pillow
 
+    from stagevar.models.registry import load_model
     from stagevar.profile.engine_choice import WORTH_COMPARING, engine_for
     from stagevar.sampling.sampler import Sampler
     from stagevar.schedule import exact
     from stagevar.timing import threads_of
 
-    model = load(args)
+    model = load_model(model_request(args))
     batch, negatives = args.batch or 1, check_negatives(args.negative, len(prompts))
     steps = exact(len(model.grids)).expand(model.grids, len(model.transformer.chunk_layers))
     with threads_of(args.threads):

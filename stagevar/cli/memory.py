@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-from typing import Any
+import dataclasses
+from collections.abc import Iterable
 
 from stagevar.cli.arguments import (
     finite_number,
@@ -13,10 +13,11 @@ from stagevar.cli.arguments import (
 from stagevar.cli.model_options import (
     Verbs,
     add_model_options,
-    given_options,
+    model_request,
     presets,
 )
 from stagevar.errors import UsageError
+from stagevar.models.request import ModelRequest
 
 
 def add(verbs: Verbs) -> None:
@@ -41,12 +42,12 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--compare names no schedule; give presets with commas between them")
     if args.card is not None and not args.card > 0:
         raise UsageError(f"--card {args.card:g} must be a number of GiB above 0")
-    options = {"device": args.device, "batch": args.batch, "dtype": "bfloat16", **given_options(args)}
-    grids = model_parts(resolve(args.model, **options)).grids
-    caches = [options.pop("kv_cache")] if "kv_cache" in options else KV_CACHES
+    request = model_request(args).over(ModelRequest(args.model, batch=args.batch, dtype="bfloat16"))
+    grids = model_parts(resolve(request)).grids
+    caches = KV_CACHES if request.kv_cache is None else [request.kv_cache]
     columns = {
         f"{name}, {cache}": estimate_model(
-            args.model, schedule=preset(name, grids, published(args.model)), kv_cache=cache, **options
+            dataclasses.replace(request, schedule=preset(name, grids, published(args.model)), kv_cache=cache)
         )
         for name in names
         for cache in caches
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     if args.card is not None:
         fits = ["yes" if needed.generating <= args.card * 1024 * MIB else "no" for needed in columns.values()]
         rows[f"sampling fits {args.card:g} GiB"] = fits
-        for name, values in _study_rows(args, columns, options).items():
+        for name, values in _study_rows(request, columns, args.card).items():
             rows[f"{name}, {args.card:g} GiB"] = values
     print(f"{args.model}, batch {args.batch}, MiB")
     print(f"{'':<40}" + "".join(f"{name:>28}" for name in columns))
@@ -65,22 +66,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _study_rows(
-    args: argparse.Namespace, columns: Mapping[str, Any], options: Mapping[str, Any]
-) -> dict[str, list[str]]:
+def _study_rows(request: ModelRequest, columns: Iterable[str], card_gib: float) -> dict[str, list[str]]:
     """What a study on the card draws and times at once, per schedule and KV cache: labels to values."""
     from stagevar.models.memory import MIB, largest_batch
     from stagevar.models.memory_plan import CARD_SHARE, STUDY_BATCH, timed_beside_full
 
-    card_bytes = int(args.card * 1024 * MIB)
+    card_bytes = int(card_gib * 1024 * MIB)
     drawn: list[str] = []
     timed: dict[str, list[str]] = {"eager": [], "graph": []}
     for column in columns:
         name, cache = column.rsplit(", ", 1)
-        chosen = {**options, "kv_cache": cache}
-        one = {key: value for key, value in chosen.items() if key != "batch"}
-        drawn.append(str(largest_batch(args.model, STUDY_BATCH, int(CARD_SHARE * card_bytes), **one)))
+        one = dataclasses.replace(request, kv_cache=cache, batch=1)
+        drawn.append(str(largest_batch(one, STUDY_BATCH, int(CARD_SHARE * card_bytes))))
         for engine, values in timed.items():
-            values.append(str(timed_beside_full(args.model, name, engine, card_bytes, **one)))
+            values.append(str(timed_beside_full(one, name, engine, card_bytes)))
     label = "timed beside the full schedule"
     return {"images a study draws at once": drawn, **{f"{label}, {e}": values for e, values in timed.items()}}

@@ -15,11 +15,11 @@ from stagevar.cli.arguments import (
     whole_number,
 )
 from stagevar.errors import UsageError, did_you_mean
+from stagevar.models.request import ModelRequest
 from stagevar.prompts.requests import check_prompts
 from stagevar.sections import shown
 
 if TYPE_CHECKING:
-    from stagevar.models.base import LoadedModel
     from stagevar.profile import Profile
 
 #: What `ArgumentParser.add_subparsers` returns; each verb's `add` puts itself in.
@@ -68,17 +68,20 @@ def add_prompt_options(parser: argparse.ArgumentParser, count: int) -> None:
     parser.add_argument("--seed", type=whole_number, default=0, help="seed of the first prompt (default: 0)")
 
 
-def given_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The model options that were given, as `load_model` takes them."""
-    names = ("weights", "tokenizer", "text", "dtype", "resolution", "ratio", "kv_cache")
-    return {name: value for name in names if (value := getattr(args, name)) is not None}
-
-
-def load(args: argparse.Namespace, **defaults: Any) -> LoadedModel:
-    """The model that the options name; defaults are for options that were not given."""
-    from stagevar.models.registry import load_model
-
-    return load_model(args.model, device=args.device, **{**defaults, **given_options(args)})
+def model_request(args: argparse.Namespace, profile: Profile | None = None) -> ModelRequest:
+    """What the options ask for; of a profile's model, and with its options where they leave something open."""
+    asked = ModelRequest(
+        args.model if profile is None else profile.model.name,
+        weights=args.weights,
+        tokenizer=args.tokenizer,
+        text=args.text,
+        resolution=args.resolution,
+        ratio=args.ratio,
+        device=args.device,
+        dtype=args.dtype,
+        kv_cache=args.kv_cache,
+    )
+    return asked if profile is None else asked.over(profile.model.request)
 
 
 def prompts_of_file(args: argparse.Namespace) -> list[str] | None:
@@ -90,7 +93,7 @@ def prompts_of_file(args: argparse.Namespace) -> list[str] | None:
     return check_prompts([entry.text for entry in read_prompt_file(args.prompts_file)][: args.prompts])
 
 
-def check_loading(args: argparse.Namespace, model: str, profiles: Sequence[Profile] = ()) -> str:
+def check_loading(request: ModelRequest) -> str:
     """The kind of device ("cpu", "cuda") that a model will be on.
 
     Raises UsageError, before anything is loaded, for a model, option or device that is not there, and for paths that hold
@@ -98,15 +101,14 @@ def check_loading(args: argparse.Namespace, model: str, profiles: Sequence[Profi
     """
     from stagevar.models.registry import resolve
 
-    check_weights(args.weights, args.tokenizer, args.text)
-    loading = {**(profiles[0].model.load.given() if profiles else {}), **given_options(args)}
-    return resolve(model, device=args.device, **loading).device.type
+    check_weights(request.weights, request.tokenizer, request.text)
+    return resolve(request).device.type
 
 
-def check_running(args: argparse.Namespace, model: str, profiles: Sequence[Profile], threads: int | None) -> None:
+def check_running(request: ModelRequest, engine: str, threads: int | None) -> None:
     """Raises UsageError, before anything is loaded, for an engine or threads that this device does not have."""
-    device = check_loading(args, model, profiles)
-    check_engine(args.engine, device)
+    device = check_loading(request)
+    check_engine(engine, device)
     if threads is not None:
         check_threads(threads, device)
 

@@ -14,7 +14,7 @@ from stagevar.cli.model_options import (
     add_model_options,
     add_prompt_options,
     check_loading,
-    load,
+    model_request,
     prompts_of_file,
 )
 from stagevar.errors import UsageError
@@ -35,16 +35,18 @@ def add(verbs: Verbs) -> None:
 def run(args: argparse.Namespace) -> int:
     """Fits on full generations, writes the classifier and prints how well it does."""
     from stagevar.analysis.skipvar_fit import check_file, check_fitting, refit
+    from stagevar.models.registry import load_model
     from stagevar.sampling.bench import bench_prompts
     from stagevar.sampling.sampler import Sampler
 
     if not 0 < args.target < 1:
         raise UsageError(f"target {args.target} must lie between 0 and 1")
-    check_loading(args, args.model)
+    request = model_request(args)
+    check_loading(request)
     check_file(args.out)
     given = prompts_of_file(args)
     check_fitting(args.prompts if given is None else len(given), args.weights == "random")
-    model = load(args)
+    model = load_model(request)
     prompts = bench_prompts(model, args.prompts) if given is None else given
     fit = refit(Sampler(model), prompts, [args.seed + i for i in range(len(prompts))], args.target, name=args.out.stem)
     fit.save(args.out)

@@ -17,7 +17,7 @@ from stagevar.cli.model_options import (
     add_model_options,
     add_running_options,
     check_running,
-    given_options,
+    model_request,
 )
 from stagevar.errors import UsageError
 
@@ -65,10 +65,10 @@ def run(args: argparse.Namespace) -> int:
     limits = Limits(timeout_s=args.timeout, stuck_s=args.stuck)
     serving = Serving(args.host, args.port, args.queue, args.grace, limits, keys)
     profile = None if args.profile is None else Profile.load(args.profile)
-    check_running(args, profile.model.name if profile else args.model, [profile] if profile else [], args.threads)
+    request = model_request(args, profile)
+    check_running(request, args.engine, args.threads)
     from stagevar.serving.drawing import Loading
 
-    running = {"device": args.device, "engine": args.engine, "batch": args.batch or 0, "threads": args.threads}
-    loading = Loading(profile, args.model, args.compare, **running, options=given_options(args))
+    loading = Loading(request, profile, args.compare, args.engine, args.batch or 0, args.threads)
     serve(loading, serving, lambda address: print(address, flush=True))
     return 0

@@ -22,6 +22,7 @@ A fixed share is added for the allocator and the CUDA context.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
     from stagevar.models.base import NextScaleModel
     from stagevar.models.parts import Part, Parts
-    from stagevar.models.request import LoadRequest
+    from stagevar.models.request import LoadRequest, ModelRequest
 
 MIB = 2**20
 #: CUDA context and allocator slack, and what Python and torch take on a CPU.
@@ -250,10 +251,10 @@ def _meminfo(name: str) -> int | None:
         return None
 
 
-def largest_batch(name: str, at_most: int, room_bytes: int, **options: object) -> int:
+def largest_batch(model: ModelRequest, at_most: int, room_bytes: int) -> int:
     """The largest of `at_most`, its half, its quarter and so on whose estimate stays within the room; at least 1."""
     batch = at_most
-    while batch > 1 and estimate_model(name, batch=batch, **options).peak > room_bytes:
+    while batch > 1 and estimate_model(dataclasses.replace(model, batch=batch)).peak > room_bytes:
         batch //= 2
     return batch
 
@@ -269,9 +270,9 @@ def require(needed: MemoryEstimate, device: torch.device, name: str) -> None:
         )
 
 
-def estimate_model(name: str, **options: object) -> MemoryEstimate:
-    """The estimate for a model by name; options as for `registry.load_model`. Loads nothing."""
+def estimate_model(model: ModelRequest) -> MemoryEstimate:
+    """The estimate for a model as it is asked for. Loads nothing."""
     from stagevar.models.registry import model_parts, resolve
 
-    request = resolve(name, **options)  # type: ignore[arg-type]
+    request = resolve(model)
     return estimate(model_parts(request), request)

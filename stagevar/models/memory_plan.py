@@ -16,6 +16,7 @@ from stagevar.schedule import Steps
 
 if TYPE_CHECKING:
     from stagevar.models.base import LoadedModel
+    from stagevar.models.request import ModelRequest
 
 #: Share of a card's memory that a study's micro-batch may need; metrics, references and kept scales want the rest.
 CARD_SHARE = 0.8
@@ -82,20 +83,23 @@ def timed_bytes(
     return TimedBytes(kept, max((max(bytes_, decoding) for bytes_ in working.values()), default=0))
 
 
-def timed_beside_full(name: str, schedule: str, engine: str, card_bytes: int, **options: object) -> int:
+def timed_beside_full(model: ModelRequest, schedule: str, engine: str, card_bytes: int) -> int:
     """How many such schedules are timed in one group with the full one on an otherwise empty card; loads nothing.
 
     Args:
-        name: of the model. schedule: of a preset. engine: name. options: as for `registry.load_model`.
+        model: what is asked for.
+        schedule: name of a preset.
+        engine: its name.
+        card_bytes: memory of the card.
     """
     from stagevar.models.memory import estimate
     from stagevar.models.registry import model_parts, published, resolve
     from stagevar.schedule import exact, preset
 
-    request = resolve(name, **options)  # type: ignore[arg-type]
+    request = resolve(model)
     parts = model_parts(request)
     transformer, grids = parts.transformer.module, parts.grids
-    both = {"full": exact(len(grids)), "this": preset(schedule, grids, published(name))}
+    both = {"full": exact(len(grids)), "this": preset(schedule, grids, published(model.name))}
     steps = {key: one.expand(grids, len(transformer.chunk_layers)) for key, one in both.items()}
     needed = timed_bytes(
         transformer, parts.tokenizer.module, steps, parts.pixels, request.dtype.itemsize, request.kv_cache, engine

@@ -11,21 +11,21 @@ from stagevar.models.downloads import is_cached
 from stagevar.models.hub import HubFile
 from stagevar.models.loading import locate, text_beside
 from stagevar.models.registry import model_parts, resolve
-from stagevar.models.request import LoadRequest
+from stagevar.models.request import LoadRequest, ModelRequest
 
 if TYPE_CHECKING:
     from stagevar.models.parts import Parts
 
 
-def examine(name: str, **options: object) -> list[tuple[str, str]]:
-    """Findings about a model, each ("ok" | "warn" | "fail", one line). Options as for `registry.load_model`.
+def check_model(model: ModelRequest) -> list[tuple[str, str]]:
+    """Findings about a model as it is asked for, each ("ok" | "warn" | "fail", one line).
 
     Memory by use and whether it fits, packages that are not installed, public files that are not on this machine yet.
     Raises UsageError for an unknown model or option value.
     """
-    request = resolve(name, **options)  # type: ignore[arg-type]
+    request = resolve(model)
     if not request.spec.parts:
-        return [("ok", f"{name} ships in the package")]
+        return [("ok", f"{model.name} ships in the package")]
     parts = model_parts(request)
     return [*_memory(request, parts), *_packages(request), *_files(request)]
 

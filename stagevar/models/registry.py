@@ -9,6 +9,7 @@ sampling (facts; 1B is the reference's infinity_layer24, 125M its infinity_layer
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import logging
 import math
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from stagevar import plugins
 from stagevar.errors import UsageError
 from stagevar.models.hub import HubFile
-from stagevar.models.request import LoadRequest
+from stagevar.models.request import LoadRequest, ModelRequest
 from stagevar.models.spec import ModelSpec
 from stagevar.schedule.grids import STAR_SIDES, VAR_SIDES, Grid, infinity_grids, square
 from stagevar.schedule.published import HART_SETTINGS, INFINITY_SETTINGS, STAR_SETTINGS, PublishedSettings
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     import torch
 
     from stagevar.models.base import LoadedModel
-    from stagevar.schedule import StageSchedule
 
 #: Group of entry points in which packages offer a ModelSpec.
 MODELS = "stagevar.models"
@@ -281,52 +281,40 @@ def resolution_of(name: str, resolution: str | int | None) -> str:
     return chosen
 
 
-def resolve(
-    name: str,
-    *,
-    weights: str | Path | None = None,
-    tokenizer: str | Path | None = None,
-    text: str | Path | None = None,
-    resolution: str | int | None = None,
-    ratio: float = 1.0,
-    device: str | torch.device = "auto",
-    dtype: str | torch.dtype | None = None,
-    seed: int = 0,
-    guidance: float | Sequence[float] | None = None,
-    temperature: float | Sequence[float] | None = None,
-    batch: int = 1,
-    kv_cache: str = "model",
-    schedule: StageSchedule | None = None,
-) -> LoadRequest:
+def resolve(model: str | ModelRequest, **options: Any) -> LoadRequest:
     """Checks a request and fills in defaults, without loading anything. Arguments and errors as for `load_model`."""
     import torch
 
     from stagevar.tensors.cache import KV_CACHES
 
-    spec = find(name)
-    chosen = resolution_of(name, resolution)
+    asked = ModelRequest(model, **options) if isinstance(model, str) else dataclasses.replace(model, **options)
+    ratio = 1.0 if asked.ratio is None else asked.ratio
+    kv_cache = "model" if asked.kv_cache is None else asked.kv_cache
+    spec = find(asked.name)
+    chosen = resolution_of(asked.name, asked.resolution)
     if not 0 < ratio < math.inf:
         raise UsageError(f"aspect ratio {ratio!r} must be height / width, above 0")
-    if batch < 1:
-        raise UsageError(f"batch {batch} must be at least 1")
+    if asked.batch < 1:
+        raise UsageError(f"batch {asked.batch} must be at least 1")
     if kv_cache not in KV_CACHES:
         raise UsageError(f"unknown kv cache {kv_cache!r:.60}; use {' or '.join(KV_CACHES)}")
-    place = resolve_device(device)
+    place = resolve_device(asked.device)
+    dtype, guidance, temperature = asked.dtype, asked.guidance, asked.temperature
     return LoadRequest(
         spec=spec,
         resolution=chosen,
         ratio=float(ratio),
         device=place,
-        dtype=_resolve_dtype(dtype, place) if not isinstance(dtype, torch.dtype) else dtype,
-        weights=None if weights is None else str(weights),
-        tokenizer=None if tokenizer is None else Path(tokenizer),
-        text=None if text is None else Path(text),
-        seed=seed,
+        dtype=dtype if isinstance(dtype, torch.dtype) else _resolve_dtype(dtype, place),
+        weights=None if asked.weights is None else str(asked.weights),
+        tokenizer=None if asked.tokenizer is None else Path(asked.tokenizer),
+        text=None if asked.text is None else Path(asked.text),
+        seed=asked.seed,
         guidance=tuple(guidance) if isinstance(guidance, Sequence) else guidance,
         temperature=tuple(temperature) if isinstance(temperature, Sequence) else temperature,
-        batch=batch,
+        batch=asked.batch,
         kv_cache=kv_cache,
-        schedule=schedule,
+        schedule=asked.schedule,
     )
 
 
@@ -369,27 +357,18 @@ def _card_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16
 
 
-def load_model(name: str, **options: Any) -> LoadedModel:
+def load_model(model: str | ModelRequest, **options: Any) -> LoadedModel:
     """A model ready for the sampler.
 
     Args:
-        name: one of `list_models()`.
-        weights: None for the public (or shipped) files, fetched when needed; "random" for seeded random weights; else a
-            file, a folder of shards, a folder with the public files, or a converted folder.
-        tokenizer, text: a tokenizer file and a text encoder folder, instead of those that belong to the model.
-        resolution: one of the spec's, or an image side in pixels. ratio: height / width, snapped to a template.
-        device: "auto", "cpu", "cuda[:N]". dtype: of the transformer blocks and the tokenizer; default bfloat16 on a
-            GPU, float32 on the CPU.
-        seed: of random weights.
-        guidance, temperature: instead of the model's defaults; a number or one per scale.
-        batch: images per pass, for the memory check. schedule: the only one that will run, for it too (None: any).
-        kv_cache: "model", keys and values in the blocks' precision, or "int8", about half of bfloat16.
+        model: the name of one of `list_models()`, or a whole request.
+        options: fields of `ModelRequest`: weights, resolution, device, dtype and the others.
 
     Raises:
         UsageError: unknown name or option value, or a model that cannot fit on the device.
         WeightsError: files that are missing, damaged or another model's.
     """
-    request = resolve(name, **options)
+    request = resolve(model, **options)
     return _function(request.spec.builder)(request)
 
 

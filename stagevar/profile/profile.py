@@ -20,6 +20,7 @@ import yaml
 
 from stagevar.errors import ProfileError, StagevarError
 from stagevar.files import write_text_atomically
+from stagevar.models.request import ModelRequest
 from stagevar.profile.envelope import Envelope
 from stagevar.profile.sections import (
     BaselineSection,
@@ -190,12 +191,18 @@ class Profile:
         engine, batch, threads: instead of the profile's own. load_options: of `load_model`.
         Warns (UserWarning) where quality was never measured, and about everything that differs from where the profile was.
         """
+        request = ModelRequest(self.model.name, device=device, **load_options)
+        return self.pipeline_of(request.over(self.model.request), engine=engine, batch=batch, threads=threads)
+
+    def pipeline_of(
+        self, request: ModelRequest, *, engine: str = "auto", batch: int = 0, threads: int | None = None
+    ) -> Pipeline:
+        """As `pipeline`, of the model that a request stands for; `request.over(profile.model.request)` is the usual one."""
         from stagevar.models.registry import load_model
         from stagevar.profile.pipeline import Pipeline
         from stagevar.sampling.sampler import Sampler
 
-        options = {"schedule": self.schedule, **self.model.load.given(), **load_options}
-        model = load_model(self.model.name, device=device, **options)
+        model = load_model(request if request.schedule else dataclasses.replace(request, schedule=self.schedule))
         if model.random_weights:
             raise ProfileError(
                 f"the profile of {model.name} was made on random weights, which draw noise; load trained weights instead"

@@ -5,10 +5,11 @@ A field that may be absent has a default. Figures are None where a measurement g
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from stagevar.models.request import ModelRequest
 
 
 @dataclass(frozen=True)
@@ -18,10 +19,6 @@ class LoadOptions:
     resolution: str | int | None = None
     ratio: float | None = None
     kv_cache: str | None = None
-
-    def given(self) -> dict[str, Any]:
-        """Those that are stated."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -33,6 +30,13 @@ class ModelSection:
     random_weights: bool = False
     weights: Mapping[str, str] = field(default_factory=dict)
     load: LoadOptions = field(default_factory=LoadOptions)
+
+    @property
+    def request(self) -> ModelRequest:
+        """What loads the same model again: its public files, and the options that the profile states."""
+        return ModelRequest(
+            self.name, resolution=self.load.resolution, ratio=self.load.ratio, kv_cache=self.load.kv_cache
+        )
 
 
 @dataclass(frozen=True)

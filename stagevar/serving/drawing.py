@@ -19,6 +19,7 @@ from stagevar.engine import TEXT_BUCKET
 from stagevar.errors import OutOfDeviceMemory
 from stagevar.models.base import LoadedModel, Sampling
 from stagevar.models.registry import find, load_model, resolution_of
+from stagevar.models.request import ModelRequest
 from stagevar.profile import Profile, present_envelope, steps_to_data
 from stagevar.profile.engine_choice import engine_for
 from stagevar.profile.pipeline import warm_sampler
@@ -215,20 +216,23 @@ def guided(sampling: Sampling, guidance: float) -> Sampling:
 
 @dataclass(frozen=True)
 class Loading:
-    """What is loaded, and how it runs: options as of `stagevar generate`.
+    """What is loaded, and how it runs.
 
-    profile or model: one of them. compare: serve the full schedule beside the profile's. batch, threads, engine: instead of
-    the profile's. options: of `load_model`.
+    Args:
+        request: the model, with the profile's options where there is a profile.
+        profile: whose schedule is served; None serves the full one.
+        compare: serve the full schedule beside the profile's.
+        engine: instead of the profile's, which "auto" takes.
+        batch: images per run instead of the profile's; 0 takes it.
+        threads: CPU threads instead of the profile's.
     """
 
+    request: ModelRequest
     profile: Profile | None = None
-    model: str | None = None
     compare: bool = False
-    device: str = "auto"
     engine: str = "auto"
     batch: int = 0
     threads: int | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load_artist(loading: Loading) -> ModelArtist:
@@ -239,13 +243,13 @@ def load_artist(loading: Loading) -> ModelArtist:
     """
     profile = loading.profile
     if profile is None:
-        model = load_model(loading.model or "", device=loading.device, batch=loading.batch or 1, **loading.options)
+        model = load_model(loading.request, batch=loading.batch or 1)
         batch, threads = loading.batch or 1, loading.threads
         engine = _engine(loading.engine, model)
         served = [full_schedule(model)]
     else:
-        pipeline = profile.pipeline(
-            loading.device, engine=loading.engine, batch=loading.batch, threads=loading.threads, **loading.options
+        pipeline = profile.pipeline_of(
+            loading.request, engine=loading.engine, batch=loading.batch, threads=loading.threads
         )
         model, batch, threads = pipeline.sampler.model, pipeline.batch, pipeline.threads
         engine = pipeline.sampler.engine.name
@@ -263,8 +267,7 @@ def load_artist(loading: Loading) -> ModelArtist:
         ]
         if loading.compare:
             served.append(full_schedule(model))
-    resolution = loading.options.get("resolution", profile.model.load.resolution if profile else None)
-    sizes = {size_of(model): lambda: model, **_templates(model, resolution)}
+    sizes = {size_of(model): lambda: model, **_templates(model, loading.request.resolution)}
     return ModelArtist(model, tuple(served), sizes, batch, threads, engine)
 
 

@@ -8,6 +8,7 @@ docs/serving.md has a configuration file with autoscaling, and KubeRay's.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from stagevar import extras
 from stagevar.errors import InfrastructureError, UsageError, did_you_mean
+from stagevar.models.request import ModelRequest
 from stagevar.profile import Profile
 from stagevar.sections import shown
 from stagevar.serving.app import Keys, Limits, build_app
@@ -81,7 +83,9 @@ class Arguments:
         from stagevar.serving.drawing import Loading
 
         profile = None if self.profile is None else Profile.load(self.profile)
-        return Loading(profile, self.model, self.compare, self.device, self.engine, self.batch, self.threads)
+        request = ModelRequest(self.model or "") if profile is None else profile.model.request
+        request = dataclasses.replace(request, device=self.device)
+        return Loading(request, profile, self.compare, self.engine, self.batch, self.threads)
 
     def keys(self) -> Keys:
         return Keys() if self.api_key_file is None else read_keys(Path(self.api_key_file))

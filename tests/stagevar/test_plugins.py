@@ -15,6 +15,7 @@ from stagevar.analysis import SIMILARITIES, find_similarity
 from stagevar.errors import ScheduleError, UsageError
 from stagevar.models import registry
 from stagevar.models.registry import MODELS
+from stagevar.models.request import ModelRequest
 from stagevar.plugins import PluginError
 from stagevar.profile import Profile, present_envelope, steps_to_data
 from stagevar.sampling.sampler import Sampler
@@ -91,7 +92,7 @@ def test_an_evaluator_scores_by_a_plugged_metric_and_a_plugged_accelerator(insta
     assert [(limit.metric, limit.unit, limit.max_drop) for limit in limits] == [("brightness", "share of white", 0.3)]
     prompts = load_prompts(space.prompts, 0)
     evaluator = load_evaluator(
-        "nano", prompts, composite_options(space.quality, limits), {}, device="cpu", engine="eager"
+        ModelRequest("nano", device="cpu"), prompts, composite_options(space.quality, limits), {}, engine="eager"
     )
     grids = registry.load_model("nano", device="cpu").grids
     halved = StageSchedule(6, accelerator="halving", rank_ratios=(0.4,)).expand(grids, 4)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from stagevar import extras, plugins
 from stagevar.cli.arguments import Parser, name_value, path_value
 from stagevar.errors import StagevarError
+from stagevar.models.request import ModelRequest
 
 if TYPE_CHECKING:
     import torch
@@ -44,18 +45,19 @@ class Finding:
     text: str
 
 
-def examine(out: Path, model: str | None = None, weights: str | None = None, device: str = "auto") -> list[Finding]:
+def run_checks(out: Path, model: ModelRequest | None = None) -> list[Finding]:
     """All checks, in the order a user wants to read them.
 
-    out: where runs would be written. model: also what this model needs here and what of it is missing; weights and
-    device as for loading it.
+    Args:
+        out: where runs would be written.
+        model: also what this model needs here and what of it is missing.
     """
     findings = [*_python(), *_packages(), *_device(), _timings(), _disk(out), *_models(), *_plugins()]
     if model is not None:
         from stagevar.models import readiness
 
-        findings += [Finding(*found) for found in readiness.examine(model, weights=weights, device=device)]
-        findings += [] if weights == "random" else _metrics(model)
+        findings += [Finding(*found) for found in readiness.check_model(model)]
+        findings += [] if model.weights == "random" else _metrics(model.name)
     return findings
 
 
@@ -247,7 +249,8 @@ def add_options(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints one line per check; exit code 1 when a study cannot run here."""
-    findings = examine(args.out, args.model, args.weights, args.device)
+    model = None if args.model is None else ModelRequest(args.model, weights=args.weights, device=args.device)
+    findings = run_checks(args.out, model)
     if args.json:
         print(json.dumps([dataclasses.asdict(f) for f in findings], indent=2))
     else:

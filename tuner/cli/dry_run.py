@@ -19,8 +19,7 @@ def print_plan(checked: Plan) -> int:
     space, args = checked.space, checked.args
     limits = () if args.weights == "random" else quality_limits(space.quality, args.max_drop)
     (search, heldout), micro_batch = set_sizes(space.prompts), space.prompts.micro_batch
-    place = {"weights": args.weights, "resolution": args.resolution, "device": args.device, "kv_cache": args.kv_cache}
-    downloads, memory = costs.downloads_of(args.model, space.quality, place), costs.memory_plan(space, place)
+    downloads, memory = costs.downloads_of(checked.model, space.quality), costs.memory_plan(checked.model, micro_batch)
     plan_data = {
         "model": args.model,
         "budget": args.budget.text,
@@ -37,7 +36,7 @@ def print_plan(checked: Plan) -> int:
         "settings": costs.settings_of(space),
         "images_at_most": 0 if args.weights == "random" else costs.images_at_most(args.trials, search, heldout),
         "downloads": [dataclasses.asdict(download) for download in downloads],
-        "memory": memory,
+        "memory": None if memory is None else dataclasses.asdict(memory),
     }
     if args.json:
         print(json.dumps(plan_data, indent=2))
@@ -58,7 +57,7 @@ def print_plan(checked: Plan) -> int:
                     print(f"{'file':<16} {download.line}")
                 continue
             if key == "memory":
-                value = costs.memory_line(memory) if memory else "fits anywhere"
+                value = memory.line if memory else "fits anywhere"
             if key in ("settings", "images_at_most"):
                 value = "no end: a parameter is continuous" if value is None else f"{value:,}"
             if isinstance(value, dict):

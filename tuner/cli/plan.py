@@ -15,6 +15,7 @@ from stagevar.cli.arguments import MOST
 from stagevar.errors import UsageError
 from stagevar.files import check_output_folder
 from stagevar.models import registry
+from stagevar.models.request import ModelRequest
 from tuner.cli.options import PROG
 from tuner.config import checks
 from tuner.config.analysis import Findings, read_analysis
@@ -30,9 +31,18 @@ _NOT_OF_THE_STUDY = ("--fresh", "--quiet", "--verbose", "--json")
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A checked command line."""
+    """A checked command line.
+
+    Args:
+        args: its options, budget and limits parsed.
+        model: the model that is tuned.
+        space: what is searched.
+        run_dir: where the run is kept.
+        command: the same command for any working directory.
+    """
 
     args: argparse.Namespace
+    model: ModelRequest
     space: SearchSpace
     run_dir: Path
     command: str
@@ -42,18 +52,12 @@ def plan(args: argparse.Namespace, argv: Sequence[str]) -> Plan:
     """Checks everything that can be checked without loading a model. Raises UsageError."""
     args.budget = parse_budget(args.budget)
     args.time_budget = parse_time(args.time_budget) if args.time_budget else None
-    registry.find(args.model)
+    model = model_request(args)
+    registry.find(model.name)
     run_dir = args.out or Path("outputs") / checks.run_name(args.model, args.budget.text, args.seed)
     check_effort(args)
     check_placement(args, run_dir)
-    checks.check_running(
-        args.model,
-        device=args.device,
-        threads=args.threads if args.executor == "local" else None,
-        engine=args.engine,
-        resolution=args.resolution,
-        weights=args.weights,
-    )
+    checks.check_running(model, threads=args.threads if args.executor == "local" else None, engine=args.engine)
     findings = checked_findings(args)
     space = checked_space(args.model, args.space, args.prompts, args.heldout, args.seed, args.resolution, findings)
     space = with_earlier(space, args.start_from, args.resolution)
@@ -68,7 +72,14 @@ def plan(args: argparse.Namespace, argv: Sequence[str]) -> Plan:
     check_strangers(run_dir)
     words = [a for a in argv if a not in _NOT_OF_THE_STUDY and not re.fullmatch("-[vq]+", a)]
     command = shlex.join([PROG, *checks.with_absolute_paths(words, [Path.cwd()])])
-    return Plan(args, space, run_dir, command)
+    return Plan(args, model, space, run_dir, command)
+
+
+def model_request(args: argparse.Namespace) -> ModelRequest:
+    """The model that the options ask for."""
+    return ModelRequest(
+        args.model, weights=args.weights, resolution=args.resolution, device=args.device, kv_cache=args.kv_cache
+    )
 
 
 def checked_findings(args: argparse.Namespace) -> Findings | None:

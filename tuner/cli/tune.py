@@ -22,6 +22,7 @@ from stagevar.cli.arguments import Parser, name_value, path_value, positive_int
 from stagevar.console import STOPPED, say, set_verbosity
 from stagevar.errors import EXIT_CODES, UsageError
 from stagevar.models.registry import MODELS, SPECS
+from stagevar.models.request import ModelRequest
 from stagevar.profile.sections import EngineSection
 from stagevar.schedule import ACCELERATORS, PLUGGED_ACCELERATORS
 from stagevar.sections import read_section
@@ -266,25 +267,23 @@ def build_study(checked: Plan, progress: Any, stop: Callable[[], bool]) -> Study
     from tuner.study.study import Options, Study
 
     args, space = checked.args, checked.space
-    place = {"weights": args.weights, "resolution": args.resolution, "device": args.device}
     if args.executor == "local":
-        size = fitting_micro_batch(args.model, space.prompts.micro_batch, space.quality, **place)
+        size = fitting_micro_batch(checked.model, space.prompts.micro_batch, space.quality)
         if size < space.prompts.micro_batch:
             progress.say(f"micro-batches of {size} instead of {space.prompts.micro_batch} images fit the memory here")
             space = dataclasses.replace(space, prompts=dataclasses.replace(space.prompts, micro_batch=size))
     prompts = load_prompts(space.prompts, args.seed)
-    say_downloads(args.model, space, {**place, "kv_cache": args.kv_cache}, progress)
+    say_downloads(checked.model, space, progress)
     quality = composite_options(space.quality, quality_limits(space.quality, args.max_drop))
-    parts = {"model": args.model, "prompts": prompts, "quality": quality, "floors": space.floors}
-    parts |= {"weights": args.weights, "device": args.device, "threads": args.threads, "resolution": args.resolution}
-    parts |= {"engine": kept_engine(checked.run_dir, args.engine), "kv_cache": args.kv_cache}
+    engine = kept_engine(checked.run_dir, args.engine)
+    parts = {"prompts": prompts, "quality": quality, "floors": space.floors, "threads": args.threads, "engine": engine}
     if args.executor == "ray":
         executor = _ray_executor(checked, parts, progress)
         evaluator = executor.evaluator
     else:
         drawing = max(args.threads, min(MOST_DRAWING_THREADS, len(processors()) or 1))
         local = {"drawing_threads": drawing, "references_dir": checked.run_dir / "references"}
-        executor, evaluator = None, load_evaluator(**parts, **local)
+        executor, evaluator = None, load_evaluator(checked.model, **parts, **local)
     options = Options(
         args.budget,
         max_drop=args.max_drop,
@@ -305,11 +304,11 @@ def build_study(checked: Plan, progress: Any, stop: Callable[[], bool]) -> Study
     return kind(checked.run_dir, space, options, evaluator, prompts, executor, progress, stop)
 
 
-def say_downloads(model: str, space: SearchSpace, place: dict[str, Any], progress: Any) -> None:
+def say_downloads(model: ModelRequest, space: SearchSpace, progress: Any) -> None:
     """Names what model and metrics are about to fetch, with sizes, while nothing has been fetched yet."""
     from tuner.config.costs import downloads_of
 
-    for download in downloads_of(model, space.quality, place):
+    for download in downloads_of(model, space.quality):
         if not download.cached:
             progress.say(f"file: {download.line}")
 
@@ -327,16 +326,16 @@ def kept_engine(run_dir: Path, asked: str) -> Any:
     return choice if choice.asked == asked == "auto" else asked
 
 
-def _ray_executor(checked: Plan, parts: dict[str, Any], progress: Any) -> RayExecutor:
+def _ray_executor(checked: Plan, parts: Mapping[str, object], progress: Any) -> RayExecutor:
     """Workers that load the same model; paths must exist on every node."""
     from tuner.cluster.executor import RayExecutor
     from tuner.cluster.worker import Recipe
 
-    args = checked.args
-    if args.weights and Path(args.weights).exists():
-        parts["weights"] = str(Path(args.weights).resolve())
+    args, model = checked.args, checked.model
+    if model.weights and Path(model.weights).exists():
+        model = dataclasses.replace(model, weights=str(Path(model.weights).resolve()))
     return RayExecutor(
-        Recipe("tuner.evaluation.evaluator:load_evaluator", parts),
+        Recipe("tuner.evaluation.evaluator:load_evaluator", {"model": model, **parts}),
         args.ray_address,
         gpu_kind=args.gpu_kind,
         task_timeout_s=args.task_timeout,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shlex
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from stagevar.cli.arguments import Parser, path_value
 from stagevar.errors import UsageError
+from stagevar.models.request import ModelRequest
 from tuner.cli import tune
 from tuner.cli.options import Groups, add_study_options
 from tuner.cli.plan import check_provable, checked_space
@@ -55,39 +57,29 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"profile {args.profile} does not say how it was made; give --budget")
     from tuner.results.codec import to_plain
     from tuner.study.progress import Progress
-    from tuner.study.verify_profile import recheck
+    from tuner.study.verify_profile import Terms, recheck
 
     share = parse_share(args.max_regression, "max-regression") if args.max_regression else None
     budget = parse_budget(args.budget)
-    checks.check_running(
-        args.model,
-        device=args.device,
-        threads=args.threads,
-        engine=args.engine,
-        weights=args.weights,
-    )  # the resolution is checked with the profile's options, before loading too
-    made_at = profile.model.load.given().get("resolution") if args.model == profile.model.name else None
+    named = ModelRequest(args.model, weights=args.weights, device=args.device)
+    checks.check_running(named, threads=args.threads, engine=args.engine)
+    # The resolution is checked with the profile's options, before loading too.
+    request = dataclasses.replace(named, resolution=args.resolution).over(profile.model.request)
+    request = dataclasses.replace(request, name=profile.model.name)
+    made_at = profile.model.load.resolution if args.model == profile.model.name else None
     resolution = args.resolution or made_at
     space = checked_space(args.model, args.space, args.prompts, args.heldout, args.seed or 0, resolution)
     max_drop = kept_max_drops(profile, given, space) | parse_max_drops(args.max_drop or (), space.quality)
     check_provable(space, max_drop, args.weights)
     progress = Progress(args.quiet)
-    place = {"weights": args.weights, "device": args.device, **profile.model.load.given()}
-    place |= {} if args.resolution is None else {"resolution": args.resolution}
-    tune.say_downloads(profile.model.name, space, place, progress)
+    tune.say_downloads(request, space, progress)
     outcome = recheck(
         profile,
-        space,
-        budget,
-        quality_limits(space.quality, max_drop),
-        share,
-        args.seed or 0,
-        args.weights,
-        args.device,
-        args.threads or profile.envelope.threads or 1,
-        progress,
-        args.engine or profile.envelope.engine,
-        args.resolution,
+        request,
+        Terms(space, budget, tuple(quality_limits(space.quality, max_drop)), share, args.seed or 0),
+        threads=args.threads or profile.envelope.threads or 1,
+        engine=args.engine or profile.envelope.engine,
+        progress=progress,
     )
     if args.json:
         print(json.dumps(to_plain(outcome.to_dict()), indent=2))

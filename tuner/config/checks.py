@@ -19,6 +19,7 @@ from stagevar.choices import check_engine, check_threads, check_weights, process
 from stagevar.errors import InfrastructureError, UsageError
 from stagevar.files import check_output
 from stagevar.models import registry
+from stagevar.models.request import ModelRequest
 from stagevar.prompts.requests import check_prompts
 from stagevar.sections import shown
 from tuner.config.prompts import load_prompts, prompt_lines
@@ -33,26 +34,18 @@ _PORTS = {"postgresql": 5432, "postgres": 5432, "mysql": 3306, "mariadb": 3306, 
 _LONG_SEED = 24
 
 
-def check_running(
-    model: str,
-    *,
-    device: str,
-    threads: int | None,
-    engine: str | None,
-    resolution: str | int | None = None,
-    weights: str | None = None,
-    kv_cache: str = "model",
-) -> None:
+def check_running(model: ModelRequest, *, threads: int | None, engine: str | None) -> None:
     """Model, device, threads, engine, resolution and the presence of weights."""
-    registry.find(model)
-    check_weights(weights)
-    registry.resolution_of(model, resolution)
+    registry.find(model.name)
+    check_weights(model.weights)
+    registry.resolution_of(model.name, model.resolution)
+    device = str(model.device)
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", device):
         raise UsageError(f"unknown device {shown(device)}; use auto, cpu, cuda or cuda:N")
     too_many = threads is not None and threads > len(processors()) > 0
     if device.startswith("cuda") or too_many or (engine or "").startswith("graph"):
         # Only now, since torch takes seconds to import.
-        kind = registry.resolve(model, device=device, resolution=resolution, kv_cache=kv_cache).device.type
+        kind = registry.resolve(dataclasses.replace(model, weights=None)).device.type
         if engine is not None:
             check_engine(engine, kind)
         if threads is not None:

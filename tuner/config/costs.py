@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from stagevar.models.downloads import Download, model_downloads
+from stagevar.models.request import ModelRequest
 from tuner.config.space import Parameter, SearchSpace
 from tuner.metrics.downloads import metric_downloads
 
@@ -38,40 +41,47 @@ def drawing_line(trials: int, search: int, heldout: int, full_ms: float) -> str:
     return f"at most {images:,} images of {full_ms:,.0f} ms: {hours:.1f} hours of drawing, metrics not counted"
 
 
-def downloads_of(model: str, quality: Mapping[str, Any], options: dict[str, Any]) -> list[Download]:
-    """Files of a model and of a space's metrics. options: as for `registry.load_model`. Imports torch, loads nothing."""
+def downloads_of(model: ModelRequest, quality: Mapping[str, Any]) -> list[Download]:
+    """Files of a model and of a space's metrics. Imports torch, loads nothing."""
     from stagevar.models.registry import resolve
 
-    request = resolve(model, **options)
+    request = resolve(model)
     return [*model_downloads(request), *([] if request.random else metric_downloads(quality))]
 
 
-def memory_plan(space: SearchSpace, options: dict[str, Any]) -> dict[str, Any] | None:
-    """Bytes that one image and a micro-batch need at most, and what the device has; None for a model that fits anywhere."""
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that one image and a micro-batch need at most, and what the device has; None where that is not known."""
+
+    device: str
+    one_image_bytes: int
+    micro_batch_bytes: int
+    free_bytes: int | None
+    fits: bool | None
+
+    @property
+    def line(self) -> str:
+        """In words."""
+        gib = 2**30
+        needs = (
+            f"{self.one_image_bytes / gib:.1f} GiB for one image, {self.micro_batch_bytes / gib:.1f} for a micro-batch"
+        )
+        if self.free_bytes is None:
+            return f"{needs} on {self.device}"
+        fits = "" if self.fits else ": it does not fit here"
+        return f"{needs} on {self.device}, {self.free_bytes / gib:.1f} GiB are free{fits}"
+
+
+def memory_plan(model: ModelRequest, micro_batch: int) -> MemoryPlan | None:
+    """The memory that a study needs; None for a model that fits anywhere."""
     from stagevar.models.memory import available_bytes, estimate_model
     from stagevar.models.registry import resolve
 
-    request = resolve(space.model, **options)
+    request = resolve(model)
     if not request.spec.parts:
         return None
-    one = estimate_model(space.model, **options)
-    batch = estimate_model(space.model, batch=space.prompts.micro_batch, **options)
+    one = estimate_model(model)
+    batch = estimate_model(dataclasses.replace(model, batch=micro_batch))
     least = max(one.generating, one.encoding)
     free = available_bytes(request.device)
-    return {
-        "device": str(request.device),
-        "one_image_bytes": least,
-        "micro_batch_bytes": batch.peak,
-        "free_bytes": free,
-        "fits": None if free is None else least <= free,
-    }
-
-
-def memory_line(plan: dict[str, Any]) -> str:
-    """The memory plan in words."""
-    gib = 2**30
-    needs = f"{plan['one_image_bytes'] / gib:.1f} GiB for one image, {plan['micro_batch_bytes'] / gib:.1f} for a micro-batch"
-    if plan["free_bytes"] is None:
-        return f"{needs} on {plan['device']}"
-    fits = "" if plan["fits"] else ": it does not fit here"
-    return f"{needs} on {plan['device']}, {plan['free_bytes'] / gib:.1f} GiB are free{fits}"
+    return MemoryPlan(str(request.device), least, batch.peak, free, None if free is None else least <= free)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from stagevar.errors import OutOfDeviceMemory
+from stagevar.models.request import ModelRequest
 from stagevar.profile.sections import EngineSection
 from stagevar.schedule import PRECISIONS, ScaleStep, Steps, exact
 from stagevar.schedule.grids import Grid
@@ -119,15 +120,7 @@ def walk(
     return runs
 
 
-def fitting_micro_batch(
-    model: str,
-    wanted: int,
-    quality: Mapping[str, Any],
-    *,
-    weights: str | None = None,
-    resolution: str | None = None,
-    device: str = "auto",
-) -> int:
+def fitting_micro_batch(model: ModelRequest, wanted: int, quality: Mapping[str, Any]) -> int:
     """Images per batch for a study: `wanted`, or as many as the device holds beside the metrics' models, by halves.
 
     quality: metrics as in the search space, whose models stay on the device throughout (none with random weights). The
@@ -138,48 +131,33 @@ def fitting_micro_batch(
     from stagevar.models.registry import resolve
     from tuner.metrics.downloads import metric_downloads
 
-    options = {"weights": weights, "resolution": resolution, "device": device}
-    request = resolve(model, **options)
+    request = resolve(model)
     total = total_bytes(request.device)
     if total is None or not request.spec.parts:  # nano fits anywhere
         return wanted
     judged = {} if request.random else quality
     metrics_bytes = sum(download.about_bytes or 0 for download in metric_downloads(judged))
-    return largest_batch(model, wanted, int(CARD_SHARE * total) - metrics_bytes, **options)
+    return largest_batch(model, wanted, int(CARD_SHARE * total) - metrics_bytes)
 
 
 def load_evaluator(
-    model: str,
+    model: ModelRequest,
     prompts: Mapping[str, PromptSet],
     quality: Mapping[str, Any],
     floors: Mapping[str, float],
-    *,
-    weights: str | None = None,
-    resolution: str | None = None,
-    device: str = "auto",
-    threads: int = 1,
-    drawing_threads: int | None = None,
-    engine: str | EngineSection = "eager",
-    kv_cache: str = "model",
-    references_dir: Path | None = None,
+    **options: Any,
 ) -> ModelEvaluator:
-    """Loads a model by name and the metrics: what a study evaluates with, in its own process or in a cluster's workers."""
+    """Loads a model and the metrics: what a study evaluates with, in its own process or in a cluster's workers.
+
+    Arguments, and options by keyword, as for `ModelEvaluator`.
+    """
     from stagevar.models import registry
 
-    loaded = registry.load_model(model, weights=weights, resolution=resolution, device=device, kv_cache=kv_cache)
+    loaded = registry.load_model(model)
     if hasattr(loaded.text, "prepare"):
         # A large text encoder is loaded once; its features stay on disk, and it is freed before the model needs room.
         loaded.text.prepare([text for part in prompts.values() for text in part.texts])
-    return ModelEvaluator(
-        loaded,
-        prompts,
-        quality,
-        floors,
-        threads=threads,
-        drawing_threads=drawing_threads,
-        engine=engine,
-        references_dir=references_dir,
-    )
+    return ModelEvaluator(loaded, prompts, quality, floors, **options)
 
 
 class ModelEvaluator:

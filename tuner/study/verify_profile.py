@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from stagevar.choices import check_engine, check_threads
 from stagevar.errors import UsageError
+from stagevar.models.request import ModelRequest
 from stagevar.profile import Profile, present_envelope
 from tuner.config.limits import Budget
 from tuner.config.quality import COMPOSITE, MetricLimit, composite_options
@@ -73,24 +73,38 @@ def regression_verdict(recorded_ratio: float, verification: Verification, allowe
     return Verdict("regression", limit, "ratio", now.mean, now.high, decide(limit, now.low, now.high))
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What a profile must keep.
+
+    Args:
+        space: names the prompts, the metrics and their floors.
+        budget: of latency.
+        metrics: how far each metric may fall.
+        max_regression: how much the latency ratio may have grown since it was recorded, a share; None asks nothing.
+        seed: of the prompts.
+    """
+
+    space: SearchSpace
+    budget: Budget
+    metrics: tuple[MetricLimit, ...]
+    max_regression: float | None = None
+    seed: int = 0
+
+
 def recheck(
-    profile: Profile,
-    space: SearchSpace,
-    budget: Budget,
-    metrics: Sequence[MetricLimit],
-    max_regression: float | None,
-    seed: int,
-    weights: str | None,
-    device: str,
-    threads: int,
-    progress: Any,
-    engine: str = "eager",
-    resolution: str | None = None,
+    profile: Profile, request: ModelRequest, terms: Terms, *, threads: int, engine: str, progress: Any
 ) -> Recheck:
     """Verifies a profile's schedule against the full one, both measured here and now.
 
-    metrics: how far each metric may fall. threads, engine, resolution: what to measure with; None for the resolution takes
-    the profile's.
+    Args:
+        profile: whose schedule is measured.
+        request: the profile's model as it is loaded here.
+        terms: what it must keep.
+        threads: CPU threads of every latency.
+        engine: what is timed, and draws the images.
+        progress: what hears how far it is.
+
     Raises ProfileError when the model is another one, UsageError when a regression is asked about but the profile records
     no ratio, or when it was made on random weights.
     """
@@ -101,23 +115,23 @@ def recheck(
 
     full_profile = profile.latency.ratio is None
     recorded = None if full_profile else profile.latency.ratio.mean
+    space, metrics, max_regression = terms.space, terms.metrics, terms.max_regression
     if max_regression is not None and not full_profile and recorded is None:
         raise UsageError("the profile records no latency ratio to compare with; leave out --max-regression")
-    loading = profile.model.load.given() | ({} if resolution is None else {"resolution": resolution})
-    kind = resolve(profile.model.name, weights=weights, device=device, **loading).device.type
+    kind = resolve(request).device.type
     check_engine(engine, kind)
     check_threads(threads, kind)
     progress.phase("load")
-    model = load_model(profile.model.name, weights=weights, device=device, **loading)
+    model = load_model(request)
     steps = profile.expand(model)
-    prompts = load_prompts(space.prompts, seed)
+    prompts = load_prompts(space.prompts, terms.seed)
     evaluator = ModelEvaluator(
         model, prompts, composite_options(space.quality, metrics), space.floors, threads=threads, engine=engine
     )
     warnings = profile.warnings_here(present_envelope(model, profile.envelope.batch, threads, evaluator.engine))
     progress.phase("verification", 100)
     timing = evaluator.latency({BASELINE: evaluator.full}, 9)[BASELINE]
-    limits = Limits(budget, timing.median_ms, tuple(metrics), space.floors, not model.random_weights)
+    limits = Limits(terms.budget, timing.median_ms, metrics, space.floors, not model.random_weights)
     verifier = Verifier(
         evaluator,
         LocalExecutor(evaluator),

@@ -20,7 +20,7 @@ from tuner.study import verify_profile as recheck_module
 def saved(tmp_path, monkeypatch):
     """Saves profiles of the tiny model, which stands in for every model; says what was loaded with."""
     loaded = []
-    monkeypatch.setattr(registry, "load_model", lambda name, **options: loaded.append(options) or MODEL)
+    monkeypatch.setattr(registry, "load_model", lambda request: loaded.append(request) or MODEL)
 
     def save(name, engine="eager", batch=1, threads=1, **model):
         envelope = dataclasses.replace(make().envelope, engine=engine, batch=batch, threads=threads)
@@ -51,14 +51,14 @@ def test_bench_takes_what_the_profile_was_measured_with(saved, bench):
     path = save("p.yaml", "compiled", batch=2, threads=1, load={"resolution": "0.25M"})
     _, asked, _ = bench("--profile", path)
     assert (asked["engine"], asked["batch"], asked["threads"]) == ("compiled", 2, 1)
-    assert asked["engines"] == {f"profile {path}": "compiled"} and loaded[0]["resolution"] == "0.25M"
+    assert asked["engines"] == {f"profile {path}": "compiled"} and loaded[0].resolution == "0.25M"
 
 
 def test_bench_takes_what_it_is_told_instead(saved, bench):
     save, loaded = saved
     path = save("p.yaml", "compiled", batch=2, load={"resolution": "0.25M"})
     _, asked, _ = bench("--profile", path, "--engine", "eager", "--batch", "3", "--resolution", "1M")
-    assert (asked["engine"], asked["engines"], asked["batch"]) == ("eager", {}, 3) and loaded[0]["resolution"] == "1M"
+    assert (asked["engine"], asked["engines"], asked["batch"]) == ("eager", {}, 3) and loaded[0].resolution == "1M"
 
 
 def test_each_profile_is_timed_on_its_own_engine_and_differing_batches_are_refused(saved, bench):
@@ -111,15 +111,18 @@ def test_verify_measures_with_the_profiles_settings_or_those_given(saved, monkey
         with pytest.raises(Stop):
             tuner_cli.main(["verify", path, "--quiet", *options])
     assert [one["engine"] for one in asked] == ["compiled", "eager"] and asked[0]["threads"] == 1
-    assert [one["resolution"] for one in loaded] == ["0.25M", "1M"]
-    threads = []
-    monkeypatch.setattr(
-        recheck_module, "recheck", lambda *arguments: threads.append(arguments[8]) or pytest.skip.Exception
-    )
+    assert [one.resolution for one in loaded] == ["0.25M", "1M"]
+    chosen = []
+
+    def recheck(profile, request, terms, *, threads, **rest):
+        chosen.append(threads)
+        raise Stop
+
+    monkeypatch.setattr(recheck_module, "recheck", recheck)
     for options in ([], ["--threads", "2"]):
-        with pytest.raises(AttributeError):
+        with pytest.raises(Stop):
             tuner_cli.main(["verify", save("q.yaml", threads=4), "--quiet", *options])
-    assert threads == [4, 2]
+    assert chosen == [4, 2]
 
 
 @pytest.mark.parametrize(
@@ -139,8 +142,8 @@ def test_verify_keeps_the_limits_of_the_profile_unless_told_otherwise(
     class Stop(Exception):
         pass
 
-    def recheck(profile, space, budget, metrics, *rest):
-        limits.extend(metrics)
+    def recheck(profile, request, terms, **rest):
+        limits.extend(terms.metrics)
         raise Stop
 
     monkeypatch.setattr(recheck_module, "recheck", recheck)
@@ -161,14 +164,14 @@ def test_another_resolution_is_named_as_such():
 def test_generate_takes_the_profiles_engine_and_batch_or_those_given(saved, tmp_path, monkeypatch):
     save, _ = saved
     seen = []
-    original = Profile.pipeline
+    original = Profile.pipeline_of
 
-    def pipeline(self, **options):
-        made = original(self, **options)
+    def pipeline(self, request, **options):
+        made = original(self, request, **options)
         seen.append((made.sampler.engine.name, made.batch, made.threads))
         return made
 
-    monkeypatch.setattr(Profile, "pipeline", pipeline)
+    monkeypatch.setattr(Profile, "pipeline_of", pipeline)
     path, out = save("p.yaml", batch=2), str(tmp_path / "x.png")
     assert cli.main(["generate", "--profile", path, "x", "y", "-o", out]) == 0
     assert cli.main(["generate", "--profile", path, "x", "y", "-o", out, "--batch", "1", "--threads", "2"]) == 0

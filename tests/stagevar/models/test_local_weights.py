@@ -10,6 +10,7 @@ from stagevar.models import readiness
 from stagevar.models.infinity.text import RandomText, T5Text
 from stagevar.models.loading import locate, text_beside
 from stagevar.models.registry import load_model, resolve
+from stagevar.models.request import ModelRequest
 from stagevar.models.star.text import ClipText
 from tests.fakes import weights as stand_ins
 
@@ -37,7 +38,7 @@ def test_the_official_pair_and_its_text_encoder_load_strictly(downloaded, tmp_pa
         assert isinstance(model.text, kinds[name])
         first, second = model.text.encode(["a photo of a dog", "a photo of two cats"])
         assert repr(first) != repr(second)
-    found = readiness.examine(name, weights=str(folder), device="cpu")
+    found = readiness.check_model(ModelRequest(name, weights=str(folder), device="cpu"))
     assert not [text for state, text in found if state == "fail"]
     assert any(text.startswith("text encoder ") for _, text in found) == (name in kinds)
 
@@ -56,7 +57,7 @@ def test_weights_without_a_text_encoder_say_so(downloaded, tmp_path):
     if name == "infinity-tiny":
         with pytest.warns(UserWarning, match="made-up text features.*text/ with a T5 encoder"):
             assert isinstance(load_model(name, weights=tmp_path, device="cpu").text, RandomText)
-        found = readiness.examine(name, weights=str(tmp_path), device="cpu")
+        found = readiness.check_model(ModelRequest(name, weights=str(tmp_path), device="cpu"))
         assert ("warn", "no text encoder in text/ beside the weights: made-up features") in found
 
 

@@ -10,6 +10,7 @@ from stagevar.models import hub, memory
 from stagevar.models.memory import MIB, MemoryEstimate, estimate_model
 from stagevar.models.memory_plan import CARD_SHARE, TimedBytes, timed_beside_full, timed_bytes
 from stagevar.models.registry import load_model, model_parts, published, resolve
+from stagevar.models.request import ModelRequest
 from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import StageSchedule, exact, preset
 from stagevar.schedule.grids import square
@@ -23,7 +24,7 @@ def state_bytes(module: torch.nn.Module) -> int:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_weights_and_cache_are_what_loading_allocates(dtype):
-    estimate = estimate_model("infinity-tiny", dtype=dtype, batch=2, device="cpu")
+    estimate = estimate_model(ModelRequest("infinity-tiny", dtype=dtype, batch=2, device="cpu"))
     model = load_model("infinity-tiny", weights="random", dtype=dtype, device="cpu")
     assert estimate.weights == state_bytes(model.transformer)
     assert estimate.tokenizer == state_bytes(model.tokenizer)
@@ -35,7 +36,7 @@ def test_weights_and_cache_are_what_loading_allocates(dtype):
 
 def test_infinity_8b_in_bfloat16():
     """8.376 B parameters of which 8.2 B in two bytes; 10521 tokens, 40 layers of 3584, two branches."""
-    estimate = estimate_model("infinity-8b", dtype="bfloat16", device="cpu")
+    estimate = estimate_model(ModelRequest("infinity-8b", dtype="bfloat16", device="cpu"))
     assert estimate.weights / 2**30 == pytest.approx(15.9, abs=0.1)
     assert estimate.kv_cache == 2 * 2 * 40 * 3584 * 10521 * 2
     assert estimate.text_encoder == pytest.approx(1.22e9 * 4, rel=0.01)
@@ -44,7 +45,7 @@ def test_infinity_8b_in_bfloat16():
 
 def test_more_images_and_pixels_need_more():
     def peak(**options):
-        return estimate_model("infinity-2b", dtype="bfloat16", device="cpu", **options)
+        return estimate_model(ModelRequest("infinity-2b", dtype="bfloat16", device="cpu", **options))
 
     one = peak()
     assert peak(batch=4).kv_cache == 4 * one.kv_cache
@@ -52,7 +53,7 @@ def test_more_images_and_pixels_need_more():
     assert peak(batch=4).weights == one.weights
     # Large batches are decoded two megapixels at a time.
     assert peak(batch=8).decoding == peak(batch=2).decoding == 2 * one.decoding
-    assert estimate_model("infinity-2b", weights="random", device="cpu").text_encoder == 0
+    assert estimate_model(ModelRequest("infinity-2b", weights="random", device="cpu")).text_encoder == 0
 
 
 def test_the_account_names_every_term():
@@ -70,7 +71,7 @@ def test_the_cache_of_a_schedule_is_what_the_sampler_allocates(name, kv_cache):
     schedule = preset(name, model.grids, published(model.name))
     sampler = Sampler(model)
     generation = sampler.begin(["a", "b"], [1, 2], steps=schedule.expand(model.grids, sampler.chunks))
-    estimate = estimate_model("infinity-tiny", schedule=schedule, **options)
+    estimate = estimate_model(ModelRequest("infinity-tiny", schedule=schedule, **options))
     assert estimate.kv_cache == generation.cache.memory_bytes
 
 
@@ -80,7 +81,8 @@ def test_infinity_8b_on_a_card_of_24_gib():
 
     def needed(name: str, kv_cache: str) -> float:
         schedule = preset(name, grids, published("infinity-8b"))
-        estimate = estimate_model("infinity-8b", dtype="bfloat16", device="cpu", schedule=schedule, kv_cache=kv_cache)
+        request = ModelRequest("infinity-8b", dtype="bfloat16", device="cpu", schedule=schedule, kv_cache=kv_cache)
+        estimate = estimate_model(request)
         return estimate.generating / 2**30
 
     assert needed("exact", "model") > 28
@@ -96,7 +98,7 @@ def test_restoring_and_pruning_keep_outputs():
     row = 256 * 4
 
     def restoration(schedule) -> int:
-        return estimate_model("infinity-tiny", schedule=schedule, **tiny).restoration
+        return estimate_model(ModelRequest("infinity-tiny", schedule=schedule, **tiny)).restoration
 
     assert restoration(StageSchedule(len(grids))) == 0
     # Eight chunks of both branches: side 12 while side 8 goes; side 16, the last scale, keeps nothing.
@@ -145,12 +147,12 @@ def test_this_machine_tells_how_much_is_free():
 def test_the_largest_batch_that_fits_goes_by_halves():
     from stagevar.models.memory import largest_batch
 
-    options = {"weights": "random", "device": "cpu"}
-    needs = {batch: estimate_model("infinity-tiny", batch=batch, **options).peak for batch in (1, 2, 4, 8)}
-    assert largest_batch("infinity-tiny", 8, needs[8], **options) == 8
-    assert largest_batch("infinity-tiny", 8, needs[8] - 1, **options) == 4
-    assert largest_batch("infinity-tiny", 8, needs[2], **options) == 2
-    assert largest_batch("infinity-tiny", 8, 0, **options) == 1
+    tiny = ModelRequest("infinity-tiny", weights="random", device="cpu")
+    needs = {batch: estimate_model(dataclasses.replace(tiny, batch=batch)).peak for batch in (1, 2, 4, 8)}
+    assert largest_batch(tiny, 8, needs[8]) == 8
+    assert largest_batch(tiny, 8, needs[8] - 1) == 4
+    assert largest_batch(tiny, 8, needs[2]) == 2
+    assert largest_batch(tiny, 8, 0) == 1
 
 
 @pytest.mark.parametrize(("name", "card"), [("infinity-8b", 80), ("infinity-2b", 24)])
@@ -175,7 +177,7 @@ def test_what_a_study_keeps_alive_fits_the_card(name, card, engine):
     assert (len(groups) > 1) == (needed.together(list(schedules)) > room)
     if engine != "eager":
         assert len(groups) > 1
-    beside = timed_beside_full(name, "skip-1", engine, card_bytes, dtype="bfloat16", device="cpu")
+    beside = timed_beside_full(ModelRequest(name, dtype="bfloat16", device="cpu"), "skip-1", engine, card_bytes)
     assert min(beside, 6) == len(groups[0]) - 1
 
 
@@ -190,9 +192,9 @@ def test_what_does_not_fit_beside_the_full_schedule_is_tried_alone():
 def test_a_study_leaves_room_for_the_models_of_its_metrics(monkeypatch):
     from tuner.evaluation.evaluator import fitting_micro_batch
 
-    options = {"device": "cpu", "weights": "folder"}
-    needed = estimate_model("infinity-2b", batch=4, device="cpu").peak
+    model = ModelRequest("infinity-2b", device="cpu", weights="folder")
+    needed = estimate_model(ModelRequest("infinity-2b", batch=4, device="cpu")).peak
     monkeypatch.setattr(memory, "total_bytes", lambda device: int(needed / CARD_SHARE) + MIB)
-    assert fitting_micro_batch("infinity-2b", 4, {"ssim": 1.0}, **options) == 4
-    assert fitting_micro_batch("infinity-2b", 4, {"geneval": 0.5, "clip_score": 0.5}, **options) < 4
-    assert fitting_micro_batch("infinity-2b", 4, {"geneval": 1.0}, **{**options, "weights": "random"}) == 4
+    assert fitting_micro_batch(model, 4, {"ssim": 1.0}) == 4
+    assert fitting_micro_batch(model, 4, {"geneval": 0.5, "clip_score": 0.5}) < 4
+    assert fitting_micro_batch(dataclasses.replace(model, weights="random"), 4, {"geneval": 1.0}) == 4

@@ -12,6 +12,7 @@ from stagevar.models import precision as eight_bits
 from stagevar.models.memory import estimate_model
 from stagevar.models.precision import LowPrecisionLinear, low_precision, quantize
 from stagevar.models.registry import load_model
+from stagevar.models.request import ModelRequest
 from stagevar.profile import steps_to_data
 from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import StageSchedule
@@ -175,7 +176,7 @@ def test_the_knob_can_be_searched():
 def test_memory_counts_the_second_copy_of_the_weights():
     def weights(precision: str) -> int:
         schedule = StageSchedule(6, precision=precision)
-        return estimate_model("infinity-tiny", weights="random", device="cpu", schedule=schedule).weights
+        return estimate_model(ModelRequest("infinity-tiny", weights="random", device="cpu", schedule=schedule)).weights
 
     # Per layer of width 256: qkv 3, proj, query and its proj 1 each, feed-forward 4 + 4 blocks of 256 x 256.
     channels = (3 + 1 + 1 + 1 + 4 + 1) * 256

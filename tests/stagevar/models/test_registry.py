@@ -304,7 +304,7 @@ def test_a_folder_converted_for_another_model_is_refused(tmp_path):
 
 def test_the_command_line_converts_and_loads_what_it_wrote(tiny_files, tmp_path, capsys):
     from stagevar.cli.command import build_parser, main
-    from stagevar.cli.model_options import load
+    from stagevar.cli.model_options import model_request
 
     out = tmp_path / "converted"
     files = ["--weights", str(tiny_files / "transformer.pth"), "--tokenizer", str(tiny_files / "vae.pth")]
@@ -312,5 +312,7 @@ def test_the_command_line_converts_and_loads_what_it_wrote(tiny_files, tmp_path,
     assert [Path(line).name for line in capsys.readouterr().out.splitlines()] == sorted(p.name for p in out.iterdir())
     assert main(["convert", "--model", "infinity-tiny", *files, "-o", str(out)]) == 2
     options = ["--resolution", "512", "--ratio", "0.7", "--weights", str(out)]
-    model = load(build_parser().parse_args(["generate", "a cat", "--model", "infinity-tiny", *options]))
+    model = load_model(
+        model_request(build_parser().parse_args(["generate", "a cat", "--model", "infinity-tiny", *options]))
+    )
     assert model.grids == infinity_grids("0.25M", 0.666)[0]

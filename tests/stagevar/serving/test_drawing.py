@@ -10,6 +10,7 @@ from stagevar.engine import GraphEngine
 from stagevar.errors import DeviceBroken, OutOfDeviceMemory
 from stagevar.models.base import Sampling
 from stagevar.models.registry import load_model
+from stagevar.models.request import ModelRequest
 from stagevar.profile import Profile, present_envelope, steps_to_data
 from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import paper
@@ -48,7 +49,7 @@ def artist(weights):
         verified=False,
         verdict="made by a test",
     )
-    return load_artist(Loading(profile, device="cpu", options=weights))
+    return load_artist(Loading(ModelRequest(model.name, device="cpu", **weights), profile))
 
 
 def orders(artist, size, *seeds, **shape):
@@ -87,7 +88,7 @@ def test_weights_are_shared_and_caches_of_few_sizes_are_kept(artist):
 
 @pytest.fixture
 def nano():
-    return load_artist(Loading(model="nano", device="cpu", batch=4))
+    return load_artist(Loading(ModelRequest("nano", device="cpu"), batch=4))
 
 
 class Recording(drawing.TimedSampler):

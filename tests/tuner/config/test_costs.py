@@ -8,8 +8,9 @@ import tuner.evaluation.evaluator
 from stagevar.errors import UsageError
 from stagevar.models.downloads import model_downloads
 from stagevar.models.registry import resolve
+from stagevar.models.request import ModelRequest
 from tuner.cli import main
-from tuner.config.costs import images_at_most, memory_line, memory_plan, settings_of
+from tuner.config.costs import images_at_most, memory_plan, settings_of
 from tuner.config.space import load_space, parse_space
 from tuner.metrics.downloads import metric_downloads
 
@@ -62,12 +63,12 @@ def test_a_models_files_have_the_size_of_their_parameters(tmp_path):
 def test_memory_says_whether_it_fits(monkeypatch):
     from stagevar.models import memory
 
-    space, options = load_space("infinity-tiny"), {"weights": "random", "device": "cpu"}
+    model = ModelRequest("infinity-tiny", weights="random", device="cpu")
     for free, fits in ((1 << 40, True), (1 << 20, False), (None, None)):
         monkeypatch.setattr(memory, "available_bytes", lambda device, free=free: free)
-        plan = memory_plan(space, options)
-        assert plan["fits"] is fits and plan["micro_batch_bytes"] > plan["one_image_bytes"]
-        assert ("does not fit" in memory_line(plan)) == (fits is False)
+        plan = memory_plan(model, 16)
+        assert plan.fits is fits and plan.micro_batch_bytes > plan.one_image_bytes
+        assert ("does not fit" in plan.line) == (fits is False)
 
 
 @pytest.mark.parametrize("weights", [[], ["--weights", "random"]])
@@ -86,7 +87,7 @@ def test_a_dry_run_says_it(weights, capsys):
 def test_a_run_names_the_files_to_fetch_before_it_loads_anything(monkeypatch, capsys, tmp_path):
     said = []
 
-    def load(**options):
+    def load(model, **options):
         said.append(capsys.readouterr().err)
         raise UsageError("no network here")
 
