@@ -25,7 +25,7 @@ from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import StageSchedule, exact
 from stagevar.timing import paired_ratio, pinned
 from tuner.report.words import name_of
-from tuner.results.candidate import Candidate, Interval
+from tuner.results.candidate import Interval, Measured
 from tuner.results.pareto import front
 from tuner.results.result import StudyResult
 
@@ -99,9 +99,9 @@ def rows(result: StudyResult) -> list[dict[str, Any]]:
     Raises UsageError for a study without measured quality.
     """
     found = []
-    for candidate in result.candidates:
+    for candidate in result.measured:
         latency = candidate.latency
-        if not candidate.whole or latency is None or latency.ratio is None or not candidate.differences:
+        if not candidate.fully_evaluated or latency.ratio is None or not candidate.differences:
             continue
         row: dict[str, Any] = {
             "key": candidate.key,
@@ -142,7 +142,7 @@ def retime(result: StudyResult, found: Sequence[dict[str, Any]], rounds: int) ->
         row["time"] = {"mean": ratio, "low": low, "high": high, "n": rounds}
 
 
-def _mean(candidate: Candidate, result: StudyResult, metric: str) -> Interval:
+def _mean(candidate: Measured, result: StudyResult, metric: str) -> Interval:
     """The paired difference of a metric, moved by the full schedule's own mean (the same for every prompt: its image is
     equal to itself)."""
     difference = candidate.differences[metric]

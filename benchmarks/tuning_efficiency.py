@@ -45,7 +45,7 @@ from tuner.evaluation.step_costs import StepCosts
 from tuner.proposals.sensitivity import alone, changes_to_measure
 from tuner.proposals.trial_sampler import Proposal
 from tuner.results import pareto
-from tuner.results.candidate import Candidate
+from tuner.results.candidate import Failed, Measured, Unmeasured
 from tuner.statistics.bounds import ratio_interval
 from tuner.statistics.pruning import clearly_worse, rungs, shrunk
 from tuner.study.finalist_times import BASELINE, latency_stats
@@ -266,7 +266,7 @@ class Watched(Ledger):
         self.began, self.line = time.perf_counter(), []
         self.drawn, self.images_drawn = [], images_drawn
 
-    def keep(self, candidate: Candidate) -> None:
+    def keep(self, candidate: Measured | Failed | Unmeasured) -> None:
         super().keep(candidate)
         whole = [c for c in self.candidates.values() if c.feasible]
         points = [(c.latency.ratio.mean, c.differences["quality"].mean) for c in whole]
@@ -277,7 +277,7 @@ class Watched(Ledger):
 
 
 def searched(
-    bench: Bench, baseline: Candidate, sampler: str, savings: Savings, seed: int, trials: int, limit_s: float
+    bench: Bench, baseline: Measured, sampler: str, savings: Savings, seed: int, trials: int, limit_s: float
 ) -> tuple[Watched, dict[str, Any]]:
     """One search from nothing but the full schedule: its figures are given, its images and what is kept of it are made
     before the clock starts, as a study measures it before it searches."""
@@ -323,7 +323,7 @@ def searched(
     }
 
 
-def measured_baseline(bench: Bench) -> Candidate:
+def measured_baseline(bench: Bench) -> Measured:
     evaluator = bench.evaluator(0)
     search = bench.prompts["search"]
     with tempfile.TemporaryDirectory() as folder:
@@ -332,7 +332,7 @@ def measured_baseline(bench: Bench) -> Candidate:
     timing = evaluator.latency({BASELINE: evaluator.full}, 15)[BASELINE]
     parts = [evaluator.quality([evaluator.full], "search", b)[0] for b in range(search.batches)]
     values = {m: tuple(float(v) for part in parts for v in part[m]) for m in parts[0]}
-    return dataclasses.replace(blank, latency=latency_stats(timing.samples_ms, None, None), values=values)
+    return blank.becomes(Measured, latency=latency_stats(timing.samples_ms, None, None), values=values)
 
 
 def truth(bench: Bench, schedules: Mapping[str, Steps], rounds: int = 9) -> dict[str, tuple[float, float]]:

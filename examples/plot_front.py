@@ -32,11 +32,9 @@ def draw(run_dir: str, path: str) -> None:
     front = trials[trials["on_front"]].sort_values("latency_ratio")
     axes.plot(1 / front["latency_ratio"], front[metric], color=OTHER, lw=1.2, label="Pareto front")
     axes.scatter([1], [0], s=60, marker="s", color=INK, label="full schedule", zorder=3)
-    if study.pick is not None and study.pick.verification is not None:
-        ratio, change = (
-            study.pick.verification.latency.ratio,
-            study.pick.verification.differences[study.limits[0].metric],
-        )
+    if study.pick is not None:
+        ratio = study.pick.final_latency.against_full
+        change = study.pick.final_differences[study.limits[0].metric]
         axes.errorbar(
             1 / ratio.mean,
             change.mean,

@@ -168,3 +168,18 @@ def _data(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _data(entry) for key, entry in value.items()}
     return [_data(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def plain(value: Any) -> Any:
+    """Data made of dict, list, str, int, float, bool and None only (tuples and numpy scalars converted, NaN to None)."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, str):
+        return str(value)  # torch's version is a subclass that YAML would tag
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

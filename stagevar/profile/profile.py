@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -32,8 +31,9 @@ from stagevar.profile.sections import (
     QualitySection,
     SamplingSection,
 )
-from stagevar.schedule import LowRank, ScaleStep, StageSchedule, Steps
-from stagevar.sections import read_section, read_value, section_data, shortened, shown
+from stagevar.profile.step_data import StepData, steps_to_data
+from stagevar.schedule import StageSchedule, Steps
+from stagevar.sections import plain, read_section, read_value, section_data, shortened, shown
 from stagevar.yaml_files import read_yaml
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Profile:
 
     model: ModelSection
     schedule: StageSchedule
-    steps: list[dict[str, Any]]
+    steps: list[StepData]
     sampling: SamplingSection
     envelope: Envelope
     verified: bool
@@ -218,43 +218,6 @@ class Profile:
             return engine
         warnings.warn(f"engine {engine} needs a CUDA device, not {device}; falling back to engine eager", stacklevel=3)
         return "eager"
-
-
-def steps_to_data(steps: Steps) -> list[dict[str, Any]]:
-    """Expanded steps as plain data: what a reader wants to see and what `expand` is checked against."""
-    return [plain(_step_data(step)) for step in steps]
-
-
-def _step_data(step: ScaleStep) -> dict[str, Any]:
-    data: dict[str, Any] = {"scale": step.scale, "grid": list(step.grid), "stage": step.stage}
-    if step.skipped:
-        return {**data, "skipped": True}
-    data["branches"] = list(step.branches)
-    if step.fuse_layer:
-        data["fuse_layer"] = step.fuse_layer
-    if step.reduction is not None:
-        kind = "low_rank" if isinstance(step.reduction, LowRank) else type(step.reduction).__name__.lower()
-        data["reduction"] = {"kind": kind, **dataclasses.asdict(step.reduction)}
-    if step.precision != "model":
-        data["precision"] = step.precision
-    if step.decision is not None:
-        data["decision"] = {"rule": step.decision.rule, "outcomes": [name for name, _ in step.decision.outcomes]}
-    return data
-
-
-def plain(value: Any) -> Any:
-    """Data made of dict, list, str, int, float, bool and None only (tuples and numpy scalars converted, NaN to None)."""
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    if isinstance(value, str):
-        return str(value)  # torch's version is a subclass that YAML would tag
-    if hasattr(value, "item"):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def _checked(cls: Any, data: dict[str, Any], what: str) -> dict[str, Any]:

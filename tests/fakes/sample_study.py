@@ -16,7 +16,18 @@ from PIL import Image
 from stagevar.schedule import StageSchedule, exact, paper, released, skip_only
 from stagevar.schedule.grids import INFINITY_GRIDS, square
 from tuner.config.quality import MetricLimit
-from tuner.results.candidate import Candidate, Failure, Interval, LatencyStats, Sample, Verdict, Verification
+from tuner.results.candidate import (
+    Candidate,
+    Failed,
+    Failure,
+    Finalist,
+    Interval,
+    LatencyStats,
+    Measured,
+    Sample,
+    Verdict,
+    Verification,
+)
 from tuner.results.result import EXIT_CODES, StudyResult
 
 NANO_GRIDS = square((1, 2, 3, 4, 6, 8))
@@ -71,7 +82,7 @@ class _Maker:
         verified=None,
         quality: bool = True,
         broken: bool = False,
-    ) -> Candidate:
+    ) -> Measured:
         expanded = schedule.expand(self.grids, self.chunks)
         processed = sum(step.processed_tokens(self.chunks) for step in expanded)
         baseline = trial is None
@@ -108,7 +119,7 @@ class _Maker:
                 tuple(verdicts),
                 verified,
             )
-        return Candidate(
+        measured = Measured(
             key,
             params,
             schedule.to_dict(),
@@ -116,7 +127,6 @@ class _Maker:
             "stagevar",
             source,
             trial,
-            "complete",
             sum(s.skipped for s in expanded),
             processed,
             latency,
@@ -124,8 +134,8 @@ class _Maker:
             differences,
             tuple(verdicts),
             all(v.status == "met" for v in verdicts),
-            verification,
         )
+        return measured if verification is None else measured.becomes(Finalist, verification=verification)
 
 
 def _interval(values: np.ndarray) -> Interval:
@@ -198,26 +208,20 @@ def make(kind: str, run_dir: Path) -> StudyResult:
     ]
     for failure in failures:
         candidates.append(
-            dataclasses.replace(
-                baseline,
+            baseline.becomes(
+                Failed,
                 key=f"fail{failure.trial}",
                 params=failure.params,
                 source="sampler",
                 trial=failure.trial,
-                state="failed",
                 latency=None,
-                values={},
-                differences={},
-                verdicts=(),
-                feasible=False,
-                verification=None,
                 error=failure.error,
             )
         )
     picks: dict[str, str] = {}
     front: list[str] = [baseline.key]
     smallest, nearest = None, ()
-    complete = sorted((c for c in candidates if c.state == "complete"), key=lambda c: c.latency.drift_corrected_ms)
+    complete = sorted((c for c in candidates if isinstance(c, Measured)), key=lambda c: c.latency.drift_corrected_ms)
     if kind == "infeasible":
         smallest, nearest = 62.4, (complete[3].key, complete[5].key)
         front = [complete[5].key, baseline.key]

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuner.config.quality import limited
+from tuner.results.candidate import Candidate, Finalist
 
 if TYPE_CHECKING:
-    from tuner.results.candidate import Candidate
     from tuner.results.result import StudyResult
 
 
@@ -103,13 +103,17 @@ def _speedup(candidate: Candidate) -> str:
 
 def _metrics(result: StudyResult, candidate: Candidate) -> list[dict[str, Any]]:
     """Per metric: unit, paired change [estimate, low, high], bound of the drop where it was verified, and limit."""
-    verdicts = {v.name: v for v in candidate.verification.verdicts} if candidate.verification else {}
+    verdicts = {v.name: v for v in candidate.final_verdicts} if isinstance(candidate, Finalist) else {}
     rows = []
     for limit in result.limits:
         change, verdict = candidate.final_differences.get(limit.metric), verdicts.get(limit.name)
         if change is None:
             continue
-        row = {"metric": limit.metric, "unit": limit.unit, "change": [change.mean, change.low, change.high]}
+        row: dict[str, object] = {
+            "metric": limit.metric,
+            "unit": limit.unit,
+            "change": [change.mean, change.low, change.high],
+        }
         row |= {"prompts": change.n, "drop_upper": verdict and verdict.bound, "max_drop": limit.max_drop}
         rows.append(row | {"status": verdict and verdict.status})
     return rows

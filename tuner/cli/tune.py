@@ -34,10 +34,13 @@ from tuner.cli.stored import say_reuse, with_store
 from tuner.config.quality import composite_options, quality_limits
 from tuner.config.space import SearchSpace
 from tuner.metrics.registry import METRIC_NAMES, METRICS
+from tuner.results.candidate import Finalist
 from tuner.results.run_dir import CONFIG_FILE, LOG_FILE, STUDY_FILE, discard, driver_lock, prepare, repair
 
 if TYPE_CHECKING:
     from tuner.cluster.executor import RayExecutor
+    from tuner.evaluation.evaluator import Evaluator
+    from tuner.evaluation.executor import Executor
     from tuner.results.result import StudyResult
     from tuner.study.study import Study
 
@@ -225,8 +228,8 @@ def _times_undecided(result: StudyResult) -> bool:
     """Whether the timings left a study open, so that measuring again may end it."""
     if result.verdict != "inconclusive" or not result.nearest:
         return False
-    check = result.candidate(result.nearest[0]).verification
-    return check is not None and check.times_open
+    nearest = result.candidate(result.nearest[0])
+    return isinstance(nearest, Finalist) and nearest.verification.times_open
 
 
 def _drive(checked: Plan, again: bool) -> tuple[StudyResult, list[Path]]:
@@ -277,13 +280,15 @@ def build_study(checked: Plan, progress: Any, stop: Callable[[], bool]) -> Study
     quality = composite_options(space.quality, quality_limits(space.quality, args.max_drop))
     engine = kept_engine(checked.run_dir, args.engine)
     parts = {"prompts": prompts, "quality": quality, "floors": space.floors, "threads": args.threads, "engine": engine}
+    executor: RayExecutor | None = None
+    evaluator: Evaluator
     if args.executor == "ray":
         executor = _ray_executor(checked, parts, progress)
         evaluator = executor.evaluator
     else:
         drawing = max(args.threads, min(MOST_DRAWING_THREADS, len(processors()) or 1))
         local = {"drawing_threads": drawing, "references_dir": checked.run_dir / "references"}
-        executor, evaluator = None, load_evaluator(checked.model, **parts, **local)
+        evaluator = load_evaluator(checked.model, **parts, **local)
     options = Options(
         args.budget,
         max_drop=args.max_drop,

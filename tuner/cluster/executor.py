@@ -94,7 +94,8 @@ class RayExecutor(Executor):
         except BaseException:
             self.close()
             raise
-        self.evaluator = RemoteEvaluator(self, self.facts)
+        assert self.facts is not None  # of the first worker that was ready
+        self.evaluator: RemoteEvaluator = RemoteEvaluator(self, self.facts)
 
     # ------------------------------------------------------------------------------------------------ interface
 
@@ -113,8 +114,9 @@ class RayExecutor(Executor):
             if isinstance(result, BaseException):
                 result = [Failed(first_line(result)) for _ in job.members]
             outcomes.update(zip(job.members, result, strict=True))
-            if len(outcomes) == len(job.task.schedules):
-                yield job.task, [outcomes[i] for i in range(len(job.task.schedules))]
+            task = tasks[job.number]
+            if len(outcomes) == len(task.schedules):
+                yield task, [outcomes[i] for i in range(len(task.schedules))]
 
     def call(self, method: str, *arguments: Any, suspect: Any) -> Any:
         """One call of a worker's method; raises what it raised, or RuntimeError when it crashes workers."""

@@ -13,7 +13,7 @@ import numpy as np
 from stagevar.schedule import Steps, exact
 from tuner.cluster.dispatcher import cut
 from tuner.cluster.worker import Place
-from tuner.evaluation.evaluator import Facts
+from tuner.evaluation.evaluator import Facts, Values
 from tuner.evaluation.executor import Failed, Outcome, QualityTask
 from tuner.evaluation.timed_groups import deal, merged
 
@@ -55,13 +55,13 @@ class RemoteEvaluator:
         self.executor, self.facts = executor, facts
         self._full = exact(len(facts.grids)).expand(facts.grids, facts.chunks)
 
-    def quality(self, schedules: Sequence[Steps], split: str, batch: int) -> list[Mapping[str, np.ndarray]]:
+    def quality(self, schedules: Sequence[Steps], split: str, batch: int) -> list[Values]:
         [(_, outcomes)] = self.executor.run([QualityTask(tuple(schedules), split, batch)])
-        values = []
+        values: list[Values] = []
         for outcome in outcomes:
             if isinstance(outcome, Failed):
                 raise RuntimeError(outcome.error)
-            values.append(outcome)
+            values.append(dict(outcome))
         return values
 
     def latency(self, schedules: Mapping[str, Steps], rounds: int, warm_up_at_most: int = 12) -> Mapping[str, Timing]:

@@ -9,17 +9,30 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 
 from stagevar.errors import UsageError
 from stagevar.files import write_text_atomically
 from stagevar.profile import PROFILE_JSON_SCHEMA, Envelope, Profile, card_section, plain
+from stagevar.profile.sections import BaselineSection, ConstraintsSection, LatencySection, QualitySection
 from stagevar.schedule import StageSchedule
+from stagevar.sections import read_section
 from tuner.config.quality import MetricLimit, limited
 from tuner.report.words import PICK_ORDER, describe, latency_of, name_of
-from tuner.results.candidate import Candidate, Interval, LatencyStats, Verdict
+from tuner.results.candidate import (
+    Candidate,
+    Failed,
+    Finalist,
+    Interval,
+    LatencyStats,
+    Measured,
+    Pruned,
+    Unmeasured,
+    Verdict,
+    verification_of,
+)
 from tuner.results.result import StudyResult
 
 if TYPE_CHECKING:
@@ -63,7 +76,7 @@ def profile_of(result: StudyResult, candidate: Candidate) -> Profile:
     latency = latency_of(result, candidate)
     if latency is None:
         raise ValueError(f"candidate {candidate.key} was not measured")
-    check = candidate.verification
+    check = verification_of(candidate)
     is_full = candidate.key == result.baseline.key
     wanted = ("verified", "baseline") if is_full else ("verified",)
     proved = check is not None and check.status in wanted and all(v.status == "met" for v in check.verdicts)
@@ -79,15 +92,15 @@ def profile_of(result: StudyResult, candidate: Candidate) -> Profile:
     return Profile(
         model=plain(model),
         schedule=StageSchedule.from_dict(candidate.schedule),
-        steps=[plain(dict(step)) for step in candidate.steps],
+        steps=[plain(step) for step in candidate.steps],
         sampling=plain(result.provenance.get("sampling", {})),
         envelope=_envelope(result, latency),
         verified=proved and not result.random_weights,
         verdict=f"{result.verdict}: {result.reason}" if candidate is result.pick else describe(candidate.steps),
-        latency={"includes": result.includes, "batch": 1, **_latency(latency)},
-        quality=_quality(result, candidate),
-        baseline=_baseline(full, latency),
-        constraints=_constraints(result, candidate),
+        latency=read_section(LatencySection, {"includes": result.includes, "batch": 1, **_latency(latency)}, "latency"),
+        quality=read_section(QualitySection, _quality(result, candidate), "quality"),
+        baseline=read_section(BaselineSection, _baseline(full, latency), "baseline"),
+        constraints=read_section(ConstraintsSection, _constraints(result, candidate), "constraints"),
         reproduce=result.command,
         engine=result.engine_choice,
         provenance=plain(
@@ -117,7 +130,7 @@ def _envelope(result: StudyResult, latency: LatencyStats) -> Envelope:
         device=str(device.get("name")) if gpu else str(device.get("kind", "cpu")),
         dtype=str(device.get("dtype", "float32")),
         batch=1,
-        engine=result.engine,
+        engine=cast(Any, result.engine),  # checked like every field of an envelope
         threads=None if gpu else device.get("threads"),
         torch=str(result.versions.get("torch", "unknown")),
         card=card_section(states[-1]) if states else None,
@@ -130,12 +143,12 @@ def _latency(latency: LatencyStats) -> dict[str, Any]:
             "ms": _round(latency.drift_corrected_ms),
             "predicted": True,
             "interval_ms": [_round(latency.low_ms), _round(latency.high_ms)],
-            "ratio": _interval(latency.ratio),
+            "ratio": _interval(latency.against_full),
         }
     data: dict[str, Any] = {
         "ms": _round(latency.drift_corrected_ms),
         "median_ms": _round(latency.median_ms),
-        "p90_ms": _round(latency.p90_ms),
+        "p90_ms": None if latency.p90_ms is None else _round(latency.p90_ms),
         "interval_ms": [_round(latency.low_ms), _round(latency.high_ms)],
         "runs": len(latency.samples_ms),
         "warmed": latency.settled,
@@ -160,9 +173,10 @@ def _baseline(full: LatencyStats | None, own: LatencyStats) -> dict[str, Any]:
 def _quality(result: StudyResult, candidate: Candidate) -> dict[str, Any]:
     if result.random_weights:
         return {"measured": False, "why": "random weights"}
-    check = candidate.verification
+    check = verification_of(candidate)
     held = check is not None and bool(check.values)
-    values = check.values if check is not None and held else candidate.values
+    values = candidate.values if isinstance(candidate, Measured) else {}
+    values = check.values if check is not None and held else values
     if not values:
         unjudged = "no image was judged (--effort instant)"
         return {"measured": False, "why": unjudged if result.verdict == "unverified" else "no metric was run"}
@@ -186,7 +200,7 @@ def _metric(limit: MetricLimit, candidate: Candidate) -> dict[str, Any]:
     data: dict[str, Any] = {"unit": limit.unit, "kind": limit.kind, "weight": _round(limit.weight)}
     if limit.max_drop is not None:
         data["max_drop"] = _round(limit.max_drop)
-    check = candidate.verification
+    check = verification_of(candidate)
     bounds = [v for v in check.verdicts if v.name == limit.name] if check is not None else []
     return data | ({"drop_upper": _round(bounds[0].bound), "status": bounds[0].status} if bounds else {})
 
@@ -196,14 +210,14 @@ def _max_drop(result: StudyResult) -> dict[str, float]:
 
 
 def _constraints(result: StudyResult, candidate: Candidate) -> dict[str, Any]:
-    check = candidate.verification
-    verdicts = check.verdicts if check else candidate.verdicts
     data: dict[str, Any] = {"budget": result.budget, "budget_ms": _round(result.budget_ms)}
     if limits := _max_drop(result):
         data["max_drop"] = limits
     if result.floors:
         data["floors"] = dict(result.floors)
-    return plain({**data, "proved": check is not None, "verdicts": [_verdict(v) for v in verdicts]})
+    return plain(
+        {**data, "proved": isinstance(candidate, Finalist), "verdicts": [_verdict(v) for v in candidate.final_verdicts]}
+    )
 
 
 def _verdict(verdict: Verdict) -> dict[str, Any]:
@@ -327,29 +341,31 @@ def _row(result: StudyResult, candidate: Candidate) -> dict[str, Any]:
         "name": name_of(result, candidate),
         "source": candidate.source,
         "state": candidate.state,
-        "feasible": candidate.feasible,
+        "feasible": isinstance(candidate, Measured) and candidate.feasible,
         "on_front": candidate.key in result.front,
         "picks": " ".join(role for role in PICK_ORDER if result.picks.get(role) == candidate.key),
         "accelerator": candidate.accelerator,
         "skipped_scales": candidate.skipped_scales,
         "processed_tokens": float(candidate.processed_tokens),
     }
-    if candidate.latency:
+    latency = candidate.latency if isinstance(candidate, Measured | Failed) else None
+    if latency is not None:
         row |= {
-            "latency_ms": _round(candidate.latency.drift_corrected_ms),
-            "latency_source": "predicted" if candidate.latency.predicted else "measured",
-            "latency_median_ms": _round(candidate.latency.median_ms),
-            "latency_p90_ms": None if candidate.latency.predicted else _round(candidate.latency.p90_ms),
-            "latency_runs": len(candidate.latency.samples_ms),
+            "latency_ms": _round(latency.drift_corrected_ms),
+            "latency_source": "predicted" if latency.predicted else "measured",
+            "latency_median_ms": _round(latency.median_ms),
+            "latency_p90_ms": None if latency.p90_ms is None else _round(latency.p90_ms),
+            "latency_runs": len(latency.samples_ms),
         }
-        if candidate.latency.ratio:
-            row |= _triple("latency_ratio", candidate.latency.ratio)
-    if candidate.values:
+        if latency.ratio:
+            row |= _triple("latency_ratio", latency.ratio)
+    if isinstance(candidate, Measured) and candidate.values:
         row["search_prompts"] = len(next(iter(candidate.values.values())))
-    row["stopped_early"] = candidate.stopped_early
-    for name, interval in candidate.differences.items():
-        row |= _triple(name if name == "quality" else f"metric.{name}", interval)
-    check = candidate.verification
+    row["stopped_early"] = candidate.stopped_early if isinstance(candidate, Pruned) else None
+    if isinstance(candidate, Measured):
+        for name, interval in candidate.differences.items():
+            row |= _triple(name if name == "quality" else f"metric.{name}", interval)
+    check = verification_of(candidate)
     if check:
         row |= {"verified": check.status, "verified_prompts": check.prompts}
         row |= {"verified_latency_ms": _round(check.latency.drift_corrected_ms)}
@@ -363,7 +379,7 @@ def _row(result: StudyResult, candidate: Candidate) -> dict[str, Any]:
                 row |= _triple(f"verified_metric.{limit.metric}", check.differences[limit.metric])
                 row |= {f"verified_metric.{limit.metric}_drop_upper": _round(verdict.bound)}
                 row |= {f"verified_metric.{limit.metric}_max_drop": limit.max_drop}
-    row["error"] = candidate.error
+    row["error"] = candidate.error if isinstance(candidate, Failed | Unmeasured) else None
     return row | _cells("param", candidate.params) | _cells("schedule", candidate.schedule)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tuner.config.quality import COMPOSITE, MetricLimit, limited
-from tuner.results.candidate import Candidate, Verdict
+from tuner.results.candidate import Finalist, Verdict
 from tuner.results.result import StudyResult
 
 #: What one more attempt at a budget leaves for timings to scatter.
@@ -62,6 +62,7 @@ _Told = tuple[list[str], list[tuple[str, str]]]
 
 def _verified(result: StudyResult, run_dir: Path, words: Sequence[str]) -> _Told:
     pick = result.pick
+    assert isinstance(pick, Finalist)
     parts = [_speed(pick)]
     parts += [_kept(m, v) for m in limited(result.limits) for v in pick.verification.verdicts if v.name == m.name]
     floors = [v for v in pick.verification.verdicts if v.name.startswith("floor:")]
@@ -76,10 +77,10 @@ def _verified(result: StudyResult, run_dir: Path, words: Sequence[str]) -> _Told
 
 
 def _nothing_to_gain(result: StudyResult, run_dir: Path, words: Sequence[str]) -> _Told:
-    full_ms = result.baseline.latency.median_ms
+    full_ms = result.full_ms
     told = [f"proved: the full schedule takes {full_ms:.1f} ms, within {result.budget}; nothing has to be left out"]
-    faster = next((c for c in result.candidates if c.verification and c.verification.status == "verified"), None)
-    if faster is not None:
+    faster = _verified_schedules(result)
+    if faster:
         told.append(f"        {_schedules(result)} verified too, see pareto.yaml")
     steps = _deploying(result, run_dir)
     budget = _below(result.budget, full_ms)
@@ -87,12 +88,17 @@ def _nothing_to_gain(result: StudyResult, run_dir: Path, words: Sequence[str]) -
     return told, steps
 
 
+def _verified_schedules(result: StudyResult) -> list[Finalist]:
+    return [c for c in result.candidates if isinstance(c, Finalist) and c.verification.status == "verified"]
+
+
 def _schedules(result: StudyResult) -> str:
-    count = sum(c.verification is not None and c.verification.status == "verified" for c in result.candidates)
+    count = len(_verified_schedules(result))
     return f"{count} faster {'schedule was' if count == 1 else 'schedules were'}"
 
 
 def _latency_only(result: StudyResult, run_dir: Path, words: Sequence[str]) -> _Told:
+    assert isinstance(result.pick, Finalist)
     told = [
         f"measured: {_speed(result.pick)}; the weights are random, so nothing is known about quality",
     ]
@@ -108,7 +114,7 @@ def _unverified(result: StudyResult, run_dir: Path, words: Sequence[str]) -> _To
 
 
 def _infeasible(result: StudyResult, run_dir: Path, words: Sequence[str]) -> _Told:
-    full_ms = result.baseline.latency.median_ms
+    full_ms = result.full_ms
     nearest = next((c for c in result.candidates if c.key in result.nearest[:1]), None)
     if result.smallest_budget_ms is not None:
         if result.smallest_budget_ms * _ROOM < full_ms:
@@ -122,19 +128,22 @@ def _infeasible(result: StudyResult, run_dir: Path, words: Sequence[str]) -> _To
             return told, [(what, _other_study(result, run_dir, words, budget))]
         told = [f"not proved: no schedule meets {result.budget}, and none is much faster than the full one"]
         return told, []
-    told, steps = [f"not proved: no schedule meets {result.budget} and keeps the quality"], []
+    told = [f"not proved: no schedule meets {result.budget} and keeps the quality"]
+    steps: list[tuple[str, str]] = []
     share = (result.budget_ms / full_ms + 1) / 2
     if share < 1:
         budget = _budget(result, share * full_ms)
         steps.append((f"give it more time, {budget}", _other_study(result, run_dir, words, budget)))
     limit = next(iter(limited(result.limits)), None)
-    change = nearest.final_differences.get(limit.metric) if nearest is not None and limit is not None else None
+    if limit is None or nearest is None:
+        return told, steps
+    change = nearest.final_differences.get(limit.metric)
     if change is None or change.mean >= 0:
         return told, steps
     told.append(
         f"            the nearest one loses {limit.amount(-change.mean)} by {limit.metric}, where {_allowed(limit)}"
     )
-    if limit.max_drop < -change.low <= _MOST_ALLOWANCES * limit.max_drop:
+    if limit.allowed < -change.low <= _MOST_ALLOWANCES * limit.allowed:
         drop = _max_drop(limit, -change.low)
         again = [*_kept_limits(words, limit.metric), "--max-drop", drop]
         steps.append((f"or allow a larger drop, {drop}", _line(_with(again, "--out", f"{run_dir}-drop"))))
@@ -143,7 +152,7 @@ def _infeasible(result: StudyResult, run_dir: Path, words: Sequence[str]) -> _To
 
 def _inconclusive(result: StudyResult, run_dir: Path, words: Sequence[str]) -> _Told:
     best = next((c for c in result.candidates if c.key in result.nearest[:1]), None)
-    if best is None or best.verification is None:
+    if not isinstance(best, Finalist):
         return [f"not proved: {result.reason}"], []
     undecided = [v for v in best.verification.verdicts if v.status == "open"]
     told = [f"not decided: {_joined([_open(result, best, v) for v in undecided])}"]
@@ -178,7 +187,7 @@ def _failed(result: StudyResult, run_dir: Path, words: Sequence[str]) -> _Told:
 # ------------------------------------------------------------------------------------------------ words
 
 
-def _speed(candidate: Candidate) -> str:
+def _speed(candidate: Finalist) -> str:
     """ "images come out 1.9x as fast", by the bound."""
     gain = next(v for v in candidate.verification.verdicts if v.name == "gain")
     return f"images come out at least {math.floor(100 / gain.bound) / 100:.2f}x as fast"
@@ -196,11 +205,11 @@ def _kept(limit: MetricLimit, verdict: Verdict) -> str:
     return f"{limit.metric} {'falls' if limit.higher_is_better else 'rises'} by at most {amount}"
 
 
-def _open(result: StudyResult, candidate: Candidate, verdict: Verdict) -> str:
+def _open(result: StudyResult, candidate: Finalist, verdict: Verdict) -> str:
     """An undecided limit in words."""
     if verdict.name == "latency":
-        limit, value, bound = (f"{x:.1f} ms" for x in (verdict.limit, verdict.value, verdict.bound))
-        return f"one image takes {value}, perhaps {bound}, and {limit} are allowed"
+        allowed, value, bound = (f"{x:.1f} ms" for x in (verdict.limit, verdict.value, verdict.bound))
+        return f"one image takes {value}, perhaps {bound}, and {allowed} are allowed"
     if verdict.name == "gain":
         return f"the gain is too small to tell: {verdict.value:.3f} of the full schedule's time, perhaps {verdict.bound:.3f}"
     prompts = candidate.verification.prompts
@@ -212,7 +221,7 @@ def _open(result: StudyResult, candidate: Candidate, verdict: Verdict) -> str:
         )
     limit = next(m for m in limited(result.limits) if m.name == verdict.name)
     told = "unknown" if math.isinf(verdict.bound) else limit.amount(verdict.bound)
-    if told == limit.amount(limit.max_drop):
+    if told == limit.amount(limit.allowed):
         told = f"just above {told}"
     return (
         f"on {prompts} held-out prompts the loss of {metric} is {limit.amount(verdict.value)} and may be {told}, "
@@ -221,7 +230,7 @@ def _open(result: StudyResult, candidate: Candidate, verdict: Verdict) -> str:
 
 
 def _allowed(limit: MetricLimit) -> str:
-    return f"{limit.amount(limit.max_drop)} are allowed"
+    return f"{limit.amount(limit.allowed)} are allowed"
 
 
 def _files(result: StudyResult, run_dir: Path) -> str:
@@ -265,7 +274,7 @@ def _other_study(result: StudyResult, run_dir: Path, words: Sequence[str], budge
 def _budget(result: StudyResult, least_ms: float) -> str:
     """A budget of at least so many milliseconds, spelled as the study's was: a share or a time."""
     if result.budget.endswith("%"):
-        return f"{math.ceil(100 * least_ms / result.baseline.latency.median_ms)}%"
+        return f"{math.ceil(100 * least_ms / result.full_ms)}%"
     return f"{math.ceil(least_ms)}ms"
 
 

@@ -34,13 +34,12 @@ from tuner.report.words import (
     latency_of,
     latency_span_ms,
     limits_text,
-    measured,
     ms,
     quality_change,
     signed,
     speedup,
 )
-from tuner.results.candidate import LatencyStats, Verdict
+from tuner.results.candidate import Candidate, Finalist, LatencyStats, Verdict, verification_of
 from tuner.results.result import StudyResult
 
 REPORT_FILE = "report.html"
@@ -112,7 +111,8 @@ def _slug(name: str) -> str:
 
 def _answer(result: StudyResult) -> str:
     """Did tuning help, which schedule, how sure: one sentence, plain text."""
-    pick, full = result.pick, latency_of(result, result.baseline)
+    full = latency_of(result, result.baseline)
+    pick: Candidate | None = result.pick
     if pick is None and result.verdict in ("inconclusive", "partial") and result.nearest:
         pick = find(result, result.nearest[0])
     full_ms = full.median_ms if full else None
@@ -129,7 +129,7 @@ def _answer(result: StudyResult) -> str:
     if result.verdict == "infeasible" or pick is None or (latency := latency_of(result, pick)) is None:
         quality = f" within {limits_text(result)}" if has_quality(result) else ""
         if result.smallest_budget_ms is not None:
-            count = len(measured(result))
+            count = len(result.measured)
             tried = f"none of {count} measured schedules of {model} meets"
             if count == 1:
                 tried = f"the one schedule of {model} that was measured does not meet"
@@ -149,7 +149,7 @@ def _answer(result: StudyResult) -> str:
     difference = quality_change(pick)
     if result.random_weights or difference is None:
         return f"{model} runs {faster}{times}; the weights are random, so this says nothing about quality."
-    held = pick.verification is not None and bool(pick.verification.values)
+    held = isinstance(pick, Finalist) and bool(pick.verification.values)
     where = f"{difference.n} {'held-out' if held else 'search'} prompts"
     changes = ", ".join(
         f"{m.metric} changed by {signed(d.mean)} ({interval_text(d)})"
@@ -161,8 +161,7 @@ def _answer(result: StudyResult) -> str:
         return f"Tuning helped: {sentence}; all limits are proved."
     if result.verdict == "partial":
         return f"Stopped before verification: so far {sentence}; nothing is proved yet."
-    verdicts = pick.verification.verdicts if pick.verification else pick.verdicts
-    if all(_on_the_right_side(v) for v in verdicts):
+    if all(_on_the_right_side(v) for v in pick.final_verdicts):
         return f"Promising, not proved: {sentence}; an interval still straddles a limit."
     return f"Not proved: {sentence}; the estimate misses a limit that its interval still reaches."
 
@@ -203,12 +202,12 @@ def _tiles(result: StudyResult) -> str:
         low, high = latency_span_ms(latency)
         tiles.append((f"{prefix}latency", ms(latency.drift_corrected_ms), f"{ms(low)} to {ms(high)}"))
     elif full is not None:
-        tiles.append(("Full schedule", ms(full.median_ms), f"p90 {ms(full.p90_ms)}"))
+        tiles.append(("Full schedule", ms(full.median_ms), f"p90 {ms(full.p90_ms or full.median_ms)}"))
     typed = f"{result.budget} as asked" if result.budget.strip() != f"{result.budget_ms:g}ms" else "as asked"
     if math.isfinite(result.budget_ms):
         tiles.append(("Budget", ms(result.budget_ms), escape(typed)))
     difference = quality_change(shown) if shown is not None and not result.random_weights else None
-    if difference is not None:
+    if difference is not None and shown is not None:
         for limit in limited(result.limits):
             if (change := shown.final_differences.get(limit.metric)) is None:
                 continue
@@ -227,8 +226,8 @@ def _trust(result: StudyResult) -> str:
     if result.pick is None and result.reason and result.verdict != "infeasible":
         lines.append(("no", escape(result.reason[0].upper() + result.reason[1:]) + "."))
     if pick is not None and (latency := latency_of(result, pick)) is not None:
-        check = pick.verification
-        for verdict in check.verdicts if check else pick.verdicts:
+        check = verification_of(pick)
+        for verdict in pick.final_verdicts:
             lines.append(_verdict_line(verdict, proved=check is not None))
         if result.limits and result.limits[0].metric == COMPOSITE:
             lines.append(
@@ -271,7 +270,7 @@ def _timing_line(latency: LatencyStats) -> tuple[str, str]:
     if latency.predicted:
         return "no", "Latency is predicted from the measured costs of its steps; the schedule was not timed end to end."
     beside = " interleaved with the full schedule" if latency.ratio else ""
-    spread = latency.p90_ms / latency.median_ms - 1 if latency.median_ms else 0.0
+    spread = latency.p90_ms / latency.median_ms - 1 if latency.median_ms and latency.p90_ms else 0.0
     settled = "" if latency.settled else "; warm-up never settled within 2 %"
     if latency.disturbed:
         settled += f"; the card was disturbed, also when timed again ({', '.join(latency.disturbed)})"
@@ -284,7 +283,7 @@ def _timing_line(latency: LatencyStats) -> tuple[str, str]:
 def _drift(result: StudyResult) -> list[tuple[str, str]]:
     """A warning where the full schedule's own latency moved between its two measurements."""
     full = result.baseline
-    if full.latency is None or full.verification is None or not full.latency.median_ms:
+    if not isinstance(full, Finalist) or not full.latency.median_ms:
         return []
     change = full.verification.latency.median_ms / full.latency.median_ms - 1
     if abs(change) < 0.1:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+from stagevar.profile import StepData
 from tuner.config.quality import limited
 from tuner.results.candidate import Candidate, Interval, LatencyStats
 from tuner.results.result import StudyResult
@@ -58,7 +58,7 @@ def latency_of(result: StudyResult, candidate: Candidate) -> LatencyStats | None
     later measurement may have drifted, and a schedule must not look slower or faster for that.
     """
     if candidate.key == result.baseline.key:
-        return candidate.latency or candidate.final_latency
+        return result.baseline.latency
     return candidate.final_latency
 
 
@@ -74,16 +74,12 @@ def quality_change(candidate: Candidate) -> Interval | None:
 
 def limits_text(result: StudyResult) -> str:
     """ "a drop of geneval of at most 2 % of prompts and of clip_score of at most 0.3 CLIP points" """
-    parts = [f"of {m.metric} of at most {m.amount(m.max_drop)}" for m in limited(result.limits)]
+    parts = [f"of {m.metric} of at most {m.amount(m.allowed)}" for m in limited(result.limits)]
     return f"a drop {' and '.join(parts)}" if parts else "no limit of quality"
 
 
 def has_quality(result: StudyResult) -> bool:
     return not result.random_weights and any("quality" in c.final_differences for c in result.candidates)
-
-
-def measured(result: StudyResult) -> list[Candidate]:
-    return [c for c in result.candidates if c.state == "complete" and c.final_latency is not None]
 
 
 def find(result: StudyResult, key: str) -> Candidate | None:
@@ -103,7 +99,7 @@ def roles_of(result: StudyResult, key: str) -> list[str]:
     return [role.replace("_", " ") for role in PICK_ORDER if result.picks.get(role) == key]
 
 
-def describe(steps: Sequence[Mapping[str, Any]]) -> str:
+def describe(steps: Sequence[StepData]) -> str:
     """What a schedule does, from its expanded steps; scales go by their side in tokens, as in the paper."""
     parts = []
     fused = next((s for s in steps if s.get("fuse_layer")), None)
@@ -130,12 +126,14 @@ def describe(steps: Sequence[Mapping[str, Any]]) -> str:
     return "; ".join(parts) or "guidance and every token at every scale"
 
 
-def kept_share(step: Mapping[str, Any]) -> float:
+def kept_share(step: StepData) -> float:
     """Share of a step's tokens that run, averaged over chunks."""
     if step.get("skipped"):
         return 0.0
     tokens = step["grid"][0] * step["grid"][1]
-    reduction = step.get("reduction") or {}
+    reduction = step.get("reduction")
+    if reduction is None:
+        return 1.0
     if "ranks" in reduction:
         return min(1.0, sum(reduction["ranks"]) / len(reduction["ranks"]) / tokens)
     if "kept" in reduction:
@@ -143,12 +141,12 @@ def kept_share(step: Mapping[str, Any]) -> float:
     return 1.0
 
 
-def side(step: Mapping[str, Any]) -> str:
+def side(step: StepData) -> str:
     h, w = step["grid"]
     return str(h) if h == w else f"{h}×{w}"
 
 
-def sides(steps: Sequence[Mapping[str, Any]]) -> str:
+def sides(steps: Sequence[StepData]) -> str:
     """Words for scales: "side 64", "sides 40 to 64" for neighbors, "sides 24, 48" otherwise."""
     names = [side(step) for step in steps]
     if len(names) == 1:

@@ -6,14 +6,19 @@ candidate, whatever the metric's direction; a *drop* is minus that.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, ClassVar, TypeVar
 
 from stagevar.card_state import CardState
+from stagevar.profile import StepData
+from tuner.config.space import Value
 
 #: Verdicts that rest on timings alone.
 OF_TIME = ("latency", "gain")
+
+Outcome = TypeVar("Outcome", bound="Candidate")
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,12 @@ class LatencyStats:
     @property
     def share(self) -> float:
         """Latency over the full schedule's; 1 for the full schedule itself."""
-        return 1.0 if self.ratio is None else self.ratio.mean
+        return self.against_full.mean
+
+    @property
+    def against_full(self) -> Interval:
+        """`ratio`, and 1 for the full schedule itself."""
+        return Interval(1.0, 1.0, 1.0, len(self.samples_ms)) if self.ratio is None else self.ratio
 
     @property
     def speedup(self) -> Interval | None:
@@ -131,52 +141,151 @@ class Verification:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One distinct schedule.
+    """One distinct schedule. What became of it is its class: Failed, Unmeasured, Measured, Pruned or Finalist.
 
-    key: short hash of the expansion; equal keys are equal schedules. params: search-space values that gave it (empty for
-    an enqueued preset outside the space). schedule: StageSchedule.to_dict(). steps: one mapping per scale
-    (`stagevar.profile` spelling). accelerator: its name. source: "enqueued: <preset>" or "sampler". trial: first trial
-    number. state: "complete", "failed" or "not measured" (too little memory, tried again on resume). latency: search
-    measurement. values: raw value per metric (and "quality", the composite) and search prompt. differences: paired, per
-    metric. verdicts: per constraint, point estimates. feasible: all verdicts met. skipped_scales: count.
-    processed_tokens: token rows through the trunk, both branches. verification: None when it was not a finalist. error: one
-    line when not complete. stopped_early: why it was judged on the first few search prompts only (statistics/pruning.py), None
-    where all were used.
+    Args:
+        key: short hash of the expansion; equal keys are equal schedules.
+        params: search-space values that gave it; empty for an enqueued preset outside the space.
+        schedule: StageSchedule.to_dict().
+        steps: one mapping per scale (`stagevar.profile` spelling).
+        accelerator: its name.
+        source: "enqueued: <preset>" or "sampler".
+        trial: first trial number; None for the full schedule, which is no trial.
+        skipped_scales: count.
+        processed_tokens: token rows through the trunk, both branches.
     """
 
+    state: ClassVar[str] = "proposed"
+
     key: str
-    params: dict[str, Any]
-    schedule: dict[str, Any]
-    steps: tuple[dict[str, Any], ...]
+    params: dict[str, Value]
+    schedule: dict[str, object]
+    steps: tuple[StepData, ...]
     accelerator: str
     source: str
     trial: int | None
-    state: str
     skipped_scales: int
     processed_tokens: float
-    latency: LatencyStats | None = None
-    values: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    differences: dict[str, Interval] = field(default_factory=dict)
-    verdicts: tuple[Verdict, ...] = ()
-    feasible: bool = False
-    verification: Verification | None = None
-    error: str | None = None
-    stopped_early: str | None = None
+
+    def becomes(self, kind: type[Outcome], **found: Any) -> Outcome:
+        """The same schedule with what was found out about it: an outcome of that class."""
+        names = {field.name for field in dataclasses.fields(kind)} - found.keys()
+        known: dict[str, Any] = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        return kind(**{**known, **found})
 
     @property
-    def whole(self) -> bool:
-        """Whether it was judged on all search prompts."""
-        return self.state == "complete" and self.stopped_early is None
+    def trial_number(self) -> int:
+        """First trial number, -1 for the full schedule."""
+        return -1 if self.trial is None else self.trial
 
     @property
     def final_latency(self) -> LatencyStats | None:
-        """The round-robin measurement where there is one, else the search's."""
-        return self.verification.latency if self.verification else self.latency
+        """The round-robin measurement where there is one, else the search's, else None."""
+        return None
 
     @property
     def final_differences(self) -> dict[str, Interval]:
         """Held-out differences where there are any, else those on the search prompts."""
-        return self.verification.differences if self.verification and self.verification.values else self.differences
+        return {}
+
+    @property
+    def final_verdicts(self) -> tuple[Verdict, ...]:
+        """Those of the verification where there is one, else the search's, by point estimates."""
+        return ()
+
+
+@dataclass(frozen=True)
+class Failed(Candidate):
+    """A schedule that raised. error: one line. latency: what was timed before, which only the full schedule has."""
+
+    state: ClassVar[str] = "failed"
+
+    error: str
+    latency: LatencyStats | None = None
+
+
+@dataclass(frozen=True)
+class Unmeasured(Candidate):
+    """A schedule that found too little memory, to be tried again on resume. error: one line."""
+
+    state: ClassVar[str] = "not measured"
+
+    error: str
+
+
+@dataclass(frozen=True)
+class Measured(Candidate):
+    """A schedule that was judged in the search; the full schedule too.
+
+    Args:
+        latency: the search's measurement.
+        values: raw value per metric (and "quality", the composite) and search prompt; empty for random weights.
+        differences: paired, per metric.
+        verdicts: per constraint, by point estimates.
+        feasible: whether all verdicts are met and all search prompts were seen.
+    """
+
+    state: ClassVar[str] = "complete"
+
+    latency: LatencyStats
+    values: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    differences: dict[str, Interval] = field(default_factory=dict)
+    verdicts: tuple[Verdict, ...] = ()
+    feasible: bool = False
+
+    @property
+    def fully_evaluated(self) -> bool:
+        """Whether it was judged on all search prompts."""
+        return True
+
+    @property
+    def final_latency(self) -> LatencyStats:
+        return self.latency
+
+    @property
+    def final_differences(self) -> dict[str, Interval]:
+        return self.differences
+
+    @property
+    def final_verdicts(self) -> tuple[Verdict, ...]:
+        return self.verdicts
+
+
+@dataclass(frozen=True)
+class Pruned(Measured):
+    """A schedule that was judged on the first few search prompts only. stopped_early: why (statistics/pruning.py)."""
+
+    _: KW_ONLY
+    stopped_early: str
+
+    @property
+    def fully_evaluated(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class Finalist(Measured):
+    """A schedule (or the full one) that was measured again on held-out prompts, whatever that proved."""
+
+    _: KW_ONLY
+    verification: Verification
+
+    @property
+    def final_latency(self) -> LatencyStats:
+        return self.verification.latency
+
+    @property
+    def final_differences(self) -> dict[str, Interval]:
+        return self.verification.differences if self.verification.values else self.differences
+
+    @property
+    def final_verdicts(self) -> tuple[Verdict, ...]:
+        return self.verification.verdicts
+
+
+def verification_of(candidate: Candidate | None) -> Verification | None:
+    """What measuring a candidate again found; None for one that was no finalist."""
+    return candidate.verification if isinstance(candidate, Finalist) else None
 
 
 @dataclass(frozen=True)
@@ -194,5 +303,5 @@ class Failure:
     """A trial that raised or was not measured: number, parameters and the error's first line."""
 
     trial: int
-    params: dict[str, Any]
+    params: dict[str, Value]
     error: str

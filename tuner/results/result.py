@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 from stagevar.errors import UsageError
 from stagevar.profile.sections import EngineSection
 from tuner.config.quality import COMPOSITE, MetricLimit, limited, old_limits
-from tuner.results.candidate import Candidate, Failure, Sample
+from tuner.results.candidate import Candidate, Failed, Failure, Measured, Sample
 from tuner.results.codec import build, record_of
 from tuner.results.run_dir import STUDY_FILE
 
@@ -88,7 +89,7 @@ class StudyResult:
     search_seeds: tuple[int, ...]
     heldout_prompts: tuple[str, ...]
     heldout_seeds: tuple[int, ...]
-    baseline: Candidate
+    baseline: Measured | Failed
     candidates: tuple[Candidate, ...]
     front: tuple[str, ...]
     picks: dict[str, str]
@@ -115,9 +116,20 @@ class StudyResult:
         return next(c for c in (self.baseline, *self.candidates) if c.key == key)
 
     @property
-    def pick(self) -> Candidate | None:
-        """What profile.yaml holds; None when nothing was picked."""
-        return self.candidate(self.picks["pick"]) if "pick" in self.picks else None
+    def pick(self) -> Measured | None:
+        """What profile.yaml holds, a Finalist in every study that ran to its end; None when nothing was picked."""
+        pick = self.candidate(self.picks["pick"]) if "pick" in self.picks else None
+        return pick if isinstance(pick, Measured) else None
+
+    @property
+    def full_ms(self) -> float:
+        """Median latency of the full schedule, NaN where it was not measured."""
+        return math.nan if self.baseline.latency is None else self.baseline.latency.median_ms
+
+    @property
+    def measured(self) -> tuple[Measured, ...]:
+        """The candidates that were judged, the full schedule not among them."""
+        return tuple(c for c in self.candidates if isinstance(c, Measured))
 
     @property
     def quality_weights(self) -> dict[str, float]:

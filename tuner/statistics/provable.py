@@ -62,7 +62,11 @@ def _expected_bound(
 
 
 def prompts_to_decide(
-    limit: MetricLimit, drops_N: Sequence[float], bound: float, alphas: tuple[float, float], micro_batch: int
+    limit: MetricLimit,
+    drops_N: Sequence[float] | np.ndarray,
+    bound: float,
+    alphas: tuple[float, float],
+    micro_batch: int,
 ) -> int | None:
     """Held-out prompts, old ones included, on which one more judgement decides a limit four times out of five.
 

@@ -81,7 +81,7 @@ def promoted(points: Sequence[tuple[float, float]], share: float = PROMOTED) -> 
     return order[: max(1, int(np.ceil(share * len(points))))]
 
 
-def shrunk(differences: Sequence[float], known: Sequence[float]) -> float:
+def shrunk(differences: Sequence[float] | np.ndarray, known: Sequence[float]) -> float:
     """Posterior mean of a schedule's quality difference from a few prompts and what other schedules showed.
 
     Normal prior with mean and variance of `known` (mean differences of all schedules so far); no prompts give the prior's

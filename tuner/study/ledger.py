@@ -21,7 +21,18 @@ from tuner.evaluation.evaluator import Facts
 from tuner.evaluation.step_costs import Prediction
 from tuner.proposals.trial_sampler import Proposal, Told
 from tuner.results import pareto
-from tuner.results.candidate import Candidate, Failure, Interval, LatencyStats, Verdict
+from tuner.results.candidate import (
+    Candidate,
+    Failed,
+    Failure,
+    Finalist,
+    Interval,
+    LatencyStats,
+    Measured,
+    Unmeasured,
+    Verdict,
+    Verification,
+)
 from tuner.results.codec import record_of
 from tuner.results.run_dir import EvidenceLog
 from tuner.statistics.pruning import shrunk
@@ -45,13 +56,13 @@ class Ledger:
         self.evidence = EvidenceLog(run_dir)
         self.schedules: dict[str, StageSchedule] = {}
         self.steps: dict[str, Steps] = {}
-        self.candidates: dict[str, Candidate] = {}
-        self.failed: dict[str, Candidate] = {}
-        self.unmeasured: dict[str, Candidate] = {}
+        self.candidates: dict[str, Measured] = {}
+        self.failed: dict[str, Failed] = {}
+        self.unmeasured: dict[str, Unmeasured] = {}
         self.failures: list[Failure] = []
         self.dropped: dict[str, float] = {}
         self.foreseen: set[str] = set()
-        self.baseline: Candidate | None = None
+        self.baseline: Measured | Failed | None = None
         schedule = exact(len(facts.grids))
         self.full = schedule.expand(facts.grids, facts.chunks)
         self.full_key = self.register(schedule)
@@ -85,7 +96,6 @@ class Ledger:
             accelerator=accelerator if isinstance(accelerator, str) else "+".join(dict.fromkeys(accelerator)),
             source=f"enqueued: {preset}" if preset else "predicted" if key in self.foreseen else "sampler",
             trial=proposal.trial,
-            state="complete",
             skipped_scales=sum(step.skipped for step in steps),
             processed_tokens=float(sum(step.processed_tokens(self.facts.chunks) for step in steps)),
         )
@@ -99,14 +109,17 @@ class Ledger:
         self.evidence.append({"kind": "dropped", "trial": trial, "key": key, "ratio": ratio})
         self.dropped[key] = ratio
 
-    def keep(self, candidate: Candidate) -> None:
-        """Takes in a candidate: complete, failed or not measured."""
+    def keep(self, candidate: Measured | Failed | Unmeasured) -> None:
+        """Takes in what became of a schedule."""
         self.register(StageSchedule.from_dict(candidate.schedule))
-        if candidate.state == "complete":
+        if isinstance(candidate, Measured):
             self.candidates[candidate.key] = candidate
+            return
+        if isinstance(candidate, Failed):
+            self.failed[candidate.key] = candidate
         else:
-            (self.failed if candidate.state == "failed" else self.unmeasured)[candidate.key] = candidate
-            self.failures.append(Failure(candidate.trial, candidate.params, candidate.error or ""))
+            self.unmeasured[candidate.key] = candidate
+        self.failures.append(Failure(candidate.trial_number, candidate.params, candidate.error))
 
     @property
     def known(self) -> frozenset[str]:
@@ -131,15 +144,32 @@ class Ledger:
         return ("latency", *(m.name for m in limited(self.metrics)), *(f"floor:{m}" for m in self.space.floors))
 
     @property
-    def measured_baseline(self) -> Candidate:
+    def measured_baseline(self) -> Measured:
         """The full schedule's figures, once it was measured."""
-        assert self.baseline is not None
+        assert isinstance(self.baseline, Measured)
         return self.baseline
+
+    def measured(self, key: str) -> Measured:
+        """A candidate that was measured, or the full schedule."""
+        return self.measured_baseline if key == self.full_key else self.candidates[key]
+
+    def replace(self, candidate: Measured) -> None:
+        """Puts more that was found out about a measured candidate, or the full schedule, in the place of what was known."""
+        if candidate.key == self.full_key:
+            self.baseline = candidate
+        else:
+            self.candidates[candidate.key] = candidate
+
+    def finalist(self, key: str, verification: Verification) -> Finalist:
+        """Takes in what measuring a candidate, or the full schedule, again has found."""
+        finalist = self.measured(key).becomes(Finalist, verification=verification)
+        self.replace(finalist)
+        return finalist
 
     @property
     def limits(self) -> Limits:
         """What schedules must keep; known once the full schedule was measured."""
-        latency = self.measured_baseline.latency
+        latency = None if self.baseline is None else self.baseline.latency
         assert latency is not None
         return Limits(self.budget, latency.median_ms, self.metrics, self.space.floors, self.quality)
 
@@ -148,11 +178,12 @@ class Ledger:
         """The budget as a share of the full schedule's latency."""
         return self.limits.budget_ratio
 
-    def judged(self, candidate: Candidate) -> Candidate:
+    def with_verdicts(self, candidate: Measured) -> Measured:
         """With a verdict per constraint from the point estimates."""
         limits, latency = self.limits, candidate.latency
-        scale = latency.drift_corrected_ms / latency.ratio.mean
-        verdicts = [_point("latency", limits.budget_ms, "ms", latency.drift_corrected_ms, latency.ratio.high * scale)]
+        ratio = latency.against_full
+        scale = latency.drift_corrected_ms / ratio.mean
+        verdicts = [_point("latency", limits.budget_ms, "ms", latency.drift_corrected_ms, ratio.high * scale)]
         if self.quality:
             for limit in limited(limits.metrics):
                 change = candidate.differences[limit.metric]
@@ -161,12 +192,12 @@ class Ledger:
                 mean = float(np.mean(candidate.values[metric]))
                 state = "met" if mean >= floor else "broken"
                 verdicts.append(Verdict(f"floor:{metric}", floor, metric, mean, mean, state))
-        met = all(v.status == "met" for v in verdicts) and candidate.whole
+        met = all(v.status == "met" for v in verdicts) and candidate.fully_evaluated
         return dataclasses.replace(candidate, verdicts=tuple(verdicts), feasible=met)
 
     def predicted(self, prediction: Prediction) -> LatencyStats:
         """Latency figures of a schedule that was not timed: no samples, and the prediction's error for an interval."""
-        full_ms, ratio = self.baseline.latency.median_ms, prediction.ratio
+        full_ms, ratio = self.measured_baseline.latency.median_ms, prediction.ratio
         low, high = (ratio * (1 + sign * 1.96 * prediction.error) for sign in (-1, 1))
         return LatencyStats(
             samples_ms=(),
@@ -181,7 +212,7 @@ class Ledger:
 
     # ------------------------------------------------------------------------------------------------ for the sampler
 
-    def told(self, candidate: Candidate) -> Told:
+    def told(self, candidate: Measured) -> Told:
         """Objectives and constraints of a candidate as the sampler wants them: shares, so that all have one size.
 
         A schedule that was stopped early brings a shrunken estimate of its quality.
@@ -192,7 +223,7 @@ class Ledger:
         if not self.quality:
             return Told(latency_ms, candidate.processed_tokens, constraints)
         difference = candidate.differences["quality"].mean if candidate.differences else 0.0
-        if not candidate.whole:
+        if not candidate.fully_evaluated:
             difference = shrunk(self._paired(candidate), self._known_differences())
         for limit in limited(limits.metrics):
             constraints[limit.name] = -self._metric_change(candidate, limit) / limit.allowed - 1
@@ -205,7 +236,7 @@ class Ledger:
         """What the sampler hears of a schedule that was not judged: beyond the budget, its quality a guess from none."""
         ratio = self.dropped[key]
         constraints = dict.fromkeys(self.constraint_names, 0.0) | {"latency": ratio / self.budget_ratio - 1}
-        latency_ms = ratio * self.baseline.latency.median_ms
+        latency_ms = ratio * self.measured_baseline.latency.median_ms
         if not self.quality:
             tokens = sum(step.processed_tokens(self.facts.chunks) for step in self.steps[key])
             return Told(latency_ms, float(tokens), constraints, 0)
@@ -214,15 +245,15 @@ class Ledger:
             constraints[limit.name] = -shrunk((), self._known_differences(limit.metric)) / limit.allowed - 1
         return Told(latency_ms, guess, constraints, 0)
 
-    def _metric_change(self, candidate: Candidate, limit: MetricLimit) -> float:
+    def _metric_change(self, candidate: Measured, limit: MetricLimit) -> float:
         """Mean difference of a metric, shrunken for a candidate that was stopped early."""
-        if candidate.whole or not candidate.differences:
+        if candidate.fully_evaluated or not candidate.differences:
             return candidate.differences[limit.metric].mean if candidate.differences else 0.0
         return shrunk(limit.sign * self._paired(candidate, limit.metric), self._known_differences(limit.metric))
 
-    def _paired(self, candidate: Candidate, metric: str = "quality") -> np.ndarray:
+    def _paired(self, candidate: Measured, metric: str = "quality") -> np.ndarray:
         own = np.asarray(candidate.values[metric])
-        return own - np.asarray(self.baseline.values[metric])[: own.size]
+        return own - np.asarray(self.measured_baseline.values[metric])[: own.size]
 
     def _known_differences(self, metric: str = "quality") -> list[float]:
         # Those stopped early as well: survivors alone would make a prior that flatters.
@@ -230,13 +261,13 @@ class Ledger:
 
     # ------------------------------------------------------------------------------------------------ comparing
 
-    def violation(self, candidate: Candidate) -> float:
+    def violation(self, candidate: Measured) -> float:
         """How far the point estimates are beyond the limits, in shares; 0 within all of them."""
         return sum(max(0.0, value) for value in self.told(candidate).constraints.values())
 
     def front(self) -> list[str]:
         """Keys of the non-dominated candidates that keep the quality limits, the full schedule among them."""
-        if self.baseline is None or self.baseline.latency is None:
+        if not isinstance(self.baseline, Measured):
             return []
         pool = [self.baseline, *(c for c in self.candidates.values() if keeps_quality(c))]
         points = [(c.final_latency.drift_corrected_ms, self._gain(c)) for c in pool]
@@ -249,12 +280,12 @@ class Ledger:
         points, floor = [], -sum(m.weight for m in limited(self.metrics)) if self.quality else 0.0
         for candidate in self.candidates.values():
             if candidate.feasible:
-                tokens = candidate.processed_tokens / self.baseline.processed_tokens
+                tokens = candidate.processed_tokens / self.measured_baseline.processed_tokens
                 gain = candidate.differences["quality"].mean if self.quality else tokens
-                points.append((candidate.latency.ratio.mean, gain))
+                points.append((candidate.latency.share, gain))
         return pareto.hypervolume(points, (self.budget_ratio, floor))
 
-    def _gain(self, candidate: Candidate) -> float:
+    def _gain(self, candidate: Measured) -> float:
         if not self.quality:
             return candidate.processed_tokens
         return candidate.final_differences["quality"].mean if candidate.final_differences else 0.0
@@ -262,7 +293,9 @@ class Ledger:
     def rivals(self) -> dict[str, tuple[float, Sequence[float]]]:
         """Schedules judged on the whole search set: latency ratio and quality per prompt, by key."""
         return {
-            c.key: (c.latency.ratio.mean, c.values["quality"]) for c in self.candidates.values() if c.whole and c.values
+            c.key: (c.latency.share, c.values["quality"])
+            for c in self.candidates.values()
+            if c.fully_evaluated and c.values
         }
 
 

@@ -22,7 +22,8 @@ from tuner.evaluation.executor import Executor, Failed, NotMeasured
 from tuner.proposals.sampler_process import ProposerProcess
 from tuner.proposals.sensitivity import Sensitivities
 from tuner.proposals.trial_sampler import STARTUP_TRIALS, Proposal, Proposer, Told
-from tuner.results.candidate import Candidate, LatencyStats
+from tuner.results.candidate import Candidate, LatencyStats, Measured, Pruned, Unmeasured
+from tuner.results.candidate import Failed as FailedCandidate
 from tuner.results.codec import build, to_plain
 from tuner.study.ask_ahead import MOST_DUPLICATES, AskAhead, Asked, Fate, Round, Snapshot
 from tuner.study.latency_source import LatencySource
@@ -35,8 +36,6 @@ from tuner.study.searched_space import coverage_of
 from tuner.study.verdict import preference
 from tuner.study.verification import paired_differences
 
-#: State of a candidate that found too little memory, and how its error begins.
-NOT_MEASURED = "not measured"
 #: Share of a round's time above which waiting for the Gaussian process is not worth it.
 ASK_SHARE = 0.1
 _DEFAULT_SAVINGS = Savings()
@@ -112,7 +111,7 @@ class Search:
         for record in records:
             if record["kind"] == "unmeasured":
                 candidate = build(Candidate, record["candidate"])
-                unmeasured[candidate.key], known[candidate.trial] = candidate, None
+                unmeasured[candidate.key], known[candidate.trial_number] = candidate, None
             if record["kind"] == "dropped":
                 ledger.dropped[record["key"]] = record["ratio"]
             if record["kind"] != "trial":
@@ -120,9 +119,10 @@ class Search:
             candidate = build(Candidate, record["candidate"])
             ledger.keep(candidate)
             unmeasured.pop(candidate.key, None)
-            known[candidate.trial] = ledger.told(candidate) if candidate.state == "complete" else None
-            if candidate.state == "complete" and not candidate.latency.predicted:
-                self.latency.table.check(ledger.steps[candidate.key], candidate.latency.ratio.mean)
+            measured = isinstance(candidate, Measured)
+            known[candidate.trial_number] = ledger.told(candidate) if measured else None
+            if measured and not candidate.latency.predicted:
+                self.latency.table.check(ledger.steps[candidate.key], candidate.latency.share)
         self._note_hypervolume()
         presets, unfit = {}, []
         for name in ledger.space.known:
@@ -156,12 +156,14 @@ class Search:
             return
         ledger = self.ledger
         presets = {
-            c.trial: c.source.removeprefix("enqueued: ") for c in unmeasured if c.source.startswith("enqueued: ")
+            c.trial_number: c.source.removeprefix("enqueued: ") for c in unmeasured if c.source.startswith("enqueued: ")
         }
         grids = ledger.facts.grids
         values = {
-            c.trial: ledger.space.nearest_values(ledger.space.known_schedule(presets[c.trial], grids), grids)
-            if c.trial in presets
+            c.trial_number: ledger.space.nearest_values(
+                ledger.space.known_schedule(presets[c.trial_number], grids), grids
+            )
+            if c.trial_number in presets
             else c.params
             for c in unmeasured
         }
@@ -261,7 +263,7 @@ class Search:
             self.proposer.tell(trial, ledger.told_dropped(key))
         else:
             self.proposer.tell(
-                trial, ledger.told(ledger.baseline if key == ledger.full_key else ledger.candidates[key])
+                trial, ledger.told(ledger.measured_baseline if key == ledger.full_key else ledger.candidates[key])
             )
 
     def _settle(self, repeated: Sequence[Asked]) -> None:
@@ -282,8 +284,7 @@ class Search:
         ledger = self.ledger
         key, schedule, _ = ledger.expand(proposal)
         ledger.register(schedule)
-        candidate = ledger.blank(key, proposal)
-        candidate = dataclasses.replace(candidate, state="failed", error="crashed the driver process three times")
+        candidate = ledger.blank(key, proposal).becomes(FailedCandidate, error="crashed the driver process three times")
         if candidate.key not in ledger.candidates and candidate.key not in ledger.failed:
             ledger.record("trial", candidate)
             ledger.keep(candidate)
@@ -305,23 +306,22 @@ class Search:
             with self.progress.part("quality"):
                 found = self.rungs.evaluate(alive, latencies)
         errors |= found.errors
-        candidates = []
+        candidates: list[Measured | FailedCandidate | Unmeasured] = []
         for p in pending:
-            candidate = ledger.blank(p.key, p.proposal)
+            blank = ledger.blank(p.key, p.proposal)
             if p.key in errors:
-                candidate = self._without_values(candidate, errors[p.key])
+                candidates.append(_without_values(blank, errors[p.key]))
             else:
                 pruned = found.pruned.get(p.key)
-                candidate = self._measured(candidate, latencies[p.key], found.values[p.key], pruned)
-            ledger.record("unmeasured" if candidate.state == NOT_MEASURED else "trial", candidate)
-            candidates.append(candidate)
+                candidates.append(self._measured(blank, latencies[p.key], found.values[p.key], pruned))
+            ledger.record("unmeasured" if isinstance(candidates[-1], Unmeasured) else "trial", candidates[-1])
         following = self._take_ahead(time.perf_counter() - began)
         for candidate in candidates:
             ledger.keep(candidate)
-            if candidate.state == "complete":
-                self.proposer.tell(candidate.trial, ledger.told(candidate))
+            if isinstance(candidate, Measured):
+                self.proposer.tell(candidate.trial_number, ledger.told(candidate))
             else:
-                self.proposer.fail(candidate.trial)
+                self.proposer.fail(candidate.trial_number)
         self._note_hypervolume()
         if self.front is not None:
             self.trials = self.front.judge(self.trials)
@@ -329,28 +329,19 @@ class Search:
         self._show()
         return following
 
-    @staticmethod
-    def _without_values(candidate: Candidate, outcome: Failed) -> Candidate:
-        if isinstance(outcome, NotMeasured):
-            return dataclasses.replace(candidate, state=NOT_MEASURED, error=f"{NOT_MEASURED} here: {outcome.error}")
-        return dataclasses.replace(candidate, state="failed", error=outcome.error)
-
     def _measured(
         self,
         candidate: Candidate,
         latency: LatencyStats,
         values: dict[str, tuple[float, ...]],
-        stopped: str | None,
-    ) -> Candidate:
+        pruned: str | None,
+    ) -> Measured:
         ledger = self.ledger
         count = len(values.get("quality", ()))
-        base = {metric: v[:count] for metric, v in ledger.baseline.values.items()}
+        base = {metric: v[:count] for metric, v in ledger.measured_baseline.values.items()}
         differences = paired_differences(values, base, ledger.facts.higher_is_better)
-        return ledger.judged(
-            dataclasses.replace(
-                candidate, latency=latency, values=values, differences=differences, stopped_early=stopped
-            )
-        )
+        measured = candidate.becomes(Measured, latency=latency, values=values, differences=differences)
+        return ledger.with_verdicts(measured if pruned is None else measured.becomes(Pruned, stopped_early=pruned))
 
     # ------------------------------------------------------------------------------------------------ what to show
 
@@ -361,7 +352,7 @@ class Search:
             line = f"{ledger.evaluated} of {self.trials} schedules, none within the limits yet"
         else:
             best = max(feasible, key=preference)
-            gain = ledger.baseline.latency.median_ms / best.latency.drift_corrected_ms
+            gain = ledger.measured_baseline.latency.median_ms / best.latency.drift_corrected_ms
             line = f"{ledger.evaluated} of {self.trials} schedules, best so far {gain:.2f}x"
             if ledger.quality:
                 primary = ledger.metrics[0].metric
@@ -372,10 +363,10 @@ class Search:
         """How the search saved work, for the result."""
         ledger, evaluator, table = self.ledger, self.evaluator, self.latency.table
         savings = dataclasses.replace(self.savings, table=self.savings.table and not self.latency.could_not_time)
-        predicted = [c for c in ledger.candidates.values() if c.latency and c.latency.predicted]
+        predicted = [c for c in ledger.candidates.values() if c.latency.predicted]
         return {
             "savings": dataclasses.asdict(savings),
-            "stopped_early": sum(c.stopped_early is not None for c in ledger.candidates.values()),
+            "stopped_early": sum(isinstance(c, Pruned) for c in ledger.candidates.values()),
             "dropped": len(ledger.dropped),
             "predicted": len(predicted),
             "table_error": float(table.error) if np.isfinite(table.error) else None,
@@ -390,3 +381,9 @@ class Search:
             **({} if self.front is None else {"prediction": self.front.facts()}),
             "space": to_plain(dataclasses.asdict(coverage_of(ledger, table, self.seed))),
         }
+
+
+def _without_values(candidate: Candidate, outcome: Failed) -> FailedCandidate | Unmeasured:
+    if isinstance(outcome, NotMeasured):
+        return candidate.becomes(Unmeasured, error=f"{Unmeasured.state} here: {outcome.error}")
+    return candidate.becomes(FailedCandidate, error=outcome.error)

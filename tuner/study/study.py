@@ -23,7 +23,8 @@ from tuner.evaluation.evaluator import Evaluator
 from tuner.evaluation.executor import Executor, Failed, NotMeasured, QualityTask
 from tuner.evaluation.local import LocalExecutor
 from tuner.proposals.trial_sampler import Proposal
-from tuner.results.candidate import Candidate, Failure, Sample, Verification
+from tuner.results.candidate import Candidate, Failure, Finalist, Measured, Sample, Verification
+from tuner.results.candidate import Failed as FailedCandidate
 from tuner.results.codec import build
 from tuner.results.result import EXIT_CODES, StudyResult
 from tuner.results.run_dir import write_pictures
@@ -101,7 +102,7 @@ class Study:
         search = self._new_search()
         try:
             self._run_baseline(records)
-            if self.ledger.baseline.state == "complete":
+            if isinstance(self.ledger.baseline, Measured):
                 self.progress.phase("search", self.options.trials)
                 search.run(records)
                 self.told, self.stop_reason, self.search_facts = search.told, search.stop_reason, search.facts()
@@ -130,19 +131,19 @@ class Study:
             )
             for why in timing.disturbed:
                 self.progress.say(f"timings may be wrong, also when taken again: {why}")
-            ledger.baseline = dataclasses.replace(blank, latency=latency)
+            ledger.baseline = blank.becomes(Measured, latency=latency)
             if self.quality:
                 sizes = len(search), len(self.prompts["heldout"])
                 self.progress.say(drawing_line(self.options.trials, *sizes, latency.median_ms))
         except InfrastructureError:
             raise
         except Exception as error:
-            ledger.baseline = dataclasses.replace(blank, state="failed", error=first_line(error))
+            ledger.baseline = blank.becomes(FailedCandidate, error=first_line(error))
             return
         if self.quality:
-            values, error = self._full_values()
-            if error is not None:
-                ledger.baseline = dataclasses.replace(ledger.baseline, state="failed", error=error)
+            values, failure = self._full_values()
+            if failure is not None:
+                ledger.baseline = ledger.baseline.becomes(FailedCandidate, error=failure)
                 return
             ledger.baseline = dataclasses.replace(ledger.baseline, values=values)
         ledger.record("baseline", ledger.baseline)
@@ -198,14 +199,14 @@ class Study:
 
     # ------------------------------------------------------------------------------------------------ verdict
 
-    def finalists(self) -> list[Candidate]:
+    def finalists(self) -> list[Measured]:
         """Whom to verify."""
         ledger = self.ledger
         return choose_finalists(list(ledger.candidates.values()), ledger.limits, ledger.violation)
 
     def _conclude(self, records: Sequence[Mapping[str, Any]]) -> StudyResult:
         ledger = self.ledger
-        if ledger.baseline.state == "failed":
+        if isinstance(ledger.baseline, FailedCandidate):
             return self._result(Conclusion("failed", f"the full schedule failed: {ledger.baseline.error}"))
         if not ledger.candidates and ledger.unmeasured and not ledger.failed:
             raise OutOfDeviceMemory(
@@ -224,12 +225,9 @@ class Study:
             return self._result(
                 Conclusion("partial", f"{self.stop_reason} before verification; the same command resumes")
             )
-        for key in claimed:
-            ledger.candidates[key] = dataclasses.replace(ledger.candidates[key], verification=earlier[key])
-        chosen = [*(ledger.candidates[key] for key in claimed), *finalists]
+        proved = [ledger.finalist(key, earlier[key]) for key in claimed]
         if claimed and not finalists:
-            ledger.baseline = dataclasses.replace(ledger.baseline, verification=earlier[BASELINE])
-            return self._judged(chosen)
+            return self._judged(proved, ledger.finalist(ledger.full_key, earlier[BASELINE]))
         self.progress.phase("verification", 100)
         verifier = Verifier(
             self.evaluator,
@@ -248,21 +246,20 @@ class Study:
         own = verifications[BASELINE]
         if BASELINE in earlier and earlier[BASELINE].prompts > own.prompts:
             own = dataclasses.replace(own, prompts=earlier[BASELINE].prompts, values=earlier[BASELINE].values)
-        ledger.baseline = dataclasses.replace(ledger.baseline, verification=own)
+        baseline = ledger.finalist(ledger.full_key, own)
         if finalists:
-            ledger.record("verification", ledger.baseline)
-        for key, verification in verifications.items():
-            if key != BASELINE:
-                ledger.candidates[key] = dataclasses.replace(ledger.candidates[key], verification=verification)
-                ledger.record("verification", ledger.candidates[key])
+            ledger.record("verification", baseline)
+        judged = {key: ledger.finalist(key, check) for key, check in verifications.items() if key != BASELINE}
+        for finalist in judged.values():
+            ledger.record("verification", finalist)
         for key, error in {**verifier.errors, **verifier.unmeasured}.items():
-            ledger.failures.append(Failure(ledger.candidates[key].trial, ledger.candidates[key].params, error))
+            ledger.failures.append(Failure(ledger.candidates[key].trial_number, ledger.candidates[key].params, error))
         if finalists and len(verifier.unmeasured) == len(finalists) and not claimed:
             raise OutOfDeviceMemory(next(iter(verifier.unmeasured.values())))
-        chosen = [ledger.candidates[c.key] for c in chosen if c.key not in verifier.unmeasured]
+        chosen = [*proved, *(judged[c.key] for c in finalists if c.key in judged)]
         if verifier.cut_short and not any(c.verification.status == "verified" for c in chosen):
             return self._result(Conclusion("partial", "stopped during verification; the same command resumes"))
-        return self._judged(chosen, new=len(verifier.unmeasured) < len(finalists))
+        return self._judged(chosen, baseline, new=len(verifier.unmeasured) < len(finalists))
 
     def _earlier(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Verification]:
         """What earlier parts of this study found on held-out prompts, by key: what was verified, else what saw most."""
@@ -270,14 +267,14 @@ class Study:
         for record in records:
             if record["kind"] != "verification":
                 continue
-            candidate = build(Candidate, record["candidate"])
+            candidate: Finalist = build(Candidate, record["candidate"])
             key = BASELINE if candidate.key == self.ledger.full_key else candidate.key
             check, before = candidate.verification, found.get(key)
             if before is None or (before.status != "verified" and check.prompts >= before.prompts):
                 found[key] = check
         return found if BASELINE in found else {}  # runs of before have no values of the full schedule to pair with
 
-    def _judged(self, finalists: Sequence[Candidate], new: bool = False) -> StudyResult:
+    def _judged(self, finalists: Sequence[Finalist], baseline: Finalist, new: bool = False) -> StudyResult:
         """The verdict on verified or undecided finalists. new: whether it is a judgement that was not made before."""
         ledger, source = self.ledger, self.space.prompts
         prompts = self.prompts["heldout"]
@@ -291,7 +288,7 @@ class Study:
         if new:
             self.judged_on.append(len(prompts) if self.quality else 0)
         everyone = list(ledger.candidates.values())
-        return self._result(conclude(finalists, everyone, ledger.baseline, ledger.limits, heldout, ledger.violation))
+        return self._result(conclude(finalists, everyone, baseline, ledger.limits, heldout, ledger.violation))
 
     def _samples(self, keys: Sequence[str]) -> list[Sample]:
         """Images of the full schedule and these on the first search prompts, as PNG files."""
@@ -324,29 +321,21 @@ class Study:
             self.progress.say(f"scales were not timed: {first_line(error)}")
             return
         for key, scale_ms in times.items():
-            candidate = ledger.baseline if key == ledger.full_key else ledger.candidates[key]
-            check, latency = candidate.verification, candidate.latency
-            if check is not None:
-                check = dataclasses.replace(check, latency=dataclasses.replace(check.latency, scale_ms=scale_ms))
-            elif latency is not None:
-                latency = dataclasses.replace(latency, scale_ms=scale_ms)
-            candidate = dataclasses.replace(candidate, verification=check, latency=latency)
-            if key == ledger.full_key:
-                ledger.baseline = candidate
-            else:
-                ledger.candidates[key] = candidate
+            ledger.replace(_with_scales(ledger.measured(key), scale_ms))
 
     def _result(self, conclusion: Conclusion) -> StudyResult:
         ledger = self.ledger
         shown = [*conclusion.picks.values(), *conclusion.nearest[:1]]
         samples = []
-        if ledger.baseline.state == "complete":
+        if isinstance(ledger.baseline, Measured):
             samples = self._samples(shown)
             self._time_scales(shown[:1])
+        baseline = ledger.baseline
+        assert baseline is not None
         self.progress.end_phase()
         facts, space, options = self.facts, self.space, self.options
         search, heldout = self.prompts["search"], self.prompts["heldout"]
-        everyone = [*ledger.candidates.values(), *ledger.failed.values(), *ledger.unmeasured.values()]
+        everyone: list[Candidate] = [*ledger.candidates.values(), *ledger.failed.values(), *ledger.unmeasured.values()]
         return StudyResult(
             command=options.command,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -369,7 +358,7 @@ class Study:
             chunks=facts.chunks,
             pixels=facts.pixels,
             budget=options.budget.text,
-            budget_ms=ledger.limits.budget_ms if ledger.baseline.latency else math.nan,
+            budget_ms=ledger.limits.budget_ms if baseline.latency else math.nan,
             limits=self.metrics if self.quality else (),
             higher_is_better=facts.higher_is_better,
             floors=dict(space.floors),
@@ -379,8 +368,8 @@ class Study:
             search_seeds=search.seeds,
             heldout_prompts=heldout.texts,
             heldout_seeds=heldout.seeds,
-            baseline=ledger.baseline,
-            candidates=tuple(sorted(everyone, key=lambda c: c.trial)),
+            baseline=baseline,
+            candidates=tuple(sorted(everyone, key=lambda c: c.trial_number)),
             front=tuple(ledger.front()),
             picks=dict(conclusion.picks),
             verdict=conclusion.verdict,
@@ -398,3 +387,11 @@ class Study:
             judged_on=tuple(self.judged_on),
             settle_heldout=conclusion.settle_heldout,
         )
+
+
+def _with_scales(candidate: Measured, scale_ms: tuple[float, ...]) -> Measured:
+    """With the share of each scale in its newest measurement."""
+    if isinstance(candidate, Finalist):
+        latency = dataclasses.replace(candidate.verification.latency, scale_ms=scale_ms)
+        return dataclasses.replace(candidate, verification=dataclasses.replace(candidate.verification, latency=latency))
+    return dataclasses.replace(candidate, latency=dataclasses.replace(candidate.latency, scale_ms=scale_ms))

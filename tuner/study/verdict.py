@@ -18,7 +18,7 @@ from tuner.config.quality import MetricLimit, limited
 from tuner.config.space import PromptSource
 from tuner.metrics.registry import declaration_of
 from tuner.results import pareto
-from tuner.results.candidate import OF_TIME, Candidate, Verdict
+from tuner.results.candidate import OF_TIME, Finalist, Measured, Verdict
 from tuner.statistics.bounds import ALPHA, indistinguishable
 from tuner.statistics.looks import claims, judgement_alpha
 from tuner.statistics.provable import MOST_PROMPTS, prompts_to_decide
@@ -98,37 +98,37 @@ def status_of(verdicts: Sequence[Verdict]) -> str:
 # ------------------------------------------------------------------------------------------------ comparing
 
 
-def preference(candidate: Candidate) -> tuple[float, float]:
+def preference(candidate: Measured) -> tuple[float, float]:
     """Larger is better: quality, then the less accelerated."""
     quality = candidate.differences["quality"].mean if candidate.differences else 0.0
     return (round(quality, 9), candidate.processed_tokens)
 
 
-def keeps_quality(candidate: Candidate) -> bool:
+def keeps_quality(candidate: Measured) -> bool:
     """Whether no limit but that of latency is broken, as far as is known."""
-    verdicts = candidate.verification.verdicts if candidate.verification else candidate.verdicts
-    return candidate.whole and all(v.status != "broken" for v in verdicts if v.name not in OF_TIME)
+    verdicts = candidate.final_verdicts
+    return candidate.fully_evaluated and all(v.status != "broken" for v in verdicts if v.name not in OF_TIME)
 
 
-def may_be_feasible(candidate: Candidate, limits: Limits) -> bool:
+def may_be_feasible(candidate: Measured, limits: Limits) -> bool:
     """Whether the intervals leave it possible that every limit is kept."""
-    fast = candidate.latency.ratio.low <= min(limits.budget_ratio, LEAST_GAIN)
+    fast = candidate.latency.against_full.low <= min(limits.budget_ratio, LEAST_GAIN)
     good = not limits.quality or all(
         -candidate.differences[m.metric].high <= m.allowed for m in limited(limits.metrics)
     )
     floors = all(v.status == "met" for v in candidate.verdicts if v.name.startswith("floor:"))
-    return candidate.whole and fast and good and floors
+    return candidate.fully_evaluated and fast and good and floors
 
 
 def choose_finalists(
-    candidates: Sequence[Candidate], limits: Limits, violation: Callable[[Candidate], float]
-) -> list[Candidate]:
+    candidates: Sequence[Measured], limits: Limits, violation: Callable[[Measured], float]
+) -> list[Measured]:
     """Whom to verify: the best within the limits by point estimate, with and without skipped scales; where there are none,
     those nearest to the limits whose intervals still reach them.
 
     violation: how far point estimates are beyond the limits, in shares.
     """
-    pool = [c for c in candidates if c.feasible and c.latency.ratio.mean <= LEAST_GAIN]
+    pool = [c for c in candidates if c.feasible and c.latency.share <= LEAST_GAIN]
     if pool:
         # Those that meet the budget by their whole interval first: a borderline one would only be undecided.
         ranked = sorted(pool, key=lambda c: (c.verdicts[0].bound <= c.verdicts[0].limit, preference(c)), reverse=True)
@@ -138,12 +138,12 @@ def choose_finalists(
     return [candidate for kind in kinds for candidate in kind[:FINALISTS_PER_KIND]]
 
 
-def named_picks(verified: Sequence[Candidate], quality: bool) -> dict[str, str]:
+def named_picks(verified: Sequence[Finalist], quality: bool) -> dict[str, str]:
     """Named picks among the verified.
 
     The pick is the least accelerated of those whose quality the data cannot tell from the best.
     """
-    fastest = min(verified, key=lambda c: c.verification.latency.ratio.mean)
+    fastest = min(verified, key=lambda c: c.verification.latency.share)
     if not quality:
         return {"pick": max(verified, key=lambda c: c.processed_tokens).key, "fastest": fastest.key}
     pick = least_accelerated(
@@ -152,12 +152,12 @@ def named_picks(verified: Sequence[Candidate], quality: bool) -> dict[str, str]:
         {c.key: c.processed_tokens for c in verified},
     )
     picks = {"pick": pick, "fastest": fastest.key}
-    points = [(c.verification.latency.ratio.mean, c.verification.differences["quality"].mean) for c in verified]
+    points = [(c.verification.latency.share, c.verification.differences["quality"].mean) for c in verified]
     picks["balanced"] = verified[pareto.balanced(points)].key
     picks["best_quality"] = max(verified, key=lambda c: c.verification.differences["quality"].mean).key
     without_skips = [c for c in verified if not c.skipped_scales]
     if without_skips:
-        picks["no_skip"] = min(without_skips, key=lambda c: c.verification.latency.ratio.mean).key
+        picks["no_skip"] = min(without_skips, key=lambda c: c.verification.latency.share).key
     return picks
 
 
@@ -205,16 +205,16 @@ def is_settled(
 
 
 def conclude(
-    finalists: Sequence[Candidate],
-    candidates: Sequence[Candidate],
-    baseline: Candidate,
+    finalists: Sequence[Finalist],
+    candidates: Sequence[Measured],
+    baseline: Finalist,
     limits: Limits,
     heldout: Heldout,
-    violation: Callable[[Candidate], float],
+    violation: Callable[[Measured], float],
 ) -> Conclusion:
     """The verdict of a study.
 
-    finalists: with their verifications, as far as they have one. candidates: all that were evaluated, finalists included.
+    finalists: with their verifications. candidates: all that were evaluated, finalists included.
     baseline: the full schedule, verified. violation: how far point estimates are beyond the limits, in shares.
     """
     verified = [c for c in finalists if c.verification.status == "verified"]
@@ -238,7 +238,7 @@ def conclude(
     return _infeasible(candidates, baseline, limits, violation)
 
 
-def _proof(pick: Candidate, limits: Limits) -> str:
+def _proof(pick: Finalist, limits: Limits) -> str:
     proved = ", ".join(
         f"{m.metric} {pick.final_differences[m.metric].signed_text}, drop at most {m.amount(v.bound)} (allowed "
         f"{m.amount(v.limit)})"
@@ -250,10 +250,10 @@ def _proof(pick: Candidate, limits: Limits) -> str:
     return f"{pick.final_latency.speedup_text} within {limits.budget} {on}: {proved}"
 
 
-def _inconclusive(undecided: Sequence[Candidate], baseline: Candidate, limits: Limits, heldout: Heldout) -> Conclusion:
+def _inconclusive(undecided: Sequence[Finalist], baseline: Finalist, limits: Limits, heldout: Heldout) -> Conclusion:
     needed = {c.key: needed_prompts(c, baseline, limits, heldout) for c in undecided}
 
-    def easiest(c: Candidate) -> tuple[bool, bool, float, str]:
+    def easiest(c: Finalist) -> tuple[bool, bool, float, str]:
         # First those that only prompts are missing for, then those that look as if they kept their limits.
         beyond = any(v.value > v.limit for v in c.verification.verdicts if v.name.startswith("drop:"))
         return c.verification.times_open, beyond, needed[c.key] or math.inf, c.key
@@ -273,7 +273,7 @@ def _inconclusive(undecided: Sequence[Candidate], baseline: Candidate, limits: L
 
 
 def _infeasible(
-    candidates: Sequence[Candidate], baseline: Candidate, limits: Limits, violation: Callable[[Candidate], float]
+    candidates: Sequence[Measured], baseline: Measured, limits: Limits, violation: Callable[[Measured], float]
 ) -> Conclusion:
     budget, full_ms, number = limits.budget, baseline.latency.median_ms, len(candidates)
     latencies = [c.final_latency for c in candidates if keeps_quality(c)]
@@ -300,7 +300,7 @@ def _infeasible(
 # ------------------------------------------------------------------------------------------------ what would settle it
 
 
-def needed_prompts(candidate: Candidate, baseline: Candidate, limits: Limits, heldout: Heldout) -> int | None:
+def needed_prompts(candidate: Finalist, baseline: Finalist, limits: Limits, heldout: Heldout) -> int | None:
     """Held-out prompts on which the next judgement would decide all that is open of a finalist's quality."""
     check = candidate.verification
     seen = claims(heldout.count, heldout.micro_batch, heldout.judgements).get(check.prompts, ALPHA)
@@ -315,7 +315,7 @@ def needed_prompts(candidate: Candidate, baseline: Candidate, limits: Limits, he
 
 
 def _open_drop(
-    candidate: Candidate, baseline: Candidate, limits: Limits, verdict: Verdict
+    candidate: Finalist, baseline: Finalist, limits: Limits, verdict: Verdict
 ) -> tuple[MetricLimit, np.ndarray, float]:
     """The limit behind a verdict on quality, drops per prompt, and their bound; a floor is a drop from the top."""
     values, metric = candidate.verification.values, verdict.name.partition(":")[2]

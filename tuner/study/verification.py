@@ -83,7 +83,8 @@ class Verifier:
     ):
         self.processed_tokens = processed_tokens or dict.fromkeys(finalists, 0.0)
         self.evaluator, self.executor, self.finalists, self.full = evaluator, executor, dict(finalists), full
-        self.heldout, self.limits, self.note, self.stop = heldout, limits, note, stop
+        self.limits, self.note, self.stop = limits, note, stop
+        self.heldout = PromptSet((), (), 1) if heldout is None else heldout
         self.earlier, self.extensions, self.cut_short = dict(earlier or {}), extensions, False
         self.times = FinalistTimes(evaluator, self.finalists, full, limits, note, stop, extensions)
         self.values: dict[str, dict[str, list[float]]] = {name: {} for name in (BASELINE, *finalists)}
@@ -99,7 +100,7 @@ class Verifier:
         """Verifications by key, the full schedule's under BASELINE."""
         self.times.take()
         self.cut_short = self.times.cut_short
-        if self.limits.quality and self.heldout is not None:
+        if self.limits.quality and len(self.heldout):
             self._judge()
         return {name: self.verification(name) for name in (BASELINE, *self.finalists)}
 

@@ -69,7 +69,7 @@ class Recheck:
 
 def regression_verdict(recorded_ratio: float, verification: Verification, allowed: float) -> Verdict:
     """Whether the latency ratio to the full schedule grew by more than `allowed` (a share) since it was recorded."""
-    limit, now = recorded_ratio * (1 + allowed), verification.latency.ratio
+    limit, now = recorded_ratio * (1 + allowed), verification.latency.against_full
     return Verdict("regression", limit, "ratio", now.mean, now.high, decide(limit, now.low, now.high))
 
 
@@ -114,9 +114,9 @@ def recheck(
     from tuner.evaluation.local import LocalExecutor
 
     full_profile = profile.latency.ratio is None
-    recorded = None if full_profile else profile.latency.ratio.mean
+    recorded = 1.0 if profile.latency.ratio is None else profile.latency.ratio.mean
     space, metrics, max_regression = terms.space, terms.metrics, terms.max_regression
-    if max_regression is not None and not full_profile and recorded is None:
+    if max_regression is not None and recorded is None:
         raise UsageError("the profile records no latency ratio to compare with; leave out --max-regression")
     kind = resolve(request).device.type
     check_engine(engine, kind)
@@ -147,6 +147,6 @@ def recheck(
     if full_profile:
         # The full schedule is its own baseline: there is no gain to keep.
         verdicts = [v for v in verdicts if v.name != "gain"]
-    if max_regression is not None:
-        verdicts.append(regression_verdict(1.0 if full_profile else float(recorded), verification, max_regression))
+    if max_regression is not None and recorded is not None:
+        verdicts.append(regression_verdict(recorded, verification, max_regression))
     return Recheck(tuple(verdicts), verification, tuple(warnings), evaluator.engine)

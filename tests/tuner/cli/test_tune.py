@@ -16,7 +16,7 @@ from tuner import tune
 from tuner.cli import main
 from tuner.cli.plan import plan
 from tuner.cli.tune import Interrupts
-from tuner.results.candidate import Interval
+from tuner.results.candidate import Interval, verification_of
 from tuner.results.result import StudyResult
 from tuner.study.finalist_times import latency_stats
 from tuner.study.verify_profile import Recheck, regression_verdict
@@ -215,7 +215,7 @@ def test_a_study_on_nano_ends_with_a_profile_that_loads_and_verifies(tmp_path, s
     assert again["verdict"] == result.verdict and again["schedules"] == 4
     assert (out / "trials.jsonl").read_bytes() == before
     same_from_python(argv, result)
-    near = result.candidate(result.nearest[0]).verification if result.nearest else None
+    near = verification_of(result.candidate(result.nearest[0])) if result.nearest else None
     if near is None or not near.times_open:  # else resume times the finalists anew
         assert main(["resume", str(out), "--quiet"]) == code
         assert (out / "trials.jsonl").read_bytes() == before

@@ -16,6 +16,7 @@ from tests.fakes.sample_study import KINDS, make
 from tuner.report.export import export, profile_of
 from tuner.report.page import _timing_line
 from tuner.report.sections.run import _engine_facts
+from tuner.results.candidate import Measured
 from tuner.study.finalist_times import latency_stats
 
 
@@ -89,7 +90,7 @@ def test_profiles_name_the_engine_that_drew_the_judged_images(runs, tmp_path):
     on_graphs = dataclasses.replace(result, engine="graph", heldout_engine="graph")
     profile_of(on_graphs, result.pick).save(tmp_path / "profile.yaml")
     assert Profile.load(tmp_path / "profile.yaml").quality.engine == "graph"
-    searched = dataclasses.replace(result.pick, verification=None)
+    searched = result.pick.becomes(Measured)
     assert profile_of(on_graphs, searched).quality.engine == "eager", "search images are drawn eagerly"
     assert profile_of(result, result.pick).quality.engine is None, "a result of before does not say"
     assert type(result).from_json(on_graphs.to_json()) == on_graphs and "heldout_engine" not in result.to_json()
@@ -100,7 +101,7 @@ def test_unproved_picks_are_not_called_verified(runs):
     result, _ = runs["one_trial"]
     assert not profile_of(result, result.pick).verified
     full, _ = runs["full"]
-    unchecked = dataclasses.replace(full.pick, verification=None)
+    unchecked = full.pick.becomes(Measured)
     profile = profile_of(full, unchecked)
     assert not profile.verified and not profile.constraints.proved
     assert profile.quality.prompt_set == "search prompts"

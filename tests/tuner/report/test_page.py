@@ -19,7 +19,7 @@ from tuner.config.quality import MetricLimit, quality_limits
 from tuner.report.charts import place_labels, ticks
 from tuner.report.page import MAX_BYTES, render, write_report
 from tuner.report.words import describe, signed
-from tuner.results.candidate import Failure, Sample
+from tuner.results.candidate import Failed, Failure, Finalist, Measured, Sample
 from tuner.results.importance import importance
 from tuner.results.result import StudyResult
 
@@ -139,7 +139,7 @@ def test_skipped_scales_are_pointed_out(runs):
 
 def test_search_figures_of_an_unverified_pick_are_not_called_proved(runs):
     result, directory = runs["full"]
-    bare = tuple(dataclasses.replace(c, verification=None) for c in result.candidates)
+    bare = tuple(c.becomes(Measured) if isinstance(c, Finalist) else c for c in result.candidates)
     html = render(dataclasses.replace(result, candidates=bare, verdict="partial"), directory)
     assert "Stopped before verification" in html and "search prompts" in html
     assert "are proved" not in html
@@ -159,7 +159,8 @@ def test_user_text_is_escaped_everywhere(runs):
         candidates=tuple(
             dataclasses.replace(
                 c, source=f"enqueued: {hostile}", params={**c.params, hostile: hostile} if c.params else {},
-                verdicts=tuple(dataclasses.replace(v, name=f"floor:{hostile}", unit=hostile) for v in c.verdicts),
+                **({"verdicts": tuple(dataclasses.replace(v, name=f"floor:{hostile}", unit=hostile) for v in c.verdicts)}
+                   if isinstance(c, Measured) else {}),
             ) for c in result.candidates
         ),
     )  # fmt: skip
@@ -214,12 +215,13 @@ def test_scale_bars_say_what_they_show(runs, pages):
     result, directory = runs["full"]
 
     def untimed(candidate):
-        check, latency = candidate.verification, candidate.latency
-        if check:
+        if isinstance(candidate, Finalist):
+            check = candidate.verification
             check = dataclasses.replace(check, latency=dataclasses.replace(check.latency, scale_ms=()))
-        if latency:
-            latency = dataclasses.replace(latency, scale_ms=())
-        return dataclasses.replace(candidate, verification=check, latency=latency)
+            candidate = dataclasses.replace(candidate, verification=check)
+        if isinstance(candidate, Measured):
+            candidate = dataclasses.replace(candidate, latency=dataclasses.replace(candidate.latency, scale_ms=()))
+        return candidate
 
     bare = dataclasses.replace(result, candidates=tuple(map(untimed, result.candidates)))
     assert "not timed one by one" in Page(render(bare, directory)).text
@@ -279,7 +281,7 @@ def test_metrics_are_warned_of_once_where_a_study_uses_them(runs, kind, metrics,
 
 def test_failed_baseline_still_reports(runs):
     result, directory = runs["all_failed"]
-    dead = dataclasses.replace(result.baseline, state="failed", latency=None, verification=None, verdicts=(), values={})
+    dead = result.baseline.becomes(Failed, error="x", latency=None)
     page = Page(render(dataclasses.replace(result, baseline=dead, budget_ms=float("nan"), front=()), directory))
     assert page.sections == ["schedule", "time-per-scale", "failures", "run"] and "nan " not in page.text
 

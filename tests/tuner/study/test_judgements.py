@@ -16,6 +16,7 @@ from tuner.config.prompts import load_prompts
 from tuner.config.quality import quality_limits
 from tuner.config.space import PromptSource
 from tuner.report.next_steps import next_steps
+from tuner.results.candidate import Finalist
 from tuner.results.result import StudyResult
 from tuner.statistics.bounds import continuous_drop_bounds, drop_bounds, median_interval
 from tuner.statistics.looks import claims, judgement_alpha
@@ -136,7 +137,7 @@ def test_a_study_goes_on_with_more_prompts_and_measures_none_twice(tmp_path):
 
     fresh = FakeEvaluator(load_prompts(work.space.prompts), **restless)
     [metric], full = second.limits, work.ledger.full
-    for candidate in (c for c in second.candidates if c.verification and c.verification.prompts == needed):
+    for candidate in (c for c in second.candidates if isinstance(c, Finalist) and c.verification.prompts == needed):
         steps = work.ledger.steps[candidate.key]
         parts = [fresh.quality([steps, full], "heldout", b) for b in range(work.prompts["heldout"].batches)]
         own, base = (np.concatenate([part[i]["geneval_nano"] for part in parts]) for i in (0, 1))
@@ -157,7 +158,7 @@ def test_what_was_verified_stays_so_when_a_run_is_judged_again(tmp_path):
     second = study(tmp_path, calm, space(256), trials=12).run()
     assert second.verdict == "verified" and second.judged_on in ((256,), (256, 256))
     for before in first.candidates:
-        if before.verification and before.verification.status == "verified":
+        if isinstance(before, Finalist) and before.verification.status == "verified":
             assert second.candidate(before.key).verification == before.verification
 
 

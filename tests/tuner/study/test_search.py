@@ -13,6 +13,7 @@ from tests.fakes.studies import FULL_TOKENS, study, tokens
 from tuner.proposals.sampler_process import ProposerLost, ProposerProcess
 from tuner.proposals.trial_sampler import Told
 from tuner.report.page import write_report
+from tuner.results.candidate import Finalist, Pruned
 from tuner.results.run_dir import EvidenceLog
 from tuner.study import search as search_module
 from tuner.study.ledger import Ledger
@@ -52,16 +53,18 @@ def test_clearly_worse_schedules_are_stopped_early_and_never_reach_the_front(tmp
         return 0.6 if any(step.skipped for step in steps) else 0.0
 
     result, _ = run(tmp_path, {"drop": drop}, trials=20, savings=Savings(overlap=False, table=False))
-    stopped = [c for c in result.candidates if c.stopped_early]
+    stopped = [c for c in result.candidates if isinstance(c, Pruned)]
     assert stopped and result.search["stopped_early"] == len(stopped)
     assert result.search["prompts_run"] < 0.95 * 20 * 64
     for candidate in result.candidates:
-        assert len(candidate.values["quality"]) == (64 if candidate.whole else candidate.differences["quality"].n)
+        assert len(candidate.values["quality"]) == (
+            64 if candidate.fully_evaluated else candidate.differences["quality"].n
+        )
     for candidate in stopped:
         assert len(candidate.values["quality"]) < 64 and not candidate.feasible
-        assert candidate.key not in result.front and candidate.verification is None
+        assert candidate.key not in result.front and not isinstance(candidate, Finalist)
     skipping = [c for c in result.candidates if c.skipped_scales and c.trial > 8]
-    assert skipping and all(c.stopped_early for c in skipping)
+    assert skipping and all(isinstance(c, Pruned) for c in skipping)
 
 
 def test_what_is_stopped_early_is_told_with_its_number_of_prompts(tmp_path):
@@ -70,7 +73,7 @@ def test_what_is_stopped_early_is_told_with_its_number_of_prompts(tmp_path):
 
     proposer = Proposer(tmp_path, made.space, 0, made.ledger.constraint_names, "random")
     told = {t.number: t for t in proposer.study.get_trials(deepcopy=False)}
-    stopped = [c for c in result.candidates if c.stopped_early]
+    stopped = [c for c in result.candidates if isinstance(c, Pruned)]
     assert stopped
     for candidate in stopped:
         trial = told[candidate.trial]
@@ -155,7 +158,7 @@ def test_a_study_that_only_verifies_again_can_be_reported(tmp_path):
 def test_exhaustive_measures_everything(tmp_path):
     result, _ = run(tmp_path, trials=14, budget="50%", savings=dataclasses.replace(EXHAUSTIVE, overlap=False))
     assert not result.search["dropped"]
-    assert all(c.whole and len(c.values["quality"]) == 64 and c.latency.samples_ms for c in result.candidates)
+    assert all(c.fully_evaluated and len(c.values["quality"]) == 64 and c.latency.samples_ms for c in result.candidates)
 
 
 def test_patience_ends_a_search_that_gains_nothing(tmp_path):

@@ -11,6 +11,7 @@ from stagevar.profile import Profile
 from tests.fakes.studies import FULL_TOKENS, SPACE, FakeEvaluator, study, tokens
 from tuner.report.export import export
 from tuner.report.page import write_report
+from tuner.results.candidate import Finalist
 from tuner.results.codec import build, to_plain
 from tuner.results.result import StudyResult
 from tuner.statistics.bounds import ratio_interval
@@ -66,7 +67,7 @@ def test_a_small_loss_of_either_metric_is_never_verified(tmp_path):
     for seed in range(3):
         options = {"drop": lambda s: 0.0, "points": lambda s: 0.4 * (tokens(s) < FULL_TOKENS), "seed": seed}
         result = study(tmp_path / str(seed), options, BOTH, trials=5, seed=seed).run()
-        assert not [c for c in result.candidates if c.verification and c.verification.status == "verified"]
+        assert not [c for c in result.candidates if isinstance(c, Finalist) and c.verification.status == "verified"]
 
 
 @pytest.mark.parametrize("heldout", [1, 8])
@@ -103,7 +104,7 @@ def test_a_result_of_schema_1_still_loads_and_draws(tmp_path):
 
 def test_among_equals_the_least_accelerated_is_the_pick(tmp_path):
     result = study(tmp_path, {"drop": lambda steps: 0.0}, BIG, trials=12).run()
-    verified = [c for c in result.candidates if c.verification and c.verification.status == "verified"]
+    verified = [c for c in result.candidates if isinstance(c, Finalist) and c.verification.status == "verified"]
     assert len(verified) > 1
     assert result.pick.processed_tokens == max(c.processed_tokens for c in verified)
 
@@ -126,7 +127,7 @@ def test_verification_ends_when_the_pick_is_settled(tmp_path):
     prompts = {"prompts": {"source": "nano", "search": 16, "heldout": 1024, "micro_batch": 64}}
     drop = lambda steps: 0.03 if any(step.skipped for step in steps) else 0.0  # noqa: E731
     result = study(tmp_path, {"drop": drop}, prompts, trials=8, max_drop=0.05).run()
-    finalists = [c for c in result.candidates if c.verification]
+    finalists = [c for c in result.candidates if isinstance(c, Finalist)]
     left = [c for c in finalists if c.verification.status == "open"]
     assert result.verdict == "verified" and not result.pick.skipped_scales
     assert left and all(c.verification.prompts == result.pick.verification.prompts < 1024 for c in left)
@@ -153,7 +154,7 @@ def test_aa_no_acceleration_is_exported_when_all_schedules_are_the_baseline(tmp_
 
 
 def verified(result):
-    return [c for c in result.candidates if c.verification and c.verification.status == "verified"]
+    return [c for c in result.candidates if isinstance(c, Finalist) and c.verification.status == "verified"]
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -208,7 +209,7 @@ def test_a_gain_below_two_percent_is_no_acceleration(tmp_path):
     assert result.verdict == "baseline_meets_budget" and result.pick == result.baseline
     assert set(result.picks) == {"pick"}
     for candidate in result.candidates:
-        if candidate.verification:
+        if isinstance(candidate, Finalist):
             assert next(v for v in candidate.verification.verdicts if v.name == "gain").status == "broken"
     assert LEAST_GAIN == 0.98
 
@@ -249,8 +250,8 @@ def test_single_failures_do_not_stop_a_study(tmp_path):
 def test_random_weights_give_a_latency_front_only(tmp_path):
     result = study(tmp_path, {"random_weights": True}, trials=12).run()
     assert result.verdict == "latency_only" and set(result.picks) == {"pick", "fastest"}
-    assert not any(c.values or c.differences for c in (*result.candidates, result.baseline))
-    verified = [c for c in result.candidates if c.verification and c.verification.status == "verified"]
+    assert not any(getattr(c, "values", None) or c.final_differences for c in (*result.candidates, result.baseline))
+    verified = [c for c in result.candidates if isinstance(c, Finalist) and c.verification.status == "verified"]
     assert result.pick.processed_tokens == max(c.processed_tokens for c in verified)
     assert "random weights" in result.reason and result.quality_weights == {}
 
@@ -281,7 +282,9 @@ def test_a_floor_that_every_prompt_keeps_is_proved_by_many_only(tmp_path, monkey
     }
     result = study(tmp_path, space=space, trials=4, max_drop=0.3).run()
     assert result.verdict == verdict
-    floors = [v for c in result.candidates if c.verification for v in c.verification.verdicts if "floor" in v.name]
+    floors = [
+        v for c in result.candidates if isinstance(c, Finalist) for v in c.verification.verdicts if "floor" in v.name
+    ]
     assert floors and all(v.value == 1 and v.bound < 1 - 2 / heldout for v in floors)
 
 

@@ -11,31 +11,28 @@ from tuner.report.charts import Point, Rule, scatter
 from tuner.report.sections.marks import both_widths, mark_of, title_of
 from tuner.report.words import (
     latency_of,
-    measured,
     shown_ms,
 )
 from tuner.results.result import StudyResult
 
 
 def history_section(result: StudyResult) -> str:
-    done = [c for c in measured(result) if c.trial is not None]
+    done = [c for c in result.measured if c.trial is not None]
     if not done or latency_of(result, result.baseline) is None:
         return ""
-    done.sort(key=lambda c: c.trial if c.trial is not None else 0)
+    done.sort(key=lambda c: c.trial_number)
     told = f"{result.trials} trials, {result.sampled} distinct schedules beyond the enqueued ones"
     stop = f"{told}. Ended: {escape(result.stop_reason)}.{_savings(result)}"
     if len(done) < 2:
         return f'<p class="note">{stop} One measured trial makes no history to draw.</p>'
     points, staircase, best = [], [], math.inf
     for candidate in done:
-        latency = candidate.latency or latency_of(result, candidate)
-        assert latency is not None and candidate.trial is not None
         kind, shape = mark_of(result, candidate)
-        value = latency.drift_corrected_ms
-        points.append(Point(candidate.trial, value, kind, shape, title=title_of(result, candidate)))
+        value = candidate.latency.drift_corrected_ms
+        points.append(Point(candidate.trial_number, value, kind, shape, title=title_of(result, candidate)))
         if candidate.feasible and value < best:
             best = value
-            staircase.append((float(candidate.trial), value))
+            staircase.append((float(candidate.trial_number), value))
     last = max(p.x for p in points)
     if staircase:
         staircase.append((last, best))

@@ -36,7 +36,8 @@ def images_section(result: StudyResult, run_dir: Path, pixels: int, rows: int) -
     other = next((k for k in wanted if k != result.baseline.key and by_key.get(k)), None)
     if not full:
         return ""
-    out, missing = [], 0
+    out: list[str] = []
+    missing = 0
     for identity, sample in full.items():
         if len(out) == rows:
             break

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from tuner.report.charts import bars
 from tuner.report.sections.marks import both_widths
 from tuner.report.words import (
     has_quality,
-    measured,
 )
-from tuner.results.candidate import Candidate
+from tuner.results.candidate import Measured
 from tuner.results.importance import LEAST, Importance, importance
 from tuner.results.result import StudyResult
 
 
 def importances_section(result: StudyResult) -> str:
-    done = [c for c in measured(result) if c.params]
+    done = [c for c in result.measured if c.params]
     if not done:
         return ""
     if len(done) < LEAST:
@@ -25,11 +25,8 @@ def importances_section(result: StudyResult) -> str:
             f"importance is not estimated below {LEAST}.</p>"
         )
     names = sorted({name for c in done for name in c.params})
-    outcomes: list[tuple[str, Callable[[Candidate], float | None]]] = [
-        (
-            "latency",
-            lambda c: c.latency.drift_corrected_ms if c.latency else None,
-        )
+    outcomes: list[tuple[str, Callable[[Measured], float | None]]] = [
+        ("latency", lambda c: c.latency.drift_corrected_ms)
     ]
     if has_quality(result):
         outcomes.append(("quality", lambda c: c.differences["quality"].mean if "quality" in c.differences else None))
@@ -51,9 +48,7 @@ def importances_section(result: StudyResult) -> str:
             for i in found
         ]
         if rows:
-            drawn = both_widths(
-                lambda width, rows=rows, outcome=outcome: bars(width, rows, label=f"Importance for {outcome}", span=1.0)
-            )
+            drawn = both_widths(partial(bars, rows=rows, label=f"Importance for {outcome}", span=1.0))
             charts.append(f"<h3>For {outcome}</h3>{drawn}")
     if not charts:
         return ""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
 
+from stagevar.profile import StepData
 from tuner.report.charts import paired_bars
 from tuner.report.sections.marks import both_widths, legend_of, nearest_word
 from tuner.report.words import (
@@ -12,17 +12,17 @@ from tuner.report.words import (
     kept_share,
     side,
 )
-from tuner.results.candidate import Candidate, LatencyStats
+from tuner.results.candidate import Candidate, LatencyStats, Measured
 from tuner.results.result import StudyResult
 
 
 def scales_section(result: StudyResult) -> str:
     full = result.baseline
-    other = result.pick if result.pick is not None and result.pick.key != full.key else None
+    other: Candidate | None = result.pick if result.pick is not None and result.pick.key != full.key else None
     if other is None:
         nearest = [c for key in result.nearest if (c := find(result, key)) is not None and c.key != full.key]
         other = nearest[0] if nearest else None
-    shown = [("full schedule", "bar baseline", full)]
+    shown: list[tuple[str, str, Candidate]] = [("full schedule", "bar baseline", full)]
     if other is not None:
         role = "pick" if result.pick is not None and other.key == result.pick.key else nearest_word(result)
         shown.append((role, "bar pick", other))
@@ -31,6 +31,7 @@ def scales_section(result: StudyResult) -> str:
     if not full.steps:
         return ""
     names = [side(step) for step in full.steps]
+    series: list[tuple[str, str, Sequence[float]]]
     if timed:
         series = [(name, css, lat.scale_ms) for (name, css, _), lat in zip(shown, latencies, strict=True) if lat]
         unit, note = "ms", "Median time of each scale, by its side in tokens; text encoding and decoding come on top."
@@ -56,11 +57,11 @@ def scales_section(result: StudyResult) -> str:
 
 def _timed_by_scale(candidate: Candidate) -> LatencyStats | None:
     """The measurement that has times per scale, the latest one first; without any, the latest."""
-    both = [candidate.verification.latency if candidate.verification else None, candidate.latency]
+    both = [candidate.final_latency, candidate.latency if isinstance(candidate, Measured) else None]
     return next((lat for lat in both if lat is not None and lat.scale_ms), candidate.final_latency)
 
 
-def _token_table_rows(step: Mapping[str, Any]) -> float:
+def _token_table_rows(step: StepData) -> float:
     return (
         0.0
         if step.get("skipped")

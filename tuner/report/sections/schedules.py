@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from functools import partial
 from html import escape
-from typing import Any
+from typing import cast
 
+from stagevar.profile import StepData
 from tuner.report.charts import StripCell, strip
 from tuner.report.sections.marks import both_widths, legend_of, nearest_word
 from tuner.report.words import (
@@ -24,7 +25,7 @@ from tuner.results.result import StudyResult
 
 def _shown_schedules(result: StudyResult) -> list[tuple[str, Candidate]]:
     """Full schedule, picks and nearest, each once."""
-    entries = [("Full schedule", result.baseline)]
+    entries: list[tuple[str, Candidate]] = [("Full schedule", result.baseline)]
     keys = [*(result.picks[r] for r in PICK_ORDER if r in result.picks), *result.nearest]
     for key in dict.fromkeys(keys):
         candidate = find(result, key)
@@ -45,7 +46,7 @@ def schedules_section(result: StudyResult) -> str:
     for title, candidate in shown:
         steps = candidate.steps
         if candidate is result.baseline and len(stages) == len(steps):
-            steps = tuple({**step, "stage": stage} for step, stage in zip(steps, stages, strict=True))
+            steps = tuple(cast(StepData, {**step, "stage": stage}) for step, stage in zip(steps, stages, strict=True))
         cells = [_cell(step) for step in steps]
         weights = [math.sqrt(step["grid"][0] * step["grid"][1]) for step in candidate.steps]
         share = (
@@ -54,11 +55,7 @@ def schedules_section(result: StudyResult) -> str:
         out.append(
             f'<div class="plan"><h3>{escape(title)}<small>{escape(describe(candidate.steps))} · '
             f"{share:.0%} of the token rows</small></h3>"
-            + both_widths(
-                lambda width, cells=cells, weights=weights, title=title: strip(
-                    width, cells, weights, f"Schedule: {title}"
-                )
-            )
+            + both_widths(partial(strip, cells=cells, weights=weights, label=f"Schedule: {title}"))
             + "</div>"
         )
     legend = legend_of(("semantic", "semantic stage"), ("structure", "structure stage"), ("fidelity", "fidelity stage"))
@@ -70,7 +67,7 @@ def schedules_section(result: StudyResult) -> str:
     return legend + "".join(out) + note
 
 
-def _cell(step: Mapping[str, Any]) -> StripCell:
+def _cell(step: StepData) -> StripCell:
     branches = tuple(step.get("branches", ()))
     skipped = bool(step.get("skipped"))
     kept = kept_share(step)

@@ -13,7 +13,6 @@ from tuner.report.words import (
     interval_text,
     latency_of,
     latency_span_ms,
-    measured,
     ms,
     ms_span,
     name_of,
@@ -22,7 +21,7 @@ from tuner.report.words import (
     signed,
     speedup,
 )
-from tuner.results.candidate import Candidate, Verdict
+from tuner.results.candidate import Candidate, Pruned, Verdict, verification_of
 from tuner.results.result import StudyResult
 
 
@@ -33,7 +32,7 @@ def table_section(result: StudyResult) -> str:
         *result.front,
         *result.nearest,
     ]
-    keys += [c.key for c in result.candidates if c.source.startswith("enqueued") and c.state == "complete"]
+    keys += [c.key for c in result.measured if c.source.startswith("enqueued")]
     chosen = [
         c for key in dict.fromkeys(keys) if (c := find(result, key)) is not None and latency_of(result, c) is not None
     ]
@@ -67,12 +66,11 @@ def table_section(result: StudyResult) -> str:
                     if candidate is result.baseline
                     else ""
                 )
-        check = candidate.verification
-        verdicts = check.verdicts if check else candidate.verdicts
+        check, verdicts = verification_of(candidate), candidate.final_verdicts
         row.append(" ".join(f'<span class="dot {_dot(v)}">{escape(v.name)}</span>' for v in verdicts))
         row.append(escape(check.status) if check else _search_status(candidate))
         rows.append(row)
-    others = len(measured(result)) + 1 - len(chosen)
+    others = len(result.measured) + 1 - len(chosen)
     note = (
         f"{others} more schedules are in trials.csv." if others > 0 else "These are all schedules that were measured."
     )
@@ -86,7 +84,7 @@ def table_section(result: StudyResult) -> str:
 
 def _search_status(candidate: Candidate) -> str:
     """What the search knows of a schedule that was not verified."""
-    if candidate.stopped_early is None:
+    if not isinstance(candidate, Pruned):
         return "search only"
     prompts = len(next(iter(candidate.values.values()), ()))
     return f'stopped<small title="{escape(candidate.stopped_early)}">after {prompts} prompts</small>'

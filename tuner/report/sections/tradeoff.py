@@ -12,7 +12,6 @@ from tuner.report.words import (
     has_quality,
     latency_of,
     latency_span_ms,
-    measured,
     ms,
     ms_span,
     name_of,
@@ -22,7 +21,7 @@ from tuner.report.words import (
     speedup,
 )
 from tuner.results import published
-from tuner.results.candidate import Candidate
+from tuner.results.candidate import Candidate, verification_of
 from tuner.results.result import StudyResult
 
 _SPEEDS = (
@@ -55,7 +54,7 @@ def _label(result: StudyResult, candidate: Candidate) -> str:
 
 def _points(result: StudyResult) -> list[Point]:
     points = []
-    for candidate in (*measured(result), result.baseline):
+    for candidate in (*result.measured, result.baseline):
         latency, difference = latency_of(result, candidate), quality_change(candidate)
         if latency is None or (difference is None and candidate is not result.baseline):
             continue
@@ -81,7 +80,7 @@ def _finite(span: tuple[float, float]) -> tuple[float, float] | None:
 
 
 def tradeoff_section(result: StudyResult) -> str:
-    if latency_of(result, result.baseline) is None or not measured(result):
+    if latency_of(result, result.baseline) is None or not result.measured:
         return ""
     if not has_quality(result):
         return _latency_bars(result)
@@ -161,13 +160,13 @@ def tradeoff_section(result: StudyResult) -> str:
 
 def _prompt_words(result: StudyResult) -> str:
     search = len(result.search_prompts)
-    verified = [c for c in result.candidates if c.verification and c.verification.values]
-    held = verified[0].verification.prompts if verified and verified[0].verification else 0
+    checks = [check for c in result.candidates if (check := verification_of(c)) is not None and check.values]
+    held = checks[0].prompts if checks else 0
     return f"{search} search prompts" + (f" (finalists: {held} held-out prompts)" if held else "")
 
 
 def _latency_bars(result: StudyResult) -> str:
-    shown = sorted(measured(result), key=lambda c: shown_ms(result, c))
+    shown = sorted(result.measured, key=lambda c: shown_ms(result, c))
     kept = [c for i, c in enumerate(shown) if i < 12 or _label(result, c)]
     rows = []
     for candidate in (*kept, result.baseline):
