@@ -60,10 +60,22 @@ class ScheduleError(UsageError):
     """A schedule whose parameters do not fit the model's scales, or contradict each other."""
 
 
+def nearest(word: object, known: Iterable[str], cutoff: float = 0.5) -> str | None:
+    """The known name nearest to a word, None where none is near. cutoff: least likeness, from 0 to 1."""
+    near = difflib.get_close_matches(str(word)[:60].strip("'"), [*known], n=1, cutoff=cutoff)
+    return near[0] if near else None
+
+
 def did_you_mean(word: object, known: Iterable[str], cutoff: float = 0.5) -> str:
     """ ", did you mean NAME?" with the known name nearest to a word, or nothing where none is near."""
-    near = difflib.get_close_matches(str(word)[:60], [*known], n=1, cutoff=cutoff)
-    return f", did you mean {near[0]}?" if near else ""
+    near = nearest(word, known, cutoff)
+    return f", did you mean {near}?" if near is not None else ""
+
+
+def hint(word: object, known: Iterable[str], cutoff: float = 0.5) -> str:
+    """`did_you_mean`, or all known names where none is near."""
+    names = [*known]
+    return did_you_mean(word, names, cutoff) or f"; known: {', '.join(names)}"
 
 
 def first_line(error: BaseException) -> str:

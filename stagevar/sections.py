@@ -7,14 +7,13 @@ Annotations may be str, int, float, bool, Any (plain data), `X | Y`, `X | None`,
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from stagevar.errors import ProfileError
+from stagevar.errors import ProfileError, did_you_mean, hint
 
 Section = TypeVar("Section")
 _NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "empty"}
@@ -34,8 +33,7 @@ def read_section(kind: type[Section], data: Any, path: str, whole: str = "") -> 
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for key in data:
         if key not in fields:
-            near = difflib.get_close_matches(shown(key).strip("'"), fields, n=1, cutoff=0.0)[0]
-            raise ProfileError(f"unknown key {shown(key)} in {place} (nearest: {near})")
+            raise ProfileError(f"unknown key {shown(key)} in {place}{hint(shown(key), fields)}")
     hints, values = typing.get_type_hints(kind), {}
     for name, field in fields.items():
         if name in data:
@@ -54,9 +52,8 @@ def read_value(kind: Any, value: Any, path: str) -> Any:
     if origin is typing.Literal:
         if not any(value is one or (type(value) is type(one) and value == one) for one in inner):
             known = [str(one) for one in inner]
-            near = difflib.get_close_matches(value, known, n=1, cutoff=0.0) if isinstance(value, str) else ()
-            hint = f" (nearest: {near[0]})" if near else ""
-            raise ProfileError(f"{path} {shown(value)} must be one of {', '.join(map(str, inner))}{hint}")
+            near = did_you_mean(value, known) if isinstance(value, str) else ""
+            raise ProfileError(f"{path} {shown(value)} must be one of {', '.join(known)}{near}")
         return value
     if origin in (types.UnionType, typing.Union):
         return _read_union(inner, value, path)

@@ -14,7 +14,6 @@ from stagevar.engine.graph import (
     build_engine,
     fell_back_because,
     first_cause,
-    first_line,
 )
 
 __all__ = [
@@ -31,5 +30,4 @@ __all__ = [
     "build_engine",
     "fell_back_because",
     "first_cause",
-    "first_line",
 ]

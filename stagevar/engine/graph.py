@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from stagevar.choices import ENGINES, check_engine
-from stagevar.errors import UsageError
+from stagevar.errors import UsageError, first_line
 from stagevar.schedule import ScaleStep
 from stagevar.tensors.noise import Draws, NoiseSource, PromptNoise
 
@@ -152,10 +152,6 @@ def first_cause(error: BaseException) -> BaseException:
         seen.add(id(earlier))
         error = earlier
     return error
-
-
-def first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0]
 
 
 def _ends_capture_cleanly(version: str) -> bool:
@@ -334,7 +330,7 @@ class GraphEngine(Engine):
             recorded = self.recorder.record(run, reset, apart)
         except RecordingFailed as failure:
             self.eager_because = str(failure)
-            warnings.warn(f"engine {self.name} goes on eagerly: {failure}", stacklevel=5)
+            warnings.warn(f"CUDA graph capture failed, engine {self.name} falls back to eager: {failure}", stacklevel=5)
             return None
         finally:
             self.recording_s += time.perf_counter() - started

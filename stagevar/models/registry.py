@@ -10,7 +10,6 @@ sampling (facts; 1B is the reference's infinity_layer24, 125M its infinity_layer
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
 import math
 import pkgutil
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stagevar import plugins
-from stagevar.errors import UsageError
+from stagevar.errors import UsageError, hint
 from stagevar.models.hub import HubFile
 from stagevar.models.request import LoadRequest, ModelRequest
 from stagevar.models.spec import ModelSpec
@@ -241,8 +240,7 @@ def find(name: str) -> ModelSpec:
     if plugin is not None:
         return _plugged(plugin)
     known = model_names()
-    near = difflib.get_close_matches(str(name)[:60], known, n=1, cutoff=0.0)[0]
-    raise UsageError(f"unknown model {name!r:.60} (nearest: {near}); known: {', '.join(known)}")
+    raise UsageError(f"unknown model {name!r:.60}{hint(name, known)}")
 
 
 def _plugged(plugin: plugins.Plugin) -> ModelSpec:

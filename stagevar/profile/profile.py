@@ -8,7 +8,6 @@ outside the envelope in which it was measured warns.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import warnings
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from stagevar.errors import ProfileError, StagevarError
+from stagevar.errors import ProfileError, StagevarError, hint
 from stagevar.files import write_text_atomically
 from stagevar.models.request import ModelRequest
 from stagevar.profile.envelope import Envelope
@@ -224,8 +223,7 @@ def _checked(cls: Any, data: dict[str, Any], what: str) -> dict[str, Any]:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in data:
         if key not in fields:
-            near = difflib.get_close_matches(shown(key).strip("'"), fields, n=1, cutoff=0.0)[0]
-            raise ProfileError(f"unknown key {shown(key)} in {what} (nearest: {near})")
+            raise ProfileError(f"unknown key {shown(key)} in {what}{hint(shown(key), fields)}")
     for name, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and name not in data:

@@ -9,7 +9,6 @@ or key, a count of 0), which the published code scores or stops at, is a `UsageE
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stagevar.errors import UsageError
+from stagevar.errors import UsageError, did_you_mean, nearest
 from stagevar.prompts.class_names import class_name, color_name
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -165,13 +164,12 @@ def check_metadata(metadata: Mapping) -> None:
         raise UsageError(f"GenEval metadata is {metadata!r:.80}: expected an object with tag, include, prompt")
     tag = metadata.get("tag")
     if tag not in KNOWN_TAGS:
-        near = difflib.get_close_matches(str(tag).lower(), KNOWN_TAGS, n=1, cutoff=0.6)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(TAGS)}"
-        raise UsageError(f"GenEval metadata has tag {tag!r:.60}: {hint}")
+        near = did_you_mean(str(tag).lower(), KNOWN_TAGS) or f"; expected one of {', '.join(TAGS)}"
+        raise UsageError(f"GenEval metadata has tag {tag!r:.60}{near}")
     for key in metadata:
-        near = difflib.get_close_matches(str(key).lower(), ("include", "exclude"), n=1, cutoff=0.8)
-        if near and key != near[0]:
-            raise UsageError(f"GenEval metadata: unknown key {key!r:.60}; did you mean {near[0]!r}?")
+        meant = nearest(str(key).lower(), ("include", "exclude"), 0.8)
+        if meant is not None and key != meant:
+            raise UsageError(f"GenEval metadata: unknown key {key!r:.60}, did you mean {meant}?")
     for key in ("include", "exclude"):
         clauses = metadata.get(key, ())
         if not isinstance(clauses, (list, tuple)):
@@ -204,9 +202,8 @@ def _check_clause(clause: Mapping, where: str, groups_before: int) -> None:
         raise UsageError(f"GenEval metadata: {where} is {clause!r:.80}, expected an object with class and count")
     for key in clause:
         if key not in _CLAUSE_KEYS:
-            near = difflib.get_close_matches(str(key).lower(), _CLAUSE_KEYS, n=1, cutoff=0.6)
-            hint = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(_CLAUSE_KEYS)}"
-            raise UsageError(f"GenEval metadata: {where} has unknown key {key!r:.60}; {hint}")
+            near = did_you_mean(str(key).lower(), _CLAUSE_KEYS) or f"; expected {', '.join(_CLAUSE_KEYS)}"
+            raise UsageError(f"GenEval metadata: {where} has unknown key {key!r:.60}{near}")
     count = clause.get("count")
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise UsageError(

@@ -13,7 +13,6 @@ Space around a prompt is dropped; what is inside of it stays as it is.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stagevar.errors import UsageError
+from stagevar.errors import UsageError, nearest
 from stagevar.prompts.geneval import check_metadata
 from stagevar.text_files import parse_json_values, parse_table, read_text, split_lines
 
@@ -127,9 +126,9 @@ def _check(entry: PromptEntry, name: str) -> None:
     except UnicodeEncodeError as error:
         raise UsageError(f"{where}: {entry.text[error.start]!a} is half of a character; write it whole") from None
     if "include" not in entry.fields:
-        near = difflib.get_close_matches("include", [key.lower() for key in entry.fields], n=1, cutoff=0.8)
-        if "tag" in entry.fields and near:
-            raise UsageError(f"{where}: unknown key {near[0]!r}; GenEval's is 'include'")
+        near = nearest("include", [key.lower() for key in entry.fields], 0.8)
+        if "tag" in entry.fields and near is not None:
+            raise UsageError(f"{where}: unknown key {near!r}; GenEval's is 'include'")
         return
     try:
         check_metadata(entry.metadata)

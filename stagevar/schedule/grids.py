@@ -5,8 +5,6 @@ Source: FoundationVision/Infinity utils/dynamic_resolution.py, FoundationVision/
 
 from __future__ import annotations
 
-import difflib
-
 from stagevar.errors import UsageError
 
 Grid = tuple[int, int]
@@ -57,7 +55,6 @@ def infinity_grids(pixels: str = "1M", ratio: float = 1.0) -> tuple[tuple[Grid, 
     Raises UsageError for an unknown pixel budget. The ratio is snapped to the nearest template, as in the reference.
     """
     if pixels not in INFINITY_PIXELS:
-        near = difflib.get_close_matches(pixels, INFINITY_PIXELS, n=1, cutoff=0.0)[0]
-        raise UsageError(f"unknown pixel budget {pixels!r}; known: {', '.join(INFINITY_PIXELS)} (nearest: {near})")
+        raise UsageError(f"unknown pixel budget {pixels!r}; known: {', '.join(INFINITY_PIXELS)}")
     full = INFINITY_GRIDS[nearest_ratio(ratio)]
     return full[: INFINITY_PIXELS[pixels]], full[-1]

@@ -17,13 +17,12 @@ branch and mixing the methods are knobs of ours.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from stagevar import plugins
-from stagevar.errors import ScheduleError
+from stagevar.errors import ScheduleError, did_you_mean, hint
 from stagevar.schedule.grids import Grid
 from stagevar.schedule.ranks import RankTable, rank, ratios_for_energy
 from stagevar.schedule.steps import BOTH, Branch, Decision, LowRank, Pivotal, Plugged, Reduction, ScaleStep, Steps
@@ -41,8 +40,7 @@ UNDECIDED_SCALES = 3
 def choose(name: str, value: Any, choices: Sequence[str]) -> None:
     """Raises ScheduleError for a value that is none of the choices."""
     if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.0)[0]
-        raise ScheduleError(f"{name} {value!r} is not one of {', '.join(choices)} (nearest: {near})")
+        raise ScheduleError(f"{name} {value!r} is not one of {', '.join(choices)}{did_you_mean(value, choices)}")
 
 
 def accelerator_names() -> tuple[str, ...]:
@@ -292,8 +290,7 @@ class StageSchedule:
         names = [f.name for f in dataclasses.fields(cls)]
         for key in data:
             if key not in names:
-                near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)[0]
-                raise ScheduleError(f"unknown schedule parameter {key!r} (nearest: {near})")
+                raise ScheduleError(f"unknown schedule parameter {key!r}{hint(key, names)}")
         if "structure_end" not in data:
             raise ScheduleError("structure_end is missing from the schedule")
         return cls(**data)

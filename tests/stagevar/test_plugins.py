@@ -156,7 +156,7 @@ def test_a_model_is_found_listed_and_loaded(installed):
     model = registry.load_model("nano-hot", device="cpu")
     assert model.name == "nano-hot" and set(model.sampling.temperature) == {1.2}
     assert registry.list_models()[-1].name == "nano-hot"
-    with pytest.raises(UsageError, match="nearest: nano-hot"):
+    with pytest.raises(UsageError, match="did you mean nano-hot"):
         registry.find("nano-hott")
 
 

@@ -77,7 +77,7 @@ def announce(result: StudyResult, run_dir: Path, written: Sequence[Path], args: 
     for key in result.nearest:
         near = result.candidate(key)
         print(f"nearest          {_speedup(near)}, {_change(result, near)}: {describe(near.steps)}")
-    tried = f"{len(result.candidates)} besides the full one, {result.sampled} of them not enqueued"
+    tried = f"{len(result.candidates)} evaluated, {result.sampled} of them proposed by the sampler"
     print(f"schedules        {tried}; {result.stop_reason}")
     print("seconds          " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.phases_s.items()))
     for path in written:

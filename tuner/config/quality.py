@@ -6,14 +6,13 @@ then per unit, as in `{geneval_nano: 1.0, clip_score: 0.0005}`.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stagevar.errors import UsageError
+from stagevar.errors import UsageError, hint
 from tuner.metrics.declarations import DECLARATIONS, Declaration
 from tuner.metrics.registry import declaration_of
 
@@ -160,8 +159,7 @@ def parse_max_drops(texts: Sequence[str], quality: Mapping[str, Any]) -> dict[st
 
 
 def _no_metric(what: str, metric: str, quality: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(metric, list(quality), n=1, cutoff=0.0)[0]
-    return f"{what}: the quality has no metric {_shown(metric)} (nearest: {near})"
+    return f"{what}: the quality has no metric {_shown(metric)}{hint(metric, quality)}"
 
 
 def _max_drop(metric: str, text: str, what: str) -> float:

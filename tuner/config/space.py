@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import hashlib
 import importlib.resources
 import itertools
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stagevar.errors import ScheduleError, StagevarError, UsageError
+from stagevar.errors import ScheduleError, StagevarError, UsageError, did_you_mean, hint
 from stagevar.models import registry
 from stagevar.schedule import ACCELERATORS, BOTH, PRECISIONS, PRESETS, StageSchedule, Steps, accelerator_names, preset
 from stagevar.schedule.grids import Grid
@@ -412,7 +411,7 @@ def parse_space(data: Any) -> SearchSpace:
         raise UsageError(f"search space: enqueue {enqueue!r} must be a list of presets: {', '.join(PRESETS)}")
     for name in enqueue:
         if name not in PRESETS:
-            raise UsageError(f"search space: unknown preset {name!r} in enqueue (nearest: {_nearest(name, PRESETS)})")
+            raise UsageError(f"search space: unknown preset {name!r} in enqueue{hint(name, PRESETS)}")
     return SearchSpace(
         data["model"],
         _quality(objectives["quality"]),
@@ -442,16 +441,12 @@ def _proposals(data: Any) -> tuple[tuple[str, StageSchedule], ...]:
     return tuple(found)
 
 
-def _nearest(word: Any, known: Sequence[str] | Mapping[str, Any]) -> str:
-    return difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.0)[0]
-
-
 def _mapping(data: Any, what: str, known: Sequence[str]) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UsageError(f"search space: {what} must be a mapping of {', '.join(known)}, not {type(data).__name__}")
     for key in data:
         if key not in known:
-            raise UsageError(f"search space: unknown key {key!r} in {what} (nearest: {_nearest(key, known)})")
+            raise UsageError(f"search space: unknown key {key!r} in {what}{hint(key, known)}")
     return data
 
 
@@ -475,7 +470,7 @@ def _check(name: str, value: Any) -> Value:
             if rule.high < math.inf
             else f">= {rule.low:g}"
         )
-        nearest = f" (nearest: {_nearest(value, rule.words)})" if rule.kind is str else ""
+        nearest = did_you_mean(value, rule.words) if rule.kind is str else ""
         kind = "" if rule.kind is str else "a whole number " if rule.kind is int else "a number "
         raise UsageError(
             f"search space: {name} {value!r} must be {kind}{span}{' or ' if words and span else ''}{words}{nearest}"
@@ -561,7 +556,7 @@ def _floors(data: Any) -> dict[str, float]:
 
 def _metric(name: Any, known: Sequence[str]) -> None:
     if name not in known:
-        raise UsageError(f"search space: unknown metric {name!r} (nearest: {_nearest(name, known)})")
+        raise UsageError(f"search space: unknown metric {name!r}{hint(name, known)}")
 
 
 def _prompt_source(data: Any) -> PromptSource:

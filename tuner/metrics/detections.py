@@ -6,7 +6,6 @@ whatever it cannot place for certain is a UsageError that names the image and th
 
 from __future__ import annotations
 
-import difflib
 import json
 import warnings
 from collections import Counter
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stagevar.errors import UsageError
+from stagevar.errors import UsageError, did_you_mean
 from stagevar.prompts.class_names import class_name, color_name
 from stagevar.prompts.geneval import (
     COLORS,
@@ -148,8 +147,7 @@ def _name_strangers(images: Sequence[DetectedImage]) -> None:
 
 
 def _warn(message: str, name: str, others: Iterable[str]) -> None:
-    near = difflib.get_close_matches(name, sorted(set(others)), n=1, cutoff=0.6)
-    warnings.warn(message + (f"; did you mean {near[0]!r}?" if near else ""))
+    warnings.warn(message + did_you_mean(name, sorted(set(others)), cutoff=0.6))
 
 
 def geneval_metadata(metric: str, prompt: Prompt) -> Mapping[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import math
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from stagevar import extras, plugins
-from stagevar.errors import UsageError
+from stagevar.errors import UsageError, hint
 from stagevar.sections import shown
 from tuner.metrics.base import Metric, Prompt
 from tuner.metrics.declarations import DECLARATIONS, Declaration
@@ -89,10 +88,7 @@ def declaration_of(name: str) -> Declaration:
 def check_name(name: str) -> None:
     """Raise UsageError with the nearest name unless there is such a metric; imports nothing."""
     if name not in _REGISTRY and plugins.find(METRICS, name, _REGISTRY) is None:
-        known = metric_names()
-        near = difflib.get_close_matches(str(name), known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-        raise UsageError(f"unknown metric {name!r}: {hint}")
+        raise UsageError(f"unknown metric {name!r}{hint(name, metric_names())}")
 
 
 def packages_of(name: str) -> tuple[str, ...]:

@@ -141,7 +141,7 @@ def choose_finalists(
 def named_picks(verified: Sequence[Finalist], quality: bool) -> dict[str, str]:
     """Named picks among the verified.
 
-    The pick is the least accelerated of those whose quality the data cannot tell from the best.
+    The pick is the least accelerated of those whose quality cannot be told from the best.
     """
     fastest = min(verified, key=lambda c: c.verification.latency.share)
     if not quality:
@@ -261,14 +261,14 @@ def _inconclusive(undecided: Sequence[Finalist], baseline: Finalist, limits: Lim
     ranked = sorted(undecided, key=easiest)
     best = ranked[0]
     texts = ", ".join(
-        f"{v.name} {v.value:.4g} with bound {v.bound:.4g} around {v.limit:.4g}"
+        f"{v.name} {v.value:.4g} (95 % bound {v.bound:.4g}) is too close to the limit {v.limit:.4g}"
         for v in best.verification.verdicts
         if v.status == "open"
     )
     advice, settle = "measure again on a quieter machine or loosen --budget", None
     if not best.verification.times_open:
         advice, settle = prompts_advice(needed[best.key], heldout)
-    reason = f"the data cannot tell: {texts}; {advice}"
+    reason = f"{texts}; {advice}"
     return Conclusion("inconclusive", reason, nearest=tuple(c.key for c in ranked), settle_heldout=settle)
 
 

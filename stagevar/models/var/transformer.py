@@ -11,7 +11,6 @@ class modulation of all layers is computed once per prompt instead of once per s
 
 from __future__ import annotations
 
-import difflib
 import math
 import zlib
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stagevar.errors import UsageError
+from stagevar.errors import UsageError, did_you_mean
 from stagevar.models.base import (
     Around,
     Attend,
@@ -335,8 +334,8 @@ class ClassLabels:
         plain = [_plain(name) for name in names]
         if _plain(prompt) in plain:
             return plain.index(_plain(prompt))
-        near = difflib.get_close_matches(_plain(prompt), plain, n=1, cutoff=0.0)[0]
-        raise UsageError(f"prompt {prompt!r} is not an ImageNet class name or index {span} (nearest: {near})")
+        near = did_you_mean(_plain(prompt), plain)
+        raise UsageError(f"prompt {prompt!r} is not an ImageNet class name or index {span}{near}")
 
 
 class RandomLabels:

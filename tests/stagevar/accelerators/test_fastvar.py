@@ -105,7 +105,7 @@ def test_chunk_ratios_are_averaged_and_layers_matter():
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"accelerator": "fastvr"}, "accelerator 'fastvr'.*nearest: fastvar"),
+        ({"accelerator": "fastvr"}, "accelerator 'fastvr'.*did you mean fastvar"),
         ({"accelerator": ("fastvar", "none")}, "accelerator 'none'"),
         ({"accelerator": ()}, "must name at least one"),
         ({"layers": (3,)}, "two layer numbers"),

@@ -68,7 +68,7 @@ def test_generate_counts_seeds_and_files(tmp_path, capsys):
 
 
 def test_unusable_input(profile_path, tmp_path, capsys):
-    assert "unknown model 'nanoo' (nearest: nano)" in fails(capsys, "generate", "--model", "nanoo", "x")
+    assert "unknown model 'nanoo', did you mean nano?" in fails(capsys, "generate", "--model", "nanoo", "x")
     assert "--profile FILE or --model NAME" in fails(capsys, "generate", "x")
     assert "unrecognized arguments: --sede" in fails(capsys, "generate", "--model", "nano", "x", "--sede", "1")
     assert "invalid choice: 'draw'" in fails(capsys, "draw")

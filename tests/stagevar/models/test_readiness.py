@@ -67,7 +67,7 @@ def test_random_weights_and_the_shipped_model_need_no_files():
 
 
 def test_an_unknown_model_is_a_usage_error():
-    with pytest.raises(UsageError, match="nearest: infinity-2b"):
+    with pytest.raises(UsageError, match="did you mean infinity-2b"):
         readiness.check_model(ModelRequest("infinity-2"))
 
 

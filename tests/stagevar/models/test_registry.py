@@ -55,7 +55,7 @@ def test_listing_models_imports_no_torch():
 
 @pytest.mark.parametrize("typo", ["infinity8b", "infinty-8b"])
 def test_an_unknown_name_gets_the_nearest(typo):
-    with pytest.raises(UsageError, match=rf"unknown model '{typo}' \(nearest: infinity-8b\)"):
+    with pytest.raises(UsageError, match=rf"unknown model '{typo}', did you mean infinity-8b\?"):
         find(typo)
 
 

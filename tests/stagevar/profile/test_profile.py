@@ -100,7 +100,10 @@ def test_foreign_files(tmp_path):
         ({"model": {"name": "tiny", "load": {"weights": "/etc"}}}, "unknown key 'weights' in model.load"),
         ({"latency": {"ratio": {"mean": "fast"}}}, r"latency\.ratio\.mean 'fast' must be a number"),
         ({"latency": {"ms": float("inf")}}, r"latency\.ms must be a finite number"),
-        ({"envelope": {**make().to_dict()["envelope"], "engine": "grap"}}, r"engine 'grap' must be .*nearest: graph"),
+        (
+            {"envelope": {**make().to_dict()["envelope"], "engine": "grap"}},
+            r"engine 'grap' must be .*did you mean graph",
+        ),
         ({"envelope": {**make().to_dict()["envelope"], "threads": 0}}, r"envelope\.threads 0 must be at least 1"),
         ({"constraints": {"verdicts": [{"name": "drop", "status": "Met"}]}}, r"verdicts\[0\]\.status 'Met'"),
         ({"verdict": 3}, "verdict 3 must be text"),
@@ -111,7 +114,7 @@ def test_foreign_files(tmp_path):
         ({"schedule": {"structure_end": 3, "rank": 1}}, "unknown schedule parameter 'rank'"),
         ({"envelope": {"device": "cpu"}}, "missing from the envelope"),
         ({"envelope": {**make().to_dict()["envelope"], "card": {**CARD, "power_limit_w": "high"}}}, "must be a number"),
-        ({"envelope": {**make().to_dict()["envelope"], "card": {**CARD, "drive": "5"}}}, "nearest: driver"),
+        ({"envelope": {**make().to_dict()["envelope"], "card": {**CARD, "drive": "5"}}}, "did you mean driver"),
     ],
 )
 def test_broken_content(tmp_path, change, match):

@@ -86,7 +86,7 @@ def test_random_weights_report_no_quality(model):
 
 
 def test_refusals(model):
-    with pytest.raises(ScheduleError, match=r"schedule 'fastvr'.*nearest: fastvar"):
+    with pytest.raises(ScheduleError, match=r"schedule 'fastvr'.*did you mean fastvar"):
         compare(model, ["fastvr"], prompts=PROMPTS)
     with pytest.raises(UsageError, match="was fitted for infinity-2b"):
         compare(model, ["skipvar"], prompts=PROMPTS)

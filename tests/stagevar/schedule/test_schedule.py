@@ -133,7 +133,7 @@ def test_relative_parameters_move_with_structure_end():
         ({"structure_end": 5, "rank_ratios": (0.1,), "energy": 0.96}, "both given"),
         ({"structure_end": 5, "energy": 0.961}, "nearest: 0.96"),
         ({"structure_end": 5, "branch": "null"}, "branch 'null'"),
-        ({"structure_end": 5, "projection": "gausian"}, "nearest: gaussian"),
+        ({"structure_end": 5, "projection": "gausian"}, "did you mean gaussian"),
         ({"structure_end": 5, "skip": (6,)}, "skipped scale 6"),
         ({"structure_end": 5, "skip": (0,)}, "scale 0 cannot be skipped"),
         ({"structure_end": 5, "fuse_layer": -1}, "fuse_layer -1"),
@@ -160,7 +160,7 @@ def test_unknown_and_missing_keys():
         StageSchedule.from_dict({"cfg_delay": 3})
     with pytest.raises(ScheduleError, match="must be a mapping"):
         StageSchedule.from_dict([1])
-    with pytest.raises(ScheduleError, match="nearest: stagevar-paper"):
+    with pytest.raises(ScheduleError, match="did you mean stagevar-paper"):
         preset("stagevarpaper", NANO)
 
 

@@ -56,7 +56,7 @@ def bad(argv, capsys):
         (["--model", "nano", "--budget", "60"], "write 2s, 800ms or 60%"),
         (["--model", "nano", "--budget", "-1s"], "budget"),
         (["--model", "nano", "--latency-budget", "0%"], "budget '0%'"),
-        (["--model", "nanu", "--budget", "60%"], "nearest: nano"),
+        (["--model", "nanu", "--budget", "60%"], "did you mean nano"),
         (["--model", "infinity-8b", "--budget", "2s", "--resolution", "2M"], "infinity-8b has no resolution '2M'"),
         ([*GOOD, "--tirals", "3"], "did you mean --trials?"),
         ([*GOOD, "--trials", "0"], "'0'"),
@@ -85,7 +85,7 @@ def test_bad_input_is_one_line_and_exit_2(argv, says, capsys):
         (lambda space: space["parameters"].update(rank_ratio=[0]), "rank_ratio 0"),
         (lambda space: space["parameters"].update(cfg_delay=[99]), "cfg_delay reaches 99"),
         (lambda space: space["parameters"].update(structure_end={"low": 2, "high": 40}), "structure_end reaches 40"),
-        (lambda space: space.update(parametres={}), "nearest: parameters"),
+        (lambda space: space.update(parametres={}), "did you mean parameters"),
     ],
 )
 def test_bad_search_spaces_are_one_line_and_exit_2(change, says, small_space, tmp_path, capsys):

@@ -169,7 +169,7 @@ def test_the_verb_checks_its_file_first(tmp_path, capsys):
     assert (
         main(["sweep", str(sweep_file(tmp_path, "models: [nono]\nbudgets: [60%]")), "--out", str(tmp_path / "o")]) == 2
     )
-    assert "nearest" in capsys.readouterr().err and not (tmp_path / "o").exists()
+    assert "did you mean" in capsys.readouterr().err and not (tmp_path / "o").exists()
 
 
 def test_a_cell_that_lost_its_infrastructure_is_not_done_and_the_sweep_ends_with_6(tmp_path, monkeypatch, capsys):

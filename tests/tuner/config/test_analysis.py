@@ -102,7 +102,7 @@ def test_the_plan_shows_it_and_the_command_finds_it_again(tmp_path, capsys, monk
         ([], {"chunks": "8"}, "chunks '8'"),
         ([], {"proposal": [1]}, "proposal: a schedule must be a mapping"),
         ([], {"proposal": {"structure_end": 99}}, "proposal: structure_end 99"),
-        ([], {"proposal": {"structure_edn": 5}}, "nearest: structure_end"),
+        ([], {"proposal": {"structure_edn": 5}}, "did you mean structure_end"),
     ],
 )
 def test_an_analysis_of_something_else_is_one_line(tmp_path, capsys, words, changes, says):

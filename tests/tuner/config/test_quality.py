@@ -82,7 +82,7 @@ def test_limits_come_from_the_command_line_then_the_space_then_the_metric():
 @pytest.mark.parametrize(
     ("asked", "says"),
     [
-        ({"genevil": 0.1}, "no metric 'genevil' (nearest: geneval)"),
+        ({"genevil": 0.1}, "no metric 'genevil', did you mean geneval?"),
         (0.0, "above 0"),
         ({"clip_score": float("nan")}, "above 0"),
     ],
@@ -135,7 +135,7 @@ def test_max_drops_as_typed(texts, limits):
 @pytest.mark.parametrize(
     ("texts", "says"),
     [
-        (["clip=0.3"], "no metric 'clip' (nearest: clip_score)"),
+        (["clip=0.3"], "no metric 'clip', did you mean clip_score?"),
         (["clip_score=3%"], "counts in CLIP points, not in shares; write clip_score=0.3"),
         (["2%", "geneval=3%"], "has a limit already"),
         (["150%"], "fall by more than it can"),

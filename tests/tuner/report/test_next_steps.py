@@ -11,7 +11,7 @@ from tests.fakes.studies import FULL_TOKENS, study, tokens
 from tuner.cli.command import VERBS, verb_parser
 from tuner.cli.tune import build_parser
 from tuner.report.next_steps import next_steps
-from tuner.results.candidate import Interval
+from tuner.results.candidate import Interval, Measured
 from tuner.results.result import EXIT_CODES
 
 RUN = Path("outputs/my run")
@@ -127,10 +127,8 @@ def test_no_schedule_that_keeps_the_quality_asks_for_more_time_or_a_little_more_
     text, [more_time] = told(result, words)
     assert option(more_time, "--budget") == "80%" and more_time.count("--max-drop") == 2
     assert "the nearest one loses" in text and "6 % of prompts are allowed" in text
-    nearest = dataclasses.replace(
-        result.candidate(result.nearest[0]),
-        verification=None,
-        differences={"geneval_nano": Interval(-0.08, -0.135, -0.03, 64)},
+    nearest = result.candidate(result.nearest[0]).becomes(
+        Measured, differences={"geneval_nano": Interval(-0.08, -0.135, -0.03, 64)}
     )
     candidates = tuple(nearest if c.key == nearest.key else c for c in result.candidates)
     _, commands = told(dataclasses.replace(result, candidates=candidates), words)
@@ -149,7 +147,7 @@ def test_undecided_quality_asks_for_more_prompts_of_the_same_run(verified):
     candidates = tuple(dataclasses.replace(c, verification=check) if c.key == key else c for c in verified.candidates)
     result = dataclasses.replace(
         verified, verdict="inconclusive", picks={}, candidates=candidates, nearest=(key,), settle_heldout="1152",
-        reason="the data cannot tell: x; no number of prompts would do",
+        reason="x is too close to its limit; no number of prompts would do",
     )  # fmt: skip
     text, [again] = told(result, [*WORDS, "--heldout=256"])
     assert "not decided: on 256 held-out prompts the loss of geneval_nano is 1 % of prompts and may be 6 %" in text

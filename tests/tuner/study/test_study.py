@@ -260,7 +260,7 @@ def test_too_few_heldout_prompts_are_inconclusive(tmp_path):
     space = {"prompts": {"source": "nano", "search": 16, "heldout": 16, "micro_batch": 8}}
     result = study(tmp_path, {"drop": lambda steps: 0.0}, space, max_drop=0.02, trials=8).run()
     assert (result.verdict, result.exit_code, result.pick) == ("inconclusive", 5, None)
-    assert "cannot tell" in result.reason and "raise --heldout (about " in result.reason
+    assert "is too close to the limit" in result.reason and "raise --heldout (about " in result.reason
 
 
 def test_floors_are_kept(tmp_path):

@@ -198,7 +198,7 @@ def test_prompts_are_indices_or_imagenet_names():
     [
         ("1000", "class 1000 does not exist; this model's prompts are class indices 0 to 999"),
         ("-1", "class -1 does not exist"),
-        ("golden retreiver", r"'golden retreiver' is not .* \(nearest: golden retriever\)"),
+        ("golden retreiver", r"'golden retreiver' is not .*, did you mean golden retriever\?"),
     ],
 )
 def test_a_prompt_that_is_no_class_is_refused(prompt, message):
