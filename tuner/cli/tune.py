@@ -280,11 +280,11 @@ def build_study(checked: Plan, progress: Any, stop: Callable[[], bool]) -> Study
     quality = composite_options(space.quality, quality_limits(space.quality, args.max_drop))
     engine = kept_engine(checked.run_dir, args.engine)
     parts = {"prompts": prompts, "quality": quality, "floors": space.floors, "threads": args.threads, "engine": engine}
-    executor: RayExecutor | None = None
+    executor: Executor | None = None
     evaluator: Evaluator
     if args.executor == "ray":
-        executor = _ray_executor(checked, parts, progress)
-        evaluator = executor.evaluator
+        cluster = _ray_executor(checked, parts, progress)
+        executor, evaluator = cluster, cluster.evaluator
     else:
         drawing = max(args.threads, min(MOST_DRAWING_THREADS, len(processors()) or 1))
         local = {"drawing_threads": drawing, "references_dir": checked.run_dir / "references"}
