@@ -46,7 +46,7 @@ def read_section(kind: type[Section], data: Any, path: str, whole: str = "") -> 
 def read_value(kind: Any, value: Any, path: str) -> Any:
     """A value checked against an annotation. Raises ProfileError naming the place, the value and what belongs there."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
+    if kind in (Any, object):
         _check_plain(value, path)
         return value
     if origin is typing.Literal:
@@ -147,7 +147,7 @@ def shortened(error: Exception | str) -> str:
     return text if len(text) <= 300 else f"{text[:150]} ... {text[-140:]}"
 
 
-def section_data(section: Any) -> dict[str, Any]:
+def section_data(section: Any) -> dict[str, object]:
     """A dataclass as a mapping, without fields that hold nothing (None, or empty where that is the default)."""
     data = {}
     for field in dataclasses.fields(section):

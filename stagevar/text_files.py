@@ -88,7 +88,7 @@ def parse_json(text: str, name: str, first_line: int = 1) -> Any:
     """
     repeated = False
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, object]:
         nonlocal repeated
         content = dict(pairs)
         repeated |= len(content) < len(pairs)

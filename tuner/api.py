@@ -131,7 +131,7 @@ def open_run(run_dir: str | os.PathLike[str]) -> Tuned:
     return Tuned(run_dir, StudyResult.load(run_dir))
 
 
-def _words(options: Mapping[str, Any]) -> list[str]:
+def _words(options: Mapping[str, object]) -> list[str]:
     """Keyword arguments as words of the command line. Raises UsageError naming an option that there is not."""
     actions = {action.dest: action for action in tune_command.build_parser()._actions if action.dest not in _NOT_HERE}
     words = []

@@ -77,7 +77,7 @@ class SkipRule:
             names.append(f"skip{skip}" if skip else f"cond{drop}" if drop else "full")
         return names
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain JSON data without the name, as in data/skipvar_models.json."""
         data = {"model": self.model, "scales": self.scales, "image_scale": self.image_scale}
         for part, classifier in (("skip", self.skip), ("guidance", self.guidance)):

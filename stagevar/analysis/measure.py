@@ -140,7 +140,7 @@ class Analysis:
     ablation: list[dict[str, Any]] = field(default_factory=list)
     partials: np.ndarray | None = None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain YAML data: everything but the pictures and the spectra."""
         return {
             "schema": SCHEMA,
@@ -167,7 +167,7 @@ class Analysis:
             "ablation": self.ablation,
         }
 
-    def rank_table(self) -> dict[str, Any]:
+    def rank_table(self) -> dict[str, object]:
         """The energy -> rank table in the format of stagevar/data/rank_ratio.json."""
         return {
             "what": f"kept tokens / tokens of {self.model} per kept-energy threshold, scale side and chunk of blocks "

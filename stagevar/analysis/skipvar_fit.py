@@ -16,7 +16,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +44,7 @@ class Fit:
     skip_N: np.ndarray
     guidance_N: np.ndarray
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The rule with how it was fitted, as plain JSON data."""
         outcomes = self.rule.outcomes(self.features_N2)
         fit = {

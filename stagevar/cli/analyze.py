@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from stagevar import extras
 from stagevar.cli.arguments import (
@@ -22,6 +23,9 @@ from stagevar.cli.model_options import (
 )
 from stagevar.errors import UsageError
 from stagevar.files import check_output_folder
+
+if TYPE_CHECKING:
+    from stagevar.analysis.measure import Quality, Similarity
 
 
 def add(verbs: Verbs) -> None:
@@ -54,19 +58,18 @@ def run(args: argparse.Namespace) -> int:
     device = check_loading(request)
     out = check_output_folder(args.out or Path("outputs") / f"analysis-{args.model}", "--out")
     given = prompts_of_file(args)
-    options: dict[str, Any] = {"ablation_prompts": 0} if args.ranks else {}
     wanted = args.similarity or (["clip:model=nano"] if args.model == "nano" else [])
+    similarities: list[Similarity] = []
     try:
-        options["similarities"] = [
-            find_similarity(text, device if args.device == "auto" else args.device) for text in wanted
-        ]
+        similarities = [find_similarity(text, device if args.device == "auto" else args.device) for text in wanted]
     except UsageError as error:
         if args.similarity:
             raise
         warnings.warn(f"CLIP similarity is left out: {error}", stacklevel=2)
     model = load_model(request)
+    quality: Mapping[str, Quality] = {}
     if model.name == "nano" and given is None:
-        prompts, seeds, options["quality"] = nano_inputs(args.prompts, args.seed)
+        prompts, seeds, quality = nano_inputs(args.prompts, args.seed)
     else:
         prompts = bench_prompts(model, args.prompts) if given is None else given
         seeds = [args.seed + i for i in range(len(prompts))]
@@ -75,7 +78,15 @@ def run(args: argparse.Namespace) -> int:
         print(f"\r{what} {done}/{total}\033[K", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
     shows = sys.stderr and sys.stderr.isatty() and not args.quiet
-    found = analyze(model, prompts, seeds, progress=progress if shows else None, **options)
+    found = analyze(
+        model,
+        prompts,
+        seeds,
+        similarities=similarities,
+        quality=quality,
+        ablation_prompts=0 if args.ranks else None,
+        progress=progress if shows else None,
+    )
     files = [*found.save(out), *draw(found, Path(out))]
     for name, reason in found.reasons.items():
         print(f"{name}: {reason}")

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -221,6 +221,24 @@ class Sampling:
         return (values + values[-1:] * scales)[:scales]
 
 
+class Provenance(TypedDict, total=False):
+    """What profiles record of a loaded model's weights.
+
+    weights: SHA-256 per part, of the content. weight_files: SHA-256 of every file. sources: hub files with their commits.
+    load: options that load the same model again. random_seed: instead of files. hash, preset, made: of a shipped model.
+    """
+
+    weights: dict[str, str]
+    weight_files: list[str]
+    sources: dict[str, str]
+    load: Mapping[str, object]
+    text: Mapping[str, object]
+    random_seed: int
+    hash: str
+    preset: str
+    made: str
+
+
 @dataclass
 class LoadedModel:
     """Everything needed to make images: what `registry.load_model` returns and the Sampler takes.
@@ -239,4 +257,4 @@ class LoadedModel:
     dtype: torch.dtype
     random_weights: bool = False
     kv_cache: str = "model"
-    provenance: dict[str, Any] = field(default_factory=dict)
+    provenance: Provenance = field(default_factory=Provenance)

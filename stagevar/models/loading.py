@@ -10,11 +10,10 @@ import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from stagevar.errors import UsageError, WeightsError
 from stagevar.models import hub, memory
-from stagevar.models.base import LoadedModel, NextScaleModel, Sampling, TextEncoder
+from stagevar.models.base import LoadedModel, NextScaleModel, Provenance, Sampling, TextEncoder
 from stagevar.models.checkpoint.weights import fit, randomize
 from stagevar.models.hub import HubFile
 from stagevar.models.parts import Parts
@@ -177,7 +176,7 @@ def kv_option(request: LoadRequest) -> dict[str, str]:
     return {} if request.kv_cache == "model" else {"kv_cache": request.kv_cache}
 
 
-def fill(parts: Parts, request: LoadRequest) -> dict[str, Any]:
+def fill(parts: Parts, request: LoadRequest) -> Provenance:
     """Puts weights into a model's modules on the request's device, and returns what profiles record about them.
 
     The record holds "weights" (SHA-256 per part, of the content), "weight_files" (SHA-256 of every file), "sources" (hub
@@ -188,14 +187,15 @@ def fill(parts: Parts, request: LoadRequest) -> dict[str, Any]:
     name = request.spec.name
     modules = ((parts.transformer, name), (parts.tokenizer, f"{name}'s tokenizer"))
     needed = memory.estimate(parts, request)
-    options = {"resolution": request.resolution, "ratio": request.ratio, **kv_option(request)}
-    record: dict[str, Any] = {"weights": {}, "load": options}
+    options: dict[str, object] = {"resolution": request.resolution, "ratio": request.ratio, **kv_option(request)}
+    record: Provenance = {"weights": {}, "load": options}
     if request.random or request.weights is None:
         memory.require(needed, request.device, name)  # before anything is downloaded
     if request.random:
         for part, _ in modules:
             randomize(part.module, request.seed, device=request.device, precision=part.precision)
-        return {**record, "random_seed": request.seed}
+        record["random_seed"] = request.seed
+        return record
     *paths, sources = locate(request)
     fits = [
         fit(part.module, path, what=what, rules=part.rules, device=request.device)
@@ -205,11 +205,12 @@ def fill(parts: Parts, request: LoadRequest) -> dict[str, Any]:
     read = [found.load(part.precision) for (part, _), found in zip(modules, fits, strict=True)]
     digests = {name: hub.sha256_part(files) for name, files in zip(("transformer", "tokenizer"), read, strict=True)}
     every = sorted({hub.sha256_file(path) for files in read for path in files})
-    return {**record, "weights": digests, "weight_files": every, "sources": sources}
+    record |= {"weights": digests, "weight_files": every, "sources": sources}
+    return record
 
 
 def assemble(
-    parts: Parts, request: LoadRequest, text: TextEncoder, sampling: Sampling, record: dict[str, Any]
+    parts: Parts, request: LoadRequest, text: TextEncoder, sampling: Sampling, record: Provenance
 ) -> LoadedModel:
     """The loaded model from modules that `fill` gave their weights, with the record that it returned."""
     transformer = parts.transformer.module

@@ -32,7 +32,7 @@ _SCHEDULE_CHOICES = {
 def schema_of(kind: Any) -> Schema:
     """The schema of an annotation, as `stagevar.sections.read_value` reads it. Raises TypeError for one it does not know."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
+    if kind in (Any, object):
         return {}
     if kind in _SCALARS:
         return {"type": _SCALARS[kind]}

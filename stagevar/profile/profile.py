@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 SCHEMA = "stagevar-profile/1"
 
 #: The typed sections of a profile, by key.
-SECTIONS: dict[str, Any] = {
+SECTIONS: dict[str, type] = {
     "model": ModelSection,
     "sampling": SamplingSection,
     "latency": LatencySection,
@@ -95,14 +95,15 @@ class Profile:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain YAML data, schema first."""
-        data: dict[str, Any] = {"schema": self.schema}
+        data: dict[str, object] = {"schema": self.schema}
         for name in (f.name for f in dataclasses.fields(self) if f.name != "schema"):
             value = getattr(self, name)
             if name in SECTIONS and value is not None:
                 data[name] = section_data(value)
             elif value is not None:
                 data[name] = value.to_dict() if name == "schedule" else value
-        return plain({**data, "envelope": self.envelope.to_dict()})
+        data = plain({**data, "envelope": self.envelope.to_dict()})
+        return data
 
     def save(self, path: str | os.PathLike[str], *, json_schema: str | None = None) -> None:
         """Writes the profile atomically. json_schema: address of its JSON Schema, named in the first line for editors."""
@@ -131,7 +132,7 @@ class Profile:
                 data[name] = read_section(kind, data[name], name)
         for name, kind in (("verified", bool), ("verdict", str), ("reproduce", str)):
             data[name] = read_value(kind, data.get(name, ""), name)
-        read_value(tuple[Mapping[str, Any], ...], data["steps"], "steps")
+        read_value(tuple[Mapping[str, object], ...], data["steps"], "steps")
         data["envelope"] = read_section(Envelope, data["envelope"], "envelope")
         read_value(Any, data["schedule"], "schedule")
         try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from stagevar.models.request import ModelRequest
 
@@ -136,7 +136,7 @@ class QualitySection:
     prompt_set: str | None = None
     engine: str | None = None
     prompts: int | None = None
-    composite: Mapping[str, Any] = field(default_factory=dict)
+    composite: Mapping[str, object] = field(default_factory=dict)
     metrics: Mapping[str, MetricSection] = field(default_factory=dict)
     difference_from_full: Mapping[str, IntervalSection] = field(default_factory=dict)
     mean: Mapping[str, float | None] = field(default_factory=dict)
@@ -188,7 +188,7 @@ class ProvenanceSection:
     source: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     hashes: Mapping[str, str] = field(default_factory=dict)
-    device: Mapping[str, Any] = field(default_factory=dict)
+    device: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Required, TypedDict
 
 import numpy as np
 
@@ -25,6 +26,28 @@ RELATIONS = ("left of", "right of", "above", "below")
 #: GenEval's tags and nano's own, whose prompts are judged by the same rules.
 KNOWN_TAGS = (*TAGS, "texture")
 _CLAUSE_KEYS = ("class", "count", "color", "position", "texture")
+
+
+Clause = TypedDict(
+    "Clause",
+    {"class": Required[str], "count": Required[int], "color": str, "texture": str, "position": list[str | int]},
+    total=False,
+)
+
+
+class Metadata(TypedDict, total=False):
+    """A line of GenEval's evaluation_metadata.jsonl. position of a clause: [relation, index of an earlier include].
+
+    index, split, unseen: of nano's own prompts.
+    """
+
+    tag: Required[str]
+    include: Required[list[Clause]]
+    exclude: list[Clause]
+    prompt: str
+    index: int
+    split: str
+    unseen: bool
 
 
 @dataclass(frozen=True)

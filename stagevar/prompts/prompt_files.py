@@ -38,11 +38,11 @@ class PromptEntry:
     is, from 1; in a folder, which file it is."""
 
     text: str
-    fields: Mapping[str, Any]
+    fields: Mapping[str, object]
     line: int
 
     @property
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, object]:
         """The fields with the caption under "prompt"."""
         return {**self.fields, "prompt": self.text}
 

@@ -278,7 +278,7 @@ class StageSchedule:
             ratios = (sum(ratios) / len(ratios),)
         return LowRank(tuple(rank(r, tokens) for r in ratios), self.projection, self.rope, self.site)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain YAML data, every parameter stated."""
         return {k: _plain(v) for k, v in dataclasses.asdict(self).items()}
 

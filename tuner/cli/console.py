@@ -8,13 +8,25 @@ import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from tuner.config.quality import limited
 from tuner.results.candidate import Candidate, Finalist
 
 if TYPE_CHECKING:
     from tuner.results.result import StudyResult
+
+
+class MetricRow(TypedDict):
+    """What is printed of one metric. change: paired, [estimate, low, high]. drop_upper, status: where it was verified."""
+
+    metric: str
+    unit: str
+    change: list[float]
+    prompts: int
+    drop_upper: float | None
+    max_drop: float | None
+    status: str | None
 
 
 def write_derived(result: StudyResult, run_dir: Path) -> list[Path]:
@@ -101,21 +113,25 @@ def _speedup(candidate: Candidate) -> str:
     return candidate.final_latency.speedup_text if candidate.final_latency is not None else "latency not measured"
 
 
-def _metrics(result: StudyResult, candidate: Candidate) -> list[dict[str, Any]]:
+def _metrics(result: StudyResult, candidate: Candidate) -> list[MetricRow]:
     """Per metric: unit, paired change [estimate, low, high], bound of the drop where it was verified, and limit."""
     verdicts = {v.name: v for v in candidate.final_verdicts} if isinstance(candidate, Finalist) else {}
-    rows = []
+    rows: list[MetricRow] = []
     for limit in result.limits:
         change, verdict = candidate.final_differences.get(limit.metric), verdicts.get(limit.name)
         if change is None:
             continue
-        row: dict[str, object] = {
-            "metric": limit.metric,
-            "unit": limit.unit,
-            "change": [change.mean, change.low, change.high],
-        }
-        row |= {"prompts": change.n, "drop_upper": verdict and verdict.bound, "max_drop": limit.max_drop}
-        rows.append(row | {"status": verdict and verdict.status})
+        rows.append(
+            {
+                "metric": limit.metric,
+                "unit": limit.unit,
+                "change": [change.mean, change.low, change.high],
+                "prompts": change.n,
+                "drop_upper": None if verdict is None else verdict.bound,
+                "max_drop": limit.max_drop,
+                "status": None if verdict is None else verdict.status,
+            }
+        )
     return rows
 
 

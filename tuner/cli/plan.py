@@ -9,7 +9,6 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from stagevar.cli.arguments import MOST
 from stagevar.errors import UsageError
@@ -21,7 +20,7 @@ from tuner.config import checks
 from tuner.config.analysis import Findings, read_analysis
 from tuner.config.limits import parse_budget, parse_time
 from tuner.config.quality import parse_max_drops, quality_limits
-from tuner.config.space import PROMPT_SOURCES, SearchSpace, load_space
+from tuner.config.space import PROMPT_SOURCES, PromptSource, SearchSpace, load_space
 from tuner.results.run_dir import check_strangers
 from tuner.study.options import FULL_TRIALS, QUICK_TRIALS
 
@@ -196,28 +195,28 @@ def with_prompts(space: SearchSpace, prompts: str | None, heldout: Sequence[int]
     """The space with the prompts that the command line asks for: a number, a source or a file, and how many to hold out."""
     source = space.prompts
     if prompts is not None:
-        source = dataclasses.replace(source, **_asked_prompts(prompts))
+        source = _asked_prompts(source, prompts)
     if heldout is not None:
         source = dataclasses.replace(source, heldout=sum(heldout), added=tuple(heldout[1:]))
     return dataclasses.replace(space, prompts=source)
 
 
-def _asked_prompts(text: str) -> dict[str, Any]:
-    """Fields of a PromptSource from `--prompts`: "64", "geneval", "geneval:128" or a file. Raises UsageError."""
+def _asked_prompts(source: PromptSource, text: str) -> PromptSource:
+    """The source with what `--prompts` says: "64", "geneval", "geneval:128" or a file. Raises UsageError."""
     name, colon, count = text.partition(":")
     number = count if name in PROMPT_SOURCES and colon else text
     if number.isdecimal() and number.isascii():
         if len(number) > 7 or not 1 <= int(number) <= MOST:
             raise UsageError(f"prompts {text!r:.60} must be a number from 1 to {MOST}, a source or a file")
-        return {"search": int(number), **({"source": name} if number != text else {})}
+        return dataclasses.replace(source, search=int(number), source=source.source if number == text else name)
     if name in PROMPT_SOURCES:
         if colon:
             raise UsageError(f"prompts {text!r}: {count!r} must be a number of at least 1, such as {name}:64")
-        return {"source": name}
+        return dataclasses.replace(source, source=name)
     if not (os.path.isfile(text) or os.path.isdir(text)):  # a pipe could be read only once
         sources = ", ".join(PROMPT_SOURCES)
         raise UsageError(
             f"prompts {text!r:.200} is neither a number nor a file or folder that exists, nor one of {sources} (as in "
             "geneval:64)"
         )
-    return {"source": text}
+    return dataclasses.replace(source, source=text)

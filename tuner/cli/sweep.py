@@ -10,7 +10,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from stagevar.cli.arguments import Parser, name_value, path_value
 from stagevar.errors import InfrastructureError
@@ -64,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         for row in rows:
             gain = f", {row['speedup']:.2f}x" if row.get("speedup") else ""
-            print(f"{row['cell']:<32} {row['verdict'].replace('_', ' ')}{gain}")
+            print(f"{row['cell']:<32} {str(row['verdict']).replace('_', ' ')}{gain}")
         for row in failed:
             print(f"failed           {row['cell']}: {row.get('reason')}")
         for name in (TABLE_FILE, REPORT_FILE):
@@ -74,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     return 4 if len(failed) == len(rows) else 0
 
 
-def run_cell(argv: Sequence[str], run_dir: Path) -> dict[str, Any]:
+def run_cell(argv: Sequence[str], run_dir: Path) -> dict[str, object]:
     """Runs one study as the command line does; its words go to `<run_dir>.log`."""
     from tuner.cli.command import main
 

@@ -50,7 +50,7 @@ def connect(address: str | None = None) -> Callable[[], None]:
     ray = require()
     if ray.is_initialized():
         return lambda: None
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    options: dict[str, object] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
         options |= {"address": "local", "_node_ip_address": "127.0.0.1", "include_dashboard": False}
     else:

@@ -50,7 +50,7 @@ class Cell:
     """One study: its name, the options that tell it from the others, its command line and what it occupies."""
 
     name: str
-    axes: Mapping[str, Any]
+    axes: Mapping[str, object]
     argv: tuple[str, ...]
     resources: Mapping[str, float]
 
@@ -65,8 +65,8 @@ class Sweep:
     """
 
     axes: Mapping[str, tuple[Any, ...]]
-    options: Mapping[str, Any] = field(default_factory=dict)
-    model_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict)
+    model_options: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     cpus: float = 1
     gpus: float = 0
 
@@ -125,7 +125,7 @@ def load_sweep(path: Path | str) -> Sweep:
     return sweep
 
 
-def _options(given: Any, where: str) -> dict[str, Any]:
+def _options(given: Any, where: str) -> dict[str, object]:
     """Options with their values, paths made absolute. Raises UsageError."""
     if not isinstance(given, dict) or not all(isinstance(v, str | int | float | bool) for v in given.values()):
         raise UsageError(f"sweep: {where} must be options of stagevar-tune with their values, such as {{trials: 30}}")
@@ -150,7 +150,7 @@ def run_sweep(
     runner: str,
     address: str | None = None,
     say: Callable[[str], None] = lambda line: None,
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """Runs or continues a sweep in `out`; returns a row per cell, in order. Raises UsageError.
 
     Args:
@@ -196,7 +196,7 @@ def run_sweep(
     return rows
 
 
-def _claim(out: Path, plan: Mapping[str, Any]) -> bool:
+def _claim(out: Path, plan: Mapping[str, object]) -> bool:
     """Makes the folder the sweep's own; returns whether it was before. Raises UsageError when it is another's."""
     path = out / SWEEP_FILE
     try:
@@ -217,7 +217,7 @@ def _trainable(tune: Any, runner: str, out: Path) -> Any:
     """One study as a Ray Tune trial. A class, so that the study runs in the main thread, where signals are handled."""
 
     class Study(tune.Trainable):
-        def step(self) -> dict[str, Any]:
+        def step(self) -> dict[str, object]:
             cell = self.config["cell"]
             run_dir = out / "cells" / cell["name"]
             if not (run_dir / CELL_FILE).exists():
@@ -235,7 +235,7 @@ def _trainable(tune: Any, runner: str, out: Path) -> Any:
                 free_memory()
             return {"done": True}
 
-        def reset_config(self, new_config: Mapping[str, Any]) -> bool:
+        def reset_config(self, new_config: Mapping[str, object]) -> bool:
             """Another cell in the same process: starting one costs more than a small study."""
             return True
 
@@ -250,10 +250,10 @@ def _trainable(tune: Any, runner: str, out: Path) -> Any:
     )
 
 
-def _row(cell: Cell, out: Path, died: str | None) -> dict[str, Any]:
+def _row(cell: Cell, out: Path, died: str | None) -> dict[str, object]:
     """A cell's axes and what became of it."""
     run_dir = out / "cells" / cell.name
-    row: dict[str, Any] = {"cell": cell.name, **cell.axes}
+    row: dict[str, object] = {"cell": cell.name, **cell.axes}
     path = run_dir / CELL_FILE
     if path.exists():
         row |= json.loads(path.read_text(encoding="utf-8"))

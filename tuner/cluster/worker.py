@@ -34,7 +34,7 @@ class Recipe:
     """
 
     function: str
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, object] = field(default_factory=dict)
 
     def build(self) -> Evaluator:
         return pkgutil.resolve_name(self.function)(**self.arguments)

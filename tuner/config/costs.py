@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from stagevar.models.downloads import Download, model_downloads
 from stagevar.models.request import ModelRequest
@@ -41,7 +40,7 @@ def drawing_line(trials: int, search: int, heldout: int, full_ms: float) -> str:
     return f"at most {images:,} images of {full_ms:,.0f} ms: {hours:.1f} hours of drawing, metrics not counted"
 
 
-def downloads_of(model: ModelRequest, quality: Mapping[str, Any]) -> list[Download]:
+def downloads_of(model: ModelRequest, quality: Mapping[str, object]) -> list[Download]:
     """Files of a model and of a space's metrics. Imports torch, loads nothing."""
     from stagevar.models.registry import resolve
 

@@ -134,7 +134,7 @@ def in_turn(items: Sequence[Prompt]) -> list[Prompt]:
     A comparison on the first few prompts then weighs the tasks as the whole set does.
     """
     counts: dict[str, int] = {}
-    tags = [item.get("tag", "") if isinstance(item, Mapping) else "" for item in items]
+    tags = [str(item.get("tag", "")) if isinstance(item, Mapping) else "" for item in items]
     total = Counter(tags)
     places = []
     for tag in tags:

@@ -60,7 +60,7 @@ class MetricLimit:
 
 
 def quality_limits(
-    quality: Mapping[str, Any], asked: float | Mapping[str, float] | None = None
+    quality: Mapping[str, object], asked: float | Mapping[str, float] | None = None
 ) -> tuple[MetricLimit, ...]:
     """The limits of a space's metrics, in its order.
 
@@ -75,8 +75,8 @@ def quality_limits(
             raise UsageError(_no_metric(f"max-drop {value!r:.40}", metric, quality))
         check_max_drop(metric, value, f"max-drop {value!r:.40}")
     found = []
-    for metric, value in quality.items():
-        options = value if isinstance(value, Mapping) else {"weight": value}
+    for metric, stated in quality.items():
+        options: Mapping[str, Any] = stated if isinstance(stated, Mapping) else {"weight": stated}
         declared = declaration_of(metric)
         max_drop = given.get(metric, options.get("max_drop"))
         if max_drop is None and metric == primary:
@@ -125,7 +125,7 @@ def composite_change(limits: Sequence[MetricLimit]) -> float:
     return sum(limit.change * factor for limit, factor in zip(limits, factors(limits).values(), strict=True))
 
 
-def composite_options(quality: Mapping[str, Any], limits: Sequence[MetricLimit]) -> dict[str, dict[str, Any]]:
+def composite_options(quality: Mapping[str, object], limits: Sequence[MetricLimit]) -> dict[str, dict[str, object]]:
     """The metrics of a space as `create_composite` builds them: their options, and as weight what `factors` says."""
     scale = factors(limits)
     options = {name: dict(value) if isinstance(value, Mapping) else {} for name, value in quality.items()}
@@ -138,7 +138,7 @@ def composite_options(quality: Mapping[str, Any], limits: Sequence[MetricLimit])
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def parse_max_drops(texts: Sequence[str], quality: Mapping[str, Any]) -> dict[str, float]:
+def parse_max_drops(texts: Sequence[str], quality: Mapping[str, object]) -> dict[str, float]:
     """Limits typed as `2%` or `0.3` (the primary metric's) and `clip_score=0.3`, several apart or joined by commas.
 
     Raises UsageError for an unknown or repeated metric, anything but a number above 0, per cent of what is no share, and
@@ -158,7 +158,7 @@ def parse_max_drops(texts: Sequence[str], quality: Mapping[str, Any]) -> dict[st
     return found
 
 
-def _no_metric(what: str, metric: str, quality: Mapping[str, Any]) -> str:
+def _no_metric(what: str, metric: str, quality: Mapping[str, object]) -> str:
     return f"{what}: the quality has no metric {_shown(metric)}{hint(metric, quality)}"
 
 

@@ -141,7 +141,7 @@ class SearchSpace:
     """
 
     model: str
-    quality: Mapping[str, Any]
+    quality: Mapping[str, object]
     floors: Mapping[str, float]
     parameters: tuple[Parameter, ...]
     enqueue: tuple[str, ...]
@@ -164,7 +164,7 @@ class SearchSpace:
         text = json.dumps(dataclasses.asdict(self), sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def to_data(self) -> dict[str, Any]:
+    def to_data(self) -> dict[str, object]:
         """The space as the plain data of a search-space file, nothing left out."""
         metrics = [
             {"name": name, **(value if isinstance(value, Mapping) else {"weight": value})}
@@ -374,7 +374,7 @@ def load_space(
     return space
 
 
-def _completed(given: Any, base: dict[str, Any] | None) -> Any:
+def _completed(given: Any, base: dict[str, object] | None) -> Any:
     """What a file says, completed by `base`; as it is where there is none, or where the checks will refuse it."""
     return completed(given, base) if isinstance(given, dict) and base is not None else given
 
@@ -441,7 +441,7 @@ def _proposals(data: Any) -> tuple[tuple[str, StageSchedule], ...]:
     return tuple(found)
 
 
-def _mapping(data: Any, what: str, known: Sequence[str]) -> dict[str, Any]:
+def _mapping(data: Any, what: str, known: Sequence[str]) -> dict[str, object]:
     if not isinstance(data, dict):
         raise UsageError(f"search space: {what} must be a mapping of {', '.join(known)}, not {type(data).__name__}")
     for key in data:
@@ -504,7 +504,7 @@ def _parameter(name: str, data: Any) -> Parameter:
     raise UsageError(f"search space: {name} {data!r:.60} must be {shape}")
 
 
-def _quality(data: Any) -> dict[str, Any]:
+def _quality(data: Any) -> dict[str, object]:
     """Metric -> weight or options, from `{geneval: 1.0}` or `{metrics: [{name: geneval, weight: 1, max_drop: 0.02}]}`."""
     if not isinstance(data, dict) or not data:
         raise UsageError(
@@ -526,11 +526,11 @@ def _quality(data: Any) -> dict[str, Any]:
     return data
 
 
-def _listed_metrics(data: dict[str, Any]) -> dict[str, Any]:
+def _listed_metrics(data: dict[str, object]) -> dict[str, object]:
     listed = _mapping(data, "quality", ("metrics",))["metrics"]
     if not isinstance(listed, list) or not listed:
         raise UsageError(f"search space: quality metrics {listed!r:.60} must be a list, such as [{{name: geneval}}]")
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for entry in listed:
         if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
             raise UsageError(f"search space: quality metric {entry!r:.60} must have a name, such as {{name: geneval}}")

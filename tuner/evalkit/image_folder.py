@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -81,7 +80,7 @@ def evaluate_folder(
     references: Mapping[str, Path] | None = None,
     progress: Path | None = None,
     batch_size: int = 16,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, dict[str, object]]:
     """Per metric: its summary, the number of images, its description and one row per image.
 
     references: image path by name, for metrics that compare. progress: a JSON lines file; rows found in it are not
@@ -159,7 +158,7 @@ class _Progress:
         except OSError as error:
             raise UsageError(f"{path}: cannot be written ({error.strerror})") from None
 
-    def add(self, key: str, row: Mapping[str, Any]) -> None:
+    def add(self, key: str, row: Mapping[str, object]) -> None:
         self.rows[key] = row
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
@@ -169,12 +168,12 @@ class _Progress:
 def _rows(
     name: str,
     metric: Metric,
-    described: Mapping[str, Any],
+    described: Mapping[str, object],
     images: Sequence[FolderImage],
     references: Mapping[str, Path] | None,
     finished: _Progress,
     batch_size: int,
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     keys = []
     for image in images:
         parts = [
@@ -285,7 +284,7 @@ def _without_image(names: Sequence[str], total: int) -> str:
     return f"{len(names)} of {total} prompts have no image and are not scored; the first: {names[0]:.80}"
 
 
-def _metadata_of(subfolder: Path) -> dict[str, Any]:
+def _metadata_of(subfolder: Path) -> dict[str, object]:
     path = subfolder / "metadata.jsonl"
     metadata = read_json(path)
     if not isinstance(metadata, dict) or not isinstance(metadata.get("prompt"), str):
@@ -293,7 +292,7 @@ def _metadata_of(subfolder: Path) -> dict[str, Any]:
     return metadata
 
 
-def _assign(folder: Path, paths: Sequence[Path], prompts: Sequence[Mapping[str, Any]]) -> list[Prompt]:
+def _assign(folder: Path, paths: Sequence[Path], prompts: Sequence[Mapping[str, object]]) -> list[Prompt]:
     """The prompt of each image."""
     if not prompts:
         return [""] * len(paths)
@@ -308,8 +307,8 @@ def _assign(folder: Path, paths: Sequence[Path], prompts: Sequence[Mapping[str, 
     return list(prompts)
 
 
-def _by_name(folder: Path, paths: Sequence[Path], prompts: Sequence[Mapping[str, Any]]) -> list[Prompt]:
-    entries: dict[str, Mapping[str, Any]] = {}
+def _by_name(folder: Path, paths: Sequence[Path], prompts: Sequence[Mapping[str, object]]) -> list[Prompt]:
+    entries: dict[str, Mapping[str, object]] = {}
     for prompt in prompts:
         names = {str(prompt[key]).removeprefix("./") for key in _NAME_KEYS if key in prompt}
         if not names:

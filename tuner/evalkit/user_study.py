@@ -15,7 +15,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from stagevar.errors import UsageError
 from stagevar.sections import shown
@@ -26,12 +26,27 @@ from tuner.metrics.base import prompt_text
 CHOICES = ("left", "right", "tie")
 
 
+class PairKey(TypedDict):
+    """A pair's image by name, and the side that A is on."""
+
+    name: str
+    a: str
+
+
+class StudyKey(TypedDict):
+    """What turns answers into votes: the study's id, the seed, and the pairs by id."""
+
+    study: str
+    seed: int
+    pairs: dict[str, PairKey]
+
+
 @dataclass(frozen=True)
 class Study:
     """The page's HTML and the key: study id, and per pair id the image's name and the side that A is on."""
 
     page: str
-    key: dict[str, Any]
+    key: StudyKey
 
 
 @dataclass(frozen=True)
@@ -78,7 +93,8 @@ def build_study(
             raise UsageError(f"--count {count}: there are {len(chosen)} pairs")
         chosen = rng.sample(chosen, count)
     rng.shuffle(chosen)
-    pairs, key = [], {}
+    pairs: list[dict[str, str]] = []
+    key: dict[str, PairKey] = {}
     for image in chosen:
         sides = {"A": _png(image), "B": _png(FolderImage(image.name, images_b[image.name], ""))}
         a_side = rng.choice(("left", "right"))
@@ -94,7 +110,7 @@ def build_study(
     return Study(page, {"study": study_id, "seed": seed, "pairs": key})
 
 
-def read_votes(key: Mapping[str, Any], paths: Sequence[str | Path]) -> list[tuple[str, str, str]]:
+def read_votes(key: StudyKey, paths: Sequence[str | Path]) -> list[tuple[str, str, str]]:
     """(voter, pair name, "A" | "B" | "tie") of answers files. Raises UsageError for foreign or broken ones."""
     if not isinstance(key, Mapping) or not isinstance(key.get("pairs"), Mapping) or "study" not in key:
         raise UsageError("--key: not a key file of `stagevar-eval pairs`")
@@ -113,13 +129,13 @@ def read_votes(key: Mapping[str, Any], paths: Sequence[str | Path]) -> list[tupl
             )
         voter = str(content.get("voter") or path)
         for answer in answers:
-            pair = key["pairs"].get(str(answer.get("pair"))) if isinstance(answer, Mapping) else None
-            if pair is None or answer.get("choice") not in CHOICES:
+            asked = key["pairs"].get(str(answer.get("pair"))) if isinstance(answer, Mapping) else None
+            if asked is None or answer.get("choice") not in CHOICES:
                 raise UsageError(f"{path}: answer {answer!r:.80} names no pair of the key or no choice")
             choice = answer["choice"]
-            said = "tie" if choice == "tie" else "A" if choice == pair["a"] else "B"
-            if votes.setdefault((voter, pair["name"]), said) != said:
-                raise UsageError(f"{path}: voter {shown(voter)} answers {pair['name']} twice, differently")
+            said = "tie" if choice == "tie" else "A" if choice == asked["a"] else "B"
+            if votes.setdefault((voter, asked["name"]), said) != said:
+                raise UsageError(f"{path}: voter {shown(voter)} answers {asked['name']} twice, differently")
     return [(voter, name, said) for (voter, name), said in votes.items()]
 
 

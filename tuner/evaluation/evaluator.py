@@ -51,13 +51,13 @@ class Facts:
     grids: tuple[Grid, ...]
     chunks: int
     pixels: tuple[int, int]
-    device: dict[str, Any]
+    device: dict[str, object]
     engine: str = "eager"
     heldout_engine: str = "eager"
     includes: str = _WITH_TEXT
     random_weights: bool = False
-    sampling: dict[str, Any] = field(default_factory=dict)
-    provenance: dict[str, Any] = field(default_factory=dict)
+    sampling: dict[str, object] = field(default_factory=dict)
+    provenance: dict[str, object] = field(default_factory=dict)
     higher_is_better: dict[str, bool] = field(default_factory=dict)
     engine_choice: EngineSection | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -120,7 +120,7 @@ def walk(
     return runs
 
 
-def fitting_micro_batch(model: ModelRequest, wanted: int, quality: Mapping[str, Any]) -> int:
+def fitting_micro_batch(model: ModelRequest, wanted: int, quality: Mapping[str, object]) -> int:
     """Images per batch for a study: `wanted`, or as many as the device holds beside the metrics' models, by halves.
 
     quality: metrics as in the search space, whose models stay on the device throughout (none with random weights). The
@@ -143,7 +143,7 @@ def fitting_micro_batch(model: ModelRequest, wanted: int, quality: Mapping[str, 
 def load_evaluator(
     model: ModelRequest,
     prompts: Mapping[str, PromptSet],
-    quality: Mapping[str, Any],
+    quality: Mapping[str, object],
     floors: Mapping[str, float],
     **options: Any,
 ) -> ModelEvaluator:
@@ -189,7 +189,7 @@ class ModelEvaluator:
         self,
         model: LoadedModel,
         prompts: Mapping[str, PromptSet],
-        quality: Mapping[str, Any],
+        quality: Mapping[str, object],
         floors: Mapping[str, float] | None = None,
         *,
         threads: int = 1,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, TypeAlias
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 
@@ -12,8 +12,8 @@ from stagevar.errors import UsageError
 from tuner.metrics.declarations import Declaration
 
 #: A JSON object: what a metric says of one image, of many, or of itself.
-Facts: TypeAlias = dict[str, Any]
-Prompt = str | Mapping[str, Any]  # a caption, or GenEval metadata with its caption under "prompt"
+Facts: TypeAlias = dict[str, object]
+Prompt = str | Mapping[str, object]  # a caption, or GenEval metadata with its caption under "prompt"
 
 
 class Metric(ABC):
@@ -84,7 +84,7 @@ class Metric(ABC):
 
     def summary(self, rows: Sequence[Facts], prompts: Sequence[Prompt]) -> Facts:
         """The published figure of many images from their rows, in the benchmark's own arithmetic. JSON values only."""
-        values = [row["value"] for row in rows]
+        values = [value_of(row) for row in rows]
         return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0}
 
     def remarks(self, prompts: Sequence[Prompt]) -> list[str]:
@@ -117,7 +117,14 @@ class BenchmarkMetric(Metric):
     def _score(
         self, images_uint8_BHW3: np.ndarray, prompts: Sequence[Prompt], reference_images_uint8_BHW3: np.ndarray | None
     ) -> np.ndarray:
-        return np.array([row["value"] for row in self._rows(images_uint8_BHW3, prompts)], dtype=np.float64)
+        return np.array([value_of(row) for row in self._rows(images_uint8_BHW3, prompts)], dtype=np.float64)
+
+
+def value_of(row: Mapping[str, object]) -> float:
+    """The value of an image's row."""
+    value = row["value"]
+    assert isinstance(value, int | float)
+    return float(value)
 
 
 class SetMetric(Metric):

@@ -95,7 +95,7 @@ class ClipModel:
             f"tower reads; what is beyond does not count. The first: {cut[0][:60]!r}"
         ]
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """Model name and a hash of its weights."""
         digest = hashlib.sha256()
         for key, value in sorted(self.model.state_dict().items()):
@@ -134,7 +134,7 @@ class ClipScore(Metric):
     def remarks(self, prompts: Sequence[Prompt]) -> list[str]:
         return self.clip.remarks(prompts)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return super().describe() | self.clip.describe()
 
 
@@ -156,7 +156,7 @@ class ClipImageSimilarity(Metric):
         reference_BD = self.clip.known_image_features(reference_images_uint8_BHW3)
         return (image_BD * reference_BD).sum(1).numpy()
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return super().describe() | self.clip.describe()
 
 
@@ -193,7 +193,7 @@ class HumanPreferenceScore(Metric):
     def remarks(self, prompts: Sequence[Prompt]) -> list[str]:
         return self.clip.remarks(prompts)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return super().describe() | self.clip.describe()
 
 
@@ -248,7 +248,7 @@ class ColorClassifier:
             self._heads[class_name] = mean_CD / mean_CD.norm(dim=1, keepdim=True)
         return self._heads[class_name]
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return self.clip.describe()
 
 

@@ -12,13 +12,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from stagevar.errors import UsageError, did_you_mean
 from stagevar.prompts.class_names import class_name, color_name
 from stagevar.prompts.geneval import (
     COLORS,
     Detection,
+    Metadata,
     Summary,
     Verdict,
     check_metadata,
@@ -27,7 +28,7 @@ from stagevar.prompts.geneval import (
     summarize,
 )
 from stagevar.text_files import parse_json, read_json_values
-from tuner.metrics.base import Prompt
+from tuner.metrics.base import Prompt, value_of
 from tuner.metrics.prompt_sets import COCO_CLASSES
 
 _NAME_KEYS = ("name", "filename", "file_name", "image", "image_id", "id", "path")
@@ -46,7 +47,7 @@ class DetectedImage:
     """One image of a detections file: its name, its GenEval metadata line, everything a detector found in it."""
 
     name: str
-    metadata: Mapping[str, Any]
+    metadata: Metadata
     detections: tuple[Detection, ...]
 
 
@@ -94,7 +95,7 @@ def read_detections(path: str | Path, metadata_path: str | Path | None = None) -
     return images
 
 
-def read_metadata(path: str | Path) -> list[Mapping[str, Any]]:
+def read_metadata(path: str | Path) -> list[Metadata]:
     """GenEval metadata, one JSON object a line or a list of them. Raises UsageError naming the line at fault."""
     lines = []
     for number, metadata in read_json_values(path):
@@ -102,13 +103,13 @@ def read_metadata(path: str | Path) -> list[Mapping[str, Any]]:
             check_metadata(metadata)
         except UsageError as error:
             raise UsageError(f"{path} line {number}: {error}") from None
-        lines.append(metadata)
+        lines.append(cast(Metadata, metadata))
     if not lines:
         raise UsageError(f"{path}: no metadata lines in it")
     return lines
 
 
-def score_detections(images: Sequence[DetectedImage], **rules: float) -> GenEvalReport:
+def score_detections(images: Sequence[DetectedImage], **rules: Any) -> GenEvalReport:
     """Judge every image by the official rules; `rules` are the keyword options of `stagevar.prompts.geneval.judge`.
 
     Warns of classes and colors that prompts and detections do not share and that GenEval does not know.
@@ -129,7 +130,8 @@ def score_detections(images: Sequence[DetectedImage], **rules: float) -> GenEval
 
 def _name_strangers(images: Sequence[DetectedImage]) -> None:
     """Warn of names that no other side has: most likely another spelling, scored as absent."""
-    clauses = [clause for image in images for key in ("include", "exclude") for clause in image.metadata.get(key, ())]
+    lines = [image.metadata for image in images]
+    clauses = [clause for line in lines for clause in (*line["include"], *line.get("exclude", ()))]
     found = [detection for image in images for detection in image.detections]
     asked_classes = {class_name(clause["class"]) for clause in clauses}
     found_classes = Counter(class_name(detection.class_name) for detection in found)
@@ -150,17 +152,21 @@ def _warn(message: str, name: str, others: Iterable[str]) -> None:
     warnings.warn(message + did_you_mean(name, sorted(set(others)), cutoff=0.6))
 
 
-def geneval_metadata(metric: str, prompt: Prompt) -> Mapping[str, Any]:
+def geneval_metadata(metric: str, prompt: Prompt) -> Metadata:
     """The GenEval metadata that a prompt is. Raises UsageError if it is a bare caption."""
     if not isinstance(prompt, Mapping) or "include" not in prompt:
         raise UsageError(f"{metric}: prompt {prompt!r:.60} carries no GenEval metadata (tag, include)")
-    return prompt
+    return cast(Metadata, prompt)
 
 
-def geneval_summary(rows: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt]) -> dict[str, Any]:
+def geneval_summary(rows: Sequence[Mapping[str, object]], prompts: Sequence[Prompt]) -> dict[str, object]:
     """GenEval's score of judged images (rows with "value" 0 or 1): the mean of the tag means, and what goes with it."""
     summary = summarize(
-        {"tag": prompt["tag"], "metadata": json.dumps(prompt), "correct": row["value"] > 0.5}
+        {
+            "tag": geneval_metadata("geneval", prompt)["tag"],
+            "metadata": json.dumps(prompt),
+            "correct": value_of(row) > 0.5,
+        }
         for row, prompt in zip(rows, prompts, strict=True)
     )
     return {
@@ -172,7 +178,7 @@ def geneval_summary(rows: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt]
     }
 
 
-def _entries(path: Path) -> Iterator[tuple[str | None, Mapping[str, Any]]]:
+def _entries(path: Path) -> Iterator[tuple[str | None, Mapping[str, object]]]:
     """(name or None, entry) from a JSON list, an object of images by name, or JSON lines."""
     values = read_json_values(path)
     content: Any = [value for _, value in values]
@@ -196,14 +202,14 @@ def _entries(path: Path) -> Iterator[tuple[str | None, Mapping[str, Any]]]:
         yield name, entry
 
 
-def _metadata(name: str, entry: Mapping[str, Any], prompts: Sequence[Mapping[str, Any]] | None) -> Mapping[str, Any]:
+def _metadata(name: str, entry: Mapping[str, Any], prompts: Sequence[Metadata] | None) -> Metadata:
     metadata = entry.get("metadata", entry if "tag" in entry or "include" in entry else None)
     if isinstance(metadata, str):  # the official results file keeps it as a JSON string
         metadata = parse_json(metadata, f"{name}: metadata")
     if metadata is entry:
         metadata = {key: entry[key] for key in ("tag", "include", "exclude", "prompt") if key in entry}
     if metadata is not None:
-        return metadata
+        return cast(Metadata, metadata)
     if prompts is None:
         raise UsageError(f"{name}: has no metadata; add it, or pass the prompts' file with --metadata")
     if isinstance(entry.get("index"), int):
@@ -229,7 +235,7 @@ def _metadata(name: str, entry: Mapping[str, Any], prompts: Sequence[Mapping[str
     raise UsageError(f"{name}: give index, prompt or a five-digit folder in its name, to find it in the metadata file")
 
 
-def _detections(entry: Mapping[str, Any]) -> Iterator[Detection]:
+def _detections(entry: Mapping[str, object]) -> Iterator[Detection]:
     if "details" in entry and "detections" not in entry:
         details = entry["details"]
         details = parse_json(details, "details") if isinstance(details, str) else details
@@ -285,7 +291,7 @@ def _detection(row: Any, given_class: str | None) -> Detection:
     return Detection(label, score, (x0, y0, x1, y1), color, texture)
 
 
-def _box(row: Mapping[str, Any], label: str) -> list[Any]:
+def _box(row: Mapping[str, object], label: str) -> list[Any]:
     box = _first(row, _BOX_KEYS, default=None)
     if isinstance(box, list) and len(box) in (4, 5):
         return box
@@ -316,5 +322,5 @@ def _number(value: Any, label: str, what: str) -> float:
         raise UsageError(f"detection of {label!r} has a {what} beyond floating point") from None
 
 
-def _first(row: Mapping[str, Any], keys: Sequence[str], *, default: Any) -> Any:
+def _first(row: Mapping[str, object], keys: Sequence[str], *, default: Any) -> Any:
     return next((row[key] for key in keys if row.get(key) is not None), default)

@@ -102,7 +102,7 @@ class _FeatureMetric(SetMetric):
         """Features (B, D) in float64 on the CPU."""
         return self.extractor(self._tensor(images_uint8_BHW3)).double().cpu()
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         source = getattr(self.extractor, "source", type(self.extractor).__name__)
         return super().describe() | {"extractor": type(self.extractor).__name__, "weights": Path(str(source)).name}
 
@@ -230,7 +230,7 @@ class Kid(_FeatureMetric):
         across_B = _cubic_kernel(image_BD, reference_BD).mean(1)
         return (within_B - 2 * across_B + _mean_of_others(_cubic_kernel(reference_BD, reference_BD)).mean()).numpy()
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return super().describe() | {"subsets": self.subsets, "subset_size": self.subset_size, "seed": self.seed}
 
 
@@ -274,7 +274,7 @@ class InceptionScore(_FeatureMetric):
         p_BC = log_p_BC.exp()
         return (p_BC * (log_p_BC - p_BC.mean(0).log())).nansum(dim=1).numpy()
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return super().describe() | {"splits": self.splits, "seed": self.seed}
 
 

@@ -54,7 +54,7 @@ _CLIP = {
 _DEFAULT_CLIP = {"cmmd": "ViT-L-14-336"}
 
 
-def metric_downloads(quality: Mapping[str, Any]) -> list[Download]:
+def metric_downloads(quality: Mapping[str, object]) -> list[Download]:
     """What the metrics of a space fetch, each once; local files and folders are left out."""
     found: dict[str, Download] = {}
     for metric, value in quality.items():

@@ -13,7 +13,7 @@ from PIL import Image
 
 from stagevar.errors import UsageError
 from stagevar.prompts.class_names import class_name
-from stagevar.prompts.geneval import Detection, check_metadata, judge
+from stagevar.prompts.geneval import Detection, Metadata, check_metadata, judge
 from tuner.metrics.base import BenchmarkMetric, Prompt
 from tuner.metrics.detections import geneval_metadata, geneval_summary
 from tuner.metrics.model_files import from_pretrained, pretrained_model
@@ -46,7 +46,7 @@ class Detector(Protocol):
         """Per image, objects scored above `floor`, classes in GenEval's wording, boxes in pixels."""
         ...
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """Names and versions, JSON values only."""
         ...
 
@@ -84,7 +84,7 @@ class GenEval(BenchmarkMetric):
             color_classifier = ColorClassifier(device=device, model=clip_model, pretrained=clip_pretrained)
         self.color_classifier = color_classifier
 
-    def detections(self, images: Sequence[Image.Image], prompts: Sequence[Mapping[str, Any]]) -> list[list[Detection]]:
+    def detections(self, images: Sequence[Image.Image], prompts: Sequence[Metadata]) -> list[list[Detection]]:
         """Per image all objects above the prompt's threshold; of classes that the prompt colors, with their color."""
         results = []
         for start in range(0, len(images), self.batch_size):
@@ -97,7 +97,7 @@ class GenEval(BenchmarkMetric):
                 results.append(self._colored(image, prompt, [item for item in found if item.score > floor]))
         return results
 
-    def _colored(self, image: Image.Image, prompt: Mapping[str, Any], found: list[Found]) -> list[Detection]:
+    def _colored(self, image: Image.Image, prompt: Metadata, found: list[Found]) -> list[Detection]:
         wanted = {class_name(clause["class"]) for clause in prompt.get("include", ()) if "color" in clause}
         colors: dict[int, str] = {}
         for name in sorted(wanted):
@@ -119,7 +119,7 @@ class GenEval(BenchmarkMetric):
             for index, item in enumerate(found)
         ]
 
-    def _rows(self, images_uint8_BHW3: np.ndarray, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+    def _rows(self, images_uint8_BHW3: np.ndarray, prompts: Sequence[Prompt]) -> list[dict[str, object]]:
         metadata = [geneval_metadata(self.name, prompt) for prompt in prompts]
         for line in metadata:
             check_metadata(line)
@@ -145,10 +145,10 @@ class GenEval(BenchmarkMetric):
             )
         return rows
 
-    def summary(self, rows: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt]) -> dict[str, Any]:
+    def summary(self, rows: Sequence[Mapping[str, object]], prompts: Sequence[Prompt]) -> dict[str, object]:
         return geneval_summary(rows, prompts)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         classifier = getattr(self.color_classifier, "describe", lambda: {})()
         return super().describe() | {
             "detector": self.detector.describe(),
@@ -181,7 +181,7 @@ class _TransformersDetector:
         self.processor = from_pretrained(getattr(transformers, self.processor_class), source, "detector")
         self.model = pretrained_model(getattr(transformers, self.model_class), source, "detector", device=device)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return {"kind": self.kind, "model": self.source}
 
     def _names(self) -> dict[int, str]:

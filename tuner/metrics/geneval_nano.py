@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -21,7 +21,7 @@ class NanoGenEval(BenchmarkMetric):
     def __init__(self, *, device: str = "cpu") -> None:
         """`device` is taken for the interface's sake; the checker runs on the CPU."""
 
-    def _rows(self, images_uint8_BHW3: np.ndarray, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+    def _rows(self, images_uint8_BHW3: np.ndarray, prompts: Sequence[Prompt]) -> list[dict[str, object]]:
         rows = []
         for image_uint8_HW3, prompt in zip(images_uint8_BHW3, prompts, strict=True):
             found = detect(image_uint8_HW3.transpose(2, 0, 1).astype(np.float32) / 255.0)
@@ -29,5 +29,5 @@ class NanoGenEval(BenchmarkMetric):
             rows.append({"value": float(verdict.correct), "reason": verdict.reason})
         return rows
 
-    def summary(self, rows: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt]) -> dict[str, Any]:
+    def summary(self, rows: Sequence[Mapping[str, object]], prompts: Sequence[Prompt]) -> dict[str, object]:
         return geneval_summary(rows, prompts)

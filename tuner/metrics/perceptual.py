@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -57,7 +57,7 @@ class Lpips(Metric):
                 .numpy()
             )
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return super().describe() | {"net": self.net, "weights": self.weights or "torchvision"}
 
 
@@ -84,7 +84,7 @@ class Dists(Metric):
         with torch.inference_mode():
             return torch.cat([self.model(image, reference).reshape(-1) for image, reference in pairs]).cpu().numpy()
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return super().describe() | {"weights": self.weights or "torchvision"}
 
 
@@ -127,7 +127,7 @@ class DinoSimilarity(Metric):
     ) -> np.ndarray:
         return (self.features(images_uint8_BHW3) * self.known_features(reference_images_uint8_BHW3)).sum(1).numpy()
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return super().describe() | {"model": self.source}
 
 

@@ -20,7 +20,7 @@ from stagevar.files import write_text_atomically, writing
 from stagevar.prompts.geneval import COLORS, RELATIONS, TAGS
 from stagevar.prompts.prompt_files import read_prompt_file
 
-Metadata = dict[str, Any]
+Metadata = dict[str, object]
 
 # COCO's 80 classes in the order and wording of GenEval's object_names.txt ("computer mouse", not "mouse").
 COCO_CLASSES: tuple[str, ...] = (
@@ -133,7 +133,7 @@ def generate(count: int, seed: int = 0, tags: Sequence[str] = TAGS) -> list[Meta
     return prompts
 
 
-def stratified_subset(prompts: Sequence[Mapping[str, Any]], count: int, seed: int = 0) -> list[int]:
+def stratified_subset(prompts: Sequence[Mapping[str, object]], count: int, seed: int = 0) -> list[int]:
     """Indices, ascending, of `count` prompts with every tag in its share, within one (largest remainders).
 
     Raises UsageError if `count` is not between 1 and the number of prompts.
@@ -152,7 +152,7 @@ def stratified_subset(prompts: Sequence[Mapping[str, Any]], count: int, seed: in
 
 
 def subset_rank_correlation(
-    values_SP: np.ndarray, prompts: Sequence[Mapping[str, Any]], count: int, *, draws: int = 200, seed: int = 0
+    values_SP: np.ndarray, prompts: Sequence[Mapping[str, object]], count: int, *, draws: int = 200, seed: int = 0
 ) -> dict[str, float]:
     """How well stratified subsets of `count` prompts rank systems as all prompts do.
 
@@ -191,7 +191,7 @@ def read_prompts(path: str | Path) -> list[Metadata]:
     return [entry.metadata for entry in read_prompt_file(path)]
 
 
-def write_metadata(prompts: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+def write_metadata(prompts: Sequence[Mapping[str, object]], path: str | Path) -> None:
     """Write GenEval's evaluation_metadata.jsonl. Raises UsageError if the path cannot be written."""
     with writing(path):
         write_text_atomically(path, "".join(json.dumps(prompt) + "\n" for prompt in prompts))
@@ -211,7 +211,7 @@ def _distinct(make: Callable[[random.Random], Iterator[Metadata]], rng: random.R
                 return
             continue
         repeats = 0
-        seen.add(metadata["prompt"])
+        seen.add(str(metadata["prompt"]))
         yield metadata
 
 

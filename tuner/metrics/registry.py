@@ -159,7 +159,7 @@ def create(name: str, *, device: str = "cpu", **options: Any) -> Metric:
     return metric_class(name)(device=device, **options)
 
 
-def check_options(name: str, options: Mapping[str, Any]) -> None:
+def check_options(name: str, options: Mapping[str, object]) -> None:
     """Raises UsageError for an option that a metric does not have, or whose value is of another kind than its annotation.
 
     Counts are at least 1; objects that Python callers hand in (a detector, a classifier) pass. Imports the metric's module,
@@ -222,11 +222,11 @@ class CompositeQuality(Metric):
     ) -> np.ndarray:
         return self.combine(self.score_parts(images_uint8_BHW3, prompts, reference_images_uint8_BHW3))
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return {name: {"weight": weight, **metric.describe()} for name, (weight, metric) in self.parts.items()}
 
 
-def create_composite(quality: Mapping[str, float | Mapping[str, Any]], *, device: str = "cpu") -> CompositeQuality:
+def create_composite(quality: Mapping[str, object], *, device: str = "cpu") -> CompositeQuality:
     """The composite of a search-space YAML: `{clip_score: 0.1, lpips: {weight: 0.5, net: vgg}}`.
 
     A metric of weight 0 is computed and not added, unless it is the first. Raises UsageError for weights that are negative or
@@ -234,10 +234,10 @@ def create_composite(quality: Mapping[str, float | Mapping[str, Any]], *, device
     """
     if not isinstance(quality, Mapping):
         raise UsageError(f"quality is {quality!r:.60}: expected metrics and weights, such as {{geneval: 1.0}}")
-    parts = {}
+    parts: dict[str, tuple[float, Metric]] = {}
     for name, value in quality.items():
         options = dict(value) if isinstance(value, Mapping) else {"weight": value}
-        weight = options.pop("weight", 1.0)
+        weight: Any = options.pop("weight", 1.0)
         number = not isinstance(weight, bool) and isinstance(weight, (int, float)) and 0 <= weight < float("inf")
         if not number or (weight == 0 and not parts):
             least = "of at least 0" if parts else "above 0"

@@ -24,7 +24,7 @@ class Answerer(Protocol):
         """One answer per image, lower case, without punctuation."""
         ...
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """Names, JSON values only."""
         ...
 
@@ -74,7 +74,7 @@ class DpgBench(BenchmarkMetric):
             raise UsageError(f"dpg: no questions for prompt {prompt!r:.60}; give item_id or the benchmark's own text")
         return item
 
-    def _rows(self, images_uint8_BHW3: np.ndarray, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+    def _rows(self, images_uint8_BHW3: np.ndarray, prompts: Sequence[Prompt]) -> list[dict[str, object]]:
         rows = []
         for image_uint8_HW3, prompt in zip(images_uint8_BHW3, prompts, strict=True):
             item = self.item_id(prompt)
@@ -89,7 +89,7 @@ class DpgBench(BenchmarkMetric):
             rows.append({"value": score, "item_id": item, "answers": {str(key): row for key, row in answers.items()}})
         return rows
 
-    def summary(self, rows: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt]) -> dict[str, Any]:
+    def summary(self, rows: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt]) -> dict[str, object]:
         """Both DPG scores of all rows; several images of one item count as its tiles, in row order."""
         answers: dict[tuple[str, int, int], float] = {}
         tiles_so_far: dict[str, int] = {}
@@ -99,7 +99,7 @@ class DpgBench(BenchmarkMetric):
                 for tile, answer in enumerate(given):
                     answers[item, int(proposition), offset + tile] = is_yes(answer)
             tiles_so_far[item] = offset + max(len(given) for given in row["answers"].values())
-        result: dict[str, Any] = {}
+        result: dict[str, object] = {}
         for mode in MODES:
             score = score_dpg(self.questions, answers, mode)
             result[mode] = {
@@ -111,7 +111,7 @@ class DpgBench(BenchmarkMetric):
             }
         return result
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return super().describe() | {"vqa": self.vqa.describe(), "tiles": self.tiles}
 
 
@@ -170,7 +170,7 @@ class TransformersVqa:
         tokens = self.model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, inputs["input_ids"].shape[1] :]
         return torch.nn.functional.pad(tokens, (0, 4 - tokens.shape[1]), value=self.processor.tokenizer.pad_token_id)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return {"kind": self.kind, "model": self.source}
 
 

@@ -131,13 +131,13 @@ def _envelope(result: StudyResult, latency: LatencyStats) -> Envelope:
         dtype=str(device.get("dtype", "float32")),
         batch=1,
         engine=cast(Any, result.engine),  # checked like every field of an envelope
-        threads=None if gpu else device.get("threads"),
+        threads=threads if isinstance(threads := device.get("threads"), int) and not gpu else None,
         torch=str(result.versions.get("torch", "unknown")),
         card=card_section(states[-1]) if states else None,
     )
 
 
-def _latency(latency: LatencyStats) -> dict[str, Any]:
+def _latency(latency: LatencyStats) -> dict[str, object]:
     if latency.predicted:
         return {
             "ms": _round(latency.drift_corrected_ms),
@@ -145,7 +145,7 @@ def _latency(latency: LatencyStats) -> dict[str, Any]:
             "interval_ms": [_round(latency.low_ms), _round(latency.high_ms)],
             "ratio": _interval(latency.against_full),
         }
-    data: dict[str, Any] = {
+    data: dict[str, object] = {
         "ms": _round(latency.drift_corrected_ms),
         "median_ms": _round(latency.median_ms),
         "p90_ms": None if latency.p90_ms is None else _round(latency.p90_ms),
@@ -162,15 +162,15 @@ def _latency(latency: LatencyStats) -> dict[str, Any]:
     return data
 
 
-def _baseline(full: LatencyStats | None, own: LatencyStats) -> dict[str, Any]:
-    data: dict[str, Any] = {} if full is None else {"schedule": "full", **_latency(full)}
+def _baseline(full: LatencyStats | None, own: LatencyStats) -> dict[str, object]:
+    data: dict[str, object] = {} if full is None else {"schedule": "full", **_latency(full)}
     gain = own.speedup
     if gain is not None and math.isfinite(gain.high):
         data["speedup"] = {"mean": _round(gain.mean), "interval": [_round(gain.low), _round(gain.high)]}
     return data
 
 
-def _quality(result: StudyResult, candidate: Candidate) -> dict[str, Any]:
+def _quality(result: StudyResult, candidate: Candidate) -> dict[str, object]:
     if result.random_weights:
         return {"measured": False, "why": "random weights"}
     check = verification_of(candidate)
@@ -180,7 +180,7 @@ def _quality(result: StudyResult, candidate: Candidate) -> dict[str, Any]:
     if not values:
         unjudged = "no image was judged (--effort instant)"
         return {"measured": False, "why": unjudged if result.verdict == "unverified" else "no metric was run"}
-    data: dict[str, Any] = {
+    data: dict[str, object] = {
         "measured": True,
         "prompt_set": "held-out prompts" if held else "search prompts",
         "prompts": len(next(iter(values.values()))),
@@ -195,9 +195,9 @@ def _quality(result: StudyResult, candidate: Candidate) -> dict[str, Any]:
     return plain(data)
 
 
-def _metric(limit: MetricLimit, candidate: Candidate) -> dict[str, Any]:
+def _metric(limit: MetricLimit, candidate: Candidate) -> dict[str, object]:
     """One metric's declaration, limit, and, where it was verified, the bound that decided."""
-    data: dict[str, Any] = {"unit": limit.unit, "kind": limit.kind, "weight": _round(limit.weight)}
+    data: dict[str, object] = {"unit": limit.unit, "kind": limit.kind, "weight": _round(limit.weight)}
     if limit.max_drop is not None:
         data["max_drop"] = _round(limit.max_drop)
     check = verification_of(candidate)
@@ -209,8 +209,8 @@ def _max_drop(result: StudyResult) -> dict[str, float]:
     return {m.metric: _round(m.max_drop) for m in result.limits if m.max_drop is not None}
 
 
-def _constraints(result: StudyResult, candidate: Candidate) -> dict[str, Any]:
-    data: dict[str, Any] = {"budget": result.budget, "budget_ms": _round(result.budget_ms)}
+def _constraints(result: StudyResult, candidate: Candidate) -> dict[str, object]:
+    data: dict[str, object] = {"budget": result.budget, "budget_ms": _round(result.budget_ms)}
     if limits := _max_drop(result):
         data["max_drop"] = limits
     if result.floors:
@@ -220,7 +220,7 @@ def _constraints(result: StudyResult, candidate: Candidate) -> dict[str, Any]:
     )
 
 
-def _verdict(verdict: Verdict) -> dict[str, Any]:
+def _verdict(verdict: Verdict) -> dict[str, object]:
     return {
         "name": verdict.name,
         "status": verdict.status,
@@ -231,7 +231,7 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def _interval(interval: Interval) -> dict[str, Any]:
+def _interval(interval: Interval) -> dict[str, object]:
     return {
         "mean": _round(interval.mean),
         "interval": [_round(interval.low), _round(interval.high)],
@@ -250,7 +250,7 @@ def _round(value: float) -> float:
 
 def write_pareto(result: StudyResult, path: Path) -> Path:
     """The front, fastest first, each member with all that a deployment needs, and the named picks by key."""
-    members: dict[str, Any] = {}
+    members: dict[str, object] = {}
     for key in dict.fromkeys([*result.front, *result.picks.values()]):
         candidate = result.candidate(key)
         if latency_of(result, candidate) is not None:
@@ -273,7 +273,7 @@ def write_pareto(result: StudyResult, path: Path) -> Path:
     return path
 
 
-def _member(result: StudyResult, candidate: Candidate) -> dict[str, Any]:
+def _member(result: StudyResult, candidate: Candidate) -> dict[str, object]:
     profile = profile_of(result, candidate).to_dict()
     return {
         "name": name_of(result, candidate),
@@ -291,7 +291,7 @@ def _member(result: StudyResult, candidate: Candidate) -> dict[str, Any]:
 # ---------------------------------------------------------------- trials.csv
 
 
-def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+def to_csv(rows: Sequence[Mapping[str, object]]) -> str:
     """Rows as CSV; columns in the order of their first use, gaps empty."""
     import pandas as pd
 
@@ -313,7 +313,7 @@ def write_trials(result: StudyResult, path: Path) -> Path:
     return path
 
 
-def _trial_rows(result: StudyResult) -> list[dict[str, Any]]:
+def _trial_rows(result: StudyResult) -> list[dict[str, object]]:
     """One row per distinct schedule, the full one first, then failures that left no schedule; columns are grouped.
 
     Columns: identity, outcome, latency_*, quality and metrics with low and high, verified_*, param.*, schedule.*.
@@ -334,8 +334,8 @@ def _trial_rows(result: StudyResult) -> list[dict[str, Any]]:
     return [{**ordered, **row} for row in rows]
 
 
-def _row(result: StudyResult, candidate: Candidate) -> dict[str, Any]:
-    row: dict[str, Any] = {
+def _row(result: StudyResult, candidate: Candidate) -> dict[str, object]:
+    row: dict[str, object] = {
         "trial": candidate.trial,
         "key": candidate.key,
         "name": name_of(result, candidate),
@@ -387,7 +387,7 @@ def _triple(name: str, interval: Interval) -> dict[str, float]:
     return {name: _round(interval.mean), f"{name}_low": _round(interval.low), f"{name}_high": _round(interval.high)}
 
 
-def _cells(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+def _cells(prefix: str, values: Mapping[str, object]) -> dict[str, object]:
     """One cell per value; lists and mappings as JSON, so that the table reads back."""
     return {
         f"{prefix}.{name}": json.dumps(plain(value)) if isinstance(value, list | tuple | dict) else value

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from stagevar.files import write_text_atomically
 from tuner.report.export import to_csv
@@ -14,14 +13,14 @@ from tuner.results.result import StudyResult
 
 TABLE_FILE, REPORT_FILE = "sweep.csv", "sweep.html"
 #: A cell's axes and figures by column.
-Row = Mapping[str, Any]
+Row = Mapping[str, object]
 
 
-def summary(result: StudyResult) -> dict[str, Any]:
+def summary(result: StudyResult) -> dict[str, object]:
     """The columns that a study fills: times in ms of one image, quality as the
     paired difference of the primary metric to the full schedule."""
     pick, full = result.pick, result.baseline.final_latency
-    row: dict[str, Any] = {
+    row: dict[str, object] = {
         "verdict": result.verdict,
         "exit_code": result.exit_code,
         "device": result.device.get("name"),
@@ -60,7 +59,7 @@ def render(rows: Sequence[Row], axes: Iterable[str]) -> str:
         for row in rows
     )
     failed = [row for row in rows if row["verdict"] == "failed"]
-    listed = "".join(f"<li><b>{escape(row['cell'])}</b>: {escape(str(row.get('reason')))}</li>" for row in failed)
+    listed = "".join(f"<li><b>{escape(str(row['cell']))}</b>: {escape(str(row.get('reason')))}</li>" for row in failed)
     style = (files("tuner.report") / "report.css").read_text(encoding="utf-8")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -80,9 +79,9 @@ def _shown(row: Row) -> list[str]:
     quality = number("quality", "{:+.3f}")
     if quality:
         quality += f" [{row['quality_low']:+.3f}, {row['quality_high']:+.3f}]"
-    links = [f'<a href="{escape(row[name])}">{name}</a>' for name in ("profile", "report") if row.get(name)]
+    links = [f'<a href="{escape(str(row[name]))}">{name}</a>' for name in ("profile", "report") if row.get(name)]
     return [
-        escape(row["verdict"].replace("_", " ")),
+        escape(str(row["verdict"]).replace("_", " ")),
         number("full_ms", "{:.1f} ms"),
         number("pick_ms", "{:.1f} ms"),
         number("speedup", "{:.2f}x"),

@@ -170,7 +170,7 @@ class Candidate:
     def becomes(self, kind: type[Outcome], **found: Any) -> Outcome:
         """The same schedule with what was found out about it: an outcome of that class."""
         names = {field.name for field in dataclasses.fields(kind)} - found.keys()
-        known: dict[str, Any] = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        known: dict[str, object] = {name: getattr(self, name) for name in names if hasattr(self, name)}
         return kind(**{**known, **found})
 
     @property

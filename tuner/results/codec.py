@@ -93,7 +93,7 @@ def _typed(kind: type, value: Any) -> Any:
     return value
 
 
-def _candidate(record: dict[str, Any]) -> Candidate:
+def _candidate(record: dict[str, object]) -> Candidate:
     """A candidate as the class that its record tells: on disk all have the same fields."""
     unknown = set(record) - set(_OF_CANDIDATE)
     if unknown:

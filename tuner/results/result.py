@@ -13,7 +13,7 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from stagevar.errors import UsageError
 from stagevar.profile.sections import EngineSection
@@ -36,6 +36,31 @@ EXIT_CODES = {
     "unverified": 5,
     "partial": 130,
 }
+
+
+class SearchFacts(TypedDict, total=False):
+    """How a search saved work; a study without a search says nothing.
+
+    savings: its switches. stopped_early, dropped, predicted: counts of schedules. table_error: share by which predicted
+    ratios err, over so many `table_checks`. prompts_run: images' worth of prompts. scales_run, scales_alone: scales that
+    were run, and what each schedule alone had needed. ask_seconds: of every ask. waited_s: for asks.
+    proposing_at_the_end: the sampler. space: what of the space was covered.
+    """
+
+    savings: dict[str, object]
+    stopped_early: int
+    dropped: int
+    predicted: int
+    table_error: float | None
+    table_checks: int
+    prompts_run: int
+    scales_run: int | None
+    scales_alone: int | None
+    hypervolume: float
+    ask_seconds: list[float]
+    waited_s: float
+    proposing_at_the_end: str
+    space: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -69,10 +94,10 @@ class StudyResult:
     created: str
     model: str
     random_weights: bool
-    provenance: dict[str, Any]
+    provenance: dict[str, object]
     versions: dict[str, str]
     hashes: dict[str, str]
-    device: dict[str, Any]
+    device: dict[str, object]
     engine: str
     includes: str
     grids: tuple[tuple[int, int], ...]
@@ -105,7 +130,7 @@ class StudyResult:
     smallest_budget_ms: float | None = None
     nearest: tuple[str, ...] = ()
     engine_choice: EngineSection | None = None
-    search: dict[str, Any] = field(default_factory=dict)
+    search: SearchFacts = field(default_factory=SearchFacts)
     judged_on: tuple[int, ...] = ()
     settle_heldout: str | None = None
     heldout_engine: str | None = None
@@ -185,7 +210,7 @@ class StudyResult:
         return cls.from_json(text)
 
 
-def _from_schema_1(data: dict[str, Any]) -> dict[str, Any]:
+def _from_schema_1(data: dict[str, Any]) -> dict[str, object]:
     """A result of schema 1, whose one limit was the composite's, in the form of schema 2."""
     limits = [dataclasses.asdict(m) for m in old_limits(data.pop("quality_weights"), data.pop("max_drop"))]
 

@@ -16,7 +16,7 @@ import shutil
 import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Required, TypedDict, cast
 
 from stagevar.errors import UsageError
 from stagevar.folders import visible
@@ -104,13 +104,24 @@ def repair(run_dir: Path) -> list[str]:
     return done
 
 
+class EvidenceRecord(TypedDict, total=False):
+    """A line of trials.jsonl. kind: "baseline", "trial", "unmeasured" and "verification" have a candidate; "dropped" has
+    the trial, key and predicted ratio of a schedule that was not judged."""
+
+    kind: Required[str]
+    candidate: dict[str, object]
+    trial: int
+    key: str
+    ratio: float
+
+
 class EvidenceLog:
     """`trials.jsonl`: one JSON object per line, on disk before `append` returns."""
 
     def __init__(self, run_dir: Path):
         self.path = run_dir / EVIDENCE_FILE
 
-    def append(self, record: dict[str, Any]) -> None:
+    def append(self, record: EvidenceRecord) -> None:
         """Adds one line and waits for the disk."""
         line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
         with open(self.path, "ab") as handle:
@@ -118,7 +129,7 @@ class EvidenceLog:
             handle.flush()
             os.fsync(handle.fileno())
 
-    def read(self) -> list[dict[str, Any]]:
+    def read(self) -> list[EvidenceRecord]:
         """All whole lines; a torn last one is left out. Raises UsageError naming a damaged line."""
         if not self.path.exists():
             return []
@@ -130,7 +141,7 @@ class EvidenceLog:
                 record = None
             if not isinstance(record, dict) or "kind" not in record:
                 raise UsageError(f"{self.path} line {number} is damaged; start anew with another --out")
-            records.append(record)
+            records.append(cast(EvidenceRecord, record))
         return records
 
 

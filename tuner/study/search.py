@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,6 +24,8 @@ from tuner.proposals.trial_sampler import STARTUP_TRIALS, Proposal, Proposer, To
 from tuner.results.candidate import Candidate, LatencyStats, Measured, Pruned, Unmeasured
 from tuner.results.candidate import Failed as FailedCandidate
 from tuner.results.codec import build, to_plain
+from tuner.results.result import SearchFacts
+from tuner.results.run_dir import EvidenceRecord
 from tuner.study.ask_ahead import MOST_DUPLICATES, AskAhead, Asked, Fate, Round, Snapshot
 from tuner.study.latency_source import LatencySource
 from tuner.study.ledger import Ledger
@@ -92,7 +93,7 @@ class Search:
 
     # ------------------------------------------------------------------------------------------------ the loop
 
-    def run(self, records: Sequence[Mapping[str, Any]]) -> None:
+    def run(self, records: Sequence[EvidenceRecord]) -> None:
         """Searches until a reason to stop; `records` is the evidence so far."""
         self._begin(records)
         self._loop()
@@ -104,7 +105,7 @@ class Search:
         self.asking.close()
         self.proposer.close()
 
-    def _begin(self, records: Sequence[Mapping[str, Any]]) -> None:
+    def _begin(self, records: Sequence[EvidenceRecord]) -> None:
         ledger, facts = self.ledger, self.ledger.facts
         known: dict[int, Told | None] = {}
         unmeasured: dict[str, Candidate] = {}
@@ -359,7 +360,7 @@ class Search:
                 line += f", {primary} {best.differences[primary].mean:+.3g}"
         self.progress.update(ledger.evaluated, line)
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> SearchFacts:
         """How the search saved work, for the result."""
         ledger, evaluator, table = self.ledger, self.evaluator, self.latency.table
         savings = dataclasses.replace(self.savings, table=self.savings.table and not self.latency.could_not_time)

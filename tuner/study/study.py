@@ -26,8 +26,8 @@ from tuner.proposals.trial_sampler import Proposal
 from tuner.results.candidate import Candidate, Failure, Finalist, Measured, Sample, Verification
 from tuner.results.candidate import Failed as FailedCandidate
 from tuner.results.codec import build
-from tuner.results.result import EXIT_CODES, StudyResult
-from tuner.results.run_dir import write_pictures
+from tuner.results.result import EXIT_CODES, SearchFacts, StudyResult
+from tuner.results.run_dir import EvidenceRecord, write_pictures
 from tuner.study.finalist_times import BASELINE, latency_stats
 from tuner.study.identity import Identity, RunConfig, identity_of
 from tuner.study.ledger import Ledger
@@ -76,7 +76,7 @@ class Study:
         self.judged_on: list[int] = []
         self.told = 0
         self.stop_reason = ""
-        self.search_facts: dict[str, Any] = {}
+        self.search_facts: SearchFacts = {}
         self._began = time.monotonic()
 
     # ------------------------------------------------------------------------------------------------ identity
@@ -113,7 +113,7 @@ class Study:
         result.save(self.run_dir)
         return result
 
-    def _run_baseline(self, records: Sequence[Mapping[str, Any]]) -> None:
+    def _run_baseline(self, records: Sequence[EvidenceRecord]) -> None:
         ledger, search = self.ledger, self.prompts["search"]
         self.progress.phase("baseline", search.batches)
         kept = next((r for r in records if r["kind"] == "baseline"), None)
@@ -204,7 +204,7 @@ class Study:
         ledger = self.ledger
         return choose_finalists(list(ledger.candidates.values()), ledger.limits, ledger.violation)
 
-    def _conclude(self, records: Sequence[Mapping[str, Any]]) -> StudyResult:
+    def _conclude(self, records: Sequence[EvidenceRecord]) -> StudyResult:
         ledger = self.ledger
         if isinstance(ledger.baseline, FailedCandidate):
             return self._result(Conclusion("failed", f"the full schedule failed: {ledger.baseline.error}"))
@@ -261,7 +261,7 @@ class Study:
             return self._result(Conclusion("partial", "stopped during verification; the same command resumes"))
         return self._judged(chosen, baseline, new=len(verifier.unmeasured) < len(finalists))
 
-    def _earlier(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Verification]:
+    def _earlier(self, records: Sequence[EvidenceRecord]) -> dict[str, Verification]:
         """What earlier parts of this study found on held-out prompts, by key: what was verified, else what saw most."""
         found: dict[str, Verification] = {}
         for record in records:
@@ -342,7 +342,7 @@ class Study:
             model=facts.model,
             random_weights=facts.random_weights,
             provenance={**facts.provenance, "sampling": facts.sampling},
-            versions={**options.versions, **({"torch": facts.device["torch"]} if "torch" in facts.device else {})},
+            versions={**options.versions, **({"torch": str(facts.device["torch"])} if "torch" in facts.device else {})},
             hashes={
                 "space": space.digest,
                 "search_prompts": search.digest,

@@ -36,6 +36,9 @@ from tuner.statistics.looks import claims, looks
 from tuner.study.finalist_times import BASELINE, FinalistTimes
 from tuner.study.verdict import Limits, decide, is_settled, status_of
 
+#: Values per metric of one micro-batch, or why there are none.
+Judged = Mapping[str, Sequence[float] | np.ndarray] | Failed
+
 
 def _claimed(status: str, alpha: float | None) -> str:
     """A promising status between two looks at which claims are made (alpha is None) waits for the next one."""
@@ -162,9 +165,9 @@ class Verifier:
         verdicts = {n: self._quality_verdicts(n) for n in in_time}
         return [n for n, found in verdicts.items() if found and status_of(found) == "met"]
 
-    def _measure(self, keys: Sequence[str], batches: Sequence[int]) -> dict[int, dict[str, Any]]:
+    def _measure(self, keys: Sequence[str], batches: Sequence[int]) -> dict[int, dict[str, Judged]]:
         """New values or Failed by micro-batch and key; what an earlier part of the study measured is taken from there."""
-        found: dict[int, dict[str, Any]] = {batch: {} for batch in batches}
+        found: dict[int, dict[str, Judged]] = {batch: {} for batch in batches}
         missing: dict[int, list[str]] = {}
         for batch in batches:
             for key in keys:

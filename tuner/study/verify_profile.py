@@ -55,7 +55,7 @@ class Recheck:
             )
         return lines
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain data for --json."""
         return {
             "exit_code": self.exit_code,

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from stagevar.errors import WeightsError
@@ -138,7 +139,7 @@ class _SafetensorsFile(TensorFile):
 
         shapes: dict[str, tuple[int, ...]] = {}
         kinds: dict[str, str] = {}
-        self._handles: dict[str, Any] = {}
+        self._handles: dict[str, safe_open] = {}
         for path in paths:
             try:
                 handle = safe_open(str(path), framework="pt", device=str(device))

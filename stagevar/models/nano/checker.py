@@ -11,12 +11,11 @@ Source: the rules are GenEval's (djghosh13/geneval), the detector is ours in pla
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import numpy as np
 
 from stagevar.models.nano.scenes import COLOR_RGB, COLORS, LATTICE, MARK_RGB, SHAPES, TEXTURES, marks, shape_distance
-from stagevar.prompts.geneval import Detection, Verdict, judge
+from stagevar.prompts.geneval import Detection, Metadata, Verdict, judge
 
 _BRIGHT = 0.55  # every object color has a channel above it, no background does
 _MIN_AREA = 10 / LATTICE**2  # share of the image; the smallest star covers three times as much
@@ -131,11 +130,11 @@ def detect(image_3HW: np.ndarray) -> list[Detection]:
     return found
 
 
-def check(image_3HW: np.ndarray, metadata: dict[str, Any]) -> Verdict:
+def check(image_3HW: np.ndarray, metadata: Metadata) -> Verdict:
     """GenEval's verdict on one image (3, H, W) in [0, 1] for a scene's metadata."""
     return judge(metadata, detect(image_3HW))
 
 
-def check_batch(image_B3HW: np.ndarray, metadata: list[dict[str, Any]]) -> np.ndarray:
+def check_batch(image_B3HW: np.ndarray, metadata: list[Metadata]) -> np.ndarray:
     """Verdicts of a batch as booleans (B,)."""
     return np.array([check(image, meta).correct for image, meta in zip(image_B3HW, metadata, strict=True)])

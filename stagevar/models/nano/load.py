@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from stagevar.errors import UsageError, WeightsError
-from stagevar.models.base import LoadedModel
+from stagevar.models.base import LoadedModel, Provenance
 from stagevar.models.checkpoint.weights import block_precision, everywhere, load_into, randomize
 from stagevar.models.hub import sha256_files
 from stagevar.models.infinity.transformer import Infinity
@@ -51,7 +51,7 @@ def build(request: LoadRequest) -> LoadedModel:
         (tokenizer, "tokenizer", everywhere(torch.float32)),
         (text, "text_encoder", everywhere(torch.float32)),
     )
-    record: dict[str, object] = {"weights": {}, "load": kv_option(request)}
+    record: Provenance = {"weights": {}, "load": kv_option(request)}
     if request.random:
         for module, _, precision in parts:
             randomize(module, request.seed, device=request.device, precision=precision)

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import numpy as np
 
 from stagevar.errors import UsageError
+from stagevar.prompts.geneval import Clause, Metadata
 
 SHAPES = ("circle", "square", "triangle", "ring", "star", "cross")
 PLURALS = ("circles", "squares", "triangles", "rings", "stars", "crosses")
@@ -62,8 +63,6 @@ LONGEST_CAPTION = 11  # words: "a photo of a red ring left of a blue star"
 _GAP = 4.0 / LATTICE
 _PROPOSALS = 48
 
-Metadata = dict[str, Any]
-
 
 @dataclass(frozen=True)
 class SceneBatch:
@@ -98,8 +97,8 @@ def _article(words: str) -> str:
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
-def _item(shape: str, count: int = 1, color: str | None = None, texture: str | None = None) -> dict[str, Any]:
-    item: dict[str, Any] = {"class": shape, "count": count}
+def _item(shape: str, count: int = 1, color: str | None = None, texture: str | None = None) -> Clause:
+    item: Clause = {"class": shape, "count": count}
     if color is not None:
         item["color"] = color
     if texture is not None:
@@ -107,17 +106,18 @@ def _item(shape: str, count: int = 1, color: str | None = None, texture: str | N
     return item
 
 
-def _noun(item: dict[str, Any]) -> str:
+def _noun(item: Clause) -> str:
     shape = item["class"] if item["count"] == 1 else PLURALS[SHAPES.index(item["class"])]
     return " ".join(w for w in (item.get("texture"), item.get("color"), shape) if w)
 
 
-def _metadata(tag: str, include: list[dict[str, Any]]) -> Metadata:
+def _metadata(tag: str, include: list[Clause]) -> Metadata:
     """GenEval's dict for a task: the reference object first, then the subject with its position."""
     if tag == "counting":
         item = include[0]
         prompt = f"a photo of {NUMBERS[item['count']]} {_noun(item)}"
-        exclude = [{**item, "count": item["count"] + 1}]
+        more: Clause = {**item, "count": item["count"] + 1}
+        exclude = [more]
         return {"tag": tag, "include": include, "exclude": exclude, "prompt": prompt}
     if tag == "position":
         reference, subject = include
@@ -206,7 +206,7 @@ def prompts(split: str, n: int, seed: int = 0, tasks: tuple[str, ...] | None = N
     return [{**m, "index": i, "split": split, "unseen": unseen_pairs(m)} for i, m in enumerate(found)]
 
 
-def _endless(tag: str, split: str, rng: np.random.Generator):
+def _endless(tag: str, split: str, rng: np.random.Generator) -> Iterator[Metadata]:
     colorings = [c for c in _COLORING[tag] if split != "unseen" or c]
     queues: dict[bool, list[int]] = {c: [] for c in colorings}
     for turn in itertools.count():

@@ -12,7 +12,7 @@ from tests.fakes.studies import FULL_TOKENS, SPACE, FakeEvaluator, study, tokens
 from tuner.report.export import export
 from tuner.report.page import write_report
 from tuner.results.candidate import Finalist
-from tuner.results.codec import build, to_plain
+from tuner.results.codec import build, record_of
 from tuner.results.result import StudyResult
 from tuner.statistics.bounds import ratio_interval
 from tuner.study.verdict import LEAST_GAIN, is_settled
@@ -365,7 +365,7 @@ def test_results_survive_json_with_infinite_bounds(tmp_path):
     result = study(tmp_path, trials=3).run()
     candidate = result.candidates[0]
     odd = dataclasses.replace(candidate, processed_tokens=float("inf"))
-    assert build(type(candidate), to_plain(dataclasses.asdict(odd))).processed_tokens == float("inf")
+    assert build(type(candidate), record_of(odd)).processed_tokens == float("inf")
     with pytest.raises(UsageError, match="schema"):
         StudyResult.from_json('{"schema": 99}')
     with pytest.raises(UsageError, match="not a study result"):

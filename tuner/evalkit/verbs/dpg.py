@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import Any
 
 from stagevar.cli.arguments import existing_file
 from stagevar.errors import UsageError
@@ -48,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     from tuner.metrics.dpg import MODES, score_dpg
 
     questions, answers = read_answers(options.answers, options.questions)
-    results: dict[str, Any] = {}
+    results: dict[str, object] = {}
     lines: list[str] = []
     for mode in MODES if options.mode == "both" else (options.mode,):
         try:

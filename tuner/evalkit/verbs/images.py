@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 from stagevar import plugins
 from stagevar.cli.arguments import existing_folder, existing_path, positive_int
@@ -99,11 +98,11 @@ def run(options: argparse.Namespace) -> int:
     return deliver(options, {"metrics": results, "images_sha256": digest}, lines, packages=versions)
 
 
-def _metric_options(assignments: Sequence[str], metrics: Sequence[str]) -> dict[str, dict[str, Any]]:
+def _metric_options(assignments: Sequence[str], metrics: Sequence[str]) -> dict[str, dict[str, object]]:
     """`metric.name=value` by metric; values are read as YAML, so numbers and true/false are what they look like."""
     from stagevar.yaml_files import parse_yaml
 
-    options: dict[str, dict[str, Any]] = {name: {} for name in metrics}
+    options: dict[str, dict[str, object]] = {name: {} for name in metrics}
     for assignment in assignments:
         target, equals, value = assignment.partition("=")
         metric, dot, name = target.partition(".")
@@ -116,9 +115,9 @@ def _metric_options(assignments: Sequence[str], metrics: Sequence[str]) -> dict[
     return options
 
 
-def _flat(summary: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    rows = []
-    for name, value in summary.items():
+def _flat(summary: object, prefix: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for name, value in summary.items() if isinstance(summary, dict) else ():
         if isinstance(value, dict):
             rows += _flat(value, f"{prefix}{name}.")
         else:

@@ -6,7 +6,8 @@ import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from stagevar.cli.arguments import existing_file, existing_path, file_value, name_value, positive_int, whole_number
 from stagevar.errors import UsageError
@@ -50,7 +51,8 @@ def run(options: argparse.Namespace) -> int:
         write_metadata,
     )
 
-    results: dict[str, Any] = {}
+    results: dict[str, object] = {}
+    subset: dict[str, float] = {}
     if options.source is None:
         if options.check:
             raise UsageError("--check needs --from: the prompts that the results were made with")
@@ -67,17 +69,18 @@ def run(options: argparse.Namespace) -> int:
         prompts = [whole[index] for index in indices]
         results["indices"] = indices
         if options.check:
-            results["subset"] = subset_rank_correlation(
+            subset = results["subset"] = subset_rank_correlation(
                 _values_of(options.check, options.metric, len(whole)), whole, options.count, seed=options.seed
             )
     if options.to is not None:
         write_metadata(prompts, options.to)
     by_tag: dict[str, int] = {}
     for prompt in prompts:
-        by_tag[prompt.get("tag", "")] = by_tag.get(prompt.get("tag", ""), 0) + 1
+        tag = str(prompt.get("tag", ""))
+        by_tag[tag] = by_tag.get(tag, 0) + 1
     results |= {"count": len(prompts), "tags": by_tag, "prompts": prompts}
-    lines = [prompt["prompt"] for prompt in prompts] if options.to is None and not options.check else []
-    lines += [f"{name:<16} {value:.4f}" for name, value in results.get("subset", {}).items()]
+    lines = [str(prompt["prompt"]) for prompt in prompts] if options.to is None and not options.check else []
+    lines += [f"{name:<16} {value:.4f}" for name, value in subset.items()]
     lines += [f"{tag or 'prompts':<16} {count}" for tag, count in by_tag.items()]
     return deliver(options, results, lines)
 
@@ -94,7 +97,7 @@ def _tags(text: str) -> list[str]:
     return tags
 
 
-def _values_of(paths: Sequence[Path], metric: str, count: int) -> list[list[float]]:
+def _values_of(paths: Sequence[Path], metric: str, count: int) -> np.ndarray:
     """One row per result file: the metric's value per image, which must be one per prompt."""
     from stagevar.text_files import read_json
 
@@ -111,4 +114,4 @@ def _values_of(paths: Sequence[Path], metric: str, count: int) -> list[list[floa
                 f"{path}: {len(values)} rows of {shown(metric)} for {count} prompts; one image per prompt needed"
             )
         rows.append(values)
-    return rows
+    return np.asarray(rows)

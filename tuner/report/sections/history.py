@@ -70,10 +70,9 @@ def _savings(result: StudyResult) -> str:
         found.append(f"{facts['dropped']} further proposals were predicted to be over the budget and not tried.")
     if facts.get("predicted"):
         line = f"Latency of {facts['predicted']} was predicted from the costs of their steps"
-        if facts.get("table_error") is not None:  # a study that went on only to verify timed no steps again
-            line += (
-                f", with an error of {100 * facts['table_error']:.1f} % over {facts['table_checks']} that were timed"
-            )
+        error = facts.get("table_error")
+        if error is not None:  # a study that went on only to verify timed no steps again
+            line += f", with an error of {100 * error:.1f} % over {facts['table_checks']} that were timed"
         found.append(f"{line}.")
     foretold = facts.get("prediction", {}).get("metrics", {})
     for metric, one in foretold.items():
