@@ -115,7 +115,7 @@ class ImageReward(Metric):
     def remarks(self, prompts: Sequence[Prompt]) -> list[str]:
         return cut_prompts(prompts, self.tokenizer, self.length, "ImageReward's text tower")
 
-    def describe(self) -> dict[str, str]:
+    def describe(self) -> dict[str, object]:
         return super().describe() | {"weights": self.source, "weights_sha256": sha256_file(self.path)}
 
 
@@ -294,5 +294,5 @@ class PickScore(Metric):
     def remarks(self, prompts: Sequence[Prompt]) -> list[str]:
         return cut_prompts(prompts, self.tokenizer, self.length, "PickScore's text tower")
 
-    def describe(self) -> dict[str, str]:
+    def describe(self) -> dict[str, object]:
         return super().describe() | {"model": self.source}
