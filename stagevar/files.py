@@ -81,7 +81,11 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], N
 
 def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
     """`write_atomically` of UTF-8 text; half characters, which names of files may hold, become question marks."""
-    write_atomically(path, lambda file: file.write(text.encode("utf-8", "replace")) and None)
+
+    def write(file: BinaryIO) -> None:
+        file.write(text.encode("utf-8", "replace"))
+
+    write_atomically(path, write)
 
 
 def check_output(path: str | os.PathLike[str], what: str = "output", make_folder: bool = False) -> Path:

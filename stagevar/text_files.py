@@ -137,7 +137,8 @@ def _repeated_key(text: str) -> tuple[str, int]:
             expects_key = False
         elif expects_key:
             keys, key = objects[-1], json.loads(word)
-            if keys is not None and key in keys:
+            assert keys is not None  # a key is expected in objects only
+            if key in keys:
                 return key, len(_LINE_END.split(text[: token.start()]))
             keys.add(key)
             expects_key = False

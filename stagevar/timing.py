@@ -130,7 +130,7 @@ def _rounds(
     host: dict[str, list[float]] = {name: [] for name in runs}
     events: dict[str, list[float]] = {name: [] for name in runs}
     for index in range(rounds):
-        names = list(runs) if index % 2 == 0 else list(reversed(runs))
+        names = list(runs) if index % 2 == 0 else list(runs)[::-1]
         for name in names:
             host_ms, event_ms = time_once(runs[name], device)
             host[name].append(host_ms)

@@ -10,10 +10,11 @@ import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 from stagevar.errors import UsageError, WeightsError
 from stagevar.models import hub, memory
-from stagevar.models.base import LoadedModel, NextScaleModel, Provenance, Sampling, TextEncoder
+from stagevar.models.base import ImageTokenizer, LoadedModel, NextScaleModel, Provenance, Sampling, TextEncoder
 from stagevar.models.checkpoint.weights import fit, randomize
 from stagevar.models.hub import HubFile
 from stagevar.models.parts import Parts
@@ -218,7 +219,7 @@ def assemble(
     return LoadedModel(
         name=request.spec.name,
         transformer=transformer,
-        tokenizer=parts.tokenizer.module,
+        tokenizer=cast(ImageTokenizer, parts.tokenizer.module),
         text=text,
         sampling=sampling,
         grids=parts.grids,

@@ -25,7 +25,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from stagevar.errors import UsageError
 from stagevar.schedule import LowRank, Pivotal, ScaleStep, Steps
@@ -109,7 +109,7 @@ def estimate(parts: Parts, request: LoadRequest) -> MemoryEstimate:
     """
     from stagevar.schedule import exact
 
-    transformer = parts.transformer.module
+    transformer = cast("NextScaleModel", parts.transformer.module)
     element, batch, width = request.dtype.itemsize, request.batch, transformer.width
     chunks, depth = transformer.chunk_layers, transformer.depth
     schedule = request.schedule or exact(len(parts.grids))

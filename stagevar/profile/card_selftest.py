@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,12 +45,12 @@ def selftest(model: LoadedModel, build: Callable[[str], Sampler] | None = None) 
     """
     yield _tried("bfloat16", lambda: _bfloat16(model.device))
     for precision in ("int8", "fp8"):
-        yield _tried(f"8-bit products, {precision}", lambda p=precision: _eight_bits(p, model.device))
+        yield _tried(f"8-bit products, {precision}", partial(_eight_bits, precision, model.device))
     for name, backend in _BACKENDS.items():
-        yield _tried(f"attention, {name}", lambda b=backend: _attention(b, model.device))
+        yield _tried(f"attention, {name}", partial(_attention, backend, model.device))
     images = _Images(model, build)
     for name in _ENGINES:
-        yield _tried(f"engine {name}", lambda n=name: images.fault(n))
+        yield _tried(f"engine {name}", partial(images.fault, name))
 
 
 def _tried(name: str, check: Callable[[], str | None]) -> Check:

@@ -68,7 +68,7 @@ def section_schema(kind: type) -> Schema:
 def schedule_schema() -> Schema:
     """The schema of a StageSchedule's parameters."""
     schema = section_schema(StageSchedule)
-    properties = schema["properties"]
+    properties = typing.cast(dict[str, Schema], schema["properties"])
     for name, choices in _SCHEDULE_CHOICES.items():
         properties[name] = {"enum": list(choices)}
     names = {"enum": list(ACCELERATORS)}

@@ -75,8 +75,9 @@ def compare(
     if batch > len(texts):
         raise UsageError(f"batch {batch} is larger than the {len(texts)} prompts; give more prompts")
     batches = [(texts[i : i + batch], list(range(i, i + batch))) for i in range(0, len(texts) - batch + 1, batch)]
-    for step in (step for steps in plans.values() for step in steps if step.decision is not None):
-        sampler.accelerator.check(model, step.decision)  # refused before anything is measured
+    for decision in (step.decision for steps in plans.values() for step in steps):
+        if decision is not None:
+            sampler.accelerator.check(model, decision)  # refused before anything is measured
     with pinned(threads) if model.device.type == "cpu" else contextlib.nullcontext():
         made = {name: _observe(samplers.get(name, Sampler)(model), plans[name], texts, batch) for name in plans}
         timed = {name: _timed_sampler(model, samplers.get(name), (engines or {}).get(name, engine)) for name in plans}
@@ -197,7 +198,7 @@ def time_in_turn(
                 samples.clear()
         for index in range(rounds):
             prompts, seeds = batches[index % len(batches)]
-            for name in list(plans) if index % 2 == 0 else list(reversed(plans)):
+            for name in list(plans) if index % 2 == 0 else list(plans)[::-1]:
                 start = time.process_time()
                 host_ms, event_ms = time_once(partial(samplers[name].generate, prompts, seeds, plans[name]), device)
                 busy[name].append((time.process_time() - start) * 1e3)

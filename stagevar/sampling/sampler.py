@@ -110,7 +110,7 @@ class Sampler:
         code_sum = model.tokenizer.residual.zeros(batch, model.device)
         noise = noise or PromptNoise(prompts, seeds, model.device, self._draws)
         sampling = sampling or model.sampling
-        plans = None if steps is None and among is None else tuple(among or (steps,))
+        plans = tuple(among) if among else None if steps is None else (steps,)
         start = self.engine.start(Start(conditioning, noise, code_sum), cache, (sampling, plans))
         self._current = Generation(start, sampling, batch, cache, plans)
         return self._current
@@ -245,7 +245,7 @@ class Sampler:
         noise = generation.noise.at(scale, step.branches)
         last = scale == len(self.model.grids) - 1
         plans = generation.plans
-        later = () if last else None if plans is None else {plan[scale + 1 :] for plan in plans}
+        later = () if last else None if plans is None else tuple({plan[scale + 1 :] for plan in plans})
         updates = Updates(self.accelerator, later)
         around = self._around(generation, step, before.state, updates)
 

@@ -7,6 +7,7 @@ whole image: they explain a figure, they do not replace it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 
@@ -33,7 +34,7 @@ def time_scales(
         for name, steps in fixed.items():
             generation = sampler.begin([prompt], [seed], steps=steps)
             for index, step in enumerate(steps):
-                elapsed_ms = time_once(lambda g=generation, s=step: sampler.advance(g, s), device)[0]
+                elapsed_ms = time_once(partial(sampler.advance, generation, step), device)[0]
                 if round_ >= 0 and not step.skipped:
                     samples[name][round_, index] = elapsed_ms
     medians = {name: tuple(float(v) for v in np.median(rows, axis=0)) for name, rows in samples.items()}

@@ -196,7 +196,7 @@ class StageSchedule:
         steps: list[ScaleStep] = []
         for scale, grid in enumerate(grids):
             full = [s.scale for s in steps if s.reduction is None and not s.skipped]
-            step = self._step(scale, tuple(grid), chunks, rank_table, full[-1] if full else 0)
+            step = self._step(scale, (grid[0], grid[1]), chunks, rank_table, full[-1] if full else 0)
             if isinstance(step.reduction, Pivotal):
                 cache = step.reduction.cache_scale
                 steps[cache] = dataclasses.replace(steps[cache], keeps=step.reduction.layers)

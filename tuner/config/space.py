@@ -17,7 +17,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 from stagevar.errors import ScheduleError, StagevarError, UsageError, did_you_mean, hint
 from stagevar.models import registry
@@ -100,7 +100,7 @@ class Parameter:
         if self.kind == "ordered":
             if value == NEVER:
                 return len(self.values) - 1
-            return min(range(len(self.values)), key=lambda i: abs(_number(self.values[i]) - value))
+            return min(range(len(self.values)), key=lambda i: abs(_number(self.values[i]) - _number(value)))
         clipped = min(max(_number(value), self.low), self.high)
         return round(clipped) if self.kind == "int" else clipped
 
@@ -192,7 +192,7 @@ class SearchSpace:
             }
             if parameter.name not in limit:
                 continue
-            high = max((v for v in parameter.values if v != NEVER), default=parameter.high)
+            high = max((_number(v) for v in parameter.values if v != NEVER), default=parameter.high)
             if high > limit[parameter.name]:
                 raise UsageError(
                     f"search space: {parameter.name} reaches {high:g}, but {self.model} has {scales} scales; "
@@ -251,15 +251,15 @@ class SearchSpace:
             structure_end=start,
             semantic_end=min(self.semantic_end, start),
             cfg_delay=delay,
-            branch=given["branch"],
+            branch=cast(Literal["cond", "uncond"], given["branch"]),
             rank_ratios=None if all(r == 1 for r in ratios) else ratios,
             rank_delay=int(given["rank_delay"]),
-            projection=given["projection"],
-            rope=given["rope"],
-            site=given["site"],
+            projection=str(given["projection"]),
+            rope=str(given["rope"]),
+            site=str(given["site"]),
             skip=tuple(sorted(skip)),
-            accelerator=given["accelerator"],
-            precision=given["precision"],
+            accelerator=str(given["accelerator"]),
+            precision=str(given["precision"]),
             fuse_layer=int(given["fuse_layer"]) if fuses else 0,
         )
 
@@ -475,7 +475,8 @@ def _check(name: str, value: Any) -> Value:
         raise UsageError(
             f"search space: {name} {value!r} must be {kind}{span}{' or ' if words and span else ''}{words}{nearest}"
         )
-    return rule.kind(value)
+    checked: Value = rule.kind(value)
+    return checked
 
 
 def _parameter(name: str, data: Any) -> Parameter:
@@ -513,8 +514,8 @@ def _quality(data: Any) -> dict[str, object]:
         )
     from tuner.metrics.registry import metric_names
 
-    data = _listed_metrics(data) if "metrics" in data else data
-    for position, (name, value) in enumerate(data.items()):
+    metrics: dict[str, object] = _listed_metrics(data) if "metrics" in data else data
+    for position, (name, value) in enumerate(metrics.items()):
         _metric(name, metric_names())
         weight = value.get("weight", 1.0) if isinstance(value, dict) else value
         number = not isinstance(weight, bool) and isinstance(weight, int | float) and 0 <= weight < math.inf
@@ -523,7 +524,7 @@ def _quality(data: Any) -> dict[str, object]:
             raise UsageError(f"search space: quality weight of {name} is {weight!r}; it must be a number {least}")
         if isinstance(value, dict) and value.get("max_drop") is not None:
             check_max_drop(name, value["max_drop"], f"search space: max_drop {value['max_drop']!r} of {name}")
-    return data
+    return metrics
 
 
 def _listed_metrics(data: dict[str, object]) -> dict[str, object]:

@@ -42,7 +42,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"stagevar-tune {version_of('stagevar-tune')}")
     verbs = parser.add_subparsers(dest="verb", metavar="{" + ",".join(VERBS) + "}")
-    parser.set_defaults(run=lambda options: parser.print_help() or 0)
+
+    def show_help(options: argparse.Namespace) -> int:
+        parser.print_help()
+        return 0
+
+    parser.set_defaults(run=show_help)
     for verb in (geneval, dpg, answers, images, prompts, pairs, preference):
         verb.add(verbs)
     return parser

@@ -188,14 +188,14 @@ def _rows(
     for batch in _batches(images, todo, batch_size):
         pixels = np.stack([array for _, array in batch])
         prompts = [images[index].prompt for index, _ in batch]
-        reference = None
+        reference: np.ndarray | None = None
         if references is not None:
-            reference = [
+            theirs = [
                 FolderImage(images[index].name, references[images[index].name], "").pixels() for index, _ in batch
             ]
-            if any(array.shape != pixels.shape[1:] for array in reference):
+            if any(array.shape != pixels.shape[1:] for array in theirs):
                 raise UsageError(f"{name}: {images[batch[0][0]].name} and its reference differ in size")
-            reference = np.stack(reference)
+            reference = np.stack(theirs)
         for (index, _), row in zip(batch, metric.rows(pixels, prompts, reference), strict=True):
             finished.add(keys[index], row)
     return [finished.rows[key] for key in keys]
@@ -316,7 +316,8 @@ def _by_name(folder: Path, paths: Sequence[Path], prompts: Sequence[Mapping[str,
         for name in names:
             if entries.setdefault(name, prompt) != prompt:
                 raise UsageError(f"--prompts: two different prompts for {name}; name each image once")
-    chosen, used = [], set()
+    chosen: list[Prompt] = []
+    used = set()
     for path in paths:
         name = _name_in(folder, path)
         stems = (str(Path(name).with_suffix("")), path.stem, path.name.split(".")[0])
@@ -327,7 +328,7 @@ def _by_name(folder: Path, paths: Sequence[Path], prompts: Sequence[Mapping[str,
         used.add(id(entries[key]))
     unused = [prompt for prompt in prompts if id(prompt) not in used and prompt not in chosen]
     if unused:
-        warnings.warn(_without_image([prompt["prompt"] for prompt in unused], len(prompts)))
+        warnings.warn(_without_image([str(prompt["prompt"]) for prompt in unused], len(prompts)))
     return chosen
 
 

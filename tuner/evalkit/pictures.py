@@ -29,8 +29,9 @@ def read_picture(path: Path) -> np.ndarray:
     """
     try:
         with Image.open(path) as image:
-            if getattr(image, "n_frames", 1) > 1:
-                raise UsageError(f"{path}: {image.n_frames} pictures in one file; save the one that is meant")
+            count = getattr(image, "n_frames", 1)
+            if count > 1:
+                raise UsageError(f"{path}: {count} pictures in one file; save the one that is meant")
             image.load()
             return np.asarray(_rgb(ImageOps.exif_transpose(image), path))
     except UsageError:
@@ -67,7 +68,8 @@ def _high_byte(image: Image.Image) -> Image.Image:
 
 def _on_white(image: Image.Image) -> Image.Image:
     picture = image.convert("RGBA")
-    if picture.getextrema()[3][0] == 255:
+    least, _ = picture.getchannel("A").getextrema()
+    if least == 255:
         return picture.convert("RGB")
     white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, picture).convert("RGB")

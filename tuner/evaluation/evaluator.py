@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from stagevar.sampling.generation import Generation
     from stagevar.sampling.sampler import Sampler
     from stagevar.timing import Timing
+    from tuner.metrics.base import Metric
+    from tuner.metrics.registry import CompositeQuality
 
 Values = dict[str, np.ndarray]
 _WITH_TEXT = "text encoding, all scales and decoding of one image (batch 1)"
@@ -110,7 +112,9 @@ def walk(
             if step.decision is not None:
                 # All continuations are part of the step, so whoever shares it shares the images.
                 runs += len(sampler.model.grids) - depth
-                leaf(group, sampler.finish(generation, schedules[group[0]]))
+                images = sampler.finish(generation, schedules[group[0]])
+                if leaf is not None:
+                    leaf(group, images)
                 continue
             taken_over = advance(generation, step)
             runs += not (step.skipped or taken_over)
@@ -210,7 +214,8 @@ class ModelEvaluator:
         self.sampler = Sampler(model)
         if model.device.type == "cpu":
             torch.set_num_threads(threads)
-        self.composite, self.extra = None, {}
+        self.composite: CompositeQuality | None = None
+        self.extra: dict[str, Metric] = {}
         directions: dict[str, bool] = {}
         if not model.random_weights:
             from tuner.metrics.registry import create, create_composite
@@ -294,14 +299,16 @@ class ModelEvaluator:
         self, schedules: Sequence[Steps], split: str, batch: int, rows: slice, reference: np.ndarray | None
     ) -> list[Values]:
         """Values of some images of a micro-batch, per schedule."""
+        composite = self.composite
+        assert composite is not None  # `quality` has seen to it
         everything, _ = self.prompts[split].batch(batch)
         prompts, mine = everything[rows], None if reference is None else reference[rows]
         found: dict[int, Values] = {}
 
         def score(indices: list[int], images: np.ndarray) -> None:
-            values = self.composite.score_parts(images, prompts, mine)
+            values = composite.score_parts(images, prompts, mine)
             values |= {name: metric.score(images, prompts, mine) for name, metric in self.extra.items()}
-            values["quality"] = np.asarray(self.composite.combine(values))
+            values["quality"] = np.asarray(composite.combine(values))
             found.update(dict.fromkeys(indices, values))
 
         sampler = self._drawing(split)
@@ -405,18 +412,19 @@ class ModelEvaluator:
 
     @property
     def _needs_reference(self) -> bool:
-        return self.composite.needs_reference or any(metric.needs_reference for metric in self.extra.values())
+        metrics = [*self.extra.values(), *([] if self.composite is None else [self.composite])]
+        return any(metric.needs_reference for metric in metrics)
 
     def _begin(self, sampler: Sampler, split: str, batch: int, rows: slice, schedules: Sequence[Steps]) -> Generation:
         from tuner.metrics.base import prompt_text
 
-        prompts, seeds = (part[rows] for part in self.prompts[split].batch(batch))
-        texts, key = [prompt_text(prompt) for prompt in prompts], (split, batch, rows.start, rows.stop)
+        prompts, seeds = self.prompts[split].batch(batch)
+        texts, key = [prompt_text(prompt) for prompt in prompts[rows]], (split, batch, rows.start, rows.stop)
         if key not in self._encoded:
             self._encoded[key] = self.model.text.encode(texts)
         # Later walks start from what an eager one keeps, whatever their schedules restore from.
         among = schedules if sampler is self._serving else None
-        return sampler.begin(texts, list(seeds), among=among, encoded=self._encoded[key])
+        return sampler.begin(texts, list(seeds[rows]), among=among, encoded=self._encoded[key])
 
     def _reference(self, split: str, batch: int) -> np.ndarray:
         """The full schedule's images of a micro-batch, made once per study."""

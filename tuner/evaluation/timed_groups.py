@@ -31,6 +31,8 @@ def merged(parts: Sequence[Mapping[str, Timing]], sentinel: str | None) -> dict[
     """All timings as in the first group; without a sentinel there is one group."""
     first, *others = parts
     found = dict(first)
+    if sentinel is None:
+        return found
     for timings in others:
         for name in timings.keys() - {sentinel}:
             found[name] = scaled(timings[name], timings[sentinel], first[sentinel])

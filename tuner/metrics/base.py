@@ -96,6 +96,12 @@ class Metric(ABC):
         return {"name": self.name}
 
 
+def needed(reference_images_uint8_BHW3: np.ndarray | None) -> np.ndarray:
+    """The reference images of a metric that needs them, which `Metric.check` has asked for."""
+    assert reference_images_uint8_BHW3 is not None
+    return reference_images_uint8_BHW3
+
+
 class BenchmarkMetric(Metric):
     """A metric that keeps more than a value of each image: reasons, detections, answers."""
 

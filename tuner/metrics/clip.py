@@ -20,7 +20,7 @@ from PIL import Image
 
 from stagevar.errors import UsageError
 from stagevar.prompts.geneval import COLORS, classify_color
-from tuner.metrics.base import Metric, Prompt, prompt_text
+from tuner.metrics.base import Metric, Prompt, needed, prompt_text
 from tuner.metrics.downloads import HPSV2
 from tuner.metrics.model_files import hub_file, refuse_missing
 from tuner.metrics.remembered import Remembered
@@ -45,6 +45,7 @@ class ClipModel:
         resize_mode: str | None = None,
     ) -> None:
         self.device, self.batch_size = device, batch_size
+        self.model: Any  # whose towers are called by open_clip's names
         if model == "nano":
             self.source = "nano"
             self.model, self.preprocess, self.tokenizer = _load_nano()
@@ -153,7 +154,7 @@ class ClipImageSimilarity(Metric):
         self, images_uint8_BHW3: np.ndarray, prompts: Sequence[Prompt], reference_images_uint8_BHW3: np.ndarray | None
     ) -> np.ndarray:
         image_BD = self.clip.image_features(images_uint8_BHW3)
-        reference_BD = self.clip.known_image_features(reference_images_uint8_BHW3)
+        reference_BD = self.clip.known_image_features(needed(reference_images_uint8_BHW3))
         return (image_BD * reference_BD).sum(1).numpy()
 
     def describe(self) -> dict[str, object]:

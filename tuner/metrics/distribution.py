@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from stagevar.errors import UsageError
-from tuner.metrics.base import Prompt, SetMetric, check_images
+from tuner.metrics.base import Prompt, SetMetric, check_images, needed
 from tuner.metrics.model_files import read_state_dict, refuse_missing, url_state_dict
 
 
@@ -150,7 +150,7 @@ class Fid(_FeatureMetric):
     ) -> np.ndarray:
         count = len(images_uint8_BHW3)
         self._at_least(count, 3, "images in a batch")
-        image_BD, reference_BD = self.features(images_uint8_BHW3), self.features(reference_images_uint8_BHW3)
+        image_BD, reference_BD = self.features(images_uint8_BHW3), self.features(needed(reference_images_uint8_BHW3))
         whole = frechet_distance(image_BD, reference_BD)
         others = torch.arange(count)
         return np.array(
@@ -225,7 +225,7 @@ class Kid(_FeatureMetric):
         self, images_uint8_BHW3: np.ndarray, prompts: Sequence[Prompt], reference_images_uint8_BHW3: np.ndarray | None
     ) -> np.ndarray:
         self._at_least(len(images_uint8_BHW3), 2, "images in a batch")
-        image_BD, reference_BD = self.features(images_uint8_BHW3), self.features(reference_images_uint8_BHW3)
+        image_BD, reference_BD = self.features(images_uint8_BHW3), self.features(needed(reference_images_uint8_BHW3))
         within_B = _mean_of_others(_cubic_kernel(image_BD, image_BD))
         across_B = _cubic_kernel(image_BD, reference_BD).mean(1)
         return (within_B - 2 * across_B + _mean_of_others(_cubic_kernel(reference_BD, reference_BD)).mean()).numpy()
@@ -330,7 +330,7 @@ class Cmmd(_FeatureMetric):
     def _score(
         self, images_uint8_BHW3: np.ndarray, prompts: Sequence[Prompt], reference_images_uint8_BHW3: np.ndarray | None
     ) -> np.ndarray:
-        image_BD, reference_BD = self.features(images_uint8_BHW3), self.features(reference_images_uint8_BHW3)
+        image_BD, reference_BD = self.features(images_uint8_BHW3), self.features(needed(reference_images_uint8_BHW3))
         return self._contributions(image_BD, reference_BD).numpy()
 
     def _all(self, batches: Iterable[np.ndarray], what: str) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -149,7 +149,7 @@ class GenEval(BenchmarkMetric):
         return geneval_summary(rows, prompts)
 
     def describe(self) -> dict[str, object]:
-        classifier = getattr(self.color_classifier, "describe", lambda: {})()
+        classifier: dict[str, object] = getattr(self.color_classifier, "describe", lambda: {})()
         return super().describe() | {
             "detector": self.detector.describe(),
             "color_classifier": classifier,
@@ -166,7 +166,12 @@ def load_detector(kind: str, model: str | None = None, device: str = "cpu") -> D
     if kind not in DETECTORS:
         raise UsageError(f"detector {kind!r}: expected one of {', '.join(DETECTORS)}")
     source = model or DETECTORS[kind]
-    return {"mask2former": Mask2Former, "rtdetr": RtDetr, "owlv2": Owlv2}[kind](source, device)
+    builders: dict[str, Callable[[str, str], Detector]] = {
+        "mask2former": Mask2Former,
+        "rtdetr": RtDetr,
+        "owlv2": Owlv2,
+    }
+    return builders[kind](source, device)
 
 
 class _TransformersDetector:

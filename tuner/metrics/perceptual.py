@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ import torchvision
 from torch import nn
 
 from stagevar.errors import UsageError, WeightsError
-from tuner.metrics.base import Metric, Prompt
+from tuner.metrics.base import Metric, Prompt, needed
 from tuner.metrics.model_files import from_pretrained, pretrained_model, read_state_dict, url_state_dict
 from tuner.metrics.pixels import to_unit_range
 from tuner.metrics.remembered import Remembered
@@ -49,7 +49,7 @@ class Lpips(Metric):
     def _score(
         self, images_uint8_BHW3: np.ndarray, prompts: Sequence[Prompt], reference_images_uint8_BHW3: np.ndarray | None
     ) -> np.ndarray:
-        pairs = _pairs(images_uint8_BHW3, reference_images_uint8_BHW3, self.batch_size, self.device)
+        pairs = _pairs(images_uint8_BHW3, needed(reference_images_uint8_BHW3), self.batch_size, self.device)
         with torch.inference_mode():
             return (
                 torch.cat([self.model(image * 2 - 1, reference * 2 - 1).flatten() for image, reference in pairs])
@@ -80,7 +80,7 @@ class Dists(Metric):
     def _score(
         self, images_uint8_BHW3: np.ndarray, prompts: Sequence[Prompt], reference_images_uint8_BHW3: np.ndarray | None
     ) -> np.ndarray:
-        pairs = _pairs(images_uint8_BHW3, reference_images_uint8_BHW3, self.batch_size, self.device)
+        pairs = _pairs(images_uint8_BHW3, needed(reference_images_uint8_BHW3), self.batch_size, self.device)
         with torch.inference_mode():
             return torch.cat([self.model(image, reference).reshape(-1) for image, reference in pairs]).cpu().numpy()
 
@@ -125,14 +125,16 @@ class DinoSimilarity(Metric):
     def _score(
         self, images_uint8_BHW3: np.ndarray, prompts: Sequence[Prompt], reference_images_uint8_BHW3: np.ndarray | None
     ) -> np.ndarray:
-        return (self.features(images_uint8_BHW3) * self.known_features(reference_images_uint8_BHW3)).sum(1).numpy()
+        return (
+            (self.features(images_uint8_BHW3) * self.known_features(needed(reference_images_uint8_BHW3))).sum(1).numpy()
+        )
 
     def describe(self) -> dict[str, object]:
         return super().describe() | {"model": self.source}
 
 
 def _pairs(
-    images: np.ndarray, references: np.ndarray | None, batch_size: int, device: str
+    images: np.ndarray, references: np.ndarray, batch_size: int, device: str
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     for start in range(0, len(images), batch_size):
         part = slice(start, start + batch_size)
@@ -167,9 +169,10 @@ def _trunk(net: str, weights: str | None) -> nn.Module:
 
 def _copy_features(trunk: nn.Module, slices: nn.Module) -> None:
     """Fill LPIPS's slices, whose children keep the numbers of torchvision's `features`, from a trunk."""
+    features = cast(nn.Sequential, trunk.features)
     for slice_module in slices.children():
         for number, layer in slice_module.named_children():
-            layer.load_state_dict(trunk.features[int(number)].state_dict())
+            layer.load_state_dict(features[int(number)].state_dict())
 
 
 def _dists_network(trunk: nn.Module) -> nn.Module:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import numpy as np
 import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from tuner.metrics.base import Metric, Prompt
+from tuner.metrics.base import Metric, Prompt, needed
 
 PSNR_CEILING_DB = 100.0  # equal images have infinite PSNR, which no mean survives
 
@@ -33,7 +33,7 @@ class Psnr(Metric):
     ) -> np.ndarray:
         values_B = peak_signal_noise_ratio(
             to_unit_range(images_uint8_BHW3, self.device),
-            to_unit_range(reference_images_uint8_BHW3, self.device),
+            to_unit_range(needed(reference_images_uint8_BHW3), self.device),
             data_range=1.0,
             reduction="none",
             dim=(1, 2, 3),
@@ -53,10 +53,13 @@ class Ssim(Metric):
     def _score(
         self, images_uint8_BHW3: np.ndarray, prompts: Sequence[Prompt], reference_images_uint8_BHW3: np.ndarray | None
     ) -> np.ndarray:
-        values_B = structural_similarity_index_measure(
-            to_unit_range(images_uint8_BHW3, self.device),
-            to_unit_range(reference_images_uint8_BHW3, self.device),
-            data_range=1.0,
-            reduction="none",
+        values_B = cast(
+            torch.Tensor,
+            structural_similarity_index_measure(
+                to_unit_range(images_uint8_BHW3, self.device),
+                to_unit_range(needed(reference_images_uint8_BHW3), self.device),
+                data_range=1.0,
+                reduction="none",
+            ),
         )
         return values_B.reshape(-1).cpu().numpy()

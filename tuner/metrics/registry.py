@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -156,7 +156,8 @@ def create(name: str, *, device: str = "cpu", **options: Any) -> Metric:
     or option, or a model that cannot be had.
     """
     check_options(name, options)
-    return metric_class(name)(device=device, **options)
+    build: Callable[..., Metric] = metric_class(name)
+    return build(device=device, **options)
 
 
 def check_options(name: str, options: Mapping[str, object]) -> None:
@@ -195,8 +196,9 @@ class CompositeQuality(Metric):
         if not parts:
             raise UsageError("the quality has no metrics: name at least one, such as {geneval: 1.0}")
         self.parts = dict(parts)
-        self.needs_reference = any(metric.needs_reference for _, metric in parts.values())
-        self.needs_prompt = any(metric.needs_prompt for _, metric in parts.values())
+        # Of this composite, since it follows from the parts.
+        self.needs_reference = any(metric.needs_reference for _, metric in parts.values())  # type: ignore[misc]
+        self.needs_prompt = any(metric.needs_prompt for _, metric in parts.values())  # type: ignore[misc]
 
     def score_parts(
         self,
@@ -212,9 +214,11 @@ class CompositeQuality(Metric):
 
     def combine(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
         """The weighted sum (B,) of values by name."""
-        return sum(
-            weight * (1.0 if metric.higher_is_better else -1.0) * np.asarray(values[name], dtype=np.float64)
-            for name, (weight, metric) in self.parts.items()
+        return np.asarray(
+            sum(
+                weight * (1.0 if metric.higher_is_better else -1.0) * np.asarray(values[name], dtype=np.float64)
+                for name, (weight, metric) in self.parts.items()
+            )
         )
 
     def _score(

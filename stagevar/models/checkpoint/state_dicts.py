@@ -10,8 +10,10 @@ from torch import Tensor
 from stagevar.models.checkpoint.names import bare_names, without_wrappers
 
 #: Where state dicts usually sit, the preferred first: a raw model before its averages.
-_USUAL = ("state_dict", "model", "model_state_dict", "module", "net", "network", "generator", "transformer", "weights")
-_USUAL += ("params", "params_ema", "model_ema", "ema", "ema_state_dict", "ema_model")
+_USUAL: tuple[str, ...] = (
+    "state_dict", "model", "model_state_dict", "module", "net", "network", "generator", "transformer", "weights",
+    "params", "params_ema", "model_ema", "ema", "ema_state_dict", "ema_model",
+)  # fmt: skip
 _DEPTH = 4
 
 

@@ -34,7 +34,8 @@ class _Layer(nn.Module):
 
     def forward(self, x_BTC: Tensor, mask_B11T: Tensor) -> Tensor:
         qkv = self.qkv(self.norm1(x_BTC)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(*qkv.unbind(0), attn_mask=mask_B11T)
+        q, k, v = qkv.unbind(0)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B11T)
         x_BTC = x_BTC + self.proj(out.transpose(1, 2).flatten(2))
         return x_BTC + self.fc2(F.gelu(self.fc1(self.norm2(x_BTC)), approximate="tanh"))
 
