@@ -75,9 +75,8 @@ def compare(
     if batch > len(texts):
         raise UsageError(f"batch {batch} is larger than the {len(texts)} prompts; give more prompts")
     batches = [(texts[i : i + batch], list(range(i, i + batch))) for i in range(0, len(texts) - batch + 1, batch)]
-    for decision in (step.decision for steps in plans.values() for step in steps):
-        if decision is not None:
-            sampler.accelerator.check(model, decision)  # refused before anything is measured
+    for decision in filter(None, (step.decision for steps in plans.values() for step in steps)):
+        sampler.accelerator.check(model, decision)  # refused before anything is measured
     with pinned(threads) if model.device.type == "cpu" else contextlib.nullcontext():
         made = {name: _observe(samplers.get(name, Sampler)(model), plans[name], texts, batch) for name in plans}
         timed = {name: _timed_sampler(model, samplers.get(name), (engines or {}).get(name, engine)) for name in plans}
