@@ -82,7 +82,7 @@ class Metric(ABC):
             {"value": float(value)} for value in self.score(images_uint8_BHW3, prompts, reference_images_uint8_BHW3)
         ]
 
-    def summary(self, rows: Sequence[Facts], prompts: Sequence[Prompt]) -> Facts:
+    def summary(self, rows: Sequence[Mapping[str, object]], prompts: Sequence[Prompt]) -> Facts:
         """The published figure of many images from their rows, in the benchmark's own arithmetic. JSON values only."""
         values = [value_of(row) for row in rows]
         return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0}

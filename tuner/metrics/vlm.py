@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Protocol, cast
 
 import numpy as np
 import torch
@@ -79,14 +79,15 @@ class GenEval2(BenchmarkMetric):
             rows.append({"value": geometric_mean(shares), "item_id": str(index), "answers": shares})
         return rows
 
-    def summary(self, rows: Sequence[Facts], prompts: Sequence[Prompt]) -> Facts:
+    def summary(self, rows: Sequence[Mapping[str, object]], prompts: Sequence[Prompt]) -> Facts:
         """AM and GM of all rows; several images of one prompt count by their mean."""
         answers: dict[tuple[str, int, int], float] = {}
         images: dict[str, int] = {}
         for row in rows:
-            item, tile = row["item_id"], images.get(row["item_id"], 0)
+            item, shares = str(row["item_id"]), cast(list[float], row["answers"])
+            tile = images.get(item, 0)
             images[item] = tile + 1
-            answers |= {(item, number, tile): share for number, share in enumerate(row["answers"], start=1)}
+            answers |= {(item, number, tile): share for number, share in enumerate(shares, start=1)}
         score = score_geneval2(geneval2_questions(self.prompts), answers)
         return {**score.figures, **score.groups, "prompts": len(score.items)}
 

@@ -38,13 +38,34 @@ EXIT_CODES = {
 }
 
 
+class Agreement(TypedDict):
+    """How predictions of one metric matched what was measured of so many schedules; None where nothing was to be ranked."""
+
+    schedules: int
+    rank_correlation: float | None
+    ceiling: float | None
+    coverage: float
+    bias: float
+
+
+class PredictionFacts(TypedDict):
+    """What sensitivities were measured, what was proposed by them, and how well they predicted, per metric."""
+
+    changes: int
+    prompts: int
+    measured: bool
+    proposed: int
+    trusted: bool
+    metrics: dict[str, Agreement]
+
+
 class SearchFacts(TypedDict, total=False):
     """How a search saved work; a study without a search says nothing.
 
     savings: its switches. stopped_early, dropped, predicted: counts of schedules. table_error: share by which predicted
     ratios err, over so many `table_checks`. prompts_run: images' worth of prompts. scales_run, scales_alone: scales that
     were run, and what each schedule alone had needed. ask_seconds: of every ask. waited_s: for asks.
-    proposing_at_the_end: the sampler. space: what of the space was covered.
+    proposing_at_the_end: the sampler. prediction: of the front. space: what of the space was covered.
     """
 
     savings: dict[str, object]
@@ -60,6 +81,7 @@ class SearchFacts(TypedDict, total=False):
     ask_seconds: list[float]
     waited_s: float
     proposing_at_the_end: str
+    prediction: PredictionFacts
     space: dict[str, Any]
 
 

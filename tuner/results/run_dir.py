@@ -106,13 +106,14 @@ def repair(run_dir: Path) -> list[str]:
 
 class EvidenceRecord(TypedDict, total=False):
     """A line of trials.jsonl. kind: "baseline", "trial", "unmeasured" and "verification" have a candidate; "dropped" has
-    the trial, key and predicted ratio of a schedule that was not judged."""
+    the trial, key and predicted ratio of a schedule that was not judged; "sensitivity" has its table."""
 
     kind: Required[str]
     candidate: dict[str, object]
     trial: int
     key: str
     ratio: float
+    table: dict[str, object]
 
 
 class EvidenceLog:

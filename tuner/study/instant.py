@@ -7,7 +7,6 @@ of it, so the verdict is "unverified" and so is the profile.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from stagevar.errors import ScheduleError
 from stagevar.schedule import Steps
 from tuner.proposals.trial_sampler import Proposal
-from tuner.results.candidate import Candidate, LatencyStats
+from tuner.results.candidate import Candidate, Failed, LatencyStats, Measured
 from tuner.results.result import StudyResult
 from tuner.study.finalist_times import BASELINE, latency_stats
 from tuner.study.latency_source import SEARCH_ROUNDS, LatencySource
@@ -51,10 +50,9 @@ class InstantStudy(Study):
         self.check_identity()
         self._run_baseline(())
         self.progress.phase("timing", 100)
-        if self.ledger.measured_baseline.state == "failed":
-            result = self._result(
-                Conclusion("failed", f"the full schedule failed: {self.ledger.measured_baseline.error}")
-            )
+        baseline = self.ledger.baseline
+        if isinstance(baseline, Failed):
+            result = self._result(Conclusion("failed", f"the full schedule failed: {baseline.error}"))
         else:
             result = self._result(self._choose())
         result.save(self.run_dir)
@@ -147,8 +145,8 @@ class InstantStudy(Study):
                 *(timing.samples_ms, sentinel.samples_ms, full_ms, timing.warm_up_runs, timing.warmed),
                 *(timing.disturbed, timing.card),
             )
-            candidate = dataclasses.replace(ledger.blank(key, proposals[key]), latency=stats)
-            ledger.candidates[key] = ledger.judged(candidate)
+            candidate = ledger.blank(key, proposals[key]).becomes(Measured, latency=stats)
+            ledger.candidates[key] = ledger.with_verdicts(candidate)
             if stats.share <= LEAST_GAIN:
                 done.append((ledger.candidates[key], stats))
         return done

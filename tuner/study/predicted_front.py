@@ -30,7 +30,8 @@ from tuner.proposals.sensitivity import (
 )
 from tuner.proposals.trial_sampler import Proposal, Proposer
 from tuner.results import pareto
-from tuner.results.run_dir import SENSITIVITY_FILE
+from tuner.results.result import Agreement, PredictionFacts
+from tuner.results.run_dir import SENSITIVITY_FILE, EvidenceRecord
 from tuner.study.latency_source import LatencySource
 from tuner.study.ledger import Ledger
 from tuner.study.options import FULL_TRIALS, ROUND
@@ -102,7 +103,7 @@ class PredictedFront:
 
     # ------------------------------------------------------------------------------------------------ the table
 
-    def fill(self, records: Sequence[Mapping[str, object]]) -> None:
+    def fill(self, records: Sequence[EvidenceRecord]) -> None:
         """Takes the table that this study or an earlier one measured, or measures it; keeps it in the run directory."""
         known = next((record["table"] for record in records if record["kind"] == "sensitivity"), None)
         metrics = [limit.metric for limit in self.ledger.metrics]
@@ -293,9 +294,9 @@ class PredictedFront:
             )
         return expected, measured
 
-    def facts(self) -> dict[str, object]:
+    def facts(self) -> PredictionFacts:
         """How well predictions matched, for the result."""
-        table, metrics = self.table, dict[str, object]()
+        table, metrics = self.table, dict[str, Agreement]()
         for limit in limited(self.ledger.metrics) if table is not None else ():
             expected, measured = self._pairs(limit.metric)
             if len(expected) >= 2:

@@ -93,7 +93,7 @@ def test_foreign_files(tmp_path):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"verifed": True}, "unknown key 'verifed' in profile .nearest: verified"),
+        ({"verifed": True}, "unknown key 'verifed' in profile, did you mean verified"),
         ({"verified": "yes please"}, "verified 'yes please' must be true or false"),
         ({"steps": 3}, "steps 3 must be a list"),
         ({"model": {"name": "tiny", "weights": [1]}}, r"model\.weights \[1\] must be a mapping"),

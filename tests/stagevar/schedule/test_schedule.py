@@ -154,7 +154,7 @@ def test_refusals_name_the_value(parameters, message):
 
 
 def test_unknown_and_missing_keys():
-    with pytest.raises(ScheduleError, match=r"unknown schedule parameter 'structur_end' .nearest: structure_end"):
+    with pytest.raises(ScheduleError, match=r"unknown schedule parameter 'structur_end', did you mean structure_end"):
         StageSchedule.from_dict({"structur_end": 3})
     with pytest.raises(ScheduleError, match="structure_end is missing"):
         StageSchedule.from_dict({"cfg_delay": 3})

@@ -74,8 +74,8 @@ def _savings(result: StudyResult) -> str:
         if error is not None:  # a study that went on only to verify timed no steps again
             line += f", with an error of {100 * error:.1f} % over {facts['table_checks']} that were timed"
         found.append(f"{line}.")
-    foretold = facts.get("prediction", {}).get("metrics", {})
-    for metric, one in foretold.items():
+    foretold = facts.get("prediction")
+    for metric, one in () if foretold is None else foretold["metrics"].items():
         if one["rank_correlation"] is not None:
             ceiling = "" if one["ceiling"] is None else f" (noise allows {one['ceiling']:.2f})"
             found.append(
