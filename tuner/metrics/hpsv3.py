@@ -102,7 +102,7 @@ class HpsV3(Metric):
             width, height = (max(1, whole(side / scale / self.patch)) * self.patch for side in picture.size)
         return picture.resize((width, height), Image.Resampling.BICUBIC)
 
-    def describe(self) -> dict[str, str]:
+    def describe(self) -> dict[str, object]:
         return super().describe() | {"weights": self.source}
 
 
