@@ -188,7 +188,7 @@ class Search:
     def _reason_to_stop(self) -> bool:
         ledger = self.ledger
         if ledger.evaluated >= self.trials:
-            self.stop_reason = f"{self.trials} schedules were evaluated"
+            self.stop_reason = f"as many as asked for (--trials {self.trials})"
         elif self.stop():
             self.stop_reason = "stopped by the user"
         elif self.patience is not None and ledger.evaluated - self._best_at >= self.patience:

@@ -99,5 +99,5 @@ def test_exit_codes_are_listed_once_and_alike():
     readme = (ROOT / "README.md").read_text()
     for code, meaning in EXIT_CODES.items():
         assert f"{code} {meaning}" in text and f"| {code} | {meaning} |" in readme
-    assert [verdict for verdict, code in VERDICTS.items() if code == 5] == ["inconclusive"]
+    assert [verdict for verdict, code in VERDICTS.items() if code == 5] == ["inconclusive", "unverified"]
     assert set(VERDICTS.values()) <= set(EXIT_CODES)
