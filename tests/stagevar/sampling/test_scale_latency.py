@@ -9,6 +9,7 @@ from stagevar.sampling.scale_latency import time_scales
 from stagevar.schedule import StageSchedule, exact, skip_only
 from stagevar.testing.tiny import GRIDS, tiny_infinity
 from tests.fakes.sample_study import make
+from tuner.study.ledger import Ledger
 from tuner.study.study import Study
 
 
@@ -54,12 +55,9 @@ def test_no_rounds_is_an_error(ran):
 def study_of(result, evaluator, said):
     """What a study needs to add the shares to its measurements."""
     pick = result.pick
-    ledger = SimpleNamespace(
-        full_key=result.baseline.key,
-        baseline=result.baseline,
-        candidates={pick.key: pick},
-        steps={result.baseline.key: "all steps", pick.key: "fewer steps"},
-    )
+    ledger = object.__new__(Ledger)  # what it makes of a run's files is not wanted here
+    ledger.full_key, ledger.baseline, ledger.candidates = result.baseline.key, result.baseline, {pick.key: pick}
+    ledger.steps = {result.baseline.key: "all steps", pick.key: "fewer steps"}
     return SimpleNamespace(
         evaluator=evaluator, ledger=ledger, stop=lambda: False, progress=SimpleNamespace(say=said.append)
     )
