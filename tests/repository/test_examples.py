@@ -124,6 +124,7 @@ def acme(tmp_path_factory):
     points = tomllib.loads((PLUGIN / "pyproject.toml").read_text())["project"]["entry-points"]
     offers = {group: {name: target.split(":")[1] for name, target in names.items()} for group, names in points.items()}
     folder = install(tmp_path_factory.mktemp("site"), "acme", offers, (PLUGIN / "acme.py").read_text())
+    sys.modules.pop("acme", None)  # of other tests' packages, by the same name
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
         yield folder

@@ -15,7 +15,7 @@ from stagevar.text_files import read_json, read_json_values, read_table, split_l
 from stagevar.yaml_files import read_yaml
 from tuner.cli import plan
 from tuner.config import prompts as study_prompts
-from tuner.config.space import PromptSource
+from tuner.config.space import PromptSource, load_space
 from tuner.evalkit.image_folder import read_folder
 from tuner.evalkit.user_study import read_votes
 from tuner.evalkit.verbs import prompts
@@ -112,7 +112,7 @@ def pictures(tmp_path_factory):
 
 def every_reading(path, pictures):
     """The prompts of a file or folder by who reads them."""
-    asked = plan._asked_prompts(str(path))["source"]
+    asked = plan.with_prompts(load_space("nano"), str(path), None).prompts.source
     sets = study_prompts.load_prompts(PromptSource(source=asked, search=2, heldout=2, micro_batch=2))
     order = {prompt: place for place, prompt in enumerate(PROMPTS)}
     return {
@@ -180,7 +180,7 @@ def test_readers_of_what_a_folder_a_vote_a_result_and_a_space_say_take_the_same_
     votes = document("votes.json", {"study": "s", "voter": PROMPTS[2], "answers": [{"pair": "p", "choice": "left"}]})
     assert read_votes(read_json(key), [votes]) == [(PROMPTS[2], PROMPTS[1], "A")]
     rows = document("result.json", {"results": {"metrics": {"psnr": {"rows": [{"value": 1.5}, {"value": 2}]}}}})
-    assert prompts._values_of([rows], "psnr", 2) == [[1.5, 2.0]]
+    assert [list(values) for values in prompts._values_of([rows], "psnr", 2)] == [[1.5, 2.0]]
     space = write("prompts: {source: nano}\nquality:\n  clip_score: 1.0\n")
     (tmp_path / "space.yaml").write_bytes(space.replace(b"\t", b""))  # no tab may stand on a line of YAML, blank or not
     assert read_yaml(tmp_path / "space.yaml", "space") == {

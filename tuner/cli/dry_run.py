@@ -18,6 +18,7 @@ def print_plan(checked: Plan) -> int:
 
     space, args = checked.space, checked.args
     limits = () if args.weights == "random" else quality_limits(space.quality, args.max_drop)
+    judged = args.weights != "random" and args.effort != "instant"
     (search, heldout), micro_batch = set_sizes(space.prompts), space.prompts.micro_batch
     downloads, memory = costs.downloads_of(checked.model, space.quality), costs.memory_plan(checked.model, micro_batch)
     plan_data = {
@@ -34,7 +35,7 @@ def print_plan(checked: Plan) -> int:
         "searched": [p.name for p in space.parameters],
         "micro_batch": micro_batch,
         "settings": costs.settings_of(space),
-        "images_at_most": 0 if args.weights == "random" else costs.images_at_most(args.trials, search, heldout),
+        "images_at_most": costs.images_at_most(args.most_trials, search, heldout) if judged else 0,
         "downloads": [dataclasses.asdict(download) for download in downloads],
         "memory": None if memory is None else dataclasses.asdict(memory),
     }

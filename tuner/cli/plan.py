@@ -167,13 +167,15 @@ def check_provable(space: SearchSpace, max_drop: Mapping[str, float], weights: s
 
 
 def check_effort(args: argparse.Namespace) -> None:
-    """Fills in how many schedules an effort evaluates. Raises UsageError for options that contradict each other."""
+    """Fills in how many schedules are evaluated, and at most. Raises UsageError for options that contradict each other."""
     if args.exhaustive:
         if args.effort == "instant":
             raise UsageError("--exhaustive judges every schedule and --effort instant none; leave out one of them")
         args.effort = "full"
+    few = args.trials is None and args.effort == "quick" and args.weights != "random"
     if args.trials is None:
-        args.trials = QUICK_TRIALS if args.effort == "quick" and args.weights != "random" else FULL_TRIALS
+        args.trials = QUICK_TRIALS if few else FULL_TRIALS
+    args.most_trials = FULL_TRIALS if few else args.trials
 
 
 def check_placement(args: argparse.Namespace, run_dir: Path) -> None:

@@ -300,7 +300,7 @@ def build_study(checked: Plan, progress: Any, stop: Callable[[], bool]) -> Study
         command=checked.command,
         versions=versions() | plugged_versions(space),
         patience=args.patience,
-        savings=EXHAUSTIVE if args.exhaustive else Savings(sensitivity=True, few=args.effort == "quick"),
+        savings=EXHAUSTIVE if args.exhaustive else Savings(sensitivity=True, few=args.most_trials > args.trials),
         earlier=None if args.start_from is None else load_table(args.start_from, args.model),
     )
     if args.store is not None and not evaluator.facts.random_weights:

@@ -37,7 +37,8 @@ def drawing_line(trials: int, search: int, heldout: int, full_ms: float) -> str:
     """What drawing takes at most, from the first timing; batches and shared scales make it less."""
     images = images_at_most(trials, search, heldout)
     hours = images * full_ms / 3.6e6
-    return f"at most {images:,} images of {full_ms:,.0f} ms: {hours:.1f} hours of drawing, metrics not counted"
+    drawing = f"at most {images:,} images of {full_ms:,.0f} ms: {hours:.1f} hours of drawing"
+    return f"{drawing}, sensitivities and metrics not counted"
 
 
 def downloads_of(model: ModelRequest, quality: Mapping[str, object]) -> list[Download]:

@@ -66,3 +66,8 @@ class Options:
     patience: int | None = None
     savings: Savings = field(default_factory=Savings)
     earlier: Sensitivities | None = None
+
+    @property
+    def most_trials(self) -> int:
+        """Schedules that are evaluated at most, where predictions do not hold."""
+        return max(self.trials, FULL_TRIALS) if self.savings.few else self.trials

@@ -134,7 +134,7 @@ class Study:
             ledger.baseline = blank.becomes(Measured, latency=latency)
             if self.quality:
                 sizes = len(search), len(self.prompts["heldout"])
-                self.progress.say(drawing_line(self.options.trials, *sizes, latency.median_ms))
+                self.progress.say(drawing_line(self.options.most_trials, *sizes, latency.median_ms))
         except InfrastructureError:
             raise
         except Exception as error:

@@ -30,7 +30,7 @@ PROMPT = "a photo of two blue stars"
 def test_arguments_come_as_text_or_values():
     text = Arguments.read({"model": "nano", "replicas": "3", "gpus": "0.5", "compare": "false", "timeout": "9"})
     assert text == Arguments.read({"model": "nano", "replicas": 3, "gpus": 0.5, "compare": False, "timeout": 9})
-    assert text.loading().model == "nano" and text.loading().profile is None
+    assert text.loading().request.name == "nano" and text.loading().profile is None
     for given, message in (
         ({}, "give either profile=FILE or model=NAME"),
         ({"model": "nano", "profile": "p.yaml"}, "give either"),

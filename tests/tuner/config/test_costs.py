@@ -84,6 +84,13 @@ def test_a_dry_run_says_it(weights, capsys):
     assert ("mask2former" in shown) != bool(weights)
 
 
+def test_a_dry_run_counts_no_images_where_none_is_judged_and_the_schedules_that_were_asked_for(capsys):
+    words = ["--model", "nano", "--budget", "80%", "--dry-run", "--json", "--prompts", "64", "--heldout", "512"]
+    for more, images in ((["--effort", "instant"], 0), (["--trials", "5"], 6 * 64 + 7 * 512), ([], 31 * 64 + 7 * 512)):
+        assert main([*words, *more]) == 0
+        assert json.loads(capsys.readouterr().out)["images_at_most"] == images
+
+
 def test_a_run_names_the_files_to_fetch_before_it_loads_anything(monkeypatch, capsys, tmp_path):
     said = []
 
