@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import importlib
 import io
 import json
 import warnings
@@ -186,7 +187,7 @@ def parts_once(request: LoadRequest) -> object:
 @pytest.fixture
 def stubs(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    for place in (
+    places = (
         "stagevar.models.registry.load_model",
         "stagevar.models.convert.load_into",
         "stagevar.serving.server.serve",
@@ -195,7 +196,11 @@ def stubs(folder, monkeypatch):
         "tuner.cluster.sweep.run_sweep",
         "tuner.metrics.registry.create",
         "tuner.similarities.create",
-    ):
+    )
+    # All first: a module that is imported once another one is patched would keep the stub for good.
+    for place in places:
+        importlib.import_module(place.rpartition(".")[0])
+    for place in places:
         monkeypatch.setattr(place, reached)
     # Neither takes a file, but each a tenth of a second, every time.
     monkeypatch.setattr("stagevar.models.memory.estimate_model", reached)
