@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from stagevar.timing import Timing
 
 #: Timing rounds after which decisions are taken, with an equal share of the error each. Decided finalists take no further
-#: part; beyond PATIENT_ROUNDS only those do whom the last look would decide if their estimates hold.
+#: part; beyond PATIENT_ROUNDS only those do whom the last look would decide if their estimates hold, or, where none is within
+#: the budget yet, whose estimates are.
 ROUNDS = (15, 30, 60, 120, 240)
 PATIENT_ROUNDS = 60
 BASELINE = "baseline"
@@ -111,6 +112,8 @@ class FinalistTimes:
         undecided = [v for v in self.verdicts(name) if v.status == "open"]
         if not undecided or rounds < PATIENT_ROUNDS:
             return bool(undecided)
+        if all(v.value <= v.limit for v in undecided) and all(self.status(n) != "met" for n in self.finalists):
+            return True  # without it the study ends inconclusive, and whoever resumes it times everything again
         shrinks = (rounds / ROUNDS[-1]) ** 0.5
         return all(abs(v.limit - v.value) >= (v.bound - v.value) * shrinks for v in undecided)
 

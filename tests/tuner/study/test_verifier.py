@@ -66,9 +66,15 @@ def test_a_decided_finalist_is_timed_no_more_and_an_undecided_one_until_the_last
 
 
 def test_a_finalist_that_no_look_would_decide_is_left_after_sixty_rounds():
-    evaluator = Counting({EDGE: 0.5999}, spread=0.2, drop=lambda steps: 0.0)
-    found = verified(evaluator, {"edge": EDGE})
+    evaluator = Counting({FAST: 0.3, EDGE: 0.5999}, spread=0.2, drop=lambda steps: 0.0)
+    found = verified(evaluator, {"fast": FAST, "edge": EDGE})
     assert evaluator.timed["edge"] == 60 and found["edge"].times_open
+
+
+@pytest.mark.parametrize(("ratio", "rounds"), [(0.5999, ROUNDS[-1]), (0.6001, 60)])
+def test_where_none_is_within_the_budget_those_whose_estimates_are_get_every_round(ratio, rounds):
+    evaluator = Counting({EDGE: ratio}, spread=0.2, drop=lambda steps: 0.0)
+    assert verified(evaluator, {"edge": EDGE})["edge"].times_open and evaluator.timed["edge"] == rounds
 
 
 @pytest.mark.parametrize("lost", [0.0, 0.5])
