@@ -58,6 +58,19 @@ def latency_stats(
     )
 
 
+def timed_stats(timing: Timing, full: Timing | None = None, full_ms: float | None = None) -> LatencyStats:
+    """Figures of a timing; with the full schedule's of the same rounds also the ratio, scaled to `full_ms`."""
+    return latency_stats(
+        timing.samples_ms,
+        None if full is None else full.samples_ms,
+        full_ms,
+        timing.warm_up_runs,
+        timing.warmed,
+        timing.disturbed,
+        timing.card,
+    )
+
+
 class FinalistTimes:
     """Timings of finalists beside the full schedule.
 

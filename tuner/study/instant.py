@@ -16,7 +16,7 @@ from stagevar.schedule import Steps
 from tuner.proposals.trial_sampler import Proposal
 from tuner.results.candidate import Candidate, Failed, LatencyStats, Measured
 from tuner.results.result import StudyResult
-from tuner.study.finalist_times import BASELINE, latency_stats
+from tuner.study.finalist_times import BASELINE, timed_stats
 from tuner.study.latency_source import SEARCH_ROUNDS, LatencySource
 from tuner.study.predicted_front import PredictedFront
 from tuner.study.study import Study
@@ -138,13 +138,8 @@ class InstantStudy(Study):
         if not schedules:
             return done
         found = self.evaluator.latency({BASELINE: ledger.full, **schedules}, SEARCH_ROUNDS)
-        full_ms, sentinel = ledger.limits.baseline_ms, found[BASELINE]
         for key in schedules:
-            timing = found[key]
-            stats = latency_stats(
-                *(timing.samples_ms, sentinel.samples_ms, full_ms, timing.warm_up_runs, timing.warmed),
-                *(timing.disturbed, timing.card),
-            )
+            stats = timed_stats(found[key], found[BASELINE], ledger.limits.baseline_ms)
             candidate = ledger.blank(key, proposals[key]).becomes(Measured, latency=stats)
             ledger.candidates[key] = ledger.with_verdicts(candidate)
             if stats.share <= LEAST_GAIN:

@@ -15,7 +15,7 @@ from tuner.evaluation.executor import Failed, NotMeasured
 from tuner.evaluation.step_costs import TOLERANCE, StepCosts
 from tuner.results.candidate import LatencyStats
 from tuner.study.ask_ahead import Asked
-from tuner.study.finalist_times import BASELINE, latency_stats
+from tuner.study.finalist_times import BASELINE, timed_stats
 from tuner.study.ledger import Ledger
 from tuner.study.progress import Progress
 
@@ -93,15 +93,7 @@ class LatencySource:
                 latencies[p.key] = self.ledger.predicted(self.table.predict(p.steps))
             elif p.key not in errors:
                 timing, sentinel = timings[p.key]
-                latencies[p.key] = latency_stats(
-                    timing.samples_ms,
-                    sentinel.samples_ms,
-                    full_ms,
-                    timing.warm_up_runs,
-                    timing.warmed,
-                    timing.disturbed,
-                    timing.card,
-                )
+                latencies[p.key] = timed_stats(timing, sentinel, full_ms)
                 self.table.check(p.steps, latencies[p.key].share)
         return latencies, errors
 

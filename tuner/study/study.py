@@ -28,7 +28,7 @@ from tuner.results.candidate import Failed as FailedCandidate
 from tuner.results.codec import build
 from tuner.results.result import EXIT_CODES, SearchFacts, StudyResult
 from tuner.results.run_dir import EvidenceRecord, write_pictures
-from tuner.study.finalist_times import BASELINE, latency_stats
+from tuner.study.finalist_times import BASELINE, timed_stats
 from tuner.study.identity import Identity, RunConfig, identity_of
 from tuner.study.ledger import Ledger
 from tuner.study.options import Options
@@ -126,9 +126,7 @@ class Study:
         try:
             self.progress.update(0, "timing the full schedule")
             timing = self.evaluator.latency({BASELINE: ledger.full}, BASELINE_ROUNDS)[BASELINE]
-            latency = latency_stats(
-                timing.samples_ms, None, None, timing.warm_up_runs, timing.warmed, timing.disturbed, timing.card
-            )
+            latency = timed_stats(timing)
             for why in timing.disturbed:
                 self.progress.say(f"timings may be wrong, also when taken again: {why}")
             ledger.baseline = blank.becomes(Measured, latency=latency)
