@@ -89,7 +89,7 @@ def announce(result: StudyResult, run_dir: Path, written: Sequence[Path], args: 
     for key in result.nearest:
         near = result.candidate(key)
         print(f"nearest          {_speedup(near)}, {_change(result, near)}: {describe(near.steps)}")
-    tried = f"{len(result.candidates)} evaluated, {result.sampled} of them proposed by the sampler"
+    tried = f"{len(result.candidates)} evaluated, {result.sampled} of them proposed by the search"
     print(f"schedules        {tried}; {result.stop_reason}")
     print("seconds          " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.phases_s.items()))
     for path in written:

@@ -149,7 +149,7 @@ class Candidate:
         schedule: StageSchedule.to_dict().
         steps: one mapping per scale (`stagevar.profile` spelling).
         accelerator: its name.
-        source: "enqueued: <preset>" or "sampler".
+        source: "enqueued: <preset>", "predicted" (by sensitivities) or "sampler".
         trial: first trial number; None for the full schedule, which is no trial.
         skipped_scales: count.
         processed_tokens: token rows through the trunk, both branches.
