@@ -7,16 +7,14 @@ enumerating half a million settings would take longer than it tells.
 from __future__ import annotations
 
 import itertools
-import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from stagevar.errors import ScheduleError
 from stagevar.schedule import Steps
 from stagevar.schedule.grids import Grid
 from tuner.config.costs import settings_of
-from tuner.config.space import Parameter, SearchSpace, Value, draw, steps_key
+from tuner.config.space import Parameter, SearchSpace, Value, drawn_settings, steps_key
 
 #: Settings drawn to count schedules and what the budget excludes.
 DRAWS = 1000
@@ -76,16 +74,13 @@ def coverage(
         tried: values per evaluated schedule; presets at the nearest ones. ratio: predicted latency as a share of the full
             schedule's, None where it cannot be predicted. budget_ratio: the budget, likewise.
     """
-    rng = random.Random(seed)
     found: dict[str, Steps] = {}
     unfit = 0
-    for _ in range(DRAWS):
-        try:
-            steps = space.schedule(draw(space, rng), grids).expand(grids, chunks)
-        except ScheduleError:
+    for _, steps in drawn_settings(space, grids, chunks, seed, DRAWS):
+        if steps is None:
             unfit += 1
-            continue
-        found.setdefault(steps_key(steps), steps)
+        else:
+            found.setdefault(steps_key(steps), steps)
     ratios = [value for value in map(ratio, found.values()) if value is not None]
     return SpaceCoverage(
         settings=settings_of(space),

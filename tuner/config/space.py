@@ -309,17 +309,26 @@ def draw(space: SearchSpace, rng: random.Random) -> dict[str, Value]:
     return values
 
 
-def draws(
+def drawn_settings(
     space: SearchSpace, grids: Sequence[Grid], chunks: int, seed: int, at_most: int | None = None
-) -> Iterator[Steps]:
-    """Expanded schedules drawn uniformly from the space, repeats included; points without a schedule are passed over.
+) -> Iterator[tuple[dict[str, Value], Steps | None]]:
+    """Values drawn uniformly from the space, repeats included, each with its expansion, None where it has none.
 
-    at_most: draws, not schedules; None goes on for ever.
+    at_most: draws; None goes on for ever.
     """
     rng = random.Random(seed)
     for _ in itertools.count() if at_most is None else range(at_most):
+        values, steps = draw(space, rng), None
         with contextlib.suppress(ScheduleError):
-            yield space.schedule(draw(space, rng), grids).expand(grids, chunks)
+            steps = space.schedule(values, grids).expand(grids, chunks)
+        yield values, steps
+
+
+def draws(
+    space: SearchSpace, grids: Sequence[Grid], chunks: int, seed: int, at_most: int | None = None
+) -> Iterator[Steps]:
+    """The expansions among `drawn_settings`. at_most: draws, not schedules."""
+    return (steps for _, steps in drawn_settings(space, grids, chunks, seed, at_most) if steps is not None)
 
 
 def steps_key(steps: Steps) -> str:

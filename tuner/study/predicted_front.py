@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from stagevar.errors import ScheduleError, UsageError
+from stagevar.errors import UsageError
 from stagevar.files import write_text_atomically, writing
 from stagevar.schedule import Steps
 from tuner.config.prompts import PromptSet
 from tuner.config.quality import factors, limited
-from tuner.config.space import Value, draw, draws, steps_key
+from tuner.config.space import Value, drawn_settings, draws, steps_key
 from tuner.evaluation.executor import Executor, Failed, QualityTask
 from tuner.proposals.sampler_process import ProposerProcess
 from tuner.proposals.sensitivity import (
@@ -155,10 +154,12 @@ class PredictedFront:
         self.table = Sensitivities(metrics, rows) if rows else None
 
     def _differences(self, parts: Sequence[Mapping[str, np.ndarray]], metric: str) -> np.ndarray:
-        own = np.concatenate([np.asarray(part[metric], dtype=np.float64) for part in parts])
+        return self._paired(np.concatenate([np.asarray(part[metric], dtype=np.float64) for part in parts]), metric)
+
+    def _paired(self, own: np.ndarray, metric: str) -> np.ndarray:
+        """Differences to the full schedule on the first search prompts, positive is better."""
         full = np.asarray(self.ledger.measured_baseline.values[metric])[: own.size]
-        sign = 1.0 if self.ledger.facts.higher_is_better.get(metric, True) else -1.0
-        return sign * (own - full)
+        return (own - full) * (1.0 if self.ledger.facts.higher_is_better.get(metric, True) else -1.0)
 
     # ------------------------------------------------------------------------------------------------ the front
 
@@ -196,15 +197,10 @@ class PredictedFront:
 
     def _front(self) -> list[Forecast]:
         """Drawn schedules within budget and limits, best fronts first."""
-        ledger, rng = self.ledger, random.Random(self.seed)
+        ledger, facts = self.ledger, self.ledger.facts
         found: dict[str, Forecast] = {}
-        for _ in range(FRONT_DRAWS):
-            values = draw(ledger.space, rng)
-            try:
-                steps = ledger.space.schedule(values, ledger.facts.grids).expand(
-                    ledger.facts.grids, ledger.facts.chunks
-                )
-            except ScheduleError:
+        for values, steps in drawn_settings(ledger.space, facts.grids, facts.chunks, self.seed, FRONT_DRAWS):
+            if steps is None:
                 continue
             key = steps_key(steps)
             if key in found or key == ledger.full_key:
@@ -278,15 +274,14 @@ class PredictedFront:
         measured: list[np.ndarray] = []
         if self.table is None or self.ledger.baseline is None:
             return expected, measured
-        per_unit, full = factors(self.ledger.metrics), self.ledger.measured_baseline.values
+        per_unit = factors(self.ledger.metrics)
         for candidate in self.ledger.candidates.values():
             found_MN = self.table.differences(self.ledger.steps[candidate.key])
             values = candidate.values.get(metric)
             if found_MN is None or not values or len(values) < 2:
                 continue
             rows = dict(zip(self.table.metrics, found_MN, strict=True))
-            sign = 1.0 if self.ledger.facts.higher_is_better.get(metric, True) or metric == "quality" else -1.0
-            own = sign * (np.asarray(values) - np.asarray(full[metric])[: len(values)])
+            own = self._paired(np.asarray(values), metric)
             unseen = own[self.table.prompts :]
             measured.append(unseen if unseen.size >= LEAST_UNSEEN else own)
             expected.append(
