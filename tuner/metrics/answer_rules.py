@@ -11,7 +11,7 @@ OneIG-Bench, Chang et al. 2025, github OneIG-Bench/OneIG-Benchmark, `scripts/ali
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -65,13 +65,11 @@ def score_geneval2(questions: Sequence[Question], answers: Answers) -> AnswerSco
     answers (AM). By number of atoms, where the questions say it: the mean of the prompts' GM.
     Raises UsageError for a question that is not answered on an image of its item.
     """
-    items, unanswered = [], []
+    items = []
     skills: dict[str, list[float]] = {}
     atoms: dict[str, list[float]] = {}
-    for item_id, group, images in _answered(questions, answers):
-        if not images:
-            unanswered.append(item_id)
-            continue
+    answered, unanswered = _answered(questions, answers)
+    for item_id, group, images in answered:
         arithmetic = _mean(_mean(image) for image in images)
         geometric = _mean(geometric_mean(image) for image in images)
         items.append(ItemScore(item_id, arithmetic, geometric))
@@ -85,7 +83,7 @@ def score_geneval2(questions: Sequence[Question], answers: Answers) -> AnswerSco
         "soft_tifa_gm": 100 * _mean(item.other or 0.0 for item in items),
     }
     groups = {"skill_am": skills, "atoms_gm": dict(sorted(atoms.items(), key=lambda entry: int(entry[0])))}
-    return AnswerScore(figures, tuple(items), _group_means(groups, 100), tuple(unanswered))
+    return AnswerScore(figures, tuple(items), _group_means(groups, 100), unanswered)
 
 
 def score_compbench(questions: Sequence[Question], answers: Answers) -> AnswerScore:
@@ -94,19 +92,15 @@ def score_compbench(questions: Sequence[Question], answers: Answers) -> AnswerSc
     Each image is rounded to four decimals, as published; the score is the mean over images. The benchmark uses it for color,
     shape and texture; its other categories need a detector and CLIP. By the category of the item's first question, if any.
     """
-    items, unanswered, every = [], [], []
+    items, every = [], []
     categories: dict[str, list[float]] = {}
-    for item_id, group, images in _answered(questions, answers):
-        if not images:
-            unanswered.append(item_id)
-            continue
+    answered, unanswered = _answered(questions, answers)
+    for item_id, group, images in answered:
         products = [round(math.prod(image), 4) for image in images]
         items.append(ItemScore(item_id, _mean(products)))
         categories.setdefault(group[0].category, []).extend(products)
         every += products
-    return AnswerScore(
-        {"blip_vqa": _mean(every)}, tuple(items), _group_means({"category": categories}, 1), tuple(unanswered)
-    )
+    return AnswerScore({"blip_vqa": _mean(every)}, tuple(items), _group_means({"category": categories}, 1), unanswered)
 
 
 def score_oneig(questions: Sequence[Question], answers: Answers) -> AnswerScore:
@@ -115,11 +109,9 @@ def score_oneig(questions: Sequence[Question], answers: Answers) -> AnswerScore:
     A parent counts by its own answer: unlike in DPG-Bench, what a no has put to 0 puts nothing further to 0. A parent that is
     not there is passed over. An item is the mean of its images, the score the mean of the items.
     """
-    items, unanswered = [], []
-    for item_id, group, images in _answered(questions, answers):
-        if not images:
-            unanswered.append(item_id)
-            continue
+    items = []
+    answered, unanswered = _answered(questions, answers)
+    for item_id, group, images in answered:
         shares = []
         for image in images:
             said = {question.proposition_id: answer for question, answer in zip(group, image, strict=True)}
@@ -129,7 +121,7 @@ def score_oneig(questions: Sequence[Question], answers: Answers) -> AnswerScore:
             ]
             shares.append(_mean(kept))
         items.append(ItemScore(item_id, _mean(shares)))
-    return AnswerScore({"alignment": _mean(item.score for item in items)}, tuple(items), {}, tuple(unanswered))
+    return AnswerScore({"alignment": _mean(item.score for item in items)}, tuple(items), {}, unanswered)
 
 
 def _groups(questions: Sequence[Question]) -> dict[str, list[Question]]:
@@ -141,14 +133,15 @@ def _groups(questions: Sequence[Question]) -> dict[str, list[Question]]:
 
 def _answered(
     questions: Sequence[Question], answers: Answers
-) -> Iterator[tuple[str, list[Question], list[list[float]]]]:
-    """(item, its questions, per image its answers in their order); an item without answers has no images.
+) -> tuple[list[tuple[str, list[Question], list[list[float]]]], tuple[str, ...]]:
+    """Items with answers, each with its questions and, per image, its answers in their order; and the other items.
 
     Raises UsageError for a question that is not answered on an image of its item.
     """
     tiles: dict[str, set[int]] = {}
     for item_id, _, tile in answers:
         tiles.setdefault(item_id, set()).add(tile)
+    found, unanswered = [], []
     for item_id, group in _groups(questions).items():
         images = []
         for tile in sorted(tiles.get(item_id, ())):
@@ -158,7 +151,11 @@ def _answered(
                         f"item {item_id}, proposition {question.proposition_id}: no answer for tile {tile}"
                     )
             images.append([answers[item_id, question.proposition_id, tile] for question in group])
-        yield item_id, group, images
+        if images:
+            found.append((item_id, group, images))
+        else:
+            unanswered.append(item_id)
+    return found, tuple(unanswered)
 
 
 def _group_means(groups: Mapping[str, Mapping[str, Sequence[float]]], factor: float) -> dict[str, dict[str, float]]:
