@@ -9,10 +9,9 @@ import pytest
 from stagevar.cli import command as stagevar_cli
 from stagevar.models import registry
 from stagevar.models.registry import load_model
-from stagevar.profile import Profile, present_envelope, steps_to_data
-from stagevar.schedule import paper
 from stagevar.testing.tiny import tiny_infinity
 from tests import ROOT, links
+from tests.fakes.serving import save_profile
 from tuner.cli.command import verb_parser
 from tuner.cli.tune import build_parser
 from tuner.evalkit import command as eval_cli
@@ -34,18 +33,9 @@ def with_blocks(*languages):
 def demo_run(tmp_path, monkeypatch):
     """A working directory in which outputs/demo/profile.yaml is a profile of nano."""
     nano = load_model("nano", device="cpu")
-    schedule = paper(nano.grids)
     folder = tmp_path / "outputs" / "demo"
     folder.mkdir(parents=True)
-    Profile(
-        model={"name": "nano", "weights": nano.provenance["weights"], "load": nano.provenance["load"]},
-        schedule=schedule,
-        steps=steps_to_data(schedule.expand(nano.grids, len(nano.transformer.chunk_layers))),
-        sampling={},
-        envelope=present_envelope(nano, batch=1, threads=1),
-        verified=False,
-        verdict="made by a test",
-    ).save(folder / "profile.yaml")
+    save_profile(nano, folder / "profile.yaml", verified=False)
     monkeypatch.chdir(tmp_path)
 
 

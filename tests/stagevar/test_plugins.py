@@ -17,12 +17,13 @@ from stagevar.models import registry
 from stagevar.models.registry import MODELS
 from stagevar.models.request import ModelRequest
 from stagevar.plugins import PluginError
-from stagevar.profile import Profile, present_envelope, steps_to_data
+from stagevar.profile import Profile, steps_to_data
 from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import PLUGGED_ACCELERATORS, Pivotal, Plugged, StageSchedule, exact
 from stagevar.testing.tiny import tiny_infinity
 from tests import ROOT
 from tests.fakes.plugin_package import MODULE, OFFERS, install
+from tests.fakes.serving import save_profile
 from tuner.cli import doctor
 from tuner.cli.tune import plugged_versions
 from tuner.config.prompts import load_prompts
@@ -105,15 +106,7 @@ def test_a_profile_needs_its_plug_in(installed, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.syspath_prepend(str(install(tmp_path / "acme", "acme")))
         schedule = StageSchedule(6, accelerator="halving", rank_ratios=(0.4,))
-        Profile(
-            model={"name": "nano", "weights": nano.provenance["weights"], "load": nano.provenance["load"]},
-            schedule=schedule,
-            steps=steps_to_data(schedule.expand(nano.grids, len(nano.transformer.chunk_layers))),
-            sampling={},
-            envelope=present_envelope(nano, batch=1, threads=1),
-            verified=False,
-            verdict="made by a test",
-        ).save(tmp_path / "profile.yaml")
+        save_profile(nano, tmp_path / "profile.yaml", schedule=schedule, verified=False)
         pipeline = Profile.load(tmp_path / "profile.yaml").pipeline()
         assert pipeline.generate(["a photo of a red circle"])[0].size == nano.pixels
     with pytest.raises(UsageError, match="accelerator 'halving' is not one of exact, stagevar, fastvar"):
