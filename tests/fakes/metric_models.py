@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -343,11 +344,31 @@ def trunk_file(folder: Path, net: str) -> str:
     return str(folder / f"{net}.safetensors")
 
 
+_QWEN_CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def _qwen_tokenizer(folder: Path, merges: Sequence[str] = ()) -> tuple[Any, dict[str, int]]:
+    """A tokenizer of bytes and of what these merges make of them, and the tokens that a configuration names."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer
+
+    words = [*sorted(ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in merges)]
+    (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("".join(f"{line}\n" for line in ("#version: 0.2", *merges)))
+    tokenizer = Qwen2Tokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    marks = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    names = "vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id"
+    return tokenizer, dict(zip(names, tokenizer.convert_tokens_to_ids(marks[:4]), strict=True))
+
+
 def qwen3_vl_folder(folder: Path) -> str:
     """A Qwen3-VL that reads bytes, with a token of its own for Yes."""
-    from tokenizers.pre_tokenizers import ByteLevel
     from transformers import (
-        Qwen2Tokenizer,
         Qwen2VLImageProcessor,
         Qwen3VLConfig,
         Qwen3VLForConditionalGeneration,
@@ -356,13 +377,7 @@ def qwen3_vl_folder(folder: Path) -> str:
     )
 
     torch.manual_seed(0)
-    words = [*sorted(ByteLevel.alphabet()), "es", "Yes"]
-    (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\ne s\nY es\n")
-    tokenizer = Qwen2Tokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    marks = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer.add_special_tokens({"additional_special_tokens": marks})
-    start, end, image, video = tokenizer.convert_tokens_to_ids(marks[:4])
+    tokenizer, ids = _qwen_tokenizer(folder, ("e s", "Y es"))
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
     config = Qwen3VLConfig(
         text_config={
@@ -385,42 +400,26 @@ def qwen3_vl_folder(folder: Path) -> str:
             "num_position_embeddings": 16,
             "deepstack_visual_indexes": [0],
         },
-        image_token_id=image,
-        video_token_id=video,
-        vision_start_token_id=start,
-        vision_end_token_id=end,
+        **ids,
     )
     Qwen3VLForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(folder)
-    template = (
-        "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
-        "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
-        "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
     images = Qwen2VLImageProcessor(
         patch_size=16, merge_size=2, size={"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
     )
-    Qwen3VLProcessor(images, tokenizer, Qwen3VLVideoProcessor(), chat_template=template).save_pretrained(folder)
+    Qwen3VLProcessor(images, tokenizer, Qwen3VLVideoProcessor(), chat_template=_QWEN_CHAT).save_pretrained(folder)
     return str(folder)
 
 
 def qwen2_vl_folder(folder: Path) -> tuple[str, Any]:
     """Configuration and processor of a Qwen2-VL that reads bytes, and that configuration."""
-    from tokenizers.pre_tokenizers import ByteLevel
     from transformers import (
-        Qwen2Tokenizer,
         Qwen2VLConfig,
         Qwen2VLImageProcessor,
         Qwen2VLProcessor,
         Qwen2VLVideoProcessor,
     )
 
-    words = sorted(ByteLevel.alphabet())
-    (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = Qwen2Tokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    marks = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer.add_special_tokens({"additional_special_tokens": marks})
-    start, end, image, video = tokenizer.convert_tokens_to_ids(marks[:4])
+    tokenizer, ids = _qwen_tokenizer(folder)
     config = Qwen2VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
@@ -432,18 +431,10 @@ def qwen2_vl_folder(folder: Path) -> tuple[str, Any]:
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]},
         },
         vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "patch_size": 14},
-        image_token_id=image,
-        video_token_id=video,
-        vision_start_token_id=start,
-        vision_end_token_id=end,
+        **ids,
     )
     config.save_pretrained(folder)
-    template = (
-        "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
-        "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
-        "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    processor = Qwen2VLProcessor(Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor(), chat_template=template)
+    processor = Qwen2VLProcessor(Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor(), chat_template=_QWEN_CHAT)
     processor.save_pretrained(folder)
     return str(folder), config
 
