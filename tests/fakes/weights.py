@@ -6,12 +6,17 @@ transformers saves it, with a tokenizer that was trained, on GenEval-style promp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from stagevar.models.base import Grid, LoadedModel, NextScaleModel, Sampling
 from stagevar.models.registry import load_model
+from stagevar.models.var.transformer import guidance_ramp
+from stagevar.models.vq.tokenizer import VQVAE
 from tests.fakes.metric_models import clip_folder, mask2former_folder, trunk_file
 from tuner.metrics.prompt_sets import generate
 
@@ -138,3 +143,14 @@ def image_metrics(folder: Path) -> list[dict]:
         {"name": "lpips", "weight": 1, "max_drop": 0.1, "weights": trunk_file(folder, "alex")},
         {"name": "clip_image_similarity", "weight": 1, "max_drop": 0.05, "model": clip_folder(folder / "clip")},
     ]
+
+
+def tiny_vq_model(transformer: NextScaleModel, text: Any, grids: Sequence[Grid]) -> LoadedModel:
+    """A model of the VAR family with a tokenizer of 24 codes of 4 channels, its weights drawn anew from torch's generator."""
+    vae = VQVAE(grids, 24, 4, 32)
+    for parameter in (*transformer.parameters(), *vae.quantize.parameters()):
+        torch.nn.init.normal_(parameter, std=0.3 if parameter.ndim > 1 else 0.1)
+    transformer.eval().set_grids(grids)
+    sampling = Sampling(guidance_ramp(2.0, len(grids)), (1.0,) * len(grids))
+    device = torch.device("cpu")
+    return LoadedModel("tiny", transformer, vae.eval(), text, sampling, grids, (64, 64), device, torch.float32)

@@ -18,21 +18,9 @@ from stagevar.models.infinity.config import InfinityConfig
 from stagevar.models.infinity.tokenizer import BSQVAE
 from stagevar.models.infinity.transformer import Infinity
 from tests import DATA
+from tests.stagevar.models.checkpoint.conftest import TINY, on_meta
 
-TINY = InfinityConfig(depth=2, width=64, heads=2, chunks=2, token_bits=4, text_dim=128, text_maxlen=8)
 GRIDS = ((1, 1), (2, 2))
-
-
-def on_meta(config: InfinityConfig = TINY) -> Infinity:
-    with torch.device("meta"):
-        return Infinity(config)
-
-
-@pytest.fixture(scope="module")
-def state() -> dict[str, torch.Tensor]:
-    model = on_meta()
-    weights.randomize(model, seed=1)
-    return {key: value.clone() for key, value in model.state_dict().items()}
 
 
 def load(path: Path, model: Infinity | None = None, **options) -> Infinity:

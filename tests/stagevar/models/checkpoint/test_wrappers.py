@@ -13,23 +13,9 @@ from stagevar.models.checkpoint.kinds import kind_in_safetensors, kind_of
 from stagevar.models.checkpoint.names import bare_names, without_wrappers
 from stagevar.models.checkpoint.state_dicts import find_state_dict
 from stagevar.models.checkpoint.weights import INFINITY_RULES
-from stagevar.models.infinity.config import InfinityConfig
-from stagevar.models.infinity.transformer import Infinity
+from tests.stagevar.models.checkpoint.conftest import on_meta
 
-TINY = InfinityConfig(depth=2, width=64, heads=2, chunks=2, token_bits=4, text_dim=128, text_maxlen=8)
 PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "model.", "base_model.model.", "_forward_module.", "net.")
-
-
-def on_meta() -> Infinity:
-    with torch.device("meta"):
-        return Infinity(TINY)
-
-
-@pytest.fixture(scope="module")
-def state() -> dict[str, torch.Tensor]:
-    model = on_meta()
-    weights.randomize(model, seed=1)
-    return {key: value.clone() for key, value in model.state_dict().items()}
 
 
 def inside(state: dict, wrapper: str) -> dict:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stagevar.errors import UsageError, WeightsError
-from stagevar.models.base import LoadedModel, Sampling, around_nothing
+from stagevar.models.base import LoadedModel, around_nothing
 from stagevar.models.hub import HubFile
 from stagevar.models.layers import Rotation, turns
 from stagevar.models.registry import find, load_model, model_parts, published, resolve
@@ -19,7 +19,6 @@ from stagevar.models.star.text import ClipText, PromptText, RandomClipText
 from stagevar.models.star.transformer import STAR, STARConfig, rope_table, shared_by_position
 from stagevar.models.var.transformer import guidance_ramp
 from stagevar.models.vq import loader as vq_loader
-from stagevar.models.vq.tokenizer import VQVAE
 from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import StageSchedule, exact, paper, preset, released
 from stagevar.schedule.grids import STAR_SIDES, square
@@ -28,6 +27,7 @@ from stagevar.testing.models import masked_attend
 from stagevar.testing.recorder import SEEDS, Recorder, largest_difference
 from tests import DATA
 from tests.contracts.models import ModelContract
+from tests.fakes.weights import tiny_vq_model
 from tests.golden.star_cases import run_case
 from tuner.config.prompts import load_prompts
 from tuner.config.space import PromptSource, load_space
@@ -43,15 +43,7 @@ def tiny_star(**changes) -> LoadedModel:
     torch.manual_seed(0)
     settings = {"depth": 3, "width": 32, "heads": 2, "text_dim": 12, "vocabulary": 24, "code_dim": 4, **changes}
     transformer = STAR(STARConfig(sides=SIDES, **settings))
-    vae = VQVAE(GRIDS, 24, 4, 32)
-    for parameter in (*transformer.parameters(), *vae.quantize.parameters()):
-        torch.nn.init.normal_(parameter, std=0.3 if parameter.ndim > 1 else 0.1)
-    transformer.eval().set_grids(GRIDS)
-    sampling = Sampling(guidance_ramp(2.0, len(SIDES)), (1.0,) * len(SIDES))
-    device = torch.device("cpu")
-    return LoadedModel(
-        "tiny", transformer, vae.eval(), RandomClipText(12, 9), sampling, GRIDS, (64, 64), device, torch.float32
-    )
+    return tiny_vq_model(transformer, RandomClipText(12, 9), GRIDS)
 
 
 @pytest.fixture(scope="module")

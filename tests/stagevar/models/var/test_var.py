@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stagevar.errors import UsageError, WeightsError
-from stagevar.models.base import LoadedModel, Sampling, around_nothing
+from stagevar.models.base import LoadedModel, around_nothing
 from stagevar.models.registry import load_model, model_parts, resolve
 from stagevar.models.var.transformer import (
     VAR,
@@ -20,7 +20,6 @@ from stagevar.models.var.transformer import (
     draw_index,
     guidance_ramp,
 )
-from stagevar.models.vq.tokenizer import VQVAE
 from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import BOTH, exact
 from stagevar.schedule.grids import square
@@ -29,6 +28,7 @@ from stagevar.testing.models import masked_attend
 from stagevar.testing.recorder import Recorder
 from tests import DATA
 from tests.contracts.models import ModelContract
+from tests.fakes.weights import tiny_vq_model
 from tests.golden.var_cases import run_case
 
 SIDES = (1, 2, 3, 4)
@@ -40,15 +40,7 @@ def tiny_var(**changes) -> LoadedModel:
     torch.manual_seed(0)
     settings = {"depth": 3, "width": 32, "heads": 2, "vocabulary": 24, "code_dim": 4, "classes": 10, **changes}
     transformer = VAR(VARConfig(sides=SIDES, **settings))
-    vae = VQVAE(GRIDS, 24, 4, 32)
-    for parameter in (*transformer.parameters(), *vae.quantize.parameters()):
-        torch.nn.init.normal_(parameter, std=0.3 if parameter.ndim > 1 else 0.1)
-    transformer.eval().set_grids(GRIDS)
-    sampling = Sampling(guidance_ramp(2.0, len(SIDES)), (1.0,) * len(SIDES))
-    device = torch.device("cpu")
-    return LoadedModel(
-        "tiny", transformer, vae.eval(), ClassLabels(10), sampling, GRIDS, (64, 64), device, torch.float32
-    )
+    return tiny_vq_model(transformer, ClassLabels(10), GRIDS)
 
 
 class TestContract(ModelContract):
