@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 help:
 	@echo 'make demo    installs into .venv, tunes the shipped model nano on the CPU, leaves outputs/demo/'
 	@echo 'make check   lint and the tests of rules and arithmetic, which start no process'
-	@echo 'make test    every test; PROCESSES=2 runs two at a time'
+	@echo 'make test    every test, two at a time; PROCESSES=1 runs one at a time'
 	@echo 'make lint    ruff: rules and format; mypy: types'
 	@echo 'make docs    builds the documentation site into site/, warnings are errors'
 	@echo 'make notebook executes examples/tune_nano.ipynb and keeps its outputs, about three minutes'
@@ -20,10 +20,12 @@ help:
 demo: $(STAMP)
 	$(BIN)/stagevar-tune --model nano --budget 57% --out outputs/demo --fresh
 
-# Most tests compute on one core or wait for a process that they started; tests/conftest.py says which process runs what.
-PROCESSES ?= 1
+# Most tests compute on one core or wait for a process that they started, so two at a time take half as long. Tests of Ray
+# come after all others and one by one: a cluster starts a dozen processes, and only one may be there. Both parts always run.
+PROCESSES ?= 2
 test: $(STAMP)
-	$(BIN)/python -m pytest $(if $(filter-out 1,$(PROCESSES)),-n $(PROCESSES) --dist loadgroup --no-loadscope-reorder)
+	$(BIN)/python -m pytest -m 'not cluster' $(if $(filter-out 1,$(PROCESSES)),-n $(PROCESSES) --dist loadfile --no-loadscope-reorder); \
+	rest=$$?; $(BIN)/python -m pytest -m cluster && exit $$rest
 
 # Rooms of rules and arithmetic: no process, no cluster, no model larger than a few thousand weights.
 CHECK := stagevar/schedule stagevar/prompts stagevar/tensors stagevar/sampling stagevar/accelerators \

@@ -1,10 +1,11 @@
 """Property tests without a deadline; one Ray cluster for the whole run, started by the first test that asks for it.
 
-`make test PROCESSES=2` runs two processes. A file is one process's, and so are all tests of the cluster, which starts once.
+`make test` runs everything but Ray in two processes, a file in one of them, then what is marked `cluster` in one process.
 """
 
 import os
 import secrets
+import signal
 
 import pytest
 from hypothesis import settings
@@ -13,6 +14,9 @@ from hypothesis import settings
 PROCESS = os.environ.get("PYTEST_XDIST_WORKER")
 if PROCESS:  # before torch is imported: as many threads as processes would stand in each other's way
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell without job control starts what runs in the background deaf to Ctrl-C, and every child inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Nothing here asserts a wall-clock time, and a busy machine would otherwise fail property tests at random.
 # CI draws the same examples every time, so that a change is judged by itself; elsewhere each run draws new ones.
@@ -23,26 +27,25 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # keeps Ray on the loopback, as on those systems
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray makes one in the home directory
+os.environ.setdefault(
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60"
+)  # Serve kills a proxy that is not up in five seconds
 #: What takes longest, longest first: begun last, it would keep one process busy long after the other is done.
-LONGEST = ("ray_cluster", "tests/repository/test_rehearsal.py", "tests/tuner/cli/test_tune.py")
+LONGEST = ("tests/repository/test_rehearsal.py", "tests/tuner/cli/test_tune.py")
 #: GCS notices a dead node after two seconds instead of half a minute.
 HEALTH = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
 #: Ray gives its helper processes 15 seconds to start, which a busy machine may miss.
 ATTEMPTS = 3
 
 
-def group(item):
-    """What is run by one process: tests of the cluster, else those of a file."""
-    return "ray_cluster" if "ray_cluster" in item.fixturenames else item.nodeid.partition("::")[0]
-
-
-@pytest.hookimpl(tryfirst=True)  # the names are read by pytest-xdist's own hook
+@pytest.hookimpl(tryfirst=True)  # before pytest's own, which reads the markers for -m
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if "ray_cluster" in item.fixturenames:
+            item.add_marker("cluster")
     if PROCESS:
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group(group(item)))
         places = {name: place for place, name in enumerate(LONGEST)}
-        items.sort(key=lambda item: places.get(group(item), len(places)))
+        items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
 
 
 def claims(kind, gpus=1):

@@ -454,6 +454,7 @@ def test_a_cluster_of_our_own_asks_for_the_loopback_without_dashboard(monkeypatc
     assert asked["include_dashboard"] is False
 
 
+@pytest.mark.cluster
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads Linux's list of sockets")
 def test_a_cluster_of_our_own_listens_on_the_loopback_only():
     code = """
