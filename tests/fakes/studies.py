@@ -1,10 +1,13 @@
 """A make-believe model for the tuner's logic: latency and quality are formulas of the steps, noise is seeded.
 
-Nothing is slept or measured: timings are numbers. `python -m tests.fakes.studies RUN_DIR TRIALS` drives a study on it.
+Nothing is slept or measured: timings are numbers. `python -m tests.fakes.studies RUN_DIR TRIALS DIES_AT` drives a study on it
+whose proposals come from another process, and is killed after so many trials.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -147,17 +150,27 @@ def study(run_dir: Path, evaluator_options: Mapping = {}, space: Mapping = {}, *
     return Study(run_dir, checked, Options(budget, **{**quick, **options}), evaluator, prompts, stop=stop)
 
 
-def drive(run_dir: str | Path, trials: int = 30, overlap: bool = False) -> None:
-    """What a driver process does: lock, repair, run."""
-    from tuner.results.run_dir import driver_lock, repair
+def drive(run_dir: str | Path, trials: int = 30, overlap: bool = False, dies_at: int | None = None) -> None:
+    """What a driver process does: lock, repair, run. dies_at: trials after which it is killed as it evaluates the next."""
+    from tuner.results.run_dir import EvidenceLog, driver_lock, repair
     from tuner.study.options import Savings
 
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     with driver_lock(run_dir):
         repair(run_dir)
-        study(run_dir, trials=trials, savings=Savings(overlap=overlap)).run()
+        made = study(run_dir, trials=trials, savings=Savings(overlap=overlap))
+        whole = made.evaluator.quality
+
+        def quality(*arguments):
+            if sum(record["kind"] == "trial" for record in EvidenceLog(run_dir).read()) >= dies_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return whole(*arguments)
+
+        if dies_at is not None:
+            made.evaluator.quality = quality
+        made.run()
 
 
 if __name__ == "__main__":
-    drive(sys.argv[1], int(sys.argv[2]), overlap="overlap" in sys.argv[3:])
+    drive(sys.argv[1], int(sys.argv[2]), overlap=True, dies_at=int(sys.argv[3]))

@@ -345,7 +345,7 @@ def test_a_request_that_waits_too_long_is_told_to_come_again():
         )
         assert desk.waiting == 0
         artist.gate.set()
-        assert post(*address, {"prompt": "b"})[0] == 200
+        wait_until(lambda: post(*address, {"prompt": "b"})[0] == 200)  # on a busy machine it, too, may come too late
 
 
 def test_a_full_queue_is_429_with_retry_after(slow):

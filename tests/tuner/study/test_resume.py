@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -87,16 +88,11 @@ def test_killed_at_a_random_moment_a_run_reaches_its_target(spawn, full_seconds,
 @pytest.mark.parametrize("moment", range(3))
 def test_killed_while_another_process_proposes_a_run_reaches_its_target(tmp_path, moment):
     """Its proposing process ends with it, whatever it was at; a new driver goes on at once."""
-    command = [sys.executable, "-m", "tests.fakes.studies", str(tmp_path), str(TRIALS), "overlap"]
-    process = subprocess.Popen(command)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and len(trials_of(tmp_path)) < 4 + 9 * moment and process.poll() is None:
-        time.sleep(0.01)
-    assert process.poll() is None
-    process.kill()
-    process.wait()
+    dies_at = 4 + 9 * moment
+    command = [sys.executable, "-m", "tests.fakes.studies", str(tmp_path), str(TRIALS), str(dies_at)]
+    assert subprocess.run(command).returncode == -signal.SIGKILL
     before = trials_of(tmp_path)
-    assert 0 < len(before) < TRIALS
+    assert dies_at <= len(before) < TRIALS
     drive(tmp_path, TRIALS)
     check_whole(tmp_path, before)
 
