@@ -12,10 +12,12 @@ import yaml
 from PIL import Image
 
 import stagevar.sampling.bench
+import stagevar.sampling.scale_latency
 import tuner.evaluation.evaluator
 import tuner.study.options
 from stagevar.cli.command import main as stagevar_main
 from stagevar.profile import Profile
+from stagevar.sampling.scale_latency import time_scales
 from stagevar.schedule import exact
 from tests.fakes import weights as stand_ins
 from tuner.cli import main as tune_main
@@ -52,6 +54,11 @@ def timed_by_tokens(self, schedules, rounds, warm_up_at_most=12):
         name: TokenTiming(100 * drift * sum(step.processed_tokens(chunks) for step in steps) / full)
         for name, steps in schedules.items()
     }
+
+
+def scales_once(sampler, schedules, prompt, seed, rounds):
+    """Each scale timed once: how long it took is only shown."""
+    return time_scales(sampler, schedules, prompt, seed, rounds=1)
 
 
 class Drawing:
@@ -122,6 +129,7 @@ def rehearsal(request, tmp_path, monkeypatch, capsys):
     # The process that proposes ahead has tests of its own; with four schedules there is nothing to gain from it.
     monkeypatch.setattr(tuner.study.options, "EXHAUSTIVE", Savings(table=False, rungs=False, overlap=False))
     monkeypatch.setattr(stagevar.sampling.bench, "warm_up", lambda run, device, at_most: (1, True))
+    monkeypatch.setattr(stagevar.sampling.scale_latency, "time_scales", scales_once)
     return Rehearsal(request.param, tmp_path, capsys)
 
 
