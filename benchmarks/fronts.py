@@ -56,7 +56,7 @@ def method(steps: Iterable[Mapping[str, Any]]) -> str:
     if any("kept" in reduction for reduction in reductions):
         return "FastVAR"
     if reductions:
-        rows = any(reduction["projection"] == "rows" for reduction in reductions)
+        rows = any(reduction["projection"] != "gaussian" for reduction in reductions)
         return "StageVAR, rows" if rows else "StageVAR, projection"
     if any(step.get("decision") for step in steps):
         return "SkipVAR"

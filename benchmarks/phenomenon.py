@@ -70,6 +70,13 @@ def rows(grids: Sequence[Grid]) -> dict[str, StageSchedule]:
     for share, ratio in (("half", 0.5), ("a quarter", 0.25), ("an eighth", 0.125)):
         found[f"one branch, {share} of side {sides[last]}'s rows"] = kept_rows(first, ratio, **only_last)
     found[f"one branch, a quarter of the rows from side {sides[first]}"] = kept_rows(first, 0.25)
+    for share, ratio in (("half", 0.5), ("a quarter", 0.25), ("an eighth", 0.125)):
+        found[f"one branch, {share} of side {sides[last]}'s rows, the largest"] = kept_rows(
+            first, ratio, projection="top", **only_last
+        )
+    found[f"one branch, a quarter of the rows from side {sides[first]}, the largest"] = kept_rows(
+        first, 0.25, projection="top"
+    )
     found[f"one branch, Gaussian quarter of side {sides[last]}"] = kept_rows(
         first, 0.25, projection="gaussian", **only_last
     )
@@ -83,6 +90,14 @@ def rows(grids: Sequence[Grid]) -> dict[str, StageSchedule]:
     found[f"{name}, one branch from {sides[before - 1]}"] = conditional(before - 1, **without)
     found[f"{name}, half of {sides[last]}'s rows"] = kept_rows(last, 0.5, **without)
     found[f"{name}, a quarter of {sides[last]}'s rows"] = kept_rows(last, 0.25, **without)
+    for share, ratio in (("half", 0.5), ("a quarter", 0.25)):
+        found[f"{name}, {share} of {sides[last]}'s rows, the largest"] = kept_rows(
+            last, ratio, projection="top", **without
+        )
+    for start in (before, before - 1):
+        found[f"{name}, one branch from {sides[start]}, half of {sides[last]}'s rows, the largest"] = kept_rows(
+            start, 0.5, projection="top", rank_delay=last - start, **without
+        )
     found["StageVAR's preset from the paper"] = preset("stagevar-paper", grids)
     found[f"without side {sides[last]}"] = skip_only(grids)
     found[f"without sides {sides[first]} and {sides[last]}"] = skip_only(grids, last - first + 1)

@@ -2,12 +2,13 @@
 
 At a reduced site with M tokens and rank r: draw r distinct positions I with probability proportional to the squared norm
 of the tokens; replace X by Q^T X (Gaussian Q / sqrt(r), or the rows at I themselves); run the site on r tokens; put output
-row j at position I_j of the same site's output at the previously run scale, area-resized to this grid.
+row j at position I_j of the same site's output at the previously run scale, area-resized to this grid. Projection "top"
+draws nothing: its tokens and positions are the r of the largest norm.
 
 Source: arXiv 2512.16483 section 4 and sen-mao/FasterVAR infinity.py (facts). Differs: any batch (draws are per row and
-keyed by seed, prompt, scale, site and branch), either branch may stay, row selection, the trunk as one site, rotary
-positions at I, any aspect ratio, no state on modules. The index draw is Gumbel top-r, equal in distribution to drawing
-without replacement.
+keyed by seed, prompt, scale, site and branch), either branch may stay, row selection (drawn or by norm), the trunk as one
+site, rotary positions at I, any aspect ratio, no state on modules. The index draw is Gumbel top-r, equal in distribution to
+drawing without replacement.
 """
 
 from __future__ import annotations
@@ -28,6 +29,12 @@ def draw_indices(x_RMC: Tensor, rank: int, uniform_RM: Tensor) -> Tensor:
     probability_RM = energy_RM / energy_RM.sum(-1, keepdim=True)
     score_RM = probability_RM.double().log() - torch.log(-torch.log(uniform_RM.double()))
     return score_RM.sort(dim=-1, descending=True, stable=True).indices[:, :rank]
+
+
+def largest_indices(x_RMC: Tensor, rank: int) -> Tensor:
+    """The r positions per row (R, r) of the largest token norms, largest first, ties by position."""
+    energy_RM = x_RMC.float().square().sum(-1)
+    return energy_RM.sort(dim=-1, descending=True, stable=True).indices[:, :rank]
 
 
 def project(x_RMC: Tensor, normal_RMr: Tensor) -> Tensor:
@@ -76,11 +83,14 @@ class StageVAR(Accelerator):
         step, noise = context.step, context.noise
         tokens = x.shape[1]
         rank = reduction.ranks[site.index if reduction.site == "chunk" else 0]
-        index = draw_indices(x, rank, noise.site_uniform("index", site, (tokens,)))
-        if reduction.projection == "rows":
-            small = gather_rows(x, index)
+        if reduction.projection == "top":
+            index = largest_indices(x, rank)
         else:
+            index = draw_indices(x, rank, noise.site_uniform("index", site, (tokens,)))
+        if reduction.projection == "gaussian":
             small = project(x, noise.site_normal("projection", site, (tokens, rank)))
+        else:
+            small = gather_rows(x, index)
         if reduction.rope == "first":
             positions = torch.arange(rank, device=x.device)
         else:

@@ -35,19 +35,18 @@ from stagevar.models.base import Around, LoadedModel, Site, SiteFn
 from stagevar.prompts.seeds import non_negative
 from stagevar.sampling.generation import Generation
 from stagevar.sampling.sampler import Sampler
-from stagevar.schedule import BOTH, Branch, ScaleStep, StageSchedule, Steps, exact
+from stagevar.schedule import BOTH, PROJECTIONS, Branch, ScaleStep, StageSchedule, Steps, exact
 from stagevar.schedule.ranks import RankTable
 from stagevar.yaml_files import read_yaml
 
 SCHEMA = 1
-PROJECTIONS = ("gaussian", "rows")
 #: Group of entry points in which packages offer image comparisons.
 SIMILARITIES = "stagevar.similarities"
 #: score(images uint8 (B, H, W, 3), prompts) -> (B,), higher is better
 Quality = Callable[[np.ndarray, Sequence[str]], np.ndarray]
 #: kept energies of the rank table: the published ones, so that `energy` schedules work with either table
 ENERGIES = ("0.999", "0.99", "0.98", "0.97", "0.96", "0.95", "0.92", "0.91", "0.90", "0.85", "0.80", "0.70")
-#: of these, what the rank rule tries, with either projection
+#: of these, what the rank rule tries, with every projection
 TRIED_ENERGIES = ("0.999", "0.99", "0.98", "0.96", "0.92", "0.85", "0.70")
 _RESAMPLES = 2000
 
@@ -581,7 +580,7 @@ def _with_ranks(
 ) -> StageSchedule:
     """The schedule with ranks that hold this energy, a ratio per chunk at every scale of the model."""
     ratios = tuple(tuple(table[energy][_side(grid)]) for grid in model.grids[schedule.structure_end :])
-    rope = "index" if projection == "rows" else "first"  # a kept row has its own position, a mixture has none
+    rope = "first" if projection == "gaussian" else "index"  # a kept row has its own position, a mixture has none
     return dataclasses.replace(schedule, rank_ratios=ratios, projection=projection, rope=rope)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stagevar.profile.profile import SCHEMA, SECTIONS, Envelope, Profile
-from stagevar.schedule import ACCELERATORS, BOTH, PRECISIONS, StageSchedule
+from stagevar.schedule import ACCELERATORS, BOTH, PRECISIONS, PROJECTIONS, StageSchedule
 
 #: A JSON Schema as plain data.
 Schema = dict[str, object]
@@ -22,7 +22,7 @@ _SCALARS = {str: "string", int: "integer", float: "number", bool: "boolean", typ
 #: Fields of a schedule whose annotation is wider than what is accepted.
 _SCHEDULE_CHOICES = {
     "branch": BOTH,
-    "projection": ("gaussian", "rows"),
+    "projection": PROJECTIONS,
     "rope": ("first", "index"),
     "site": ("chunk", "trunk"),
     "precision": PRECISIONS,

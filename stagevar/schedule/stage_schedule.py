@@ -10,8 +10,8 @@ continuations. Everything else is static.
 Source: StageVAR (arXiv 2512.16483) for the stages, the branch cutoff and the ranks; sen-mao/FasterVAR for what its code
 decides where the paper is silent; FastVAR (arXiv 2503.23367, csguoh/FastVAR) and SkipVAR (arXiv 2506.08908,
 fakerone-li/SkipVAR) for their settings, carried here by position in the schedule instead of by grid width; FocusVAR
-(aden9460/focusvar, no paper) for fusing the branches at an inner layer. Row selection, the trunk site, the conditional
-branch and mixing the methods are knobs of ours.
+(aden9460/focusvar, no paper) for fusing the branches at an inner layer. Row selection (drawn or by norm), the trunk site,
+the conditional branch and mixing the methods are knobs of ours.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from stagevar.schedule.steps import BOTH, Branch, Decision, LowRank, Pivotal, Pl
 ACCELERATORS = ("exact", "stagevar", "fastvar")
 #: Group of entry points in which packages offer further ones (stagevar.accelerators.plugged).
 PLUGGED_ACCELERATORS = "stagevar.accelerators"
+#: The r tokens that stand for all: Gaussian mixtures, rows drawn by their squared norm, the rows of the largest norm.
+PROJECTIONS = ("gaussian", "rows", "top")
 #: Products of the blocks: in the model's precision, or in 8 bits (stagevar.models.precision).
 PRECISIONS = ("model", "int8", "fp8")
 #: Scales that a decision leaves open, at the end of the schedule (SkipVAR's published classes are 0 to 3).
@@ -111,7 +113,7 @@ class StageSchedule:
         _integer("rank_delay", self.rank_delay, 0)
         _integer("fuse_layer", self.fuse_layer, 0)
         choose("branch", self.branch, BOTH)
-        choose("projection", self.projection, ("gaussian", "rows"))
+        choose("projection", self.projection, PROJECTIONS)
         choose("rope", self.rope, ("first", "index"))
         choose("site", self.site, ("chunk", "trunk"))
         choose("precision", self.precision, PRECISIONS)

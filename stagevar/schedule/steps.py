@@ -21,7 +21,8 @@ class LowRank:
     """Random projection of the token axis and representative token restoration.
 
     ranks: one per chunk (site "chunk") or a single one (site "trunk"). projection: "gaussian" mixes tokens, "rows"
-    keeps the drawn ones. rope: positions of the r tokens, the scale's "first" r or the drawn "index".
+    keeps the drawn ones, "top" those of the largest norm, nothing drawn. rope: positions of the r tokens, the scale's
+    "first" r or their own ("index").
     """
 
     ranks: tuple[int, ...]

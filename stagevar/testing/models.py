@@ -26,7 +26,7 @@ from torch import Tensor
 from stagevar.accelerators import Exact
 from stagevar.models.base import LoadedModel
 from stagevar.sampling.sampler import Sampler
-from stagevar.schedule import BOTH, LowRank, Pivotal, StageSchedule, Steps, exact
+from stagevar.schedule import BOTH, PROJECTIONS, LowRank, Pivotal, StageSchedule, Steps, exact
 from stagevar.testing.recorder import SEEDS, Recorder, largest_difference
 
 
@@ -210,7 +210,7 @@ class ModelContract:
         fewer.run(reduced(tokens // 2), self.prompts)
         assert (fewer.logits[last] - full.logits[last]).abs().max() > 1e-3
 
-    @pytest.mark.parametrize("projection", ["gaussian", "rows"])
+    @pytest.mark.parametrize("projection", PROJECTIONS)
     @pytest.mark.parametrize("rope", ["first", "index"])
     @pytest.mark.parametrize("site", ["chunk", "trunk"])
     def test_every_reduction_runs_with_and_without_guidance(self, model, projection, rope, site):

@@ -1,5 +1,6 @@
 """The rows of the phenomenon: what they run, and a small run from end to end."""
 
+import dataclasses
 import json
 
 import pytest
@@ -21,6 +22,13 @@ def test_rows_do_what_they_are_called():
     quarter = expanded["one branch, a quarter of side 16's rows"]
     assert quarter[6].reduction is None
     assert set(quarter[7].reduction.ranks) <= {64, 65}, "a quarter of 256, rounded up"
+    assert quarter[7].reduction.projection == "rows"
+    largest = expanded["one branch, a quarter of side 16's rows, the largest"]
+    assert largest[7].reduction == dataclasses.replace(quarter[7].reduction, projection="top")
+    assert largest[:7] == quarter[:7]
+    late = expanded["without side 11, one branch from 6, half of 16's rows, the largest"]
+    assert [len(step.branches) for step in late[3:]] == [2, 1, 1, 0, 1]
+    assert [step.reduction is None for step in late[3:]] == [True] * 4 + [False] and late[7].reduction.ranks == (129,)
     without = expanded["without side 11, one branch at 16"]
     assert [step.skipped for step in without[-2:]] == [True, False] and without[7].branches == ("cond",)
     both = expanded["without side 11, one branch from 8"]

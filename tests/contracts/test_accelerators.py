@@ -71,6 +71,16 @@ class TestStageVARTrunkRows(AcceleratorContract):
         return reduced(model, [lambda tokens, cache: all_rows(tokens, cache, "trunk")])
 
 
+class TestStageVARTrunkTop(TestStageVARTrunkRows):
+    """The rows of the largest norm, which need no draw."""
+
+    def active(self, model, rule_path):
+        schedule = StageSchedule(
+            4, cfg_delay=1, branch="cond", rank_ratios=(0.5,), projection="top", rope="index", site="trunk"
+        )
+        return expand(schedule, model.grids)
+
+
 class TestFastVAR(AcceleratorContract):
     def accelerator(self):
         return FastVAR()

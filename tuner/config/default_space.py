@@ -11,7 +11,7 @@ from typing import Any
 
 from stagevar.models.registry import scale_grids
 from stagevar.models.spec import ModelSpec
-from stagevar.schedule import PRESETS, paper, preset
+from stagevar.schedule import PRESETS, PROJECTIONS, paper, preset
 from stagevar.schedule.grids import Grid
 
 #: Kept shares of the tokens that are searched, whatever the family; the published mean share is among them.
@@ -44,7 +44,7 @@ def default_space(spec: ModelSpec, resolution: str | int | None = None) -> dict[
         "rank_ratio": _ratios(published.rank_ratio if published else 0.177),
         "rank_decay": [0.35, 0.53, 0.75, 1],
         "rank_delay": {"low": 0, "high": min(2, scales - 1)},
-        "projection": ["gaussian", "rows"],
+        "projection": list(PROJECTIONS),
         "rope": ["first", "index"],
         "site": ["chunk", "trunk"],
         "skip_last": {"low": 0, "high": 2 if scales >= 10 else 1},

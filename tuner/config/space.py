@@ -21,7 +21,17 @@ from typing import Any, Literal, cast
 
 from stagevar.errors import ScheduleError, StagevarError, UsageError, did_you_mean, hint
 from stagevar.models import registry
-from stagevar.schedule import ACCELERATORS, BOTH, PRECISIONS, PRESETS, StageSchedule, Steps, accelerator_names, preset
+from stagevar.schedule import (
+    ACCELERATORS,
+    BOTH,
+    PRECISIONS,
+    PRESETS,
+    PROJECTIONS,
+    StageSchedule,
+    Steps,
+    accelerator_names,
+    preset,
+)
 from stagevar.schedule.grids import Grid
 from stagevar.yaml_files import read_yaml
 from tuner.config.analysis import Findings
@@ -51,7 +61,7 @@ _RULES = {
     "rank_ratio": _Rule(float, 0.001, 1),
     "rank_decay": _Rule(float, 0.01, 1),
     "rank_delay": _Rule(int, 0),
-    "projection": _Rule(str, words=("gaussian", "rows")),
+    "projection": _Rule(str, words=PROJECTIONS),
     "rope": _Rule(str, words=("first", "index")),
     "site": _Rule(str, words=("chunk", "trunk")),
     "skip_last": _Rule(int, 0),

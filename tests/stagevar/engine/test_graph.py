@@ -30,6 +30,7 @@ SCHEDULES = {
     "full": FULL,
     "paper": StageSchedule(3, cfg_delay=0, rank_ratios=(0.5, 0.2)).expand(GRIDS, 2),
     "rows": StageSchedule(3, rank_ratios=(0.4,), projection="rows", rope="index", site="trunk").expand(GRIDS, 2),
+    "top": StageSchedule(3, rank_ratios=(0.4,), projection="top", rope="index").expand(GRIDS, 2),
     "skip": StageSchedule(3, cfg_delay=0, branch="cond", skip=(2, 4)).expand(GRIDS, 2),
     "fused": StageSchedule(3, cfg_delay=0, branch="cond", fuse_layer=3).expand(GRIDS, 2),
     "fastvar": fastvar(GRIDS).expand(GRIDS, 2),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stagevar.accelerators import Exact
-from stagevar.accelerators.stagevar import draw_indices, project
+from stagevar.accelerators.stagevar import draw_indices, largest_indices, project
 from stagevar.errors import ScheduleError
 from stagevar.models.base import Sampling
 from stagevar.models.infinity.transformer import draw_bits
@@ -71,10 +71,11 @@ def test_cached_equals_uncached_at_every_scale(model):
     assert (cached - uncached).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("projection", ["rows", "top"])
 @pytest.mark.parametrize("site", ["chunk", "trunk"])
-def test_row_selection_of_all_tokens_is_exact(model, site):
+def test_row_selection_of_all_tokens_is_exact(model, site, projection):
     chunks = 2 if site == "chunk" else 1
-    steps = low_rank(FULL, {3, 4}, lambda s: (s.tokens,) * chunks, projection="rows", rope="index", site=site)
+    steps = low_rank(FULL, {3, 4}, lambda s: (s.tokens,) * chunks, projection=projection, rope="index", site=site)
     reduced, full = Recorder(model), Recorder(model, Exact())
     generation = full.run(FULL)
     reduced.forced = full.tokens
@@ -83,7 +84,9 @@ def test_row_selection_of_all_tokens_is_exact(model, site):
         assert (reduced.logits[scale] - full.logits[scale]).abs().max() < 1e-5
     # The path was really taken: the same steps with fewer rows differ.
     fewer = Recorder(model, forced=full.tokens)
-    fewer.run(low_rank(FULL, {3, 4}, lambda s: (s.tokens // 2,) * chunks, projection="rows", rope="index", site=site))
+    fewer.run(
+        low_rank(FULL, {3, 4}, lambda s: (s.tokens // 2,) * chunks, projection=projection, rope="index", site=site)
+    )
     assert (fewer.logits[4] - full.logits[4]).abs().max() > 1e-3
 
 
@@ -102,6 +105,11 @@ def test_index_draw_is_distinct_and_follows_the_norms():
     assert (index.sort(dim=1).values == torch.tensor([0, 1, 2])).all(), "distinct, and norm 0 is never drawn"
     first = torch.bincount(index[:, 0], minlength=4) / 20_000
     assert (first - torch.tensor([1, 4, 9, 0]) / 14).abs().max() < 4 * 0.5 / 20_000**0.5
+
+
+def test_the_largest_norms_come_first_and_ties_by_position():
+    x = torch.tensor([[[1.0], [-3.0], [3.0], [2.0], [0.0]], [[5.0], [0.0], [0.0], [-6.0], [0.0]]])
+    assert largest_indices(x, 3).tolist() == [[1, 2, 3], [3, 0, 1]]
 
 
 STAGED = StageSchedule(structure_end=3, cfg_delay=0, rank_ratios=(0.5, 0.2)).expand(GRIDS, 2)

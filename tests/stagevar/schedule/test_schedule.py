@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from stagevar.errors import ScheduleError, UsageError
 from stagevar.models.registry import list_models, published, scale_grids
-from stagevar.schedule import BOTH, LowRank, StageSchedule, exact, paper, preset, released, skip_only
+from stagevar.schedule import BOTH, PROJECTIONS, LowRank, StageSchedule, exact, paper, preset, released, skip_only
 from stagevar.schedule.grids import INFINITY_GRIDS, infinity_grids, nearest_ratio, square
 from stagevar.schedule.published import INFINITY_SETTINGS
 from stagevar.schedule.ranks import published_table, rank, ratios_for_energy
@@ -173,7 +173,7 @@ schedules = st.builds(
     branch=st.sampled_from(BOTH),
     rank_ratios=st.none() | st.lists(ratio | st.tuples(ratio, ratio), min_size=1, max_size=4).map(tuple),
     rank_delay=st.integers(0, 2),
-    projection=st.sampled_from(("gaussian", "rows")),
+    projection=st.sampled_from(PROJECTIONS),
     rope=st.sampled_from(("first", "index")),
     site=st.sampled_from(("chunk", "trunk")),
     skip=st.lists(st.integers(1, 5), max_size=3).map(tuple),
