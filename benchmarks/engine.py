@@ -43,8 +43,9 @@ from stagevar.models.registry import SPECS, load_model, published
 from stagevar.models.request import ModelRequest
 from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import BOTH, ScaleStep, StageSchedule, Steps, preset
+from stagevar.statistics import ratio_bounds
 from stagevar.tensors import attention
-from stagevar.timing import Run, Timing, measure, paired_ratio, pinned, time_once
+from stagevar.timing import Run, Timing, measure, pinned, time_once
 from tuner.evaluation.timed_groups import merged
 
 PROMPT = "a photo of a red circle left of a blue star, on a wooden table in the evening light"
@@ -232,7 +233,7 @@ def end_to_end(timings: Mapping[str, Timing], images: Mapping[str, int]) -> dict
     """Prints and returns medians, ratios to the first row, and images per second where a run makes images."""
     baseline, found = next(iter(timings.values())), {}
     for name, timing in timings.items():
-        ratio, low, high = paired_ratio(baseline, timing)
+        ratio, low, high = ratio_bounds(baseline.samples_ms, timing.samples_ms)
         found[name] = {
             "median_ms": timing.median_ms,
             "p90_ms": timing.p90_ms,

@@ -23,7 +23,8 @@ from stagevar.models.registry import load_model
 from stagevar.sampling.bench import time_in_turn
 from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import StageSchedule, exact
-from stagevar.timing import paired_ratio, pinned
+from stagevar.statistics import ratio_bounds
+from stagevar.timing import pinned
 from tuner.report.words import name_of
 from tuner.results.candidate import Interval, Measured
 from tuner.results.pareto import front
@@ -135,10 +136,11 @@ def retime(result: StudyResult, found: Sequence[dict[str, Any]], rounds: int) ->
     batches = [([text], [seed]) for text, seed in zip(result.search_prompts, result.search_seeds, strict=True)]
     with pinned(1):
         samplers = {name: Sampler(model) for name in plans}
-        timings, busy = time_in_turn(samplers, plans, batches, rounds, warm_up_at_most=2)
-    chosen = busy if model.device.type == "cpu" else timings
+        timings = time_in_turn(samplers, plans, batches, rounds, warm_up_at_most=2)
+    cpu = model.device.type == "cpu"
+    samples_ms = {name: timing.processor_ms if cpu else timing.samples_ms for name, timing in timings.items()}
     for row in found:
-        ratio, low, high = paired_ratio(chosen[row["key"]], chosen["exact"])
+        ratio, low, high = ratio_bounds(samples_ms[row["key"]], samples_ms["exact"])
         row["time"] = {"mean": ratio, "low": low, "high": high, "n": rounds}
 
 

@@ -36,6 +36,7 @@ from stagevar.profile.pipeline import Pipeline
 from stagevar.sampling.bench import bench_prompts
 from stagevar.schedule import preset
 from stagevar.serving.load import measure_server
+from stagevar.statistics import median_bounds
 
 #: Different (prompt, seed) pairs of a soak.
 PAIRS = 250
@@ -133,8 +134,7 @@ def overhead(url: str, pipeline: Pipeline, prompts: list[str], rounds: int) -> d
                     outside_ms.append(elapsed_ms - drawing_ms)
     server_cpu_s = metric(url, "process_cpu_seconds_total") - server_cpu_s
     difference_ms = np.asarray(served_ms) - np.asarray(local_ms)
-    draws = np.random.default_rng(0).choice(difference_ms, size=(2000, len(difference_ms)))
-    low_ms, high_ms = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
+    low_ms, high_ms = median_bounds(difference_ms)
     return {
         "rounds": rounds,
         "local_ms": float(np.median(local_ms)),
@@ -144,8 +144,8 @@ def overhead(url: str, pipeline: Pipeline, prompts: list[str], rounds: int) -> d
         "outside_ms": float(np.median(outside_ms)),
         "outside_p90_ms": float(np.percentile(outside_ms, 90)),
         "difference_ms": float(np.median(difference_ms)),
-        "difference_low_ms": float(low_ms),
-        "difference_high_ms": float(high_ms),
+        "difference_low_ms": low_ms,
+        "difference_high_ms": high_ms,
     }
 
 

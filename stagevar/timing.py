@@ -11,7 +11,8 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -35,7 +36,8 @@ class Timing:
 
     samples_ms: host clock. device_ms: CUDA events over the same span (empty on CPU). warm_up_runs: runs before the first
     sample. warmed: whether the last three of them agreed within WARM_TOLERANCE. card: its state before and after, where it is
-    known. disturbed: why the samples may be wrong although they were taken again, in words.
+    known. disturbed: why the samples may be wrong although they were taken again, in words. processor_ms: processor time of
+    this process over the same spans, which other processes on the machine hardly change.
     """
 
     samples_ms: tuple[float, ...]
@@ -44,6 +46,7 @@ class Timing:
     warmed: bool = True
     card: tuple[CardState, ...] = ()
     disturbed: tuple[str, ...] = ()
+    processor_ms: tuple[float, ...] = ()
 
     @property
     def median_ms(self) -> float:
@@ -52,13 +55,6 @@ class Timing:
     @property
     def p90_ms(self) -> float:
         return float(np.percentile(self.samples_ms, 90))
-
-    def interval_ms(self, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
-        """Two-sided bootstrap interval of the median."""
-        samples = np.asarray(self.samples_ms)
-        draws = np.random.default_rng(seed).choice(samples, size=(resamples, samples.size))
-        low, high = np.quantile(np.median(draws, axis=1), [(1 - confidence) / 2, (1 + confidence) / 2])
-        return float(low), float(high)
 
 
 def time_once(run: Run, device: torch.device | str = "cpu") -> tuple[float, float | None]:
@@ -99,11 +95,33 @@ def measure(
     Args:
         runs: name -> one whole generation. rounds: samples per name, at least 1.
     """
+    return measure_rounds(
+        {name: partial(_in_any_round, run) for name, run in runs.items()}, rounds, device, warm_up_at_most
+    )
+
+
+def measure_rounds(
+    runs: Mapping[str, Callable[[int], object]],
+    rounds: int,
+    device: torch.device | str = "cpu",
+    warm_up_at_most: int = 12,
+) -> dict[str, Timing]:
+    """As `measure`, with runs that are told the number of their round, so that each round may have another prompt.
+
+    They are warmed up as for round 0.
+    """
     if rounds < 1:
         raise UsageError(f"rounds {rounds} must be at least 1")
-    warmth = {name: warm_up(run, device, warm_up_at_most) for name, run in runs.items()}
-    (host, events), card, disturbed = undisturbed(lambda: _rounds(runs, rounds, device), device)
-    return {name: Timing(host[name], events[name], *warmth[name], card, disturbed) for name in runs}
+    warmth = {name: warm_up(partial(run, 0), device, warm_up_at_most) for name, run in runs.items()}
+    samples, card, disturbed = undisturbed(lambda: _rounds(runs, rounds, device), device)
+    return {
+        name: Timing(tuple(s.host), tuple(s.events), *warmth[name], card, disturbed, tuple(s.processor))
+        for name, s in samples.items()
+    }
+
+
+def _in_any_round(run: Run, index: int) -> object:
+    return run()
 
 
 def undisturbed(
@@ -123,30 +141,28 @@ def undisturbed(
     return taken, () if before is None or after is None else (before, after), disturbed
 
 
+@dataclass
+class _Samples:
+    """Milliseconds of one name as the rounds add them: host clock, CUDA events, processor time."""
+
+    host: list[float] = field(default_factory=list)
+    events: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
+
+
 def _rounds(
-    runs: Mapping[str, Run], rounds: int, device: torch.device | str
-) -> tuple[dict[str, tuple[float, ...]], dict[str, tuple[float, ...]]]:
-    """Milliseconds of the host and of the device by name."""
-    host: dict[str, list[float]] = {name: [] for name in runs}
-    events: dict[str, list[float]] = {name: [] for name in runs}
+    runs: Mapping[str, Callable[[int], object]], rounds: int, device: torch.device | str
+) -> dict[str, _Samples]:
+    samples = {name: _Samples() for name in runs}
     for index in range(rounds):
-        names = list(runs) if index % 2 == 0 else list(runs)[::-1]
-        for name in names:
-            host_ms, event_ms = time_once(runs[name], device)
-            host[name].append(host_ms)
+        for name in list(runs) if index % 2 == 0 else list(runs)[::-1]:
+            began_s = time.process_time()
+            host_ms, event_ms = time_once(partial(runs[name], index), device)
+            samples[name].processor.append((time.process_time() - began_s) * 1e3)
+            samples[name].host.append(host_ms)
             if event_ms is not None:
-                events[name].append(event_ms)
-    return {n: tuple(ms) for n, ms in host.items()}, {n: tuple(ms) for n, ms in events.items()}
-
-
-def paired_ratio(
-    numerator: Timing, denominator: Timing, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Median ratio of two timings of the same rounds, with a bootstrap interval over rounds: (ratio, low, high)."""
-    logs = np.log(np.asarray(numerator.samples_ms)) - np.log(np.asarray(denominator.samples_ms))
-    draws = np.random.default_rng(seed).choice(logs, size=(resamples, logs.size))
-    low, high = np.quantile(np.median(draws, axis=1), [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(np.exp(np.median(logs))), float(np.exp(low)), float(np.exp(high))
+                samples[name].events.append(event_ms)
+    return samples
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -24,7 +23,8 @@ from stagevar.models.base import LoadedModel
 from stagevar.models.registry import published
 from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import Steps, preset
-from stagevar.timing import Timing, paired_ratio, pinned, time_once, undisturbed, warm_up
+from stagevar.statistics import mean_bounds, ratio_bounds
+from stagevar.timing import Timing, measure_rounds, pinned
 
 BASELINE = "exact"
 IMAGES_AT_ONCE = 4  # of the quality columns; a prompt's image does not depend on its batch
@@ -80,12 +80,12 @@ def compare(
     with pinned(threads) if model.device.type == "cpu" else contextlib.nullcontext():
         made = {name: _observe(samplers.get(name, Sampler)(model), plans[name], texts, batch) for name in plans}
         timed = {name: _timed_sampler(model, samplers.get(name), (engines or {}).get(name, engine)) for name in plans}
-        timings, busy = time_in_turn(timed, plans, batches, rounds, warm_up_at_most)
+        timings = time_in_turn(timed, plans, batches, rounds, warm_up_at_most)
     full = made[BASELINE]
     rows = []
     for name in plans:
         timing, images = timings[name], made[name].images
-        ratio, low, high = paired_ratio(timing, timings[BASELINE])
+        ratio, low, high = ratio_bounds(timing.samples_ms, timings[BASELINE].samples_ms)
         row = {
             "name": name,
             "engine": _engine_that_ran(timed[name]),
@@ -96,10 +96,11 @@ def compare(
             "ratio": ratio,
             "ratio_interval": [low, high],
             "memory_mib": made[name].memory_mib,
-            **({"cpu_ratio": paired_ratio(busy[name], busy[BASELINE])[0]} if model.device.type == "cpu" else {}),
             "samples_ms": list(timing.samples_ms),
             "warmed": timing.warmed,
         }
+        if model.device.type == "cpu":
+            row["cpu_ratio"] = ratio_bounds(timing.processor_ms, timings[BASELINE].processor_ms)[0]
         if timing.disturbed:
             row["disturbed"] = list(timing.disturbed)
         if made[name].outcomes:
@@ -109,7 +110,7 @@ def compare(
             row["ssim"] = float(ssim(images, full.images).mean())
             for label, score in (scores or {}).items():
                 difference_B = np.asarray(score(images, texts), float) - np.asarray(score(full.images, texts), float)
-                row[label], row[f"{label}_interval"] = float(difference_B.mean()), _mean_interval(difference_B)
+                row[label], row[f"{label}_interval"] = float(difference_B.mean()), list(mean_bounds(difference_B))
         rows.append(row)
     return rows
 
@@ -164,50 +165,24 @@ def _ways(steps: Steps, outcomes: Sequence[str], batch: int) -> Iterator[Steps]:
         yield (*steps[: decided.scale + 1], *decided.decision.continuation(outcome))
 
 
-def _mean_interval(values_B: np.ndarray, confidence: float = 0.95, resamples: int = 2000) -> list[float]:
-    """Two-sided bootstrap interval of the mean."""
-    means = np.random.default_rng(0).choice(values_B, size=(resamples, len(values_B))).mean(axis=1)
-    return np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2]).tolist()
-
-
 def time_in_turn(
     samplers: Mapping[str, Sampler],
     plans: Mapping[str, Steps],
     batches: Sequence[tuple[list[str], list[int]]],
     rounds: int,
     warm_up_at_most: int,
-) -> tuple[dict[str, Timing], dict[str, Timing]]:
-    """Latency and processor time of every plan on the same (prompts, seeds) in turn, the order reversed every other round.
+) -> dict[str, Timing]:
+    """Times every plan on the same (prompts, seeds) in turn, another batch in each round.
 
     Each has a sampler of its own, so that none pays for another one's cache.
     """
-    if rounds < 1:
-        raise UsageError(f"rounds {rounds} must be at least 1")
-    device, warmth = samplers[BASELINE].model.device, {}
-    for name, steps in plans.items():
-        run = partial(samplers[name].generate, *batches[0], steps)
-        warmth[name] = warm_up(run, device, warm_up_at_most)
-    host: dict[str, list[float]] = {name: [] for name in plans}
-    busy: dict[str, list[float]] = {name: [] for name in plans}
-    events: dict[str, list[float]] = {name: [] for name in plans}
 
-    def all_rounds() -> None:
-        for kind in (host, busy, events):
-            for samples in kind.values():
-                samples.clear()
-        for index in range(rounds):
-            prompts, seeds = batches[index % len(batches)]
-            for name in list(plans) if index % 2 == 0 else list(plans)[::-1]:
-                start = time.process_time()
-                host_ms, event_ms = time_once(partial(samplers[name].generate, prompts, seeds, plans[name]), device)
-                busy[name].append((time.process_time() - start) * 1e3)
-                host[name].append(host_ms)
-                if event_ms is not None:
-                    events[name].append(event_ms)
+    def draw(name: str, index: int) -> np.ndarray:
+        prompts, seeds = batches[index % len(batches)]
+        return samplers[name].generate(prompts, seeds, plans[name])
 
-    _, card, disturbed = undisturbed(all_rounds, device)
-    timings = {name: Timing(tuple(host[name]), tuple(events[name]), *warmth[name], card, disturbed) for name in plans}
-    return timings, {name: Timing(tuple(busy[name])) for name in plans}
+    device = next(iter(samplers.values())).model.device
+    return measure_rounds({name: partial(draw, name) for name in plans}, rounds, device, warm_up_at_most)
 
 
 def bench_prompts(model: LoadedModel, count: int) -> list[str]:

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from PIL import Image
 
-import stagevar.sampling.bench
 import stagevar.sampling.scale_latency
+import stagevar.timing
 import tuner.evaluation.evaluator
 import tuner.study.options
 from stagevar.cli.command import main as stagevar_main
@@ -128,7 +128,7 @@ def rehearsal(request, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ModelEvaluator, "latency", timed_by_tokens)
     # The process that proposes ahead has tests of its own; with four schedules there is nothing to gain from it.
     monkeypatch.setattr(tuner.study.options, "EXHAUSTIVE", Savings(table=False, rungs=False, overlap=False))
-    monkeypatch.setattr(stagevar.sampling.bench, "warm_up", lambda run, device, at_most: (1, True))
+    monkeypatch.setattr(stagevar.timing, "warm_up", lambda run, device, at_most: (1, True))
     monkeypatch.setattr(stagevar.sampling.scale_latency, "time_scales", scales_once)
     return Rehearsal(request.param, tmp_path, capsys)
 

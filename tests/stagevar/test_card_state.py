@@ -144,9 +144,9 @@ def test_a_disturbed_comparison_is_made_again_and_says_so(monkeypatch):
     left, made = [QUIET, changed(throttles=("power cap",))] * 2, []
     monkeypatch.setattr(latency, "read_card", lambda device: left.pop(0))
     both = {BASELINE: Drawing(), "fast": Drawing()}
-    timings, busy = time_in_turn(both, dict.fromkeys(both, ()), [(["a"], [0])], 3, 0)
-    assert len(made) == 2 * 3 * 2 and len(timings["fast"].samples_ms) == len(busy["fast"].samples_ms) == 3
-    assert timings["fast"].disturbed == ("throttled: power cap",)
+    timing = time_in_turn(both, dict.fromkeys(both, ()), [(["a"], [0])], 3, 0)["fast"]
+    assert len(made) == 2 * 3 * 2 and len(timing.samples_ms) == len(timing.processor_ms) == 3
+    assert timing.disturbed == ("throttled: power cap",)
     row = {"name": "fast", "warmed": True, "disturbed": ["throttled: power cap"]}
     assert "the card was disturbed, also when timed again (throttled: power cap): read ratios only" in format_table(
         [row]

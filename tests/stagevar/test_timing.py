@@ -7,6 +7,7 @@ import torch
 
 from stagevar import timing as latency
 from stagevar.errors import UsageError
+from stagevar.statistics import ratio_bounds
 
 
 @pytest.fixture
@@ -47,19 +48,19 @@ def test_linear_drift_cancels_in_the_paired_ratio(clock):
         clock.spend(cost * (1 + 0.002 * next(slowness)))
 
     timings = latency.measure({"a": lambda: run(30), "b": lambda: run(60)}, rounds=10)
-    ratio, low, high = latency.paired_ratio(timings["a"], timings["b"])
+    ratio, low, high = ratio_bounds(timings["a"].samples_ms, timings["b"].samples_ms)
     assert ratio == pytest.approx(0.5, rel=0.01) and low <= ratio <= high
     assert low > 0.49 and high < 0.51
 
 
-def test_bounds_contain_the_median_and_shrink(clock):
-    few = latency.Timing((10.0, 11.0, 12.0, 30.0))
-    many = latency.Timing((10.0, 11.0, 12.0, 30.0) * 30)
-    for timing in (few, many):
-        low, high = timing.interval_ms()
-        assert low <= timing.median_ms <= high
-    assert many.interval_ms()[1] - many.interval_ms()[0] < few.interval_ms()[1] - few.interval_ms()[0]
-    assert few.p90_ms > few.median_ms
+def test_rounds_have_inputs_of_their_own_and_a_clock_of_the_processor(clock, monkeypatch):
+    monkeypatch.setattr(latency.time, "process_time", lambda: clock.now / 2)
+    given = []
+    runs = {name: lambda index, name=name: (given.append((name, index)), clock.spend(8)) for name in "ab"}
+    timings = latency.measure_rounds(runs, rounds=2, warm_up_at_most=1)
+    assert given == [("a", 0), ("b", 0), ("a", 0), ("b", 0), ("b", 1), ("a", 1)]
+    assert timings["b"].samples_ms == pytest.approx((8.0, 8.0))
+    assert timings["b"].processor_ms == pytest.approx((4.0, 4.0))
 
 
 def test_pinning_is_undone():

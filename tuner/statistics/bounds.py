@@ -6,19 +6,16 @@ better; a drop is minus that.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import numpy as np
 from scipy import special
 
+from stagevar.statistics import RESAMPLES, mean_bounds, median_bounds, paired_logs, resample_indices
 from tuner.results.candidate import Interval
 
-RESAMPLES = 2000
 #: Resampled medians that must lie beyond a bound for it to be read off them.
 _LEAST_RESAMPLES = 10
-#: Samples whose resamples are kept, 16 MB for 1024; more would hold memory that models want.
-_KEPT = 1024
 ALPHA = 0.05
 #: Prompts below which a continuous metric is not bounded: the t bound of skewed losses is too narrow there.
 LEAST_CONTINUOUS = 64
@@ -31,9 +28,7 @@ def mean_interval(values: Sequence[float], level: float = 0.95, seed: int = 0) -
         raise ValueError("an interval needs at least one value")
     if sample.size == 1 or not np.isfinite(sample).all():
         return Interval(float(sample.mean()), -np.inf, np.inf, sample.size, level)
-    means = sample[_draws(sample.size, seed)].mean(axis=1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(sample.mean()), float(low), float(high), sample.size, level)
+    return Interval(float(sample.mean()), *mean_bounds(sample, level, seed), sample.size, level)
 
 
 def drop_bounds(
@@ -133,7 +128,7 @@ def binomial_upper(losses_K: np.ndarray, count: int, alpha: float) -> np.ndarray
 
 def _deviations(drops_KN: np.ndarray, seed: int) -> np.ndarray:
     """Means of joint resamples of the prompts, minus the mean: (R, K)."""
-    draws = _draws(drops_KN.shape[1], seed)
+    draws = resample_indices(drops_KN.shape[1], seed)
     return np.stack([row[draws].mean(axis=1) - row.mean() for row in drops_KN], axis=1)
 
 
@@ -164,8 +159,8 @@ def ratio_interval(
     samples_ms: Sequence[float], baseline_ms: Sequence[float], level: float = 0.95, seed: int = 0
 ) -> Interval:
     """Latency ratio of two schedules timed in the same rounds: median of paired log-ratios, bootstrapped over rounds."""
-    logs = np.log(np.asarray(samples_ms, dtype=np.float64)) - np.log(np.asarray(baseline_ms, dtype=np.float64))
-    low, high = np.exp(_median_bounds(logs, (1 - level) / 2, seed))
+    logs = paired_logs(samples_ms, baseline_ms)
+    low, high = np.exp(_median_bounds(logs, level, seed))
     ratio = float(np.exp(np.median(logs)))
     if logs.size < 2:
         return Interval(ratio, 0.0, np.inf, logs.size, level)
@@ -175,31 +170,20 @@ def ratio_interval(
 def median_interval(samples: Sequence[float], level: float = 0.95, seed: int = 0) -> Interval:
     """Median with a two-sided bootstrap interval (`mean` holds the median)."""
     sample = np.asarray(samples, dtype=np.float64)
-    low, high = _median_bounds(sample, (1 - level) / 2, seed)
+    low, high = _median_bounds(sample, level, seed)
     return Interval(float(np.median(sample)), float(low), float(high), sample.size, level)
 
 
-def _median_bounds(sample: np.ndarray, tail: float, seed: int) -> tuple[float, float]:
-    """Bounds of a median that each err by `tail`: a bootstrap, or order statistics where it has too few resamples for that.
+def _median_bounds(sample: np.ndarray, level: float, seed: int) -> tuple[float, float]:
+    """Two-sided bounds of a median: a bootstrap, or order statistics where it has too few resamples for that level.
 
     Source of the latter: the sign test turned round (David and Nagaraja, Order Statistics, 7.1).
     """
+    tail = (1 - level) / 2
     if tail * RESAMPLES >= _LEAST_RESAMPLES:
-        medians = np.median(sample[_draws(sample.size, seed)], axis=1)
-        low, high = np.quantile(medians, [tail, 1 - tail])
-        return float(low), float(high)
+        return median_bounds(sample, level, seed)
     below = int((special.bdtr(np.arange(sample.size), sample.size, 0.5) <= tail).sum())
     if not below:
         return -np.inf, np.inf
     ordered = np.sort(sample)
     return float(ordered[below - 1]), float(ordered[-below])
-
-
-def _draws(count: int, seed: int) -> np.ndarray:
-    """Indices (RESAMPLES, count) of resampled prompts; few are kept, since studies ask for the same ones again and again."""
-    return _kept_draws(count, seed) if count <= _KEPT else _kept_draws.__wrapped__(count, seed)
-
-
-@functools.lru_cache(maxsize=2)
-def _kept_draws(count: int, seed: int) -> np.ndarray:
-    return np.random.default_rng([seed, count]).integers(count, size=(RESAMPLES, count))
