@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from stagevar.errors import DeviceBroken, InfrastructureError, OutOfDeviceMemory
+from stagevar.errors import DeviceBroken, InfrastructureError, OutOfDeviceMemory, reason_of
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -38,7 +38,7 @@ def told_apart(device: torch.device, what: str) -> Iterator[None]:
     except InfrastructureError:
         raise
     except Exception as error:
-        line = _first_line(_telling(error))
+        line = reason_of(_telling(error))
         if is_broken(error, device):
             raise DeviceBroken(
                 f"{device} is broken ({line}): no kernel runs in this process any more; the same command resumes in a new one"
@@ -85,7 +85,3 @@ def _telling(error: BaseException) -> BaseException:
     """The error of the chain that is the device's own, or the last one."""
     own = (torch.OutOfMemoryError, torch.AcceleratorError)
     return next((one for one in _chain(error) if isinstance(one, own)), error)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

@@ -82,3 +82,8 @@ def first_line(error: BaseException) -> str:
     """Type and first line of an error, at most 200 characters."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}"[:200]
+
+
+def reason_of(error: BaseException, at_most: int = 160) -> str:
+    """The first line of an error's message, its type's name where it has none. at_most: characters."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:at_most]

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from stagevar.errors import WeightsError
+from stagevar.errors import WeightsError, reason_of
 from stagevar.files import write_text_atomically
 from stagevar.folders import cache_dir
 
@@ -54,7 +54,7 @@ def fetch(file: HubFile) -> tuple[Path, str]:
             path = Path(hf_hub_download(file.repo, file.path, revision=file.revision))
     # The client raises its own, requests', httpx' and the system's errors; all mean the same to the user.
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        reason = reason_of(error)
         raise WeightsError(
             f"cannot fetch {file} from the hub ({reason}); pass --weights PATH with a local copy, or --weights random"
         ) from None

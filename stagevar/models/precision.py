@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stagevar.errors import UsageError
+from stagevar.errors import UsageError, reason_of
 from stagevar.models.variants import variant
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def refused_because(precision: str, device: torch.device) -> str | None:
         with torch.inference_mode():
             ours, plain = LowPrecisionLinear(layer, precision)(x_NK).float(), layer(x_NK).float()
     except RuntimeError as error:  # libraries refuse by card and by version, each in words of its own
-        return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        return reason_of(error)
     if not bool((ours - plain).abs().max() <= 0.1 * plain.abs().max()):
         return "its products are wrong"
     return None

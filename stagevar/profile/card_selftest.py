@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from stagevar.errors import first_line
 from stagevar.profile.engine_choice import TOLERANCE
 
 if TYPE_CHECKING:
@@ -57,8 +58,7 @@ def _tried(name: str, check: Callable[[], str | None]) -> Check:
     try:
         return Check(name, check())
     except Exception as error:  # compilers, drivers and libraries have no common base
-        text = (str(error).strip().splitlines() or [""])[0]
-        return Check(name, f"{type(error).__name__}: {text:.160}")
+        return Check(name, first_line(error))
 
 
 def _bfloat16(device: torch.device) -> str | None:

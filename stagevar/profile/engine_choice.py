@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from stagevar.choices import ENGINES
-from stagevar.errors import InfrastructureError, UsageError
+from stagevar.errors import InfrastructureError, UsageError, first_line
 from stagevar.profile.sections import EngineSection, EngineTried
 
 if TYPE_CHECKING:
@@ -131,8 +131,7 @@ class EngineTrials:
         except InfrastructureError:
             raise
         except Exception as error:  # compilers, drivers and the allocator have no common base
-            text = str(error).strip().splitlines() or [""]
-            return EngineTried(name, refused=f"{type(error).__name__}: {text[0]:.160}")
+            return EngineTried(name, refused=first_line(error))
         finally:
             if sampler is not None:
                 sampler.release()

@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from stagevar.choices import check_engine, check_threads, check_weights, processors
-from stagevar.errors import InfrastructureError, UsageError
+from stagevar.errors import InfrastructureError, UsageError, reason_of
 from stagevar.files import check_output
 from stagevar.models import registry
 from stagevar.models.request import ModelRequest
@@ -177,9 +177,8 @@ def _check_driver(url: str) -> None:
             "postgresql+psycopg://HOST/DB"
         ) from None
     except (SQLAlchemyError, ValueError, AttributeError, TypeError) as error:
-        line = str(error).strip().splitlines()[0]
         raise UsageError(
-            f"--storage {shown(url)} cannot be opened: {line:.160}; example: sqlite:////data/studies.db"
+            f"--storage {shown(url)} cannot be opened: {reason_of(error)}; example: sqlite:////data/studies.db"
         ) from None
 
 

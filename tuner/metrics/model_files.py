@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from stagevar.errors import UsageError, WeightsError
+from stagevar.errors import UsageError, WeightsError, reason_of
 
 
 def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
@@ -56,9 +56,9 @@ def refuse_missing(what: str, option: str = "weights") -> Iterator[None]:
     except UsageError:
         raise
     except Exception as error:  # hubs raise OSError, URLError, HTTPError, ValueError, their own, by version
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(
-            f"{what} cannot be loaded ({reason:.120}); fetch it where there is a network and give its path as {option}"
+            f"{what} cannot be loaded ({reason_of(error, 120)}); "
+            f"fetch it where there is a network and give its path as {option}"
         ) from None
     finally:
         logging.disable(disabled)

@@ -23,7 +23,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import Trial, TrialState
 
-from stagevar.errors import InfrastructureError, UsageError
+from stagevar.errors import InfrastructureError, UsageError, reason_of
 from stagevar.files import write_text_atomically
 from stagevar.prompts.seeds import in_32_bits
 from tuner.config.space import Parameter, SearchSpace, Value
@@ -73,9 +73,8 @@ def _needs_storage(method: Any) -> Any:
         except Exception as error:
             if not self.in_database or not _is_away(error):
                 raise
-            line = str(error).strip().splitlines()[0]
             raise InfrastructureError(
-                f"the database of --storage does not answer ({line:.160}); once it does, the same command resumes"
+                f"the database of --storage does not answer ({reason_of(error)}); once it does, the same command resumes"
             ) from None
 
     return reaching
@@ -298,12 +297,13 @@ def _database(url: str, known: bool) -> optuna.storages.RDBStorage:
             "postgresql+psycopg://HOST/DB"
         ) from None
     except Exception as error:  # SQLAlchemy, its drivers and Optuna have no common base
-        line = str(error).strip().splitlines()[0]
         if known:
             raise InfrastructureError(
-                f"--storage {url} does not answer ({line:.160}); once it does, the same command resumes"
+                f"--storage {url} does not answer ({reason_of(error)}); once it does, the same command resumes"
             ) from None
-        raise UsageError(f"--storage {url} cannot be opened: {line}; example: sqlite:////data/studies.db") from None
+        raise UsageError(
+            f"--storage {url} cannot be opened: {reason_of(error)}; example: sqlite:////data/studies.db"
+        ) from None
 
 
 def _name_in_database(run_dir: Path, space: SearchSpace) -> str:

@@ -28,7 +28,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from stagevar.errors import WeightsError
+from stagevar.errors import WeightsError, reason_of
 from stagevar.models.checkpoint.kinds import kind_in_safetensors, kind_of, kind_of_dtype
 from stagevar.models.checkpoint.names import bare_names, without_wrappers
 from stagevar.models.checkpoint.state_dicts import find_state_dict
@@ -177,8 +177,7 @@ class _TorchFile(TensorFile):
 
 def _reason(error: BaseException) -> str:
     """The first sentence of a library's message."""
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return first.split(". ")[0].rstrip(".")[:160]
+    return reason_of(error, 1000).split(". ")[0].rstrip(".")[:160]
 
 
 def _load_pickle(path: Path) -> Any:

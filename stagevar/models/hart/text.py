@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stagevar.errors import WeightsError
+from stagevar.errors import WeightsError, reason_of
 from stagevar.models.hub import HubFile
 from stagevar.models.infinity.text import LazyEncoder
 
@@ -126,7 +126,7 @@ class QwenText(LazyEncoder):
                 model = AutoModel.from_pretrained(name, dtype=self.dtype, **options)
             # transformers passes on its own, the hub's and the system's errors; all mean the same to the user.
             except Exception as error:
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+                reason = reason_of(error)
                 raise WeightsError(
                     f"cannot load the text encoder {name} ({reason}); give a local folder, or --weights random"
                 ) from None

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stagevar.errors import WeightsError
+from stagevar.errors import WeightsError, reason_of
 from stagevar.folders import cache_dir, visible
 from stagevar.models.hub import HubFile, sha256_files
 
@@ -224,7 +224,7 @@ class T5Text(LazyEncoder):
                 model = T5EncoderModel.from_pretrained(name, dtype=self.dtype, **revision)
             # transformers passes on its own, the hub's and the system's errors; all mean the same to the user.
             except Exception as error:
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+                reason = reason_of(error)
                 raise WeightsError(
                     f"cannot load the text encoder {name} ({reason}); give a local folder, or --weights random"
                 ) from None

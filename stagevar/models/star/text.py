@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stagevar.errors import WeightsError
+from stagevar.errors import WeightsError, reason_of
 from stagevar.folders import visible
 from stagevar.models.hub import HubFile, fetch
 from stagevar.models.infinity.text import LazyEncoder
@@ -105,7 +105,7 @@ class ClipText(LazyEncoder):
                 )
             # transformers passes on its own and the system's errors; all mean the same to the user.
             except Exception as error:
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+                reason = reason_of(error)
                 raise WeightsError(
                     f"cannot load the text encoder {self.source} ({reason}); give a local folder, or --weights random"
                 ) from None
