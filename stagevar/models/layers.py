@@ -10,15 +10,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stagevar.models.base import (
-    Grid,
-)
+from stagevar.models.base import Around, Grid, Site, mixed
 from stagevar.models.infinity.config import InfinityConfig
 from stagevar.models.precision import LowPrecisionLinear
 
 MAX_SCALE_MUL = math.log(100.0)
 #: turn(x_RHLc, table) -> x_RHLc, with the table in the form that the function takes
 Turn = Callable[[Tensor, Tensor], Tensor]
+#: run_layer(layer, x_RLC, positions) -> x_RLC
+RunLayer = Callable[[int, Tensor, "Tensor | None"], Tensor]
+
+
+def run_trunk(
+    x_RLC: Tensor,
+    chunk_layers: Sequence[range],
+    run_layer: RunLayer,
+    around: Around,
+    inner_guidance: dict[int, float] | None,
+    fuse: tuple[int, float] | None,
+) -> Tensor:
+    """All layers through the trunk and chunk sites, branches mixed or fused as `NextScaleModel.trunk` says."""
+
+    def run_chunk(layers: range, x: Tensor, positions: Tensor | None) -> Tensor:
+        for layer in layers:
+            if fuse is not None and layer == fuse[0]:
+                x = mixed(x, fuse[1])
+            x = run_layer(layer, x, positions)
+            if inner_guidance and layer in inner_guidance:
+                x = mixed(x, inner_guidance[layer]).repeat(2, 1, 1)
+        return x
+
+    def run_chunks(x: Tensor, positions: Tensor | None) -> Tensor:
+        for index, layers in enumerate(chunk_layers):
+            x = around(Site("chunk", index), x, positions, lambda x, p, layers=layers: run_chunk(layers, x, p))
+        return x
+
+    return around(Site("trunk"), x_RLC, None, run_chunks)
 
 
 def rope_table(grids: Sequence[Grid], rope_grid: Grid, head_dim: int) -> Tensor:

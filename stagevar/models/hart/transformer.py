@@ -46,8 +46,8 @@ from stagevar.models.hart.diffusion_head import STEPS, DiffusionHead, TimeEmbedd
 from stagevar.models.hart.rotary import TextTurning, Turning, turn_halves
 from stagevar.models.hart.text import HARTText
 from stagevar.models.hart.tokenizer import HybridResidual
-from stagevar.models.layers import MAX_SCALE_MUL, linear
-from stagevar.models.var.transformer import draw_index, run_trunk, smallest_kept
+from stagevar.models.layers import MAX_SCALE_MUL, linear, run_trunk
+from stagevar.models.var.transformer import draw_index, smallest_kept
 from stagevar.schedule.grids import Grid, square
 from stagevar.tensors.noise import ScaleNoise
 

@@ -37,9 +37,9 @@ from stagevar.models.base import (
     around_nothing,
     by_layer,
 )
-from stagevar.models.layers import MAX_SCALE_MUL, FeedForward, Rotation, SelfAttention, linear
+from stagevar.models.layers import MAX_SCALE_MUL, FeedForward, Rotation, SelfAttention, linear, run_trunk
 from stagevar.models.star.text import PromptText
-from stagevar.models.var.transformer import draw_index, run_trunk
+from stagevar.models.var.transformer import draw_index
 from stagevar.schedule.grids import Grid, square
 from stagevar.tensors import attention
 from stagevar.tensors.noise import ScaleNoise

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -31,9 +31,8 @@ from stagevar.models.base import (
     Site,
     around_nothing,
     by_layer,
-    mixed,
 )
-from stagevar.models.layers import PLAIN, FeedForward, SelfAttention, linear, modulated_norm
+from stagevar.models.layers import PLAIN, FeedForward, SelfAttention, linear, modulated_norm, run_trunk
 from stagevar.schedule.grids import Grid, square
 from stagevar.tensors.noise import ScaleNoise
 
@@ -73,37 +72,6 @@ def smallest_kept(logits_BLV: Tensor, top_k: int, top_p: float) -> Tensor | None
     weight_of_rest = best_BLk.softmax(-1).flip(-1).cumsum(-1).flip(-1)
     kept = (weight_of_rest > 1 - top_p).sum(-1, keepdim=True).clamp_min(1)
     return best_BLk.gather(-1, kept - 1)
-
-
-#: run_layer(layer, x_RLC, positions) -> x_RLC
-RunLayer = Callable[[int, Tensor, "Tensor | None"], Tensor]
-
-
-def run_trunk(
-    x_RLC: Tensor,
-    chunk_layers: Sequence[range],
-    run_layer: RunLayer,
-    around: Around,
-    inner_guidance: dict[int, float] | None,
-    fuse: tuple[int, float] | None,
-) -> Tensor:
-    """All layers through the trunk and chunk sites, branches mixed or fused as `NextScaleModel.trunk` says."""
-
-    def run_chunk(layers: range, x: Tensor, positions: Tensor | None) -> Tensor:
-        for layer in layers:
-            if fuse is not None and layer == fuse[0]:
-                x = mixed(x, fuse[1])
-            x = run_layer(layer, x, positions)
-            if inner_guidance and layer in inner_guidance:
-                x = mixed(x, inner_guidance[layer]).repeat(2, 1, 1)
-        return x
-
-    def run_chunks(x: Tensor, positions: Tensor | None) -> Tensor:
-        for index, layers in enumerate(chunk_layers):
-            x = around(Site("chunk", index), x, positions, lambda x, p, layers=layers: run_chunk(layers, x, p))
-        return x
-
-    return around(Site("trunk"), x_RLC, None, run_chunks)
 
 
 @dataclass(frozen=True)
