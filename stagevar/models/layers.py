@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,8 @@ MAX_SCALE_MUL = math.log(100.0)
 Turn = Callable[[Tensor, Tensor], Tensor]
 #: run_layer(layer, x_RLC, positions) -> x_RLC
 RunLayer = Callable[[int, Tensor, "Tensor | None"], Tensor]
+#: run_chunk(layers, x_RLC, positions) -> x_RLC
+RunChunk = Callable[[range, Tensor, "Tensor | None"], Tensor]
 
 
 def run_trunk(
@@ -28,8 +31,14 @@ def run_trunk(
     around: Around,
     inner_guidance: dict[int, float] | None,
     fuse: tuple[int, float] | None,
+    before_chunk: Callable[[Tensor], Tensor] | None = None,
+    whole_chunk: RunChunk | None = None,
 ) -> Tensor:
-    """All layers through the trunk and chunk sites, branches mixed or fused as `NextScaleModel.trunk` says."""
+    """All layers through the trunk and chunk sites, branches mixed or fused as `NextScaleModel.trunk` says.
+
+    before_chunk: of the rows (R, L, C), before every chunk but the first. whole_chunk: runs a chunk's layers at once,
+        instead of `run_layer` one after the other; branches are then neither mixed nor fused.
+    """
 
     def run_chunk(layers: range, x: Tensor, positions: Tensor | None) -> Tensor:
         for layer in layers:
@@ -40,9 +49,13 @@ def run_trunk(
                 x = mixed(x, inner_guidance[layer]).repeat(2, 1, 1)
         return x
 
+    run: RunChunk = whole_chunk or run_chunk
+
     def run_chunks(x: Tensor, positions: Tensor | None) -> Tensor:
         for index, layers in enumerate(chunk_layers):
-            x = around(Site("chunk", index), x, positions, lambda x, p, layers=layers: run_chunk(layers, x, p))
+            if index and before_chunk is not None:
+                x = before_chunk(x)
+            x = around(Site("chunk", index), x, positions, partial(run, layers))
         return x
 
     return around(Site("trunk"), x_RLC, None, run_chunks)

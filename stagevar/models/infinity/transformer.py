@@ -25,11 +25,9 @@ from stagevar.models.base import (
     Grid,
     NextScaleModel,
     Sampling,
-    Site,
     around_nothing,
     by_layer,
     leaves_layers_alone,
-    mixed,
 )
 from stagevar.models.infinity.blocks import (
     AdaLin,
@@ -42,7 +40,7 @@ from stagevar.models.infinity.blocks import (
     TextPool,
 )
 from stagevar.models.infinity.config import InfinityConfig
-from stagevar.models.layers import Rotation, modulated_norm, rope_table
+from stagevar.models.layers import Rotation, modulated_norm, rope_table, run_trunk
 from stagevar.tensors.noise import ScaleNoise
 
 _LARGE_SCALE = 64  # tokens; see `Infinity.features_train`
@@ -190,7 +188,6 @@ class Infinity(NextScaleModel):
         fuse: tuple[int, float] | None = None,
     ) -> Tensor:
         level_C = self.lvl_embed.weight[scale]
-        every_chunk = self.config.level_embedding_every_chunk
         rotation = self._rotation(self._scale_rope(scale))
         blocks, conditioning_of = self.layers(), by_layer(conditioning, fuse)
 
@@ -200,28 +197,26 @@ class Infinity(NextScaleModel):
         if plain or not getattr(attend, "takes_products", False):
             chained = None
 
-        def run_chunk(layers: range, x: Tensor, positions: Tensor | None) -> Tensor:
-            if chained is not None:
-                stream, table = Stream(x.contiguous()), rotation.at(positions)
-                for layer in layers:
-                    stream = blocks[layer].chain(stream, layer, table, conditioning, attend, chained)
-                return stream.whole()
+        def run_layer(layer: int, x: Tensor, positions: Tensor | None) -> Tensor:
+            return blocks[layer](x, layer, rotation, positions, conditioning_of(layer), attend, around)
+
+        def run_chained(layers: range, x: Tensor, positions: Tensor | None) -> Tensor:
+            assert chained is not None
+            stream, table = Stream(x.contiguous()), rotation.at(positions)
             for layer in layers:
-                if fuse is not None and layer == fuse[0]:
-                    x = mixed(x, fuse[1])
-                x = blocks[layer](x, layer, rotation, positions, conditioning_of(layer), attend, around)
-                if inner_guidance and layer in inner_guidance:
-                    x = mixed(x, inner_guidance[layer]).repeat(2, 1, 1)
-            return x
+                stream = blocks[layer].chain(stream, layer, table, conditioning, attend, chained)
+            return stream.whole()
 
-        def run_trunk(x: Tensor, positions: Tensor | None) -> Tensor:
-            for index, layers in enumerate(self.chunk_layers):
-                if index and every_chunk:
-                    x = x + level_C
-                x = around(Site("chunk", index), x, positions, lambda x, p, layers=layers: run_chunk(layers, x, p))
-            return x
-
-        return around(Site("trunk"), x_RLC + level_C, None, run_trunk)
+        return run_trunk(
+            x_RLC + level_C,
+            self.chunk_layers,
+            run_layer,
+            around,
+            inner_guidance,
+            fuse,
+            before_chunk=(lambda x: x + level_C) if self.config.level_embedding_every_chunk else None,
+            whole_chunk=None if chained is None else run_chained,
+        )
 
     def logits(self, x_RLC: Tensor, conditioning: InfinityConditioning) -> Tensor:
         scale, shift = conditioning.head_modulation
