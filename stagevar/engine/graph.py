@@ -60,6 +60,7 @@ class Engine(ABC):
     Attributes: name, part of every latency figure. max_caches: KV caches kept for different batches or schedules.
     compiled: whether the pieces between matrix products are compiled kernels (stagevar.models.fused). chained, draws: what
     stands in for some of them (stagevar.engine.kernels), swished: for norms of the decoder; None where nothing does.
+    eager_because: why it launches every kernel as eager does although its name says otherwise, None while all is well.
     """
 
     name: str
@@ -68,6 +69,12 @@ class Engine(ABC):
     chained: Chained | None = None
     draws: Draws | None = None
     swished: Swished | None = None
+    eager_because: str | None = None
+
+    @property
+    def that_ran(self) -> str:
+        """The name of the engine that figures are of: eager's where this one fell back."""
+        return "eager" if self.eager_because else self.name
 
     @abstractmethod
     def start(self, wanted: Start, cache: KVCache, fixed: object) -> Start:
@@ -266,7 +273,7 @@ class GraphEngine(Engine):
     before it goes on being replayed. Injected randomness is never recorded. One engine serves one sampler.
 
     Attributes: recorded, replayed: how often each happened. recording_s: seconds spent on recording, warm-up included.
-    eager_because: why nothing more is recorded, None while all is well.
+    eager_because: why nothing more is recorded.
     """
 
     max_caches = 3
@@ -276,7 +283,7 @@ class GraphEngine(Engine):
         self.name = "graph-compiled" if compiled else "graph"
         self.recorded = self.replayed = 0
         self.recording_s = 0.0
-        self.eager_because: str | None = None
+        self.eager_because = None
         self._residents: dict[Any, Resident] = {}
         self._decoders: dict[tuple[int, ...], tuple[Tensor, Callable[[], None], Tensor]] = {}
 
@@ -380,8 +387,8 @@ class GraphEngine(Engine):
 
 def fell_back_because(engine: Engine) -> str | None:
     """Why an engine no longer does what its name says, None while it does; figures of one that does not are another's."""
-    why = getattr(engine, "eager_because", None)
-    if why is None and getattr(engine, "compiled", False):
+    why = engine.eager_because
+    if why is None and engine.compiled:
         from stagevar.models import fused
 
         why = fused.plain_because()

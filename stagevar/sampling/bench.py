@@ -88,7 +88,7 @@ def compare(
         ratio, low, high = ratio_bounds(timing.samples_ms, timings[BASELINE].samples_ms)
         row = {
             "name": name,
-            "engine": _engine_that_ran(timed[name]),
+            "engine": timed[name].engine.that_ran,
             "tokens": round(made[name].tokens, 1),
             "latency_ms": timing.median_ms,
             "mean_ms": float(np.mean(timing.samples_ms)),
@@ -117,11 +117,6 @@ def compare(
 
 def _timed_sampler(model: LoadedModel, make: Callable[[LoadedModel], Sampler] | None, engine: str) -> Sampler:
     return Sampler(model, engine=engine) if make is None else make(model)
-
-
-def _engine_that_ran(sampler: Sampler) -> str:
-    """The engine's name, or eager's where it fell back."""
-    return "eager" if getattr(sampler.engine, "eager_because", None) else sampler.engine.name
 
 
 @dataclasses.dataclass

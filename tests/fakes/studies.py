@@ -18,7 +18,7 @@ import numpy as np
 from stagevar.schedule import Steps
 from stagevar.schedule.grids import square
 from tuner.config.prompts import PromptSet
-from tuner.evaluation.evaluator import Facts, Values
+from tuner.evaluation.evaluator import Evaluator, Facts, Values
 from tuner.testing.formulas import Samples
 
 GRIDS = square((1, 2, 3, 4, 6, 8))
@@ -47,7 +47,7 @@ def tokens(steps: Steps) -> float:
     return sum(step.processed_tokens(CHUNKS) for step in steps)
 
 
-class FakeEvaluator:
+class FakeEvaluator(Evaluator):
     """Quality and latency by formula.
 
     Args:

@@ -13,7 +13,7 @@ import numpy as np
 from stagevar.schedule import Steps, exact
 from tuner.cluster.dispatcher import cut
 from tuner.cluster.worker import Place
-from tuner.evaluation.evaluator import Facts, Values
+from tuner.evaluation.evaluator import Evaluator, Facts, Values
 from tuner.evaluation.executor import Failed, Outcome, QualityTask
 from tuner.evaluation.timed_groups import deal, merged
 
@@ -41,7 +41,7 @@ class Workers(Protocol):
     def time(self, method: str, calls: Sequence[tuple[Any, ...]]) -> list[tuple[Any, Place]]: ...
 
 
-class RemoteEvaluator:
+class RemoteEvaluator(Evaluator):
     """An Evaluator whose work is done by the workers of a RayExecutor.
 
     Schedules that are timed together with the full schedule are dealt out to as many GPUs as are ready. Each GPU times the
@@ -73,13 +73,15 @@ class RemoteEvaluator:
         found = merged([timings for timings, _ in measured], sentinel)
         return {name: found[name] for name in schedules}
 
-    def step_ms(self, schedules: Sequence[Steps], rounds: int = 3) -> Mapping[Steps, tuple[float, ...]]:
+    def step_ms(self, schedules: Sequence[Steps], rounds: int = 3) -> Mapping[Steps, tuple[float, ...]] | None:
         """Milliseconds of steps, by prefix, from walks that start alike; each GPU walks the full schedule (or the first)."""
         sentinel = self._full if self._full in schedules else schedules[0]
         others = [steps for steps in schedules if steps != sentinel]
         parts = cut(others, self.executor.timers) if others else [()]
         calls = [((sentinel, *(others[i] for i in part)), rounds) for part in parts]
         measured = self.executor.time("step_ms", calls)
+        if any(timings is None for timings, _ in measured):
+            return None
         prefixes = [sentinel[: depth + 1] for depth in range(len(sentinel))]
         sums = [np.sum([timings[prefix] for prefix in prefixes], axis=0) for timings, _ in measured]
         self._record("steps", [{"sentinel": sum_ms.tolist()} for sum_ms in sums], measured)
@@ -90,10 +92,12 @@ class RemoteEvaluator:
                 found[prefix] = tuple(float(ms) for ms in np.asarray(timings[prefix]) * factors)
         return found
 
-    def scale_ms(self, schedules: Mapping[str, Steps], rounds: int = 5) -> Mapping[str, tuple[float, ...]]:
+    def scale_ms(self, schedules: Mapping[str, Steps], rounds: int = 5) -> Mapping[str, tuple[float, ...]] | None:
         measured = self.executor.time("scale_ms", [(dict(schedules), rounds)])
-        self._record("scales", [measured[0][0]], measured)
-        return measured[0][0]
+        times: Mapping[str, tuple[float, ...]] | None = measured[0][0]
+        if times is not None:
+            self._record("scales", [times], measured)
+        return times
 
     def images(self, steps: Steps, split: str, batch: int) -> np.ndarray:
         return self.executor.call("images", steps, split, batch, suspect=("images", steps))

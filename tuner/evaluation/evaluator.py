@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -65,22 +66,46 @@ class Facts:
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
-class Evaluator(Protocol):
-    """What a study needs to know about schedules; tests put fakes here."""
+class Evaluator(ABC):
+    """What a study needs to know about schedules; tests put fakes here.
+
+    Quality, latency and images every evaluator gives; the others are None where it does not, and explain or save work.
+    """
 
     facts: Facts
 
+    @abstractmethod
     def quality(self, schedules: Sequence[Steps], split: str, batch: int) -> list[Values]:
         """Per schedule: value per metric and "quality", one per prompt of that micro-batch."""
-        ...
 
+    @abstractmethod
     def latency(self, schedules: Mapping[str, Steps], rounds: int, warm_up_at_most: int = 12) -> Mapping[str, Timing]:
         """Round-robin timings of whole images, batch 1, warmed per schedule."""
-        ...
 
+    @abstractmethod
     def images(self, steps: Steps, split: str, batch: int) -> np.ndarray:
         """uint8 (B, H, W, 3) of one micro-batch."""
-        ...
+
+    def step_ms(self, schedules: Sequence[Steps], rounds: int = 3) -> Mapping[Steps, tuple[float, ...]] | None:
+        """Milliseconds of the last scale of each distinct prefix, one image, a sample per round.
+
+        The empty prefix holds text encoding, start and decoding. A table of step costs is filled from it.
+        """
+        return None
+
+    def scale_ms(self, schedules: Mapping[str, Steps], rounds: int = 5) -> Mapping[str, tuple[float, ...]] | None:
+        """Median milliseconds per scale, to explain a latency."""
+        return None
+
+    @property
+    def scales_run(self) -> int | None:
+        """Scales that walks over trees of schedules ran so far."""
+        return None
+
+    @property
+    def scales_alone(self) -> int | None:
+        """Scales that running each of those schedules alone had needed."""
+        return None
 
 
 def walk(
@@ -164,7 +189,7 @@ def load_evaluator(
     return ModelEvaluator(loaded, prompts, quality, floors, **options)
 
 
-class ModelEvaluator:
+class ModelEvaluator(Evaluator):
     """Evaluates on a loaded model, in this process.
 
     Args:
@@ -188,6 +213,9 @@ class ModelEvaluator:
     in turn. They raise OutOfDeviceMemory when the smallest part does not fit either, and DeviceBroken where no kernel runs
     in this process any more; neither is a schedule's fault.
     """
+
+    scales_run: int = 0
+    scales_alone: int = 0
 
     def __init__(
         self,
@@ -228,7 +256,6 @@ class ModelEvaluator:
             for name, metric in metrics.items():
                 for remark in metric.remarks(texts) if metric.needs_prompt else ():
                     warnings.warn(f"{name}: {remark}")
-        self.scales_run = self.scales_alone = 0
         self.keep_bytes = keep_bytes
         self.rows_at_once: int | None = None
         self._kept: dict[int, Generation] = {}
@@ -515,8 +542,7 @@ class ModelEvaluator:
     def step_ms(self, schedules: Sequence[Steps], rounds: int = 3) -> dict[Steps, tuple[float, ...]]:
         """Milliseconds of the last scale of each distinct prefix, one image, a sample per round; a first round is not counted.
 
-        The empty prefix holds text encoding, start and decoding. Optional in an Evaluator: what a table of step costs is
-        filled from. Schedules that decide on the way are refused with ValueError.
+        See `Evaluator`. Schedules that decide on the way are refused with ValueError.
         """
         from stagevar.device_faults import told_apart
 
@@ -555,7 +581,7 @@ class ModelEvaluator:
         return {key: tuple(values[1:]) for key, values in found.items()}
 
     def scale_ms(self, schedules: Mapping[str, Steps], rounds: int = 5) -> dict[str, tuple[float, ...]]:
-        """Median milliseconds per scale (`stagevar.sampling.scale_latency`), to explain a latency. Optional in an Evaluator."""
+        """Median milliseconds per scale (`stagevar.sampling.scale_latency`), to explain a latency."""
         from stagevar.device_faults import told_apart
         from stagevar.sampling.scale_latency import time_scales
 

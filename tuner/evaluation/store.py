@@ -20,10 +20,10 @@ import json
 import logging
 import platform
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 
@@ -34,8 +34,11 @@ from stagevar.schedule import Steps, exact
 from tuner.config.prompts import PromptSet
 from tuner.config.quality import MetricLimit, factors
 from tuner.config.space import SearchSpace, steps_key
-from tuner.evaluation.evaluator import Evaluator, Facts
+from tuner.evaluation.evaluator import Evaluator, Facts, Values
 from tuner.evaluation.executor import Executor, Failed, Outcome, QualityTask
+
+if TYPE_CHECKING:
+    from stagevar.timing import Timing
 
 log = logging.getLogger(__name__)
 
@@ -252,25 +255,37 @@ class StoredExecutor(Executor):
         return folder / _digest(self.prompts[split].batch(batch)) / f"{steps_key(steps)}.json"
 
 
-class StoredCosts:
+class StoredCosts(Evaluator):
     """An evaluator whose step costs come from a store where it holds them. Everything else is the evaluator's own."""
 
     def __init__(self, evaluator: Evaluator, store: Store):
-        self._evaluator, self._store = evaluator, store
+        self._evaluator, self._store, self.facts = evaluator, store, evaluator.facts
         self._context = cost_context(evaluator.facts)
         self._full = exact(len(evaluator.facts.grids)).expand(evaluator.facts.grids, evaluator.facts.chunks)
-        time_steps = getattr(evaluator, "step_ms", None)
-        if time_steps is not None:
-            self.step_ms = functools.partial(self._step_shares, time_steps)
         self.steps_timed = self.steps_reused = 0
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._evaluator, name)
+    def quality(self, schedules: Sequence[Steps], split: str, batch: int) -> list[Values]:
+        return self._evaluator.quality(schedules, split, batch)
 
-    def _step_shares(
-        self, time_steps: Callable[..., Mapping[Steps, Sequence[float]]], schedules: Sequence[Steps], rounds: int = 3
-    ) -> dict[Steps, tuple[float, ...]]:
-        """As `step_ms`, in shares of the full schedule's scales of the same round; only schedules not held are timed."""
+    def latency(self, schedules: Mapping[str, Steps], rounds: int, warm_up_at_most: int = 12) -> Mapping[str, Timing]:
+        return self._evaluator.latency(schedules, rounds, warm_up_at_most)
+
+    def images(self, steps: Steps, split: str, batch: int) -> np.ndarray:
+        return self._evaluator.images(steps, split, batch)
+
+    def scale_ms(self, schedules: Mapping[str, Steps], rounds: int = 5) -> Mapping[str, tuple[float, ...]] | None:
+        return self._evaluator.scale_ms(schedules, rounds)
+
+    @property
+    def scales_run(self) -> int | None:
+        return self._evaluator.scales_run
+
+    @property
+    def scales_alone(self) -> int | None:
+        return self._evaluator.scales_alone
+
+    def step_ms(self, schedules: Sequence[Steps], rounds: int = 3) -> dict[Steps, tuple[float, ...]] | None:
+        """See `Evaluator`, in shares of the full schedule's scales of the same round; only schedules not held are timed."""
         known = {steps: shares for steps in schedules if (shares := self._held(steps, rounds)) is not None}
         missing = [steps for steps in schedules if steps not in known]
         self.steps_reused, self.steps_timed = len(known), len(missing)
@@ -278,7 +293,9 @@ class StoredCosts:
         found: dict[Steps, tuple[float, ...]] = {}
         if missing:
             asked = [self._full, *(steps for steps in missing if steps != self._full)]
-            times = time_steps(asked, rounds)
+            times = self._evaluator.step_ms(asked, rounds)
+            if times is None:
+                return None
             unit_R = np.sum([times[self._full[: depth + 1]] for depth in range(len(self._full))], axis=0)
             found = {prefix: tuple(float(v) for v in np.asarray(row) / unit_R) for prefix, row in times.items()}
             for steps in asked:

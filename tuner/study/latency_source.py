@@ -43,9 +43,6 @@ class LatencySource:
 
     def fill_table(self, trials: int, seed: int) -> None:
         """Times the steps of the presets and of schedules drawn from all over the space, one image at a time."""
-        time_steps = getattr(self.evaluator, "step_ms", None)
-        if time_steps is None:
-            return
         ledger = self.ledger
         chosen = {ledger.full_key: ledger.full}
         chosen |= {key: steps for key, steps in ledger.steps.items() if self.table.covers(steps)}
@@ -56,7 +53,9 @@ class LatencySource:
             if self.table.covers(steps):
                 chosen.setdefault(steps_key(steps), steps)
         try:
-            self.table.observe(time_steps(list(chosen.values()), TABLE_ROUNDS))
+            times = self.evaluator.step_ms(list(chosen.values()), TABLE_ROUNDS)
+            if times is not None:
+                self.table.observe(times)
         except Exception as error:
             if isinstance(error, InfrastructureError) and not isinstance(error, OutOfDeviceMemory):
                 raise

@@ -308,17 +308,16 @@ class Study:
         They explain the figures and decide nothing, so an evaluator need not offer them and a failure is only said.
         """
         ledger = self.ledger
-        time_scales = getattr(self.evaluator, "scale_ms", None)
-        if time_scales is None or not keys or self.stop():
+        if not keys or self.stop():
             return
         try:
-            times = time_scales({key: ledger.steps[key] for key in dict.fromkeys([ledger.full_key, *keys])})
+            times = self.evaluator.scale_ms({key: ledger.steps[key] for key in dict.fromkeys([ledger.full_key, *keys])})
         except InfrastructureError:
             raise
         except Exception as error:
             self.progress.say(f"scales were not timed: {first_line(error)}")
             return
-        for key, scale_ms in times.items():
+        for key, scale_ms in (times or {}).items():
             ledger.replace(_with_scales(ledger.measured(key), scale_ms))
 
     def _result(self, conclusion: Conclusion) -> StudyResult:

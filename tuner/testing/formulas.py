@@ -18,7 +18,7 @@ from stagevar.card_state import CardState
 from stagevar.schedule import Steps, exact, preset
 from stagevar.schedule.grids import square
 from tuner.config.prompts import PromptSet
-from tuner.evaluation.evaluator import Facts, Values
+from tuner.evaluation.evaluator import Evaluator, Facts, Values
 
 GRIDS = square((1, 2, 3, 4, 6, 8))
 CHUNKS = 3
@@ -40,7 +40,7 @@ class Samples:
         self.disturbed: tuple[str, ...] = ()
 
 
-class FormulaEvaluator:
+class FormulaEvaluator(Evaluator):
     """An Evaluator by formula, on 32 search and 64 held-out prompts in micro-batches of 4.
 
     Args:
@@ -65,7 +65,9 @@ class FormulaEvaluator:
             values.append({"shade": shade_B, "quality": shade_B / 2})
         return values
 
-    def latency(self, schedules: Mapping[str, Steps], rounds: int, warm_up_at_most: int = 12) -> Mapping[str, Samples]:
+    def latency(  # type: ignore[override]  # Samples have what readers of a Timing use
+        self, schedules: Mapping[str, Steps], rounds: int, warm_up_at_most: int = 12
+    ) -> Mapping[str, Samples]:
         drift = 1 + 0.05 * np.abs(self._clock.standard_normal(rounds))
         return {name: Samples(100.0 * self.ratio(steps) * drift) for name, steps in schedules.items()}
 

@@ -61,6 +61,8 @@ def test_an_engine_that_draws_other_images_is_refused():
 class FakeSampler:
     """Draws a flat image; its engine takes `ms` by the fake clock."""
 
+    compiled = False
+
     def __init__(self, name, ms, shade=100, breaks=None, eager_because=None):
         self.name, self.ms, self.shade, self.breaks, self.engine = name, ms, shade, breaks, self
         self.eager_because, self.released, self.batches = eager_because, 0, []

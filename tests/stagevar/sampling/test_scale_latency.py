@@ -11,6 +11,7 @@ from stagevar.testing.tiny import GRIDS, tiny_infinity
 from tests.fakes.sample_study import make
 from tuner.study.ledger import Ledger
 from tuner.study.study import Study
+from tuner.testing.formulas import FormulaEvaluator
 
 
 @pytest.fixture
@@ -88,6 +89,6 @@ def test_a_study_goes_on_without_the_shares(tmp_path):
     study = study_of(result, SimpleNamespace(scale_ms=broken), said)
     Study._time_scales(study, [result.pick.key])
     assert study.ledger.baseline is result.baseline and said == ["scales were not timed: RuntimeError: no clock"]
-    without = study_of(result, SimpleNamespace(), said)
+    without = study_of(result, FormulaEvaluator(), said)
     Study._time_scales(without, [result.pick.key])
     assert without.ledger.baseline is result.baseline and len(said) == 1

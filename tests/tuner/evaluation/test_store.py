@@ -22,6 +22,7 @@ from tuner.evaluation.executor import QualityTask
 from tuner.evaluation.local import LocalExecutor
 from tuner.evaluation.store import Store, StoredCosts, StoredExecutor, cost_context, quality_context
 from tuner.metrics.registry import CompositeQuality
+from tuner.testing.formulas import FormulaEvaluator
 
 
 def expand(*args, **options):
@@ -204,8 +205,16 @@ def test_step_costs_never_cross_from_one_device_to_another(tmp_path):
 def test_everything_but_step_costs_is_the_evaluators_own(tmp_path):
     evaluator = study(tmp_path / "a").evaluator
     wrapped = StoredCosts(evaluator, Store(tmp_path / "store"))
-    assert wrapped.latency == evaluator.latency and wrapped.facts is evaluator.facts
-    assert not hasattr(wrapped, "scale_ms"), "what the evaluator does not offer"
+    assert wrapped.facts is evaluator.facts
+    assert np.array_equal(*(e.images(FULL, "search", 0) for e in (wrapped, evaluator)))
+    assert np.array_equal(*(e.quality([FULL], "search", 0)[0]["quality"] for e in (wrapped, evaluator)))
+    assert wrapped.scale_ms({"full": FULL}) is wrapped.scales_run is wrapped.scales_alone is None, "it offers none"
+    evaluator.scale_ms = lambda schedules, rounds=5: dict.fromkeys(schedules, (1.0,))
+    assert wrapped.scale_ms({"full": FULL}) == {"full": (1.0,)}
+
+
+def test_an_evaluator_that_times_no_steps_gives_no_step_costs(tmp_path):
+    assert StoredCosts(FormulaEvaluator(), Store(tmp_path / "store")).step_ms([FULL], 3) is None
 
 
 # ------------------------------------------------------------------------------------------------ a whole study
