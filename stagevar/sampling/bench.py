@@ -81,38 +81,47 @@ def compare(
         made = {name: _observe(samplers.get(name, Sampler)(model), plans[name], texts, batch) for name in plans}
         timed = {name: _timed_sampler(model, samplers.get(name), (engines or {}).get(name, engine)) for name in plans}
         timings = time_in_turn(timed, plans, batches, rounds, warm_up_at_most)
-    full = made[BASELINE]
     rows = []
     for name in plans:
-        timing, images = timings[name], made[name].images
-        ratio, low, high = ratio_bounds(timing.samples_ms, timings[BASELINE].samples_ms)
-        row = {
-            "name": name,
-            "engine": timed[name].engine.that_ran,
-            "tokens": round(made[name].tokens, 1),
-            "latency_ms": timing.median_ms,
-            "mean_ms": float(np.mean(timing.samples_ms)),
-            "p90_ms": timing.p90_ms,
-            "ratio": ratio,
-            "ratio_interval": [low, high],
-            "memory_mib": made[name].memory_mib,
-            "samples_ms": list(timing.samples_ms),
-            "warmed": timing.warmed,
-        }
-        if model.device.type == "cpu":
-            row["cpu_ratio"] = ratio_bounds(timing.processor_ms, timings[BASELINE].processor_ms)[0]
-        if timing.disturbed:
-            row["disturbed"] = list(timing.disturbed)
+        row = {"name": name, "engine": timed[name].engine.that_ran, **_timed_columns(timings[name], timings[BASELINE])}
+        row |= {"tokens": round(made[name].tokens, 1), "memory_mib": made[name].memory_mib}
         if made[name].outcomes:
             row["outcomes"] = dict(sorted(made[name].outcomes.items()))
         if not model.random_weights:
-            row["psnr_db"] = float(psnr_db(images, full.images).mean())
-            row["ssim"] = float(ssim(images, full.images).mean())
-            for label, score in (scores or {}).items():
-                difference_B = np.asarray(score(images, texts), float) - np.asarray(score(full.images, texts), float)
-                row[label], row[f"{label}_interval"] = float(difference_B.mean()), list(mean_bounds(difference_B))
+            row |= _quality_columns(made[name].images, made[BASELINE].images, texts, scores or {})
         rows.append(row)
     return rows
+
+
+def _timed_columns(timing: Timing, baseline: Timing) -> dict[str, object]:
+    ratio, low, high = ratio_bounds(timing.samples_ms, baseline.samples_ms)
+    columns: dict[str, object] = {
+        "latency_ms": timing.median_ms,
+        "mean_ms": float(np.mean(timing.samples_ms)),
+        "p90_ms": timing.p90_ms,
+        "ratio": ratio,
+        "ratio_interval": [low, high],
+        "samples_ms": list(timing.samples_ms),
+        "warmed": timing.warmed,
+    }
+    if not timing.device_ms:
+        columns["cpu_ratio"] = ratio_bounds(timing.processor_ms, baseline.processor_ms)[0]
+    if timing.disturbed:
+        columns["disturbed"] = list(timing.disturbed)
+    return columns
+
+
+def _quality_columns(
+    images: np.ndarray, full: np.ndarray, texts: Sequence[str], scores: Mapping[str, Score]
+) -> dict[str, object]:
+    columns: dict[str, object] = {
+        "psnr_db": float(psnr_db(images, full).mean()),
+        "ssim": float(ssim(images, full).mean()),
+    }
+    for label, score in scores.items():
+        difference_B = np.asarray(score(images, texts), float) - np.asarray(score(full, texts), float)
+        columns[label], columns[f"{label}_interval"] = float(difference_B.mean()), list(mean_bounds(difference_B))
+    return columns
 
 
 def _timed_sampler(model: LoadedModel, make: Callable[[LoadedModel], Sampler] | None, engine: str) -> Sampler:
