@@ -80,7 +80,7 @@ class FakeArtist:
     def draw(self, orders: Sequence[Order]) -> list[Drawn]:
         self.batches.append([order.seed for order in orders])
         self.began.release()
-        assert self.gate.wait(60)
+        assert self.gate.wait(180)
         for order in orders:
             if order.prompt in self.fails:
                 raise self.fails[order.prompt]
@@ -92,7 +92,7 @@ class FakeArtist:
 
     def wait_for_batch(self) -> None:
         """Returns when one more batch was begun."""
-        assert self.began.acquire(timeout=30)
+        assert self.began.acquire(timeout=180)
 
 
 def open_desk(artist: FakeArtist, limit: int = 64) -> Desk:
@@ -103,7 +103,7 @@ def open_desk(artist: FakeArtist, limit: int = 64) -> Desk:
     return desk
 
 
-def wait_until(holds, seconds: float = 60.0) -> None:
+def wait_until(holds, seconds: float = 180.0) -> None:
     """Polls until something holds."""
     end = time.monotonic() + seconds
     while not holds():

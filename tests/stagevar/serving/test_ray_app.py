@@ -141,7 +141,7 @@ def test_two_replicas_answer_and_a_killed_one_loses_nobody_silently(address):
         thread.start()
     wait_until(lambda: outcomes[200] >= 6)
     os.kill(min(before), signal.SIGKILL)
-    wait_until(lambda: len(replicas() - before) == 1 and len(replicas()) == 2, seconds=180)
+    wait_until(lambda: len(replicas() - before) == 1 and len(replicas()) == 2)
     answered = outcomes[200]
     wait_until(lambda: outcomes[200] >= answered + 6)
     done.set()
