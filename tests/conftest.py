@@ -27,11 +27,14 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # keeps Ray on the loopback, as on those systems
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray makes one in the home directory
-os.environ.setdefault(
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60"
-)  # Serve kills a proxy that is not up in five seconds
+os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # Serve gives a proxy five seconds to come up
 #: What takes longest, longest first: begun last, it would keep one process busy long after the other is done.
-LONGEST = ("tests/repository/test_rehearsal.py", "tests/tuner/cli/test_tune.py")
+LONGEST = (
+    "tests/repository/test_rehearsal.py",
+    "tests/stagevar/models/test_fused.py",
+    "tests/tuner/cli/test_tune.py",
+    "tests/tuner/study/test_resume.py",
+)
 #: GCS notices a dead node after two seconds instead of half a minute.
 HEALTH = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
 #: Ray gives its helper processes 15 seconds to start, which a busy machine may miss.

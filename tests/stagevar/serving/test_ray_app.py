@@ -5,6 +5,7 @@ import contextlib
 import os
 import pickle
 import pkgutil
+import random
 import re
 import signal
 import socket
@@ -93,6 +94,14 @@ def test_without_rays_own_extra_it_is_named(monkeypatch):
 # ------------------------------------------------------------------------------------------------ on a cluster
 
 
+def free_port():
+    """A port that nobody has, apart from those that the system hands out, of which Ray takes dozens before Serve listens."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with contextlib.suppress(OSError), contextlib.closing(socket.create_server(("127.0.0.1", port))):
+            return port
+    raise AssertionError("a hundred ports were taken")
+
+
 @pytest.fixture(scope="module")
 def address(ray_cluster):
     """Host and port of the proxy of a deployment with two replicas of nano."""
@@ -100,8 +109,7 @@ def address(ray_cluster):
         from ray import serve
     except ImportError:
         pytest.skip("Ray Serve's packages are not installed: pip install 'ray[serve]'")
-    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
-        port = listener.getsockname()[1]
+    port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port, "location": "HeadOnly"})
     arguments = {"model": "nano", "device": "cpu", "gpus": "1", "threads": "1", "batch": "2", "replicas": "2"}
     serve.run(ray_app.build(arguments))
