@@ -162,3 +162,25 @@ def test_a_wrong_max_drop_is_one_line(texts, says):
 def test_shipped_spaces_have_limits(name):
     limits = quality_limits(load_space(name).quality)
     assert limits[0].max_drop and limits[0].weight > 0
+
+
+@pytest.mark.parametrize(
+    ("quality", "digest", "written"),
+    [
+        (
+            {"geneval_nano": 1, "clip_score": 0.5},
+            "abb398620e0368ec",
+            [{"name": "geneval_nano", "weight": 1}, {"name": "clip_score", "weight": 0.5}],
+        ),
+        (
+            {"metrics": [{"name": "geneval", "max_drop": 0.02}, {"name": "clip_score", "model": "x", "weight": 2}]},
+            "16a4d3ada798f4c0",
+            [{"name": "geneval", "max_drop": 0.02}, {"name": "clip_score", "model": "x", "weight": 2}],
+        ),
+    ],
+)
+def test_a_space_keeps_its_digest_and_is_written_as_its_file_says_it(quality, digest, written):
+    """Studies that began before know their space by its digest; it tells 1 from 1.0 and a weight from options."""
+    space = space_with(quality)
+    assert space.digest.startswith(digest)
+    assert repr(space.to_data()["objectives"]) == repr({"latency": "ms", "quality": {"metrics": written}})
