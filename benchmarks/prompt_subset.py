@@ -21,8 +21,9 @@ from tuner.config.prompts import load_prompts
 from tuner.config.space import PromptSource
 from tuner.evaluation.evaluator import load_evaluator
 from tuner.metrics.prompt_sets import subset_rank_correlation
+from tuner.metrics.quality_spec import read_quality
 
-QUALITY = {"geneval_nano": 1.0, "clip_score": {"weight": 0.05, "model": "nano"}}
+QUALITY = read_quality({"geneval_nano": 1.0, "clip_score": {"weight": 0.05, "model": "nano"}})
 SIZES = (14, 28, 56, 112)
 
 

@@ -31,6 +31,7 @@ from stagevar.schedule import Steps
 from tuner.evaluation.executor import Executor, Failed, QualityTask
 from tuner.evaluation.local import LocalExecutor
 from tuner.evaluation.store import Store, StoredExecutor
+from tuner.metrics.quality_spec import read_quality
 from tuner.proposals.sensitivity import (
     Change,
     FewerTokens,
@@ -45,7 +46,7 @@ from tuner.proposals.sensitivity import (
     predicted,
 )
 
-QUALITY = {"geneval_nano": 1.0, "clip_score": {"weight": 0.0005, "model": "nano"}, "ssim": {"weight": 0.0001}}
+QUALITY = read_quality({"geneval_nano": 1.0, "clip_score": {"weight": 0.0005, "model": "nano"}, "ssim": 0.0001})
 
 
 def measure(

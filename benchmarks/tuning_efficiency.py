@@ -36,12 +36,13 @@ from stagevar.schedule import Steps, preset
 from stagevar.schedule.grids import infinity_grids
 from tuner.config.limits import Budget
 from tuner.config.prompts import load_prompts
-from tuner.config.quality import composite_options, quality_limits
+from tuner.config.quality import composite_specs, quality_limits
 from tuner.config.space import draws, load_space, steps_key
 from tuner.evaluation.evaluator import ModelEvaluator, walk
 from tuner.evaluation.executor import QualityTask
 from tuner.evaluation.local import LocalExecutor
 from tuner.evaluation.step_costs import StepCosts
+from tuner.metrics.quality_spec import QualitySpec
 from tuner.proposals.sensitivity import alone, changes_to_measure
 from tuner.proposals.trial_sampler import Proposal
 from tuner.results import pareto
@@ -89,7 +90,7 @@ PLOTTED = ("all", "plain, TPE", "plain, random")
 class Bench:
     """One loaded model; every run gets an evaluator of its own that remembers nothing."""
 
-    def __init__(self, model: str, prompts: int, heldout: int, micro_batch: int, quality: Mapping[str, Any]):
+    def __init__(self, model: str, prompts: int, heldout: int, micro_batch: int, quality: Mapping[str, QualitySpec]):
         self.model = load_model(model)
         space = load_space(model)
         source = dataclasses.replace(space.prompts, search=prompts, heldout=heldout, micro_batch=micro_batch)
@@ -100,7 +101,7 @@ class Bench:
         self.space.fit(self.facts.grids)
 
     def evaluator(self, keep_bytes: int | None = None) -> ModelEvaluator:
-        quality = composite_options(self.space.quality, self.limits)
+        quality = composite_specs(self.space.quality, self.limits)
         return ModelEvaluator(self.model, self.prompts, quality, keep_bytes=keep_bytes)
 
     def drawn(self, count: int, seed: int = 0, first: int = 0) -> list[Steps]:
@@ -630,7 +631,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         torch.set_num_threads(1)
-        bench = Bench(args.model, args.prompts, args.heldout, args.micro_batch, {"ssim": 1.0})
+        bench = Bench(args.model, args.prompts, args.heldout, args.micro_batch, {"ssim": QualitySpec()})
         figures: dict[str, Any] = {"environment": environment()}
         if args.what == "replay":
             schedules = (

@@ -3,11 +3,12 @@
 import pytest
 
 from benchmarks.tuning_efficiency import Bench, efforts, growth, modelled, reached, replay, summarize
+from tuner.metrics.quality_spec import QualitySpec
 
 
 @pytest.fixture(scope="module")
 def bench():
-    return Bench("nano", prompts=4, heldout=4, micro_batch=2, quality={"ssim": 1.0})
+    return Bench("nano", prompts=4, heldout=4, micro_batch=2, quality={"ssim": QualitySpec()})
 
 
 def test_a_replay_is_bit_identical_and_says_what_was_shared(bench):

@@ -14,6 +14,7 @@ from tests.fakes import metric_models
 from tuner.metrics import METRIC_NAMES, SetMetric, create
 from tuner.metrics.base import BenchmarkMetric
 from tuner.metrics.declarations import DECLARATIONS
+from tuner.metrics.quality_spec import QualitySpec
 from tuner.metrics.registry import create_composite
 from tuner.testing.metrics import MetricContract
 
@@ -113,7 +114,7 @@ class TestEveryMetric(MetricContract):
 
     def test_it_serves_as_objective_by_name_and_options(self, metric, options, images):
         smooth, noisy = images
-        quality = create_composite({metric.name: {"weight": 0.5, **options[metric.name]}, "psnr": 1.0})
+        quality = create_composite({metric.name: QualitySpec(0.5, options=options[metric.name]), "psnr": QualitySpec()})
         values = quality.score_parts(noisy, self.prompts, smooth)
         sign = 1 if metric.higher_is_better else -1
         expected = values["psnr"] if metric.name == "psnr" else 0.5 * sign * values[metric.name] + values["psnr"]
@@ -128,10 +129,8 @@ class TestEveryMetric(MetricContract):
         (lambda: create("beauty"), "known: clip_score"),
         (lambda: create("psnr", window=3), "no option 'window'"),
         (lambda: create_composite({}), "no metrics"),
-        (lambda: create_composite(["psnr"]), "expected metrics and weights"),
-        (lambda: create_composite({"psnr": 0}), "weight of psnr is 0"),
-        (lambda: create_composite({"psnr": "much"}), "weight of psnr is 'much'"),
-        (lambda: create_composite({"psnr": {"weight": float("nan")}}), "weight of psnr is nan"),
+        (lambda: create_composite({"psnr": QualitySpec(0)}), "weight of psnr is 0"),
+        (lambda: create_composite({"psnr": QualitySpec(float("nan"))}), "weight of psnr is nan"),
         (lambda: create("dpg"), "dpg_bench.csv"),
         (lambda: create("dpg", questions="none.csv"), "cannot be read"),
         (lambda: create("geneval2"), "geneval2_data.jsonl"),

@@ -20,6 +20,7 @@ from tuner.config.space import PromptSource
 from tuner.evaluation.evaluator import ModelEvaluator
 from tuner.evaluation.executor import Failed, NotMeasured, QualityTask
 from tuner.evaluation.local import LocalExecutor
+from tuner.metrics.quality_spec import QualitySpec
 from tuner.results.candidate import Finalist
 
 CPU = torch.device("cpu")
@@ -116,7 +117,7 @@ CALLS = {
 
 @pytest.mark.parametrize("call", CALLS)
 def test_a_broken_device_is_said_wherever_it_shows(model, prompts, monkeypatch, call):
-    evaluator = ModelEvaluator(model, prompts, {"psnr": 1.0})
+    evaluator = ModelEvaluator(model, prompts, {"psnr": QualitySpec()})
     CALLS[call](evaluator)
 
     def broken(*_, **__):
@@ -132,10 +133,10 @@ def test_a_broken_device_is_said_wherever_it_shows(model, prompts, monkeypatch, 
 
 def test_fewer_images_are_drawn_at_once_where_memory_runs_out(model, prompts, room):
     schedules = [FULL, *FAST]
-    expected = ModelEvaluator(model, prompts, {"psnr": 1.0}, {"ssim": 0.1}).quality(schedules, "search", 0)
-    expected_images = ModelEvaluator(model, prompts, {"psnr": 1.0}).images(FAST[0], "search", 0)
+    expected = ModelEvaluator(model, prompts, {"psnr": QualitySpec()}, {"ssim": 0.1}).quality(schedules, "search", 0)
+    expected_images = ModelEvaluator(model, prompts, {"psnr": QualitySpec()}).images(FAST[0], "search", 0)
     room(cache_bytes(model, 1))
-    evaluator = ModelEvaluator(model, prompts, {"psnr": 1.0}, {"ssim": 0.1}, keep_bytes=0)
+    evaluator = ModelEvaluator(model, prompts, {"psnr": QualitySpec()}, {"ssim": 0.1}, keep_bytes=0)
     with pytest.warns(UserWarning, match="1 are drawn at once"):
         found = evaluator.quality(schedules, "search", 0)
     assert evaluator.rows_at_once == 1 and room.refused == 2  # of four and of two
@@ -147,7 +148,7 @@ def test_fewer_images_are_drawn_at_once_where_memory_runs_out(model, prompts, ro
 
 def test_kept_scales_are_let_go_before_images_are_drawn_in_parts(model, prompts, room):
     room(2 * cache_bytes(model, 4))
-    evaluator = ModelEvaluator(model, prompts, {"psnr": 1.0}, keep_bytes=10**9)
+    evaluator = ModelEvaluator(model, prompts, {"psnr": QualitySpec()}, keep_bytes=10**9)
     evaluator.quality([FULL], "search", 0)
     assert set(evaluator._kept) == {0} and not room.refused
     capacity = step_lengths(FULL, model.transformer.chunk_layers)
@@ -159,7 +160,7 @@ def test_kept_scales_are_let_go_before_images_are_drawn_in_parts(model, prompts,
 
 def test_a_schedule_that_does_not_fit_alone_is_not_measured_and_takes_no_other_with_it(model, prompts, room):
     room(cache_bytes(model, 1) - 1)
-    evaluator = ModelEvaluator(model, prompts, {"psnr": 1.0}, keep_bytes=0)
+    evaluator = ModelEvaluator(model, prompts, {"psnr": QualitySpec()}, keep_bytes=0)
     evaluator._references["search", 0] = np.zeros((4, 24, 24, 3), dtype=np.uint8)
     with pytest.warns(UserWarning):
         ((_, outcomes),) = LocalExecutor(evaluator).run([QualityTask((FULL, FAST[0]), "search", 0)])
@@ -170,7 +171,7 @@ def test_a_schedule_that_does_not_fit_alone_is_not_measured_and_takes_no_other_w
 def test_schedules_are_timed_in_groups_that_fit(model, prompts, room):
     schedules = {"baseline": FULL, **{str(i): steps for i, steps in enumerate(FAST)}}
     room(cache_bytes(model, 1) + max(cache_bytes(model, 1, steps) for steps in FAST))
-    evaluator = ModelEvaluator(model, prompts, {"psnr": 1.0})
+    evaluator = ModelEvaluator(model, prompts, {"psnr": QualitySpec()})
     groups, timings = [], evaluator._timings
 
     def spy(group, *arguments):

@@ -27,10 +27,11 @@ from tests.fakes.serving import save_profile
 from tuner.cli import doctor
 from tuner.cli.tune import plugged_versions
 from tuner.config.prompts import load_prompts
-from tuner.config.quality import composite_options, quality_limits
+from tuner.config.quality import composite_specs, quality_limits
 from tuner.config.space import parse_space
 from tuner.evalkit import command as eval_cli
 from tuner.evaluation.evaluator import load_evaluator
+from tuner.metrics.quality_spec import QualitySpec
 from tuner.metrics.registry import METRICS, check_name, create_composite, metric_class, metric_names
 
 PROMPTS = {"source": "nano", "search": 4, "heldout": 4, "micro_batch": 4}
@@ -75,7 +76,7 @@ def test_a_metric_is_listed_scored_limited_and_refused_by_its_declaration(instal
         check_name("brightness")
     installed()
     assert metric_names()[-1] == "brightness" and "acme" not in sys.modules
-    quality = create_composite({"brightness": {"weight": 1.0, "gain": 0.5}})
+    quality = create_composite({"brightness": QualitySpec(options={"gain": 0.5})})
     white = np.full((2, 16, 16, 3), 255, np.uint8)
     assert quality.score(white, ["a", "b"], white).tolist() == [0.5, 0.5]
     assert eval_cli.main(["images", "--metric", "list"]) == 0
@@ -93,7 +94,7 @@ def test_an_evaluator_scores_by_a_plugged_metric_and_a_plugged_accelerator(insta
     assert [(limit.metric, limit.unit, limit.max_drop) for limit in limits] == [("brightness", "share of white", 0.3)]
     prompts = load_prompts(space.prompts, 0)
     evaluator = load_evaluator(
-        ModelRequest("nano", device="cpu"), prompts, composite_options(space.quality, limits), {}, engine="eager"
+        ModelRequest("nano", device="cpu"), prompts, composite_specs(space.quality, limits), {}, engine="eager"
     )
     grids = registry.load_model("nano", device="cpu").grids
     halved = StageSchedule(6, accelerator="halving", rank_ratios=(0.4,)).expand(grids, 4)

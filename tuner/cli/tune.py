@@ -31,7 +31,7 @@ from tuner.cli.dry_run import print_plan
 from tuner.cli.options import PROG, Groups, add_output_options, add_study_options
 from tuner.cli.plan import Plan, plan
 from tuner.cli.stored import say_reuse, with_store
-from tuner.config.quality import composite_options, quality_limits
+from tuner.config.quality import composite_specs, quality_limits
 from tuner.config.space import SearchSpace
 from tuner.metrics.registry import METRIC_NAMES, METRICS
 from tuner.results.candidate import Finalist
@@ -277,7 +277,7 @@ def build_study(checked: Plan, progress: Any, stop: Callable[[], bool]) -> Study
             space = dataclasses.replace(space, prompts=dataclasses.replace(space.prompts, micro_batch=size))
     prompts = load_prompts(space.prompts, args.seed)
     say_downloads(checked.model, space, progress)
-    quality = composite_options(space.quality, quality_limits(space.quality, args.max_drop))
+    quality = composite_specs(space.quality, quality_limits(space.quality, args.max_drop))
     engine = kept_engine(checked.run_dir, args.engine)
     parts = {"prompts": prompts, "quality": quality, "floors": space.floors, "threads": args.threads, "engine": engine}
     executor: Executor | None = None

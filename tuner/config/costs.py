@@ -11,6 +11,7 @@ from stagevar.models.downloads import Download, model_downloads
 from stagevar.models.request import ModelRequest
 from tuner.config.space import Parameter, SearchSpace
 from tuner.metrics.downloads import metric_downloads
+from tuner.metrics.quality_spec import QualitySpec
 
 #: Schedules that are verified at most: the best ones with skipped scales, and as many without.
 FINALISTS_PER_KIND = 3
@@ -41,7 +42,7 @@ def drawing_line(trials: int, search: int, heldout: int, full_ms: float) -> str:
     return f"{drawing}, sensitivities and metrics not counted"
 
 
-def downloads_of(model: ModelRequest, quality: Mapping[str, object]) -> list[Download]:
+def downloads_of(model: ModelRequest, quality: Mapping[str, QualitySpec]) -> list[Download]:
     """Files of a model and of a space's metrics. Imports torch, loads nothing."""
     from stagevar.models.registry import resolve
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from stagevar.errors import UsageError, hint
 from tuner.metrics.declarations import DECLARATIONS, Declaration
+from tuner.metrics.quality_spec import QualitySpec
 from tuner.metrics.registry import declaration_of
 
 #: The composite of results that were written before limits went by metric.
@@ -60,12 +61,11 @@ class MetricLimit:
 
 
 def quality_limits(
-    quality: Mapping[str, object], asked: float | Mapping[str, float] | None = None
+    quality: Mapping[str, QualitySpec], asked: float | Mapping[str, float] | None = None
 ) -> tuple[MetricLimit, ...]:
     """The limits of a space's metrics, in its order.
 
-    quality: metric -> weight, or options among them `weight` and `max_drop`. asked: limits that take precedence; a number is
-    the primary metric's.
+    quality: of a space, by metric. asked: limits that take precedence; a number is the primary metric's.
     Raises UsageError for a limit of no metric of the space, or one that `check_max_drop` refuses.
     """
     primary = next(iter(quality))
@@ -75,16 +75,15 @@ def quality_limits(
             raise UsageError(_no_metric(f"max-drop {value!r:.40}", metric, quality))
         check_max_drop(metric, value, f"max-drop {value!r:.40}")
     found = []
-    for metric, stated in quality.items():
-        options: Mapping[str, Any] = stated if isinstance(stated, Mapping) else {"weight": stated}
+    for metric, spec in quality.items():
         declared = declaration_of(metric)
-        max_drop = given.get(metric, options.get("max_drop"))
+        max_drop = given.get(metric, spec.max_drop)
         if max_drop is None and metric == primary:
             max_drop = declared.max_drop
         found.append(
             MetricLimit(
                 metric,
-                float(options.get("weight", 1.0)),
+                spec.weight,
                 None if max_drop is None else float(max_drop),
                 declared.kind,
                 declared.unit,
@@ -125,14 +124,10 @@ def composite_change(limits: Sequence[MetricLimit]) -> float:
     return sum(limit.change * factor for limit, factor in zip(limits, factors(limits).values(), strict=True))
 
 
-def composite_options(quality: Mapping[str, object], limits: Sequence[MetricLimit]) -> dict[str, dict[str, object]]:
+def composite_specs(quality: Mapping[str, QualitySpec], limits: Sequence[MetricLimit]) -> dict[str, QualitySpec]:
     """The metrics of a space as `create_composite` builds them: their options, and as weight what `factors` says."""
     scale = factors(limits)
-    options = {name: dict(value) if isinstance(value, Mapping) else {} for name, value in quality.items()}
-    return {
-        name: {**{k: v for k, v in given.items() if k != "max_drop"}, "weight": scale[name]}
-        for name, given in options.items()
-    }
+    return {metric: QualitySpec(scale[metric], options=spec.options) for metric, spec in quality.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------- reading

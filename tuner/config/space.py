@@ -37,6 +37,7 @@ from stagevar.yaml_files import read_yaml
 from tuner.config.analysis import Findings
 from tuner.config.default_space import completed, default_space
 from tuner.config.quality import check_max_drop
+from tuner.metrics.quality_spec import QualitySpec, read_quality
 
 NEVER = "never"
 #: Prompts that need no file: nano's captions, GenEval-style ones over COCO's classes, ImageNet's class indices.
@@ -143,7 +144,7 @@ class PromptSource:
 class SearchSpace:
     """A checked search space.
 
-    model: name. quality: metric -> weight, or options with `weight` and `max_drop`; the first is the primary one.
+    model: name. quality: what counts, by metric; the first is the primary one.
     floors: metric -> smallest mean allowed.
     parameters: what is searched. enqueue: presets of stagevar.schedule evaluated first. semantic_end: first scale of
     the structure stage, from analysis; structure_end is never searched below it. proposals: schedules by name that are
@@ -151,7 +152,7 @@ class SearchSpace:
     """
 
     model: str
-    quality: Mapping[str, object]
+    quality: Mapping[str, QualitySpec]
     floors: Mapping[str, float]
     parameters: tuple[Parameter, ...]
     enqueue: tuple[str, ...]
@@ -171,15 +172,18 @@ class SearchSpace:
     @property
     def digest(self) -> str:
         """SHA-256 of everything the space says."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True, default=str)
+        text = json.dumps(self.contents, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def contents(self) -> dict[str, object]:
+        """Everything the space says, by field, as the identity of a run holds it: metrics are as their file states them."""
+        quality = {name: spec.to_data() if spec.stated is None else spec.stated for name, spec in self.quality.items()}
+        return {**dataclasses.asdict(dataclasses.replace(self, quality={})), "quality": quality}
 
     def to_data(self) -> dict[str, object]:
         """The space as the plain data of a search-space file, nothing left out."""
-        metrics = [
-            {"name": name, **(value if isinstance(value, Mapping) else {"weight": value})}
-            for name, value in self.quality.items()
-        ]
+        metrics = [{"name": name, **spec.to_data()} for name, spec in self.quality.items()]
         return {
             "model": self.model,
             "objectives": {"latency": "ms", "quality": {"metrics": metrics}},
@@ -524,8 +528,8 @@ def _parameter(name: str, data: Any) -> Parameter:
     raise UsageError(f"search space: {name} {data!r:.60} must be {shape}")
 
 
-def _quality(data: Any) -> dict[str, object]:
-    """Metric -> weight or options, from `{geneval: 1.0}` or `{metrics: [{name: geneval, weight: 1, max_drop: 0.02}]}`."""
+def _quality(data: Any) -> dict[str, QualitySpec]:
+    """What counts, by metric, from `{geneval: 1.0}` or `{metrics: [{name: geneval, weight: 1, max_drop: 0.02}]}`."""
     if not isinstance(data, dict) or not data:
         raise UsageError(
             f"search space: quality {data!r:.60} must be metrics with weights, such as "
@@ -533,7 +537,7 @@ def _quality(data: Any) -> dict[str, object]:
         )
     from tuner.metrics.registry import metric_names
 
-    metrics: dict[str, object] = _listed_metrics(data) if "metrics" in data else data
+    metrics: dict[str, Any] = _listed_metrics(data) if "metrics" in data else data
     for position, (name, value) in enumerate(metrics.items()):
         _metric(name, metric_names())
         weight = value.get("weight", 1.0) if isinstance(value, dict) else value
@@ -543,7 +547,7 @@ def _quality(data: Any) -> dict[str, object]:
             raise UsageError(f"search space: quality weight of {name} is {weight!r}; it must be a number {least}")
         if isinstance(value, dict) and value.get("max_drop") is not None:
             check_max_drop(name, value["max_drop"], f"search space: max_drop {value['max_drop']!r} of {name}")
-    return metrics
+    return read_quality(metrics)
 
 
 def _listed_metrics(data: dict[str, object]) -> dict[str, object]:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from stagevar.sampling.sampler import Sampler
     from stagevar.timing import Timing
     from tuner.metrics.base import Metric
+    from tuner.metrics.quality_spec import QualitySpec
     from tuner.metrics.registry import CompositeQuality
 
 Values = dict[str, np.ndarray]
@@ -149,7 +150,7 @@ def walk(
     return runs
 
 
-def fitting_micro_batch(model: ModelRequest, wanted: int, quality: Mapping[str, object]) -> int:
+def fitting_micro_batch(model: ModelRequest, wanted: int, quality: Mapping[str, QualitySpec]) -> int:
     """Images per batch for a study: `wanted`, or as many as the device holds beside the metrics' models, by halves.
 
     quality: metrics as in the search space, whose models stay on the device throughout (none with random weights). The
@@ -172,7 +173,7 @@ def fitting_micro_batch(model: ModelRequest, wanted: int, quality: Mapping[str, 
 def load_evaluator(
     model: ModelRequest,
     prompts: Mapping[str, PromptSet],
-    quality: Mapping[str, object],
+    quality: Mapping[str, QualitySpec],
     floors: Mapping[str, float],
     **options: Any,
 ) -> ModelEvaluator:
@@ -194,7 +195,7 @@ class ModelEvaluator(Evaluator):
 
     Args:
         model: what `load_model` returned. prompts: "search" and "heldout" sets.
-        quality: metric -> weight, as in the search space; ignored for random weights. floors: further metrics to compute.
+        quality: metrics of the composite; ignored for random weights. floors: further metrics to compute.
         threads: CPU threads of every latency, pinned while timing.
         drawing_threads: CPU threads that draw and judge images, `threads` when None; they change no image.
         engine: what latency is timed on (stagevar.engine); "auto" has it chosen here (stagevar.profile.engine_choice),
@@ -221,7 +222,7 @@ class ModelEvaluator(Evaluator):
         self,
         model: LoadedModel,
         prompts: Mapping[str, PromptSet],
-        quality: Mapping[str, object],
+        quality: Mapping[str, QualitySpec],
         floors: Mapping[str, float] | None = None,
         *,
         threads: int = 1,

@@ -67,9 +67,9 @@ def code_digest() -> str:
 
 
 def quality_context(facts: Facts, space: SearchSpace, split: str) -> Context:
-    """What quality results of a split depend on besides schedule and prompts."""
+    """What quality results of a split depend on besides schedule and prompts. Weights and limits change no metric's value."""
     engine = facts.heldout_engine if split == "heldout" else "eager"
-    metrics = {name: _options(value) for name, value in space.quality.items()}
+    metrics = {name: dict(spec.options) for name, spec in space.quality.items()}
     return _plain(
         {
             "layout": LAYOUT,
@@ -100,11 +100,6 @@ def cost_context(facts: Facts) -> Context:
         {"layout": LAYOUT, **{n: getattr(facts, n) for n in names}, "device": device}
         | {"load": facts.provenance.get("load"), "sampling": facts.sampling, "code": code_digest()}
     )
-
-
-def _options(value: Any) -> dict[str, object]:
-    """A metric's options without its weight and limit, which change no value of its own."""
-    return {k: v for k, v in value.items() if k not in ("weight", "max_drop")} if isinstance(value, Mapping) else {}
 
 
 def _plain(data: Context) -> Context:

@@ -10,6 +10,7 @@ from typing import Any
 
 from stagevar.models.downloads import Download
 from stagevar.models.hub import HubFile
+from tuner.metrics.quality_spec import QualitySpec
 
 _MASK2FORMER = "facebook/mask2former-swin-small-coco-instance"
 #: Where a metric's default weights come from, and about how many bytes: 69 M parameters of Mask2Former, 428 M of CLIP ViT-L/14.
@@ -54,12 +55,11 @@ _CLIP = {
 _DEFAULT_CLIP = {"cmmd": "ViT-L-14-336"}
 
 
-def metric_downloads(quality: Mapping[str, object]) -> list[Download]:
+def metric_downloads(quality: Mapping[str, QualitySpec]) -> list[Download]:
     """What the metrics of a space fetch, each once; local files and folders are left out."""
     found: dict[str, Download] = {}
-    for metric, value in quality.items():
-        options = value if isinstance(value, Mapping) else {}
-        for download in _of(metric, options):
+    for metric, spec in quality.items():
+        for download in _of(metric, spec.options):
             found.setdefault(download.source, download)
     return list(found.values())
 

@@ -11,6 +11,7 @@ from tuner.metrics import registry
 from tuner.metrics.base import Metric, SetMetric
 from tuner.metrics.declarations import DECLARATIONS, Compares
 from tuner.metrics.downloads import metric_downloads
+from tuner.metrics.quality_spec import QualitySpec
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def listed_metrics() -> list[Listed]:
 def _listed(name: str) -> Listed:
     declaration = registry.declaration_of(name)
     plugin = None if name in DECLARATIONS else plugins.find(registry.METRICS, name, DECLARATIONS)
-    downloads = metric_downloads({name: {}})
+    downloads = metric_downloads({name: QualitySpec()})
     sizes = [download.about_bytes for download in downloads]
     known = plugin is None and None not in sizes
     compares = (

@@ -15,6 +15,7 @@ from stagevar.errors import UsageError, hint
 from stagevar.sections import shown
 from tuner.metrics.base import Metric, Prompt
 from tuner.metrics.declarations import DECLARATIONS, Declaration
+from tuner.metrics.quality_spec import QualitySpec
 
 # name -> (module, class). Modules are imported on use: torch takes seconds, open_clip fifteen.
 _REGISTRY: dict[str, tuple[str, str]] = {
@@ -230,24 +231,19 @@ class CompositeQuality(Metric):
         return {name: {"weight": weight, **metric.describe()} for name, (weight, metric) in self.parts.items()}
 
 
-def create_composite(quality: Mapping[str, object], *, device: str = "cpu") -> CompositeQuality:
-    """The composite of a search-space YAML: `{clip_score: 0.1, lpips: {weight: 0.5, net: vgg}}`.
+def create_composite(quality: Mapping[str, QualitySpec], *, device: str = "cpu") -> CompositeQuality:
+    """The composite of metrics by name.
 
-    A metric of weight 0 is computed and not added, unless it is the first. Raises UsageError for weights that are negative or
-    no numbers and for anything `create` refuses.
+    A metric of weight 0 is computed and not added, unless it is the first. Raises UsageError for a first weight that is not
+    above 0 and for anything `create` refuses.
     """
-    if not isinstance(quality, Mapping):
-        raise UsageError(f"quality is {quality!r:.60}: expected metrics and weights, such as {{geneval: 1.0}}")
     parts: dict[str, tuple[float, Metric]] = {}
-    for name, value in quality.items():
-        options = dict(value) if isinstance(value, Mapping) else {"weight": value}
-        weight: Any = options.pop("weight", 1.0)
-        number = not isinstance(weight, bool) and isinstance(weight, (int, float)) and 0 <= weight < float("inf")
-        if not number or (weight == 0 and not parts):
+    for name, spec in quality.items():
+        if not spec.weight >= 0 or (spec.weight == 0 and not parts):
             least = "of at least 0" if parts else "above 0"
-            raise UsageError(f"quality weight of {name} is {weight!r}: expected a number {least}")
+            raise UsageError(f"quality weight of {name} is {spec.weight!r}: expected a number {least}")
         try:
-            parts[name] = (float(weight), create(name, device=device, **options))
+            parts[name] = (spec.weight, create(name, device=device, **spec.options))
         except UsageError as error:
             others = ", ".join(other for other in quality if other != name)
             rest = f"; without it {others} would remain: leave it out of the quality, or mend this" if others else ""

@@ -39,7 +39,7 @@ def identity_of(
         # Not in runs whose engine was eager, which is all that runs of before drew with.
         **({} if facts.heldout_engine == "eager" else {"held-out engine": facts.heldout_engine}),
         "sampling": facts.sampling,
-        "space": {k: v for k, v in dataclasses.asdict(space).items() if k != "proposals" or v},
+        "space": {k: v for k, v in space.contents.items() if k != "proposals" or v},
         "search prompts": prompts["search"].digest,
         "held-out prompts": prompts["heldout"].digest,
         "budget": options.budget.text,

@@ -10,7 +10,7 @@ from stagevar.errors import UsageError
 from stagevar.models.request import ModelRequest
 from stagevar.profile import Profile, present_envelope
 from tuner.config.limits import Budget
-from tuner.config.quality import COMPOSITE, MetricLimit, composite_options
+from tuner.config.quality import COMPOSITE, MetricLimit, composite_specs
 from tuner.config.space import SearchSpace
 from tuner.results.candidate import Verdict, Verification
 from tuner.study.finalist_times import BASELINE
@@ -126,7 +126,7 @@ def recheck(
     steps = profile.expand(model)
     prompts = load_prompts(space.prompts, terms.seed)
     evaluator = ModelEvaluator(
-        model, prompts, composite_options(space.quality, metrics), space.floors, threads=threads, engine=engine
+        model, prompts, composite_specs(space.quality, metrics), space.floors, threads=threads, engine=engine
     )
     warnings = profile.warnings_here(present_envelope(model, profile.envelope.batch, threads, evaluator.engine))
     progress.phase("verification", 100)

@@ -15,6 +15,7 @@ from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import StageSchedule, exact, preset
 from stagevar.schedule.grids import square
 from stagevar.tensors.cache import KV_CACHES, KVCache, step_lengths
+from tuner.metrics.quality_spec import QualitySpec
 
 
 def state_bytes(module: torch.nn.Module) -> int:
@@ -195,6 +196,6 @@ def test_a_study_leaves_room_for_the_models_of_its_metrics(monkeypatch):
     model = ModelRequest("infinity-2b", device="cpu", weights="folder")
     needed = estimate_model(ModelRequest("infinity-2b", batch=4, device="cpu")).peak
     monkeypatch.setattr(memory, "total_bytes", lambda device: int(needed / CARD_SHARE) + MIB)
-    assert fitting_micro_batch(model, 4, {"ssim": 1.0}) == 4
-    assert fitting_micro_batch(model, 4, {"geneval": 0.5, "clip_score": 0.5}) < 4
-    assert fitting_micro_batch(dataclasses.replace(model, weights="random"), 4, {"geneval": 1.0}) == 4
+    assert fitting_micro_batch(model, 4, {"ssim": QualitySpec()}) == 4
+    assert fitting_micro_batch(model, 4, {"geneval": QualitySpec(), "clip_score": QualitySpec()}) < 4
+    assert fitting_micro_batch(dataclasses.replace(model, weights="random"), 4, {"geneval": QualitySpec()}) == 4

@@ -13,6 +13,7 @@ from tuner.cli import main
 from tuner.config.costs import images_at_most, memory_plan, settings_of
 from tuner.config.space import load_space, parse_space
 from tuner.metrics.downloads import metric_downloads
+from tuner.metrics.quality_spec import read_quality
 
 
 def files(quality):
@@ -45,7 +46,7 @@ def test_local_metrics_fetch_nothing():
         "lpips": {"weights": "/models/alex.pth"},
         "psnr": 1.0,
     }
-    assert metric_downloads(local) == []
+    assert metric_downloads(read_quality(local)) == []
 
 
 def test_a_models_files_have_the_size_of_their_parameters(tmp_path):

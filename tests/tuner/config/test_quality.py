@@ -9,11 +9,12 @@ import pytest
 
 from stagevar.errors import UsageError
 from tests.fakes.studies import SPACE
-from tuner.config.quality import composite_options, factors, limited, parse_max_drops, quality_limits
+from tuner.config.quality import composite_specs, factors, limited, parse_max_drops, quality_limits
 from tuner.config.space import load_space, parse_space, space_names
 from tuner.metrics import registry
 from tuner.metrics.base import Metric
 from tuner.metrics.declarations import DECLARATIONS
+from tuner.metrics.quality_spec import QualitySpec, read_quality
 from tuner.metrics.registry import _REGISTRY, METRIC_NAMES
 
 TWO = {"geneval": {"weight": 2.0, "max_drop": 0.02}, "clip_score": {"weight": 1.0, "max_drop": 0.3, "model": "x"}}
@@ -41,10 +42,11 @@ def test_every_metric_is_declared_as_its_class_is():
 
 def test_listed_metrics_and_the_old_form_read_alike():
     listed = [{"name": name, **options} for name, options in TWO.items()]
-    assert dict(space_with({"metrics": listed}).quality) == TWO == dict(space_with(TWO).quality)
-    assert dict(space_with({"geneval_nano": 1.0, "clip_score": 0.5}).quality) == {
-        "geneval_nano": 1.0,
-        "clip_score": 0.5,
+    assert space_with({"metrics": listed}).quality == read_quality(TWO) == space_with(TWO).quality
+    assert read_quality(TWO)["clip_score"] == QualitySpec(1.0, 0.3, {"model": "x"})
+    assert space_with({"geneval_nano": 1.0, "clip_score": 0.5}).quality == {
+        "geneval_nano": QualitySpec(),
+        "clip_score": QualitySpec(0.5),
     }
 
 
@@ -71,10 +73,10 @@ def test_a_wrong_quality_is_one_line(quality, says):
 
 
 def test_limits_come_from_the_command_line_then_the_space_then_the_metric():
-    assert [m.max_drop for m in quality_limits(TWO)] == [0.02, 0.3]
-    assert [m.max_drop for m in quality_limits(TWO, {"clip_score": 0.5})] == [0.02, 0.5]
-    assert [m.max_drop for m in quality_limits(TWO, 0.01)] == [0.01, 0.3]
-    old = quality_limits({"geneval_nano": 1.0, "clip_score": 0.0005})
+    assert [m.max_drop for m in quality_limits(read_quality(TWO))] == [0.02, 0.3]
+    assert [m.max_drop for m in quality_limits(read_quality(TWO), {"clip_score": 0.5})] == [0.02, 0.5]
+    assert [m.max_drop for m in quality_limits(read_quality(TWO), 0.01)] == [0.01, 0.3]
+    old = quality_limits(read_quality({"geneval_nano": 1.0, "clip_score": 0.0005}))
     assert [m.max_drop for m in old] == [DECLARATIONS["geneval_nano"].max_drop, None]
     assert [m.metric for m in limited(old)] == ["geneval_nano"]
 
@@ -89,16 +91,16 @@ def test_limits_come_from_the_command_line_then_the_space_then_the_metric():
 )
 def test_limits_given_from_python_are_checked_too(asked, says):
     with pytest.raises(UsageError) as caught:
-        quality_limits(TWO, asked)
+        quality_limits(read_quality(TWO), asked)
     assert says in str(caught.value)
 
 
 def test_the_composite_counts_allowances():
-    assert factors(quality_limits(TWO)) == pytest.approx({"geneval": 100.0, "clip_score": 1 / 0.3})
-    tie_breaker = factors(quality_limits({"geneval_nano": 1.0, "clip_score": 0.0005}, 0.04))
+    assert factors(quality_limits(read_quality(TWO))) == pytest.approx({"geneval": 100.0, "clip_score": 1 / 0.3})
+    tie_breaker = factors(quality_limits(read_quality({"geneval_nano": 1.0, "clip_score": 0.0005}), 0.04))
     assert tie_breaker == pytest.approx({"geneval_nano": 25.0, "clip_score": 0.0125})
-    options = composite_options(TWO, quality_limits(TWO))
-    assert options == {"geneval": {"weight": 100.0}, "clip_score": {"weight": pytest.approx(10 / 3), "model": "x"}}
+    options = composite_specs(read_quality(TWO), quality_limits(read_quality(TWO)))
+    assert options == {"geneval": QualitySpec(100.0), "clip_score": QualitySpec(1.0 / 0.3, options={"model": "x"})}
 
 
 class _Seven(Metric):
@@ -110,8 +112,8 @@ class _Seven(Metric):
 
 def test_a_metric_of_weight_nothing_is_computed_and_not_added(monkeypatch):
     monkeypatch.setattr(registry, "create", lambda name, device: _Seven())
-    space = {"ssim": 1.0, "psnr": {"weight": 0}}
-    composite = registry.create_composite(composite_options(space, quality_limits(space)))
+    space = {"ssim": QualitySpec(), "psnr": QualitySpec(0.0)}
+    composite = registry.create_composite(composite_specs(space, quality_limits(space)))
     parts = composite.score_parts(np.zeros((2, 16, 16, 3), np.uint8), ["a", "b"])
     assert parts.keys() == {"ssim", "psnr"} and composite.combine(parts) == pytest.approx([140.0, 140.0])
 

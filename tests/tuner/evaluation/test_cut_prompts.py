@@ -14,6 +14,7 @@ from tuner.config.prompts import PromptSet
 from tuner.evalkit import command as eval_cli
 from tuner.evaluation.evaluator import ModelEvaluator
 from tuner.metrics.clip import ClipModel, ClipScore
+from tuner.metrics.quality_spec import QualitySpec
 
 SHORT = "a photo of a red circle"
 LONG = SHORT + " and a blue ring" * 12
@@ -79,7 +80,7 @@ def test_a_study_says_it_before_the_search():
 
     def load(texts):
         prompts = {"search": PromptSet(tuple(texts), tuple(range(len(texts))), 2)}
-        return ModelEvaluator(model, prompts, {"clip_score": {"weight": 1.0, "model": "nano"}})
+        return ModelEvaluator(model, prompts, {"clip_score": QualitySpec(options={"model": "nano"})})
 
     with pytest.warns(UserWarning, match="clip_score: 1 of 2 prompts are longer"):
         load([SHORT, LONG])

@@ -15,6 +15,7 @@ from tuner.evaluation.evaluator import ModelEvaluator, walk
 from tuner.evaluation.executor import Failed, QualityTask
 from tuner.evaluation.local import LocalExecutor
 from tuner.metrics.base import prompt_text
+from tuner.metrics.quality_spec import QualitySpec
 
 GRIDS = square((1, 2, 3, 4, 6))
 SCHEDULES = [
@@ -82,7 +83,9 @@ def test_order_of_schedules_does_not_matter(model, steps):
 
 
 def test_quality_is_per_prompt_and_references_are_made_once(model, steps, prompts, tmp_path):
-    evaluator = ModelEvaluator(model, prompts, {"psnr": 0.01}, {"ssim": 0.1}, references_dir=tmp_path / "references")
+    evaluator = ModelEvaluator(
+        model, prompts, {"psnr": QualitySpec(0.01)}, {"ssim": 0.1}, references_dir=tmp_path / "references"
+    )
     values = evaluator.quality(steps[:3], "search", 0)
     assert [len(v["quality"]) for v in values] == [4, 4, 4]
     assert set(values[0]) == {"psnr", "ssim", "quality"}
@@ -90,14 +93,14 @@ def test_quality_is_per_prompt_and_references_are_made_once(model, steps, prompt
     assert np.allclose(values[1]["quality"], 0.01 * values[1]["psnr"])
     assert len(evaluator.quality(steps[:1], "search", 1)[0]["quality"]) == 2
     assert sorted(p.name for p in (tmp_path / "references").iterdir()) == ["search-0000.npy", "search-0001.npy"]
-    again = ModelEvaluator(model, prompts, {"psnr": 0.01}, {"ssim": 0.1})
+    again = ModelEvaluator(model, prompts, {"psnr": QualitySpec(0.01)}, {"ssim": 0.1})
     assert np.array_equal(again.quality(steps[1:2], "search", 0)[0]["psnr"], values[1]["psnr"])
     assert evaluator.scales_run < evaluator.scales_alone
 
 
 def test_images_are_drawn_on_threads_of_their_own_and_stay_the_same(model, steps, prompts, monkeypatch):
     """Latency keeps its thread; what more threads draw is the same bit for bit."""
-    one, more = (ModelEvaluator(model, prompts, {"psnr": 1.0}, drawing_threads=n) for n in (None, 3))
+    one, more = (ModelEvaluator(model, prompts, {"psnr": QualitySpec()}, drawing_threads=n) for n in (None, 3))
     used, decode = [], Sampler.decode
     monkeypatch.setattr(Sampler, "decode", lambda *args: (used.append(torch.get_num_threads()), decode(*args))[1])
     values = [evaluator.quality(steps[:3], "search", 0) for evaluator in (one, more)]
@@ -108,8 +111,8 @@ def test_images_are_drawn_on_threads_of_their_own_and_stay_the_same(model, steps
 
 def test_kept_scales_of_the_full_schedule_change_nothing_and_save_runs(model, steps, prompts):
     """Bit for bit, whatever is kept: later walks copy what the full schedule computed."""
-    plain = ModelEvaluator(model, prompts, {"psnr": 1.0}, keep_bytes=0)
-    keeping = ModelEvaluator(model, prompts, {"psnr": 1.0})
+    plain = ModelEvaluator(model, prompts, {"psnr": QualitySpec()}, keep_bytes=0)
+    keeping = ModelEvaluator(model, prompts, {"psnr": QualitySpec()})
     for batch in (0, 1):
         keeping.quality(steps[:1], "search", batch)
         plain.quality(steps[:1], "search", batch)
@@ -126,7 +129,7 @@ def test_kept_scales_of_the_full_schedule_change_nothing_and_save_runs(model, st
 
 
 def test_too_little_memory_keeps_nothing(model, steps, prompts):
-    evaluator = ModelEvaluator(model, prompts, {"psnr": 1.0}, keep_bytes=1000)
+    evaluator = ModelEvaluator(model, prompts, {"psnr": QualitySpec()}, keep_bytes=1000)
     evaluator.quality(steps[:1], "search", 0)
     assert not evaluator._kept
 
@@ -154,7 +157,7 @@ def test_a_scale_is_only_taken_over_from_the_same_past(model, steps):
 
 
 def test_step_times_cover_every_prefix_once_a_round(model, steps, prompts):
-    evaluator = ModelEvaluator(model, prompts, {"psnr": 1.0})
+    evaluator = ModelEvaluator(model, prompts, {"psnr": QualitySpec()})
     found = evaluator.step_ms(steps[:5], 3)
     assert set(found) == {s[:depth] for s in steps[:5] for depth in range(len(s) + 1)}
     assert all(len(values) == 3 and all(v >= 0 for v in values) for values in found.values())
@@ -165,20 +168,22 @@ def test_step_times_cover_every_prefix_once_a_round(model, steps, prompts):
 def test_random_weights_have_no_quality(steps, prompts):
     model = tiny_infinity(GRIDS)
     model.random_weights = True
-    evaluator = ModelEvaluator(model, prompts, {"psnr": 1.0})
+    evaluator = ModelEvaluator(model, prompts, {"psnr": QualitySpec()})
     assert evaluator.facts.random_weights and evaluator.facts.higher_is_better == {}
     with pytest.raises(RuntimeError, match="random weights"):
         evaluator.quality(steps[:1], "search", 0)
 
 
 def test_latency_times_every_schedule_in_turn(model, steps, prompts):
-    timings = ModelEvaluator(model, prompts, {"psnr": 1.0}).latency({"full": steps[0], "fast": steps[1]}, 3, 3)
+    timings = ModelEvaluator(model, prompts, {"psnr": QualitySpec()}).latency(
+        {"full": steps[0], "fast": steps[1]}, 3, 3
+    )
     assert {name: len(t.samples_ms) for name, t in timings.items()} == {"full": 3, "fast": 3}
     assert all(ms > 0 for t in timings.values() for ms in t.samples_ms)
 
 
 def test_a_broken_schedule_takes_no_other_with_it(model, steps, prompts):
-    evaluator = ModelEvaluator(model, prompts, {"psnr": 1.0})
+    evaluator = ModelEvaluator(model, prompts, {"psnr": QualitySpec()})
     foreign = exact(5).expand(square((1, 2, 3, 4, 5)), 2)
     ((_, outcomes),) = LocalExecutor(evaluator).run([QualityTask((steps[0], foreign, steps[1]), "search", 0)])
     assert isinstance(outcomes[1], Failed) and outcomes[1].error.startswith("ValueError: ")
@@ -194,7 +199,7 @@ def test_prompt_sets_share_no_image(prompts):
 
 
 def test_latency_is_timed_on_the_engine_of_the_study(model, steps, prompts):
-    evaluator = ModelEvaluator(model, prompts, {"psnr": 1.0}, engine="compiled")
+    evaluator = ModelEvaluator(model, prompts, {"psnr": QualitySpec()}, engine="compiled")
     assert evaluator.facts.engine == "compiled"
     seen = []
 
@@ -203,7 +208,7 @@ def test_latency_is_timed_on_the_engine_of_the_study(model, steps, prompts):
             seen.append(sampler.engine.name)
             super()._check_engine(sampler)
 
-    spy = Spy(model, prompts, {"psnr": 1.0}, engine="compiled")
+    spy = Spy(model, prompts, {"psnr": QualitySpec()}, engine="compiled")
     spy.latency({"one": steps[0], "two": steps[1]}, 1, 1)
     spy.step_ms(steps[:2], 1)
     spy.scale_ms({"one": steps[0]}, 1)
@@ -213,14 +218,14 @@ def test_latency_is_timed_on_the_engine_of_the_study(model, steps, prompts):
 def test_an_engine_that_goes_on_eagerly_gives_no_figure(model, steps, prompts):
     from types import SimpleNamespace
 
-    evaluator = ModelEvaluator(model, prompts, {"psnr": 1.0})
+    evaluator = ModelEvaluator(model, prompts, {"psnr": QualitySpec()})
     with pytest.raises(RuntimeError, match="engine eager fell back to eager \\(out of memory\\); use --engine eager"):
         evaluator._check_engine(SimpleNamespace(engine=SimpleNamespace(eager_because="out of memory", compiled=False)))
 
 
 def test_an_engine_that_cannot_run_here_is_refused_at_once(model, prompts):
     with pytest.raises(UsageError, match="engine graph needs a CUDA device"):
-        ModelEvaluator(model, prompts, {"psnr": 1.0}, engine="graph")
+        ModelEvaluator(model, prompts, {"psnr": QualitySpec()}, engine="graph")
 
 
 def test_heldout_images_are_those_that_deployment_serves(model, steps, prompts, tmp_path, monkeypatch):
@@ -238,8 +243,8 @@ def test_heldout_images_are_those_that_deployment_serves(model, steps, prompts, 
         def _timed_sampler(self):
             return Sampler(self.model, engine=Brighter(TapeRecorder()))
 
-    plain = ModelEvaluator(model, prompts, {"psnr": 1.0}, references_dir=tmp_path / "plain")
-    evaluator = OnGraphs(model, prompts, {"psnr": 1.0}, references_dir=tmp_path / "graph")
+    plain = ModelEvaluator(model, prompts, {"psnr": QualitySpec()}, references_dir=tmp_path / "plain")
+    evaluator = OnGraphs(model, prompts, {"psnr": QualitySpec()}, references_dir=tmp_path / "graph")
     evaluator.engine = "graph"
     two = steps[:2]
     found = evaluator.quality(two, "heldout", 0)
@@ -257,5 +262,5 @@ def test_heldout_images_are_those_that_deployment_serves(model, steps, prompts, 
 
 
 def test_a_study_says_which_engine_drew_the_heldout_images(model, prompts):
-    assert ModelEvaluator(model, prompts, {"psnr": 1.0}, engine="compiled").facts.heldout_engine == "compiled"
-    assert ModelEvaluator(model, prompts, {"psnr": 1.0}).facts.heldout_engine == "eager"
+    assert ModelEvaluator(model, prompts, {"psnr": QualitySpec()}, engine="compiled").facts.heldout_engine == "compiled"
+    assert ModelEvaluator(model, prompts, {"psnr": QualitySpec()}).facts.heldout_engine == "eager"

@@ -17,10 +17,11 @@ from stagevar.errors import UsageError
 from stagevar.schedule import StageSchedule
 from tests.fakes.studies import CHUNKS, GRIDS, SPACE, FakeEvaluator, study
 from tuner.cli.plan import store_folder
-from tuner.config.quality import composite_options, quality_limits
+from tuner.config.quality import composite_specs, quality_limits
 from tuner.evaluation.executor import QualityTask
 from tuner.evaluation.local import LocalExecutor
 from tuner.evaluation.store import Store, StoredCosts, StoredExecutor, cost_context, quality_context
+from tuner.metrics.quality_spec import QualitySpec
 from tuner.metrics.registry import CompositeQuality
 from tuner.testing.formulas import FormulaEvaluator
 
@@ -115,22 +116,22 @@ def test_another_version_of_the_code_other_prompts_and_other_metrics_are_not_reu
     assert len(asked.asked) == 1
     space = study(tmp_path / "d").space
     facts = first.executor.evaluator.facts
-    other = dataclasses.replace(space, quality={"geneval_nano": 1.0, "ssim": 1.0})
+    other = dataclasses.replace(space, quality={"geneval_nano": QualitySpec(), "ssim": QualitySpec()})
     assert quality_context(facts, space, "search") != quality_context(facts, other, "search")
 
 
 def test_limits_and_weights_change_no_result_and_the_composite_is_computed_anew(tmp_path):
-    quality = {"ssim": {"weight": 1.0, "max_drop": 0.1}, "psnr": {"weight": 0.5, "max_drop": 2.0}}
+    quality = {"ssim": QualitySpec(1.0, 0.1), "psnr": QualitySpec(0.5, 2.0)}
     one = study(tmp_path / "a")
     space = dataclasses.replace(one.space, quality=quality)
-    loose = dataclasses.replace(space, quality={"ssim": {"weight": 1.0, "max_drop": 0.3}, "psnr": 0.5})
+    loose = dataclasses.replace(space, quality={"ssim": QualitySpec(1.0, 0.3), "psnr": QualitySpec(0.5)})
     facts = one.evaluator.facts
     assert quality_context(facts, space, "search") == quality_context(facts, loose, "search")
     limits = quality_limits(quality)
     executor = StoredExecutor(Counting(one.evaluator), Store(tmp_path), facts, space, one.prompts, limits)
     rows = {"ssim": [0.3, 0.7], "psnr": [21.5, 33.25]}
     any_metric = SimpleNamespace(higher_is_better=True, needs_reference=False, needs_prompt=False)
-    weights = {name: options["weight"] for name, options in composite_options(quality, limits).items()}
+    weights = {name: spec.weight for name, spec in composite_specs(quality, limits).items()}
     composite = CompositeQuality({name: (weight, any_metric) for name, weight in weights.items()})
     assert np.array_equal(executor._with_composite(rows)["quality"], composite.combine(rows))
 

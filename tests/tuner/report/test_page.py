@@ -16,6 +16,7 @@ from PIL import Image
 from stagevar.errors import UsageError
 from tests.fakes.sample_study import KINDS, make
 from tuner.config.quality import MetricLimit, quality_limits
+from tuner.metrics.quality_spec import QualitySpec
 from tuner.report.charts import place_labels, ticks
 from tuner.report.page import MAX_BYTES, render, write_report
 from tuner.report.words import describe, signed
@@ -268,7 +269,7 @@ def test_published_rows_only_for_the_papers_models(pages):
 )
 def test_metrics_are_warned_of_once_where_a_study_uses_them(runs, kind, metrics, said):
     result, directory = runs[kind]
-    limits = quality_limits(dict.fromkeys(metrics, 1.0))
+    limits = quality_limits(dict.fromkeys(metrics, QualitySpec()))
     study = dataclasses.replace(result, limits=limits, heldout_prompts=("a dog",) * 64)
     page = Page(render(study, directory))
     assert ("reading-the-metrics" in page.sections) == bool(said)

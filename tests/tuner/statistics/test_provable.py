@@ -14,6 +14,7 @@ from tuner.config.prompts import load_prompts
 from tuner.config.quality import quality_limits
 from tuner.config.space import load_space
 from tuner.evaluation.local import LocalExecutor
+from tuner.metrics.quality_spec import read_quality
 from tuner.statistics.bounds import continuous_drop_bounds, drop_bounds
 from tuner.statistics.looks import claims, judgement_alpha, looks
 from tuner.statistics.provable import (
@@ -29,8 +30,8 @@ from tuner.study.verdict import Limits
 from tuner.study.verification import Verifier
 from tuner.testing.formulas import Samples
 
-YES_NO = quality_limits({"geneval": {"max_drop": 0.02}})[0]
-POINTS = quality_limits({"clip_score": {"max_drop": 0.3}})[0]
+YES_NO = quality_limits(read_quality({"geneval": {"max_drop": 0.02}}))[0]
+POINTS = quality_limits(read_quality({"clip_score": {"max_drop": 0.3}}))[0]
 
 
 def test_looks_and_what_each_may_err():
@@ -91,7 +92,9 @@ def test_too_few_prompts_are_named_with_the_number_that_would_do():
     assert "clip_score" in fewer and "they prove nothing" in fewer and "it takes 112" in fewer
     [one] = shortfalls([dataclasses.replace(YES_NO, max_drop=1.0)], 1, 1)
     assert "on 1 held-out prompt (" in one
-    assert shortfalls(quality_limits({"geneval": 1.0, "clip_score": 0.1}, 1.0), 8, 8) == [], "it only ranks"
+    assert shortfalls(quality_limits(read_quality({"geneval": 1.0, "clip_score": 0.1}), 1.0), 8, 8) == [], (
+        "it only ranks"
+    )
 
 
 def test_floors_that_perfect_images_could_not_prove_are_named():
@@ -103,11 +106,11 @@ def test_floors_that_perfect_images_could_not_prove_are_named():
 
 
 def test_the_table_of_limits_is_plain_data():
-    [first] = limits_table(quality_limits({"geneval": {"max_drop": 0.02}, "clip_score": 0.1}), 448, 16)
+    [first] = limits_table(quality_limits(read_quality({"geneval": {"max_drop": 0.02}, "clip_score": 0.1})), 448, 16)
     assert first["metric"] == "geneval" and first["unit"] == "share of prompts" and first["max_drop"] == 0.02
     assert first["provable_drop"] <= 0.01 and first["provable_drop_discordant"] <= 0.02
     assert first["prompts_needed"] <= first["prompts_needed_discordant"] <= 448
-    both = limit_lines(quality_limits({"geneval": {"max_drop": 0.02}, "clip_score": 0.1}), 8, 8)
+    both = limit_lines(quality_limits(read_quality({"geneval": {"max_drop": 0.02}, "clip_score": 0.1})), 8, 8)
     assert "8 held-out prompts prove 33.1 % of prompts when nothing changes (160 would do)" in both[0]
     assert both[1] == "clip_score: none, it only ranks"
 

@@ -5,6 +5,7 @@ import pytest
 
 from tuner.config.prompts import in_turn
 from tuner.config.quality import quality_limits
+from tuner.metrics.quality_spec import QualitySpec
 from tuner.statistics.pruning import clearly_worse, promoted, rungs, shrunk
 
 
@@ -19,7 +20,7 @@ BASE = {"geneval_nano": np.ones(64), "quality": np.ones(64)}
 
 
 def worse(own, ratio, max_drop, rivals):
-    limits = quality_limits({"geneval_nano": 1.0}, max_drop)
+    limits = quality_limits({"geneval_nano": QualitySpec()}, max_drop)
     return clearly_worse({"geneval_nano": own, "quality": own / max_drop}, ratio, BASE, limits, rivals)
 
 

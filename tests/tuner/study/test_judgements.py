@@ -15,6 +15,7 @@ from tuner.cli.plan import with_prompts
 from tuner.config.prompts import load_prompts
 from tuner.config.quality import quality_limits
 from tuner.config.space import PromptSource
+from tuner.metrics.quality_spec import QualitySpec
 from tuner.report.next_steps import next_steps
 from tuner.results.candidate import Finalist
 from tuner.results.result import StudyResult
@@ -23,8 +24,8 @@ from tuner.statistics.looks import claims, judgement_alpha
 from tuner.statistics.provable import prompts_to_decide
 from tuner.study.verdict import Heldout, prompts_advice
 
-YES_NO = quality_limits({"geneval_nano": {"max_drop": 0.05}})[0]
-POINTS = quality_limits({"clip_score": {"max_drop": 0.3}})[0]
+YES_NO = quality_limits({"geneval_nano": QualitySpec(max_drop=0.05)})[0]
+POINTS = quality_limits({"clip_score": QualitySpec(max_drop=0.3)})[0]
 #: Images that change at random on every eighth prompt: 72 prompts do not prove that 12 % at most are lost.
 RESTLESS = {"drop": lambda steps: 0.0, "discordance": 0.125, "seed": 3}
 LIMIT = 0.12
