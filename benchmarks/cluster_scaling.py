@@ -33,7 +33,7 @@ from tuner.cluster.executor import RayExecutor
 from tuner.cluster.worker import Recipe
 from tuner.config.prompts import load_prompts
 from tuner.config.space import SearchSpace, load_space
-from tuner.proposals.trial_sampler import Proposer, Told
+from tuner.proposals.trial_sampler import Told, TrialSampler
 from tuner.study.latency_source import CHECK_EVERY, SEARCH_ROUNDS, TABLE_ROUNDS, TABLE_SCHEDULES
 from tuner.study.options import ROUND
 
@@ -158,19 +158,19 @@ def measure_asking(space: SearchSpace, sampler: str, counts: Sequence[int]) -> t
     found = []
     rng = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
-        proposer = Proposer(Path(folder), space, 0, ("latency", "drop"), "random")
+        trial_sampler = TrialSampler(Path(folder), space, 0, ("latency", "drop"), "random")
         told = 0
         for count in counts:
-            proposer.kind = "random"
+            trial_sampler.kind = "random"
             while told < count:
-                trial = proposer.ask().trial
+                trial = trial_sampler.ask().trial
                 quality = -rng.random()
-                proposer.tell(
+                trial_sampler.tell(
                     trial, Told(1 + rng.random(), quality, {"latency": rng.random() - 0.5, "drop": -quality - 0.3})
                 )
                 told += 1
-            proposer.kind = sampler
-            found.append((count, cpu_seconds(lambda: proposer.fail(proposer.ask().trial), repeats=2)))
+            trial_sampler.kind = sampler
+            found.append((count, cpu_seconds(lambda: trial_sampler.fail(trial_sampler.ask().trial), repeats=2)))
     return tuple(found)
 
 
@@ -280,9 +280,9 @@ def schedules_of(space: SearchSpace, count: int, grids: Any, chunks: int) -> lis
     """Distinct random schedules of the space: their trees are real ones."""
     found: dict[Steps, None] = {}
     with tempfile.TemporaryDirectory() as folder:
-        proposer = Proposer(Path(folder), space, 0, ("latency",), "random")
+        trial_sampler = TrialSampler(Path(folder), space, 0, ("latency",), "random")
         while len(found) < count:
-            found.setdefault(space.schedule(proposer.ask().values, grids).expand(grids, chunks))
+            found.setdefault(space.schedule(trial_sampler.ask().values, grids).expand(grids, chunks))
     return list(found)
 
 

@@ -302,7 +302,7 @@ def searched(
             savings=savings,
             out_of_time=lambda: "time" if time.perf_counter() - began > limit_s else "",
         )
-        search.proposer.completed()  # started before the clock, as a study starts it while the full schedule is measured
+        search.trial_sampler.completed()  # started before the clock, as a study starts it while the full schedule is measured
         began = time.perf_counter()
         before, unit = evaluator.scales_run, bench.space.prompts.micro_batch / len(bench.facts.grids)
         ledger.watch(lambda: unit * (evaluator.scales_run - before))

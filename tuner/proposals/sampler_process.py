@@ -1,4 +1,4 @@
-"""A Proposer in a process of its own, so that asking goes on beside the evaluation of the round before.
+"""A TrialSampler in a process of its own, so that asking goes on beside the evaluation of the round before.
 
 A process and not a thread: a Gaussian process holds Python's lock for most of a second, and launching a model's kernels from
 the same interpreter would wait for it, which would slow the model and spoil timings.
@@ -19,15 +19,15 @@ from stagevar.errors import InfrastructureError
 from tuner.config.space import Value
 
 if TYPE_CHECKING:
-    from tuner.proposals.trial_sampler import Proposal, Proposer, Told
+    from tuner.proposals.trial_sampler import Proposal, Told, TrialSampler
 
 
-class ProposerLost(InfrastructureError):
+class SamplerLost(InfrastructureError):
     """The proposing process died; its trials are on disk."""
 
 
-class ProposerProcess:
-    """Takes the arguments of a `Proposer` and offers its methods; the one in the other process does the work.
+class SamplerProcess:
+    """Takes the arguments of a `TrialSampler` and offers its methods; the one in the other process does the work.
 
     The process yields to everything else (nice), ignores Ctrl-C and ends with its parent, however that ends.
     """
@@ -89,23 +89,23 @@ class ProposerProcess:
             self._built.result()  # an error of the construction is raised once it matters
             return self._pool.submit(function, *arguments).result()
         except BrokenProcessPool:
-            raise ProposerLost("the process that proposes schedules died; the same command resumes") from None
+            raise SamplerLost("the process that proposes schedules died; the same command resumes") from None
 
 
 # ------------------------------------------------------------------------------------------------ in that process
 
-_proposer: Proposer | None = None
+_trial_sampler: TrialSampler | None = None
 
 
 def _build(arguments: tuple[Any, ...]) -> None:
-    global _proposer
+    global _trial_sampler
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(5)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    from tuner.proposals.trial_sampler import Proposer
+    from tuner.proposals.trial_sampler import TrialSampler
 
-    _proposer = Proposer(*arguments)
-    _proposer.load()
+    _trial_sampler = TrialSampler(*arguments)
+    _trial_sampler.load()
 
 
 def _end_with_parent() -> None:
@@ -116,8 +116,8 @@ def _end_with_parent() -> None:
 
 
 def _call(method: str, arguments: tuple[Any, ...]) -> Any:
-    return getattr(_proposer, method)(*arguments)
+    return getattr(_trial_sampler, method)(*arguments)
 
 
 def _get(name: str) -> Any:
-    return getattr(_proposer, name)
+    return getattr(_trial_sampler, name)

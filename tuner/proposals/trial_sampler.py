@@ -67,7 +67,7 @@ def _needs_storage(method: Any) -> Any:
     """A method that reads or writes trials: what the database says when it is away becomes an InfrastructureError."""
 
     @functools.wraps(method)
-    def reaching(self: Proposer, *arguments: Any, **options: Any) -> Any:
+    def reaching(self: TrialSampler, *arguments: Any, **options: Any) -> Any:
         try:
             return method(self, *arguments, **options)
         except Exception as error:
@@ -91,7 +91,7 @@ def _is_away(error: BaseException | None) -> bool:
     return False
 
 
-class Proposer:
+class TrialSampler:
     """One study's asks and tells.
 
     Args:
@@ -241,7 +241,7 @@ class Proposer:
         trial.optimize(lambda t: t.suggest_float("x", 0, 1), n_trials=3)
 
     def close(self) -> None:
-        """Nothing to free; a proposer in a process of its own has."""
+        """Nothing to free; a sampler in a process of its own has."""
 
     def hand_over(self) -> None:
         """Lets TPE propose from now on."""

@@ -13,8 +13,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from stagevar.schedule import StageSchedule, Steps
-from tuner.proposals.sampler_process import ProposerProcess
-from tuner.proposals.trial_sampler import Proposal, Proposer
+from tuner.proposals.sampler_process import SamplerProcess
+from tuner.proposals.trial_sampler import Proposal, TrialSampler
 from tuner.study.options import ROUND
 
 #: Proposals in a round that bring no new schedule before the space counts as exhausted.
@@ -83,11 +83,11 @@ class AskAhead:
 
     def __init__(
         self,
-        proposer: Proposer | ProposerProcess,
+        trial_sampler: TrialSampler | SamplerProcess,
         expand: Callable[[Proposal], tuple[str, StageSchedule, Steps]],
         beside: bool,
     ):
-        self.proposer, self._expand = proposer, expand
+        self.trial_sampler, self._expand = trial_sampler, expand
         self._thread = ThreadPoolExecutor(1) if beside else None
         self._impatient = threading.Event()
         self._future: Future[Round] | None = None
@@ -133,7 +133,7 @@ class AskAhead:
             if self._impatient.is_set():
                 self._impatient.clear()
                 made.handed_over |= self._hand_over()
-            proposal = self.proposer.ask(random=misses > ROUND)
+            proposal = self.trial_sampler.ask(random=misses > ROUND)
             key, schedule, steps = self._expand(proposal)
             fate, ratio = Fate.NEW, None
             if key in seen:
@@ -151,7 +151,7 @@ class AskAhead:
             yield Asked(proposal, schedule, steps, key, fate, ratio)
 
     def _hand_over(self) -> bool:
-        if self.proposer.proposes != "gp":
+        if self.trial_sampler.proposes != "gp":
             return False
-        self.proposer.hand_over()
+        self.trial_sampler.hand_over()
         return True

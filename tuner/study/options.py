@@ -47,8 +47,8 @@ class Options:
 
     max_drop: largest drop per metric; a number is the primary metric's, and what is not said comes from the space.
     trials: distinct schedules to evaluate, the full one not counted. time_budget_s: tuning time, verification included.
-    sampler, storage: see Proposer. command: what reproduces the study. versions: for the record. samples: prompts whose images
-    are kept for the report. patience: schedules without a larger feasible hypervolume after which the search ends; None
+    sampler, storage: see TrialSampler. command: what reproduces the study. versions: for the record. samples: prompts whose
+    images are kept for the report. patience: schedules without a larger feasible hypervolume after which the search ends; None
     never. savings: how the search costs less than measuring everything. earlier: sensitivities that another study of the
     model measured.
     """

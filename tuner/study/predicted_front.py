@@ -17,7 +17,7 @@ from tuner.config.prompts import PromptSet
 from tuner.config.quality import factors, limited
 from tuner.config.space import Value, drawn_settings, draws, steps_key
 from tuner.evaluation.executor import Executor, Failed, QualityTask
-from tuner.proposals.sampler_process import ProposerProcess
+from tuner.proposals.sampler_process import SamplerProcess
 from tuner.proposals.sensitivity import (
     Change,
     Sensitivities,
@@ -27,7 +27,7 @@ from tuner.proposals.sensitivity import (
     noise_ceiling,
     predicted,
 )
-from tuner.proposals.trial_sampler import Proposal, Proposer
+from tuner.proposals.trial_sampler import Proposal, TrialSampler
 from tuner.results import pareto
 from tuner.results.result import Agreement, PredictionFacts
 from tuner.results.run_dir import SENSITIVITY_FILE, EvidenceRecord
@@ -177,7 +177,7 @@ class PredictedFront:
                 kept[name] = values
         return kept
 
-    def propose(self, proposer: Proposer | ProposerProcess, trials: int) -> int:
+    def propose(self, trial_sampler: TrialSampler | SamplerProcess, trials: int) -> int:
         """Queues the next schedules of the predicted front while predictions hold; returns how many.
 
         trials: how many schedules the search evaluates in all; half of them stay the sampler's, unless few are wanted.
@@ -192,7 +192,7 @@ class PredictedFront:
         self._proposed += [forecast.key for forecast in chosen]
         ledger.foreseen.update(forecast.key for forecast in chosen)
         if chosen:
-            proposer.again([Proposal(-1, forecast.values) for forecast in chosen])
+            trial_sampler.again([Proposal(-1, forecast.values) for forecast in chosen])
         return len(chosen)
 
     def _front(self) -> list[Forecast]:

@@ -18,9 +18,9 @@ from stagevar.errors import ScheduleError
 from tuner.config.prompts import PromptSet
 from tuner.evaluation.evaluator import Evaluator
 from tuner.evaluation.executor import Executor, Failed, NotMeasured
-from tuner.proposals.sampler_process import ProposerProcess
+from tuner.proposals.sampler_process import SamplerProcess
 from tuner.proposals.sensitivity import Sensitivities
-from tuner.proposals.trial_sampler import STARTUP_TRIALS, Proposal, Proposer, Told
+from tuner.proposals.trial_sampler import STARTUP_TRIALS, Proposal, Told, TrialSampler
 from tuner.results.candidate import Candidate, LatencyStats, Measured, Pruned, Unmeasured
 from tuner.results.candidate import Failed as FailedCandidate
 from tuner.results.codec import build, to_plain
@@ -87,9 +87,9 @@ class Search:
         self._waited_s = 0.0
         self.ask_seconds: list[float] = []
         self.proposed = ""
-        kind = ProposerProcess if savings.overlap else Proposer
-        self.proposer = kind(run_dir, ledger.space, seed, ledger.constraint_names, sampler, storage)
-        self.asking = AskAhead(self.proposer, ledger.expand, beside=savings.overlap)
+        kind = SamplerProcess if savings.overlap else TrialSampler
+        self.trial_sampler = kind(run_dir, ledger.space, seed, ledger.constraint_names, sampler, storage)
+        self.asking = AskAhead(self.trial_sampler, ledger.expand, beside=savings.overlap)
 
     # ------------------------------------------------------------------------------------------------ the loop
 
@@ -97,13 +97,13 @@ class Search:
         """Searches until a reason to stop; `records` is the evidence so far."""
         self._begin(records)
         self._loop()
-        self.told = len(self.proposer.completed())
-        self.ask_seconds, self.proposed = list(self.proposer.ask_seconds), self.proposer.proposes
+        self.told = len(self.trial_sampler.completed())
+        self.ask_seconds, self.proposed = list(self.trial_sampler.ask_seconds), self.trial_sampler.proposes
 
     def close(self) -> None:
         """Ends the proposing process; to be called whatever happened."""
         self.asking.close()
-        self.proposer.close()
+        self.trial_sampler.close()
 
     def _begin(self, records: Sequence[EvidenceRecord]) -> None:
         ledger, facts = self.ledger, self.ledger.facts
@@ -142,13 +142,13 @@ class Search:
             with self.progress.part("sensitivity"):
                 self.front.fill(records)
             presets = self.front.worth_trying(presets)
-        for proposal in self.proposer.recover(known):
+        for proposal in self.trial_sampler.recover(known):
             self._give_up(proposal)
-        self.proposer.enqueue(presets)
+        self.trial_sampler.enqueue(presets)
         self._again(list(unmeasured.values()))
         self._presets_first = len(presets)
         if self.front is not None:
-            self._presets_first += self.front.propose(self.proposer, self.trials)
+            self._presets_first += self.front.propose(self.trial_sampler, self.trials)
         self._show()
 
     def _again(self, unmeasured: Sequence[Candidate]) -> None:
@@ -168,7 +168,7 @@ class Search:
             else c.params
             for c in unmeasured
         }
-        self.proposer.again([Proposal(trial, found, presets.get(trial)) for trial, found in values.items()])
+        self.trial_sampler.again([Proposal(trial, found, presets.get(trial)) for trial, found in values.items()])
 
     def _loop(self) -> None:
         round_ = Round()
@@ -259,11 +259,11 @@ class Search:
     def _tell_known(self, trial: int, key: str) -> None:
         ledger = self.ledger
         if key in ledger.failed or key in ledger.unmeasured:
-            self.proposer.fail(trial)
+            self.trial_sampler.fail(trial)
         elif key in ledger.dropped:
-            self.proposer.tell(trial, ledger.told_dropped(key))
+            self.trial_sampler.tell(trial, ledger.told_dropped(key))
         else:
-            self.proposer.tell(
+            self.trial_sampler.tell(
                 trial, ledger.told(ledger.measured_baseline if key == ledger.full_key else ledger.candidates[key])
             )
 
@@ -274,12 +274,12 @@ class Search:
     def _withdraw(self, round_: Round) -> None:
         """Gives back what was asked ahead and is not wanted any more."""
         for asked in round_.new:
-            self.proposer.withdraw(asked.proposal.trial)
+            self.trial_sampler.withdraw(asked.proposal.trial)
         for asked in round_.of(Fate.REPEATED):
             if self.ledger.knows(asked.key):
                 self._tell_known(asked.proposal.trial, asked.key)
             else:
-                self.proposer.withdraw(asked.proposal.trial)
+                self.trial_sampler.withdraw(asked.proposal.trial)
 
     def _give_up(self, proposal: Proposal) -> None:
         ledger = self.ledger
@@ -296,7 +296,7 @@ class Search:
         """Measures a round, writes the evidence, tells the sampler; returns the next round where it was asked meanwhile."""
         began = time.perf_counter()
         ledger, pending = self.ledger, round_.new
-        self.proposer.begin([p.proposal.trial for p in pending])
+        self.trial_sampler.begin([p.proposal.trial for p in pending])
         with self.progress.part("timing"):
             latencies, errors = self.latency.measure(pending)
         if not round_.exhausted:
@@ -320,13 +320,13 @@ class Search:
         for candidate in candidates:
             ledger.keep(candidate)
             if isinstance(candidate, Measured):
-                self.proposer.tell(candidate.trial_number, ledger.told(candidate))
+                self.trial_sampler.tell(candidate.trial_number, ledger.told(candidate))
             else:
-                self.proposer.fail(candidate.trial_number)
+                self.trial_sampler.fail(candidate.trial_number)
         self._note_hypervolume()
         if self.front is not None:
             self.trials = self.front.judge(self.trials)
-            self.front.propose(self.proposer, self.trials)
+            self.front.propose(self.trial_sampler, self.trials)
         self._show()
         return following
 

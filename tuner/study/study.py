@@ -1,6 +1,6 @@
 """One study: the full schedule first, then the search, then verification and verdict.
 
-No torch and no optuna here: schedules are judged by an `Evaluator`, proposed by a `Proposer`, and everything found is
+No torch and no optuna here: schedules are judged by an `Evaluator`, proposed by a `TrialSampler`, and everything found is
 on disk (trials.jsonl, fsync) before the sampler is told, so a study continues after kill -9 at any moment.
 """
 

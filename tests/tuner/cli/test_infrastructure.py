@@ -6,7 +6,7 @@ from stagevar.errors import EXIT_CODES, InfrastructureError, StagevarError, Usag
 from tests import ROOT
 from tests.fakes.studies import FakeEvaluator, study
 from tuner.evaluation.executor import WorkersLost
-from tuner.proposals.sampler_process import ProposerLost
+from tuner.proposals.sampler_process import SamplerLost
 
 
 class Breaking(FakeEvaluator):
@@ -36,7 +36,7 @@ class Breaking(FakeEvaluator):
 
 
 def test_the_classes_of_infrastructure_have_their_own_exit_code():
-    for kind in (InfrastructureError, WorkersLost, ProposerLost):
+    for kind in (InfrastructureError, WorkersLost, SamplerLost):
         assert issubclass(kind, StagevarError) and kind.exit_code == 6
 
 
@@ -64,7 +64,7 @@ def test_a_database_that_goes_away_is_infrastructure_and_the_study_resumes(tmp_p
     options = {"trials": 4, "storage": url}
     broken = study(tmp_path / "run", **options)
     search = broken._new_search()
-    storage = search.proposer.study._storage
+    storage = search.trial_sampler.study._storage
 
     def away(*_, **__):
         raise StorageInternalError("An exception is raised during the commit.") from ConnectionError("refused")

@@ -8,7 +8,7 @@ import pytest
 from stagevar.errors import UsageError
 from tests.fakes.studies import FULL_TOKENS, study, tokens
 from tuner.proposals.sensitivity import Sensitivities
-from tuner.proposals.trial_sampler import Proposer
+from tuner.proposals.trial_sampler import TrialSampler
 from tuner.results.run_dir import SENSITIVITY_FILE, EvidenceLog
 from tuner.study.options import FULL_TRIALS, Savings
 from tuner.study.predicted_front import Forecast, PredictedFront, layers, load_table
@@ -73,7 +73,7 @@ def test_killed_around_its_proposals_a_study_reaches_its_target_with_one_table(t
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(Proposer, method, dying)
+        patch.setattr(TrialSampler, method, dying)
         with pytest.raises(Killed):
             run(tmp_path, trials=8)
     result, _ = run(tmp_path, trials=8)

@@ -16,7 +16,7 @@ import pytest
 from stagevar.errors import UsageError
 from stagevar.schedule import exact
 from tests.fakes.studies import GRIDS, drive, study
-from tuner.proposals.trial_sampler import ATTEMPTS, Proposer, Told
+from tuner.proposals.trial_sampler import ATTEMPTS, Told, TrialSampler
 from tuner.results.result import StudyResult
 from tuner.results.run_dir import EVIDENCE_FILE, JOURNAL_FILE, EvidenceLog, cut_torn_line, driver_lock, repair
 
@@ -112,8 +112,8 @@ def test_killed_again_and_again_a_run_still_reaches_its_target(spawn, full_secon
 
 
 def stop_inside(run_dir, monkeypatch, method):
-    """Runs a study that dies at its fifth call of a Proposer method, as kill -9 would leave it."""
-    calls, whole = iter(range(100)), getattr(Proposer, method)
+    """Runs a study that dies at its fifth call of a TrialSampler method, as kill -9 would leave it."""
+    calls, whole = iter(range(100)), getattr(TrialSampler, method)
 
     class Killed(BaseException):
         pass
@@ -124,7 +124,7 @@ def stop_inside(run_dir, monkeypatch, method):
         return whole(self, *args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Proposer, method, dying)
+        patch.setattr(TrialSampler, method, dying)
         with pytest.raises(Killed):
             study(run_dir, trials=TRIALS).run()
 
@@ -139,12 +139,12 @@ def test_evidence_that_was_not_told_is_told_on_resume(tmp_path, monkeypatch):
 
 def test_a_trial_killed_between_two_constraints_is_completed(tmp_path):
     space = study(tmp_path).space
-    proposer = Proposer(tmp_path, space, 0, ["latency", "drop"], "random")
-    proposal = proposer.ask()
+    trial_sampler = TrialSampler(tmp_path, space, 0, ["latency", "drop"], "random")
+    proposal = trial_sampler.ask()
     from optuna.trial import Trial
 
-    Trial(proposer.study, proposer._id(proposal.trial)).set_constraint("latency", -0.5)
-    again = Proposer(tmp_path, space, 0, ["latency", "drop"], "random")
+    Trial(trial_sampler.study, trial_sampler._id(proposal.trial)).set_constraint("latency", -0.5)
+    again = TrialSampler(tmp_path, space, 0, ["latency", "drop"], "random")
     assert again.recover({proposal.trial: Told(50.0, 0.0, {"latency": -0.5, "drop": 0.1})}) == []
     (frozen,) = again.study.trials
     assert frozen.constraints == {"latency": -0.5, "drop": 0.1} and again.completed() == {proposal.trial}
@@ -152,12 +152,12 @@ def test_a_trial_killed_between_two_constraints_is_completed(tmp_path):
 
 def test_a_running_trial_without_evidence_is_tried_again_twice_at_most(tmp_path):
     space = study(tmp_path).space
-    first = Proposer(tmp_path, space, 0, ["latency", "drop"], "random")
+    first = TrialSampler(tmp_path, space, 0, ["latency", "drop"], "random")
     asked = first.ask()
     values = asked.values
     first.begin([asked.trial])
     for attempt in range(ATTEMPTS):
-        again = Proposer(tmp_path, space, attempt, ["latency", "drop"], "random")
+        again = TrialSampler(tmp_path, space, attempt, ["latency", "drop"], "random")
         given_up = again.recover({})
         if attempt < ATTEMPTS - 1:
             asked = again.ask()
@@ -171,20 +171,20 @@ def test_a_running_trial_without_evidence_is_tried_again_twice_at_most(tmp_path)
 
 def test_a_trial_that_was_asked_ahead_and_never_begun_is_not_to_blame(tmp_path):
     space = study(tmp_path).space
-    values = Proposer(tmp_path, space, 0, ["latency", "drop"], "random").ask().values
+    values = TrialSampler(tmp_path, space, 0, ["latency", "drop"], "random").ask().values
     for attempt in range(2 * ATTEMPTS):
-        again = Proposer(tmp_path, space, attempt, ["latency", "drop"], "random")
+        again = TrialSampler(tmp_path, space, attempt, ["latency", "drop"], "random")
         assert again.recover({}) == [] and again.ask().values == values
 
 
 def test_what_is_withdrawn_comes_first_when_the_study_goes_on(tmp_path):
     space = study(tmp_path).space
-    proposer = Proposer(tmp_path, space, 0, ["latency", "drop"], "random")
-    proposer.enqueue({"stagevar-paper": space.nearest_values(exact(len(GRIDS)), GRIDS)})
-    asked = [proposer.ask(), proposer.ask()]
+    trial_sampler = TrialSampler(tmp_path, space, 0, ["latency", "drop"], "random")
+    trial_sampler.enqueue({"stagevar-paper": space.nearest_values(exact(len(GRIDS)), GRIDS)})
+    asked = [trial_sampler.ask(), trial_sampler.ask()]
     for proposal in asked:
-        proposer.withdraw(proposal.trial)
-    again = Proposer(tmp_path, space, 1, ["latency", "drop"], "random")
+        trial_sampler.withdraw(proposal.trial)
+    again = TrialSampler(tmp_path, space, 1, ["latency", "drop"], "random")
     assert again.recover({}) == []
     assert [(p.preset, p.values) for p in (again.ask(), again.ask())] == [(p.preset, p.values) for p in asked]
 
@@ -193,15 +193,15 @@ def test_presets_are_enqueued_once_whenever_the_driver_died(tmp_path):
     space = study(tmp_path).space
     presets = {"stagevar-paper": space.nearest_values(exact(len(GRIDS)), GRIDS)}
     for _ in range(3):
-        Proposer(tmp_path, space, 0, ["latency"], "random").enqueue(presets)
-    proposer = Proposer(tmp_path, space, 0, ["latency"], "random")
-    assert [proposer.ask().preset for _ in range(2)] == ["stagevar-paper", None]
+        TrialSampler(tmp_path, space, 0, ["latency"], "random").enqueue(presets)
+    trial_sampler = TrialSampler(tmp_path, space, 0, ["latency"], "random")
+    assert [trial_sampler.ask().preset for _ in range(2)] == ["stagevar-paper", None]
 
 
 def test_a_missing_constraint_is_refused(tmp_path):
-    proposer = Proposer(tmp_path, study(tmp_path).space, 0, ["latency", "drop"], "random")
+    trial_sampler = TrialSampler(tmp_path, study(tmp_path).space, 0, ["latency", "drop"], "random")
     with pytest.raises(ValueError, match="drop"):
-        proposer.tell(proposer.ask().trial, Told(1.0, 0.0, {"latency": 0.0}))
+        trial_sampler.tell(trial_sampler.ask().trial, Told(1.0, 0.0, {"latency": 0.0}))
 
 
 @pytest.mark.parametrize("name", [JOURNAL_FILE, EVIDENCE_FILE])

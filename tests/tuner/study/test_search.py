@@ -11,7 +11,7 @@ import pytest
 
 from stagevar.errors import StagevarError
 from tests.fakes.studies import FULL_TOKENS, study, tokens
-from tuner.proposals.sampler_process import ProposerLost, ProposerProcess
+from tuner.proposals.sampler_process import SamplerLost, SamplerProcess
 from tuner.proposals.trial_sampler import Told
 from tuner.report.page import write_report
 from tuner.results.candidate import Finalist, Pruned
@@ -70,10 +70,10 @@ def test_clearly_worse_schedules_are_stopped_early_and_never_reach_the_front(tmp
 
 def test_what_is_stopped_early_is_told_with_its_number_of_prompts(tmp_path):
     result, made = run(tmp_path, {"drop": lambda s: 0.6 * (1 - tokens(s) / FULL_TOKENS)}, trials=20, max_drop=0.1)
-    from tuner.proposals.trial_sampler import Proposer
+    from tuner.proposals.trial_sampler import TrialSampler
 
-    proposer = Proposer(tmp_path, made.space, 0, made.ledger.constraint_names, "random")
-    told = {t.number: t for t in proposer.study.get_trials(deepcopy=False)}
+    trial_sampler = TrialSampler(tmp_path, made.space, 0, made.ledger.constraint_names, "random")
+    told = {t.number: t for t in trial_sampler.study.get_trials(deepcopy=False)}
     stopped = [c for c in result.candidates if isinstance(c, Pruned)]
     assert stopped
     for candidate in stopped:
@@ -233,7 +233,7 @@ def test_one_thread_registers_records_and_tells(tmp_path, monkeypatch):
     for owner, names in (
         (EvidenceLog, ("append",)),
         (Ledger, ("register", "record_dropped", "keep")),
-        (ProposerProcess, ("tell", "fail")),
+        (SamplerProcess, ("tell", "fail")),
     ):
         for name in names:
             monkeypatch.setattr(owner, name, noting(getattr(owner, name)))
@@ -252,47 +252,48 @@ def test_one_thread_registers_records_and_tells(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def proposer(tmp_path):
-    made = ProposerProcess(tmp_path, study(tmp_path / "run").space, 0, ("latency", "drop"), "random")
+def trial_sampler(tmp_path):
+    made = SamplerProcess(tmp_path, study(tmp_path / "run").space, 0, ("latency", "drop"), "random")
     yield made
     made.close()
 
 
-def test_a_proposer_in_another_process_does_what_one_here_does(tmp_path, proposer):
-    from tuner.proposals.trial_sampler import Proposer
+def test_a_trial_sampler_in_another_process_does_what_one_here_does(tmp_path, trial_sampler):
+    from tuner.proposals.trial_sampler import TrialSampler
 
     (tmp_path / "here").mkdir()
-    here = Proposer(tmp_path / "here", study(tmp_path / "run").space, 0, ("latency", "drop"), "random")
+    here = TrialSampler(tmp_path / "here", study(tmp_path / "run").space, 0, ("latency", "drop"), "random")
     for _ in range(5):
-        ours, theirs = proposer.ask(), here.ask()
+        ours, theirs = trial_sampler.ask(), here.ask()
         assert ours == theirs
-        proposer.begin([ours.trial])
-        proposer.tell(ours.trial, Told(1.0, 0.5, {"latency": 0.0, "drop": 0.0}))
-    assert proposer.completed() == set(range(5)) and len(proposer.ask_seconds) == 5 and proposer.proposes == "random"
+        trial_sampler.begin([ours.trial])
+        trial_sampler.tell(ours.trial, Told(1.0, 0.5, {"latency": 0.0, "drop": 0.0}))
+    assert trial_sampler.completed() == set(range(5)) and len(trial_sampler.ask_seconds) == 5
+    assert trial_sampler.proposes == "random"
     with pytest.raises(ValueError, match="constraints"):
-        proposer.tell(proposer.ask().trial, Told(1.0, 0.5, {"latency": 0.0}))
+        trial_sampler.tell(trial_sampler.ask().trial, Told(1.0, 0.5, {"latency": 0.0}))
 
 
-def test_a_proposer_that_dies_is_one_clear_line(proposer):
-    proposer.ask()
-    (process,) = proposer._pool._processes.values()
+def test_a_trial_sampler_that_dies_is_one_clear_line(trial_sampler):
+    trial_sampler.ask()
+    (process,) = trial_sampler._pool._processes.values()
     process.kill()
-    with pytest.raises(ProposerLost, match="same command resumes") as caught:
+    with pytest.raises(SamplerLost, match="same command resumes") as caught:
         for _ in range(100):
-            proposer.ask()
+            trial_sampler.ask()
             time.sleep(0.05)
     assert isinstance(caught.value, StagevarError) and caught.value.exit_code == 6
 
 
 def test_an_error_of_its_construction_comes_through(tmp_path):
-    made = ProposerProcess(tmp_path, study(tmp_path / "run").space, 0, ("latency",), "random", "nodb://nowhere/x")
+    made = SamplerProcess(tmp_path, study(tmp_path / "run").space, 0, ("latency",), "random", "nodb://nowhere/x")
     with pytest.raises(StagevarError, match="nodb"):
         made.ask()
     made.close()
 
 
 def test_closing_ends_the_process(tmp_path):
-    made = ProposerProcess(tmp_path, study(tmp_path / "run").space, 0, ("latency", "drop"), "random")
+    made = SamplerProcess(tmp_path, study(tmp_path / "run").space, 0, ("latency", "drop"), "random")
     made.ask()
     (process,) = made._pool._processes.values()
     made.close()
