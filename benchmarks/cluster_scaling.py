@@ -33,7 +33,7 @@ from tuner.cluster.executor import RayExecutor
 from tuner.cluster.worker import Recipe
 from tuner.config.prompts import load_prompts
 from tuner.config.space import SearchSpace, load_space
-from tuner.proposals.trial_sampler import Told, TrialSampler
+from tuner.proposals.trial_sampler import TrialOutcome, TrialSampler
 from tuner.study.latency_source import CHECK_EVERY, SEARCH_ROUNDS, TABLE_ROUNDS, TABLE_SCHEDULES
 from tuner.study.options import ROUND
 
@@ -166,7 +166,8 @@ def measure_asking(space: SearchSpace, sampler: str, counts: Sequence[int]) -> t
                 trial = trial_sampler.ask().trial
                 quality = -rng.random()
                 trial_sampler.tell(
-                    trial, Told(1 + rng.random(), quality, {"latency": rng.random() - 0.5, "drop": -quality - 0.3})
+                    trial,
+                    TrialOutcome(1 + rng.random(), quality, {"latency": rng.random() - 0.5, "drop": -quality - 0.3}),
                 )
                 told += 1
             trial_sampler.kind = sampler

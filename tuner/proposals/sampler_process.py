@@ -19,7 +19,7 @@ from stagevar.errors import InfrastructureError
 from tuner.config.space import Value
 
 if TYPE_CHECKING:
-    from tuner.proposals.trial_sampler import Proposal, Told, TrialSampler
+    from tuner.proposals.trial_sampler import Proposal, TrialOutcome, TrialSampler
 
 
 class SamplerLost(InfrastructureError):
@@ -42,7 +42,7 @@ class SamplerProcess:
     def again(self, proposals: Sequence[Proposal]) -> None:
         self._call("again", proposals)
 
-    def recover(self, evidence: Mapping[int, Told | None]) -> list[Proposal]:
+    def recover(self, evidence: Mapping[int, TrialOutcome | None]) -> list[Proposal]:
         return self._call("recover", evidence)
 
     def ask(self, random: bool = False) -> Proposal:
@@ -51,8 +51,8 @@ class SamplerProcess:
     def begin(self, numbers: Sequence[int]) -> None:
         self._call("begin", numbers)
 
-    def tell(self, number: int, told: Told) -> None:
-        self._call("tell", number, told)
+    def tell(self, number: int, outcome: TrialOutcome) -> None:
+        self._call("tell", number, outcome)
 
     def fail(self, number: int) -> None:
         self._call("fail", number)

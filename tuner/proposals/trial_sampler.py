@@ -51,7 +51,7 @@ class Proposal:
 
 
 @dataclass(frozen=True)
-class Told:
+class TrialOutcome:
     """A finished trial: latency_ms (less is better), quality (more is better) and every constraint (<= 0 is kept).
 
     prompts: how many the quality was estimated from, kept with the trial.
@@ -155,7 +155,7 @@ class TrialSampler:
             self.study.enqueue_trial(self._raw(proposal.values), user_attrs=attrs)
 
     @_needs_storage
-    def recover(self, evidence: Mapping[int, Told | None]) -> list[Proposal]:
+    def recover(self, evidence: Mapping[int, TrialOutcome | None]) -> list[Proposal]:
         """Settles what a dead driver left running; returns the trials that were given up after ATTEMPTS.
 
         evidence: by trial number, what `trials.jsonl` holds; None for a trial recorded as failed.
@@ -163,12 +163,12 @@ class TrialSampler:
         given_up = []
         for frozen in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if frozen.number in evidence:
-                told = evidence[frozen.number]
+                outcome = evidence[frozen.number]
                 trial = Trial(self.study, frozen._trial_id)
-                if told is None:
+                if outcome is None:
                     self.study.tell(trial, state=TrialState.FAIL)
                 else:
-                    self._tell(trial, told)
+                    self._tell(trial, outcome)
                 continue
             self.study.tell(frozen.number, state=TrialState.FAIL)
             attempt = frozen.user_attrs.get(_ATTEMPT, 1)
@@ -210,9 +210,9 @@ class TrialSampler:
         return Proposal(trial.number, self._values(trial.params), trial.user_attrs.get(_PRESET))
 
     @_needs_storage
-    def tell(self, number: int, told: Told) -> None:
+    def tell(self, number: int, outcome: TrialOutcome) -> None:
         """Finishes a trial. Raises ValueError when a constraint is missing: one trial without it would spoil the model."""
-        self._tell(Trial(self.study, self._id(number)), told)
+        self._tell(Trial(self.study, self._id(number)), outcome)
 
     @_needs_storage
     def fail(self, number: int) -> None:
@@ -249,19 +249,19 @@ class TrialSampler:
 
     @_needs_storage
     def completed(self) -> set[int]:
-        """Numbers of the trials that were told."""
+        """Numbers of the trials that were outcome."""
         return {t.number for t in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))}
 
-    def _tell(self, trial: Trial, told: Told) -> None:
-        if set(told.constraints) != set(self.constraints):
-            raise ValueError(f"constraints {sorted(told.constraints)} told, {sorted(self.constraints)} expected")
+    def _tell(self, trial: Trial, outcome: TrialOutcome) -> None:
+        if set(outcome.constraints) != set(self.constraints):
+            raise ValueError(f"constraints {sorted(outcome.constraints)} told, {sorted(self.constraints)} expected")
         known = trial.storage.get_trial_system_attrs(trial._trial_id)
-        for name, value in told.constraints.items():
+        for name, value in outcome.constraints.items():
             if f"constraints:{name}" not in known:
                 trial.set_constraint(name, value)
-        if told.prompts is not None:
-            trial.set_user_attr(_PROMPTS, told.prompts)
-        self.study.tell(trial, [told.latency_ms, told.quality])
+        if outcome.prompts is not None:
+            trial.set_user_attr(_PROMPTS, outcome.prompts)
+        self.study.tell(trial, [outcome.latency_ms, outcome.quality])
 
     def _id(self, number: int) -> int:
         return self.study._storage.get_trial_id_from_study_id_trial_number(self.study._study_id, number)

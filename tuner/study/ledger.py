@@ -19,7 +19,7 @@ from tuner.config.quality import MetricLimit, limited
 from tuner.config.space import SearchSpace, steps_key
 from tuner.evaluation.evaluator import Facts
 from tuner.evaluation.step_costs import Prediction
-from tuner.proposals.trial_sampler import Proposal, Told
+from tuner.proposals.trial_sampler import Proposal, TrialOutcome
 from tuner.results import pareto
 from tuner.results.candidate import (
     Candidate,
@@ -212,7 +212,7 @@ class Ledger:
 
     # ------------------------------------------------------------------------------------------------ for the sampler
 
-    def told(self, candidate: Measured) -> Told:
+    def outcome(self, candidate: Measured) -> TrialOutcome:
         """Objectives and constraints of a candidate as the sampler wants them: shares, so that all have one size.
 
         A schedule that was stopped early brings a shrunken estimate of its quality.
@@ -221,7 +221,7 @@ class Ledger:
         latency_ms = candidate.latency.drift_corrected_ms
         constraints = {"latency": latency_ms / limits.budget_ms - 1}
         if not self.quality:
-            return Told(latency_ms, candidate.processed_tokens, constraints)
+            return TrialOutcome(latency_ms, candidate.processed_tokens, constraints)
         difference = candidate.differences["quality"].mean if candidate.differences else 0.0
         if not candidate.fully_evaluated:
             difference = shrunk(self._paired(candidate), self._known_differences())
@@ -230,20 +230,20 @@ class Ledger:
         for metric, floor in limits.floors.items():
             constraints[f"floor:{metric}"] = (floor - float(np.mean(candidate.values[metric]))) / max(abs(floor), 1e-9)
         prompts = len(candidate.values.get("quality", ())) or None
-        return Told(latency_ms, difference, constraints, prompts)
+        return TrialOutcome(latency_ms, difference, constraints, prompts)
 
-    def told_dropped(self, key: str) -> Told:
+    def outcome_of_dropped(self, key: str) -> TrialOutcome:
         """What the sampler hears of a schedule that was not judged: beyond the budget, its quality a guess from none."""
         ratio = self.dropped[key]
         constraints = dict.fromkeys(self.constraint_names, 0.0) | {"latency": ratio / self.budget_ratio - 1}
         latency_ms = ratio * self.measured_baseline.latency.median_ms
         if not self.quality:
             tokens = sum(step.processed_tokens(self.facts.chunks) for step in self.steps[key])
-            return Told(latency_ms, float(tokens), constraints, 0)
+            return TrialOutcome(latency_ms, float(tokens), constraints, 0)
         guess = shrunk((), self._known_differences())
         for limit in limited(self.metrics):
             constraints[limit.name] = -shrunk((), self._known_differences(limit.metric)) / limit.allowed - 1
-        return Told(latency_ms, guess, constraints, 0)
+        return TrialOutcome(latency_ms, guess, constraints, 0)
 
     def _metric_change(self, candidate: Measured, limit: MetricLimit) -> float:
         """Mean difference of a metric, shrunken for a candidate that was stopped early."""
@@ -263,7 +263,7 @@ class Ledger:
 
     def violation(self, candidate: Measured) -> float:
         """How far the point estimates are beyond the limits, in shares; 0 within all of them."""
-        return sum(max(0.0, value) for value in self.told(candidate).constraints.values())
+        return sum(max(0.0, value) for value in self.outcome(candidate).constraints.values())
 
     def front(self) -> list[str]:
         """Keys of the non-dominated candidates that keep the quality limits, the full schedule among them."""

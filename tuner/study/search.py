@@ -20,7 +20,7 @@ from tuner.evaluation.evaluator import Evaluator
 from tuner.evaluation.executor import Executor, Failed, NotMeasured
 from tuner.proposals.sampler_process import SamplerProcess
 from tuner.proposals.sensitivity import Sensitivities
-from tuner.proposals.trial_sampler import STARTUP_TRIALS, Proposal, Told, TrialSampler
+from tuner.proposals.trial_sampler import STARTUP_TRIALS, Proposal, TrialOutcome, TrialSampler
 from tuner.results.candidate import Candidate, LatencyStats, Measured, Pruned, Unmeasured
 from tuner.results.candidate import Failed as FailedCandidate
 from tuner.results.codec import build, to_plain
@@ -107,7 +107,7 @@ class Search:
 
     def _begin(self, records: Sequence[EvidenceRecord]) -> None:
         ledger, facts = self.ledger, self.ledger.facts
-        known: dict[int, Told | None] = {}
+        known: dict[int, TrialOutcome | None] = {}
         unmeasured: dict[str, Candidate] = {}
         for record in records:
             if record["kind"] == "unmeasured":
@@ -121,7 +121,7 @@ class Search:
             ledger.keep(candidate)
             unmeasured.pop(candidate.key, None)
             measured = isinstance(candidate, Measured)
-            known[candidate.trial_number] = ledger.told(candidate) if measured else None
+            known[candidate.trial_number] = ledger.outcome(candidate) if measured else None
             if measured and not candidate.latency.predicted:
                 self.latency.table.check(ledger.steps[candidate.key], candidate.latency.share)
         self._note_hypervolume()
@@ -261,10 +261,10 @@ class Search:
         if key in ledger.failed or key in ledger.unmeasured:
             self.trial_sampler.fail(trial)
         elif key in ledger.dropped:
-            self.trial_sampler.tell(trial, ledger.told_dropped(key))
+            self.trial_sampler.tell(trial, ledger.outcome_of_dropped(key))
         else:
             self.trial_sampler.tell(
-                trial, ledger.told(ledger.measured_baseline if key == ledger.full_key else ledger.candidates[key])
+                trial, ledger.outcome(ledger.measured_baseline if key == ledger.full_key else ledger.candidates[key])
             )
 
     def _settle(self, repeated: Sequence[Asked]) -> None:
@@ -320,7 +320,7 @@ class Search:
         for candidate in candidates:
             ledger.keep(candidate)
             if isinstance(candidate, Measured):
-                self.trial_sampler.tell(candidate.trial_number, ledger.told(candidate))
+                self.trial_sampler.tell(candidate.trial_number, ledger.outcome(candidate))
             else:
                 self.trial_sampler.fail(candidate.trial_number)
         self._note_hypervolume()

@@ -16,7 +16,7 @@ import pytest
 from stagevar.errors import UsageError
 from stagevar.schedule import exact
 from tests.fakes.studies import GRIDS, drive, study
-from tuner.proposals.trial_sampler import ATTEMPTS, Told, TrialSampler
+from tuner.proposals.trial_sampler import ATTEMPTS, TrialOutcome, TrialSampler
 from tuner.results.result import StudyResult
 from tuner.results.run_dir import EVIDENCE_FILE, JOURNAL_FILE, EvidenceLog, cut_torn_line, driver_lock, repair
 
@@ -145,7 +145,7 @@ def test_a_trial_killed_between_two_constraints_is_completed(tmp_path):
 
     Trial(trial_sampler.study, trial_sampler._id(proposal.trial)).set_constraint("latency", -0.5)
     again = TrialSampler(tmp_path, space, 0, ["latency", "drop"], "random")
-    assert again.recover({proposal.trial: Told(50.0, 0.0, {"latency": -0.5, "drop": 0.1})}) == []
+    assert again.recover({proposal.trial: TrialOutcome(50.0, 0.0, {"latency": -0.5, "drop": 0.1})}) == []
     (frozen,) = again.study.trials
     assert frozen.constraints == {"latency": -0.5, "drop": 0.1} and again.completed() == {proposal.trial}
 
@@ -201,7 +201,7 @@ def test_presets_are_enqueued_once_whenever_the_driver_died(tmp_path):
 def test_a_missing_constraint_is_refused(tmp_path):
     trial_sampler = TrialSampler(tmp_path, study(tmp_path).space, 0, ["latency", "drop"], "random")
     with pytest.raises(ValueError, match="drop"):
-        trial_sampler.tell(trial_sampler.ask().trial, Told(1.0, 0.0, {"latency": 0.0}))
+        trial_sampler.tell(trial_sampler.ask().trial, TrialOutcome(1.0, 0.0, {"latency": 0.0}))
 
 
 @pytest.mark.parametrize("name", [JOURNAL_FILE, EVIDENCE_FILE])

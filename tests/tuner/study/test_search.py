@@ -12,7 +12,7 @@ import pytest
 from stagevar.errors import StagevarError
 from tests.fakes.studies import FULL_TOKENS, study, tokens
 from tuner.proposals.sampler_process import SamplerLost, SamplerProcess
-from tuner.proposals.trial_sampler import Told
+from tuner.proposals.trial_sampler import TrialOutcome
 from tuner.report.page import write_report
 from tuner.results.candidate import Finalist, Pruned
 from tuner.results.run_dir import EvidenceLog
@@ -137,7 +137,7 @@ def test_proposals_beyond_the_budget_are_dropped_recorded_and_told(tmp_path):
         steps = made.ledger.steps[record["key"]]
         assert 0.2 + 0.8 * tokens(steps) / FULL_TOKENS > 0.5
         assert record["key"] not in {c.key for c in result.candidates}
-        told = made.ledger.told_dropped(record["key"])
+        told = made.ledger.outcome_of_dropped(record["key"])
         names = {"latency", "drop:geneval_nano"}
         assert told.constraints["latency"] > 0 and told.prompts == 0 and set(told.constraints) == names
     again = study(tmp_path, {"drop": lambda steps: 0.0}, SPACE, trials=24, budget="50%")
@@ -267,11 +267,11 @@ def test_a_trial_sampler_in_another_process_does_what_one_here_does(tmp_path, tr
         ours, theirs = trial_sampler.ask(), here.ask()
         assert ours == theirs
         trial_sampler.begin([ours.trial])
-        trial_sampler.tell(ours.trial, Told(1.0, 0.5, {"latency": 0.0, "drop": 0.0}))
+        trial_sampler.tell(ours.trial, TrialOutcome(1.0, 0.5, {"latency": 0.0, "drop": 0.0}))
     assert trial_sampler.completed() == set(range(5)) and len(trial_sampler.ask_seconds) == 5
     assert trial_sampler.proposes == "random"
     with pytest.raises(ValueError, match="constraints"):
-        trial_sampler.tell(trial_sampler.ask().trial, Told(1.0, 0.5, {"latency": 0.0}))
+        trial_sampler.tell(trial_sampler.ask().trial, TrialOutcome(1.0, 0.5, {"latency": 0.0}))
 
 
 def test_a_trial_sampler_that_dies_is_one_clear_line(trial_sampler):
