@@ -52,7 +52,7 @@ from tuner.statistics.pruning import clearly_worse, rungs, shrunk
 from tuner.study.finalist_times import BASELINE, latency_stats
 from tuner.study.latency_source import SEARCH_ROUNDS, TABLE_ROUNDS, TABLE_SCHEDULES
 from tuner.study.ledger import Ledger
-from tuner.study.options import FULL_TRIALS, QUICK_TRIALS, Savings
+from tuner.study.options import FULL_TRIALS, QUICK_TRIALS, SearchShortcuts
 from tuner.study.predicted_front import CHANGE_DRAWS, TABLE_PROMPTS
 from tuner.study.progress import Progress
 from tuner.study.search import Search
@@ -66,9 +66,9 @@ ARITHMETIC_S = {"infinity-2b": 0.19, "infinity-8b": 0.63}
 LAUNCH_S = (0.892 - ARITHMETIC_S["infinity-2b"]) / 13
 #: Schedules that are verified in the arithmetic of `efforts`, and timed rounds of each.
 FINALISTS, VERIFY_ROUNDS = 3, 60
-PLAIN = Savings(batch=1, tree=False, table=False, rungs=False, overlap=False)
-#: Name -> (sampler, savings).
-VARIANTS: dict[str, tuple[str, Savings]] = {
+PLAIN = SearchShortcuts(batch=1, tree=False, table=False, rungs=False, overlap=False)
+#: Name -> (sampler, shortcuts).
+VARIANTS: dict[str, tuple[str, SearchShortcuts]] = {
     "plain, Gaussian process": ("gp", PLAIN),
     "plain, TPE": ("tpe", PLAIN),
     "plain, random": ("random", PLAIN),
@@ -76,12 +76,12 @@ VARIANTS: dict[str, tuple[str, Savings]] = {
     "table alone": ("tpe", dataclasses.replace(PLAIN, table=True)),
     "rungs alone": ("tpe", dataclasses.replace(PLAIN, rungs=True)),
     "overlap alone": ("gp", dataclasses.replace(PLAIN, overlap=True)),
-    "all": ("auto", Savings()),
+    "all": ("auto", SearchShortcuts()),
     "sensitivity alone": ("tpe", dataclasses.replace(PLAIN, batch=5, tree=True, table=True, sensitivity=True)),
-    "all, sensitivity": ("auto", Savings(sensitivity=True)),
-    "all, sensitivity, few": ("auto", Savings(sensitivity=True, few=True)),
-    "all, 2 at a time": ("auto", Savings(batch=2)),
-    "all, 10 at a time": ("auto", Savings(batch=10)),
+    "all, sensitivity": ("auto", SearchShortcuts(sensitivity=True)),
+    "all, sensitivity, few": ("auto", SearchShortcuts(sensitivity=True, few=True)),
+    "all, 2 at a time": ("auto", SearchShortcuts(batch=2)),
+    "all, 10 at a time": ("auto", SearchShortcuts(batch=10)),
 }
 #: Compared at equal wall time, with more seeds.
 PLOTTED = ("all", "plain, TPE", "plain, random")
@@ -278,11 +278,11 @@ class Watched(Ledger):
 
 
 def searched(
-    bench: Bench, baseline: Measured, sampler: str, savings: Savings, seed: int, trials: int, limit_s: float
+    bench: Bench, baseline: Measured, sampler: str, shortcuts: SearchShortcuts, seed: int, trials: int, limit_s: float
 ) -> tuple[Watched, dict[str, Any]]:
     """One search from nothing but the full schedule: its figures are given, its images and what is kept of it are made
     before the clock starts, as a study measures it before it searches."""
-    evaluator = bench.evaluator(None if savings.tree else 0)
+    evaluator = bench.evaluator(None if shortcuts.tree else 0)
     for batch in range(bench.prompts["search"].batches):
         evaluator.quality([evaluator.full], "search", batch)
     with tempfile.TemporaryDirectory() as folder:
@@ -299,7 +299,7 @@ def searched(
             trials=trials,
             seed=seed,
             sampler=sampler,
-            savings=savings,
+            shortcuts=shortcuts,
             out_of_time=lambda: "time" if time.perf_counter() - began > limit_s else "",
         )
         search.trial_sampler.completed()  # started before the clock, as a study starts it while the full schedule is measured
@@ -387,9 +387,9 @@ def compare(
     for seed in range(max(seeds, plot_seeds)):
         due = [name for name in names if seed < (plot_seeds if name in PLOTTED else seeds)]
         for name in due if seed % 2 == 0 else reversed(due):
-            sampler, savings = VARIANTS[name]
-            count = trials if savings.batch == 1 else 4 * trials
-            ledger, facts = searched(bench, baseline, sampler, savings, seed, count, limit_s)
+            sampler, shortcuts = VARIANTS[name]
+            count = trials if shortcuts.batch == 1 else 4 * trials
+            ledger, facts = searched(bench, baseline, sampler, shortcuts, seed, count, limit_s)
             schedules |= {key: ledger.steps[key] for _, keys in ledger.line for key in keys}
             runs.append({"variant": name, "seed": seed, "line": ledger.line, **facts})
             print(

@@ -137,7 +137,7 @@ def study(run_dir: Path, evaluator_options: Mapping = {}, space: Mapping = {}, *
     from tuner.config.limits import parse_budget
     from tuner.config.prompts import load_prompts
     from tuner.config.space import parse_space
-    from tuner.study.options import Savings
+    from tuner.study.options import SearchShortcuts
     from tuner.study.study import Options, Study
 
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -146,20 +146,20 @@ def study(run_dir: Path, evaluator_options: Mapping = {}, space: Mapping = {}, *
     budget = parse_budget(options.pop("budget", "60%"))
     stop = options.pop("stop", lambda: False)
     evaluator = FakeEvaluator(prompts, **evaluator_options)
-    quick = {"sampler": "random", "savings": Savings(overlap=False)}
+    quick = {"sampler": "random", "shortcuts": SearchShortcuts(overlap=False)}
     return Study(run_dir, checked, Options(budget, **{**quick, **options}), evaluator, prompts, stop=stop)
 
 
 def drive(run_dir: str | Path, trials: int = 30, overlap: bool = False, dies_at: int | None = None) -> None:
     """What a driver process does: lock, repair, run. dies_at: trials after which it is killed as it evaluates the next."""
     from tuner.results.run_dir import EvidenceLog, driver_lock, repair
-    from tuner.study.options import Savings
+    from tuner.study.options import SearchShortcuts
 
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     with driver_lock(run_dir):
         repair(run_dir)
-        made = study(run_dir, trials=trials, savings=Savings(overlap=overlap))
+        made = study(run_dir, trials=trials, shortcuts=SearchShortcuts(overlap=overlap))
         whole = made.evaluator.quality
 
         def quality(*arguments):

@@ -23,7 +23,7 @@ from tests.fakes import weights as stand_ins
 from tuner.cli import main as tune_main
 from tuner.evaluation.evaluator import ModelEvaluator, walk
 from tuner.results.result import StudyResult
-from tuner.study.options import Savings
+from tuner.study.options import SearchShortcuts
 from tuner.testing.formulas import Samples
 
 #: Model -> its weights, its quality, a prompt, and limits as far as 64 prompts can prove; the default ones take 512.
@@ -127,7 +127,7 @@ def rehearsal(request, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ModelEvaluator, "latency", timed_by_tokens)
     # The process that proposes ahead has tests of its own; with four schedules there is nothing to gain from it.
-    monkeypatch.setattr(tuner.study.options, "EXHAUSTIVE", Savings(table=False, rungs=False, overlap=False))
+    monkeypatch.setattr(tuner.study.options, "EXHAUSTIVE", SearchShortcuts(table=False, rungs=False, overlap=False))
     monkeypatch.setattr(stagevar.timing, "warm_up", lambda run, device, at_most: (1, True))
     monkeypatch.setattr(stagevar.sampling.scale_latency, "time_scales", scales_once)
     return Rehearsal(request.param, tmp_path, capsys)

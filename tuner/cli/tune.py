@@ -265,7 +265,7 @@ def build_study(checked: Plan, progress: Any, stop: Callable[[], bool]) -> Study
     from tuner.config.prompts import load_prompts
     from tuner.evaluation.evaluator import fitting_micro_batch, load_evaluator
     from tuner.study.instant import InstantStudy
-    from tuner.study.options import EXHAUSTIVE, Savings
+    from tuner.study.options import EXHAUSTIVE, SearchShortcuts
     from tuner.study.predicted_front import load_table
     from tuner.study.study import Options, Study
 
@@ -300,7 +300,9 @@ def build_study(checked: Plan, progress: Any, stop: Callable[[], bool]) -> Study
         command=checked.command,
         versions=versions() | plugged_versions(space),
         patience=args.patience,
-        savings=EXHAUSTIVE if args.exhaustive else Savings(sensitivity=True, few=args.most_trials > args.trials),
+        shortcuts=EXHAUSTIVE
+        if args.exhaustive
+        else SearchShortcuts(sensitivity=True, few=args.most_trials > args.trials),
         earlier=None if args.start_from is None else load_table(args.start_from, args.model),
     )
     if args.store is not None and not evaluator.facts.random_weights:

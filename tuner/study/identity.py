@@ -46,7 +46,7 @@ def identity_of(
         "max_drop": {m.metric: m.max_drop for m in metrics},
         "seed": options.seed,
         "storage": options.storage,
-        "savings": {name: getattr(options.savings, name) for name in ("table", "rungs")},
+        "savings": {name: getattr(options.shortcuts, name) for name in ("table", "rungs")},
     }
 
 

@@ -18,7 +18,7 @@ FULL_TRIALS, QUICK_TRIALS = 30, 12
 
 
 @dataclass(frozen=True)
-class Savings:
+class SearchShortcuts:
     """What the search does to cost less than one schedule at a time on all prompts, timed end to end.
 
     batch: schedules proposed together. tree: they are walked as a tree, so what they share runs once. table: latency is
@@ -38,7 +38,7 @@ class Savings:
 
 
 #: Every schedule on every prompt, timed end to end.
-EXHAUSTIVE = Savings(table=False, rungs=False)
+EXHAUSTIVE = SearchShortcuts(table=False, rungs=False)
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Options:
     trials: distinct schedules to evaluate, the full one not counted. time_budget_s: tuning time, verification included.
     sampler, storage: see TrialSampler. command: what reproduces the study. versions: for the record. samples: prompts whose
     images are kept for the report. patience: schedules without a larger feasible hypervolume after which the search ends; None
-    never. savings: how the search costs less than measuring everything. earlier: sensitivities that another study of the
+    never. shortcuts: how the search costs less than measuring everything. earlier: sensitivities that another study of the
     model measured.
     """
 
@@ -64,10 +64,10 @@ class Options:
     versions: dict[str, str] = field(default_factory=dict)
     samples: int = 6
     patience: int | None = None
-    savings: Savings = field(default_factory=Savings)
+    shortcuts: SearchShortcuts = field(default_factory=SearchShortcuts)
     earlier: Sensitivities | None = None
 
     @property
     def most_trials(self) -> int:
         """Schedules that are evaluated at most, where predictions do not hold."""
-        return max(self.trials, FULL_TRIALS) if self.savings.few else self.trials
+        return max(self.trials, FULL_TRIALS) if self.shortcuts.few else self.trials

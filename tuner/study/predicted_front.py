@@ -73,8 +73,8 @@ class PredictedFront:
     """The sensitivity table of one search and what it proposes.
 
     Args:
-        prompts: of the search. latency: its table of step costs, filled before. few: see `Savings`. earlier: a table that
-            another study of the model measured, taken over where it holds every metric.
+        prompts: of the search. latency: its table of step costs, filled before. few: see `SearchShortcuts`. earlier: a table
+            that another study of the model measured, taken over where it holds every metric.
 
     Attributes: forecasts: of the predicted front, those that were not proposed yet. table: None before `fill`, or where the
     space has no change to measure. trusted: whether measured schedules leave it believable. measured: whether the table was

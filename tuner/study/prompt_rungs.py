@@ -16,7 +16,7 @@ from tuner.results.candidate import LatencyStats
 from tuner.statistics.pruning import clearly_worse, promoted, rungs
 from tuner.study.ask_ahead import Asked
 from tuner.study.ledger import Ledger
-from tuner.study.options import Savings
+from tuner.study.options import SearchShortcuts
 
 
 @dataclass
@@ -31,14 +31,14 @@ class RoundQuality:
 class PromptRungs:
     """Evaluates rounds on rungs of prompts. Attributes: prompts_run: how many images' worth of prompts were evaluated."""
 
-    def __init__(self, ledger: Ledger, executor: Executor, prompts: PromptSet, savings: Savings):
-        self.ledger, self.executor, self.prompts, self.savings = ledger, executor, prompts, savings
+    def __init__(self, ledger: Ledger, executor: Executor, prompts: PromptSet, shortcuts: SearchShortcuts):
+        self.ledger, self.executor, self.prompts, self.shortcuts = ledger, executor, prompts, shortcuts
         self.prompts_run = 0
 
     def evaluate(self, alive: Sequence[Asked], latencies: Mapping[str, LatencyStats]) -> RoundQuality:
         """Values per metric and prompt of the schedules that have a latency."""
         batches = self.prompts.batches
-        looks = rungs(batches) if self.savings.rungs else [batches]
+        looks = rungs(batches) if self.shortcuts.rungs else [batches]
         values: dict[str, dict[str, list[float]]] = {p.key: {} for p in alive}
         pruned: dict[str, str] = {}
         errors: dict[str, Failed] = {}
@@ -48,7 +48,7 @@ class PromptRungs:
             for task, outcomes in self.executor.run(self._tasks(list(gathered), range(done, look))):
                 for steps, outcome in zip(task.schedules, outcomes, strict=True):
                     gathered[steps][task.batch] = outcome
-                if self.savings.tree and all(isinstance(outcome, Failed) for outcome in outcomes):
+                if self.shortcuts.tree and all(isinstance(outcome, Failed) for outcome in outcomes):
                     break  # no prompt could mend it
             for p in running:
                 parts = [gathered[p.steps][batch] for batch in sorted(gathered[p.steps])]
@@ -72,7 +72,7 @@ class PromptRungs:
 
     def _tasks(self, schedules: Sequence[Steps], batches: Sequence[int]) -> list[QualityTask]:
         """One task per micro-batch for all schedules, or one for each where they are not walked as a tree."""
-        groups = [tuple(schedules)] if self.savings.tree else [(steps,) for steps in schedules]
+        groups = [tuple(schedules)] if self.shortcuts.tree else [(steps,) for steps in schedules]
         return [QualityTask(group, "search", batch) for group in groups for batch in batches]
 
     def _prune(

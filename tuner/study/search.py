@@ -1,8 +1,8 @@
 """The search: rounds of proposals, each judged as a tree on rungs of prompts, until a reason to stop.
 
-What makes it cheap can be switched off one by one (`Savings`), and is, by benchmarks and by users who want every schedule
-measured to the end. Nothing here changes what is claimed: finalists are always measured again, end to end, on prompts that
-the search never saw.
+What makes it cheap can be switched off one by one (`SearchShortcuts`), and is, by benchmarks and by users who want every
+schedule measured to the end. Nothing here changes what is claimed: finalists are always measured again, end to end, on
+prompts that the search never saw.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tuner.results.run_dir import EvidenceRecord
 from tuner.study.ask_ahead import MOST_DUPLICATES, AskAhead, Asked, Fate, Round, Snapshot
 from tuner.study.latency_source import LatencySource
 from tuner.study.ledger import Ledger
-from tuner.study.options import Savings
+from tuner.study.options import SearchShortcuts
 from tuner.study.predicted_front import PredictedFront
 from tuner.study.progress import Progress
 from tuner.study.prompt_rungs import PromptRungs, RoundQuality
@@ -39,7 +39,7 @@ from tuner.study.verification import paired_differences
 
 #: Share of a round's time above which waiting for the Gaussian process is not worth it.
 ASK_SHARE = 0.1
-_DEFAULT_SAVINGS = Savings()
+_DEFAULT_SHORTCUTS = SearchShortcuts()
 
 
 class Search:
@@ -67,29 +67,29 @@ class Search:
         sampler: str = "auto",
         storage: str | None = None,
         patience: int | None = None,
-        savings: Savings = _DEFAULT_SAVINGS,
+        shortcuts: SearchShortcuts = _DEFAULT_SHORTCUTS,
         earlier: Sensitivities | None = None,
         out_of_time: Callable[[], str] = lambda: "",
         stop: Callable[[], bool] = lambda: False,
     ):
         self.ledger, self.evaluator, self.progress = ledger, evaluator, progress
-        self.trials, self.seed, self.patience, self.savings = trials, seed, patience, savings
+        self.trials, self.seed, self.patience, self.shortcuts = trials, seed, patience, shortcuts
         self.auto, self.out_of_time, self.stop = sampler == "auto", out_of_time, stop
         self.latency = LatencySource(ledger, evaluator, progress)
-        self.rungs = PromptRungs(ledger, executor, search_prompts, savings)
+        self.rungs = PromptRungs(ledger, executor, search_prompts, shortcuts)
         self.front: PredictedFront | None = None
-        if savings.sensitivity and ledger.quality:
+        if shortcuts.sensitivity and ledger.quality:
             parts = ledger, executor, search_prompts, self.latency, progress
-            self.front = PredictedFront(run_dir, *parts, seed, savings.few, earlier)
+            self.front = PredictedFront(run_dir, *parts, seed, shortcuts.few, earlier)
         self.stop_reason, self.told = "", 0
         self._presets_first = 0
         self._best, self._best_at = 0.0, 0
         self._waited_s = 0.0
         self.ask_seconds: list[float] = []
         self.proposed = ""
-        kind = SamplerProcess if savings.overlap else TrialSampler
+        kind = SamplerProcess if shortcuts.overlap else TrialSampler
         self.trial_sampler = kind(run_dir, ledger.space, seed, ledger.constraint_names, sampler, storage)
-        self.asking = AskAhead(self.trial_sampler, ledger.expand, beside=savings.overlap)
+        self.asking = AskAhead(self.trial_sampler, ledger.expand, beside=shortcuts.overlap)
 
     # ------------------------------------------------------------------------------------------------ the loop
 
@@ -135,7 +135,7 @@ class Search:
                 unfit.append(f"{name}: {error}")
         for line in unfit:
             self.progress.say(f"skipping preset {line}")
-        if self.savings.table and self.trials > max(len(presets), ledger.evaluated):
+        if self.shortcuts.table and self.trials > max(len(presets), ledger.evaluated):
             with self.progress.part("timing"):
                 self.latency.fill_table(self.trials, self.seed)
         if self.front is not None:
@@ -216,7 +216,7 @@ class Search:
     def _ask_ahead(self, busy: Sequence[Asked]) -> None:
         """Starts asking for the next round, if there will be one, while this one is evaluated."""
         left = self.trials - self.ledger.evaluated - len(busy)
-        if self.savings.overlap and left >= 1 and not self.stop():
+        if self.shortcuts.overlap and left >= 1 and not self.stop():
             self.asking.begin(self._wanted(left), self._snapshot(p.key for p in busy))
 
     def _take_ahead(self, round_s: float) -> Round:
@@ -234,8 +234,8 @@ class Search:
 
     def _wanted(self, left: int) -> int:
         """Schedules of the next round. Presets come first and together: they share most of their steps."""
-        size = self.savings.batch
-        if self.savings.tree and self.savings.batch > 1:
+        size = self.shortcuts.batch
+        if self.shortcuts.tree and self.shortcuts.batch > 1:
             size = max(size, self._presets_first)
         self._presets_first = 0
         return min(size, left)
@@ -363,10 +363,10 @@ class Search:
     def facts(self) -> SearchFacts:
         """How the search saved work, for the result."""
         ledger, evaluator, table = self.ledger, self.evaluator, self.latency.table
-        savings = dataclasses.replace(self.savings, table=self.savings.table and not self.latency.could_not_time)
+        shortcuts = dataclasses.replace(self.shortcuts, table=self.shortcuts.table and not self.latency.could_not_time)
         predicted = [c for c in ledger.candidates.values() if c.latency.predicted]
         return {
-            "savings": dataclasses.asdict(savings),
+            "savings": dataclasses.asdict(shortcuts),
             "stopped_early": sum(isinstance(c, Pruned) for c in ledger.candidates.values()),
             "dropped": len(ledger.dropped),
             "predicted": len(predicted),

@@ -174,7 +174,7 @@ class Study:
             sampler=options.sampler,
             storage=options.storage,
             patience=options.patience,
-            savings=options.savings,
+            shortcuts=options.shortcuts,
             earlier=options.earlier,
             out_of_time=self._out_of_time,
             stop=self.stop,

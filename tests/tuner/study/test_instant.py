@@ -11,7 +11,7 @@ from tuner.config.space import parse_space
 from tuner.report.next_steps import next_steps
 from tuner.results.candidate import Finalist
 from tuner.study.instant import InstantStudy
-from tuner.study.options import Savings
+from tuner.study.options import SearchShortcuts
 from tuner.study.predicted_front import load_table
 from tuner.study.study import Options
 
@@ -62,8 +62,8 @@ def test_the_spaces_own_proposals_come_before_published_settings(tmp_path):
 
 def test_an_earlier_studys_sensitivities_choose(tmp_path):
     space = {"prompts": {"source": "nano", "search": 64, "heldout": 64, "micro_batch": 8}}
-    savings = Savings(overlap=False, sensitivity=True)
-    study(tmp_path / "a", {"drop": drop}, space, trials=4, max_drop=0.3, savings=savings).run()
+    shortcuts = SearchShortcuts(overlap=False, sensitivity=True)
+    study(tmp_path / "a", {"drop": drop}, space, trials=4, max_drop=0.3, shortcuts=shortcuts).run()
     earlier = load_table(tmp_path / "a", "fake")
     result = instant(tmp_path / "b", earlier=earlier).run()
     assert "an earlier study's sensitivities" in result.reason and "predicted to use up" in result.reason

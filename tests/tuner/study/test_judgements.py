@@ -237,7 +237,7 @@ def command(monkeypatch, tmp_path, capsys):
     """Runs stagevar-tune on a fake; returns exit code and printed lines."""
     from tests.fakes.studies import SPACE
     from tuner.config.limits import Budget
-    from tuner.study.options import Savings
+    from tuner.study.options import SearchShortcuts
     from tuner.study.study import Options, Study
 
     (tmp_path / "space.json").write_text(json.dumps({**SPACE, "model": "nano", **space(72)}))
@@ -248,7 +248,7 @@ def command(monkeypatch, tmp_path, capsys):
             args, prompts = checked.args, load_prompts(checked.space.prompts, checked.args.seed)
             assert isinstance(args.budget, Budget)
             options = Options(args.budget, args.max_drop, args.trials, seed=args.seed, command=checked.command)
-            options = dataclasses.replace(options, sampler="random", savings=Savings(overlap=False))
+            options = dataclasses.replace(options, sampler="random", shortcuts=SearchShortcuts(overlap=False))
             evaluator = FakeEvaluator(prompts, **{**RESTLESS, **fake})
             return Study(checked.run_dir, checked.space, options, evaluator, prompts, None, progress, stop)
 

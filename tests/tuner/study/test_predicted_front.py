@@ -10,11 +10,11 @@ from tests.fakes.studies import FULL_TOKENS, study, tokens
 from tuner.proposals.sensitivity import Sensitivities
 from tuner.proposals.trial_sampler import TrialSampler
 from tuner.results.run_dir import SENSITIVITY_FILE, EvidenceLog
-from tuner.study.options import FULL_TRIALS, Savings
+from tuner.study.options import FULL_TRIALS, SearchShortcuts
 from tuner.study.predicted_front import Forecast, PredictedFront, layers, load_table
 
-FRONT = Savings(overlap=False, sensitivity=True)
-FEW = Savings(overlap=False, sensitivity=True, few=True)
+FRONT = SearchShortcuts(overlap=False, sensitivity=True)
+FEW = SearchShortcuts(overlap=False, sensitivity=True, few=True)
 SPACE = {"prompts": {"source": "nano", "search": 64, "heldout": 64, "micro_batch": 8}}
 
 
@@ -23,9 +23,9 @@ def drop(steps):
     return 0.6 if steps[-1].skipped else 0.3 * (1 - tokens(steps) / FULL_TOKENS)
 
 
-def run(path, savings=FRONT, **options):
+def run(path, shortcuts=FRONT, **options):
     one = study(
-        path, {"drop": drop, "noise": 0.0}, SPACE, **{"trials": 12, "max_drop": 0.3, "savings": savings, **options}
+        path, {"drop": drop, "noise": 0.0}, SPACE, **{"trials": 12, "max_drop": 0.3, "shortcuts": shortcuts, **options}
     )
     return one.run(), one
 
@@ -56,7 +56,7 @@ def test_the_table_is_measured_once_and_kept_for_other_studies(tmp_path):
     kept = load_table(tmp_path, "fake")
     assert kept.to_data() == Sensitivities.from_data(record["table"]).to_data()
     calls = []
-    one_more = study(tmp_path, {"drop": drop, "noise": 0.0}, SPACE, trials=6, max_drop=0.3, savings=FRONT)
+    one_more = study(tmp_path, {"drop": drop, "noise": 0.0}, SPACE, trials=6, max_drop=0.3, shortcuts=FRONT)
     inner = one_more.executor.run
     one_more.executor.run = lambda tasks: (calls.extend(len(t.schedules) for t in tasks), inner(tasks))[1]
     result = one_more.run()
@@ -125,7 +125,7 @@ def test_an_order_is_wrong_only_beyond_what_noise_and_its_own_error_explain(tmp_
 
 
 def test_without_a_metric_there_is_no_table(tmp_path):
-    one = study(tmp_path, {"random_weights": True}, trials=4, savings=FRONT)
+    one = study(tmp_path, {"random_weights": True}, trials=4, shortcuts=FRONT)
     result = one.run()
     assert "prediction" not in result.search and not (tmp_path / SENSITIVITY_FILE).exists()
 

@@ -18,9 +18,9 @@ from tuner.results.candidate import Finalist, Pruned
 from tuner.results.run_dir import EvidenceLog
 from tuner.study import search as search_module
 from tuner.study.ledger import Ledger
-from tuner.study.options import EXHAUSTIVE, Savings
+from tuner.study.options import EXHAUSTIVE, SearchShortcuts
 
-PLAIN = Savings(batch=1, tree=False, table=False, rungs=False, overlap=False)
+PLAIN = SearchShortcuts(batch=1, tree=False, table=False, rungs=False, overlap=False)
 SPACE = {"prompts": {"source": "nano", "search": 64, "heldout": 128, "micro_batch": 8}}
 
 
@@ -31,21 +31,21 @@ def run(path, evaluator=None, space=SPACE, **options):
 
 def test_walking_a_tree_and_asking_beside_change_no_value(tmp_path):
     found = {}
-    for name, savings in {
+    for name, shortcuts in {
         "plain": PLAIN,
         "rounds": dataclasses.replace(PLAIN, batch=5),
         "tree": dataclasses.replace(PLAIN, batch=5, tree=True),
         "overlap": dataclasses.replace(PLAIN, batch=5, tree=True, overlap=True),
     }.items():
-        result, _ = run(tmp_path / name, trials=14, savings=savings)
+        result, _ = run(tmp_path / name, trials=14, shortcuts=shortcuts)
         found[name] = {c.key: c.values for c in result.candidates}
         assert len(found[name]) == 14 and not result.search["stopped_early"] and not result.search["predicted"]
     assert found["plain"] == found["rounds"] == found["tree"] == found["overlap"]
 
 
 def test_a_tree_takes_fewer_calls_of_the_evaluator(tmp_path):
-    _, one = run(tmp_path / "one", trials=10, savings=PLAIN)
-    _, many = run(tmp_path / "many", trials=10, savings=dataclasses.replace(PLAIN, batch=5, tree=True))
+    _, one = run(tmp_path / "one", trials=10, shortcuts=PLAIN)
+    _, many = run(tmp_path / "many", trials=10, shortcuts=dataclasses.replace(PLAIN, batch=5, tree=True))
     assert many.evaluator.quality_calls < 0.5 * one.evaluator.quality_calls
 
 
@@ -53,7 +53,7 @@ def test_clearly_worse_schedules_are_stopped_early_and_never_reach_the_front(tmp
     def drop(steps):
         return 0.6 if any(step.skipped for step in steps) else 0.0
 
-    result, _ = run(tmp_path, {"drop": drop}, trials=20, savings=Savings(overlap=False, table=False))
+    result, _ = run(tmp_path, {"drop": drop}, trials=20, shortcuts=SearchShortcuts(overlap=False, table=False))
     stopped = [c for c in result.candidates if isinstance(c, Pruned)]
     assert stopped and result.search["stopped_early"] == len(stopped)
     assert result.search["prompts_run"] < 0.95 * 20 * 64
@@ -157,7 +157,7 @@ def test_a_study_that_only_verifies_again_can_be_reported(tmp_path):
 
 
 def test_exhaustive_measures_everything(tmp_path):
-    result, _ = run(tmp_path, trials=14, budget="50%", savings=dataclasses.replace(EXHAUSTIVE, overlap=False))
+    result, _ = run(tmp_path, trials=14, budget="50%", shortcuts=dataclasses.replace(EXHAUSTIVE, overlap=False))
     assert not result.search["dropped"]
     assert all(c.fully_evaluated and len(c.values["quality"]) == 64 and c.latency.samples_ms for c in result.candidates)
 
@@ -182,7 +182,7 @@ def test_hypervolume_counts_feasible_schedules_only(tmp_path):
 def test_tpe_takes_over_when_asks_hold_rounds_up(tmp_path, monkeypatch):
     monkeypatch.setattr(search_module, "ASK_SHARE", -1.0)
     said = []
-    made = study(tmp_path, {}, SPACE, trials=30, sampler="auto", savings=Savings(overlap=True))
+    made = study(tmp_path, {}, SPACE, trials=30, sampler="auto", shortcuts=SearchShortcuts(overlap=True))
     made.progress.say = said.append
     result = made.run()
     assert sum("switching to TPE" in line for line in said) == 1
@@ -191,7 +191,7 @@ def test_tpe_takes_over_when_asks_hold_rounds_up(tmp_path, monkeypatch):
 
 def test_the_gaussian_process_goes_on_while_asks_are_cheap(tmp_path, monkeypatch):
     monkeypatch.setattr(search_module, "ASK_SHARE", 1e6)
-    result, _ = run(tmp_path, trials=16, sampler="auto", savings=Savings(overlap=True))
+    result, _ = run(tmp_path, trials=16, sampler="auto", shortcuts=SearchShortcuts(overlap=True))
     assert result.search["proposing_at_the_end"] == "gp"
 
 
@@ -210,10 +210,10 @@ def test_presets_are_asked_together_and_asks_ahead_are_given_back(tmp_path):
             rounds.append(1) or True
         )
 
-    savings = Savings(overlap=True)
-    partial = study(tmp_path, {}, SPACE, trials=12, savings=savings, stop=stop).run()
+    shortcuts = SearchShortcuts(overlap=True)
+    partial = study(tmp_path, {}, SPACE, trials=12, shortcuts=shortcuts, stop=stop).run()
     assert partial.verdict == "partial" and 0 < len(partial.candidates) < 12
-    result = study(tmp_path, {}, SPACE, trials=12, savings=savings).run()
+    result = study(tmp_path, {}, SPACE, trials=12, shortcuts=shortcuts).run()
     assert len(result.candidates) == 12 and not result.failures
     trials = [r["candidate"]["trial"] for r in EvidenceLog(tmp_path).read() if r["kind"] == "trial"]
     assert len(set(trials)) == 12
@@ -238,7 +238,7 @@ def test_one_thread_registers_records_and_tells(tmp_path, monkeypatch):
         for name in names:
             monkeypatch.setattr(owner, name, noting(getattr(owner, name)))
     flat = {"drop": lambda steps: 0.0}
-    result, _ = run(tmp_path, flat, trials=16, budget="50%", savings=Savings(overlap=True))
+    result, _ = run(tmp_path, flat, trials=16, budget="50%", shortcuts=SearchShortcuts(overlap=True))
     assert result.search["dropped"] and {name for name, _ in writers} >= {
         "append",
         "register",
