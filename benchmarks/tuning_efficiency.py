@@ -48,7 +48,7 @@ from tuner.proposals.trial_sampler import Proposal
 from tuner.results import pareto
 from tuner.results.candidate import Failed, Measured, Unmeasured
 from tuner.statistics.bounds import ratio_interval
-from tuner.statistics.pruning import clearly_worse, rungs, shrunk
+from tuner.statistics.pruning import prune_reason, rungs, shrink_to_prior
 from tuner.study.finalist_times import BASELINE, latency_stats
 from tuner.study.latency_source import SEARCH_ROUNDS, TABLE_ROUNDS, TABLE_SCHEDULES
 from tuner.study.ledger import Ledger
@@ -231,10 +231,10 @@ def rung_bias(bench: Bench, schedules: Sequence[Steps], quality_KN: np.ndarray) 
             count = min(look * size, own.size)
             why = None
             if count < own.size:
-                why = clearly_worse(values(own[:count]), ratios[index], full, bench.limits, known)
+                why = prune_reason(values(own[:count]), ratios[index], full, bench.limits, known)
             if why is not None:
                 differences = own[:count] - 1
-                told.append(shrunk(differences, shown) - means[index])
+                told.append(shrink_to_prior(differences, shown) - means[index])
                 plain.append(float(differences.mean()) - means[index])
                 stopped += 1
                 wrong += index in front

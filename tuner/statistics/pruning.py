@@ -17,7 +17,7 @@ from tuner.statistics.bounds import continuous_drop_bounds, drop_bounds, spread
 
 #: Shares of the search set.
 SHARES = (0.25, 0.5, 1.0)
-#: Of the schedules that are not clearly worse, those beyond this share by non-dominated rank wait; see `promoted`.
+#: Of the schedules that are not clearly worse, those beyond this share by non-dominated rank wait; see `top_by_rank`.
 PROMOTED = 0.75
 
 
@@ -26,7 +26,7 @@ def rungs(batches: int) -> list[int]:
     return sorted({max(1, round(share * batches)) for share in SHARES} | {batches})
 
 
-def clearly_worse(
+def prune_reason(
     own: Mapping[str, Sequence[float]],
     ratio: float,
     baseline: Mapping[str, Sequence[float]],
@@ -70,7 +70,7 @@ def _paired(own: Sequence[float], baseline: Sequence[float]) -> np.ndarray:
     return np.asarray(own, dtype=np.float64) - np.asarray(baseline[: len(own)], dtype=np.float64)
 
 
-def promoted(points: Sequence[tuple[float, float]], share: float = PROMOTED) -> list[int]:
+def top_by_rank(points: Sequence[tuple[float, float]], share: float = PROMOTED) -> list[int]:
     """Indices of the (latency, quality) points to go on with, best non-dominated ranks first: at least one, whole ranks cut
     in the order of latency."""
     left, order = list(range(len(points))), []
@@ -81,7 +81,7 @@ def promoted(points: Sequence[tuple[float, float]], share: float = PROMOTED) -> 
     return order[: max(1, int(np.ceil(share * len(points))))]
 
 
-def shrunk(differences: Sequence[float] | np.ndarray, known: Sequence[float]) -> float:
+def shrink_to_prior(differences: Sequence[float] | np.ndarray, known: Sequence[float]) -> float:
     """Posterior mean of a schedule's quality difference from a few prompts and what other schedules showed.
 
     Normal prior with mean and variance of `known` (mean differences of all schedules so far); no prompts give the prior's

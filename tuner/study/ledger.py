@@ -35,7 +35,7 @@ from tuner.results.candidate import (
 )
 from tuner.results.codec import record_of
 from tuner.results.run_dir import EvidenceLog
-from tuner.statistics.pruning import shrunk
+from tuner.statistics.pruning import shrink_to_prior
 from tuner.study.verdict import Limits, keeps_quality
 
 
@@ -224,7 +224,7 @@ class Ledger:
             return TrialOutcome(latency_ms, candidate.processed_tokens, constraints)
         difference = candidate.differences["quality"].mean if candidate.differences else 0.0
         if not candidate.fully_evaluated:
-            difference = shrunk(self._paired(candidate), self._known_differences())
+            difference = shrink_to_prior(self._paired(candidate), self._known_differences())
         for limit in limited(limits.metrics):
             constraints[limit.name] = -self._metric_change(candidate, limit) / limit.allowed - 1
         for metric, floor in limits.floors.items():
@@ -240,16 +240,18 @@ class Ledger:
         if not self.quality:
             tokens = sum(step.processed_tokens(self.facts.chunks) for step in self.steps[key])
             return TrialOutcome(latency_ms, float(tokens), constraints, 0)
-        guess = shrunk((), self._known_differences())
+        guess = shrink_to_prior((), self._known_differences())
         for limit in limited(self.metrics):
-            constraints[limit.name] = -shrunk((), self._known_differences(limit.metric)) / limit.allowed - 1
+            constraints[limit.name] = -shrink_to_prior((), self._known_differences(limit.metric)) / limit.allowed - 1
         return TrialOutcome(latency_ms, guess, constraints, 0)
 
     def _metric_change(self, candidate: Measured, limit: MetricLimit) -> float:
         """Mean difference of a metric, shrunken for a candidate that was stopped early."""
         if candidate.fully_evaluated or not candidate.differences:
             return candidate.differences[limit.metric].mean if candidate.differences else 0.0
-        return shrunk(limit.sign * self._paired(candidate, limit.metric), self._known_differences(limit.metric))
+        return shrink_to_prior(
+            limit.sign * self._paired(candidate, limit.metric), self._known_differences(limit.metric)
+        )
 
     def _paired(self, candidate: Measured, metric: str = "quality") -> np.ndarray:
         own = np.asarray(candidate.values[metric])

@@ -13,7 +13,7 @@ from tuner.config.prompts import PromptSet
 from tuner.evaluation.executor import Executor, Failed, NotMeasured, QualityTask
 from tuner.proposals.trial_sampler import STARTUP_TRIALS
 from tuner.results.candidate import LatencyStats
-from tuner.statistics.pruning import clearly_worse, promoted, rungs
+from tuner.statistics.pruning import prune_reason, rungs, top_by_rank
 from tuner.study.ask_ahead import Asked
 from tuner.study.ledger import Ledger
 from tuner.study.options import SearchShortcuts
@@ -86,7 +86,7 @@ class PromptRungs:
         reasons = {}
         for p in running:
             ratio = latencies[p.key].share
-            why = clearly_worse(values[p.key], ratio, base, ledger.metrics, rivals)
+            why = prune_reason(values[p.key], ratio, base, ledger.metrics, rivals)
             if why is not None:
                 reasons[p.key] = why
         left = [p for p in running if p.key not in reasons]
@@ -94,7 +94,7 @@ class PromptRungs:
         if len(left) + len(rivals) >= STARTUP_TRIALS and left:
             points = [(latencies[p.key].share, float(np.mean(values[p.key]["quality"]))) for p in left]
             points += [(ratio, float(np.mean(theirs[:seen]))) for ratio, theirs in rivals.values()]
-            best = set(promoted(points))
+            best = set(top_by_rank(points))
             for index, p in enumerate(left):
                 if index not in best:
                     reasons[p.key] = f"in the last quarter by non-dominated rank on {seen} prompts"

@@ -6,7 +6,7 @@ import pytest
 from tuner.config.prompts import in_turn
 from tuner.config.quality import quality_limits
 from tuner.metrics.quality_spec import QualitySpec
-from tuner.statistics.pruning import clearly_worse, promoted, rungs, shrunk
+from tuner.statistics.pruning import prune_reason, rungs, shrink_to_prior, top_by_rank
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ BASE = {"geneval_nano": np.ones(64), "quality": np.ones(64)}
 
 def worse(own, ratio, max_drop, rivals):
     limits = quality_limits({"geneval_nano": QualitySpec()}, max_drop)
-    return clearly_worse({"geneval_nano": own, "quality": own / max_drop}, ratio, BASE, limits, rivals)
+    return prune_reason({"geneval_nano": own, "quality": own / max_drop}, ratio, BASE, limits, rivals)
 
 
 def values(drop, count, seed=0):
@@ -54,18 +54,18 @@ def test_comparison_with_a_rival_is_paired():
 
 def test_promotion_goes_by_non_dominated_rank():
     points = [(0.5, 0.9), (0.6, 1.0), (0.7, 0.2), (0.55, 0.1)]
-    assert set(promoted(points, 0.5)) == {0, 1}
-    assert len(promoted(points, 0.75)) == 3
-    assert promoted([(1.0, 0.0)], 0.1) == [0]
+    assert set(top_by_rank(points, 0.5)) == {0, 1}
+    assert len(top_by_rank(points, 0.75)) == 3
+    assert top_by_rank([(1.0, 0.0)], 0.1) == [0]
 
 
 def test_few_prompts_shrink_towards_what_schedules_usually_lose():
     known = [-0.1, -0.2, -0.3, -0.15, -0.25]
-    few = shrunk([-1.0, 0.0, -1.0, 0.0], known)
-    many = shrunk([-1.0, 0.0] * 200, known)
+    few = shrink_to_prior([-1.0, 0.0, -1.0, 0.0], known)
+    many = shrink_to_prior([-1.0, 0.0] * 200, known)
     assert -0.5 < few < -0.2 and abs(few + 0.2) < abs(many + 0.2) and many == pytest.approx(-0.5, abs=0.05)
-    assert shrunk((), known) == pytest.approx(-0.2)
-    assert shrunk([-0.4, -0.6], []) == pytest.approx(-0.5) and shrunk((), ()) == 0.0
+    assert shrink_to_prior((), known) == pytest.approx(-0.2)
+    assert shrink_to_prior([-0.4, -0.6], []) == pytest.approx(-0.5) and shrink_to_prior((), ()) == 0.0
 
 
 def test_shrinking_lowers_the_error_of_few_prompts():
@@ -74,7 +74,7 @@ def test_shrinking_lowers_the_error_of_few_prompts():
     draws = [(rng.random(16) < -t).astype(float) * -1 for t in true]
     known = list(true[:50])
     plain = np.sqrt(np.mean([(d.mean() - t) ** 2 for d, t in zip(draws, true, strict=True)]))
-    ours = np.sqrt(np.mean([(shrunk(d, known) - t) ** 2 for d, t in zip(draws, true, strict=True)]))
+    ours = np.sqrt(np.mean([(shrink_to_prior(d, known) - t) ** 2 for d, t in zip(draws, true, strict=True)]))
     assert ours < 0.85 * plain
 
 
