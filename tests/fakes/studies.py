@@ -18,7 +18,7 @@ import numpy as np
 from stagevar.schedule import Steps
 from stagevar.schedule.grids import square
 from tuner.config.prompts import PromptSet
-from tuner.evaluation.evaluator import Evaluator, Facts, Values
+from tuner.evaluation.evaluator import EvaluationInfo, Evaluator, Values
 from tuner.testing.formulas import Samples
 
 GRIDS = square((1, 2, 3, 4, 6, 8))
@@ -77,7 +77,7 @@ class FakeEvaluator(Evaluator):
         self.full_ms, self.points = full_ms, points
         self.clock = np.random.default_rng([seed, 7])
         self.quality_calls = 0
-        self.facts = Facts(
+        self.facts = EvaluationInfo(
             "fake", GRIDS, CHUNKS, (48, 48), {"name": "fake", "kind": "cpu", "threads": 1, "dtype": "float32"},
             random_weights=random_weights, higher_is_better={"geneval_nano": True, "clip_score": True},
             provenance={"weights": {"w": "00"}},

@@ -23,7 +23,7 @@ from tuner.cluster.connection import connect, require
 from tuner.cluster.dispatcher import Dispatcher, Ended, Job, WorkerSlot, cut, quality_job
 from tuner.cluster.remote_evaluator import RemoteEvaluator
 from tuner.cluster.worker import Place, Recipe, Worker
-from tuner.evaluation.evaluator import Facts
+from tuner.evaluation.evaluator import EvaluationInfo
 from tuner.evaluation.executor import Executor, Failed, Outcome, QualityTask, WorkersLost
 
 #: How often the list of nodes is read while jobs run.
@@ -77,7 +77,7 @@ class RayExecutor(Executor):
     ):
         self.recipe, self.gpu_kind, self.threads, self.run_dir, self.say = recipe, gpu_kind, threads, run_dir, say
         self.task_timeout_s, self.load_timeout_s, self.patience_s = task_timeout_s, load_timeout_s, patience_s
-        self.facts: Facts | None = None
+        self.facts: EvaluationInfo | None = None
         self._workers: dict[str, _Process] = {}
         self._nodes_read = -float("inf")
         self._known_nodes: set[str] = set()
@@ -221,7 +221,7 @@ class RayExecutor(Executor):
             self._admit(slot, *value)
         return []
 
-    def _admit(self, slot: WorkerSlot, facts: Facts, place: Place) -> None:
+    def _admit(self, slot: WorkerSlot, facts: EvaluationInfo, place: Place) -> None:
         """A worker is loaded: it joins if it measures what the others measure."""
         slot.state = "ready"
         if self.facts is None:

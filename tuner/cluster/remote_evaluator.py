@@ -13,7 +13,7 @@ import numpy as np
 from stagevar.schedule import Steps, exact
 from tuner.cluster.dispatcher import cut
 from tuner.cluster.worker import Place
-from tuner.evaluation.evaluator import Evaluator, Facts, Values
+from tuner.evaluation.evaluator import EvaluationInfo, Evaluator, Values
 from tuner.evaluation.executor import Failed, Outcome, QualityTask
 from tuner.evaluation.timed_groups import deal, merged
 
@@ -51,7 +51,7 @@ class RemoteEvaluator(Evaluator):
     timing which node, process and GPU it comes from, and keeps samples of whole schedules as they were measured.
     """
 
-    def __init__(self, executor: Workers, facts: Facts):
+    def __init__(self, executor: Workers, facts: EvaluationInfo):
         self.executor, self.facts = executor, facts
         self._full = exact(len(facts.grids)).expand(facts.grids, facts.chunks)
 

@@ -18,7 +18,7 @@ import numpy as np
 from stagevar import logs
 from stagevar.errors import DeviceBroken
 from stagevar.schedule import Steps
-from tuner.evaluation.evaluator import Evaluator, Facts
+from tuner.evaluation.evaluator import EvaluationInfo, Evaluator
 from tuner.evaluation.executor import Outcome, QualityTask
 from tuner.evaluation.local import evaluate_task
 
@@ -79,7 +79,7 @@ class Worker:
         logs.listening(self.messages).__enter__()  # until the process ends
 
     @_with_messages
-    def load(self) -> tuple[Facts, Place]:
+    def load(self) -> tuple[EvaluationInfo, Place]:
         """Builds the evaluator, which takes model and metric models from disk; no other call comes before."""
         self.evaluator = self.recipe.build()
         return self.evaluator.facts, self._place()

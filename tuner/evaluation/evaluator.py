@@ -42,7 +42,7 @@ _WITHOUT_TEXT = "all scales and decoding of one image (batch 1), its text featur
 
 
 @dataclass(frozen=True)
-class Facts:
+class EvaluationInfo:
     """What is being tuned, for records and for refusing to resume on something else.
 
     model: name. grids, chunks, pixels: of the model. device: name, kind, threads, dtype.
@@ -73,7 +73,7 @@ class Evaluator(ABC):
     Quality, latency and images every evaluator gives; the others are None where it does not, and explain or save work.
     """
 
-    facts: Facts
+    facts: EvaluationInfo
 
     @abstractmethod
     def quality(self, schedules: Sequence[Steps], split: str, batch: int) -> list[Values]:
@@ -267,7 +267,7 @@ class ModelEvaluator(Evaluator):
         choice = engine if isinstance(engine, EngineSection) else self._choose_engine(engine)
         self.engine = choice.name
         cuda = model.device.type == "cuda"
-        self.facts = Facts(
+        self.facts = EvaluationInfo(
             model.name,
             tuple(model.grids),
             self.sampler.chunks,

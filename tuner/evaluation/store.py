@@ -34,7 +34,7 @@ from stagevar.schedule import Steps, exact
 from tuner.config.prompts import PromptSet
 from tuner.config.quality import MetricLimit, factors
 from tuner.config.space import SearchSpace, steps_key
-from tuner.evaluation.evaluator import Evaluator, Facts, Values
+from tuner.evaluation.evaluator import EvaluationInfo, Evaluator, Values
 from tuner.evaluation.executor import Executor, Failed, Outcome, QualityTask
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def code_digest() -> str:
     return found.hexdigest()[:16]
 
 
-def quality_context(facts: Facts, space: SearchSpace, split: str) -> Context:
+def quality_context(facts: EvaluationInfo, space: SearchSpace, split: str) -> Context:
     """What quality results of a split depend on besides schedule and prompts. Weights and limits change no metric's value."""
     engine = facts.heldout_engine if split == "heldout" else "eager"
     metrics = {name: dict(spec.options) for name, spec in space.quality.items()}
@@ -90,7 +90,7 @@ def quality_context(facts: Facts, space: SearchSpace, split: str) -> Context:
     )
 
 
-def cost_context(facts: Facts) -> Context:
+def cost_context(facts: EvaluationInfo) -> Context:
     """What step costs depend on besides the schedule: above all, the device."""
     device = dict(facts.device)
     if device.get("kind") == "cpu":
@@ -184,7 +184,7 @@ class StoredExecutor(Executor):
         self,
         executor: Executor,
         store: Store,
-        facts: Facts,
+        facts: EvaluationInfo,
         space: SearchSpace,
         prompts: Mapping[str, PromptSet],
         limits: Sequence[MetricLimit],

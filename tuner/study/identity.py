@@ -14,7 +14,7 @@ from stagevar.profile.sections import EngineSection
 from tuner.config.prompts import PromptSet
 from tuner.config.quality import MetricLimit
 from tuner.config.space import PromptSource, SearchSpace
-from tuner.evaluation.evaluator import Facts
+from tuner.evaluation.evaluator import EvaluationInfo
 from tuner.results.run_dir import CONFIG_FILE, EvidenceLog
 from tuner.study.options import Options
 
@@ -23,7 +23,7 @@ Identity: TypeAlias = dict[str, Any]
 
 
 def identity_of(
-    facts: Facts,
+    facts: EvaluationInfo,
     space: SearchSpace,
     prompts: Mapping[str, PromptSet],
     metrics: Sequence[MetricLimit],

@@ -17,7 +17,7 @@ from stagevar.schedule import StageSchedule, Steps, exact
 from tuner.config.limits import Budget
 from tuner.config.quality import MetricLimit, limited
 from tuner.config.space import SearchSpace, steps_key
-from tuner.evaluation.evaluator import Facts
+from tuner.evaluation.evaluator import EvaluationInfo
 from tuner.evaluation.step_costs import Prediction
 from tuner.proposals.trial_sampler import Proposal, TrialOutcome
 from tuner.results import pareto
@@ -50,7 +50,9 @@ class Ledger:
     were not judged, with the ratio predicted for them. foreseen: keys that the predicted front proposed.
     """
 
-    def __init__(self, run_dir: Path, space: SearchSpace, facts: Facts, budget: Budget, metrics: Sequence[MetricLimit]):
+    def __init__(
+        self, run_dir: Path, space: SearchSpace, facts: EvaluationInfo, budget: Budget, metrics: Sequence[MetricLimit]
+    ):
         self.space, self.facts, self.budget, self.metrics = space, facts, budget, tuple(metrics)
         self.quality = not facts.random_weights
         self.evidence = EvidenceLog(run_dir)

@@ -18,7 +18,7 @@ from stagevar.card_state import CardState
 from stagevar.schedule import Steps, exact, preset
 from stagevar.schedule.grids import square
 from tuner.config.prompts import PromptSet
-from tuner.evaluation.evaluator import Evaluator, Facts, Values
+from tuner.evaluation.evaluator import EvaluationInfo, Evaluator, Values
 
 GRIDS = square((1, 2, 3, 4, 6, 8))
 CHUNKS = 3
@@ -50,7 +50,7 @@ class FormulaEvaluator(Evaluator):
     def __init__(self, broken_skips: bool = False):
         self.broken_skips = broken_skips
         self.prompts = {"search": _prompts("search", 4 * BATCHES), "heldout": _prompts("held-out", 64)}
-        self.facts = Facts(
+        self.facts = EvaluationInfo(
             "formula", GRIDS, CHUNKS, (48, 48), {"name": "formula", "kind": "cpu", "threads": 1, "dtype": "float32"},
             higher_is_better={"shade": True}, provenance={"weights": {"formula": "00"}},
         )  # fmt: skip

@@ -29,7 +29,7 @@ from tuner.cluster.dispatcher import QUARANTINE_AFTER, Dispatcher, WorkerSlot, c
 from tuner.cluster.executor import RayExecutor
 from tuner.cluster.remote_evaluator import MEASUREMENTS_FILE, RemoteEvaluator
 from tuner.cluster.worker import Place, Recipe, Worker
-from tuner.evaluation.evaluator import Facts
+from tuner.evaluation.evaluator import EvaluationInfo
 from tuner.evaluation.executor import Failed, QualityTask, WorkersLost
 from tuner.testing.executors import same, tasks
 from tuner.testing.formulas import FULL, PAPER, SKIP, TREE
@@ -570,7 +570,7 @@ def test_one_worker_chooses_the_engine_and_the_others_take_it():
     executor._build_held()
     assert [name for name, _ in built] == ["a", "b"], "the next one chooses where the first failed"
     choice = EngineSection("graph", "auto", "60 ms")
-    facts = Facts("fake", GRIDS, CHUNKS, (48, 48), {}, engine="graph", engine_choice=choice)
+    facts = EvaluationInfo("fake", GRIDS, CHUNKS, (48, 48), {}, engine="graph", engine_choice=choice)
     executor._admit(executor.dispatcher.slots["b"], facts, Place("node", "host", 1))
     executor._build_held()
     assert built[2:] == [("c", choice)]
