@@ -22,8 +22,8 @@ from stagevar.errors import UsageError
 from stagevar.prompts.geneval import COLORS, classify_color
 from tuner.metrics.base import Metric, Prompt, needed, prompt_text
 from tuner.metrics.downloads import HPSV2
+from tuner.metrics.memoized_features import MemoizedFeatures
 from tuner.metrics.model_files import hub_file, refuse_missing
-from tuner.metrics.remembered import Remembered
 
 
 class ClipModel:
@@ -54,8 +54,8 @@ class ClipModel:
             self.model, self.preprocess, self.tokenizer = _load_open_clip(model, pretrained, resize_mode)
         self.model.eval().requires_grad_(False).to(device)
         self.logit_scale = float(self.model.logit_scale.exp())
-        self.known_text_features = Remembered(self.text_features)
-        self.known_image_features = Remembered(self.image_features)
+        self.known_text_features = MemoizedFeatures(self.text_features)
+        self.known_image_features = MemoizedFeatures(self.image_features)
 
     @torch.inference_mode()
     def image_features(self, images: np.ndarray | Sequence[Image.Image]) -> torch.Tensor:

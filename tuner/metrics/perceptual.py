@@ -13,9 +13,9 @@ from torch import nn
 
 from stagevar.errors import UsageError, WeightsError
 from tuner.metrics.base import Metric, Prompt, needed
+from tuner.metrics.memoized_features import MemoizedFeatures
 from tuner.metrics.model_files import from_pretrained, pretrained_model, read_state_dict, url_state_dict
 from tuner.metrics.pixels import to_unit_range
-from tuner.metrics.remembered import Remembered
 
 # Trunks as LPIPS and DISTS were calibrated on them: torchvision's first ImageNet weights.
 _TRUNKS = {
@@ -105,7 +105,7 @@ class DinoSimilarity(Metric):
         self.processor = from_pretrained(AutoImageProcessor, model, "DINO")
         # The class token is read before the pooler, which published DINO checkpoints lack.
         self.model = pretrained_model(AutoModel, model, "DINO", device=device, optional=("pooler.",))
-        self.known_features = Remembered(self.features)
+        self.known_features = MemoizedFeatures(self.features)
 
     def features(self, images_uint8_BHW3: np.ndarray) -> torch.Tensor:
         """Unit class tokens (B, D) on the CPU."""

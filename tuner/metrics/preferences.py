@@ -18,8 +18,8 @@ from stagevar.errors import WeightsError
 from stagevar.models.hub import sha256_file
 from tuner.metrics.base import Metric, Prompt, prompt_text
 from tuner.metrics.downloads import IMAGE_REWARD, IMAGE_REWARD_TOKENIZER, PICKSCORE, PICKSCORE_PROCESSOR
+from tuner.metrics.memoized_features import MemoizedFeatures
 from tuner.metrics.model_files import from_pretrained, hub_file, pretrained_model, read_state_dict
-from tuner.metrics.remembered import Remembered
 
 #: CLIP's mean and deviation of colors, which both models were trained with.
 _MEAN, _DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -254,7 +254,7 @@ class PickScore(Metric):
         self.model = pretrained_model(CLIPModel, model, "PickScore", device=device)
         self.scale = float(self.model.logit_scale.exp())
         self.length = int(self.model.config.text_config.max_position_embeddings)
-        self.known_text_features = Remembered(self.text_features)
+        self.known_text_features = MemoizedFeatures(self.text_features)
 
     @torch.inference_mode()
     def image_features(self, images_uint8_BHW3: np.ndarray) -> torch.Tensor:

@@ -305,7 +305,7 @@ def test_closing_ends_the_process(tmp_path):
 def test_features_that_come_again_are_computed_once():
     import torch
 
-    from tuner.metrics.remembered import Remembered
+    from tuner.metrics.memoized_features import MemoizedFeatures
 
     calls = []
 
@@ -313,7 +313,7 @@ def test_features_that_come_again_are_computed_once():
         calls.append(1)
         return torch.full((len(inputs), 2), float(len(calls)))
 
-    known = Remembered(compute)
+    known = MemoizedFeatures(compute)
     images = np.arange(24, dtype=np.uint8).reshape(2, 2, 2, 3)
     first = known(images)
     assert known(images.copy()) is first and len(calls) == 1

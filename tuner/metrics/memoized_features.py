@@ -13,7 +13,7 @@ import torch
 MOST = 512
 
 
-class Remembered:
+class MemoizedFeatures:
     """A function from texts or images to features that is computed once per distinct input.
 
     Inputs are known by content, not by identity, so an array read from disk again is recognized.
