@@ -38,7 +38,7 @@ from stagevar.errors import StagevarError, UsageError
 from stagevar.models.base import LoadedModel
 from stagevar.models.memory import available_bytes, estimate_model
 from stagevar.models.memory_plan import USABLE, timed_bytes
-from stagevar.models.precision import is_product
+from stagevar.models.precision import is_quantizable
 from stagevar.models.registry import SPECS, load_model, published
 from stagevar.models.request import ModelRequest
 from stagevar.sampling.sampler import Sampler
@@ -69,7 +69,7 @@ def peaks(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
 
 def block_bytes(transformer: nn.Module, eight_bit: bool) -> int:
     """Bytes of the weights that a scale reads."""
-    products = {f"{name}.weight" for name, module in transformer.named_modules() if is_product(name, module)}
+    products = {f"{name}.weight" for name, module in transformer.named_modules() if is_quantizable(name, module)}
     return sum(
         p.numel() * (1 if eight_bit and name in products else p.element_size())
         for name, p in transformer.named_parameters()

@@ -200,9 +200,9 @@ def _reduced_tokens(step: ScaleStep, depth: int) -> list[int]:
 
 
 def _eight_bit_bytes(transformer: nn.Module) -> int:
-    from stagevar.models.precision import is_product
+    from stagevar.models.precision import is_quantizable
 
-    products = [module.weight for name, module in transformer.named_modules() if is_product(name, module)]
+    products = [module.weight for name, module in transformer.named_modules() if is_quantizable(name, module)]
     return sum(weight.numel() + 4 * weight.shape[0] for weight in products)
 
 

@@ -97,12 +97,12 @@ def low_precision(transformer: Model, precision: str) -> Model:
         raise UsageError(f"precision {precision} cannot run on {card} ({why}); use precision model")
 
     def exchange(name: str, module: nn.Module) -> nn.Module | None:
-        return LowPrecisionLinear(module, precision) if is_product(name, module) else None
+        return LowPrecisionLinear(module, precision) if is_quantizable(name, module) else None
 
     return variant(transformer, exchange)
 
 
-def is_product(name: str, module: nn.Module) -> bool:
+def is_quantizable(name: str, module: nn.Module) -> bool:
     """Whether a part of a transformer, by its full name, is a product that 8 bits apply to."""
     inside = name.startswith(("blocks.", "block_chunks."))
     return inside and isinstance(module, nn.Linear) and name.rpartition(".")[2] in _PRODUCTS
