@@ -37,7 +37,7 @@ Around = Callable[[Site, Tensor, "Tensor | None", SiteFn], Tensor]
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
 
 
-def mixed(x_RLC: Tensor, guidance: float) -> Tensor:
+def apply_guidance(x_RLC: Tensor, guidance: float) -> Tensor:
     """Both branches' streams as one of the conditional rows: u + s(c - u)."""
     cond, uncond = x_RLC.chunk(2)
     return torch.lerp(uncond, cond, guidance)

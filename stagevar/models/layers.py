@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stagevar.models.base import Around, Grid, Site, mixed
+from stagevar.models.base import Around, Grid, Site, apply_guidance
 from stagevar.models.infinity.config import InfinityConfig
 from stagevar.models.precision import LowPrecisionLinear
 
@@ -43,10 +43,10 @@ def run_trunk(
     def run_chunk(layers: range, x: Tensor, positions: Tensor | None) -> Tensor:
         for layer in layers:
             if fuse is not None and layer == fuse[0]:
-                x = mixed(x, fuse[1])
+                x = apply_guidance(x, fuse[1])
             x = run_layer(layer, x, positions)
             if inner_guidance and layer in inner_guidance:
-                x = mixed(x, inner_guidance[layer]).repeat(2, 1, 1)
+                x = apply_guidance(x, inner_guidance[layer]).repeat(2, 1, 1)
         return x
 
     run: RunChunk = whole_chunk or run_chunk
