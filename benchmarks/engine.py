@@ -221,9 +221,9 @@ def check(model: LoadedModel, expanded: Mapping[str, Steps], engines: list[str])
                 equal &= torch.equal(*sums) and np.array_equal(*images)
             found[f"{name} {engine}"] = equal
             print(f"  {name} on {engine}: {'equal' if equal else 'NOT EQUAL'} to the same kernels launched one by one")
-        if replayed.engine.eager_because:  # type: ignore[attr-defined]
+        if replayed.engine.fallback_reason:  # type: ignore[attr-defined]
             found[f"recorded {engine}"] = False
-            print(f"  {engine} went on eagerly: {replayed.engine.eager_because}")  # type: ignore[attr-defined]
+            print(f"  {engine} went on eagerly: {replayed.engine.fallback_reason}")  # type: ignore[attr-defined]
         replayed.release()
         launched.release()
     return found
@@ -373,7 +373,7 @@ def _end_to_end(
             "first_image_s": time_once(run, device)[0] / 1e3,
             "recording_s": sampler.engine.recording_s,
             "mib": sampler.engine.recorder.memory_bytes() / 2**20,
-            "eager_because": sampler.engine.eager_because,
+            "eager_because": sampler.engine.fallback_reason,
         }
         figures.setdefault("recording", {})[key] = row
         eager = f", EAGER: {row['eager_because']}" if row["eager_because"] else ""

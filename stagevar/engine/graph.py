@@ -60,7 +60,7 @@ class Engine(ABC):
     Attributes: name, part of every latency figure. max_caches: KV caches kept for different batches or schedules.
     compiled: whether the pieces between matrix products are compiled kernels (stagevar.models.fused). chained, draws: what
     stands in for some of them (stagevar.engine.kernels), swished: for norms of the decoder; None where nothing does.
-    eager_because: why it launches every kernel as eager does although its name says otherwise, None while all is well.
+    fallback_reason: why it launches every kernel as eager does although its name says otherwise, None while all is well.
     """
 
     name: str
@@ -69,12 +69,12 @@ class Engine(ABC):
     chained: Chained | None = None
     draws: Draws | None = None
     swished: Swished | None = None
-    eager_because: str | None = None
+    fallback_reason: str | None = None
 
     @property
     def that_ran(self) -> str:
         """The name of the engine that figures are of: eager's where this one fell back."""
-        return "eager" if self.eager_because else self.name
+        return "eager" if self.fallback_reason else self.name
 
     @abstractmethod
     def start(self, wanted: Start, cache: KVCache, fixed: object) -> Start:
@@ -273,7 +273,7 @@ class GraphEngine(Engine):
     before it goes on being replayed. Injected randomness is never recorded. One engine serves one sampler.
 
     Attributes: recorded, replayed: how often each happened. recording_s: seconds spent on recording, warm-up included.
-    eager_because: why nothing more is recorded.
+    fallback_reason: why nothing more is recorded.
     """
 
     max_caches = 3
@@ -283,7 +283,7 @@ class GraphEngine(Engine):
         self.name = "graph-compiled" if compiled else "graph"
         self.recorded = self.replayed = 0
         self.recording_s = 0.0
-        self.eager_because = None
+        self.fallback_reason = None
         self._residents: dict[Any, Resident] = {}
         self._decoders: dict[tuple[int, ...], tuple[Tensor, Callable[[], None], Tensor]] = {}
 
@@ -311,7 +311,7 @@ class GraphEngine(Engine):
         node = resident.nodes.get(steps)
         if node is None:
             lengths = cache.lengths
-            if self.eager_because is None:
+            if self.fallback_reason is None:
                 self._make_room(resident, steps)
             recorded = self._record(scale, lambda: cache.rewind(lengths))
             if recorded is None:
@@ -328,7 +328,7 @@ class GraphEngine(Engine):
         self, run: Callable[[], Any], reset: Callable[[], None], apart: bool = False
     ) -> tuple[Callable[[], None], Any] | None:
         """(replay, outputs), or None where recording failed, now or earlier."""
-        if self.eager_because is not None:
+        if self.fallback_reason is not None:
             return None
         started = time.perf_counter()
         if not (self._decoders if apart else any(r.nodes for r in self._residents.values())):
@@ -336,7 +336,7 @@ class GraphEngine(Engine):
         try:
             recorded = self.recorder.record(run, reset, apart)
         except RecordingFailed as failure:
-            self.eager_because = str(failure)
+            self.fallback_reason = str(failure)
             warnings.warn(f"CUDA graph capture failed, engine {self.name} falls back to eager: {failure}", stacklevel=5)
             return None
         finally:
@@ -387,7 +387,7 @@ class GraphEngine(Engine):
 
 def fell_back_because(engine: Engine) -> str | None:
     """Why an engine no longer does what its name says, None while it does; figures of one that does not are another's."""
-    why = engine.eager_because
+    why = engine.fallback_reason
     if why is None and engine.compiled:
         from stagevar.models import fused
 

@@ -94,7 +94,7 @@ def test_a_row_names_the_engine_that_really_ran():
     assert [row["engine"] for row in rows] == ["eager"] and "engine" in compare.format_table(rows)
     engine = GraphEngine(TapeRecorder())
     assert engine.that_ran == "graph"
-    engine.eager_because = "no memory"
+    engine.fallback_reason = "no memory"
     assert engine.that_ran == "eager"
 
 

@@ -141,7 +141,7 @@ def test_a_pool_that_lost_its_last_recording_is_not_recorded_into(model, lose, r
         for _ in range(len(sampler._caches)):
             engine.forget(sampler._caches.pop())
     assert np.array_equal(sampler.generate(["a"], [0], FULL), expected)
-    assert engine.eager_because is None
+    assert engine.fallback_reason is None
 
 
 def test_a_failed_capture_is_told_by_its_cause():
@@ -169,7 +169,7 @@ def test_memory_that_runs_out_while_recording_is_no_reason_to_stay_eager(model):
     with pytest.raises(torch.OutOfMemoryError):
         sampler.generate(["a"], [0], FULL)
     sampler.generate(["a"], [0], FULL)
-    assert engine.eager_because is None and engine.recorded
+    assert engine.fallback_reason is None and engine.recorded
 
 
 @pytest.mark.parametrize(("version", "clean"), [("2.11.0+cu130", False), ("2.12.0", True), ("2.15.0a0", True)])

@@ -303,7 +303,7 @@ def test_what_cannot_be_recorded_runs_eagerly_and_says_why(model, accepts):
             expected = images(eager, SCHEDULES["skip"], prompts, seeds, True)
             assert np.array_equal(images(sampler, SCHEDULES["skip"], prompts, seeds, True), expected)
     assert len([w for w in warned if "falls back to eager" in str(w.message)]) == 1
-    assert engine.eager_because == "operation not permitted when stream is capturing"
+    assert engine.fallback_reason == "operation not permitted when stream is capturing"
     assert engine.recorded == accepts and engine.recording_s > 0
 
 
@@ -313,7 +313,7 @@ def test_errors_of_a_scale_itself_are_not_taken_for_failed_recordings(model):
     with pytest.raises(RuntimeError, match="KV cache of"):
         for step in FULL:
             sampler.advance(generation, step)
-    assert engine.eager_because is None
+    assert engine.fallback_reason is None
 
 
 def test_batches_have_buffers_of_their_own(model):

@@ -44,7 +44,7 @@ def test_an_engine_that_falls_back_is_a_fault():
     def build(name):
         sampler = Sampler(model)
         if name == "graph":
-            sampler.engine.eager_because = "operation not permitted"
+            sampler.engine.fallback_reason = "operation not permitted"
         return sampler
 
     found = {check.name: check.fault for check in selftest(model, build)}

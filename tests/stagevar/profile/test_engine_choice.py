@@ -63,9 +63,9 @@ class FakeSampler:
 
     compiled = False
 
-    def __init__(self, name, ms, shade=100, breaks=None, eager_because=None):
+    def __init__(self, name, ms, shade=100, breaks=None, fallback_reason=None):
         self.name, self.ms, self.shade, self.breaks, self.engine = name, ms, shade, breaks, self
-        self.eager_because, self.released, self.batches = eager_because, 0, []
+        self.fallback_reason, self.released, self.batches = fallback_reason, 0, []
 
     def generate(self, prompts, seeds, steps):
         self.batches.append(len(prompts))
@@ -104,7 +104,7 @@ def test_trials_compare_images_with_eager_and_time_in_turn_with_it(trials):
         eager=FakeSampler("eager", 100),
         compiled=FakeSampler("compiled", 50, shade=151),
         graph=FakeSampler("graph", 60, shade=101),
-        graph_compiled=FakeSampler("graph-compiled", 10, eager_because="no room"),
+        graph_compiled=FakeSampler("graph-compiled", 10, fallback_reason="no room"),
         graph_kernels=FakeSampler("graph-kernels", 70),
     )
     choice = choose_engine("auto", "cuda", measured)

@@ -220,7 +220,9 @@ def test_an_engine_that_goes_on_eagerly_gives_no_figure(model, steps, prompts):
 
     evaluator = ModelEvaluator(model, prompts, {"psnr": QualitySpec()})
     with pytest.raises(RuntimeError, match="engine eager fell back to eager \\(out of memory\\); use --engine eager"):
-        evaluator._check_engine(SimpleNamespace(engine=SimpleNamespace(eager_because="out of memory", compiled=False)))
+        evaluator._check_engine(
+            SimpleNamespace(engine=SimpleNamespace(fallback_reason="out of memory", compiled=False))
+        )
 
 
 def test_an_engine_that_cannot_run_here_is_refused_at_once(model, prompts):
