@@ -51,7 +51,7 @@ class Start:
     conditioning: Conditioning
     noise: NoiseSource
     code_sum_BdHW: Tensor
-    resident: Resident | None = None
+    resident: StaticBuffers | None = None
 
 
 class Engine(ABC):
@@ -82,7 +82,7 @@ class Engine(ABC):
 
     @abstractmethod
     def run(
-        self, resident: Resident | None, steps: tuple[ScaleStep, ...], cache: KVCache, scale: Callable[[], Any]
+        self, resident: StaticBuffers | None, steps: tuple[ScaleStep, ...], cache: KVCache, scale: Callable[[], Any]
     ) -> Any:
         """Runs the last of `steps` after the others; `scale()` does it eagerly and returns a value with `lengths`."""
 
@@ -109,7 +109,7 @@ class EagerEngine(Engine):
         return wanted
 
     def run(
-        self, resident: Resident | None, steps: tuple[ScaleStep, ...], cache: KVCache, scale: Callable[[], Any]
+        self, resident: StaticBuffers | None, steps: tuple[ScaleStep, ...], cache: KVCache, scale: Callable[[], Any]
     ) -> Any:
         return scale()
 
@@ -129,20 +129,20 @@ class Recorder(ABC):
 
     @abstractmethod
     def record(
-        self, run: Callable[[], Any], reset: Callable[[], None], apart: bool = False
+        self, run: Callable[[], Any], reset: Callable[[], None], separate_pool: bool = False
     ) -> tuple[Callable[[], None], Any]:
         """(replay, outputs). `reset` undoes the bookkeeping of `run`, which may be called several times.
 
         The outputs hold valid values only after a replay; every replay overwrites them, and may overwrite the outputs of
-        whatever was recorded later with the same `apart`. Buffers that `run` reads and did not make are read where they
+        whatever was recorded later with the same `separate_pool`. Buffers that `run` reads and did not make are read where they
         are at every replay, so whoever records keeps them.
 
         Raises RecordingFailed when `run` works but cannot be recorded; the device is usable then. What `run` itself
         raises passes through, and so does torch.OutOfMemoryError: with more room it can be recorded.
         """
 
-    def new_pool(self, apart: bool) -> None:  # noqa: B027  only CUDA graphs have pools
-        """Called before the first of some recordings with this `apart`: none of the earlier ones is left.
+    def new_pool(self, separate_pool: bool) -> None:  # noqa: B027  only CUDA graphs have pools
+        """Called before the first of some recordings with this `separate_pool`: none of the earlier ones is left.
 
         An allocator's pool ends with its last graph and cannot be recorded into again.
         """
@@ -199,10 +199,10 @@ class CudaRecorder(Recorder):
             if index not in self._sides:
                 self._sides[index] = torch.cuda.Stream()
             self._side = self._sides[index]
-            self._pools = {apart: torch.cuda.graph_pool_handle() for apart in (False, True)}
+            self._pools = {separate_pool: torch.cuda.graph_pool_handle() for separate_pool in (False, True)}
 
     def record(
-        self, run: Callable[[], Any], reset: Callable[[], None], apart: bool = False
+        self, run: Callable[[], Any], reset: Callable[[], None], separate_pool: bool = False
     ) -> tuple[Callable[[], None], Any]:
         with torch.cuda.device(self.device):
             current = torch.cuda.current_stream()
@@ -216,7 +216,7 @@ class CudaRecorder(Recorder):
             graph = torch.cuda.CUDAGraph()
             # Only this thread's calls are forbidden while capturing: another may load images or score them meanwhile.
             capture = torch.cuda.graph(
-                graph, pool=self._pools[apart], stream=self._side, capture_error_mode="thread_local"
+                graph, pool=self._pools[separate_pool], stream=self._side, capture_error_mode="thread_local"
             )
             try:
                 with capture, _no_collection():
@@ -235,9 +235,9 @@ class CudaRecorder(Recorder):
                 raise RecordingFailed(first_line(cause)) from error
         return graph.replay, outputs
 
-    def new_pool(self, apart: bool) -> None:
+    def new_pool(self, separate_pool: bool) -> None:
         with torch.cuda.device(self.device):
-            self._pools[apart] = torch.cuda.graph_pool_handle()
+            self._pools[separate_pool] = torch.cuda.graph_pool_handle()
 
     def memory_bytes(self) -> int:
         pools = set(self._pools.values())
@@ -251,7 +251,7 @@ class _Node:
 
 
 @dataclass
-class Resident:
+class StaticBuffers:
     """The buffers of one batch shape and the recorded prefixes over them."""
 
     conditioning: Conditioning
@@ -284,7 +284,7 @@ class GraphEngine(Engine):
         self.recorded = self.replayed = 0
         self.recording_s = 0.0
         self.fallback_reason = None
-        self._residents: dict[Any, Resident] = {}
+        self._residents: dict[Any, StaticBuffers] = {}
         self._decoders: dict[tuple[int, ...], tuple[Tensor, Callable[[], None], Tensor]] = {}
 
     def start(self, wanted: Start, cache: KVCache, fixed: object) -> Start:
@@ -295,7 +295,7 @@ class GraphEngine(Engine):
         key = (id(cache), fixed, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
         resident = self._residents.get(key)
         if resident is None:
-            resident = Resident(conditioning.clone(), wanted.noise, wanted.code_sum_BdHW.clone(), cache)
+            resident = StaticBuffers(conditioning.clone(), wanted.noise, wanted.code_sum_BdHW.clone(), cache)
             self._residents[key] = resident
         else:
             for mine, theirs in zip(resident.conditioning.tensors(), leaves, strict=True):
@@ -304,7 +304,7 @@ class GraphEngine(Engine):
         return Start(resident.conditioning, resident.noise, resident.code_sum_BdHW, resident)
 
     def run(
-        self, resident: Resident | None, steps: tuple[ScaleStep, ...], cache: KVCache, scale: Callable[[], Any]
+        self, resident: StaticBuffers | None, steps: tuple[ScaleStep, ...], cache: KVCache, scale: Callable[[], Any]
     ) -> Any:
         if resident is None or not self._rooted(resident, steps):
             return scale()
@@ -325,16 +325,16 @@ class GraphEngine(Engine):
         return node.outputs
 
     def _record(
-        self, run: Callable[[], Any], reset: Callable[[], None], apart: bool = False
+        self, run: Callable[[], Any], reset: Callable[[], None], separate_pool: bool = False
     ) -> tuple[Callable[[], None], Any] | None:
         """(replay, outputs), or None where recording failed, now or earlier."""
         if self.fallback_reason is not None:
             return None
         started = time.perf_counter()
-        if not (self._decoders if apart else any(r.nodes for r in self._residents.values())):
-            self.recorder.new_pool(apart)
+        if not (self._decoders if separate_pool else any(r.nodes for r in self._residents.values())):
+            self.recorder.new_pool(separate_pool)
         try:
-            recorded = self.recorder.record(run, reset, apart)
+            recorded = self.recorder.record(run, reset, separate_pool)
         except RecordingFailed as failure:
             self.fallback_reason = str(failure)
             warnings.warn(f"CUDA graph capture failed, engine {self.name} falls back to eager: {failure}", stacklevel=5)
@@ -351,12 +351,12 @@ class GraphEngine(Engine):
             steps = steps[:-1]
         return steps
 
-    def _rooted(self, resident: Resident, steps: tuple[ScaleStep, ...]) -> bool:
+    def _rooted(self, resident: StaticBuffers, steps: tuple[ScaleStep, ...]) -> bool:
         """Whether the last step that really ran before the last of these is recorded."""
         parent = self._parent(steps)
         return not parent or parent in resident.nodes
 
-    def _make_room(self, resident: Resident, wanted: tuple[ScaleStep, ...]) -> None:
+    def _make_room(self, resident: StaticBuffers, wanted: tuple[ScaleStep, ...]) -> None:
         while len(resident.nodes) >= self.max_nodes:
             parents = {self._parent(steps) for steps in resident.nodes}
             victim = next((s for s in resident.nodes if s not in parents and s != wanted[: len(s)]), None)
@@ -368,7 +368,7 @@ class GraphEngine(Engine):
         shape = tuple(code_sum_BdHW.shape)
         if shape not in self._decoders:
             held = code_sum_BdHW.clone()
-            recorded = self._record(lambda: decode(held), lambda: None, apart=True)
+            recorded = self._record(lambda: decode(held), lambda: None, separate_pool=True)
             if recorded is None:
                 return decode(code_sum_BdHW)
             self._decoders[shape] = (held, *recorded)

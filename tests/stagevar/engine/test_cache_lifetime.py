@@ -26,14 +26,14 @@ class Pools(RelaunchRecorder):
     def __init__(self):
         self.pools = {False: [], True: []}
 
-    def new_pool(self, apart):
-        self.pools[apart] = []
+    def new_pool(self, separate_pool):
+        self.pools[separate_pool] = []
 
-    def record(self, run, reset, apart=False):
-        pool = self.pools[apart]
+    def record(self, run, reset, separate_pool=False):
+        pool = self.pools[separate_pool]
         if pool and not any(recording() is not None for recording in pool):
             raise RecordingFailed("use_count > 0 INTERNAL ASSERT FAILED")
-        replay, outputs = super().record(run, reset, apart)
+        replay, outputs = super().record(run, reset, separate_pool)
         pool.append(weakref.ref(replay))
         return replay, outputs
 
@@ -158,11 +158,11 @@ def test_memory_that_runs_out_while_recording_is_no_reason_to_stay_eager(model):
     class Short(RelaunchRecorder):
         left = 1
 
-        def record(self, run, reset, apart=False):
+        def record(self, run, reset, separate_pool=False):
             if self.left:
                 self.left -= 1
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return super().record(run, reset, apart)
+            return super().record(run, reset, separate_pool)
 
     engine = GraphEngine(Short())
     sampler = Sampler(model, engine=engine)

@@ -121,7 +121,7 @@ class TapeRecorder(Recorder):
     def __init__(self):
         self.made = {False: [], True: []}
 
-    def record(self, run, reset, apart=False):
+    def record(self, run, reset, separate_pool=False):
         run()
         reset()
         with Tape() as tape:
@@ -129,7 +129,7 @@ class TapeRecorder(Recorder):
         results = tensors_of(made)
         tape.finish(results)
         outputs = [torch.full_like(tensor, float("nan")) for tensor in results]
-        pool = self.made[apart]
+        pool = self.made[separate_pool]
         pool.append([weakref.ref(tensor) for tensor in outputs])
         later = len(pool)
 
@@ -285,13 +285,13 @@ class Refusing(TapeRecorder):
         super().__init__()
         self.accepts = accepts
 
-    def record(self, run, reset, apart=False):
+    def record(self, run, reset, separate_pool=False):
         self.accepts -= 1
         if self.accepts < 0:
             run()  # the warm-up, after which the capture fails
             reset()
             raise RecordingFailed("operation not permitted when stream is capturing")
-        return super().record(run, reset, apart)
+        return super().record(run, reset, separate_pool)
 
 
 @pytest.mark.parametrize("accepts", [0, 2, 3])
@@ -455,16 +455,16 @@ class StandInStream:
         self.cuda.calls.append((self.name, "waits for", other.name))
 
 
-@pytest.mark.parametrize("apart", [False, True])
-def test_a_card_warms_up_and_captures_on_one_side_stream(monkeypatch, apart):
+@pytest.mark.parametrize("separate_pool", [False, True])
+def test_a_card_warms_up_and_captures_on_one_side_stream(monkeypatch, separate_pool):
     cuda = StandInCuda(monkeypatch, capture_fails=False)
     recorder = CudaRecorder(torch.device("cuda"))
     _, outputs = recorder.record(
-        lambda: cuda.calls.append(("run", cuda.current)) or "outputs", lambda: cuda.calls.append("reset"), apart
+        lambda: cuda.calls.append(("run", cuda.current)) or "outputs", lambda: cuda.calls.append("reset"), separate_pool
     )
     assert outputs == "outputs" and cuda.current == "main"
     warm_up = [("side", "waits for", "main"), ("run", "side"), ("main", "waits for", "side")]
-    capture = ("capture", (0, 1 + apart), "side", "thread_local")
+    capture = ("capture", (0, 1 + separate_pool), "side", "thread_local")
     assert cuda.calls == [*warm_up, "reset", capture, ("run", "side")]
     assert recorder.memory_bytes() == 110, "segments of both pools, nobody else's"
 
