@@ -195,7 +195,7 @@ def measure_ray(model_name: str, space: SearchSpace) -> dict[str, float]:
     trips = []
     for _ in range(50):
         start = time.perf_counter()
-        executor.call("_place", blame="round trip")
+        executor.call("_place", suspect="round trip")
         trips.append(time.perf_counter() - start)
     executor.close()
     return {"start_s": ready - started, "round_trip_s": float(np.median(trips))}
