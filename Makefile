@@ -18,7 +18,7 @@ help:
 	@echo 'PYTHON=/path/to/python3.12 before any of them picks the interpreter of a new .venv'
 
 demo: $(STAMP)
-	$(BIN)/stagevar-tune --model nano --budget 55% --out outputs/demo --fresh
+	$(BIN)/stagevar-tune --model nano --budget 57% --out outputs/demo --fresh
 
 # Most tests compute on one core or wait for a process that they started, so two at a time take half as long. Tests of Ray
 # come after all others and one by one: a cluster starts a dozen processes, and only one may be there. Both parts always run.
