@@ -13,14 +13,8 @@ from stagevar.accelerators import Exact
 from stagevar.analysis.measure import (
     ENERGIES,
     Curve,
-    Rules,
     Similarity,
-    _begun_at,
     _divergence,
-    _missing_upper,
-    _propose_ranks,
-    _propose_stages,
-    _settled,
     _spectra,
     analyze,
     find_similarity,
@@ -28,6 +22,7 @@ from stagevar.analysis.measure import (
     nano_inputs,
 )
 from stagevar.analysis.plots import draw
+from stagevar.analysis.rules import Rules, _begun_at, _missing_upper, _propose_ranks, _propose_stages, _settled
 from stagevar.errors import UsageError
 from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import BOTH, StageSchedule, exact
