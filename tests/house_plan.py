@@ -101,7 +101,6 @@ CIRCLES: set[tuple[str, ...]] = set()
 
 #: Files above 400 lines.
 LONG_FILES = {
-    "stagevar/analysis/measure.py",
     "stagevar/engine/graph.py",
     "stagevar/models/checkpoint/weights.py",
     "stagevar/models/nano/scenes.py",

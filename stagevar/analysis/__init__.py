@@ -2,12 +2,11 @@
 
 from stagevar.analysis.measure import (
     SIMILARITIES,
-    Analysis,
     Similarity,
     analyze,
     find_similarity,
-    load_proposal,
     nano_inputs,
 )
+from stagevar.analysis.result import Analysis, load_proposal
 
 __all__ = ["SIMILARITIES", "Analysis", "Similarity", "analyze", "find_similarity", "load_proposal", "nano_inputs"]

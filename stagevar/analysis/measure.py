@@ -12,35 +12,30 @@ confidence over prompts, the image effect of dropping a branch and the ablation 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 
 from stagevar import plugins
 from stagevar.accelerators.base import Accelerator, Cached, ScaleContext
 from stagevar.accelerators.composite import Composite
+from stagevar.analysis.ablation import Quality, _ablation_rows, _verdict
+from stagevar.analysis.bands import _band_changes, _low_error
+from stagevar.analysis.result import Analysis, Curve
 from stagevar.analysis.rules import (
     Rules,
-    _at,
     _begun_at,
-    _idle,
     _missing_upper,
     _propose_ranks,
     _propose_stages,
-    _resample,
     _side,
     _with_ranks,
 )
 from stagevar.errors import UsageError
-from stagevar.files import write_text_atomically, writing
 from stagevar.images import psnr_db, ssim
 from stagevar.models.base import Around, LoadedModel, Site, SiteFn
 from stagevar.prompts.seeds import non_negative
@@ -48,13 +43,9 @@ from stagevar.sampling.generation import Generation
 from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import BOTH, PROJECTIONS, Branch, ScaleStep, StageSchedule, Steps, exact
 from stagevar.schedule.ranks import RankTable
-from stagevar.yaml_files import read_yaml
 
-SCHEMA = 1
 #: Group of entry points in which packages offer image comparisons.
 SIMILARITIES = "stagevar.similarities"
-#: score(images uint8 (B, H, W, 3), prompts) -> (B,), higher is better
-Quality = Callable[[np.ndarray, Sequence[str]], np.ndarray]
 #: kept energies of the rank table: the published ones, so that `energy` schedules work with either table
 ENERGIES = ("0.999", "0.99", "0.98", "0.97", "0.96", "0.95", "0.92", "0.91", "0.90", "0.85", "0.80", "0.70")
 #: of these, what the rank rule tries, with every projection
@@ -72,111 +63,6 @@ class Similarity:
     name: str
     score: Callable[[np.ndarray, np.ndarray], np.ndarray]
     stage: str = "semantic"
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One figure per scale: mean over prompts and its two-sided bootstrap interval."""
-
-    mean: tuple[float, ...]
-    low: tuple[float, ...]
-    high: tuple[float, ...]
-
-    @classmethod
-    def of(cls, values_NK: np.ndarray, confidence: float) -> Curve:
-        means_RK = _resample(values_NK).mean(axis=1)
-        tail = (1 - confidence) / 2
-        low, high = np.quantile(means_RK, [tail, 1 - tail], axis=0)
-        return cls(*(tuple(round(float(v), 6) for v in row) for row in (values_NK.mean(axis=0), low, high)))
-
-
-@dataclass(frozen=True)
-class Analysis:
-    """What was measured and what follows from it.
-
-    similarity: name -> curve of partial against final image. missing: name -> upper bound of the part still missing.
-    frequency: band -> energy change of the image at each scale over the final image's energy in that band.
-    guidance: branch -> measure -> curve: `divergence` (nats per token or bit, guided from the branch alone), `flips` (share
-    of tokens or bits drawn otherwise with the same noise), `image` (1 - SSIM of the partial image).
-    rank_ratio: energy -> scale side -> kept share of tokens per chunk. spectrum: per scale and chunk, the cumulative energy
-    at 33 evenly spaced shares of the tokens. ablation: one row per first accelerated scale. proposal and reasons: what the
-    rules give and why. partials: uint8 (prompts shown, scales, H, W, 3).
-    """
-
-    model: str
-    weights: str
-    grids: tuple[tuple[int, int], ...]
-    chunks: int
-    prompts: tuple[str, ...]
-    seeds: tuple[int, ...]
-    rules: Rules
-    similarity: dict[str, Curve]
-    missing: dict[str, tuple[float, ...]]
-    stage_of: dict[str, str]
-    frequency: dict[str, Curve]
-    guidance: dict[str, dict[str, Curve]]
-    rank_ratio: dict[str, dict[str, list[float]]]
-    spectrum: np.ndarray
-    proposal: StageSchedule
-    reasons: dict[str, str]
-    ablation: list[dict[str, Any]] = field(default_factory=list)
-    partials: np.ndarray | None = None
-
-    def to_dict(self) -> dict[str, object]:
-        """Plain YAML data: everything but the pictures and the spectra."""
-        return {
-            "schema": SCHEMA,
-            "kind": "stagevar-analysis",
-            "model": self.model,
-            "weights": self.weights,
-            "scales": [list(grid) for grid in self.grids],
-            "chunks": self.chunks,
-            "prompts": list(self.prompts),
-            "seeds": list(self.seeds),
-            "rules": dataclasses.asdict(self.rules),
-            "proposal": self.proposal.to_dict(),
-            "reasons": dict(self.reasons),
-            "similarity": {
-                name: {
-                    **_curve(curve),
-                    "decides": self.stage_of[name],
-                    "missing_upper": list(self.missing.get(name, ())),
-                }
-                for name, curve in self.similarity.items()
-            },
-            "frequency": {name: _curve(curve) for name, curve in self.frequency.items()},
-            "guidance": {b: {name: _curve(c) for name, c in curves.items()} for b, curves in self.guidance.items()},
-            "ablation": self.ablation,
-        }
-
-    def rank_table(self) -> dict[str, object]:
-        """The energy -> rank table in the format of stagevar/data/rank_ratio.json."""
-        return {
-            "what": f"kept tokens / tokens of {self.model} per kept-energy threshold, scale side and chunk of blocks "
-            f"({self.chunks} chunks), mean over {len(self.prompts)} prompts; rank = floor(ratio * tokens) + 1",
-            "source": "stagevar analyze",
-            "remarks": ["random weights: of no use for quality"] if self.weights == "random" else [],
-            "ratio": self.rank_ratio,
-        }
-
-    def save(self, directory: str | Path) -> list[Path]:
-        """Writes analysis.yaml and rank_ratio.json. Raises UsageError when the folder cannot be written."""
-        directory = Path(directory)
-        with writing(directory):
-            directory.mkdir(parents=True, exist_ok=True)
-            text = directory / "analysis.yaml"
-            write_text_atomically(text, yaml.safe_dump(self.to_dict(), sort_keys=False, width=120, allow_unicode=True))
-            table = directory / "rank_ratio.json"
-            write_text_atomically(table, json.dumps(self.rank_table(), indent=1) + "\n")
-        return [text, table]
-
-
-def load_proposal(path: str | Path) -> StageSchedule:
-    """The proposed schedule of an analysis.yaml. Raises UsageError for anything else."""
-    data = read_yaml(path, "analysis")
-    if not isinstance(data, dict) or data.get("kind") != "stagevar-analysis" or "proposal" not in data:
-        raise UsageError(f"{path} is not an analysis.yaml; make one with `stagevar analyze`")
-    return StageSchedule.from_dict(data["proposal"])
 
 
 def find_similarity(text: str, device: str = "cpu") -> Similarity:
@@ -447,41 +333,6 @@ def _divergence(guided: Tensor, alone: Tensor) -> np.ndarray:
     return (p.exp() * (p - q)).sum(-1).flatten(1).mean(1).cpu().numpy()
 
 
-def _spectra(images_BHW3: np.ndarray, final_grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """2-D spectrum of the luminance (B, H, W) without its mean, and the mask of low frequencies.
-
-    Low: at most half of the final token grid's Nyquist frequency, i.e. a quarter of its side, in cycles per image.
-    """
-    luminance = images_BHW3.astype(np.float64) @ np.array([0.299, 0.587, 0.114]) / 255
-    height, width = luminance.shape[1:]
-    y, x = np.fft.fftfreq(height, 1 / height)[:, None], np.fft.fftfreq(width, 1 / width)[None]
-    radius = np.hypot(y / (final_grid[0] / 4), x / (final_grid[1] / 4))
-    spectrum = np.fft.fft2(luminance)
-    spectrum[:, 0, 0] = 0
-    return spectrum, radius <= 1
-
-
-def _energy(spectrum_BHW: np.ndarray, mask_HW: np.ndarray) -> np.ndarray:
-    return (np.abs(spectrum_BHW) ** 2 * mask_HW).sum(axis=(1, 2))
-
-
-def _band_changes(images: Sequence[np.ndarray], final_grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Energy of the change that each scale makes, low and high band (K, B), over the final image's in that band."""
-    spectra = [_spectra(image, final_grid)[0] for image in images]
-    low = _spectra(images[-1][:1], final_grid)[1]
-    changes = []
-    for mask in (low, ~low):
-        total = np.maximum(_energy(spectra[-1], mask), 1e-12)
-        changes.append(np.stack([_energy(after - first, mask) / total for first, after in itertools.pairwise(spectra)]))
-    return changes[0], changes[1]
-
-
-def _low_error(image: np.ndarray, final: np.ndarray, final_grid: tuple[int, int]) -> np.ndarray:
-    """Energy of the difference in the low band over the final image's in that band (B,)."""
-    (own, low), (last, _) = _spectra(image, final_grid), _spectra(final, final_grid)
-    return _energy(own - last, low) / np.maximum(_energy(last, low), 1e-12)
-
-
 # ---------------------------------------------------------------- ranks
 
 
@@ -543,61 +394,3 @@ def _finish(probe: _Probe, generation: Generation, steps: Steps) -> np.ndarray:
     for step in steps[generation.scale :]:
         probe.advance(generation, step)
     return probe.decode(generation)
-
-
-def _ablation_rows(
-    scores: Mapping[str, np.ndarray],
-    model: LoadedModel,
-    proposal: StageSchedule,
-    rules: Rules,
-) -> list[dict[str, Any]]:
-    chunks = len(model.transformer.chunk_layers)
-    curves = {name: Curve.of(values, rules.confidence) for name, values in scores.items()}
-    full = sum(s.processed_tokens(chunks) for s in exact(len(model.grids)).expand(model.grids, chunks))
-    rows = []
-    for index in range(len(model.grids) - 1):
-        start = index + 1
-        steps = _begun_at(proposal, start, model).expand(model.grids, chunks)
-        row: dict[str, Any] = {
-            "first_accelerated_scale": start,
-            "grid": list(model.grids[start]),
-            "token_rows": round(sum(s.processed_tokens(chunks) for s in steps) / full, 6),
-        }
-        for name, curve in curves.items():
-            row[name] = {"mean": curve.mean[index], "low": curve.low[index], "high": curve.high[index]}
-        rows.append(row)
-    return rows
-
-
-def _verdict(
-    rows: Sequence[Mapping[str, Any]],
-    model: LoadedModel,
-    proposal: StageSchedule,
-    quality: Mapping[str, Quality],
-    rules: Rules,
-) -> str:
-    """Whether starting at the proposal costs nothing measurable, and starting at the first possible scale does."""
-    late, early = rows[proposal.structure_end - 1], rows[0]
-    if quality:
-        name = f"change:{next(iter(quality))}"
-        what = f"{name.removeprefix('change:')} changes by {{mean:+.4f}} ({{low:+.4f}} to {{high:+.4f}})"
-        harmless, telling = late[name]["high"] >= 0, early[name]["high"] < 0
-    else:
-        name, what = "ssim", "SSIM with the full schedule's image is {mean:.3f} ({low:.3f} to {high:.3f})"
-        harmless = telling = early[name]["high"] < late[name]["low"]
-    if _idle(proposal):
-        return (
-            f"no acceleration is proposed; with the {proposal.branch} branch alone from {_at(model, 1)} on, "
-            + what.format(**early[name])
-        )
-    finding = (
-        "not confirmed" if not harmless else "confirmed" if telling else "harmless, but so is starting earlier here"
-    )
-    return (
-        f"{finding}: accelerated from {_at(model, proposal.structure_end)} on, "
-        f"{what.format(**late[name])}; from {_at(model, 1)} on, {what.format(**early[name])} ({rules.confidence:.0%} intervals)"
-    )
-
-
-def _curve(curve: Curve) -> dict[str, list[float]]:
-    return {"mean": list(curve.mean), "low": list(curve.low), "high": list(curve.high)}

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 if TYPE_CHECKING:
-    from stagevar.analysis.measure import Analysis
+    from stagevar.analysis.result import Analysis
 
 _STAGES = {"semantic": "#7a5cd0", "structure": "#1789a6", "fidelity": "#dd8a1d"}
 _LINES = ("#2f6bd8", "#d4480b", "#1a7f4b", "#8a4fbf", "#a06a00", "#c22f3d")

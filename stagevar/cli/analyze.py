@@ -25,7 +25,8 @@ from stagevar.errors import UsageError
 from stagevar.files import check_output_folder
 
 if TYPE_CHECKING:
-    from stagevar.analysis.measure import Quality, Similarity
+    from stagevar.analysis.ablation import Quality
+    from stagevar.analysis.measure import Similarity
 
 
 def add(verbs: Verbs) -> None:

@@ -10,18 +10,17 @@ import yaml
 from PIL import Image
 
 from stagevar.accelerators import Exact
+from stagevar.analysis.bands import _spectra
 from stagevar.analysis.measure import (
     ENERGIES,
-    Curve,
     Similarity,
     _divergence,
-    _spectra,
     analyze,
     find_similarity,
-    load_proposal,
     nano_inputs,
 )
 from stagevar.analysis.plots import draw
+from stagevar.analysis.result import Curve, load_proposal
 from stagevar.analysis.rules import Rules, _begun_at, _missing_upper, _propose_ranks, _propose_stages, _settled
 from stagevar.errors import UsageError
 from stagevar.sampling.sampler import Sampler
