@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from stagevar.analysis.result import Curve
-from stagevar.analysis.rules import Rules, _at, _begun_at, _idle
+from stagevar.analysis.rules import Rules, begun_at, is_idle, scale_name
 from stagevar.models.base import LoadedModel
 from stagevar.schedule import StageSchedule, exact
 
@@ -16,7 +16,7 @@ from stagevar.schedule import StageSchedule, exact
 Quality = Callable[[np.ndarray, Sequence[str]], np.ndarray]
 
 
-def _ablation_rows(
+def ablation_rows(
     scores: Mapping[str, np.ndarray],
     model: LoadedModel,
     proposal: StageSchedule,
@@ -28,7 +28,7 @@ def _ablation_rows(
     rows = []
     for index in range(len(model.grids) - 1):
         start = index + 1
-        steps = _begun_at(proposal, start, model).expand(model.grids, chunks)
+        steps = begun_at(proposal, start, model).expand(model.grids, chunks)
         row: dict[str, Any] = {
             "first_accelerated_scale": start,
             "grid": list(model.grids[start]),
@@ -40,7 +40,7 @@ def _ablation_rows(
     return rows
 
 
-def _verdict(
+def ablation_verdict(
     rows: Sequence[Mapping[str, Any]],
     model: LoadedModel,
     proposal: StageSchedule,
@@ -56,15 +56,16 @@ def _verdict(
     else:
         name, what = "ssim", "SSIM with the full schedule's image is {mean:.3f} ({low:.3f} to {high:.3f})"
         harmless = telling = early[name]["high"] < late[name]["low"]
-    if _idle(proposal):
+    if is_idle(proposal):
         return (
-            f"no acceleration is proposed; with the {proposal.branch} branch alone from {_at(model, 1)} on, "
+            f"no acceleration is proposed; with the {proposal.branch} branch alone from {scale_name(model, 1)} on, "
             + what.format(**early[name])
         )
     finding = (
         "not confirmed" if not harmless else "confirmed" if telling else "harmless, but so is starting earlier here"
     )
     return (
-        f"{finding}: accelerated from {_at(model, proposal.structure_end)} on, "
-        f"{what.format(**late[name])}; from {_at(model, 1)} on, {what.format(**early[name])} ({rules.confidence:.0%} intervals)"
+        f"{finding}: accelerated from {scale_name(model, proposal.structure_end)} on, "
+        f"{what.format(**late[name])}; from {scale_name(model, 1)} on, {what.format(**early[name])} "
+        f"({rules.confidence:.0%} intervals)"
     )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def _spectra(images_BHW3: np.ndarray, final_grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+def band_spectra(images_BHW3: np.ndarray, final_grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """2-D spectrum of the luminance (B, H, W) without its mean, and the mask of low frequencies.
 
     Low: at most half of the final token grid's Nyquist frequency, i.e. a quarter of its side, in cycles per image.
@@ -26,10 +26,10 @@ def _energy(spectrum_BHW: np.ndarray, mask_HW: np.ndarray) -> np.ndarray:
     return (np.abs(spectrum_BHW) ** 2 * mask_HW).sum(axis=(1, 2))
 
 
-def _band_changes(images: Sequence[np.ndarray], final_grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+def band_changes(images: Sequence[np.ndarray], final_grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Energy of the change that each scale makes, low and high band (K, B), over the final image's in that band."""
-    spectra = [_spectra(image, final_grid)[0] for image in images]
-    low = _spectra(images[-1][:1], final_grid)[1]
+    spectra = [band_spectra(image, final_grid)[0] for image in images]
+    low = band_spectra(images[-1][:1], final_grid)[1]
     changes = []
     for mask in (low, ~low):
         total = np.maximum(_energy(spectra[-1], mask), 1e-12)
@@ -37,7 +37,7 @@ def _band_changes(images: Sequence[np.ndarray], final_grid: tuple[int, int]) -> 
     return changes[0], changes[1]
 
 
-def _low_error(image: np.ndarray, final: np.ndarray, final_grid: tuple[int, int]) -> np.ndarray:
+def low_error(image: np.ndarray, final: np.ndarray, final_grid: tuple[int, int]) -> np.ndarray:
     """Energy of the difference in the low band over the final image's in that band (B,)."""
-    (own, low), (last, _) = _spectra(image, final_grid), _spectra(final, final_grid)
+    (own, low), (last, _) = band_spectra(image, final_grid), band_spectra(final, final_grid)
     return _energy(own - last, low) / np.maximum(_energy(last, low), 1e-12)

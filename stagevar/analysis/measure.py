@@ -23,17 +23,17 @@ from torch import Tensor
 from stagevar import plugins
 from stagevar.accelerators.base import Accelerator, Cached, ScaleContext
 from stagevar.accelerators.composite import Composite
-from stagevar.analysis.ablation import Quality, _ablation_rows, _verdict
-from stagevar.analysis.bands import _band_changes, _low_error
+from stagevar.analysis.ablation import Quality, ablation_rows, ablation_verdict
+from stagevar.analysis.bands import band_changes, low_error
 from stagevar.analysis.result import Analysis, Curve
 from stagevar.analysis.rules import (
     Rules,
-    _begun_at,
-    _missing_upper,
-    _propose_ranks,
-    _propose_stages,
-    _side,
-    _with_ranks,
+    begun_at,
+    missing_upper,
+    propose_ranks,
+    propose_stages,
+    side_key,
+    with_ranks,
 )
 from stagevar.errors import UsageError
 from stagevar.images import psnr_db, ssim
@@ -164,22 +164,22 @@ def analyze(
     }
     if any(s.stage == "semantic" for s in similarities):
         stage_of["low_frequency"] = "none"  # it only stands in where nothing reads the meaning
-    missing = {n: _missing_upper(1 - measured[n], measured[n], rules) for n in stage_of if n != "psnr_db"}
+    missing = {n: missing_upper(1 - measured[n], measured[n], rules) for n in stage_of if n != "psnr_db"}
     table, spectrum = observer.table(model)
-    proposal, reasons = _propose_stages(model, rules, measured, missing, stage_of)
+    proposal, reasons = propose_stages(model, rules, measured, missing, stage_of)
     trials: dict[tuple[str, str], list[np.ndarray]] = {}
     for batch in rank_batches:
         _try_ranks(probe, prompts[batch], seeds[batch], proposal, table, trials)
         report("ranks")
-    proposal, reasons["ranks"] = _propose_ranks(model, rules, measured["ssim"], trials, proposal, table)
+    proposal, reasons["ranks"] = propose_ranks(model, rules, measured["ssim"], trials, proposal, table)
     scores: dict[str, list[np.ndarray]] = {}
     for batch in ablation_batches:
         _ablate(probe, prompts[batch], seeds[batch], proposal, similarities, quality or {}, scores)
         report("ablation")
     ablation: list[dict[str, Any]] = []
     if scores:
-        ablation = _ablation_rows({k: np.concatenate(v) for k, v in scores.items()}, model, proposal, rules)
-        reasons["ablation"] = _verdict(ablation, model, proposal, quality or {}, rules)
+        ablation = ablation_rows({k: np.concatenate(v) for k, v in scores.items()}, model, proposal, rules)
+        reasons["ablation"] = ablation_verdict(ablation, model, proposal, quality or {}, rules)
 
     def curve(name: str) -> Curve:
         return Curve.of(measured[name], rules.confidence)
@@ -256,7 +256,7 @@ class _Observer(Accelerator):
             for energy in ENERGIES:
                 needed = [1 + (rows < float(energy) - 1e-12).sum(axis=1) for rows in cumulative]
                 tokens = grid[0] * grid[1]
-                table[energy][_side(grid)] = [round(float(np.minimum(n, tokens).mean() / tokens), 6) for n in needed]
+                table[energy][side_key(grid)] = [round(float(np.minimum(n, tokens).mean() / tokens), 6) for n in needed]
             for chunk, rows in enumerate(cumulative):
                 at = np.linspace(0, 1, 33)
                 own = np.concatenate([[0.0], rows.mean(axis=0)])
@@ -313,11 +313,11 @@ def _measure(
             found.setdefault(f"image:{branch}", []).append(1 - ssim(own_image, image))
         images.append(image)
     final = images[-1]
-    low_KB, high_KB = _band_changes([before, *images], model.grids[-1])
+    low_KB, high_KB = band_changes([before, *images], model.grids[-1])
     for name, values_KB in (("low_change", low_KB), ("high_change", high_KB)):
         found[name] = list(values_KB)
     for image in images:
-        found.setdefault("low_frequency", []).append(1 - _low_error(image, final, model.grids[-1]))
+        found.setdefault("low_frequency", []).append(1 - low_error(image, final, model.grids[-1]))
         found.setdefault("ssim", []).append(ssim(image, final))
         found.setdefault("psnr_db", []).append(psnr_db(image, final))
         for similarity in similarities:
@@ -351,7 +351,7 @@ def _try_ranks(
     for projection in PROJECTIONS:
         for energy in TRIED_ENERGIES:
             probe.rewind(generation, schedule.structure_end)
-            tried = _with_ranks(schedule, model, table, energy, projection)
+            tried = with_ranks(schedule, model, table, energy, projection)
             image = _finish(probe, generation, tried.expand(model.grids, probe.chunks))
             trials.setdefault((energy, projection), []).append(1 - ssim(image, final))
 
@@ -377,7 +377,7 @@ def _ablate(
     found: dict[str, list[np.ndarray]] = {}
     for start in range(len(model.grids) - 1, 0, -1):
         probe.rewind(generation, start)
-        steps = _begun_at(proposal, start, model).expand(model.grids, probe.chunks)
+        steps = begun_at(proposal, start, model).expand(model.grids, probe.chunks)
         image = _finish(probe, generation, steps)
         found.setdefault("ssim", []).append(ssim(image, final))
         for similarity in similarities:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from stagevar.analysis.rules import Rules, _resample
+from stagevar.analysis.rules import Rules, resampled
 from stagevar.errors import UsageError
 from stagevar.files import write_text_atomically, writing
 from stagevar.schedule import StageSchedule
@@ -30,7 +30,7 @@ class Curve:
 
     @classmethod
     def of(cls, values_NK: np.ndarray, confidence: float) -> Curve:
-        means_RK = _resample(values_NK).mean(axis=1)
+        means_RK = resampled(values_NK).mean(axis=1)
         tail = (1 - confidence) / 2
         low, high = np.quantile(means_RK, [tail, 1 - tail], axis=0)
         return cls(*(tuple(round(float(v), 6) for v in row) for row in (values_NK.mean(axis=0), low, high)))

@@ -47,36 +47,36 @@ class Rules:
                 raise UsageError(f"analysis rule {name} {getattr(self, name)!r} must lie between 0 and 1")
 
 
-def _side(grid: tuple[int, int]) -> str:
+def side_key(grid: tuple[int, int]) -> str:
     """A grid's key in a rank table: the side of the square with as many tokens."""
     return str(round(math.sqrt(grid[0] * grid[1])))
 
 
-def _at(model: LoadedModel, scale: int) -> str:
+def scale_name(model: LoadedModel, scale: int) -> str:
     """A scale in words."""
-    return f"scale {scale} (side {_side(model.grids[scale])})"
+    return f"scale {scale} (side {side_key(model.grids[scale])})"
 
 
-def _resample(values_N: np.ndarray) -> np.ndarray:
+def resampled(values_N: np.ndarray) -> np.ndarray:
     """Bootstrap samples (R, N, ...) over the first axis; the same draws for the same N."""
     rng = np.random.default_rng(0)
     return values_N[rng.integers(0, len(values_N), (_RESAMPLES, len(values_N)))]
 
 
-def _missing_upper(part_NK: np.ndarray, similarity_NK: np.ndarray, rules: Rules) -> tuple[float, ...]:
+def missing_upper(part_NK: np.ndarray, similarity_NK: np.ndarray, rules: Rules) -> tuple[float, ...]:
     """Upper confidence bound per scale of mean(part) over the mean of what `similarity` lacks at scale 0."""
     span_N1 = np.maximum(1 - similarity_NK[:, :1], 0)
-    joint_RNK = _resample(np.concatenate([part_NK, span_N1], axis=1)).mean(axis=1)
+    joint_RNK = resampled(np.concatenate([part_NK, span_N1], axis=1)).mean(axis=1)
     ratio_RK = joint_RNK[:, :-1] / np.maximum(joint_RNK[:, -1:], 1e-9)
     return tuple(round(float(v), 6) for v in np.quantile(ratio_RK, rules.confidence, axis=0))
 
 
-def _settled(upper: Sequence[float], limit: float) -> int:
+def settled(upper: Sequence[float], limit: float) -> int:
     """First scale from which on every bound is within the limit (the number of scales if none is)."""
     return next((s for s in range(len(upper)) if all(v <= limit for v in upper[s:])), len(upper))
 
 
-def _propose_stages(
+def propose_stages(
     model: LoadedModel,
     rules: Rules,
     measured: Mapping[str, np.ndarray],
@@ -88,27 +88,28 @@ def _propose_stages(
     ends: dict[str, int] = {}
     reasons: dict[str, str] = {}
     for stage, limit in (("semantic", rules.semantic), ("structure", rules.structure)):
-        plateaus = {name: _settled(missing[name], limit) for name, own in stage_of.items() if own == stage}
+        plateaus = {name: settled(missing[name], limit) for name, own in stage_of.items() if own == stage}
         slowest = max(plateaus, key=lambda name: plateaus[name])
         plateau = plateaus[slowest]
         ends[stage] = max(1, min(plateau + 1, last))
         bound = f"upper {rules.confidence:.0%} bound {missing[slowest][min(plateau, last - 1)]:.3f}"
         lacking = f"{slowest} still lacks more than {limit:.0%} of its way before the last scale"
         reasons[f"{stage}_end"] = (
-            f"{slowest} lacks at most {limit:.0%} of its way from {_at(model, plateau)} on ({bound})"
+            f"{slowest} lacks at most {limit:.0%} of its way from {scale_name(model, plateau)} on ({bound})"
             if plateau < last
-            else f"{lacking} ({bound} at {_at(model, last - 1)}): no plateau, so only the last scale is left to accelerate"
+            else f"{lacking} ({bound} at {scale_name(model, last - 1)}): "
+            "no plateau, so only the last scale is left to accelerate"
         )
     start = max(ends["structure"], ends["semantic"])
 
-    effects = {b: _missing_upper(measured[f"image:{b}"], measured["ssim"], rules) for b in BOTH}
-    cutoffs = {b: max(_settled(effects[b], rules.guidance), start) for b in BOTH}
+    effects = {b: missing_upper(measured[f"image:{b}"], measured["ssim"], rules) for b in BOTH}
+    cutoffs = {b: max(settled(effects[b], rules.guidance), start) for b in BOTH}
     kept: Branch = min(BOTH, key=lambda b: (cutoffs[b], max(effects[b][start:])))
     cutoff = cutoffs[kept]
     if cutoff <= last:
         delay = cutoff - start
         reasons["cfg_cutoff"] = (
-            f"from {_at(model, cutoff)} on the {kept} branch alone, at any one scale, moves the image by at most "
+            f"from {scale_name(model, cutoff)} on the {kept} branch alone, at any one scale, moves the image by at most "
             f"{rules.guidance:.0%} of its way (upper bound {max(effects[kept][cutoff:]):.3f})"
         )
     else:
@@ -120,16 +121,16 @@ def _propose_stages(
     return StageSchedule(start, ends["semantic"], cfg_delay=delay, branch=kept), reasons
 
 
-def _with_ranks(
+def with_ranks(
     schedule: StageSchedule, model: LoadedModel, table: RankTable, energy: str, projection: str
 ) -> StageSchedule:
     """The schedule with ranks that hold this energy, a ratio per chunk at every scale of the model."""
-    ratios = tuple(tuple(table[energy][_side(grid)]) for grid in model.grids[schedule.structure_end :])
+    ratios = tuple(tuple(table[energy][side_key(grid)]) for grid in model.grids[schedule.structure_end :])
     rope = "first" if projection == "gaussian" else "index"  # a kept row has its own position, a mixture has none
     return dataclasses.replace(schedule, rank_ratios=ratios, projection=projection, rope=rope)
 
 
-def _propose_ranks(
+def propose_ranks(
     model: LoadedModel,
     rules: Rules,
     ssim_NK: np.ndarray,
@@ -144,11 +145,10 @@ def _propose_ranks(
     bounds = {}
     for choice, parts in trials.items():
         part_N1 = np.concatenate(parts)[:, None]
-        bounds[choice] = _missing_upper(part_N1, unfinished_NK[: len(part_N1)], rules)[0]
+        bounds[choice] = missing_upper(part_N1, unfinished_NK[: len(part_N1)], rules)[0]
     fine = [choice for choice in trials if bounds[choice] <= rules.ranks]
-    allowed = (
-        f"at most {rules.ranks:.0%} of what leaving out all scales from {_at(model, schedule.structure_end)} on costs"
-    )
+    first = scale_name(model, schedule.structure_end)
+    allowed = f"at most {rules.ranks:.0%} of what leaving out all scales from {first} on costs"
     if not fine:
         energy, projection = min(bounds, key=lambda choice: bounds[choice])
         return schedule, (
@@ -156,7 +156,7 @@ def _propose_ranks(
             f"{bounds[energy, projection]:.3f}): every token is kept"
         )
     energy, projection = min(fine, key=lambda choice: (float(choice[0]), bounds[choice]))
-    proposed = _with_ranks(schedule, model, table, energy, projection)
+    proposed = with_ranks(schedule, model, table, energy, projection)
     assert proposed.rank_ratios is not None
     means = ", ".join(f"{np.mean(ratio):.0%}" for ratio in proposed.rank_ratios)
     return proposed, (
@@ -165,12 +165,12 @@ def _propose_ranks(
     )
 
 
-def _idle(schedule: StageSchedule) -> bool:
+def is_idle(schedule: StageSchedule) -> bool:
     """Whether a proposal accelerates nothing."""
     return schedule.cfg_delay is None and schedule.rank_ratios is None
 
 
-def _begun_at(proposal: StageSchedule, start: int, model: LoadedModel) -> StageSchedule:
+def begun_at(proposal: StageSchedule, start: int, model: LoadedModel) -> StageSchedule:
     """The proposal's kind of acceleration begun at another scale; earlier scales get the ratios of its first one.
 
     A proposal that accelerates nothing is ablated by dropping a branch at once, to show what that would cost.
@@ -179,7 +179,7 @@ def _begun_at(proposal: StageSchedule, start: int, model: LoadedModel) -> StageS
     if ratios is not None:
         shift = start - proposal.structure_end
         ratios = ratios[shift:] if shift >= 0 else (ratios[0],) * -shift + ratios
-    delay = 0 if _idle(proposal) else proposal.cfg_delay
+    delay = 0 if is_idle(proposal) else proposal.cfg_delay
     delay = None if delay is None else min(delay, scales - start)
     return dataclasses.replace(
         proposal,

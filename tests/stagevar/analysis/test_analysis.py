@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from stagevar.accelerators import Exact
-from stagevar.analysis.bands import _spectra
+from stagevar.analysis.bands import band_spectra
 from stagevar.analysis.measure import (
     ENERGIES,
     Similarity,
@@ -21,7 +21,7 @@ from stagevar.analysis.measure import (
 )
 from stagevar.analysis.plots import draw
 from stagevar.analysis.result import Curve, load_proposal
-from stagevar.analysis.rules import Rules, _begun_at, _missing_upper, _propose_ranks, _propose_stages, _settled
+from stagevar.analysis.rules import Rules, begun_at, missing_upper, propose_ranks, propose_stages, settled
 from stagevar.errors import UsageError
 from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import BOTH, StageSchedule, exact
@@ -129,7 +129,7 @@ def test_bands_separate_slow_from_fast_waves():
     slow, fast = (128 + 100 * np.cos(2 * np.pi * k * x) for k in (2, 12))
     for wave, inside in ((slow, True), (fast, False)):
         image = np.broadcast_to(wave[None, None, :, None], (1, 64, 64, 3)).astype(np.uint8)
-        spectrum, low = _spectra(image, (16, 16))
+        spectrum, low = band_spectra(image, (16, 16))
         energy = np.abs(spectrum) ** 2
         assert ((energy * low).sum() / energy.sum() > 0.99) == inside
 
@@ -185,7 +185,7 @@ def test_ablation_has_a_row_per_start_and_matches_a_straight_run(model, analysis
     assert analysis.proposal.cfg_delay is not None and analysis.proposal.rank_ratios is not None
     sampler = Sampler(model)
     for start in (1, 3):
-        steps = _begun_at(analysis.proposal, start, model).expand(GRIDS, sampler.chunks)
+        steps = begun_at(analysis.proposal, start, model).expand(GRIDS, sampler.chunks)
         full = exact(len(GRIDS)).expand(GRIDS, sampler.chunks)
         # The analysis works in batches of three, which rounding may tell from one by one.
         scores = [
@@ -207,8 +207,8 @@ def curves(model, ssim, meaning, cond, uncond, n=6):
 def propose(model, measured, rules=None):
     rules = rules or Rules()
     stage_of = {"ssim": "structure", "meaning": "semantic"}
-    missing = {name: _missing_upper(1 - measured[name], measured[name], rules) for name in stage_of}
-    return _propose_stages(model, rules, measured, missing, stage_of)
+    missing = {name: missing_upper(1 - measured[name], measured[name], rules) for name in stage_of}
+    return propose_stages(model, rules, measured, missing, stage_of)
 
 
 def test_boundaries_follow_the_plateaus(model):
@@ -238,8 +238,8 @@ def test_without_a_plateau_only_the_last_scale_is_left(model):
 
 
 def test_a_plateau_must_last():
-    assert _settled([1, 0.05, 0.3, 0.04, 0.0], 0.1) == 3
-    assert _settled([1, 0.5], 0.1) == 2
+    assert settled([1, 0.05, 0.3, 0.04, 0.0], 0.1) == 3
+    assert settled([1, 0.5], 0.1) == 2
 
 
 def test_disagreeing_prompts_delay_the_plateau():
@@ -247,7 +247,7 @@ def test_disagreeing_prompts_delay_the_plateau():
     calm = 1 - np.tile([1.0, 0.09, 0.0], (12, 1))
     wild = calm.copy()
     wild[:, 1] += rng.permutation([-0.09, 0.09] * 6)
-    upper = [_missing_upper(1 - values, values, Rules())[1] for values in (calm, wild)]
+    upper = [missing_upper(1 - values, values, Rules())[1] for values in (calm, wild)]
     assert upper[0] == pytest.approx(0.09) and upper[1] > 0.1
 
 
@@ -259,30 +259,30 @@ def test_ranks_take_the_least_energy_that_costs_less_than_leaving_the_scales_out
         ("0.99", "rows"): [np.full(4, 0.1)], ("0.96", "rows"): [np.full(4, 0.14)], ("0.92", "rows"): [np.full(4, 0.16)],
     }  # fmt: skip
 
-    def propose_ranks(ssim_NK, **rules):
-        return _propose_ranks(model, Rules(**rules), ssim_NK, trials, schedule, analysis.rank_ratio)
+    def ranks_for(ssim_NK, **rules):
+        return propose_ranks(model, Rules(**rules), ssim_NK, trials, schedule, analysis.rank_ratio)
 
-    proposed, why = propose_ranks(ssim_NK)
+    proposed, why = ranks_for(ssim_NK)
     assert (proposed.projection, proposed.rope) == ("rows", "index")
     assert proposed.rank_ratios == (tuple(analysis.rank_ratio["0.96"]["6"]),)
     assert "energy 0.96" in why and "leaving out all scales from scale 4 (side 6) on" in why
-    kept, why = propose_ranks(ssim_NK, ranks=0.05)
+    kept, why = ranks_for(ssim_NK, ranks=0.05)
     assert kept == schedule and "every token is kept" in why
     # The last scale adds so little here that every one of these reductions costs more than half of it.
-    kept, why = propose_ranks(np.tile([0.0, 0.5, 0.6, 0.85, 1.0], (4, 1)))
+    kept, why = ranks_for(np.tile([0.0, 0.5, 0.6, 0.85, 1.0], (4, 1)))
     assert kept == schedule and "every token is kept" in why
 
 
 def test_ablation_shifts_cutoff_and_ranks_with_the_start(model):
     proposal = StageSchedule(3, 2, cfg_delay=1, rank_ratios=((0.5, 0.4), (0.3, 0.2)))
-    earlier = _begun_at(proposal, 1, model)
+    earlier = begun_at(proposal, 1, model)
     idle = StageSchedule(4, 2, branch="cond")
-    assert (_begun_at(idle, 2, model).cfg_cutoff, _begun_at(idle, 2, model).branch) == (2, "cond")
+    assert (begun_at(idle, 2, model).cfg_cutoff, begun_at(idle, 2, model).branch) == (2, "cond")
     assert (earlier.cfg_cutoff, earlier.semantic_end) == (2, 1)
     assert earlier.rank_ratios == ((0.5, 0.4),) * 3 + ((0.3, 0.2),)
-    later = _begun_at(proposal, 4, model)
+    later = begun_at(proposal, 4, model)
     assert (later.cfg_cutoff, later.rank_ratios) == (5, ((0.3, 0.2),))
-    assert _begun_at(proposal, 3, model) == proposal
+    assert begun_at(proposal, 3, model) == proposal
 
 
 def test_intervals_shrink_with_prompts():
