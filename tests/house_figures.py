@@ -1,4 +1,5 @@
-"""Figures of the house from its syntax trees: rooms, arrows, circles, long files and functions, open dictionaries, mypy.
+"""Figures of the house from its syntax trees: rooms, arrows, circles, long files and functions, open dictionaries, reaches
+into private names, mypy.
 
 `python -m tests.house_figures` prints them (mypy only where it is installed); tests/repository/test_house.py holds them to
 tests/house_plan.py. An import inside a function counts as one at the top does, and so does one for type checking only.
@@ -129,6 +130,25 @@ def open_dictionaries(*packages: str) -> dict[str, int]:
     return {path: count for path, count in counts.items() if count}
 
 
+def private_reaches(*packages: str) -> dict[str, int]:
+    """How often files import a name that begins with an underscore, or read one off anything but self, cls and super()."""
+    counts = {str(path.relative_to(ROOT)): _reaches(ast.parse(path.read_text())) for path in python_files(*packages)}
+    return {path: count for path, count in counts.items() if count}
+
+
+def _reaches(tree: ast.AST) -> int:
+    def private(name: str) -> bool:
+        return name.startswith("_") and not name.startswith("__")
+
+    def own(value: ast.expr) -> bool:
+        value = value.func if isinstance(value, ast.Call) else value
+        return isinstance(value, ast.Name) and value.id in ("self", "cls", "super")
+
+    imported = [alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names]
+    read = [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and not own(node.value)]
+    return sum(map(private, [*imported, *read]))
+
+
 def mypy_errors(*packages: str) -> dict[str, int] | None:
     """Errors of mypy at its loosest setting, by path; None where mypy is not installed."""
     if importlib.util.find_spec("mypy") is None:
@@ -161,6 +181,8 @@ def main() -> None:
     row(f"files above {FILE_LINES} lines", *(len(long_files(package)) for package in PACKAGES))
     row(f"functions above {FUNCTION_LINES} lines", *(len(long_functions(package)) for package in PACKAGES))
     row("dict[str, Any] and Mapping[str, Any]", *(sum(open_dictionaries(p).values()) for p in PACKAGES))
+    rooms = {name: sum(private_reaches(name).values()) for name in ("tests", "benchmarks", "training")}
+    print(f"{'private names reached from outside':44}" + ", ".join(f"{name} {count}" for name, count in rooms.items()))
     errors = mypy_errors(*PACKAGES)
     if errors is None:
         row("mypy errors, loosest setting", *("no mypy" for _ in PACKAGES))
