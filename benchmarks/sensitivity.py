@@ -90,9 +90,9 @@ def summed(model: Sensitivities, steps: Steps) -> np.ndarray:
     tokens = [change for change in changes if isinstance(change, FewerTokens)]
     for change in changes:
         if not isinstance(change, FewerTokens):
-            total_MN = total_MN + model._row(change)
+            total_MN = total_MN + model.change_row(change)
     if tokens:
-        total_MN = total_MN + model._telescoped(tokens, [step.scale for step in steps if not step.skipped])
+        total_MN = total_MN + model.telescoped(tokens, [step.scale for step in steps if not step.skipped])
     return total_MN
 
 
@@ -102,7 +102,7 @@ def first_share(model: Sensitivities, steps: Steps) -> np.ndarray:
     tokens = [change for change in changes if isinstance(change, FewerTokens)]
     kinds = [change for change in changes if not isinstance(change, FewerTokens)] + tokens[:1]
     zero = np.zeros((len(model.metrics), model.prompts))
-    return np.min([zero] if not kinds else [model._row(change) for change in kinds], axis=0)
+    return np.min([zero] if not kinds else [model.change_row(change) for change in kinds], axis=0)
 
 
 RULES: dict[str, Callable[[Sensitivities, Steps], Any]] = {

@@ -220,9 +220,9 @@ class Sensitivities:
             return None
         changes = changes_of(steps)
         tokens = [change for change in changes if isinstance(change, FewerTokens)]
-        kinds = [self._row(change) for change in changes if not isinstance(change, FewerTokens)]
+        kinds = [self.change_row(change) for change in changes if not isinstance(change, FewerTokens)]
         if tokens:
-            kinds.append(self._telescoped(tokens, [step.scale for step in steps if not step.skipped]))
+            kinds.append(self.telescoped(tokens, [step.scale for step in steps if not step.skipped]))
         kinds_KMN = [row_MN for row_MN in kinds if row_MN is not None]
         if len(kinds_KMN) < len(kinds):
             return None
@@ -236,19 +236,19 @@ class Sensitivities:
             return None
         return {metric: predicted(row_N) for metric, row_N in zip(self.metrics, found_MN, strict=True)}
 
-    def _telescoped(self, tokens: Sequence[FewerTokens], run: Sequence[int]) -> np.ndarray | None:
+    def telescoped(self, tokens: Sequence[FewerTokens], run: Sequence[int]) -> np.ndarray | None:
         following = dict(itertools.pairwise(run))
         total_MN = self._zero_MN
         for change in tokens:
-            here = self._row(change)
+            here = self.change_row(change)
             after = following.get(change.scale)
-            later = self._zero_MN if after is None else self._row(dataclasses.replace(change, scale=after))
+            later = self._zero_MN if after is None else self.change_row(dataclasses.replace(change, scale=after))
             if here is None or later is None:
                 return None
             total_MN = total_MN + here - later
         return total_MN
 
-    def _row(self, change: Change) -> np.ndarray | None:
+    def change_row(self, change: Change) -> np.ndarray | None:
         if change in self.rows:
             return self.rows[change]
         if isinstance(change, GuidanceEnds):  # fusing keeps guidance a little longer: it costs no more
