@@ -97,7 +97,7 @@ def _article(words: str) -> str:
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
-def _item(shape: str, count: int = 1, color: str | None = None, texture: str | None = None) -> Clause:
+def clause(shape: str, count: int = 1, color: str | None = None, texture: str | None = None) -> Clause:
     item: Clause = {"class": shape, "count": count}
     if color is not None:
         item["color"] = color
@@ -111,7 +111,7 @@ def _noun(item: Clause) -> str:
     return " ".join(w for w in (item.get("texture"), item.get("color"), shape) if w)
 
 
-def _metadata(tag: str, include: list[Clause]) -> Metadata:
+def metadata_of(tag: str, include: list[Clause]) -> Metadata:
     """GenEval's dict for a task: the reference object first, then the subject with its position."""
     if tag == "counting":
         item = include[0]
@@ -133,22 +133,22 @@ def unseen_pairs(metadata: Metadata) -> bool:
 
 
 @cache
-def _family(tag: str, colored: bool) -> tuple[Metadata, ...]:
+def all_captions(tag: str, colored: bool) -> tuple[Metadata, ...]:
     """Every prompt of one task, with or without color words, in a fixed order."""
     colors: tuple[str | None, ...] = COLORS if colored else (None,)
     items = [(s, c) for s in SHAPES for c in colors]
     pairs = [(a, b) for a in items for b in items if a[0] != b[0] and (not colored or a[1] != b[1])]
     if tag in ("single_object", "colors"):
-        return tuple(_metadata(tag, [_item(s, 1, c)]) for s, c in items)
+        return tuple(metadata_of(tag, [clause(s, 1, c)]) for s, c in items)
     if tag in ("two_object", "color_attr"):
-        return tuple(_metadata(tag, [_item(a[0], 1, a[1]), _item(b[0], 1, b[1])]) for a, b in pairs)
+        return tuple(metadata_of(tag, [clause(a[0], 1, a[1]), clause(b[0], 1, b[1])]) for a, b in pairs)
     if tag == "counting":
-        return tuple(_metadata(tag, [_item(s, n, c)]) for n in NUMBERS for s, c in items)
+        return tuple(metadata_of(tag, [clause(s, n, c)]) for n in NUMBERS for s, c in items)
     if tag == "texture":
-        return tuple(_metadata(tag, [_item(s, 1, c, t)]) for t in TEXTURES for s, c in items)
+        return tuple(metadata_of(tag, [clause(s, 1, c, t)]) for t in TEXTURES for s, c in items)
     if tag == "position":
         return tuple(
-            _metadata(tag, [_item(a[0], 1, a[1]), {**_item(b[0], 1, b[1]), "position": [relation, 0]}])
+            metadata_of(tag, [clause(a[0], 1, a[1]), {**clause(b[0], 1, b[1]), "position": [relation, 0]}])
             for relation, (a, b) in itertools.product(RELATIONS, pairs)
         )
     raise UsageError(f"unknown task {tag!r}; tasks are {', '.join(TASKS)}")
@@ -159,13 +159,13 @@ def _share(text: str) -> float:
 
 
 @cache
-def _pool(tag: str, colored: bool, split: str) -> tuple[Metadata, ...]:
+def split_captions(tag: str, colored: bool, split: str) -> tuple[Metadata, ...]:
     """The prompts of a family that a split may use.
 
     Colored families of counting, position, color_attr and texture are cut by a hash of the text: 80 % train, 10 %
     search, 10 % heldout. The other families hold 6 to 48 texts, too few to cut; splits share those and differ in noise.
     """
-    family = _family(tag, colored)
+    family = all_captions(tag, colored)
     if split == "unseen":
         return tuple(m for m in family if unseen_pairs(m))
     family = tuple(m for m in family if not unseen_pairs(m))
@@ -211,7 +211,7 @@ def _endless(tag: str, split: str, rng: np.random.Generator) -> Iterator[Metadat
     queues: dict[bool, list[int]] = {c: [] for c in colorings}
     for turn in itertools.count():
         colored = colorings[turn % len(colorings)]
-        pool = _pool(tag, colored, split)
+        pool = split_captions(tag, colored, split)
         if not queues[colored]:
             queues[colored] = rng.permutation(len(pool)).tolist()
         yield pool[queues[colored].pop()]
@@ -234,7 +234,7 @@ def sample(
     chosen = []
     for tag in tags:
         colorings = [c for c in _COLORING[TASKS[tag]] if split != "unseen" or c]
-        pool = _pool(TASKS[tag], colorings[int(rng.integers(len(colorings)))], split)
+        pool = split_captions(TASKS[tag], colorings[int(rng.integers(len(colorings)))], split)
         chosen.append(pool[int(rng.integers(len(pool)))])
     return arrange(chosen, rng)
 

@@ -13,7 +13,7 @@ from stagevar.models.nano.load import shipped_folder
 from training.nano.clip import CONFIG, NanoClip, compacted, config_json, published, tokenize
 from training.nano.evaluate import Evaluation, clip_accuracy
 
-TEXTS = [m["prompt"] for tag in scenes.TASKS for c in (False, True) for m in scenes._family(tag, c)]
+TEXTS = [m["prompt"] for tag in scenes.TASKS for c in (False, True) for m in scenes.all_captions(tag, c)]
 
 
 def open_clip_model(folder):
@@ -41,7 +41,7 @@ def test_open_clip_loads_it_and_agrees(folder):
     pixels = (scenes.draw(scenes.sample(8, np.random.default_rng(4))) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
     images = torch.stack([preprocess(Image.fromarray(p)) for p in pixels])
     assert torch.allclose(images, torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1, atol=1e-6)
-    texts = [*TEXTS[::41], *(m["prompt"] for m in scenes._family("counting", False))]
+    texts = [*TEXTS[::41], *(m["prompt"] for m in scenes.all_captions("counting", False))]
     assert {w for text in texts for w in text.split()} == {w for text in TEXTS for w in text.split()}
     with torch.inference_mode():
         assert torch.allclose(ours.encode_image(images), theirs.encode_image(images, normalize=True), atol=1e-5)

@@ -61,6 +61,8 @@ def test_every_color_and_texture_of_every_shape():
     rng = np.random.default_rng(1)
     for texture in scenes.TEXTURES:
         for shape in scenes.SHAPES:
-            metas = [scenes._metadata("texture", [scenes._item(shape, 1, color, texture)]) for color in scenes.COLORS]
+            metas = [
+                scenes.metadata_of("texture", [scenes.clause(shape, 1, color, texture)]) for color in scenes.COLORS
+            ]
             scene = scenes.arrange(metas, rng)
             assert check_batch(scenes.draw(scene), metas).all(), (shape, texture)

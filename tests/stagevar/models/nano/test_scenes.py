@@ -28,7 +28,7 @@ def test_drawing_scales_with_the_image_size(size):
 
 
 def test_wording_follows_geneval():
-    texts = {m["prompt"] for tag in scenes.TASKS for c in (False, True) for m in scenes._family(tag, c)}
+    texts = {m["prompt"] for tag in scenes.TASKS for c in (False, True) for m in scenes.all_captions(tag, c)}
     assert "a photo of two red rings" in texts
     assert "a photo of a blue square left of a green star" in texts
     assert "a photo of an orange circle and a red star" in texts
@@ -91,7 +91,7 @@ def test_unseen_pairs_are_a_tenth_and_never_drawn_in_training():
 
 def test_splits_share_no_text_of_a_cut_family():
     for tag in ("counting", "position", "color_attr", "texture"):
-        texts = [{m["prompt"] for m in scenes._pool(tag, True, split)} for split in scenes.SPLITS]
+        texts = [{m["prompt"] for m in scenes.split_captions(tag, True, split)} for split in scenes.SPLITS]
         assert all(texts)
         for a, b in itertools.combinations(texts, 2):
             assert not a & b

@@ -10,7 +10,7 @@ from stagevar.models.nano.text import END, PAD, UNKNOWN, NanoTextEncoder
 
 def test_every_caption_is_in_the_vocabulary():
     encoder = NanoTextEncoder(preset("micro"))
-    texts = [m["prompt"] for tag in scenes.TASKS for c in (False, True) for m in scenes._family(tag, c)]
+    texts = [m["prompt"] for tag in scenes.TASKS for c in (False, True) for m in scenes.all_captions(tag, c)]
     ids, lengths = encoder.tokenize(texts)
     assert not (ids == UNKNOWN).any()
     assert (ids.gather(1, lengths[:, None] - 1) == END).all()
