@@ -132,7 +132,7 @@ def acme(tmp_path_factory):
 
 
 def test_the_plugins_are_offered_and_work_by_their_names(acme):
-    assert [finding.state for finding in doctor._plugins()] == ["ok"] * 4
+    assert [finding.state for finding in doctor.check_plugins()] == ["ok"] * 4
     assert registry.load_model("nano-warm", device="cpu").sampling.temperature[0] == 1.1
     space = load_space("nano", PLUGIN / "space.yaml")
     assert list(space.quality) == ["geneval_nano", "sharpness"]

@@ -207,7 +207,7 @@ def stubs(folder, monkeypatch):
     monkeypatch.setattr("stagevar.models.registry.model_parts", parts_once)
     monkeypatch.setattr("tuner.cluster.connection.check_installed", lambda: None)
     monkeypatch.setattr("socket.create_connection", nobody)
-    for name in ("_device", "_models", "_packages"):  # they look at the machine, not at arguments
+    for name in ("check_device", "_models", "_packages"):  # they look at the machine, not at arguments
         monkeypatch.setattr(f"tuner.cli.doctor.{name}", list)
     monkeypatch.setattr("tuner.cli.doctor._timings", mock.Mock(return_value=mock.Mock(state="ok", text="")))
 

@@ -83,7 +83,7 @@ def test_there_is_one_version():
 def test_doctor_asks_for_what_pyproject_declares():
     lines = [*PROJECT["project"]["dependencies"], *EXTRAS["tune"]]
     least = dict(re.match(r"([\w.-]+)>=([\d.]+)$", line).groups() for line in lines)
-    for name, numbers in doctor._REQUIRED.items():
+    for name, numbers in doctor.REQUIRED.items():
         assert tuple(int(part) for part in least[name].split("."))[:2] == numbers, name
 
 

@@ -212,7 +212,7 @@ def test_names_that_are_taken_are_refused_and_the_built_in_ones_stay(installed):
     assert metric_class("geneval_nano").__module__ == "tuner.metrics.geneval_nano"
     assert registry.find("nano").temperature != 1.2
     assert plugins.find(SIMILARITIES, "clip").package == "stagevar-tune"
-    warned = [finding.text for finding in doctor._plugins() if finding.state == "warn"]
+    warned = [finding.text for finding in doctor.check_plugins() if finding.state == "warn"]
     assert len(warned) == 4
     assert (
         "plug-in: the metric geneval_nano of acme 1.0 is ignored: geneval_nano is built in; it needs another name"
@@ -240,7 +240,7 @@ def test_an_accelerator_that_is_not_installed_names_the_others(space_file):
 def test_the_doctor_lists_what_is_offered(installed):
     installed("acme")
     installed("broken", {METRICS: {"bad": "Anything"}}, BROKEN)
-    findings = doctor._plugins()
+    findings = doctor.check_plugins()
     assert [f.text for f in findings if f.state == "ok"] == [
         "plug-in: model nano-hot of acme 1.0",
         "plug-in: accelerator halving of acme 1.0",

@@ -25,7 +25,7 @@ from stagevar.models.request import ModelRequest
 if TYPE_CHECKING:
     import torch
 
-_REQUIRED = {"torch": (2, 11), "numpy": (2, 0), "optuna": (5, 0), "scipy": (1, 13), "pandas": (2, 2), "rich": (13, 7)}
+REQUIRED = {"torch": (2, 11), "numpy": (2, 0), "optuna": (5, 0), "scipy": (1, 13), "pandas": (2, 2), "rich": (13, 7)}
 _OPTIONAL = {
     "open_clip_torch": "CLIP score",
     "ray": "--executor ray",
@@ -52,12 +52,12 @@ def run_checks(out: Path, model: ModelRequest | None = None) -> list[Finding]:
         out: where runs would be written.
         model: also what this model needs here and what of it is missing.
     """
-    findings = [*_python(), *_packages(), *_device(), _timings(), _disk(out), *_models(), *_plugins()]
+    findings = [*_python(), *_packages(), *check_device(), _timings(), _disk(out), *_models(), *check_plugins()]
     if model is not None:
         from stagevar.models import readiness
 
         findings += [Finding(*found) for found in readiness.check_model(model)]
-        findings += [] if model.weights == "random" else _metrics(model.name)
+        findings += [] if model.weights == "random" else check_metrics(model.name)
     return findings
 
 
@@ -76,7 +76,7 @@ def _version(name: str) -> str | None:
 
 def _packages() -> list[Finding]:
     findings = []
-    for name, least in _REQUIRED.items():
+    for name, least in REQUIRED.items():
         version = _version(name)
         wanted = ".".join(map(str, least))
         if version is None:
@@ -93,7 +93,7 @@ def _packages() -> list[Finding]:
     return findings
 
 
-def _device() -> list[Finding]:
+def check_device() -> list[Finding]:
     import torch
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -175,7 +175,7 @@ def _disk(out: Path) -> Finding:
     return Finding("warn" if each_ms > 50 else "ok", f"{folder} is writable, {each_ms:.1f} ms per durable line")
 
 
-def _metrics(model: str) -> list[Finding]:
+def check_metrics(model: str) -> list[Finding]:
     """Packages that the model's default quality lacks."""
     from tuner.config.space import load_space
     from tuner.metrics.registry import check_packages
@@ -209,7 +209,7 @@ def _models() -> list[Finding]:
     return findings
 
 
-def _plugins() -> list[Finding]:
+def check_plugins() -> list[Finding]:
     """What other packages offer by entry point: each loads, or one line says why not."""
     from stagevar.accelerators.plugged import plugged
     from stagevar.analysis import SIMILARITIES

@@ -67,6 +67,6 @@ def test_doctor_looks_at_every_card_and_tries_the_current_one(monkeypatch, known
     monkeypatch.setattr("stagevar.models.registry.load_model", lambda name, **options: (name, options))
     checks = [card_selftest.Check("bfloat16", None), card_selftest.Check("engine graph", "falls back")]
     monkeypatch.setattr(card_selftest, "selftest", lambda model: iter(checks))
-    found = [f for f in doctor._device() if f.text.startswith("cuda:0")]
+    found = [f for f in doctor.check_device() if f.text.startswith("cuda:0")]
     assert [f.state for f in found] == ["ok", state, "ok", "warn"] and words in found[1].text
     assert found[3].text == "cuda:0 engine graph: falls back"

@@ -37,9 +37,9 @@ def test_a_missing_package_is_named_before_anything_is_loaded(monkeypatch, capsy
     assert main(run) == 2
     assert "metric lpips needs lpips: pip install 'stagevar-tune[metrics]'" in capsys.readouterr().err
     assert main([*run, "--dry-run", "--weights", "random"]) == 0, "only latency is judged"
-    findings = doctor._metrics("var-tiny")
+    findings = doctor.check_metrics("var-tiny")
     assert [(f.state, f.text.partition(":")[0]) for f in findings] == [("fail", "metric lpips needs lpips")]
-    assert doctor._metrics("infinity-tiny") == []
+    assert doctor.check_metrics("infinity-tiny") == []
 
 
 def imports_of(module: str) -> set[str]:
