@@ -303,7 +303,7 @@ def resolve(model: str | ModelRequest, **options: Any) -> LoadRequest:
         resolution=chosen,
         ratio=float(ratio),
         device=place,
-        dtype=dtype if isinstance(dtype, torch.dtype) else _resolve_dtype(dtype, place),
+        dtype=dtype if isinstance(dtype, torch.dtype) else resolve_dtype(dtype, place),
         weights=None if asked.weights is None else str(asked.weights),
         tokenizer=None if asked.tokenizer is None else Path(asked.tokenizer),
         text=None if asked.text is None else Path(asked.text),
@@ -335,7 +335,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return place
 
 
-def _resolve_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
+def resolve_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
     import torch
 
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -367,10 +367,10 @@ def load_model(model: str | ModelRequest, **options: Any) -> LoadedModel:
         WeightsError: files that are missing, damaged or another model's.
     """
     request = resolve(model, **options)
-    return _function(request.spec.builder)(request)
+    return named_function(request.spec.builder)(request)
 
 
-def _function(target: str) -> Any:
+def named_function(target: str) -> Any:
     return pkgutil.resolve_name(target)
 
 
@@ -378,4 +378,4 @@ def model_parts(request: LoadRequest) -> Any:
     """The model's modules on the meta device (stagevar.models.loading.Parts). Raises UsageError where it has none."""
     if not request.spec.parts:
         raise UsageError(f"{request.spec.name} ships in the package: there are no weight files to convert or measure")
-    return _function(request.spec.parts)(request)
+    return named_function(request.spec.parts)(request)

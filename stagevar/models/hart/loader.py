@@ -105,7 +105,7 @@ def build(request: LoadRequest) -> LoadedModel:
     if request.weights is None:
         memory.require(memory.estimate(made, request), request.device, request.spec.name)  # before anything is fetched
         made = _parts(request, locate(request)[0])
-    text = _text(request, made)
+    text = text_encoder(request, made)
     record = fill(made, request)
     transformer = made.transformer.module
     assert isinstance(transformer, HART)
@@ -115,7 +115,7 @@ def build(request: LoadRequest) -> LoadedModel:
     return assemble(made, request, text, ramped_sampling(request, len(made.grids), guidance_ramp), record)
 
 
-def _text(request: LoadRequest, made: Parts) -> TextEncoder:
+def text_encoder(request: LoadRequest, made: Parts) -> TextEncoder:
     config = made.transformer.module.config
     assert isinstance(config, HARTConfig)
     source: HubFile | Path | None = request.text or text_beside(request)

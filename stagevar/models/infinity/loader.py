@@ -52,7 +52,7 @@ def parts(request: LoadRequest) -> Parts:
 def build(request: LoadRequest) -> LoadedModel:
     """See `stagevar.models.registry.load_model`."""
     made = parts(request)
-    text: TextEncoder = _text(request, made)
+    text: TextEncoder = text_encoder(request, made)
     record = fill(made, request)
     transformer = made.transformer.module
     assert isinstance(transformer, Infinity)
@@ -88,7 +88,7 @@ def at_ratio(model: LoadedModel, resolution: str, ratio: float) -> LoadedModel:
     )
 
 
-def _text(request: LoadRequest, made: Parts) -> TextEncoder:
+def text_encoder(request: LoadRequest, made: Parts) -> TextEncoder:
     config = made.transformer.module.config
     assert isinstance(config, InfinityConfig)
     if request.text is not None:

@@ -51,7 +51,7 @@ def parts(request: LoadRequest) -> Parts:
 def build(request: LoadRequest) -> LoadedModel:
     """See `stagevar.models.registry.load_model`."""
     made = parts(request)
-    text = _text(request, made)
+    text = text_encoder(request, made)
     record = fill(made, request)
     transformer = made.transformer.module
     assert isinstance(transformer, NextScaleModel)
@@ -61,7 +61,7 @@ def build(request: LoadRequest) -> LoadedModel:
     return assemble(made, request, text, ramped_sampling(request, len(made.grids), guidance_ramp), record)
 
 
-def _text(request: LoadRequest, made: Parts) -> TextEncoder:
+def text_encoder(request: LoadRequest, made: Parts) -> TextEncoder:
     config = made.transformer.module.config
     if isinstance(config, VARConfig):
         if request.text is not None:

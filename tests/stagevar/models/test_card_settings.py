@@ -18,8 +18,8 @@ from stagevar.timing import time_once
 def test_precision_follows_the_card(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert registry._resolve_dtype(None, torch.device("cuda", 0)) == dtype
-    assert registry._resolve_dtype("bfloat16", torch.device("cuda", 0)) == torch.bfloat16
+    assert registry.resolve_dtype(None, torch.device("cuda", 0)) == dtype
+    assert registry.resolve_dtype("bfloat16", torch.device("cuda", 0)) == torch.bfloat16
 
 
 def test_time_is_taken_on_the_device_that_runs(monkeypatch):

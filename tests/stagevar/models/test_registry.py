@@ -70,7 +70,7 @@ def test_every_row_names_importable_functions_and_a_resolution():
     for spec in list_models():
         assert spec.resolutions and spec.summary, spec.name
         if spec.family == "infinity":
-            assert callable(registry._function(spec.builder)) and callable(registry._function(spec.parts))
+            assert callable(registry.named_function(spec.builder)) and callable(registry.named_function(spec.parts))
 
 
 @pytest.mark.parametrize("size", registry.INFINITY_SIZES)
@@ -231,10 +231,10 @@ def test_the_text_encoder_beside_the_weights_is_used(tiny_files, tmp_path):
     request = resolve("infinity-2b", weights=tmp_path / "transformer.pth", device="cpu")
     from stagevar.models.infinity import loader as infinity_loader
 
-    text = infinity_loader._text(request, model_parts(request))
+    text = infinity_loader.text_encoder(request, model_parts(request))
     assert isinstance(text, T5Text) and text.source == tmp_path / "flan-t5-xl"
     public = resolve("infinity-2b", device="cpu")
-    text = infinity_loader._text(public, model_parts(public))
+    text = infinity_loader.text_encoder(public, model_parts(public))
     assert isinstance(text, T5Text) and text.source == registry.FLAN_T5_XL and not text.loaded
 
 

@@ -354,13 +354,15 @@ def test_a_training_checkpoint_loads_strictly(tmp_path, clip_folder):
 def test_the_public_text_encoder_is_the_one_beside_the_weights(clip_folder):
     request = resolve("star-1.7b", device="cpu")
     parts = model_parts(request)
-    assert vq_loader._text(request, parts).source == HubFile("taocrayon/STAR", "CLIP/", request.spec.weights.revision)
+    assert vq_loader.text_encoder(request, parts).source == HubFile(
+        "taocrayon/STAR", "CLIP/", request.spec.weights.revision
+    )
     assert parts.text_bytes > 1e9
     near = resolve("star-1.7b", device="cpu", weights=clip_folder)
     (clip_folder / "text").mkdir(exist_ok=True)
     for part in ("tokenizer", "text_encoder"):
         (clip_folder / "text" / part).mkdir(exist_ok=True)
-    assert vq_loader._text(near, parts).source == clip_folder / "text"
+    assert vq_loader.text_encoder(near, parts).source == clip_folder / "text"
     assert STAR_SIDES[1024] == parts.transformer.module.config.sides
 
 
