@@ -18,7 +18,7 @@ from tuner.metrics.declarations import DECLARATIONS, Declaration
 from tuner.metrics.quality_spec import QualitySpec
 
 # name -> (module, class). Modules are imported on use: torch takes seconds, open_clip fifteen.
-_REGISTRY: dict[str, tuple[str, str]] = {
+CLASSES: dict[str, tuple[str, str]] = {
     "clip_score": ("tuner.metrics.clip", "ClipScore"),
     "clip_image_similarity": ("tuner.metrics.clip", "ClipImageSimilarity"),
     "hpsv2": ("tuner.metrics.clip", "HumanPreferenceScore"),
@@ -41,14 +41,14 @@ _REGISTRY: dict[str, tuple[str, str]] = {
     "cmmd": ("tuner.metrics.distribution", "Cmmd"),
 }
 #: The built-in ones; `metric_names` has those of plug-ins too.
-METRIC_NAMES: tuple[str, ...] = tuple(_REGISTRY)
+METRIC_NAMES: tuple[str, ...] = tuple(CLASSES)
 #: Group of entry points in which packages offer classes of metrics.
 METRICS = "stagevar.metrics"
 #: Kinds of options that a file or command line can give, by their annotation.
 _PLAIN = {"str": str, "int": int, "float": float, "bool": bool, "None": type(None)}
 _KIND_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "empty"}
 #: Packages beyond the base installation that metrics import, by the names that imports use.
-_PACKAGES: dict[str, tuple[str, ...]] = {
+PACKAGES: dict[str, tuple[str, ...]] = {
     "clip_score": ("open_clip",),
     "clip_image_similarity": ("open_clip",),
     "hpsv2": ("open_clip",),
@@ -74,7 +74,7 @@ _PACKAGES: dict[str, tuple[str, ...]] = {
 
 def metric_names() -> tuple[str, ...]:
     """The names of all metrics, built in first, then those of plug-ins; imports none of them."""
-    return (*_REGISTRY, *plugins.offered(METRICS, _REGISTRY))
+    return (*CLASSES, *plugins.offered(METRICS, CLASSES))
 
 
 def declaration_of(name: str) -> Declaration:
@@ -88,13 +88,13 @@ def declaration_of(name: str) -> Declaration:
 
 def check_name(name: str) -> None:
     """Raise UsageError with the nearest name unless there is such a metric; imports nothing."""
-    if name not in _REGISTRY and plugins.find(METRICS, name, _REGISTRY) is None:
+    if name not in CLASSES and plugins.find(METRICS, name, CLASSES) is None:
         raise UsageError(f"unknown metric {name!r}{hint(name, metric_names())}")
 
 
 def packages_of(name: str) -> tuple[str, ...]:
     """Packages beyond the base installation that a built-in metric needs, by the names that imports use."""
-    return _PACKAGES.get(name, ())
+    return PACKAGES.get(name, ())
 
 
 def missing_packages(name: str) -> list[str]:
@@ -124,10 +124,10 @@ def metric_class(name: str) -> type[Metric]:
     """
     check_name(name)
     check_packages(name)
-    if name in _REGISTRY:
-        module, class_name = _REGISTRY[name]
+    if name in CLASSES:
+        module, class_name = CLASSES[name]
         return getattr(importlib.import_module(module), class_name)
-    plugin = plugins.find(METRICS, name, _REGISTRY)
+    plugin = plugins.find(METRICS, name, CLASSES)
     assert plugin is not None  # check_name saw it
     return _plugged(plugin)
 

@@ -15,7 +15,7 @@ from tuner.metrics import registry
 from tuner.metrics.base import Metric
 from tuner.metrics.declarations import DECLARATIONS
 from tuner.metrics.quality_spec import QualitySpec, read_quality
-from tuner.metrics.registry import _REGISTRY, METRIC_NAMES
+from tuner.metrics.registry import CLASSES, METRIC_NAMES
 
 TWO = {"geneval": {"weight": 2.0, "max_drop": 0.02}, "clip_score": {"weight": 1.0, "max_drop": 0.3, "model": "x"}}
 
@@ -35,7 +35,7 @@ def _says_lower_is_better(module: str, cls: str) -> bool:
 def test_every_metric_is_declared_as_its_class_is():
     assert tuple(DECLARATIONS) == METRIC_NAMES
     for name, declared in DECLARATIONS.items():
-        assert declared.higher_is_better != _says_lower_is_better(*_REGISTRY[name]), name
+        assert declared.higher_is_better != _says_lower_is_better(*CLASSES[name]), name
         assert declared.max_drop > 0 and declared.unit
         assert declared.kind == "continuous" or 0 < declared.max_drop < declared.change
 

@@ -65,8 +65,8 @@ def test_the_packages_of_a_metric_are_those_that_its_module_imports():
     own = {*sys.stdlib_module_names, "tuner", "stagevar", "numpy", "torch", "PIL"}
     brought_along = {"huggingface_hub"}  # open_clip needs it
     named: dict[str, set[str]] = {}
-    for name, (module, _) in registry._REGISTRY.items():
-        packages = set(registry._PACKAGES.get(name, ()))
+    for name, (module, _) in registry.CLASSES.items():
+        packages = set(registry.PACKAGES.get(name, ()))
         assert packages <= packages_behind(module) | {"torchmetrics"}, name
         named.setdefault(module, set()).update(packages)
     for module, packages in named.items():
