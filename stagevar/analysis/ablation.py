@@ -22,6 +22,7 @@ def ablation_rows(
     proposal: StageSchedule,
     rules: Rules,
 ) -> list[dict[str, Any]]:
+    """Per first accelerated scale: its grid, the share of token rows, and the mean of every score with its interval."""
     chunks = len(model.transformer.chunk_layers)
     curves = {name: Curve.of(values, rules.confidence) for name, values in scores.items()}
     full = sum(s.processed_tokens(chunks) for s in exact(len(model.grids)).expand(model.grids, chunks))

@@ -336,6 +336,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def resolve_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
+    """The precision of a name, the device's usual one where none is asked for. Raises UsageError for an unknown name."""
     import torch
 
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -367,15 +368,11 @@ def load_model(model: str | ModelRequest, **options: Any) -> LoadedModel:
         WeightsError: files that are missing, damaged or another model's.
     """
     request = resolve(model, **options)
-    return named_function(request.spec.builder)(request)
-
-
-def named_function(target: str) -> Any:
-    return pkgutil.resolve_name(target)
+    return pkgutil.resolve_name(request.spec.builder)(request)
 
 
 def model_parts(request: LoadRequest) -> Any:
     """The model's modules on the meta device (stagevar.models.loading.Parts). Raises UsageError where it has none."""
     if not request.spec.parts:
         raise UsageError(f"{request.spec.name} ships in the package: there are no weight files to convert or measure")
-    return named_function(request.spec.parts)(request)
+    return pkgutil.resolve_name(request.spec.parts)(request)

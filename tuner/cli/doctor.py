@@ -94,6 +94,7 @@ def _packages() -> list[Finding]:
 
 
 def check_device() -> list[Finding]:
+    """Processors, their load, and every card with what it can do."""
     import torch
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -237,6 +237,10 @@ class Sensitivities:
         return {metric: predicted(row_N) for metric, row_N in zip(self.metrics, found_MN, strict=True)}
 
     def telescoped(self, tokens: Sequence[FewerTokens], run: Sequence[int]) -> np.ndarray | None:
+        """Paired differences (M, N) of fewer tokens at several scales: each counts beyond what lasts from the next one run on.
+
+        tokens: the changes. run: all scales that are run, in order. None where one of the changes has no row.
+        """
         following = dict(itertools.pairwise(run))
         total_MN = self._zero_MN
         for change in tokens:
@@ -249,6 +253,10 @@ class Sensitivities:
         return total_MN
 
     def change_row(self, change: Change) -> np.ndarray | None:
+        """Paired differences (M, N) of one change, as measured or interpolated between measured shares of tokens.
+
+        Below the smallest measured share they are that one's. None where nothing like the change was measured.
+        """
         if change in self.rows:
             return self.rows[change]
         if isinstance(change, GuidanceEnds):  # fusing keeps guidance a little longer: it costs no more

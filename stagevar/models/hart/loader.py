@@ -116,6 +116,7 @@ def build(request: LoadRequest) -> LoadedModel:
 
 
 def text_encoder(request: LoadRequest, made: Parts) -> TextEncoder:
+    """What encodes prompts for a model of the family, from files given, found beside the weights or on the hub."""
     config = made.transformer.module.config
     assert isinstance(config, HARTConfig)
     source: HubFile | Path | None = request.text or text_beside(request)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,7 +71,7 @@ def test_every_row_names_importable_functions_and_a_resolution():
     for spec in list_models():
         assert spec.resolutions and spec.summary, spec.name
         if spec.family == "infinity":
-            assert callable(registry.named_function(spec.builder)) and callable(registry.named_function(spec.parts))
+            assert callable(pkgutil.resolve_name(spec.builder)) and callable(pkgutil.resolve_name(spec.parts))
 
 
 @pytest.mark.parametrize("size", registry.INFINITY_SIZES)
