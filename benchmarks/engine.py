@@ -223,7 +223,7 @@ def check(model: LoadedModel, expanded: Mapping[str, Steps], engines: list[str])
             print(f"  {name} on {engine}: {'equal' if equal else 'NOT EQUAL'} to the same kernels launched one by one")
         if replayed.engine.fallback_reason:  # type: ignore[attr-defined]
             found[f"recorded {engine}"] = False
-            print(f"  {engine} went on eagerly: {replayed.engine.fallback_reason}")  # type: ignore[attr-defined]
+            print(f"  {engine} fell back to eager: {replayed.engine.fallback_reason}")  # type: ignore[attr-defined]
         replayed.release()
         launched.release()
     return found

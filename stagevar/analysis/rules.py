@@ -24,13 +24,13 @@ _RESAMPLES = 2000
 class Rules:
     """How curves become a schedule. Every limit is checked at an upper `confidence` bound, bootstrapped over prompts.
 
-    The way of a similarity m is what it lacks at scale 0, mean(1 - m). Its plateau is the first scale from which on it
-    lacks at most `semantic` or `structure` of its way. semantic_end is the scale after the slowest semantic curve's plateau,
-    structure_end the one after the slowest structure curve's; where that leaves no scale, only the last one is accelerated.
-    cfg_cutoff is the first scale from structure_end on after which one branch alone, at any single scale, moves the image
-    by at most `guidance` of SSIM's way; the branch that allows the earlier cutoff is kept. Ranks hold the smallest
-    tabulated energy at which the whole acceleration costs at most `ranks` of the SSIM that leaving out every scale from
-    structure_end on would cost: a share of SSIM's whole way would allow to leave the last scales out as well.
+    The initial gap of a similarity m is what it lacks at scale 0, mean(1 - m). Its plateau is the first scale from which on
+    it lacks at most `semantic` or `structure` of its initial gap. semantic_end is the scale after the slowest semantic
+    curve's plateau, structure_end the one after the slowest structure curve's; where that leaves no scale, only the last one
+    is accelerated. cfg_cutoff is the first scale from structure_end on after which one branch alone, at any single scale,
+    moves the image by at most `guidance` of SSIM's initial gap; the branch that allows the earlier cutoff is kept. Ranks hold
+    the smallest tabulated energy at which the whole acceleration costs at most `ranks` of the SSIM that leaving out every
+    scale from structure_end on would cost: a share of SSIM's whole initial gap would let the last scales be left out as well.
     """
 
     semantic: float = 0.15
@@ -93,9 +93,9 @@ def propose_stages(
         plateau = plateaus[slowest]
         ends[stage] = max(1, min(plateau + 1, last))
         bound = f"upper {rules.confidence:.0%} bound {missing[slowest][min(plateau, last - 1)]:.3f}"
-        lacking = f"{slowest} still lacks more than {limit:.0%} of its way before the last scale"
+        lacking = f"{slowest} still lacks more than {limit:.0%} of its initial gap before the last scale"
         reasons[f"{stage}_end"] = (
-            f"{slowest} lacks at most {limit:.0%} of its way from {scale_name(model, plateau)} on ({bound})"
+            f"{slowest} lacks at most {limit:.0%} of its initial gap from {scale_name(model, plateau)} on ({bound})"
             if plateau < last
             else f"{lacking} ({bound} at {scale_name(model, last - 1)}): "
             "no plateau, so only the last scale is left to accelerate"
@@ -110,12 +110,12 @@ def propose_stages(
         delay = cutoff - start
         reasons["cfg_cutoff"] = (
             f"from {scale_name(model, cutoff)} on the {kept} branch alone, at any one scale, moves the image by at most "
-            f"{rules.guidance:.0%} of its way (upper bound {max(effects[kept][cutoff:]):.3f})"
+            f"{rules.guidance:.0%} of its initial gap (upper bound {max(effects[kept][cutoff:]):.3f})"
         )
     else:
         delay = None
         reasons["cfg_cutoff"] = (
-            f"either branch alone moves the image by more than {rules.guidance:.0%} of its way at the last scale "
+            f"either branch alone moves the image by more than {rules.guidance:.0%} of its initial gap at the last scale "
             f"(upper bound {effects[kept][last]:.3f}): guidance stays"
         )
     return StageSchedule(start, ends["semantic"], cfg_delay=delay, branch=kept), reasons
