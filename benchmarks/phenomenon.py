@@ -77,6 +77,13 @@ def rows(grids: Sequence[Grid]) -> dict[str, StageSchedule]:
     found[f"one branch, a quarter of the rows from side {sides[first]}, the largest"] = kept_rows(
         first, 0.25, projection="top"
     )
+    for ratios in ((0.7, 0.5), (0.5, 0.35)):
+        shares = " and ".join(map(str, ratios))
+        found[f"one branch from {sides[before]}, {shares} of the rows from side {sides[first]}, the largest"] = (
+            conditional(
+                before, rank_ratios=ratios, rank_delay=first - before, projection="top", rope="index", site="trunk"
+            )
+        )
     found[f"one branch, Gaussian quarter of side {sides[last]}"] = kept_rows(
         first, 0.25, projection="gaussian", **only_last
     )

@@ -26,6 +26,9 @@ def test_rows_do_what_they_are_called():
     largest = expanded["one branch, a quarter of side 16's rows, the largest"]
     assert largest[7].reduction == dataclasses.replace(quarter[7].reduction, projection="top")
     assert largest[:7] == quarter[:7]
+    both = expanded["one branch from 8, 0.7 and 0.5 of the rows from side 11, the largest"]
+    assert [len(step.branches) for step in both[4:]] == [2, 1, 1, 1]
+    assert both[5].reduction is None and both[6].reduction.ranks == (85,) and both[7].reduction.ranks == (129,)
     late = expanded["without side 11, one branch from 6, half of 16's rows, the largest"]
     assert [len(step.branches) for step in late[3:]] == [2, 1, 1, 0, 1]
     assert [step.reduction is None for step in late[3:]] == [True] * 4 + [False] and late[7].reduction.ranks == (129,)
