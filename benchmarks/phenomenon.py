@@ -111,8 +111,10 @@ def rows(grids: Sequence[Grid]) -> dict[str, StageSchedule]:
     return found
 
 
-def measure(weights: str | None, count: int, chosen: re.Pattern[str], threads: int = 1) -> list[dict[str, Any]]:
-    """One dict per row, the full schedule first."""
+def measure(
+    weights: str | None, count: int, chosen: re.Pattern[str], threads: int = 1, first_seed: int = 0
+) -> list[dict[str, Any]]:
+    """One dict per row, the full schedule first. Prompt i is drawn with seed first_seed + i."""
     model = load_model("nano", weights=weights, device="cpu")
     sampler = Sampler(model)
     schedules = {n: s for n, s in rows(model.grids).items() if n == FULL or chosen.search(n)}
@@ -125,7 +127,8 @@ def measure(weights: str | None, count: int, chosen: re.Pattern[str], threads: i
 
     def draw(name: str, batch: Sequence[dict[str, Any]]) -> np.ndarray:
         start = time.process_time()
-        images = sampler.generate([m["prompt"] for m in batch], [m["index"] for m in batch], steps[name])
+        seeds = [first_seed + m["index"] for m in batch]
+        images = sampler.generate([m["prompt"] for m in batch], seeds, steps[name])
         seconds[name, len(batch)].append(time.process_time() - start)
         return images
 
@@ -192,17 +195,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m benchmarks.phenomenon", description=__doc__.splitlines()[0])
     p.add_argument("--weights", help="folder of nano's weights (default: the shipped ones)")
     p.add_argument("--prompts", type=int, default=1000, help="held-out prompts")
+    p.add_argument("--first-seed", type=int, default=0, help="seed of the first prompt's image; they are counted up")
     p.add_argument("--rows", default="", metavar="REGEX", help="rows to draw beside the full schedule (default: all)")
     p.add_argument("--output", type=Path, help="file for the figures, as JSON")
     args = p.parse_args(argv)
     try:
         if args.prompts < BATCH:
             raise UsageError(f"--prompts {args.prompts} must be at least {BATCH}, one batch")
+        if args.first_seed < 0:
+            raise UsageError(f"--first-seed {args.first_seed} must be 0 or more")
         try:
             chosen = re.compile(args.rows)
         except re.error as error:
             raise UsageError(f"--rows {args.rows!r} is no regular expression: {error}") from None
-        found = measure(args.weights, args.prompts, chosen)
+        found = measure(args.weights, args.prompts, chosen, first_seed=args.first_seed)
     except StagevarError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

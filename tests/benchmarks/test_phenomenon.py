@@ -56,7 +56,10 @@ def test_a_small_run_pairs_every_row_with_the_full_schedule(tmp_path, capsys, mo
     assert capsys.readouterr().out.count("\n| ") == 3
 
 
-@pytest.mark.parametrize(("argv", "says"), [(["--rows", "("], "regular"), (["--prompts", "3"], "--prompts 3")])
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [(["--rows", "("], "regular"), (["--prompts", "3"], "--prompts 3"), (["--first-seed", "-1"], "-1")],
+)
 def test_bad_input_is_one_line(argv, says, capsys):
     assert main(argv) == 2
     error = capsys.readouterr().err
