@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from benchmarks import phenomenon
@@ -54,6 +55,19 @@ def test_a_small_run_pairs_every_row_with_the_full_schedule(tmp_path, capsys, mo
         row = found[name]
         assert row["change"][1] <= row["change"][0] <= row["change"][2] and row["psnr_db"] < 99
     assert capsys.readouterr().out.count("\n| ") == 3
+
+
+def test_seeds_count_up_from_the_first(monkeypatch):
+    seen = []
+
+    def generate(sampler, prompts, seeds, steps):
+        seen.append(list(seeds))
+        return np.zeros((len(prompts), 64, 64, 3), np.uint8)
+
+    monkeypatch.setattr(phenomenon.Sampler, "generate", generate)
+    monkeypatch.setattr(phenomenon, "SINGLES", 0)
+    assert main(["--prompts", "32", "--rows", "^without side 16$", "--first-seed", "70"]) == 0
+    assert seen[-4:] == [list(range(70, 86))] * 2 + [list(range(86, 102))] * 2
 
 
 @pytest.mark.parametrize(
