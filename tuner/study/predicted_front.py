@@ -164,16 +164,21 @@ class PredictedFront:
     # ------------------------------------------------------------------------------------------------ the front
 
     def worth_trying(self, presets: dict[str, dict[str, Value]]) -> dict[str, dict[str, Value]]:
-        """Presets that may be within budget and limits by all that is predicted of them; all of them, unless few are wanted."""
+        """Presets that may be within budget and limits by all that is predicted of them; all of them, unless few are wanted.
+
+        What the space itself proposes only has to be fast enough: somebody chose it, and the table rests on few prompts.
+        """
         if not self.few:
             return presets
         ledger, kept = self.ledger, {}
+        proposals = {name for name, _ in ledger.space.proposals}
         for name, values in presets.items():
             steps = ledger.space.known_schedule(name, ledger.facts.grids).expand(
                 ledger.facts.grids, ledger.facts.chunks
             )
             forecast = self.forecast(values, steps)
-            if forecast is None or (forecast.kept and forecast.ratio <= _SLACK * ledger.budget_ratio):
+            good = forecast is None or forecast.kept or name in proposals
+            if good and (forecast is None or forecast.ratio <= _SLACK * ledger.budget_ratio):
                 kept[name] = values
         return kept
 

@@ -50,6 +50,16 @@ def test_few_trials_pass_presets_over_that_are_predicted_to_break_a_limit(tmp_pa
     assert len(result.candidates) == 6 and sum(c.source == "predicted" for c in result.candidates) >= 4
 
 
+def test_what_the_space_proposes_is_tried_whatever_is_predicted_of_its_quality(tmp_path):
+    proposals = {"own": {"structure_end": 5, "skip": [5]}, "slow": {"structure_end": 5, "skip": [1]}}
+    one = study(
+        tmp_path, {"drop": drop, "noise": 0.0}, {**SPACE, "proposals": proposals}, trials=6, max_drop=0.3, shortcuts=FEW
+    )
+    tried = {c.source for c in one.run().candidates}
+    assert "enqueued: own" in tried, "its predicted drop is .6"
+    assert not tried & {"enqueued: skip-1", "enqueued: slow"}, "a preset with that drop; a proposal beyond the budget"
+
+
 def test_the_table_is_measured_once_and_kept_for_other_studies(tmp_path):
     run(tmp_path, trials=4)
     [record] = [r for r in EvidenceLog(tmp_path).read() if r["kind"] == "sensitivity"]
