@@ -15,7 +15,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from stagevar.accelerators.base import SUBLAYERS, Accelerator, Cached, ScaleContext
-from stagevar.accelerators.stagevar import gather_rows, restore
+from stagevar.accelerators.stagevar import gather_rows, highest, restore, squared_norms
 from stagevar.models.base import Around, Site, SiteFn, around_nothing
 from stagevar.schedule import Pivotal
 
@@ -23,8 +23,7 @@ from stagevar.schedule import Pivotal
 def pivotal_indices(x_RLC: Tensor, kept: int) -> Tensor:
     """Positions (R, kept) of the tokens furthest from the row's mean token, furthest first, ties by position."""
     deviation_RLC = x_RLC.float() - x_RLC.float().mean(dim=1, keepdim=True)
-    score_RL = deviation_RLC.square().sum(-1)
-    return score_RL.sort(dim=-1, descending=True, stable=True).indices[:, :kept]
+    return highest(squared_norms(deviation_RLC), kept)
 
 
 class FastVAR(Accelerator):

@@ -23,18 +23,22 @@ from stagevar.models.base import Around, Site, SiteFn, around_nothing
 from stagevar.schedule import LowRank
 
 
+def squared_norms(x_RMC: Tensor) -> Tensor:
+    """Squared norm of every token (R, M), in float32."""
+    return x_RMC.float().square().sum(-1)
+
+
+def highest(score_RM: Tensor, count: int) -> Tensor:
+    """Positions (R, count) of the highest scores per row, highest first, ties by position."""
+    return score_RM.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+
+
 def draw_indices(x_RMC: Tensor, rank: int, uniform_RM: Tensor) -> Tensor:
     """r distinct positions per row (R, r), probability proportional to the squared token norm, in draw order."""
-    energy_RM = x_RMC.float().square().sum(-1)
+    energy_RM = squared_norms(x_RMC)
     probability_RM = energy_RM / energy_RM.sum(-1, keepdim=True)
     score_RM = probability_RM.double().log() - torch.log(-torch.log(uniform_RM.double()))
-    return score_RM.sort(dim=-1, descending=True, stable=True).indices[:, :rank]
-
-
-def largest_indices(x_RMC: Tensor, rank: int) -> Tensor:
-    """The r positions per row (R, r) of the largest token norms, largest first, ties by position."""
-    energy_RM = x_RMC.float().square().sum(-1)
-    return energy_RM.sort(dim=-1, descending=True, stable=True).indices[:, :rank]
+    return highest(score_RM, rank)
 
 
 def project(x_RMC: Tensor, normal_RMr: Tensor) -> Tensor:
@@ -84,7 +88,7 @@ class StageVAR(Accelerator):
         tokens = x.shape[1]
         rank = reduction.ranks[site.index if reduction.site == "chunk" else 0]
         if reduction.projection == "top":
-            index = largest_indices(x, rank)
+            index = highest(squared_norms(x), rank)
         else:
             index = draw_indices(x, rank, noise.site_uniform("index", site, (tokens,)))
         if reduction.projection == "gaussian":

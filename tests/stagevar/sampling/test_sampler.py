@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stagevar.accelerators import Exact
-from stagevar.accelerators.stagevar import draw_indices, largest_indices, project
+from stagevar.accelerators.stagevar import draw_indices, highest, project, squared_norms
 from stagevar.errors import ScheduleError
 from stagevar.models.base import Sampling
 from stagevar.models.infinity.transformer import draw_bits
@@ -109,7 +109,7 @@ def test_index_draw_is_distinct_and_follows_the_norms():
 
 def test_the_largest_norms_come_first_and_ties_by_position():
     x = torch.tensor([[[1.0], [-3.0], [3.0], [2.0], [0.0]], [[5.0], [0.0], [0.0], [-6.0], [0.0]]])
-    assert largest_indices(x, 3).tolist() == [[1, 2, 3], [3, 0, 1]]
+    assert highest(squared_norms(x), 3).tolist() == [[1, 2, 3], [3, 0, 1]]
 
 
 STAGED = StageSchedule(structure_end=3, cfg_delay=0, rank_ratios=(0.5, 0.2)).expand(GRIDS, 2)
