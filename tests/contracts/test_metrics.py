@@ -131,6 +131,7 @@ class TestEveryMetric(MetricContract):
         (lambda: create_composite({}), "no metrics"),
         (lambda: create_composite({"psnr": QualitySpec(0)}), "weight of psnr is 0"),
         (lambda: create_composite({"psnr": QualitySpec(float("nan"))}), "weight of psnr is nan"),
+        (lambda: create_composite({"psnr": QualitySpec(float("inf"))}), "weight of psnr is inf"),
         (lambda: create("dpg"), "dpg_bench.csv"),
         (lambda: create("dpg", questions="none.csv"), "cannot be read"),
         (lambda: create("geneval2"), "geneval2_data.jsonl"),

@@ -234,12 +234,12 @@ class CompositeQuality(Metric):
 def create_composite(quality: Mapping[str, QualitySpec], *, device: str = "cpu") -> CompositeQuality:
     """The composite of metrics by name.
 
-    A metric of weight 0 is computed and not added, unless it is the first. Raises UsageError for a first weight that is not
-    above 0 and for anything `create` refuses.
+    A metric of weight 0 is computed and not added, unless it is the first. Raises UsageError for a weight that is negative or
+    not finite, a first one of 0, and for anything `create` refuses.
     """
     parts: dict[str, tuple[float, Metric]] = {}
     for name, spec in quality.items():
-        if not spec.weight >= 0 or (spec.weight == 0 and not parts):
+        if not 0 <= spec.weight < float("inf") or (spec.weight == 0 and not parts):
             least = "of at least 0" if parts else "above 0"
             raise UsageError(f"quality weight of {name} is {spec.weight!r}: expected a number {least}")
         try:
