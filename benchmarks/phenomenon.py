@@ -53,9 +53,8 @@ def rows(grids: Sequence[Grid]) -> dict[str, StageSchedule]:
     def conditional(start: int, **changes: Any) -> StageSchedule:
         return StageSchedule(start, cfg_delay=0, branch="cond", **changes)
 
-    def kept_rows(start: int, ratio: float, **changes: Any) -> StageSchedule:
-        changes = {"projection": "rows", "rope": "index", "site": "trunk", **changes}
-        return conditional(start, rank_ratios=(ratio,), **changes)
+    def kept_rows(start: int, *ratios: float, projection: str, **changes: Any) -> StageSchedule:
+        return conditional(start, rank_ratios=ratios, projection=projection, rope="index", site="trunk", **changes)
 
     only_last = {"rank_delay": last - first}
     without = {"skip": tuple(range(first, last))}
@@ -67,22 +66,20 @@ def rows(grids: Sequence[Grid]) -> dict[str, StageSchedule]:
         f"one branch from side {sides[first]}": conditional(first),
         f"one branch from side {sides[before]}": conditional(before),
     }
-    for share, ratio in (("half", 0.5), ("a quarter", 0.25), ("an eighth", 0.125)):
-        found[f"one branch, {share} of side {sides[last]}'s rows"] = kept_rows(first, ratio, **only_last)
-    found[f"one branch, a quarter of the rows from side {sides[first]}"] = kept_rows(first, 0.25)
-    for share, ratio in (("half", 0.5), ("a quarter", 0.25), ("an eighth", 0.125)):
-        found[f"one branch, {share} of side {sides[last]}'s rows, the largest"] = kept_rows(
-            first, ratio, projection="top", **only_last
-        )
-    found[f"one branch, a quarter of the rows from side {sides[first]}, the largest"] = kept_rows(
-        first, 0.25, projection="top"
-    )
-    for ratios in ((0.7, 0.5), (0.5, 0.35)):
-        shares = " and ".join(map(str, ratios))
-        found[f"one branch from {sides[before]}, {shares} of the rows from side {sides[first]}, the largest"] = (
-            conditional(
-                before, rank_ratios=ratios, rank_delay=first - before, projection="top", rope="index", site="trunk"
+    shares = {"half": 0.5, "a quarter": 0.25, "an eighth": 0.125}
+    kinds = (("", "rows"), (", the largest", "top"))
+    for which, projection in kinds:
+        for share, ratio in shares.items():
+            found[f"one branch, {share} of side {sides[last]}'s rows{which}"] = kept_rows(
+                first, ratio, projection=projection, **only_last
             )
+        found[f"one branch, a quarter of the rows from side {sides[first]}{which}"] = kept_rows(
+            first, 0.25, projection=projection
+        )
+    for ratios in ((0.7, 0.5), (0.5, 0.35)):
+        both = " and ".join(map(str, ratios))
+        found[f"one branch from {sides[before]}, {both} of the rows from side {sides[first]}, the largest"] = kept_rows(
+            before, *ratios, projection="top", rank_delay=first - before
         )
     found[f"one branch, Gaussian quarter of side {sides[last]}"] = kept_rows(
         first, 0.25, projection="gaussian", **only_last
@@ -95,12 +92,11 @@ def rows(grids: Sequence[Grid]) -> dict[str, StageSchedule]:
     found[f"{name}, one branch at {sides[last]}"] = conditional(last, **without)
     found[f"{name}, one branch from {sides[before]}"] = conditional(before, **without)
     found[f"{name}, one branch from {sides[before - 1]}"] = conditional(before - 1, **without)
-    found[f"{name}, half of {sides[last]}'s rows"] = kept_rows(last, 0.5, **without)
-    found[f"{name}, a quarter of {sides[last]}'s rows"] = kept_rows(last, 0.25, **without)
-    for share, ratio in (("half", 0.5), ("a quarter", 0.25)):
-        found[f"{name}, {share} of {sides[last]}'s rows, the largest"] = kept_rows(
-            last, ratio, projection="top", **without
-        )
+    for which, projection in kinds:
+        for share in ("half", "a quarter"):
+            found[f"{name}, {share} of {sides[last]}'s rows{which}"] = kept_rows(
+                last, shares[share], projection=projection, **without
+            )
     for start in (before, before - 1):
         found[f"{name}, one branch from {sides[start]}, half of {sides[last]}'s rows, the largest"] = kept_rows(
             start, 0.5, projection="top", rank_delay=last - start, **without
