@@ -21,8 +21,8 @@ def model():
     return tiny_infinity(GRIDS)
 
 
-def all_rows(tokens, cache_scale, site="chunk"):
-    return LowRank((tokens,) * (2 if site == "chunk" else 1), "rows", "index", site)
+def all_rows(tokens, cache_scale):
+    return LowRank((tokens,) * 2, "rows", "index", "chunk")
 
 
 def all_pivotal(tokens, cache_scale):
@@ -58,27 +58,25 @@ class TestStageVAR(AcceleratorContract):
 class TestStageVARTrunkRows(AcceleratorContract):
     """Row selection around the whole trunk, own positions, conditional branch."""
 
+    projection = "rows"
+
     def accelerator(self):
         return StageVAR()
 
     def active(self, model, rule_path):
         schedule = StageSchedule(
-            4, cfg_delay=1, branch="cond", rank_ratios=(0.5,), projection="rows", rope="index", site="trunk"
+            4, cfg_delay=1, branch="cond", rank_ratios=(0.5,), projection=self.projection, rope="index", site="trunk"
         )
         return expand(schedule, model.grids)
 
     def neutral(self, model, rule_path):
-        return reduced(model, [lambda tokens, cache: all_rows(tokens, cache, "trunk")])
+        return reduced(model, [lambda tokens, cache: LowRank((tokens,), self.projection, "index", "trunk")])
 
 
 class TestStageVARTrunkTop(TestStageVARTrunkRows):
     """The rows of the largest norm, which need no draw."""
 
-    def active(self, model, rule_path):
-        schedule = StageSchedule(
-            4, cfg_delay=1, branch="cond", rank_ratios=(0.5,), projection="top", rope="index", site="trunk"
-        )
-        return expand(schedule, model.grids)
+    projection = "top"
 
 
 class TestFastVAR(AcceleratorContract):
