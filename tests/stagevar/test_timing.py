@@ -53,6 +53,11 @@ def test_linear_drift_cancels_in_the_paired_ratio(clock):
     assert low > 0.49 and high < 0.51
 
 
+def test_the_slow_tail_of_a_timing_is_above_its_median():
+    few = latency.Timing((10.0, 11.0, 12.0, 30.0))
+    assert few.p90_ms > few.median_ms
+
+
 def test_rounds_have_inputs_of_their_own_and_a_clock_of_the_processor(clock, monkeypatch):
     monkeypatch.setattr(latency.time, "process_time", lambda: clock.now / 2)
     given = []

@@ -249,7 +249,7 @@ class TrialSampler:
 
     @_needs_storage
     def completed(self) -> set[int]:
-        """Numbers of the trials that were outcome."""
+        """Numbers of the trials that were told."""
         return {t.number for t in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))}
 
     def _tell(self, trial: Trial, outcome: TrialOutcome) -> None:

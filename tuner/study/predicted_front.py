@@ -177,9 +177,11 @@ class PredictedFront:
                 ledger.facts.grids, ledger.facts.chunks
             )
             forecast = self.forecast(values, steps)
-            good = forecast is None or forecast.kept or name in proposals
-            if good and (forecast is None or forecast.ratio <= _SLACK * ledger.budget_ratio):
-                kept[name] = values
+            if forecast is not None:
+                good, fast = forecast.kept or name in proposals, forecast.ratio <= _SLACK * ledger.budget_ratio
+                if not (good and fast):
+                    continue
+            kept[name] = values
         return kept
 
     def propose(self, trial_sampler: TrialSampler | SamplerProcess, trials: int) -> int:
