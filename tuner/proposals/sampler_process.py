@@ -1,25 +1,32 @@
 """A TrialSampler in a process of its own, so that asking goes on beside the evaluation of the round before.
 
 A process and not a thread: a Gaussian process holds Python's lock for most of a second, and launching a model's kernels from
-the same interpreter would wait for it, which would slow the model and spoil timings.
+the same interpreter would wait for it, which would slow the model and spoil timings. Not `multiprocessing`: what it spawns
+imports the caller's main module again, so that a script of five lines that calls `tune` would call it there as well.
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import contextlib
 import os
-import signal
+import pickle
+import subprocess
+import sys
 import threading
+import traceback
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from stagevar.errors import InfrastructureError
+from stagevar.errors import InfrastructureError, reason_of
 from tuner.config.space import Value
 
 if TYPE_CHECKING:
-    from tuner.proposals.trial_sampler import Proposal, TrialOutcome, TrialSampler
+    from tuner.proposals.trial_sampler import Proposal, TrialOutcome
+
+_MAIN = (
+    "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); "
+    "from tuner.proposals import sampler_process; sampler_process.serve()"
+)
 
 
 class SamplerLost(InfrastructureError):
@@ -29,12 +36,22 @@ class SamplerLost(InfrastructureError):
 class SamplerProcess:
     """Takes the arguments of a `TrialSampler` and offers its methods; the one in the other process does the work.
 
-    The process yields to everything else (nice), ignores Ctrl-C and ends with its parent, however that ends.
+    The process yields to everything else (nice), hears no Ctrl-C and ends with its parent, however that ends. Calls from
+    several threads take turns.
+
+    Attributes: pid: of the process.
     """
 
     def __init__(self, *arguments: Any):
-        self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-        self._built = self._pool.submit(_build, arguments)
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _MAIN], stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0
+        )
+        self.pid = self._process.pid
+        self._turn = threading.Lock()
+        self._built, self._refused = False, None
+        with contextlib.suppress(BrokenPipeError):  # the first call will say so
+            self._send(sys.path)
+            self._send(arguments)
 
     def enqueue(self, presets: Mapping[str, Mapping[str, Value]]) -> None:
         self._call("enqueue", presets)
@@ -68,56 +85,95 @@ class SamplerProcess:
 
     @property
     def proposes(self) -> str:
-        return self._get("proposes")
+        return self._call("proposes")
 
     @property
     def ask_seconds(self) -> list[float]:
-        return self._get("ask_seconds")
+        return self._call("ask_seconds")
 
     def close(self) -> None:
-        """Ends the process."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """Ends the process, after the call that it is in."""
+        with contextlib.suppress(BrokenPipeError):
+            self._input.close()
+        self._process.wait()
+        self._output.close()
 
-    def _call(self, method: str, *arguments: Any) -> Any:
-        return self._result(_call, method, arguments)
+    @property
+    def _input(self) -> IO[bytes]:
+        assert self._process.stdin is not None
+        return self._process.stdin
 
-    def _get(self, name: str) -> Any:
-        return self._result(_get, name)
+    @property
+    def _output(self) -> IO[bytes]:
+        assert self._process.stdout is not None
+        return self._process.stdout
 
-    def _result(self, function: Any, *arguments: Any) -> Any:
-        try:
-            self._built.result()  # an error of the construction is raised once it matters
-            return self._pool.submit(function, *arguments).result()
-        except BrokenProcessPool:
-            raise SamplerLost("the process that proposes schedules died; the same command resumes") from None
+    def _send(self, message: Any) -> None:
+        pickle.dump(message, self._input)
+        self._input.flush()
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        """What a method returns or raises, or the value of an attribute, there."""
+        with self._turn:
+            try:
+                if not self._built:  # an error of the construction is raised once it matters
+                    self._refused, _ = pickle.load(self._output)
+                    self._built = True
+                if self._refused is not None:
+                    raise self._refused
+                self._send((name, arguments))
+                error, result = pickle.load(self._output)
+            except (EOFError, BrokenPipeError):
+                raise SamplerLost("the process that proposes schedules died; the same command resumes") from None
+            except KeyboardInterrupt:
+                self._process.kill()  # its reply, half read, would be taken for the next call's
+                raise
+        if error is not None:
+            raise error
+        return result
 
 
 # ------------------------------------------------------------------------------------------------ in that process
 
-_trial_sampler: TrialSampler | None = None
 
-
-def _build(arguments: tuple[Any, ...]) -> None:
-    global _trial_sampler
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def serve() -> None:
+    """Builds a TrialSampler and answers calls until there is nothing more to read: its parent closed the pipe or died."""
     os.nice(5)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    calls, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints must not get among the replies
     from tuner.proposals.trial_sampler import TrialSampler
 
-    _trial_sampler = TrialSampler(*arguments)
-    _trial_sampler.load()
+    made: list[TrialSampler] = []
+
+    def build(*arguments: Any) -> None:
+        made.append(TrialSampler(*arguments))
+        made[0].load()
+
+    def call(name: str, arguments: tuple[Any, ...]) -> Any:
+        found = getattr(made[0], name)
+        return found(*arguments) if callable(found) else found
+
+    def answer(do: Any, arguments: tuple[Any, ...]) -> None:
+        """Replies with (None, what `do` returns) or (its error, None)."""
+        error = result = None
+        try:
+            result = do(*arguments)
+        except Exception as raised:
+            error = _portable(raised)
+        pickle.dump((error, result), replies)
+        replies.flush()
+
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        answer(build, pickle.load(calls))
+        while True:
+            answer(call, pickle.load(calls))
 
 
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _call(method: str, arguments: tuple[Any, ...]) -> Any:
-    return getattr(_trial_sampler, method)(*arguments)
-
-
-def _get(name: str) -> Any:
-    return getattr(_trial_sampler, name)
+def _portable(error: Exception) -> Exception:
+    """The error with its traceback as a note, or one of ours that says the same where it cannot be sent."""
+    error.add_note(f"In the process that proposes schedules:\n{traceback.format_exc()}")
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return InfrastructureError(f"the process that proposes schedules: {reason_of(error)}")
+    return error

@@ -1,6 +1,9 @@
 """The proposing process: what one here does, and what happens when it or its parent dies."""
 
 import os
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -36,8 +39,7 @@ def test_a_trial_sampler_in_another_process_does_what_one_here_does(tmp_path, tr
 
 def test_a_trial_sampler_that_dies_is_one_clear_line(trial_sampler):
     trial_sampler.ask()
-    (process,) = trial_sampler._pool._processes.values()
-    process.kill()
+    os.kill(trial_sampler.pid, signal.SIGKILL)
     with pytest.raises(SamplerLost, match="same command resumes") as caught:
         for _ in range(100):
             trial_sampler.ask()
@@ -55,8 +57,52 @@ def test_an_error_of_its_construction_comes_through(tmp_path):
 def test_closing_ends_the_process(tmp_path):
     made = SamplerProcess(tmp_path, study(tmp_path / "run").space, 0, ("latency", "drop"), "random")
     made.ask()
-    (process,) = made._pool._processes.values()
     made.close()
-    assert not process.is_alive()
     with pytest.raises(ProcessLookupError):
-        os.kill(process.pid, 0)
+        os.kill(made.pid, 0)
+
+
+#: As in the README: nothing says `if __name__ == "__main__"`. The first argument is a directory, the second "wait" or "end".
+SCRIPT = """
+import sys, time
+from pathlib import Path
+from tuner.config.space import load_space
+from tuner.proposals.sampler_process import SamplerProcess
+
+print("began", flush=True)
+made = SamplerProcess(Path(sys.argv[1]), load_space("nano"), 0, ("latency",), "random")
+print(made.ask().trial, made.pid, flush=True)
+if sys.argv[2] == "wait":
+    time.sleep(600)
+made.close()
+"""
+
+
+def test_a_script_without_a_guard_is_not_run_again(tmp_path):
+    (tmp_path / "five_lines.py").write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, "five_lines.py", str(tmp_path), "end"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    began, asked = done.stdout.splitlines()
+    assert began == "began" and asked.startswith("0 ")
+
+
+def test_it_ends_with_a_parent_that_is_killed(tmp_path):
+    (tmp_path / "waits.py").write_text(SCRIPT)
+    script = [sys.executable, "waits.py", str(tmp_path), "wait"]
+    with subprocess.Popen(script, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout.readline() == "began\n"
+        _, pid = parent.stdout.readline().split()
+        parent.kill()
+    state = ["ps", "-o", "stat=", "-p", pid]  # a zombie that nobody waits for has ended, too
+    for _ in range(200):
+        left = subprocess.run(state, capture_output=True, text=True).stdout.strip()
+        if not left or left.startswith("Z"):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"process {pid} outlived its parent by ten seconds")
