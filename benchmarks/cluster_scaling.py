@@ -32,7 +32,8 @@ from tuner.cluster.dispatcher import cut
 from tuner.cluster.executor import RayExecutor
 from tuner.cluster.worker import Recipe
 from tuner.config.prompts import load_prompts
-from tuner.config.space import SearchSpace, load_space
+from tuner.config.space import SearchSpace
+from tuner.config.space_file import load_space
 from tuner.proposals.trial_sampler import TrialOutcome, TrialSampler
 from tuner.study.latency_source import CHECK_EVERY, SEARCH_ROUNDS, TABLE_ROUNDS, TABLE_SCHEDULES
 from tuner.study.options import ROUND

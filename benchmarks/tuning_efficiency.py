@@ -37,7 +37,8 @@ from stagevar.schedule.grids import infinity_grids
 from tuner.config.limits import Budget
 from tuner.config.prompts import load_prompts
 from tuner.config.quality import composite_specs, quality_limits
-from tuner.config.space import draws, load_space, steps_key
+from tuner.config.space import draws, steps_key
+from tuner.config.space_file import load_space
 from tuner.evaluation.evaluator import ModelEvaluator, walk
 from tuner.evaluation.executor import QualityTask
 from tuner.evaluation.local import LocalExecutor

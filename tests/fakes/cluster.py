@@ -21,7 +21,7 @@ from stagevar.errors import UsageError
 from tests.fakes.studies import SPACE, FakeEvaluator
 from tuner.cluster.worker import Recipe
 from tuner.config.prompts import load_prompts
-from tuner.config.space import parse_space
+from tuner.config.space_file import parse_space
 
 #: 8 micro-batches of 4 search prompts.
 PROMPTS = {"source": "nano", "search": 32, "heldout": 64, "micro_batch": 4}

@@ -136,7 +136,7 @@ def study(run_dir: Path, evaluator_options: Mapping = {}, space: Mapping = {}, *
     """A Study on a fake in `run_dir`."""
     from tuner.config.limits import parse_budget
     from tuner.config.prompts import load_prompts
-    from tuner.config.space import parse_space
+    from tuner.config.space_file import parse_space
     from tuner.study.options import SearchShortcuts
     from tuner.study.study import Options, Study
 

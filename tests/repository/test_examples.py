@@ -26,7 +26,7 @@ from tests.fakes.plugin_package import install
 from tuner.cli import doctor
 from tuner.cli import tune as tune_command
 from tuner.cluster.sweep import load_sweep
-from tuner.config.space import load_space
+from tuner.config.space_file import load_space
 from tuner.metrics.registry import create
 
 EXAMPLES = ROOT / "examples"

@@ -17,7 +17,7 @@ from tests.frozen import SAMPLE
 from tests.schemas import SCHEMAS, text_of
 from tuner.cluster.sweep import load_sweep
 from tuner.config.default_space import default_space
-from tuner.config.space import parse_space
+from tuner.config.space_file import parse_space
 from tuner.report.export import export
 from tuner.results.result import StudyResult
 from tuner.results.run_dir import discard

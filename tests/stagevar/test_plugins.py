@@ -28,7 +28,7 @@ from tuner.cli import doctor
 from tuner.cli.tune import plugged_versions
 from tuner.config.prompts import load_prompts
 from tuner.config.quality import composite_specs, quality_limits
-from tuner.config.space import parse_space
+from tuner.config.space_file import parse_space
 from tuner.evalkit import command as eval_cli
 from tuner.evaluation.evaluator import load_evaluator
 from tuner.metrics.quality_spec import QualitySpec

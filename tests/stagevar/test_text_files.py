@@ -15,7 +15,8 @@ from stagevar.text_files import read_json, read_json_values, read_table, split_l
 from stagevar.yaml_files import read_yaml
 from tuner.cli import plan
 from tuner.config import prompts as study_prompts
-from tuner.config.space import PromptSource, load_space
+from tuner.config.space import PromptSource
+from tuner.config.space_file import load_space
 from tuner.evalkit.image_folder import read_folder
 from tuner.evalkit.user_study import read_votes
 from tuner.evalkit.verbs import prompts

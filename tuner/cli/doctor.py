@@ -178,7 +178,7 @@ def _disk(out: Path) -> Finding:
 
 def check_metrics(model: str) -> list[Finding]:
     """Packages that the model's default quality lacks."""
-    from tuner.config.space import load_space
+    from tuner.config.space_file import load_space
     from tuner.metrics.registry import check_packages
 
     findings = []
@@ -191,7 +191,7 @@ def check_metrics(model: str) -> list[Finding]:
 
 
 def _models() -> list[Finding]:
-    from tuner.config.space import load_space, space_names
+    from tuner.config.space_file import load_space, space_names
 
     findings = []
     for name in space_names():

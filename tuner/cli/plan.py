@@ -20,7 +20,8 @@ from tuner.config import checks
 from tuner.config.analysis import Findings, read_analysis
 from tuner.config.limits import parse_budget, parse_time
 from tuner.config.quality import parse_max_drops, quality_limits
-from tuner.config.space import PROMPT_SOURCES, PromptSource, SearchSpace, load_space
+from tuner.config.space import PROMPT_SOURCES, PromptSource, SearchSpace
+from tuner.config.space_file import load_space
 from tuner.results.run_dir import check_strangers
 from tuner.study.options import FULL_TRIALS, QUICK_TRIALS
 

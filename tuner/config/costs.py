@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from stagevar.models.downloads import Download, model_downloads
 from stagevar.models.request import ModelRequest
-from tuner.config.space import Parameter, SearchSpace
+from tuner.config.parameters import Parameter
+from tuner.config.space import SearchSpace
 from tuner.metrics.downloads import metric_downloads
 from tuner.metrics.quality_spec import QualitySpec
 

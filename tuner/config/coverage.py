@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from stagevar.schedule import Steps
 from stagevar.schedule.grids import Grid
 from tuner.config.costs import settings_of
-from tuner.config.space import Parameter, SearchSpace, Value, drawn_settings, steps_key
+from tuner.config.parameters import Parameter, Value
+from tuner.config.space import SearchSpace, drawn_settings, steps_key
 
 #: Settings drawn to count schedules and what the budget excludes.
 DRAWS = 1000

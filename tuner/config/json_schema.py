@@ -11,7 +11,8 @@ from typing import Any
 
 from stagevar.profile.json_schema import DRAFT, Schema, schedule_schema
 from stagevar.schedule import PRESETS
-from tuner.config.space import _RULES, NEVER, PROMPT_SOURCES
+from tuner.config.parameters import NEVER, RULES
+from tuner.config.space import PROMPT_SOURCES
 from tuner.metrics.registry import METRIC_NAMES
 
 _FINITE: Schema = {"type": "number"}
@@ -25,7 +26,7 @@ def _closed(properties: Mapping[str, Schema], **more: Any) -> Schema:
 
 def parameter_schema(name: str) -> Schema:
     """What a search space may say about a parameter: a range, a list of numbers, or a list of words."""
-    rule = _RULES[name]
+    rule = RULES[name]
     if rule.kind is str:
         return {"type": "array", "minItems": 1, "uniqueItems": True, "items": {"enum": list(rule.words)}}
     number: Schema = {"type": "integer" if rule.kind is int else "number"}
@@ -64,7 +65,7 @@ def space_schema(metric_names: Sequence[str] = METRIC_NAMES) -> Schema:
                 "model": {"type": "string"},
                 "objectives": _closed({"latency": {"const": "ms"}, "quality": quality}),
                 "constraints": _closed({"floors": floors}),
-                "parameters": _closed({name: parameter_schema(name) for name in _RULES}),
+                "parameters": _closed({name: parameter_schema(name) for name in RULES}),
                 "enqueue": {"type": "array", "items": {"enum": list(PRESETS)}},
                 "proposals": {"type": "object", "additionalProperties": schedule_schema()},
                 "prompts": prompts,

@@ -9,121 +9,28 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import importlib.resources
 import itertools
 import json
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
-from stagevar.errors import ScheduleError, StagevarError, UsageError, did_you_mean, hint
+from stagevar.errors import ScheduleError, StagevarError, UsageError
 from stagevar.models import registry
 from stagevar.schedule import (
-    ACCELERATORS,
-    BOTH,
-    PRECISIONS,
     PRESETS,
-    PROJECTIONS,
     StageSchedule,
     Steps,
-    accelerator_names,
     preset,
 )
 from stagevar.schedule.grids import Grid
-from stagevar.yaml_files import read_yaml
-from tuner.config.analysis import Findings
-from tuner.config.default_space import completed, default_space
-from tuner.config.quality import check_max_drop
-from tuner.metrics.quality_spec import QualitySpec, read_quality
+from tuner.config.parameters import DEFAULTS, NEVER, Parameter, Value, as_number
+from tuner.metrics.quality_spec import QualitySpec
 
-NEVER = "never"
 #: Prompts that need no file: nano's captions, GenEval-style ones over COCO's classes, ImageNet's class indices.
 PROMPT_SOURCES = ("nano", "geneval", "imagenet")
-Value = int | float | str
-
-
-@dataclass(frozen=True)
-class _Rule:
-    """What values a parameter may take: numbers of a kind between two bounds, or words."""
-
-    kind: type
-    low: float = -math.inf
-    high: float = math.inf
-    words: tuple[str, ...] = ()
-
-
-_RULES = {
-    "structure_end": _Rule(int, 1),
-    "cfg_delay": _Rule(int, 0, words=(NEVER,)),
-    "branch": _Rule(str, words=BOTH),
-    "rank_ratio": _Rule(float, 0.001, 1),
-    "rank_decay": _Rule(float, 0.01, 1),
-    "rank_delay": _Rule(int, 0),
-    "projection": _Rule(str, words=PROJECTIONS),
-    "rope": _Rule(str, words=("first", "index")),
-    "site": _Rule(str, words=("chunk", "trunk")),
-    "skip_last": _Rule(int, 0),
-    "skip_inner": _Rule(int, 0),
-    "fuse_layer": _Rule(int, 0),
-    "accelerator": _Rule(str, words=ACCELERATORS),
-    "precision": _Rule(str, words=PRECISIONS),
-}
-#: Values of the parameters that a space does not list.
-DEFAULTS: dict[str, Value] = {
-    "cfg_delay": NEVER,
-    "branch": "uncond",
-    "rank_ratio": 1.0,
-    "rank_decay": 1.0,
-    "rank_delay": 0,
-    "projection": "gaussian",
-    "rope": "first",
-    "site": "chunk",
-    "skip_last": 0,
-    "skip_inner": 0,
-    "fuse_layer": 0,
-    "accelerator": "stagevar",
-    "precision": "model",
-}
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One searched parameter.
-
-    kind: "int" or "float" between low and high (log: on a logarithmic axis); "ordered": numbers in rising order, maybe
-    with "never" last, searched by position; "choice": words without an order.
-    """
-
-    name: str
-    kind: str
-    low: float = 0
-    high: float = 0
-    log: bool = False
-    values: tuple[Value, ...] = ()
-
-    def encode(self, value: Value) -> Value:
-        """A value as the sampler sees it; the nearest possible one when it lies outside."""
-        if self.kind == "choice":
-            return value if value in self.values else self.values[0]
-        if self.kind == "ordered":
-            if value == NEVER:
-                return len(self.values) - 1
-            return min(range(len(self.values)), key=lambda i: abs(_number(self.values[i]) - _number(value)))
-        clipped = min(max(_number(value), self.low), self.high)
-        return round(clipped) if self.kind == "int" else clipped
-
-    def to_data(self) -> Any:
-        """The parameter as a search-space file writes it."""
-        if self.values:
-            return list(self.values)
-        return {"low": self.low, "high": self.high, **({"log": True} if self.log else {})}
-
-    def decode(self, raw: Value) -> Value:
-        """The value that the sampler's choice stands for."""
-        return self.values[int(raw)] if self.kind == "ordered" else raw
 
 
 @dataclass(frozen=True)
@@ -206,7 +113,7 @@ class SearchSpace:
             }
             if parameter.name not in limit:
                 continue
-            high = max((_number(v) for v in parameter.values if v != NEVER), default=parameter.high)
+            high = max((as_number(v) for v in parameter.values if v != NEVER), default=parameter.high)
             if high > limit[parameter.name]:
                 raise UsageError(
                     f"search space: {parameter.name} reaches {high:g}, but {self.model} has {scales} scales; "
@@ -349,251 +256,6 @@ def steps_key(steps: Steps) -> str:
     """Short name of an expansion; equal for schedules that do the same, whatever their parameters."""
     text = repr([dataclasses.replace(step, stage="") for step in steps])
     return hashlib.blake2b(text.encode(), digest_size=5).hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------------------- reading
-
-
-def space_names() -> list[str]:
-    """Models that a search space is shipped for."""
-    folder = importlib.resources.files("search_spaces")
-    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
-
-
-def load_space(
-    model: str,
-    path: Path | str | None = None,
-    resolution: str | int | None = None,
-    findings: Findings | None = None,
-) -> SearchSpace:
-    """The space of a file, or the shipped one of a model, completed by the default space of the model at the resolution.
-
-    findings: an analysis of the model, whose boundaries, ranks and proposals go before the default's, not before a file's.
-
-    Raises UsageError in one line for whatever is wrong with it, for a range beyond the model's scales where these are known
-    before it is loaded, and for a model that has neither a default space nor a shipped file.
-    """
-    spec = registry.find(model)
-    data = default_space(spec, resolution) if spec.scales is not None else None
-    if model in space_names():
-        with importlib.resources.as_file(importlib.resources.files("search_spaces") / f"{model}.yaml") as shipped:
-            data = _completed(read_yaml(shipped, "search space"), data)
-    if findings is not None and data is not None:
-        data = findings.applied(data)
-    if path is not None:
-        given = read_yaml(path, "search space")
-        named = given.get("model") if isinstance(given, dict) else None
-        if isinstance(named, str) and named != model:
-            raise UsageError(f"search space {path} is for model {named!r}, not {model!r}")
-        data = _completed(given, data)
-    if data is None:
-        raise UsageError(
-            f"{model} has no default search space, since its scales are not known before it is loaded; "
-            "write one and pass --space FILE"
-        )
-    space = parse_space(data)
-    if spec.scales is not None:
-        space.fit(registry.scale_grids(model, resolution))
-    return space
-
-
-def _completed(given: Any, base: dict[str, object] | None) -> Any:
-    """What a file says, completed by `base`; as it is where there is none, or where the checks will refuse it."""
-    return completed(given, base) if isinstance(given, dict) and base is not None else given
-
-
-def parse_space(data: Any) -> SearchSpace:
-    """Checked space from plain YAML data. Raises UsageError naming the key, the value and the nearest valid one."""
-    sections = ("model", "objectives", "constraints", "parameters", "enqueue", "proposals", "prompts", "semantic_end")
-    data = _mapping(data, "search space", sections)
-    if not isinstance(data.get("model"), str):
-        raise UsageError("search space: model is missing; name it, such as model: nano")
-    objectives = _mapping(data.get("objectives"), "objectives", ("latency", "quality"))
-    if objectives.keys() != {"latency", "quality"}:
-        raise UsageError(
-            "search space: objectives must be latency and quality, such as {latency: ms, quality: {clip_score: 1}}"
-        )
-    if objectives["latency"] != "ms":
-        raise UsageError(f"search space: objective latency is {objectives['latency']!r}; write latency: ms")
-    floors = _mapping(data.get("constraints") or {}, "constraints", ("floors",)).get("floors") or {}
-    semantic_end = data.get("semantic_end", 0)
-    if isinstance(semantic_end, bool) or not isinstance(semantic_end, int) or semantic_end < 0:
-        raise UsageError(f"search space: semantic_end {semantic_end!r} must be a whole number of scales")
-    found = _mapping(data.get("parameters"), "parameters", tuple(_RULES))
-    parameters = tuple(_parameter(name, value) for name, value in found.items())
-    if "structure_end" not in found:
-        raise UsageError("search space: parameters lack structure_end, the first accelerated scale")
-    for parameter in parameters:
-        if parameter.name != "structure_end":
-            continue
-        first = min(map(_number, parameter.values), default=parameter.low)
-        if first < semantic_end:
-            raise UsageError(f"search space: structure_end starts at {first:g}, before semantic_end {semantic_end}")
-    enqueue = data.get("enqueue") or []
-    if not isinstance(enqueue, list):
-        raise UsageError(f"search space: enqueue {enqueue!r} must be a list of presets: {', '.join(PRESETS)}")
-    for name in enqueue:
-        if name not in PRESETS:
-            raise UsageError(f"search space: unknown preset {name!r} in enqueue{hint(name, PRESETS)}")
-    return SearchSpace(
-        data["model"],
-        _quality(objectives["quality"]),
-        _floors(floors),
-        parameters,
-        tuple(enqueue),
-        _prompt_source(data.get("prompts") or {}),
-        semantic_end,
-        _proposals(data.get("proposals") or {}),
-    )
-
-
-def _proposals(data: Any) -> tuple[tuple[str, StageSchedule], ...]:
-    """Named schedules. Raises UsageError naming the one that is none."""
-    if not isinstance(data, dict):
-        raise UsageError(
-            f"search space: proposals {data!r:.60} must be schedules by name, such as {{mine: {{structure_end: 10}}}}"
-        )
-    found = []
-    for name, schedule in data.items():
-        if not isinstance(name, str) or not name or name in PRESETS:
-            raise UsageError(f"search space: proposal {name!r:.60} must have a name of its own, not a preset's")
-        try:
-            found.append((name, StageSchedule.from_dict(schedule)))
-        except ScheduleError as error:
-            raise UsageError(f"search space: proposal {name:.60}: {error}") from None
-    return tuple(found)
-
-
-def _mapping(data: Any, what: str, known: Sequence[str]) -> dict[str, object]:
-    if not isinstance(data, dict):
-        raise UsageError(f"search space: {what} must be a mapping of {', '.join(known)}, not {type(data).__name__}")
-    for key in data:
-        if key not in known:
-            raise UsageError(f"search space: unknown key {key!r} in {what}{hint(key, known)}")
-    return data
-
-
-def _number(value: Any) -> float:
-    return math.inf if value == NEVER else float(value)
-
-
-def _check(name: str, value: Any) -> Value:
-    rule = _RULES[name]
-    if name == "accelerator":
-        rule = dataclasses.replace(rule, words=accelerator_names())
-    if isinstance(value, str) and value in rule.words:
-        return value
-    valid = not isinstance(value, bool) and isinstance(value, int if rule.kind is int else int | float)
-    if rule.kind is str or not valid or not rule.low <= value <= rule.high:
-        words = ", ".join(rule.words)
-        span = (
-            ""
-            if rule.kind is str
-            else f"from {rule.low:g} to {rule.high:g}"
-            if rule.high < math.inf
-            else f">= {rule.low:g}"
-        )
-        nearest = did_you_mean(value, rule.words) if rule.kind is str else ""
-        kind = "" if rule.kind is str else "a whole number " if rule.kind is int else "a number "
-        raise UsageError(
-            f"search space: {name} {value!r} must be {kind}{span}{' or ' if words and span else ''}{words}{nearest}"
-        )
-    checked: Value = rule.kind(value)
-    return checked
-
-
-def _parameter(name: str, data: Any) -> Parameter:
-    rule = _RULES[name]
-    if isinstance(data, list):
-        if not data:
-            raise UsageError(f"search space: {name} has an empty list; give at least one value")
-        values = tuple(_check(name, value) for value in data)
-        if len(set(values)) < len(values):
-            raise UsageError(f"search space: {name} lists a value twice")
-        if rule.kind is str:
-            return Parameter(name, "choice", values=values)
-        return Parameter(name, "ordered", values=tuple(sorted(values, key=_number)))
-    if isinstance(data, dict) and rule.kind is not str:
-        data = _mapping(data, name, ("low", "high", "log"))
-        for bound in ("low", "high"):
-            if bound not in data:
-                raise UsageError(f"search space: {name} has no {bound}; write {{low: ..., high: ...}} or a list")
-        low, high, log = _check(name, data["low"]), _check(name, data["high"]), data.get("log", False)
-        if isinstance(low, str) or isinstance(high, str) or low > high:
-            raise UsageError(f"search space: {name} runs from {low!r} to {high!r}; low must not exceed high")
-        if not isinstance(log, bool) or (log and low <= 0):
-            raise UsageError(f"search space: {name} log {log!r} must be true or false, and true needs low above 0")
-        return Parameter(name, "int" if rule.kind is int else "float", low, high, log)
-    shape = "a list of words" if rule.kind is str else "{low: ..., high: ...} or a list"
-    raise UsageError(f"search space: {name} {data!r:.60} must be {shape}")
-
-
-def _quality(data: Any) -> dict[str, QualitySpec]:
-    """What counts, by metric, from `{geneval: 1.0}` or `{metrics: [{name: geneval, weight: 1, max_drop: 0.02}]}`."""
-    if not isinstance(data, dict) or not data:
-        raise UsageError(
-            f"search space: quality {data!r:.60} must be metrics with weights, such as "
-            "{metrics: [{name: clip_score, weight: 1, max_drop: 0.3}]}"
-        )
-    from tuner.metrics.registry import metric_names
-
-    metrics: dict[str, Any] = _listed_metrics(data) if "metrics" in data else data
-    for position, (name, value) in enumerate(metrics.items()):
-        _metric(name, metric_names())
-        weight = value.get("weight", 1.0) if isinstance(value, dict) else value
-        number = not isinstance(weight, bool) and isinstance(weight, int | float) and 0 <= weight < math.inf
-        if not number or (weight == 0 and position == 0):
-            least = "above 0" if position == 0 else "of at least 0"
-            raise UsageError(f"search space: quality weight of {name} is {weight!r}; it must be a number {least}")
-        if isinstance(value, dict) and value.get("max_drop") is not None:
-            check_max_drop(name, value["max_drop"], f"search space: max_drop {value['max_drop']!r} of {name}")
-    return read_quality(metrics)
-
-
-def _listed_metrics(data: dict[str, object]) -> dict[str, object]:
-    listed = _mapping(data, "quality", ("metrics",))["metrics"]
-    if not isinstance(listed, list) or not listed:
-        raise UsageError(f"search space: quality metrics {listed!r:.60} must be a list, such as [{{name: geneval}}]")
-    found: dict[str, object] = {}
-    for entry in listed:
-        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
-            raise UsageError(f"search space: quality metric {entry!r:.60} must have a name, such as {{name: geneval}}")
-        if entry["name"] in found:
-            raise UsageError(f"search space: quality lists {entry['name']} twice")
-        found[entry["name"]] = {key: value for key, value in entry.items() if key != "name"}
-    return found
-
-
-def _floors(data: Any) -> dict[str, float]:
-    if not isinstance(data, dict):
-        raise UsageError(
-            f"search space: floors {data!r:.60} must be metrics with their smallest mean, such as {{psnr: 20}}"
-        )
-    from tuner.metrics.registry import metric_names
-
-    for name, value in data.items():
-        _metric(name, metric_names())
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise UsageError(f"search space: floor of {name} is {value!r}; it must be a number")
-    return {name: float(value) for name, value in data.items()}
-
-
-def _metric(name: Any, known: Sequence[str]) -> None:
-    if name not in known:
-        raise UsageError(f"search space: unknown metric {name!r}{hint(name, known)}")
-
-
-def _prompt_source(data: Any) -> PromptSource:
-    data = _mapping(data, "prompts", ("source", "search", "heldout", "micro_batch"))
-    for name, value in data.items():
-        if name == "source":
-            if not isinstance(value, str):
-                raise UsageError(
-                    f"search space: prompts source {value!r} must be {', '.join(PROMPT_SOURCES)} or a file"
-                )
-        elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UsageError(f"search space: prompts {name} {value!r} must be a whole number of at least 1")
-    return PromptSource(**data)
 
 
 def expand(schedule: StageSchedule, grids: Sequence[Grid], chunks: int) -> tuple[Steps, str]:

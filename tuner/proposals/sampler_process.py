@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
 from stagevar.errors import InfrastructureError, reason_of
-from tuner.config.space import Value
+from tuner.config.parameters import Value
 
 if TYPE_CHECKING:
     from tuner.proposals.trial_sampler import Proposal, TrialOutcome

@@ -26,7 +26,8 @@ from optuna.trial import Trial, TrialState
 from stagevar.errors import InfrastructureError, UsageError, reason_of
 from stagevar.files import write_text_atomically
 from stagevar.prompts.seeds import in_32_bits
-from tuner.config.space import Parameter, SearchSpace, Value
+from tuner.config.parameters import Parameter, Value
+from tuner.config.space import SearchSpace
 from tuner.results.run_dir import JOURNAL_FILE
 
 SAMPLERS = ("auto", "gp", "tpe", "random")

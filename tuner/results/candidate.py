@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 
 from stagevar.card_state import CardState
 from stagevar.profile import StepData
-from tuner.config.space import Value
+from tuner.config.parameters import Value
 
 #: Verdicts that rest on timings alone.
 OF_TIME = ("latency", "gain")

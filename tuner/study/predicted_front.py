@@ -13,9 +13,10 @@ import numpy as np
 from stagevar.errors import UsageError
 from stagevar.files import write_text_atomically, writing
 from stagevar.schedule import Steps
+from tuner.config.parameters import Value
 from tuner.config.prompts import PromptSet
 from tuner.config.quality import factors, limited
-from tuner.config.space import Value, drawn_settings, draws, steps_key
+from tuner.config.space import drawn_settings, draws, steps_key
 from tuner.evaluation.executor import Executor, Failed, QualityTask
 from tuner.proposals.sampler_process import SamplerProcess
 from tuner.proposals.sensitivity import (

@@ -20,7 +20,7 @@ from stagevar.testing.recorder import Recorder
 from stagevar.testing.tiny import GRIDS, tiny_infinity
 from tests.fakes.cuda import NoWaiting, begin_on_fake_cuda, fake_mode
 from tests.stagevar.engine.test_graph import graph_sampler
-from tuner.config.space import load_space, parse_space
+from tuner.config.space_file import load_space, parse_space
 from tuner.report.words import describe
 
 PROMPTS, SEEDS = ["a red ring", "two stars"], [1, 2]

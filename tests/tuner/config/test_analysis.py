@@ -12,7 +12,7 @@ from stagevar.schedule import StageSchedule
 from stagevar.testing.tiny import tiny_infinity
 from tuner.cli import main
 from tuner.config.analysis import read_analysis
-from tuner.config.space import load_space
+from tuner.config.space_file import load_space
 
 GRIDS = scale_grids("infinity-tiny")
 SIDES = [str(h) for h, _ in GRIDS]

@@ -206,7 +206,7 @@ def test_the_files_of_a_command_are_found_from_anywhere(tmp_path):
 
 
 def test_a_plan_stores_absolute_paths(tmp_path, monkeypatch):
-    from tuner.config.space import load_space
+    from tuner.config.space_file import load_space
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "space").mkdir()

@@ -11,7 +11,7 @@ from stagevar.models.registry import resolve
 from stagevar.models.request import ModelRequest
 from tuner.cli import main
 from tuner.config.costs import images_at_most, memory_plan, settings_of
-from tuner.config.space import load_space, parse_space
+from tuner.config.space_file import load_space, parse_space
 from tuner.metrics.downloads import metric_downloads
 from tuner.metrics.quality_spec import read_quality
 

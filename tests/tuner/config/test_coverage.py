@@ -8,7 +8,8 @@ import pytest
 from stagevar.schedule.grids import square
 from tests.fakes.studies import GRIDS, SPACE, study
 from tuner.config.coverage import DRAWS, coverage
-from tuner.config.space import Parameter, load_space
+from tuner.config.parameters import Parameter
+from tuner.config.space_file import load_space
 from tuner.report.page import render
 from tuner.report.sections.space import space_section
 from tuner.results.result import StudyResult

@@ -13,7 +13,7 @@ from stagevar.schedule import preset
 from tests.fakes.studies import CHUNKS
 from tuner.cli import main
 from tuner.config.default_space import default_space
-from tuner.config.space import load_space, parse_space
+from tuner.config.space_file import load_space, parse_space
 
 MODELS = [model.name for model in list_models()]
 WITH_SCALES = [model.name for model in list_models() if model.scales is not None]

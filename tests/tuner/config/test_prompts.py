@@ -8,7 +8,8 @@ import pytest
 from stagevar.errors import UsageError
 from tuner.cli.plan import with_prompts
 from tuner.config.prompts import load_prompts, set_sizes, warn_of_short_files
-from tuner.config.space import PromptSource, load_space, parse_space
+from tuner.config.space import PromptSource
+from tuner.config.space_file import load_space, parse_space
 
 GENEVAL = PromptSource("geneval", search=60, heldout=240, micro_batch=8)
 

@@ -10,7 +10,7 @@ import pytest
 from stagevar.errors import UsageError
 from tests.fakes.studies import SPACE
 from tuner.config.quality import composite_specs, factors, limited, parse_max_drops, quality_limits
-from tuner.config.space import load_space, parse_space, space_names
+from tuner.config.space_file import load_space, parse_space, space_names
 from tuner.metrics import registry
 from tuner.metrics.base import Metric
 from tuner.metrics.declarations import DECLARATIONS

@@ -4,7 +4,7 @@ import pytest
 
 from stagevar.models.registry import list_models, model_parts, published, resolve
 from stagevar.schedule import StageSchedule, preset
-from tuner.config.space import load_space
+from tuner.config.space_file import load_space
 
 
 @pytest.mark.parametrize("name", [model.name for model in list_models() if model.family == "infinity"])

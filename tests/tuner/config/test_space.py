@@ -12,7 +12,9 @@ from stagevar.errors import StagevarError, UsageError
 from stagevar.schedule import PRESETS, StageSchedule
 from stagevar.schedule.grids import square
 from tests.fakes.studies import CHUNKS, GRIDS, SPACE
-from tuner.config.space import NEVER, load_space, parse_space, space_names, steps_key
+from tuner.config.parameters import NEVER
+from tuner.config.space import steps_key
+from tuner.config.space_file import load_space, parse_space, space_names
 
 
 def on_six_scales():

@@ -7,7 +7,8 @@ import pytest
 
 from stagevar.schedule import exact, skipvar
 from tests.fakes.studies import CHUNKS, GRIDS, SPACE
-from tuner.config.space import draw, parse_space
+from tuner.config.space import draw
+from tuner.config.space_file import parse_space
 from tuner.evaluation.step_costs import LEAST_CHECKS, StepCosts
 
 FULL = exact(len(GRIDS)).expand(GRIDS, CHUNKS)

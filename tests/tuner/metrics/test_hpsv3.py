@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from stagevar.errors import UsageError
 from tests.fakes import metric_models
 from tuner.cli import main
-from tuner.config.space import load_space
+from tuner.config.space_file import load_space
 from tuner.metrics import create
 from tuner.metrics.hpsv3 import HpsV3, _instruction
 

@@ -66,7 +66,7 @@ def test_closing_ends_the_process(tmp_path):
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from tuner.config.space import load_space
+from tuner.config.space_file import load_space
 from tuner.proposals.sampler_process import SamplerProcess
 
 print("began", flush=True)

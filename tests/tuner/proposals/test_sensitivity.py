@@ -8,7 +8,8 @@ import pytest
 
 from stagevar.schedule import LowRank, Pivotal, StageSchedule, exact, preset
 from stagevar.schedule.grids import square
-from tuner.config.space import draws, load_space
+from tuner.config.space import draws
+from tuner.config.space_file import load_space
 from tuner.proposals.sensitivity import (
     FewerTokens,
     GuidanceEnds,

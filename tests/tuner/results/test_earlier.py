@@ -9,7 +9,7 @@ from stagevar.errors import UsageError
 from stagevar.models import registry
 from tests.fakes.studies import study
 from tuner.cli import main
-from tuner.config.space import load_space
+from tuner.config.space_file import load_space
 from tuner.report.export import export
 from tuner.results.earlier import earlier_schedules
 from tuner.results.run_dir import STUDY_FILE

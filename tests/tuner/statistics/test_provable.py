@@ -12,7 +12,7 @@ from tests.fakes.studies import GRIDS
 from tuner.config.limits import parse_budget
 from tuner.config.prompts import load_prompts
 from tuner.config.quality import quality_limits
-from tuner.config.space import load_space
+from tuner.config.space_file import load_space
 from tuner.evaluation.local import LocalExecutor
 from tuner.metrics.quality_spec import read_quality
 from tuner.statistics.bounds import continuous_drop_bounds, drop_bounds

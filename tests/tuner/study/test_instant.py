@@ -7,7 +7,7 @@ from stagevar.errors import EXIT_CODES as MEANINGS
 from stagevar.profile import Profile
 from tests.fakes.studies import FULL_TOKENS, SPACE, FakeEvaluator, study, tokens
 from tuner.cli.console import write_derived
-from tuner.config.space import parse_space
+from tuner.config.space_file import parse_space
 from tuner.report.next_steps import next_steps
 from tuner.results.candidate import Finalist
 from tuner.study.instant import InstantStudy

@@ -10,7 +10,7 @@ from tests.fakes.studies import CHUNKS, GRIDS, SPACE, FakeEvaluator
 from tuner.config.limits import parse_budget
 from tuner.config.prompts import load_prompts
 from tuner.config.quality import quality_limits
-from tuner.config.space import parse_space
+from tuner.config.space_file import parse_space
 from tuner.evaluation.local import LocalExecutor
 from tuner.statistics.bounds import ratio_interval
 from tuner.statistics.looks import FIRST_ALPHA

@@ -30,7 +30,8 @@ from tests.contracts.models import ModelContract
 from tests.fakes.weights import tiny_vq_model
 from tests.golden.star_cases import run_case
 from tuner.config.prompts import load_prompts
-from tuner.config.space import PromptSource, load_space
+from tuner.config.space import PromptSource
+from tuner.config.space_file import load_space
 
 SIDES = (1, 2, 3, 4)
 GRIDS = square(SIDES)
