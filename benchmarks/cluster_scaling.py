@@ -119,7 +119,7 @@ def measure(model_name: str, space: SearchSpace, schedules: Sequence[Steps]) -> 
 
     from stagevar.models.registry import load_model
     from stagevar.sampling.sampler import Sampler
-    from tuner.evaluation.evaluator import walk
+    from tuner.evaluation.prefix_tree import walk
     from tuner.metrics.registry import create
 
     torch.set_num_threads(1)
@@ -191,7 +191,7 @@ def measure_ray(model_name: str, space: SearchSpace) -> dict[str, float]:
     model = ModelRequest(model_name, weights="random", device="cpu")
     parts = {"model": model, "prompts": load_prompts(space.prompts), "quality": {}, "floors": {}}
     started = time.perf_counter()
-    executor = RayExecutor(Recipe("tuner.evaluation.evaluator:load_evaluator", parts))
+    executor = RayExecutor(Recipe("tuner.evaluation.model_evaluator:load_evaluator", parts))
     ready = time.perf_counter()
     trips = []
     for _ in range(50):

@@ -19,7 +19,7 @@ from stagevar.models.request import ModelRequest
 from stagevar.schedule import StageSchedule, exact, preset
 from tuner.config.prompts import load_prompts
 from tuner.config.space import PromptSource
-from tuner.evaluation.evaluator import load_evaluator
+from tuner.evaluation.model_evaluator import load_evaluator
 from tuner.metrics.prompt_sets import subset_rank_correlation
 from tuner.metrics.quality_spec import read_quality
 

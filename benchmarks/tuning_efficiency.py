@@ -39,9 +39,10 @@ from tuner.config.prompts import load_prompts
 from tuner.config.quality import composite_specs, quality_limits
 from tuner.config.space import draws, steps_key
 from tuner.config.space_file import load_space
-from tuner.evaluation.evaluator import ModelEvaluator, walk
 from tuner.evaluation.executor import QualityTask
 from tuner.evaluation.local import LocalExecutor
+from tuner.evaluation.model_evaluator import ModelEvaluator
+from tuner.evaluation.prefix_tree import walk
 from tuner.evaluation.step_costs import StepCosts
 from tuner.metrics.quality_spec import QualitySpec
 from tuner.proposals.sensitivity import alone, changes_to_measure

@@ -105,7 +105,7 @@ LONG_FILES = {
     "stagevar/models/checkpoint/weights.py",
     "stagevar/models/nano/scenes.py",
     "stagevar/sampling/sampler.py",
-    "tuner/evaluation/evaluator.py",
+    "tuner/evaluation/model_evaluator.py",
 }
 
 #: Functions above 80 lines.

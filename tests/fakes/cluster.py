@@ -130,7 +130,7 @@ class TinyModel(FakeEvaluator):
         self.sampler = Sampler(tiny_infinity(GRIDS))
 
     def quality(self, schedules, split, batch):
-        from tuner.evaluation.evaluator import walk
+        from tuner.evaluation.prefix_tree import walk
 
         texts, seeds = self.prompts[split].batch(batch)
         generation = self.sampler.begin([str(text) for text in texts], list(seeds))

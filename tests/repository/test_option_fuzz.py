@@ -191,7 +191,7 @@ def stubs(folder, monkeypatch):
         "stagevar.models.registry.load_model",
         "stagevar.models.convert.load_into",
         "stagevar.serving.server.serve",
-        "tuner.evaluation.evaluator.load_evaluator",
+        "tuner.evaluation.model_evaluator.load_evaluator",
         "tuner.cli.tune._ray_executor",
         "tuner.cluster.sweep.run_sweep",
         "tuner.metrics.registry.create",

@@ -13,7 +13,7 @@ from PIL import Image
 
 import stagevar.sampling.scale_latency
 import stagevar.timing
-import tuner.evaluation.evaluator
+import tuner.evaluation.model_evaluator
 import tuner.study.options
 from stagevar.cli.command import main as stagevar_main
 from stagevar.profile import Profile
@@ -21,7 +21,8 @@ from stagevar.sampling.scale_latency import time_scales
 from stagevar.schedule import exact
 from tests.fakes import weights as stand_ins
 from tuner.cli import main as tune_main
-from tuner.evaluation.evaluator import ModelEvaluator, walk
+from tuner.evaluation.model_evaluator import ModelEvaluator
+from tuner.evaluation.prefix_tree import walk
 from tuner.results.result import StudyResult
 from tuner.study.options import SearchShortcuts
 from tuner.testing.formulas import Samples
@@ -138,7 +139,7 @@ def test_from_doctor_to_deployment(rehearsal, monkeypatch):
     """With an acceleration that changes nothing; then with one that ruins every image, on the same files."""
     folder, weights = rehearsal.folder, rehearsal.weights
     run, profile = folder / "run", folder / "run" / "profile.yaml"
-    monkeypatch.setattr(tuner.evaluation.evaluator, "walk", Drawing())
+    monkeypatch.setattr(tuner.evaluation.model_evaluator, "walk", Drawing())
 
     rehearsal("doctor", tune_main, "doctor", "--model", rehearsal.model, "--weights", weights, "--out", folder)
     rehearsal("dry run", tune_main, *rehearsal.tuning("run"), "--dry-run")
@@ -166,7 +167,7 @@ def test_from_doctor_to_deployment(rehearsal, monkeypatch):
     assert (run / "report.html").exists()
     assert set(rehearsal.codes.values()) == {0} and len(rehearsal.codes) == 8, rehearsal.codes
 
-    monkeypatch.setattr(tuner.evaluation.evaluator, "walk", Drawing(ruins=True))
+    monkeypatch.setattr(tuner.evaluation.model_evaluator, "walk", Drawing(ruins=True))
     assert rehearsal("tune, ruined", tune_main, *rehearsal.tuning("ruined"), "--quiet") == 3
     ruined = StudyResult.load(folder / "ruined")
     assert ruined.verdict == "infeasible" and not ruined.picks and len(ruined.candidates) == 4

@@ -17,9 +17,9 @@ from stagevar.testing.tiny import tiny_infinity
 from tests.fakes.studies import FakeEvaluator, study, tokens
 from tuner.config.prompts import load_prompts
 from tuner.config.space import PromptSource
-from tuner.evaluation.evaluator import ModelEvaluator
 from tuner.evaluation.executor import Failed, NotMeasured, QualityTask
 from tuner.evaluation.local import LocalExecutor
+from tuner.evaluation.model_evaluator import ModelEvaluator
 from tuner.metrics.quality_spec import QualitySpec
 from tuner.results.candidate import Finalist
 

@@ -30,7 +30,7 @@ from tuner.config.prompts import load_prompts
 from tuner.config.quality import composite_specs, quality_limits
 from tuner.config.space_file import parse_space
 from tuner.evalkit import command as eval_cli
-from tuner.evaluation.evaluator import load_evaluator
+from tuner.evaluation.model_evaluator import load_evaluator
 from tuner.metrics.quality_spec import QualitySpec
 from tuner.metrics.registry import METRICS, check_name, create_composite, metric_class, metric_names
 

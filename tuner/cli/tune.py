@@ -263,7 +263,7 @@ def _drive(checked: Plan, again: bool) -> tuple[StudyResult, list[Path]]:
 def build_study(checked: Plan, progress: Any, stop: Callable[[], bool]) -> Study:
     """Loads model, prompts and metrics."""
     from tuner.config.prompts import load_prompts
-    from tuner.evaluation.evaluator import fitting_micro_batch, load_evaluator
+    from tuner.evaluation.model_evaluator import fitting_micro_batch, load_evaluator
     from tuner.study.instant import InstantStudy
     from tuner.study.options import EXHAUSTIVE, SearchShortcuts
     from tuner.study.predicted_front import load_table
@@ -342,7 +342,7 @@ def _ray_executor(checked: Plan, parts: Mapping[str, object], progress: Any) -> 
     if model.weights and Path(model.weights).exists():
         model = dataclasses.replace(model, weights=str(Path(model.weights).resolve()))
     return RayExecutor(
-        Recipe("tuner.evaluation.evaluator:load_evaluator", {"model": model, **parts}),
+        Recipe("tuner.evaluation.model_evaluator:load_evaluator", {"model": model, **parts}),
         args.ray_address,
         gpu_kind=args.gpu_kind,
         task_timeout_s=args.task_timeout,

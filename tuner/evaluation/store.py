@@ -50,7 +50,12 @@ LAYOUT = 1
 _CODE = (
     *("stagevar/accelerators", "stagevar/engine", "stagevar/images.py", "stagevar/models", "stagevar/prompts"),
     *("stagevar/sampling", "stagevar/schedule", "stagevar/tensors"),
-    *("tuner/evaluation/evaluator.py", "tuner/metrics", "tuner/similarities.py"),
+    *(
+        "tuner/evaluation/model_evaluator.py",
+        "tuner/evaluation/prefix_tree.py",
+        "tuner/metrics",
+        "tuner/similarities.py",
+    ),
 )
 
 

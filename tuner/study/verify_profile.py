@@ -110,8 +110,8 @@ def recheck(
     """
     from stagevar.models.registry import load_model, resolve
     from tuner.config.prompts import load_prompts
-    from tuner.evaluation.evaluator import ModelEvaluator
     from tuner.evaluation.local import LocalExecutor
+    from tuner.evaluation.model_evaluator import ModelEvaluator
 
     full_profile = profile.latency.ratio is None
     recorded = 1.0 if profile.latency.ratio is None else profile.latency.ratio.mean

@@ -109,7 +109,7 @@ def test_verify_measures_with_the_profiles_settings_or_those_given(saved, monkey
         asked.append(options)
         raise Stop
 
-    monkeypatch.setattr("tuner.evaluation.evaluator.ModelEvaluator", evaluator)
+    monkeypatch.setattr("tuner.evaluation.model_evaluator.ModelEvaluator", evaluator)
     path = save("p.yaml", "compiled", threads=1, load={"resolution": "0.25M"})
     for options in ([], ["--engine", "eager", "--resolution", "1M"]):
         with pytest.raises(Stop):

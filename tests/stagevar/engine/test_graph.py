@@ -194,7 +194,7 @@ def test_padded_text_changes_logits_by_rounding_only(model):
 
 def test_a_walk_over_a_tree_shares_recordings(model):
     """Depth-first with rewinds, as the tuner walks: every distinct prefix is one recording."""
-    from tuner.evaluation.evaluator import walk
+    from tuner.evaluation.prefix_tree import walk
 
     schedules = list(SCHEDULES.values())
     sampler, engine = graph_sampler(model)
@@ -237,7 +237,7 @@ def ratios(*values: float):
 
 def test_decoding_in_the_middle_of_a_walk_spoils_nothing(model):
     """The decoder is recorded before the second prefix, replayed below it, and the prefix is read once more."""
-    from tuner.evaluation.evaluator import walk
+    from tuner.evaluation.prefix_tree import walk
 
     schedules = [FULL, ratios(0.5, 0.2), ratios(0.5, 0.6), ratios(0.5, 0.9)]
     sampler, _ = graph_sampler(model)

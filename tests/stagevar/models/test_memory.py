@@ -191,7 +191,7 @@ def test_what_does_not_fit_beside_the_full_schedule_is_tried_alone():
 
 
 def test_a_study_leaves_room_for_the_models_of_its_metrics(monkeypatch):
-    from tuner.evaluation.evaluator import fitting_micro_batch
+    from tuner.evaluation.model_evaluator import fitting_micro_batch
 
     model = ModelRequest("infinity-2b", device="cpu", weights="folder")
     needed = estimate_model(ModelRequest("infinity-2b", batch=4, device="cpu")).peak

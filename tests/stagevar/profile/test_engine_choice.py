@@ -182,7 +182,7 @@ def test_a_resumed_run_keeps_its_engine(tmp_path):
 def test_an_evaluator_takes_the_choice_that_was_made_and_chooses_else(monkeypatch):
     from tests.stagevar.profile.test_profile import MODEL
     from tuner.config.prompts import PromptSet
-    from tuner.evaluation.evaluator import ModelEvaluator
+    from tuner.evaluation.model_evaluator import ModelEvaluator
 
     random = dataclasses.replace(MODEL, random_weights=True)
     prompts = {"search": PromptSet(("a", "b"), (0, 1), 2), "heldout": PromptSet(("c",), (2,), 1)}

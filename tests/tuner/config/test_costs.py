@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-import tuner.evaluation.evaluator
+import tuner.evaluation.model_evaluator
 from stagevar.errors import UsageError
 from stagevar.models.downloads import model_downloads
 from stagevar.models.registry import resolve
@@ -99,7 +99,7 @@ def test_a_run_names_the_files_to_fetch_before_it_loads_anything(monkeypatch, ca
         said.append(capsys.readouterr().err)
         raise UsageError("no network here")
 
-    monkeypatch.setattr(tuner.evaluation.evaluator, "load_evaluator", load)
+    monkeypatch.setattr(tuner.evaluation.model_evaluator, "load_evaluator", load)
     run = ["--budget", "80%", "--device", "cpu"]
     assert main(["--model", "infinity-125m", *run, "--out", str(tmp_path / "a")]) == 2
     assert main(["--model", "infinity-125m", *run, "--out", str(tmp_path / "b"), "--weights", "random"]) == 2

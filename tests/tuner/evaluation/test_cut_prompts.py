@@ -12,7 +12,7 @@ from PIL import Image
 from stagevar.models import registry
 from tuner.config.prompts import PromptSet
 from tuner.evalkit import command as eval_cli
-from tuner.evaluation.evaluator import ModelEvaluator
+from tuner.evaluation.model_evaluator import ModelEvaluator
 from tuner.metrics.clip import ClipModel, ClipScore
 from tuner.metrics.quality_spec import QualitySpec
 

@@ -11,9 +11,10 @@ from stagevar.schedule.grids import square
 from stagevar.testing.tiny import tiny_infinity
 from tuner.config.prompts import load_prompts
 from tuner.config.space import PromptSource
-from tuner.evaluation.evaluator import ModelEvaluator, walk
 from tuner.evaluation.executor import Failed, QualityTask
 from tuner.evaluation.local import LocalExecutor
+from tuner.evaluation.model_evaluator import ModelEvaluator
+from tuner.evaluation.prefix_tree import walk
 from tuner.metrics.base import prompt_text
 from tuner.metrics.quality_spec import QualitySpec
 

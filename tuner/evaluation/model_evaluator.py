@@ -1,0 +1,477 @@
+"""Evaluating schedules on a loaded model: quality by a walk over the tree of their steps, latency by timing whole images.
+
+Importing this module imports no torch; building a ModelEvaluator does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from stagevar.errors import OutOfDeviceMemory
+from stagevar.models.request import ModelRequest
+from stagevar.profile.sections import EngineSection
+from stagevar.schedule import PRECISIONS, ScaleStep, Steps, exact
+from tuner.config.prompts import PromptSet
+from tuner.evaluation.evaluator import WITH_TEXT, WITHOUT_TEXT, EvaluationInfo, Evaluator, Values
+from tuner.evaluation.prefix_tree import walk
+from tuner.evaluation.timed_groups import merged
+
+if TYPE_CHECKING:
+    from stagevar.models.base import LoadedModel
+    from stagevar.sampling.generation import Generation
+    from stagevar.sampling.sampler import Sampler
+    from stagevar.timing import Timing
+    from tuner.metrics.base import Metric
+    from tuner.metrics.quality_spec import QualitySpec
+    from tuner.metrics.registry import CompositeQuality
+
+
+def fitting_micro_batch(model: ModelRequest, wanted: int, quality: Mapping[str, QualitySpec]) -> int:
+    """Images per batch for a study: `wanted`, or as many as the device holds beside the metrics' models, by halves.
+
+    quality: metrics as in the search space, whose models stay on the device throughout (none with random weights). The
+    answer follows from all of the device's memory, not from what is free, so that the same command gives the same study.
+    """
+    from stagevar.models.memory import largest_batch, total_bytes
+    from stagevar.models.memory_plan import CARD_SHARE
+    from stagevar.models.registry import resolve
+    from tuner.metrics.downloads import metric_downloads
+
+    request = resolve(model)
+    total = total_bytes(request.device)
+    if total is None or not request.spec.parts:  # nano fits anywhere
+        return wanted
+    judged = {} if request.random else quality
+    metrics_bytes = sum(download.about_bytes or 0 for download in metric_downloads(judged))
+    return largest_batch(model, wanted, int(CARD_SHARE * total) - metrics_bytes)
+
+
+def load_evaluator(
+    model: ModelRequest,
+    prompts: Mapping[str, PromptSet],
+    quality: Mapping[str, QualitySpec],
+    floors: Mapping[str, float],
+    **options: Any,
+) -> ModelEvaluator:
+    """Loads a model and the metrics: what a study evaluates with, in its own process or in a cluster's workers.
+
+    Arguments, and options by keyword, as for `ModelEvaluator`.
+    """
+    from stagevar.models import registry
+
+    loaded = registry.load_model(model)
+    if hasattr(loaded.text, "prepare"):
+        # A large text encoder is loaded once; its features stay on disk, and it is freed before the model needs room.
+        loaded.text.prepare([text for part in prompts.values() for text in part.texts])
+    return ModelEvaluator(loaded, prompts, quality, floors, **options)
+
+
+class ModelEvaluator(Evaluator):
+    """Evaluates on a loaded model, in this process.
+
+    Args:
+        model: what `load_model` returned. prompts: "search" and "heldout" sets.
+        quality: metrics of the composite; ignored for random weights. floors: further metrics to compute.
+        threads: CPU threads of every latency, pinned while timing.
+        drawing_threads: CPU threads that draw and judge images, `threads` when None; they change no image.
+        engine: what latency is timed on (stagevar.engine); "auto" has it chosen here (stagevar.profile.engine_choice),
+            a choice that was made earlier is kept. Search images are drawn eagerly: a prefix that is run once is not
+            worth recording, and where other kernels round otherwise, images drift alike for a schedule and the full one
+            that it is paired with. Held-out images are drawn as they will be served, on this engine and one at a time,
+            so that a verdict is about those very images; the eager engine gives the same ones in any batch.
+        references_dir: where the full schedule's images are kept between batches; memory when None.
+        keep_bytes: for the full schedule's scales on the search prompts, which later walks start from; None takes a
+            quarter of what is free. 0 keeps nothing.
+
+    Attributes: scales_run, scales_alone: scales run by the walks, and what running each schedule alone had needed.
+    rows_at_once: images of a micro-batch that are drawn together, fewer once memory ran out; None for all of them.
+
+    Where memory runs out, methods free what they hold and try again in smaller parts: fewer images, fewer schedules timed
+    in turn. They raise OutOfDeviceMemory when the smallest part does not fit either, and DeviceBroken where no kernel runs
+    in this process any more; neither is a schedule's fault.
+    """
+
+    scales_run: int = 0
+    scales_alone: int = 0
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        prompts: Mapping[str, PromptSet],
+        quality: Mapping[str, QualitySpec],
+        floors: Mapping[str, float] | None = None,
+        *,
+        threads: int = 1,
+        drawing_threads: int | None = None,
+        engine: str | EngineSection = "eager",
+        references_dir: Path | None = None,
+        keep_bytes: int | None = None,
+    ):
+        import torch
+
+        from stagevar.engine import build_engine
+        from stagevar.sampling.sampler import Sampler
+
+        if isinstance(engine, str) and engine != "auto":
+            build_engine(engine, model.device)  # refused before anything is measured
+        self.model, self.prompts, self.threads, self.references_dir = model, prompts, threads, references_dir
+        self.drawing_threads = None if model.device.type == "cuda" else drawing_threads
+        self.sampler = Sampler(model)
+        if model.device.type == "cpu":
+            torch.set_num_threads(threads)
+        self.composite: CompositeQuality | None = None
+        self.extra: dict[str, Metric] = {}
+        directions: dict[str, bool] = {}
+        if not model.random_weights:
+            from tuner.metrics.registry import create, create_composite
+
+            self.composite = create_composite(quality, device=str(model.device))
+            self.extra = {n: create(n, device=str(model.device)) for n in floors or {} if n not in quality}
+            metrics = {**{name: metric for name, (_, metric) in self.composite.parts.items()}, **self.extra}
+            directions = {name: metric.higher_is_better for name, metric in metrics.items()}
+            texts = [text for prompt_set in prompts.values() for text in prompt_set.texts]
+            for name, metric in metrics.items():
+                for remark in metric.remarks(texts) if metric.needs_prompt else ():
+                    warnings.warn(f"{name}: {remark}")
+        self.keep_bytes = keep_bytes
+        self.rows_at_once: int | None = None
+        self._kept: dict[int, Generation] = {}
+        self._serving: Sampler | None = None
+        self._encoded: dict[tuple[str, int, int, int], Any] = {}
+        self._references: dict[tuple[str, int], np.ndarray] = {}
+        self.full = exact(len(model.grids)).expand(model.grids, self.sampler.chunks)
+        choice = engine if isinstance(engine, EngineSection) else self._choose_engine(engine)
+        self.engine = choice.name
+        cuda = model.device.type == "cuda"
+        self.facts = EvaluationInfo(
+            model.name,
+            tuple(model.grids),
+            self.sampler.chunks,
+            model.pixels,
+            {
+                "name": torch.cuda.get_device_name(model.device) if cuda else "cpu",
+                "kind": model.device.type,
+                "threads": None if cuda else threads,
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "torch": torch.__version__,
+            },
+            engine=self.engine,
+            heldout_engine=self.engine,
+            engine_choice=choice,
+            includes=WITHOUT_TEXT if hasattr(model.text, "prepare") else WITH_TEXT,
+            random_weights=model.random_weights,
+            sampling={
+                "guidance": list(model.sampling.guidance),
+                "temperature": list(model.sampling.temperature),
+                "top_k": model.sampling.top_k,
+                "top_p": model.sampling.top_p,
+            },
+            provenance=dict(model.provenance),
+            higher_is_better=directions,
+            refused=self._refused() if cuda else {},
+        )
+
+    def _refused(self) -> dict[str, str]:
+        from stagevar.models.precision import refused_because
+
+        found = {name: refused_because(name, self.model.device) for name in PRECISIONS if name != "model"}
+        return {name: why for name, why in found.items() if why is not None}
+
+    def _choose_engine(self, asked: str) -> EngineSection:
+        """By the full schedule of two search prompts, where it has to be measured."""
+        from stagevar.profile.engine_choice import engine_for
+
+        prompts = self.prompts["search"]
+        with self._pinned():
+            return engine_for(asked, self.model, self.full, prompts.texts, prompts.seeds)
+
+    # ------------------------------------------------------------------------------------------------ quality
+
+    def quality(self, schedules: Sequence[Steps], split: str, batch: int) -> list[Values]:
+        """See `Evaluator`. Raises RuntimeError for random weights, which draw noise that no metric should judge."""
+        if self.composite is None:
+            raise RuntimeError(f"{self.model.name} has random weights: there is no quality to measure")
+        reference = self._reference(split, batch) if self._needs_reference else None
+        parts = self._in_parts(split, batch, lambda rows: self._quality(schedules, split, batch, rows, reference))
+        self.scales_alone += sum(not step.skipped for steps in schedules for step in steps)
+        return [
+            {metric: np.concatenate([part[index][metric] for part in parts]) for metric in parts[0][index]}
+            for index in range(len(schedules))
+        ]
+
+    def _quality(
+        self, schedules: Sequence[Steps], split: str, batch: int, rows: slice, reference: np.ndarray | None
+    ) -> list[Values]:
+        """Values of some images of a micro-batch, per schedule."""
+        composite = self.composite
+        assert composite is not None  # `quality` has seen to it
+        everything, _ = self.prompts[split].batch(batch)
+        prompts, mine = everything[rows], None if reference is None else reference[rows]
+        found: dict[int, Values] = {}
+
+        def score(indices: list[int], images: np.ndarray) -> None:
+            values = composite.score_parts(images, prompts, mine)
+            values |= {name: metric.score(images, prompts, mine) for name, metric in self.extra.items()}
+            values["quality"] = np.asarray(composite.combine(values))
+            found.update(dict.fromkeys(indices, values))
+
+        sampler = self._drawing(split)
+        advance = self._advance(batch) if split == "search" and len(prompts) == len(everything) else None
+        generation = self._begin(sampler, split, batch, rows, schedules)
+        self.scales_run += walk(sampler, generation, schedules, score, advance)
+        self._check_engine(sampler)
+        return [found[index] for index in range(len(schedules))]
+
+    def images(self, steps: Steps, split: str, batch: int) -> np.ndarray:
+        def part(rows: slice) -> np.ndarray:
+            found: list[np.ndarray] = []
+            sampler = self._drawing(split)
+            generation = self._begin(sampler, split, batch, rows, [steps])
+            walk(sampler, generation, [steps], lambda _, images: found.append(images.copy()))
+            self._check_engine(sampler)
+            return found[0]
+
+        return np.concatenate(self._in_parts(split, batch, part))
+
+    def _drawing(self, split: str) -> Sampler:
+        """What draws a set of prompts: held-out images come from the engine that serves."""
+        if split == "heldout" and self.engine != "eager":
+            if self._serving is None:
+                self.sampler.release()
+                self._serving = self._timed_sampler()
+            return self._serving
+        if self._serving is not None:
+            self._serving.release()
+            self._serving = None
+        return self.sampler
+
+    def _release(self) -> None:
+        """Frees the caches that images were drawn with; they are made again when next needed."""
+        self.sampler.release()
+        if self._serving is not None:
+            self._serving.release()
+            self._serving = None
+
+    def _in_parts(self, split: str, batch: int, run: Callable[[slice], Any]) -> list[Any]:
+        """`run` of the rows of a micro-batch, all at once or in parts that fit: one after the other, in order."""
+        from stagevar.device_faults import free_unused, told_apart
+        from stagevar.timing import threads_of
+
+        count, done, found = len(self.prompts[split].batch(batch)[0]), 0, []
+        while done < count:
+            most = 1 if self._drawing(split) is self._serving else self.rows_at_once or count
+            size = min(most, count - done)
+            try:
+                with threads_of(self.drawing_threads), told_apart(self.model.device, f"drawing {size} images at once"):
+                    found.append(run(slice(done, done + size)))
+                done += size
+                continue
+            except OutOfDeviceMemory:
+                if size == 1 and not self._kept:
+                    self._release()
+                    raise
+            # Out here the error is gone, whose frames hold what ran out.
+            if self._kept:
+                self._kept.clear()
+                self.keep_bytes = 0
+            else:
+                self.rows_at_once = -(-size // 2)
+                warnings.warn(
+                    f"{size} images at once need more memory than is free: {self.rows_at_once} are drawn at once"
+                )
+            self._release()
+            free_unused(self.model.device)
+        return found
+
+    def _advance(self, batch: int) -> Callable[[Generation, ScaleStep], bool]:
+        """Advances along what is kept of the full schedule where the paths agree; keeps it when it comes by."""
+        kept, last = self._kept.get(batch), len(self.full) - 1
+
+        def advance(generation: Generation, step: ScaleStep) -> bool:
+            scale = generation.scale
+            if kept is not None and scale < last and [*generation.steps, step] == kept.steps[: scale + 1]:
+                self.sampler.advance_like(generation, kept)
+                return True
+            self.sampler.advance(generation, step)
+            on_full_path = scale + 1 == last and tuple(generation.steps) == self.full[:last]
+            if on_full_path and batch not in self._kept and self._may_keep(generation):
+                self._kept[batch] = self.sampler.split(generation, range(generation.batch))
+            return False
+
+        return advance
+
+    def _may_keep(self, generation: Generation) -> bool:
+        if generation.resident is not None:
+            return False  # its buffers belong to recorded graphs, which replay a scale for less than a copy
+        from stagevar.models.memory import available_bytes
+
+        needed = generation.cache.memory_bytes
+        if self.keep_bytes is None:
+            room = (available_bytes(self.model.device) or 0) // 4
+            # All of the set or none: half of it would only evict what walks need.
+            return self.prompts["search"].batches * needed <= room + sum(
+                g.cache.memory_bytes for g in self._kept.values()
+            )
+        return (len(self._kept) + 1) * needed <= self.keep_bytes
+
+    @property
+    def _needs_reference(self) -> bool:
+        metrics = [*self.extra.values(), *([] if self.composite is None else [self.composite])]
+        return any(metric.needs_reference for metric in metrics)
+
+    def _begin(self, sampler: Sampler, split: str, batch: int, rows: slice, schedules: Sequence[Steps]) -> Generation:
+        from tuner.metrics.base import prompt_text
+
+        prompts, seeds = self.prompts[split].batch(batch)
+        texts, key = [prompt_text(prompt) for prompt in prompts[rows]], (split, batch, rows.start, rows.stop)
+        if key not in self._encoded:
+            self._encoded[key] = self.model.text.encode(texts)
+        # Later walks start from what an eager one keeps, whatever their schedules restore from.
+        among = schedules if sampler is self._serving else None
+        return sampler.begin(texts, list(seeds[rows]), among=among, encoded=self._encoded[key])
+
+    def _reference(self, split: str, batch: int) -> np.ndarray:
+        """The full schedule's images of a micro-batch, made once per study."""
+        if self.references_dir is None:
+            if (split, batch) not in self._references:
+                self._references[split, batch] = self.images(self.full, split, batch)
+            return self._references[split, batch]
+        path = self.references_dir / f"{split}-{batch:04d}.npy"
+        # A batch that was the last one and not full may have grown since, with the set.
+        if not path.exists() or len(np.load(path, mmap_mode="r")) != len(self.prompts[split].batch(batch)[1]):
+            self.references_dir.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".tmp")
+            with open(partial, "wb") as handle:
+                np.save(handle, self.images(self.full, split, batch))
+            partial.replace(path)
+        return np.load(path)
+
+    # ------------------------------------------------------------------------------------------------ latency
+
+    def latency(self, schedules: Mapping[str, Steps], rounds: int, warm_up_at_most: int = 12) -> Mapping[str, Timing]:
+        """See `Evaluator`. Each schedule has a sampler of its own, so that each keeps the cache it is deployed with.
+
+        As many are timed in turn as the device holds; the others in further groups, each beside the full schedule
+        (`tuner.evaluation.timed_groups`). Raises RuntimeError when the engine fell back to eager: its figures would be
+        another engine's.
+        """
+        from stagevar.device_faults import free_unused, told_apart
+        from stagevar.models.memory_plan import groups_that_fit
+
+        sentinel = next((name for name, steps in schedules.items() if steps == self.full), None)
+        self._release()
+        waiting = groups_that_fit(self.model, schedules, sentinel, self.engine)
+        found: list[Mapping[str, Timing]] = []
+        while waiting:
+            group = waiting.pop(0)
+            try:
+                with told_apart(self.model.device, f"timing {len(group)} schedules in turn"):
+                    found.append(self._timings({name: schedules[name] for name in group}, rounds, warm_up_at_most))
+                continue
+            except OutOfDeviceMemory:
+                others = [name for name in group if name != sentinel]
+                if sentinel is None or len(others) < 2:
+                    raise
+            free_unused(self.model.device)
+            half = len(others) // 2
+            waiting[:0] = [[sentinel, *others[:half]], [sentinel, *others[half:]]]
+        timings = merged(found, sentinel)
+        return {name: timings[name] for name in schedules}
+
+    def _timings(self, schedules: Mapping[str, Steps], rounds: int, warm_up_at_most: int) -> Mapping[str, Timing]:
+        from stagevar.timing import measure
+
+        prompts = self.prompts["search"]
+        texts, seeds = [prompts.texts[0]], [prompts.seeds[0]]
+        samplers = {name: self._timed_sampler() for name in schedules}
+        runs = {
+            name: lambda sampler=samplers[name], steps=steps: sampler.generate(texts, seeds, steps)
+            for name, steps in schedules.items()
+        }
+        try:
+            with self._pinned():
+                found = measure(runs, rounds, self.model.device, warm_up_at_most)
+            for sampler in samplers.values():
+                self._check_engine(sampler)
+            return found
+        finally:
+            for sampler in samplers.values():
+                sampler.release()
+
+    def _timed_sampler(self) -> Sampler:
+        from stagevar.sampling.sampler import Sampler
+
+        return Sampler(self.model, engine=self.engine)
+
+    def _pinned(self) -> contextlib.AbstractContextManager[object]:
+        """What CPU figures are timed in; a GPU's do not depend on it."""
+        from stagevar.timing import pinned
+
+        return contextlib.nullcontext() if self.model.device.type == "cuda" else pinned(self.threads)
+
+    def _check_engine(self, sampler: Sampler) -> None:
+        from stagevar.engine import fell_back_because
+
+        why = fell_back_because(sampler.engine)
+        if why is not None:
+            raise RuntimeError(f"engine {self.engine} fell back to eager ({why}); use --engine eager")
+
+    def step_ms(self, schedules: Sequence[Steps], rounds: int = 3) -> dict[Steps, tuple[float, ...]]:
+        """Milliseconds of the last scale of each distinct prefix, one image, a sample per round; a first round is not counted.
+
+        See `Evaluator`. Schedules that decide on the way are refused with ValueError.
+        """
+        from stagevar.device_faults import told_apart
+
+        self._release()
+        with told_apart(self.model.device, "timing steps"):
+            return self._step_ms(schedules, rounds)
+
+    def _step_ms(self, schedules: Sequence[Steps], rounds: int) -> dict[Steps, tuple[float, ...]]:
+        from stagevar.timing import time_once
+
+        if any(step.decision is not None for steps in schedules for step in steps):
+            raise ValueError("a schedule that decides on the way has no single path to time")
+        prompts, device = self.prompts["search"], self.model.device
+        sampler = self._timed_sampler()
+        found: dict[Steps, list[float]] = {}
+
+        def timed(key: Steps, run: Callable[[], object]) -> None:
+            elapsed_ms = time_once(run, device)[0]
+            found.setdefault(key, []).append(elapsed_ms)
+
+        def advance(generation: Generation, step: ScaleStep) -> None:
+            timed((*generation.steps, step), lambda: sampler.advance(generation, step))
+
+        def round_() -> None:
+            begun: list[Generation] = []
+            first = [prompts.texts[0]], [prompts.seeds[0]]
+            start_ms, _ = time_once(lambda: begun.append(sampler.begin(*first, among=schedules)), device)
+            walk(sampler, begun[0], schedules, None, advance)
+            decode_ms, _ = time_once(lambda: sampler.decode(begun[0]), device)
+            found.setdefault((), []).append(start_ms + decode_ms)
+
+        with self._pinned():
+            for _ in range(rounds + 1):
+                round_()
+        self._check_engine(sampler)
+        return {key: tuple(values[1:]) for key, values in found.items()}
+
+    def scale_ms(self, schedules: Mapping[str, Steps], rounds: int = 5) -> dict[str, tuple[float, ...]]:
+        """Median milliseconds per scale (`stagevar.sampling.scale_latency`), to explain a latency."""
+        from stagevar.device_faults import told_apart
+        from stagevar.sampling.scale_latency import time_scales
+
+        prompts = self.prompts["search"]
+        self._release()
+        sampler = self._timed_sampler()
+        with self._pinned(), told_apart(self.model.device, "timing scales"):
+            found = time_scales(sampler, schedules, prompts.texts[0], prompts.seeds[0], rounds)
+        self._check_engine(sampler)
+        return found
