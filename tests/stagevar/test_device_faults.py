@@ -172,13 +172,13 @@ def test_schedules_are_timed_in_groups_that_fit(model, prompts, room):
     schedules = {"baseline": FULL, **{str(i): steps for i, steps in enumerate(FAST)}}
     room(cache_bytes(model, 1) + max(cache_bytes(model, 1, steps) for steps in FAST))
     evaluator = ModelEvaluator(model, prompts, {"psnr": QualitySpec()})
-    groups, timings = [], evaluator._timings
+    groups, timings = [], evaluator.timer.timings
 
     def spy(group, *arguments):
         groups.append(tuple(group))
         return timings(group, *arguments)
 
-    evaluator._timings = spy
+    evaluator.timer.timings = spy
     found = evaluator.latency(schedules, 2, 1)
     assert list(found) == list(schedules) and all(len(t.samples_ms) == 2 for t in found.values())
     assert groups[0] == ("baseline", "0", "1", "2")

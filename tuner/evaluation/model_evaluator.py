@@ -5,7 +5,6 @@ Importing this module imports no torch; building a ModelEvaluator does.
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from stagevar.schedule import PRECISIONS, ScaleStep, Steps, exact
 from tuner.config.prompts import PromptSet
 from tuner.evaluation.evaluator import WITH_TEXT, WITHOUT_TEXT, EvaluationInfo, Evaluator, Values
 from tuner.evaluation.prefix_tree import walk
-from tuner.evaluation.timed_groups import merged
+from tuner.evaluation.schedule_timer import ScheduleTimer, pinned_on
 
 if TYPE_CHECKING:
     from stagevar.models.base import LoadedModel
@@ -148,6 +147,8 @@ class ModelEvaluator(Evaluator):
         self.full = exact(len(model.grids)).expand(model.grids, self.sampler.chunks)
         choice = engine if isinstance(engine, EngineSection) else self._choose_engine(engine)
         self.engine = choice.name
+        first = prompts["search"]
+        self.timer = ScheduleTimer(model, first.texts[0], first.seeds[0], self.engine, threads)
         cuda = model.device.type == "cuda"
         self.facts = EvaluationInfo(
             model.name,
@@ -188,7 +189,7 @@ class ModelEvaluator(Evaluator):
         from stagevar.profile.engine_choice import engine_for
 
         prompts = self.prompts["search"]
-        with self._pinned():
+        with pinned_on(self.model.device, self.threads):
             return engine_for(asked, self.model, self.full, prompts.texts, prompts.seeds)
 
     # ------------------------------------------------------------------------------------------------ quality
@@ -225,7 +226,7 @@ class ModelEvaluator(Evaluator):
         advance = self._advance(batch) if split == "search" and len(prompts) == len(everything) else None
         generation = self._begin(sampler, split, batch, rows, schedules)
         self.scales_run += walk(sampler, generation, schedules, score, advance)
-        self._check_engine(sampler)
+        self.timer.check_engine(sampler)
         return [found[index] for index in range(len(schedules))]
 
     def images(self, steps: Steps, split: str, batch: int) -> np.ndarray:
@@ -234,7 +235,7 @@ class ModelEvaluator(Evaluator):
             sampler = self._drawing(split)
             generation = self._begin(sampler, split, batch, rows, [steps])
             walk(sampler, generation, [steps], lambda _, images: found.append(images.copy()))
-            self._check_engine(sampler)
+            self.timer.check_engine(sampler)
             return found[0]
 
         return np.concatenate(self._in_parts(split, batch, part))
@@ -244,7 +245,7 @@ class ModelEvaluator(Evaluator):
         if split == "heldout" and self.engine != "eager":
             if self._serving is None:
                 self.sampler.release()
-                self._serving = self._timed_sampler()
+                self._serving = self.timer.new_sampler()
             return self._serving
         if self._serving is not None:
             self._serving.release()
@@ -355,123 +356,17 @@ class ModelEvaluator(Evaluator):
     # ------------------------------------------------------------------------------------------------ latency
 
     def latency(self, schedules: Mapping[str, Steps], rounds: int, warm_up_at_most: int = 12) -> Mapping[str, Timing]:
-        """See `Evaluator`. Each schedule has a sampler of its own, so that each keeps the cache it is deployed with.
-
-        As many are timed in turn as the device holds; the others in further groups, each beside the full schedule
-        (`tuner.evaluation.timed_groups`). Raises RuntimeError when the engine fell back to eager: its figures would be
-        another engine's.
-        """
-        from stagevar.device_faults import free_unused, told_apart
-        from stagevar.models.memory_plan import groups_that_fit
-
+        """See `Evaluator` and `ScheduleTimer`."""
         sentinel = next((name for name, steps in schedules.items() if steps == self.full), None)
         self._release()
-        waiting = groups_that_fit(self.model, schedules, sentinel, self.engine)
-        found: list[Mapping[str, Timing]] = []
-        while waiting:
-            group = waiting.pop(0)
-            try:
-                with told_apart(self.model.device, f"timing {len(group)} schedules in turn"):
-                    found.append(self._timings({name: schedules[name] for name in group}, rounds, warm_up_at_most))
-                continue
-            except OutOfDeviceMemory:
-                others = [name for name in group if name != sentinel]
-                if sentinel is None or len(others) < 2:
-                    raise
-            free_unused(self.model.device)
-            half = len(others) // 2
-            waiting[:0] = [[sentinel, *others[:half]], [sentinel, *others[half:]]]
-        timings = merged(found, sentinel)
-        return {name: timings[name] for name in schedules}
-
-    def _timings(self, schedules: Mapping[str, Steps], rounds: int, warm_up_at_most: int) -> Mapping[str, Timing]:
-        from stagevar.timing import measure
-
-        prompts = self.prompts["search"]
-        texts, seeds = [prompts.texts[0]], [prompts.seeds[0]]
-        samplers = {name: self._timed_sampler() for name in schedules}
-        runs = {
-            name: lambda sampler=samplers[name], steps=steps: sampler.generate(texts, seeds, steps)
-            for name, steps in schedules.items()
-        }
-        try:
-            with self._pinned():
-                found = measure(runs, rounds, self.model.device, warm_up_at_most)
-            for sampler in samplers.values():
-                self._check_engine(sampler)
-            return found
-        finally:
-            for sampler in samplers.values():
-                sampler.release()
-
-    def _timed_sampler(self) -> Sampler:
-        from stagevar.sampling.sampler import Sampler
-
-        return Sampler(self.model, engine=self.engine)
-
-    def _pinned(self) -> contextlib.AbstractContextManager[object]:
-        """What CPU figures are timed in; a GPU's do not depend on it."""
-        from stagevar.timing import pinned
-
-        return contextlib.nullcontext() if self.model.device.type == "cuda" else pinned(self.threads)
-
-    def _check_engine(self, sampler: Sampler) -> None:
-        from stagevar.engine import fell_back_because
-
-        why = fell_back_because(sampler.engine)
-        if why is not None:
-            raise RuntimeError(f"engine {self.engine} fell back to eager ({why}); use --engine eager")
+        return self.timer.latency(schedules, sentinel, rounds, warm_up_at_most)
 
     def step_ms(self, schedules: Sequence[Steps], rounds: int = 3) -> dict[Steps, tuple[float, ...]]:
-        """Milliseconds of the last scale of each distinct prefix, one image, a sample per round; a first round is not counted.
-
-        See `Evaluator`. Schedules that decide on the way are refused with ValueError.
-        """
-        from stagevar.device_faults import told_apart
-
+        """See `Evaluator` and `ScheduleTimer`."""
         self._release()
-        with told_apart(self.model.device, "timing steps"):
-            return self._step_ms(schedules, rounds)
-
-    def _step_ms(self, schedules: Sequence[Steps], rounds: int) -> dict[Steps, tuple[float, ...]]:
-        from stagevar.timing import time_once
-
-        if any(step.decision is not None for steps in schedules for step in steps):
-            raise ValueError("a schedule that decides on the way has no single path to time")
-        prompts, device = self.prompts["search"], self.model.device
-        sampler = self._timed_sampler()
-        found: dict[Steps, list[float]] = {}
-
-        def timed(key: Steps, run: Callable[[], object]) -> None:
-            elapsed_ms = time_once(run, device)[0]
-            found.setdefault(key, []).append(elapsed_ms)
-
-        def advance(generation: Generation, step: ScaleStep) -> None:
-            timed((*generation.steps, step), lambda: sampler.advance(generation, step))
-
-        def round_() -> None:
-            begun: list[Generation] = []
-            first = [prompts.texts[0]], [prompts.seeds[0]]
-            start_ms, _ = time_once(lambda: begun.append(sampler.begin(*first, among=schedules)), device)
-            walk(sampler, begun[0], schedules, None, advance)
-            decode_ms, _ = time_once(lambda: sampler.decode(begun[0]), device)
-            found.setdefault((), []).append(start_ms + decode_ms)
-
-        with self._pinned():
-            for _ in range(rounds + 1):
-                round_()
-        self._check_engine(sampler)
-        return {key: tuple(values[1:]) for key, values in found.items()}
+        return self.timer.step_ms(schedules, rounds)
 
     def scale_ms(self, schedules: Mapping[str, Steps], rounds: int = 5) -> dict[str, tuple[float, ...]]:
-        """Median milliseconds per scale (`stagevar.sampling.scale_latency`), to explain a latency."""
-        from stagevar.device_faults import told_apart
-        from stagevar.sampling.scale_latency import time_scales
-
-        prompts = self.prompts["search"]
+        """See `Evaluator` and `ScheduleTimer`."""
         self._release()
-        sampler = self._timed_sampler()
-        with self._pinned(), told_apart(self.model.device, "timing scales"):
-            found = time_scales(sampler, schedules, prompts.texts[0], prompts.seeds[0], rounds)
-        self._check_engine(sampler)
-        return found
+        return self.timer.scale_ms(schedules, rounds)

@@ -50,12 +50,8 @@ LAYOUT = 1
 _CODE = (
     *("stagevar/accelerators", "stagevar/engine", "stagevar/images.py", "stagevar/models", "stagevar/prompts"),
     *("stagevar/sampling", "stagevar/schedule", "stagevar/tensors"),
-    *(
-        "tuner/evaluation/model_evaluator.py",
-        "tuner/evaluation/prefix_tree.py",
-        "tuner/metrics",
-        "tuner/similarities.py",
-    ),
+    *("tuner/evaluation/model_evaluator.py", "tuner/evaluation/prefix_tree.py", "tuner/evaluation/schedule_timer.py"),
+    *("tuner/metrics", "tuner/similarities.py"),
 )
 
 

@@ -199,20 +199,21 @@ def test_prompt_sets_share_no_image(prompts):
     assert load_prompts(PromptSource(search=6, heldout=4, micro_batch=2))["search"].digest != search.digest
 
 
-def test_latency_is_timed_on_the_engine_of_the_study(model, steps, prompts):
+def test_latency_is_timed_on_the_engine_of_the_study(model, steps, prompts, monkeypatch):
     evaluator = ModelEvaluator(model, prompts, {"psnr": QualitySpec()}, engine="compiled")
     assert evaluator.facts.engine == "compiled"
     seen = []
 
-    class Spy(ModelEvaluator):
-        def _check_engine(self, sampler):
-            seen.append(sampler.engine.name)
-            super()._check_engine(sampler)
+    check = evaluator.timer.check_engine
 
-    spy = Spy(model, prompts, {"psnr": QualitySpec()}, engine="compiled")
-    spy.latency({"one": steps[0], "two": steps[1]}, 1, 1)
-    spy.step_ms(steps[:2], 1)
-    spy.scale_ms({"one": steps[0]}, 1)
+    def spy(sampler):
+        seen.append(sampler.engine.name)
+        check(sampler)
+
+    monkeypatch.setattr(evaluator.timer, "check_engine", spy)
+    evaluator.latency({"one": steps[0], "two": steps[1]}, 1, 1)
+    evaluator.step_ms(steps[:2], 1)
+    evaluator.scale_ms({"one": steps[0]}, 1)
     assert seen == ["compiled"] * 4
 
 
@@ -221,7 +222,7 @@ def test_an_engine_that_goes_on_eagerly_gives_no_figure(model, steps, prompts):
 
     evaluator = ModelEvaluator(model, prompts, {"psnr": QualitySpec()})
     with pytest.raises(RuntimeError, match="engine eager fell back to eager \\(out of memory\\); use --engine eager"):
-        evaluator._check_engine(
+        evaluator.timer.check_engine(
             SimpleNamespace(engine=SimpleNamespace(fallback_reason="out of memory", compiled=False))
         )
 
@@ -242,13 +243,10 @@ def test_heldout_images_are_those_that_deployment_serves(model, steps, prompts, 
         def decode(self, code_sum_BdHW, decode):
             return super().decode(code_sum_BdHW, lambda codes: decode(codes) + 0.25)
 
-    class OnGraphs(ModelEvaluator):
-        def _timed_sampler(self):
-            return Sampler(self.model, engine=Brighter(TapeRecorder()))
-
     plain = ModelEvaluator(model, prompts, {"psnr": QualitySpec()}, references_dir=tmp_path / "plain")
-    evaluator = OnGraphs(model, prompts, {"psnr": QualitySpec()}, references_dir=tmp_path / "graph")
+    evaluator = ModelEvaluator(model, prompts, {"psnr": QualitySpec()}, references_dir=tmp_path / "graph")
     evaluator.engine = "graph"
+    monkeypatch.setattr(evaluator.timer, "new_sampler", lambda: Sampler(model, engine=Brighter(TapeRecorder())))
     two = steps[:2]
     found = evaluator.quality(two, "heldout", 0)
     texts, seeds = prompts["heldout"].batch(0)
