@@ -102,7 +102,6 @@ CIRCLES: set[tuple[str, ...]] = set()
 #: Files above 400 lines.
 LONG_FILES = {
     "stagevar/engine/graph.py",
-    "stagevar/models/checkpoint/weights.py",
     "stagevar/models/nano/scenes.py",
     "stagevar/sampling/sampler.py",
 }

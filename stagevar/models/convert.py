@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 
 from stagevar.errors import UsageError
-from stagevar.models.checkpoint.weights import SHARD_BYTES, load_into, save_weights
+from stagevar.models.checkpoint.tensor_files import SHARD_BYTES, save_weights
+from stagevar.models.checkpoint.weights import load_into
 from stagevar.models.hub import sha256_files
 from stagevar.models.loading import MARK, locate
 from stagevar.models.registry import model_parts, resolve

@@ -15,7 +15,8 @@ from typing import cast
 from stagevar.errors import UsageError, WeightsError
 from stagevar.models import hub, memory
 from stagevar.models.base import ImageTokenizer, LoadedModel, NextScaleModel, Provenance, Sampling, TextEncoder
-from stagevar.models.checkpoint.weights import fit, randomize
+from stagevar.models.checkpoint.random_weights import randomize
+from stagevar.models.checkpoint.weights import fit
 from stagevar.models.hub import HubFile
 from stagevar.models.parts import Parts
 from stagevar.models.request import LoadRequest

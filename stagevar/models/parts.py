@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from stagevar.models.base import Grid
-from stagevar.models.checkpoint.weights import KeyRules, Precision
+from stagevar.models.checkpoint.key_rules import KeyRules
+from stagevar.models.checkpoint.weights import Precision
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,10 @@ import torch
 from stagevar.errors import UsageError, WeightsError
 from stagevar.models import memory
 from stagevar.models.base import LoadedModel, TextEncoder
+from stagevar.models.checkpoint.key_rules import KeyRules
 from stagevar.models.checkpoint.names import bare_names
-from stagevar.models.checkpoint.weights import KeyRules, block_precision, open_weights
+from stagevar.models.checkpoint.tensor_files import open_weights
+from stagevar.models.checkpoint.weights import block_precision
 from stagevar.models.hart.text import QwenText, RandomLanguageText
 from stagevar.models.hart.tokenizer import HybridVAE
 from stagevar.models.hart.transformer import HART, HARTConfig, guidance_ramp

@@ -12,7 +12,8 @@ from typing import cast
 import torch
 
 from stagevar.models.base import ImageTokenizer, LoadedModel, TextEncoder
-from stagevar.models.checkpoint.weights import BSQVAE_RULES, INFINITY_RULES, block_precision, everywhere
+from stagevar.models.checkpoint.key_rules import BSQVAE_RULES, INFINITY_RULES
+from stagevar.models.checkpoint.weights import block_precision, everywhere
 from stagevar.models.infinity.config import InfinityConfig
 from stagevar.models.infinity.text import RandomText, T5Text
 from stagevar.models.infinity.tokenizer import BSQVAE

@@ -14,7 +14,8 @@ import torch
 
 from stagevar.errors import UsageError, WeightsError
 from stagevar.models.base import LoadedModel, Provenance
-from stagevar.models.checkpoint.weights import block_precision, everywhere, load_into, randomize
+from stagevar.models.checkpoint.random_weights import randomize
+from stagevar.models.checkpoint.weights import block_precision, everywhere, load_into
 from stagevar.models.hub import sha256_files
 from stagevar.models.infinity.transformer import Infinity
 from stagevar.models.loading import default_sampling, kv_option

@@ -6,7 +6,8 @@ import torch
 
 from stagevar.errors import UsageError
 from stagevar.models.base import LoadedModel, NextScaleModel, TextEncoder
-from stagevar.models.checkpoint.weights import STAR_RULES, VAR_RULES, block_precision
+from stagevar.models.checkpoint.key_rules import STAR_RULES, VAR_RULES
+from stagevar.models.checkpoint.weights import block_precision
 from stagevar.models.loading import assemble, fill, made_up_text, ramped_sampling, text_beside
 from stagevar.models.parts import Part, Parts
 from stagevar.models.request import LoadRequest

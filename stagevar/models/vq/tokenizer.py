@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stagevar.errors import UsageError
-from stagevar.models.checkpoint.weights import KeyRules
+from stagevar.models.checkpoint.key_rules import KeyRules
 from stagevar.schedule.grids import Grid
 
 #: What VAR's tokenizer file carries beyond this module: how often each code was used at each training scale.

@@ -12,7 +12,7 @@ import torch
 
 from stagevar.errors import UsageError, WeightsError
 from stagevar.models import hub, loading, registry
-from stagevar.models.checkpoint import weights
+from stagevar.models.checkpoint import tensor_files
 from stagevar.models.convert import convert
 from stagevar.models.infinity.config import InfinityConfig
 from stagevar.models.infinity.text import RandomText, T5Text
@@ -275,7 +275,7 @@ def test_conversion_to_bfloat16_shrinks_the_blocks_only(tiny_files, tmp_path):
     )
     assert (out / "transformer.safetensors.index.json").is_file()
     assert not (tmp_path / "half.partial").exists()
-    file = weights.open_weights(out / "transformer.safetensors.index.json")
+    file = tensor_files.open_weights(out / "transformer.safetensors.index.json")
     cpu = torch.device("cpu")
     assert file.read("block_chunks.0.module.0.ffn.fc1.weight", cpu).dtype == torch.bfloat16
     assert file.read("word_embed.weight", cpu).dtype == torch.float32

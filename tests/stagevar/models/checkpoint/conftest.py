@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stagevar.models.checkpoint import weights
+from stagevar.models.checkpoint import random_weights
 from stagevar.models.infinity.config import InfinityConfig
 from stagevar.models.infinity.transformer import Infinity
 
@@ -18,5 +18,5 @@ def on_meta(config: InfinityConfig = TINY) -> Infinity:
 @pytest.fixture(scope="module")
 def state() -> dict[str, torch.Tensor]:
     model = on_meta()
-    weights.randomize(model, seed=1)
+    random_weights.randomize(model, seed=1)
     return {key: value.clone() for key, value in model.state_dict().items()}

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from stagevar.errors import WeightsError
 from stagevar.models import hub
-from stagevar.models.checkpoint import weights
-from stagevar.models.checkpoint.weights import BSQVAE_RULES, INFINITY_RULES
+from stagevar.models.checkpoint import random_weights, tensor_files, weights
+from stagevar.models.checkpoint.key_rules import BSQVAE_RULES, INFINITY_RULES
 from stagevar.models.infinity.config import InfinityConfig
 from stagevar.models.infinity.tokenizer import BSQVAE
 from stagevar.models.infinity.transformer import Infinity
@@ -177,7 +177,7 @@ def test_one_extra_key_is_enough(state, tmp_path):
 
 def test_another_models_file_is_recognized(tmp_path):
     other = on_meta(InfinityConfig(depth=3, width=96, heads=2, chunks=3, token_bits=6, text_dim=128, text_maxlen=8))
-    weights.randomize(other, 0)
+    random_weights.randomize(other, 0)
     torch.save(other.state_dict(), tmp_path / "other.pth")
     assert "an Infinity transformer of depth 3, width 96, 6 bits per token" in refusal(tmp_path / "other.pth")
     vae = BSQVAE(4, GRIDS, base_ch=32)
@@ -241,7 +241,7 @@ def test_paths_that_hold_nothing(tmp_path):
 
 def test_random_weights_depend_on_seed_and_key_alone():
     a, b, c = on_meta(), on_meta(), on_meta()
-    weights.randomize(a, 7), weights.randomize(b, 7), weights.randomize(c, 8)
+    random_weights.randomize(a, 7), random_weights.randomize(b, 7), random_weights.randomize(c, 8)
     a, b, c = a.state_dict(), b.state_dict(), c.state_dict()
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert not torch.equal(a["head.weight"], c["head.weight"])
@@ -259,7 +259,7 @@ def test_random_weights_depend_on_seed_and_key_alone():
 def test_saved_weights_load_back(state, tmp_path, shard_bytes):
     model = Infinity(TINY)
     model.load_state_dict(state)
-    paths = weights.save_weights(model, tmp_path, "transformer", shard_bytes)
+    paths = tensor_files.save_weights(model, tmp_path, "transformer", shard_bytes)
     assert (paths[0].name == "transformer.safetensors.index.json") == (shard_bytes == 50_000)
     loaded = load(paths[0]).state_dict()
     assert all(torch.equal(loaded[key], value) for key, value in state.items())
@@ -267,7 +267,7 @@ def test_saved_weights_load_back(state, tmp_path, shard_bytes):
 
 def test_a_tokenizer_saves_although_its_quantizer_has_two_names(tmp_path):
     vae = BSQVAE(4, GRIDS, base_ch=32)
-    (path,) = weights.save_weights(vae, tmp_path, "tokenizer")
+    (path,) = tensor_files.save_weights(vae, tmp_path, "tokenizer")
     with torch.device("meta"):
         target = BSQVAE(4, GRIDS, base_ch=32)
     weights.load_into(target, path, what="vae", rules=BSQVAE_RULES)
@@ -282,7 +282,7 @@ def test_key_tables_are_matched_by_strict_checking():
     table = json.loads(gzip.decompress((DATA / "infinity_key_shapes.json.gz").read_bytes()))
     shapes = {key: tuple(shape) for key, shape in table["infinity_2b"].items()}
 
-    class Listed(weights.TensorFile):
+    class Listed(tensor_files.TensorFile):
         def read(self, key, device):
             raise AssertionError("shapes are enough")
 

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import save_file
 
 from stagevar.errors import WeightsError
-from stagevar.models.checkpoint import weights
+from stagevar.models.checkpoint import tensor_files, weights
+from stagevar.models.checkpoint.key_rules import INFINITY_RULES
 from stagevar.models.checkpoint.kinds import kind_in_safetensors, kind_of
 from stagevar.models.checkpoint.names import bare_names, without_wrappers
 from stagevar.models.checkpoint.state_dicts import find_state_dict
-from stagevar.models.checkpoint.weights import INFINITY_RULES
 from tests.stagevar.models.checkpoint.conftest import on_meta
 
 PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "model.", "base_model.model.", "_forward_module.", "net.")
@@ -85,7 +85,7 @@ def test_a_folder_with_two_weights_files_asks_which(state, tmp_path):
     for name in ("a.pth", "b.pth"):
         torch.save(state, tmp_path / name)
     with pytest.raises(WeightsError, match=r"holds 2 weights files \(a\.pth, \.\.\.\); name one of them"):
-        weights.open_weights(tmp_path)
+        tensor_files.open_weights(tmp_path)
 
 
 def not_weights() -> dict[str, torch.Tensor]:
