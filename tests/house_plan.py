@@ -100,23 +100,18 @@ ARROWS = {
 CIRCLES: set[tuple[str, ...]] = set()
 
 #: Files above 400 lines.
-LONG_FILES = {
-    "stagevar/engine/graph.py",
-    "stagevar/models/nano/scenes.py",
-    "stagevar/sampling/sampler.py",
-}
+LONG_FILES: set[str] = set()
 
 #: Functions above 80 lines.
 LONG_FUNCTIONS = {
     "stagevar/analysis/measure.py::analyze",
-    "tuner/report/charts.py::scatter",
 }
 
 #: `dict[str, Any]` and `Mapping[str, Any]` in both packages, at most.
 OPEN_DICTIONARIES = 35
 
 #: Reaches of tests, benchmarks and training into names that begin with an underscore, at most.
-PRIVATE_REACHES = 130
+PRIVATE_REACHES = 128
 
 #: Modules whose errors mypy does not report yet (the last override of [tool.mypy] in pyproject.toml), at most.
 UNTYPED_MODULES = 16

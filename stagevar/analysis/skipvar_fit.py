@@ -25,7 +25,8 @@ from stagevar.accelerators.skipvar import LinearClassifier, SkipRule, look
 from stagevar.errors import UsageError
 from stagevar.files import check_output, write_text_atomically, writing
 from stagevar.images import ssim
-from stagevar.sampling.sampler import Sampler, to_uint8
+from stagevar.sampling.pixels import to_uint8
+from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import UNDECIDED_SCALES, skipvar
 
 #: Prompts below which a fit means nothing.

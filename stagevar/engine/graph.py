@@ -1,4 +1,4 @@
-"""How the steps of a generation reach the device: launched one kernel at a time, or replayed from recorded graphs.
+"""The steps of a generation, recorded once and replayed.
 
 With static schedules every scale of a profile has fixed shapes, and the sampler's randomness depends on nothing but keys
 in one small tensor. So the graph engine records each distinct prefix of steps once, over buffers that stay where they are
@@ -12,253 +12,28 @@ they were recorded before their descendants, and an ancestor is never dropped be
 decoder, which is replayed in the middle of a walk; hence its pool is its own.
 
 Both engines run the same kernels in the same order, but for the masked text rows that the graph engine adds up to a
-bucket. Recording is behind a small interface, so that tests on a CPU replay traced operations instead of CUDA graphs.
+bucket.
 """
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import time
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from stagevar.choices import ENGINES, check_engine
-from stagevar.errors import UsageError, first_line
+from stagevar.engine.base import Engine, Start
+from stagevar.engine.recorder import Recorder, Recording, RecordingFailed, StaticBuffers
 from stagevar.schedule import ScaleStep
-from stagevar.tensors.noise import Draws, NoiseSource, PromptNoise
+from stagevar.tensors.noise import PromptNoise
 
 if TYPE_CHECKING:
-    from stagevar.models.base import Conditioning
-    from stagevar.models.infinity.tokenizer import Swished
-    from stagevar.models.layers import Chained
     from stagevar.tensors.cache import KVCache
 
 #: Text rows are padded to a multiple of this, so that prompts of different lengths replay the same graphs.
 TEXT_BUCKET = 32
-
-
-@dataclass(frozen=True)
-class Start:
-    """What a generation starts from; the graph engine hands out buffers that stay in place."""
-
-    conditioning: Conditioning
-    noise: NoiseSource
-    code_sum_BdHW: Tensor
-    resident: StaticBuffers | None = None
-
-
-class Engine(ABC):
-    """Carries out scales and decoding for a sampler.
-
-    Attributes: name, part of every latency figure. max_caches: KV caches kept for different batches or schedules.
-    compiled: whether the pieces between matrix products are compiled kernels (stagevar.models.fused). chained, draws: what
-    stands in for some of them (stagevar.engine.kernels), swished: for norms of the decoder; None where nothing does.
-    fallback_reason: why it launches every kernel as eager does although its name says otherwise, None while all is well.
-    """
-
-    name: str
-    max_caches: ClassVar[int] = 1
-    compiled: bool = False
-    chained: Chained | None = None
-    draws: Draws | None = None
-    swished: Swished | None = None
-    fallback_reason: str | None = None
-
-    @property
-    def that_ran(self) -> str:
-        """The name of the engine that figures are of: eager's where this one fell back."""
-        return "eager" if self.fallback_reason else self.name
-
-    @abstractmethod
-    def start(self, wanted: Start, cache: KVCache, fixed: object) -> Start:
-        """What this generation will read instead of `wanted`; `fixed` is whatever else decides its computations."""
-
-    @abstractmethod
-    def run(
-        self, resident: StaticBuffers | None, steps: tuple[ScaleStep, ...], cache: KVCache, scale: Callable[[], Any]
-    ) -> Any:
-        """Runs the last of `steps` after the others; `scale()` does it eagerly and returns a value with `lengths`."""
-
-    @abstractmethod
-    def decode(self, code_sum_BdHW: Tensor, decode: Callable[[Tensor], Tensor]) -> Tensor:
-        """The decoder's output for a code sum."""
-
-    @abstractmethod
-    def forget(self, cache: KVCache) -> None:
-        """Drops whatever refers to a cache that is about to be freed."""
-
-    def release(self) -> None:  # noqa: B027  an engine that keeps nothing has nothing to free
-        """Drops everything that takes memory; it is made again when next needed."""
-
-
-class EagerEngine(Engine):
-    """Every kernel is launched as the code reaches it. Always available."""
-
-    def __init__(self, compiled: bool = False):
-        self.compiled = compiled
-        self.name = "compiled" if compiled else "eager"
-
-    def start(self, wanted: Start, cache: KVCache, fixed: object) -> Start:
-        return wanted
-
-    def run(
-        self, resident: StaticBuffers | None, steps: tuple[ScaleStep, ...], cache: KVCache, scale: Callable[[], Any]
-    ) -> Any:
-        return scale()
-
-    def decode(self, code_sum_BdHW: Tensor, decode: Callable[[Tensor], Tensor]) -> Tensor:
-        return decode(code_sum_BdHW)
-
-    def forget(self, cache: KVCache) -> None:
-        return None
-
-
-class RecordingFailed(Exception):
-    """A computation ran, but could not be recorded; the message says why."""
-
-
-class Recorder(ABC):
-    """Records a computation over fixed buffers."""
-
-    @abstractmethod
-    def record(
-        self, run: Callable[[], Any], reset: Callable[[], None], separate_pool: bool = False
-    ) -> tuple[Callable[[], None], Any]:
-        """(replay, outputs). `reset` undoes the bookkeeping of `run`, which may be called several times.
-
-        The outputs hold valid values only after a replay; every replay overwrites them, and may overwrite the outputs of
-        whatever was recorded later with the same `separate_pool`. Buffers that `run` reads and did not make are read where they
-        are at every replay, so whoever records keeps them.
-
-        Raises RecordingFailed when `run` works but cannot be recorded; the device is usable then. What `run` itself
-        raises passes through, and so does torch.OutOfMemoryError: with more room it can be recorded.
-        """
-
-    def new_pool(self, separate_pool: bool) -> None:  # noqa: B027  only CUDA graphs have pools
-        """Called before the first of some recordings with this `separate_pool`: none of the earlier ones is left.
-
-        An allocator's pool ends with its last graph and cannot be recorded into again.
-        """
-
-    def memory_bytes(self) -> int:
-        """Memory that recordings hold, 0 where it is not known."""
-        return 0
-
-
-def first_cause(error: BaseException) -> BaseException:
-    """The error that others were raised in handling: a failed capture reports its end, not what ended it."""
-    seen = {id(error)}
-    while (earlier := error.__cause__ or error.__context__) is not None and id(earlier) not in seen:
-        seen.add(id(earlier))
-        error = earlier
-    return error
-
-
-def _ends_capture_cleanly(version: str) -> bool:
-    """Whether a failed capture leaves the allocator as it was (pytorch/pytorch#180395, fixed in 2.12)."""
-    major, minor = (int(part) for part in version.split(".")[:2])
-    return (major, minor) >= (2, 12)
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """No garbage is collected meanwhile: it may destroy another graph, which is not allowed while capturing."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-class CudaRecorder(Recorder):
-    """CUDA graphs, in one memory pool for steps and one for what is recorded apart.
-
-    Warming up and capturing use one side stream throughout, the same for all recorders of a device: whatever libraries keep
-    per stream (cuBLAS a workspace of 32 MiB) then exists once, before a capture and outside the pools, and the allocator's
-    cache of that stream is reused by the next recording.
-    """
-
-    _sides: ClassVar[dict[int, Any]] = {}
-
-    #: Why nothing can be recorded in this process any more.
-    _spoiled: ClassVar[str | None] = None
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        with torch.cuda.device(device):
-            index = torch.cuda.current_device()
-            if index not in self._sides:
-                self._sides[index] = torch.cuda.Stream()
-            self._side = self._sides[index]
-            self._pools = {separate_pool: torch.cuda.graph_pool_handle() for separate_pool in (False, True)}
-
-    def record(
-        self, run: Callable[[], Any], reset: Callable[[], None], separate_pool: bool = False
-    ) -> tuple[Callable[[], None], Any]:
-        with torch.cuda.device(self.device):
-            current = torch.cuda.current_stream()
-            self._side.wait_stream(current)
-            with torch.cuda.stream(self._side):
-                run()  # lets libraries choose kernels and allocate workspaces, which is not allowed while capturing
-            current.wait_stream(self._side)
-            reset()
-            if CudaRecorder._spoiled is not None:
-                raise RecordingFailed(CudaRecorder._spoiled)
-            graph = torch.cuda.CUDAGraph()
-            # Only this thread's calls are forbidden while capturing: another may load images or score them meanwhile.
-            capture = torch.cuda.graph(
-                graph, pool=self._pools[separate_pool], stream=self._side, capture_error_mode="thread_local"
-            )
-            try:
-                with capture, _no_collection():
-                    outputs = run()
-            except RuntimeError as error:
-                torch.cuda.set_stream(current)  # torch before 2.13 stays on the capturing stream
-                torch.cuda.synchronize()  # raises where the device itself is lost
-                cause = first_cause(error)
-                if not _ends_capture_cleanly(torch.__version__):
-                    CudaRecorder._spoiled = (
-                        f"recording failed earlier in this process ({first_line(cause)}), after which torch "
-                        f"{torch.__version__} cannot record again; restart the process"
-                    )
-                if isinstance(cause, torch.OutOfMemoryError):
-                    raise cause from error
-                raise RecordingFailed(first_line(cause)) from error
-        return graph.replay, outputs
-
-    def new_pool(self, separate_pool: bool) -> None:
-        with torch.cuda.device(self.device):
-            self._pools[separate_pool] = torch.cuda.graph_pool_handle()
-
-    def memory_bytes(self) -> int:
-        pools = set(self._pools.values())
-        return sum(s["total_size"] for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) in pools)
-
-
-@dataclass
-class _Node:
-    replay: Callable[[], None]
-    outputs: Any
-
-
-@dataclass
-class StaticBuffers:
-    """The buffers of one batch shape and the recorded prefixes over them."""
-
-    conditioning: Conditioning
-    noise: PromptNoise
-    code_sum_BdHW: Tensor
-    cache: KVCache
-    nodes: dict[tuple[ScaleStep, ...], _Node] = field(default_factory=dict)
 
 
 class GraphEngine(Engine):
@@ -317,7 +92,7 @@ class GraphEngine(Engine):
             if recorded is None:
                 cache.rewind(lengths)
                 return scale()
-            node = resident.nodes[steps] = _Node(*recorded)
+            node = resident.nodes[steps] = Recording(*recorded)
             self.recorded += 1
         node.replay()
         self.replayed += 1
@@ -383,41 +158,3 @@ class GraphEngine(Engine):
     def release(self) -> None:
         self._residents.clear()
         self._decoders.clear()
-
-
-def fell_back_because(engine: Engine) -> str | None:
-    """Why an engine no longer does what its name says, None while it does; figures of one that does not are another's."""
-    why = engine.fallback_reason
-    if why is None and engine.compiled:
-        from stagevar.models import fused
-
-        why = fused.plain_because()
-    return why
-
-
-def build_engine(name: str, device: torch.device, recorder: Recorder | None = None) -> Engine:
-    """An engine by name, one of ENGINES; recorder: instead of CUDA graphs.
-
-    Raises UsageError for an unknown name or where graphs cannot be recorded.
-    """
-    if name not in ENGINES:
-        raise UsageError(f"unknown engine {name!r}; use {', '.join(ENGINES)}")
-    check_engine(name, device.type)
-    compiled = name.endswith("compiled")
-    if name == "graph-kernels":
-        return _with_kernels(GraphEngine(recorder or CudaRecorder(device), compiled=True))
-    if name.startswith("graph"):
-        return GraphEngine(recorder or CudaRecorder(device), compiled=compiled)
-    return EagerEngine(compiled)
-
-
-def _with_kernels(engine: GraphEngine) -> GraphEngine:
-    """The engine with Triton kernels. Raises UsageError where they cannot run."""
-    from stagevar.engine import decoder_kernels, kernels
-
-    why = kernels.available()
-    if why is not None:
-        raise UsageError(f"engine graph-kernels cannot run here: {why}; use --engine graph-compiled")
-    engine.name, engine.chained, engine.draws = "graph-kernels", kernels.chained(), kernels.draws()
-    engine.swished = decoder_kernels.swished_norm()
-    return engine

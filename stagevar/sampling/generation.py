@@ -119,3 +119,34 @@ class Generation:
     def code_sum_before(self, scale: int) -> Tensor:
         """The code sum as it was before `scale` ran."""
         return self._saved[scale].code_sum_BdHW
+
+    def select(self, rows: list[int]) -> Generation:
+        """A generation of its own from some images of this one, with its own copy of their cache."""
+        both = [branch * self.batch + row for branch in range(len(BOTH)) for row in rows]
+        part = Generation(
+            Start(self.conditioning.select(both), self.noise.rows(rows), self.code_sum_BdHW[rows]),
+            self.sampling,
+            len(rows),
+            self.cache.select(rows),
+            self.plans,
+        )
+        part.steps = list(self.steps)
+        if self.outcomes is not None:
+            part.outcomes = tuple(self.outcomes[row] for row in rows)
+        chosen: dict[int, Cached] = {}  # one tensor serves several scales; copy it once
+
+        def choose(cached: Cached) -> Cached:
+            if id(cached) not in chosen:
+                chosen[id(cached)] = cached.select(rows)
+            return chosen[id(cached)]
+
+        part._saved = [
+            SavedScale(
+                saved.code_sum_BdHW[rows],
+                {site: choose(cached) for site, cached in saved.state.items()},
+                saved.lengths,
+                saved.branches,
+            )
+            for saved in self._saved
+        ]
+        return part

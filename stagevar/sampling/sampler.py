@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stagevar.accelerators.base import Accelerator, Cached, ScaleContext, State
+from stagevar.accelerators.base import Accelerator, ScaleContext, State
 from stagevar.accelerators.composite import Composite
 from stagevar.engine import Engine, Start, build_engine
 from stagevar.errors import ScheduleError
@@ -22,6 +22,7 @@ from stagevar.models.memory import total_bytes
 from stagevar.models.precision import low_precision
 from stagevar.prompts.requests import check_negatives, check_prompts, check_seeds
 from stagevar.sampling.generation import ENDED, CachedAttention, Generation, SavedScale, Updates
+from stagevar.sampling.pixels import to_uint8
 from stagevar.schedule import BOTH, Branch, Decision, ScaleStep, Steps, exact
 from stagevar.tensors.attention import attention_kernels
 from stagevar.tensors.cache import KVCache, even, step_lengths
@@ -370,38 +371,4 @@ class Sampler:
 
         It may be advanced, rewound and decoded independently, also after the sampler began another batch.
         """
-        rows, batch = list(rows), generation.batch
-        both = [branch * batch + row for branch in range(len(BOTH)) for row in rows]
-        part = Generation(
-            Start(generation.conditioning.select(both), generation.noise.rows(rows), generation.code_sum_BdHW[rows]),
-            generation.sampling,
-            len(rows),
-            generation.cache.select(rows),
-            generation.plans,
-        )
-        part.steps = list(generation.steps)
-        if generation.outcomes is not None:
-            part.outcomes = tuple(generation.outcomes[row] for row in rows)
-        chosen: dict[int, Cached] = {}  # one tensor serves several scales; copy it once
-
-        def choose(cached: Cached) -> Cached:
-            if id(cached) not in chosen:
-                chosen[id(cached)] = cached.select(rows)
-            return chosen[id(cached)]
-
-        part._saved = [
-            SavedScale(
-                saved.code_sum_BdHW[rows],
-                {site: choose(cached) for site, cached in saved.state.items()},
-                saved.lengths,
-                saved.branches,
-            )
-            for saved in generation._saved
-        ]
-        return part
-
-
-def to_uint8(image_B3HW: Tensor) -> np.ndarray:
-    """[-1, 1] floats to uint8 (B, H, W, 3), clamped, truncated."""
-    pixels = ((image_B3HW.float().clamp(-1, 1) + 1) / 2 * 255).to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).cpu().numpy()
+        return generation.select(list(rows))

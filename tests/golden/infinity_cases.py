@@ -233,7 +233,7 @@ def _decoder_checks(
     case: dict[str, Any], arrays: dict[str, np.ndarray], loaded: LoadedModel, generation: Generation
 ) -> list[Check]:
     from stagevar.models.infinity.tokenizer import BSQVAE
-    from stagevar.sampling.sampler import to_uint8
+    from stagevar.sampling.pixels import to_uint8
 
     c = case["config"]
     residual = loaded.tokenizer.residual

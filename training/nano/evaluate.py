@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from stagevar.errors import StagevarError, UsageError
 from stagevar.images import psnr_db, ssim
 from stagevar.models.base import LoadedModel, Sampling
-from stagevar.models.nano import scenes
+from stagevar.models.nano import drawing, scenes
 from stagevar.models.nano.checker import check_batch, detect
 from stagevar.models.nano.load import read_preset, shipped_folder
 from stagevar.models.registry import load_model
@@ -119,7 +119,7 @@ def trained_scenes(
     for step in np.linspace(first, recipe.steps - 1, -(-count // per_step)).astype(int):
         rng = np.random.default_rng([recipe.seed, int(step)])
         world, _ = TransformerJob.world(config, rng, recipe.batch, int(step) / recipe.steps)
-        pixels = scenes.draw(world, config.image_size)[:per_step]
+        pixels = drawing.draw(world, config.image_size)[:per_step]
         images.append((pixels * 255).astype(np.uint8).transpose(0, 2, 3, 1))
         captions += world.captions[:per_step]
     return np.concatenate(images)[:count], captions[:count]
@@ -133,7 +133,7 @@ def checker_accuracy(evaluation: Evaluation, count: int, seed: int = 5) -> dict[
     """
     rng = np.random.default_rng(seed)
     world = scenes.sample(count, rng, split="heldout")
-    drawn = scenes.draw(world, evaluation.config.image_size)
+    drawn = drawing.draw(world, evaluation.config.image_size)
     metadata, tokenizer = world.metadata, evaluation.model.tokenizer
     others = []
     for meta in metadata:
@@ -159,7 +159,7 @@ def clip_accuracy(evaluation: Evaluation, images: int, seed: int = 11) -> float:
     assert evaluation.clip is not None
     rng = np.random.default_rng(seed)
     world = scenes.sample(images, rng, split="heldout")
-    pixels = scenes.draw(world, evaluation.config.image_size)
+    pixels = drawing.draw(world, evaluation.config.image_size)
     others = [m for split in ("heldout", "search") for m in scenes.prompts(split, 700, seed)]
     features = evaluation.image_features((pixels * 255).astype(np.uint8).transpose(0, 2, 3, 1))
     with torch.inference_mode():
@@ -228,7 +228,7 @@ def save_pictures(evaluation: Evaluation, folder: Path, samples: int, training_i
     for meta, k in zip(prompts, nearest.tolist(), strict=True):
         words += [meta["prompt"], "trained: " + captions[k]]
     sheet(pairs, words, 16, zoom=2).save(folder / "nano_nearest.png")
-    fresh = scenes.draw(scenes.sample(64, np.random.default_rng(99), split="heldout"), evaluation.config.image_size)
+    fresh = drawing.draw(scenes.sample(64, np.random.default_rng(99), split="heldout"), evaluation.config.image_size)
     reference = evaluation.image_features((fresh * 255).astype(np.uint8).transpose(0, 2, 3, 1))
     fresh_nearest = (reference @ evaluation.image_features(known).T).amax(1)
     return {

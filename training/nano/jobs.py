@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from stagevar.errors import WeightsError
 from stagevar.models.infinity.transformer import Infinity
-from stagevar.models.nano import scenes
+from stagevar.models.nano import drawing, scenes
 from stagevar.models.nano.presets import NanoPreset
 from stagevar.models.nano.text import NanoTextEncoder
 from stagevar.models.nano.tokenizer import NanoTokenizer
@@ -278,7 +278,7 @@ def sides_of(words: Sequence[str]) -> list[int]:
 
 def draw_images(world: scenes.SceneBatch, config: NanoPreset, device: torch.device) -> Tensor:
     """Scenes as images (B, 3, H, W) in [-1, 1] on the device."""
-    return torch.from_numpy(scenes.draw(world, config.image_size)).to(device).mul_(2).sub_(1)
+    return torch.from_numpy(drawing.draw(world, config.image_size)).to(device).mul_(2).sub_(1)
 
 
 def read_weights(path: Path, remedy: str) -> dict[str, Tensor]:

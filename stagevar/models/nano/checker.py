@@ -14,7 +14,8 @@ from functools import cache
 
 import numpy as np
 
-from stagevar.models.nano.scenes import COLOR_RGB, COLORS, LATTICE, MARK_RGB, SHAPES, TEXTURES, marks, shape_distance
+from stagevar.models.nano.drawing import marks, shape_distance
+from stagevar.models.nano.scenes import COLOR_RGB, COLORS, LATTICE, MARK_RGB, SHAPES, TEXTURES
 from stagevar.prompts.geneval import Detection, Metadata, Verdict, judge
 
 _BRIGHT = 0.55  # every object color has a channel above it, no background does

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from benchmarks.relaunch import RelaunchRecorder
-from stagevar.engine import GraphEngine, RecordingFailed, first_cause
-from stagevar.engine import graph as engine_module
+from stagevar.engine import GraphEngine, RecordingFailed, first_cause, recorder
 from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import StageSchedule, exact, preset
 from stagevar.tensors.cache import KVCache, even, step_lengths
@@ -174,10 +173,10 @@ def test_memory_that_runs_out_while_recording_is_no_reason_to_stay_eager(model):
 
 @pytest.mark.parametrize(("version", "clean"), [("2.11.0+cu130", False), ("2.12.0", True), ("2.15.0a0", True)])
 def test_which_torch_records_again_after_a_failure(version, clean):
-    assert engine_module._ends_capture_cleanly(version) is clean
+    assert recorder.ends_capture_cleanly(version) is clean
 
 
 def test_nothing_is_collected_while_capturing():
-    with engine_module._no_collection():
+    with recorder.no_collection():
         assert not gc.isenabled()
     assert gc.isenabled()

@@ -105,7 +105,7 @@ def test_products_are_written_where_finished_heads_would_be():
 def test_the_engine_of_kernels_is_refused_where_they_cannot_run(monkeypatch):
     with pytest.raises(UsageError, match="engine graph-kernels needs a CUDA device"):
         check_engine("graph-kernels", "cpu")
-    monkeypatch.setattr("stagevar.engine.graph.CudaRecorder", lambda device: None)
+    monkeypatch.setattr("stagevar.engine.build.CudaRecorder", lambda device: None)
     monkeypatch.setattr(kernels, "triton", None)
     with pytest.raises(UsageError, match="graph-kernels cannot run here: Triton is not installed"):
         build_engine("graph-kernels", torch.device("cuda", 0))

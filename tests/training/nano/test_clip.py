@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from stagevar.models.nano import scenes
+from stagevar.models.nano import drawing, scenes
 from stagevar.models.nano.load import shipped_folder
 from training.nano.clip import CONFIG, NanoClip, compacted, config_json, published, tokenize
 from training.nano.evaluate import Evaluation, clip_accuracy
@@ -38,7 +38,7 @@ def test_open_clip_loads_it_and_agrees(folder):
     ours = NanoClip().eval()
     ours.load_state_dict(compacted(load_file(folder / "open_clip_model.safetensors")))
     theirs, preprocess, tokenizer = open_clip_model(folder)
-    pixels = (scenes.draw(scenes.sample(8, np.random.default_rng(4))) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    pixels = (drawing.draw(scenes.sample(8, np.random.default_rng(4))) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
     images = torch.stack([preprocess(Image.fromarray(p)) for p in pixels])
     assert torch.allclose(images, torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1, atol=1e-6)
     texts = [*TEXTS[::41], *(m["prompt"] for m in scenes.all_captions("counting", False))]

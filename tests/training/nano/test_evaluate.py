@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stagevar.models.nano import scenes
+from stagevar.models.nano import drawing, scenes
 from stagevar.models.nano.load import read_preset, shipped_folder
 from training.nano import evaluate
 from training.nano.jobs import TransformerJob
@@ -24,7 +24,7 @@ def test_scores_average_the_six_tasks_and_leave_texture_out():
 def test_ground_truth_scores_one_and_another_prompts_image_does_not():
     prompts = scenes.prompts("heldout", 28)
     world = scenes.arrange(prompts, np.random.default_rng(0))
-    images = (scenes.draw(world) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    images = (drawing.draw(world) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
     assert evaluate.scores(evaluate.judged(images, prompts), prompts)["geneval_mean"] == 1
     assert evaluate.scores(evaluate.judged(images[::-1], prompts), prompts)["geneval_mean"] < 0.5
 
@@ -37,7 +37,7 @@ def test_trained_scenes_are_the_training_stream():
         world, _ = TransformerJob.world(config, np.random.default_rng([3, step]), 12, step / 4)
         mine = slice(4 * step, 4 * step + 4)
         assert captions[mine] == world.captions[:4]
-        drawn = (scenes.draw(world, config.image_size)[:4] * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+        drawn = (drawing.draw(world, config.image_size)[:4] * 255).astype(np.uint8).transpose(0, 2, 3, 1)
         assert np.array_equal(images[mine], drawn)
 
 

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from stagevar.models.nano import checker, scenes
+from stagevar.models.nano import checker, drawing, scenes
 from tuner.evalkit.command import main
 from tuner.metrics import create
 from tuner.metrics.geneval import Found
@@ -19,7 +19,7 @@ COUNT = 500
 def world():
     """Images (500, 64, 64, 3) uint8 and prompts; every other prompt belongs to another image."""
     drawn = scenes.sample(COUNT, np.random.default_rng(11))
-    images = (np.asarray(scenes.draw(drawn, 64)).transpose(0, 2, 3, 1) * 255).round().astype(np.uint8)
+    images = (np.asarray(drawing.draw(drawn, 64)).transpose(0, 2, 3, 1) * 255).round().astype(np.uint8)
     prompts = [drawn.metadata[(index + 7) % COUNT] if index % 2 else drawn.metadata[index] for index in range(COUNT)]
     return images, prompts
 

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from stagevar.models.nano import scenes
+from stagevar.models.nano import drawing, scenes
 from stagevar.models.nano.checker import check, check_batch, detect
 
 
 @pytest.fixture(scope="module")
 def world():
     world = scenes.sample(300, np.random.default_rng(77))
-    return world, scenes.draw(world)
+    return world, drawing.draw(world)
 
 
 def test_right_on_fresh_scenes(world):
@@ -48,7 +48,7 @@ def test_wrong_on_another_prompt_of_the_same_task(world):
 
 def test_works_at_the_gpu_presets_size():
     scene = scenes.sample(60, np.random.default_rng(8))
-    assert check_batch(scenes.draw(scene, 96), scene.metadata).mean() >= 0.98
+    assert check_batch(drawing.draw(scene, 96), scene.metadata).mean() >= 0.98
 
 
 def test_nothing_found_in_background_and_noise():
@@ -65,4 +65,4 @@ def test_every_color_and_texture_of_every_shape():
                 scenes.metadata_of("texture", [scenes.clause(shape, 1, color, texture)]) for color in scenes.COLORS
             ]
             scene = scenes.arrange(metas, rng)
-            assert check_batch(scenes.draw(scene), metas).all(), (shape, texture)
+            assert check_batch(drawing.draw(scene), metas).all(), (shape, texture)

@@ -6,25 +6,25 @@ import numpy as np
 import pytest
 
 from stagevar.errors import UsageError
-from stagevar.models.nano import scenes
+from stagevar.models.nano import drawing, scenes
 from stagevar.prompts.geneval import check_metadata, relations
 
 
 def test_same_seed_same_scenes():
-    draws = [scenes.draw(scenes.sample(16, np.random.default_rng(3))) for _ in range(2)]
+    draws = [drawing.draw(scenes.sample(16, np.random.default_rng(3))) for _ in range(2)]
     assert np.array_equal(*draws)
-    assert not np.array_equal(draws[0], scenes.draw(scenes.sample(16, np.random.default_rng(4))))
+    assert not np.array_equal(draws[0], drawing.draw(scenes.sample(16, np.random.default_rng(4))))
 
 
 @pytest.mark.parametrize("size", [64, 128])
 def test_drawing_scales_with_the_image_size(size):
     world = scenes.sample(8, np.random.default_rng(0))
-    image = scenes.draw(world, size)
+    image = drawing.draw(world, size)
     assert image.shape == (8, 3, size, size)
     assert image.dtype == np.float32
     assert image.min() >= 0 and image.max() <= 1
     coarse = image.reshape(8, 3, 64, size // 64, 64, size // 64).mean((3, 5))
-    assert np.abs(coarse - scenes.draw(world, 64)).mean() < 0.01
+    assert np.abs(coarse - drawing.draw(world, 64)).mean() < 0.01
 
 
 def test_wording_follows_geneval():
@@ -126,7 +126,7 @@ def test_bad_requests_are_named(call, word):
 def test_texture_marks_repeat_every_patch():
     """Every patch of an object carries the same marks, so coarse scales can say which."""
     for name in scenes.TEXTURES:
-        marks = scenes.marks(scenes.TEXTURES.index(name), 64)
+        marks = drawing.marks(scenes.TEXTURES.index(name), 64)
         assert np.array_equal(marks, np.tile(marks[:4, :4], (16, 16)))
 
 

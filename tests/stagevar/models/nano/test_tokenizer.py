@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stagevar.models.nano import scenes
+from stagevar.models.nano import drawing, scenes
 from stagevar.models.nano.checker import check_batch
 from stagevar.models.nano.load import read_preset, shipped_folder
 from stagevar.models.nano.presets import preset
@@ -23,7 +23,7 @@ def shipped():
 def partial(shipped):
     """Metadata of 300 fresh scenes, their pixels, and what every partial sum of scales decodes to."""
     world = scenes.sample(300, np.random.default_rng(123), split="heldout")
-    pixels = scenes.draw(world, 64)
+    pixels = drawing.draw(world, 64)
     with torch.inference_mode():
         sums = shipped.partial_sums(shipped.encode(torch.from_numpy(pixels) * 2 - 1))
         decoded = [(shipped.decode(s) / 2 + 0.5).clamp(0, 1).numpy() for s in sums]
@@ -47,7 +47,7 @@ def test_late_scales_still_add_detail(partial):
 
 def test_partial_sums_are_the_residual_loop(shipped):
     """The tokenizer's training path and the runtime's quantizer agree on bits and sums."""
-    pixels = torch.from_numpy(scenes.draw(scenes.sample(4, np.random.default_rng(0)))) * 2 - 1
+    pixels = torch.from_numpy(drawing.draw(scenes.sample(4, np.random.default_rng(0)))) * 2 - 1
     with torch.inference_mode():
         latent = shipped.encode(pixels)
         targets, _, code_sum = shipped.residual.quantize(latent)
