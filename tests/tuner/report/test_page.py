@@ -17,8 +17,9 @@ from stagevar.errors import UsageError
 from tests.fakes.sample_study import KINDS, make
 from tuner.config.quality import MetricLimit, quality_limits
 from tuner.metrics.quality_spec import QualitySpec
-from tuner.report.charts import place_labels, ticks
 from tuner.report.page import MAX_BYTES, render, write_report
+from tuner.report.scatter import place_labels
+from tuner.report.svg import ticks
 from tuner.report.words import describe, signed
 from tuner.results.candidate import Failed, Failure, Finalist, Measured, Sample
 from tuner.results.importance import importance

@@ -7,7 +7,7 @@ from html import escape
 
 import numpy as np
 
-from tuner.report.charts import Point, Rule, scatter
+from tuner.report.scatter import Point, Rule, scatter
 from tuner.report.sections.marks import both_widths, mark_of, title_of
 from tuner.report.words import (
     latency_of,

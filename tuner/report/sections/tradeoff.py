@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from tuner.config.quality import factors, limited
-from tuner.report.charts import Point, Rule, bars, scatter
+from tuner.report.charts import bars
+from tuner.report.scatter import Point, Rule, scatter
 from tuner.report.sections.marks import both_widths, legend_of, mark_of, title_of
 from tuner.report.words import (
     find,
