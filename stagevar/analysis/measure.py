@@ -12,7 +12,8 @@ confidence over prompts, the image effect of dropping a branch and the ablation 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,50 +141,45 @@ def analyze(
     observer = _Observer()
     probe = _Probe(model, observer)
     batches = [slice(i, i + micro_batch) for i in range(0, len(prompts), micro_batch)]
-    rank_batches = [batch for batch in batches if batch.start < rank_prompts]
     ablated = len(prompts) if ablation_prompts is None else ablation_prompts
-    ablation_batches = [batch for batch in batches if batch.start < ablated]
-    total = len(batches) + len(rank_batches) + len(ablation_batches)
-    steps_done = iter(range(1, total + 1))
+    parts = {
+        "scales": batches,
+        "ranks": [batch for batch in batches if batch.start < rank_prompts],
+        "ablation": [batch for batch in batches if batch.start < ablated],
+    }
+    total, steps_done = sum(map(len, parts.values())), itertools.count(1)
 
-    def report(what: str) -> None:
-        if progress:
-            progress(what, next(steps_done), total)
+    def batches_of(what: str) -> Iterator[slice]:
+        for batch in parts[what]:
+            yield batch
+            if progress:
+                progress(what, next(steps_done), total)
 
     rows: dict[str, list[np.ndarray]] = {}
     partials: list[np.ndarray] = []
-    for batch in batches:
+    for batch in batches_of("scales"):
         observer.watched = max(0, rank_prompts - batch.start)
         images_KBHW3 = _measure(probe, prompts[batch], seeds[batch], similarities, rows)
         partials.append(images_KBHW3[:, : max(0, shown - batch.start)].swapaxes(0, 1))
-        report("scales")
-    measured = {name: np.concatenate(parts) for name, parts in rows.items()}
+    measured = {name: np.concatenate(found) for name, found in rows.items()}
 
-    stage_of = {"low_frequency": "semantic", "ssim": "structure", "psnr_db": "none"} | {
-        s.name: s.stage for s in similarities
-    }
-    if any(s.stage == "semantic" for s in similarities):
-        stage_of["low_frequency"] = "none"  # it only stands in where nothing reads the meaning
+    stage_of = _stages_read(similarities)
     missing = {n: missing_upper(1 - measured[n], measured[n], rules) for n in stage_of if n != "psnr_db"}
     table, spectrum = observer.table(model)
     proposal, reasons = propose_stages(model, rules, measured, missing, stage_of)
     trials: dict[tuple[str, str], list[np.ndarray]] = {}
-    for batch in rank_batches:
+    for batch in batches_of("ranks"):
         _try_ranks(probe, prompts[batch], seeds[batch], proposal, table, trials)
-        report("ranks")
     proposal, reasons["ranks"] = propose_ranks(model, rules, measured["ssim"], trials, proposal, table)
     scores: dict[str, list[np.ndarray]] = {}
-    for batch in ablation_batches:
+    for batch in batches_of("ablation"):
         _ablate(probe, prompts[batch], seeds[batch], proposal, similarities, quality or {}, scores)
-        report("ablation")
     ablation: list[dict[str, Any]] = []
     if scores:
         ablation = ablation_rows({k: np.concatenate(v) for k, v in scores.items()}, model, proposal, rules)
         reasons["ablation"] = ablation_verdict(ablation, model, proposal, quality or {}, rules)
 
-    def curve(name: str) -> Curve:
-        return Curve.of(measured[name], rules.confidence)
-
+    curves = {name: Curve.of(values, rules.confidence) for name, values in measured.items()}
     return Analysis(
         model=model.name,
         weights="random" if model.random_weights else "trained",
@@ -192,11 +188,11 @@ def analyze(
         prompts=tuple(prompts),
         seeds=tuple(int(s) for s in seeds),
         rules=rules,
-        similarity={name: curve(name) for name in stage_of},
+        similarity={name: curves[name] for name in stage_of},
         missing=missing,
         stage_of=stage_of,
-        frequency={band: curve(f"{band}_change") for band in ("low", "high")},
-        guidance={b: {m: curve(f"{m}:{b}") for m in ("divergence", "flips", "image")} for b in BOTH},
+        frequency={band: curves[f"{band}_change"] for band in ("low", "high")},
+        guidance={b: {m: curves[f"{m}:{b}"] for m in ("divergence", "flips", "image")} for b in BOTH},
         rank_ratio=table,
         spectrum=spectrum,
         proposal=proposal,
@@ -204,6 +200,13 @@ def analyze(
         ablation=ablation,
         partials=np.concatenate(partials) if shown else None,
     )
+
+
+def _stages_read(similarities: Sequence[Similarity]) -> dict[str, str]:
+    """The stage that each similarity tells: the low frequencies stand in where nothing reads the meaning."""
+    reads_meaning = any(similarity.stage == "semantic" for similarity in similarities)
+    own = {"low_frequency": "none" if reads_meaning else "semantic", "ssim": "structure", "psnr_db": "none"}
+    return own | {similarity.name: similarity.stage for similarity in similarities}
 
 
 # ---------------------------------------------------------------- probing a generation

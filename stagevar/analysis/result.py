@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import yaml
 
-from stagevar.analysis.rules import Rules, resampled
+from stagevar.analysis.rules import Rules
 from stagevar.errors import UsageError
 from stagevar.files import write_text_atomically, writing
 from stagevar.schedule import StageSchedule
+from stagevar.statistics import resample_indices
 from stagevar.yaml_files import read_yaml
 
 SCHEMA = 1
@@ -30,7 +31,7 @@ class Curve:
 
     @classmethod
     def of(cls, values_NK: np.ndarray, confidence: float) -> Curve:
-        means_RK = resampled(values_NK).mean(axis=1)
+        means_RK = values_NK[resample_indices(len(values_NK))].mean(axis=1)
         tail = (1 - confidence) / 2
         low, high = np.quantile(means_RK, [tail, 1 - tail], axis=0)
         return cls(*(tuple(round(float(v), 6) for v in row) for row in (values_NK.mean(axis=0), low, high)))

@@ -16,8 +16,7 @@ from stagevar.errors import UsageError
 from stagevar.models.base import LoadedModel
 from stagevar.schedule import BOTH, Branch, StageSchedule
 from stagevar.schedule.ranks import RankTable
-
-_RESAMPLES = 2000
+from stagevar.statistics import resample_indices
 
 
 @dataclass(frozen=True)
@@ -57,17 +56,12 @@ def scale_name(model: LoadedModel, scale: int) -> str:
     return f"scale {scale} (side {side_key(model.grids[scale])})"
 
 
-def resampled(values_N: np.ndarray) -> np.ndarray:
-    """Bootstrap samples (R, N, ...) over the first axis; the same draws for the same N."""
-    rng = np.random.default_rng(0)
-    return values_N[rng.integers(0, len(values_N), (_RESAMPLES, len(values_N)))]
-
-
 def missing_upper(part_NK: np.ndarray, similarity_NK: np.ndarray, rules: Rules) -> tuple[float, ...]:
     """Upper confidence bound per scale of mean(part) over the mean of what `similarity` lacks at scale 0."""
     span_N1 = np.maximum(1 - similarity_NK[:, :1], 0)
-    joint_RNK = resampled(np.concatenate([part_NK, span_N1], axis=1)).mean(axis=1)
-    ratio_RK = joint_RNK[:, :-1] / np.maximum(joint_RNK[:, -1:], 1e-9)
+    joint_NK = np.concatenate([part_NK, span_N1], axis=1)
+    means_RK = joint_NK[resample_indices(len(joint_NK))].mean(axis=1)
+    ratio_RK = means_RK[:, :-1] / np.maximum(means_RK[:, -1:], 1e-9)
     return tuple(round(float(v), 6) for v in np.quantile(ratio_RK, rules.confidence, axis=0))
 
 
