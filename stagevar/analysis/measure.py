@@ -12,16 +12,13 @@ confidence over prompts, the image effect of dropping a branch and the ablation 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from stagevar import plugins
 from stagevar.accelerators.base import Accelerator, Cached, ScaleContext
 from stagevar.accelerators.composite import Composite
 from stagevar.analysis.ablation import Quality, ablation_rows, ablation_verdict
@@ -36,6 +33,7 @@ from stagevar.analysis.rules import (
     side_key,
     with_ranks,
 )
+from stagevar.analysis.similarity import Similarity
 from stagevar.errors import UsageError
 from stagevar.images import psnr_db, ssim
 from stagevar.models.base import Around, LoadedModel, Site, SiteFn
@@ -45,49 +43,10 @@ from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import BOTH, PROJECTIONS, Branch, ScaleStep, StageSchedule, Steps, exact
 from stagevar.schedule.ranks import RankTable
 
-#: Group of entry points in which packages offer image comparisons.
-SIMILARITIES = "stagevar.similarities"
 #: kept energies of the rank table: the published ones, so that `energy` schedules work with either table
 ENERGIES = ("0.999", "0.99", "0.98", "0.97", "0.96", "0.95", "0.92", "0.91", "0.90", "0.85", "0.80", "0.70")
 #: of these, what the rank rule tries, with every projection
 TRIED_ENERGIES = ("0.999", "0.99", "0.98", "0.96", "0.92", "0.85", "0.70")
-
-
-@dataclass(frozen=True)
-class Similarity:
-    """How alike two images are, beyond the built-in SSIM and low-frequency match.
-
-    score(images, finals) -> (B,): both uint8 (B, H, W, 3); 1 for identical images (a distance d enters as 1 - d).
-    stage: which boundary it may decide, "semantic" (CLIP, DINO) or "structure" (LPIPS, DISTS).
-    """
-
-    name: str
-    score: Callable[[np.ndarray, np.ndarray], np.ndarray]
-    stage: str = "semantic"
-
-
-def find_similarity(text: str, device: str = "cpu") -> Similarity:
-    """A similarity that an installed package offers under the entry-point group SIMILARITIES.
-
-    text: a name, with options after a colon: "clip:model=nano", "lpips:weights=alexnet.pth,net=alex".
-    Raises UsageError for an unknown name or option, weights that cannot be had, or a plug-in that cannot be used.
-    """
-    name, _, options = text.partition(":")
-    plugin = plugins.find(SIMILARITIES, name)
-    if plugin is None:
-        offered = plugins.offered(SIMILARITIES)
-        hint = f"known: {', '.join(sorted(offered))}" if offered else "none is installed; install stagevar-tune in full"
-        raise UsageError(f"unknown similarity {name!r} ({hint})")
-    pairs = [part.partition("=") for part in options.split(",") if part]
-    if any(not equals for _, equals, _ in pairs):
-        raise UsageError(f"similarity options {options!r} must be name=value pairs with commas between them")
-    try:
-        similarity = plugin.load()(device=device, **{key.strip(): value.strip() for key, _, value in pairs})
-    except TypeError as error:
-        raise plugin.wrong(f"cannot be called with these options: {error}") from error
-    if not isinstance(similarity, Similarity):
-        raise plugin.wrong("must be a function that returns a stagevar.analysis.Similarity")
-    return similarity
 
 
 def nano_inputs(count: int, seed: int = 0) -> tuple[list[str], list[int], dict[str, Quality]]:
@@ -134,30 +93,12 @@ def analyze(
     Raises UsageError when the prompts are too few or do not match the seeds.
     """
     rules = rules or Rules()
-    if len(prompts) < 2 or len(prompts) != len(seeds):
-        raise UsageError(
-            f"analysis needs at least 2 prompts and a seed each, not {len(prompts)} and {len(seeds)} seeds"
-        )
+    passes = _Passes(prompts, seeds, micro_batch, rank_prompts, ablation_prompts, progress)
     observer = _Observer()
     probe = _Probe(model, observer)
-    batches = [slice(i, i + micro_batch) for i in range(0, len(prompts), micro_batch)]
-    ablated = len(prompts) if ablation_prompts is None else ablation_prompts
-    parts = {
-        "scales": batches,
-        "ranks": [batch for batch in batches if batch.start < rank_prompts],
-        "ablation": [batch for batch in batches if batch.start < ablated],
-    }
-    total, steps_done = sum(map(len, parts.values())), itertools.count(1)
-
-    def batches_of(what: str) -> Iterator[slice]:
-        for batch in parts[what]:
-            yield batch
-            if progress:
-                progress(what, next(steps_done), total)
-
     rows: dict[str, list[np.ndarray]] = {}
     partials: list[np.ndarray] = []
-    for batch in batches_of("scales"):
+    for batch in passes.over("scales"):
         observer.watched = max(0, rank_prompts - batch.start)
         images_KBHW3 = _measure(probe, prompts[batch], seeds[batch], similarities, rows)
         partials.append(images_KBHW3[:, : max(0, shown - batch.start)].swapaxes(0, 1))
@@ -168,11 +109,11 @@ def analyze(
     table, spectrum = observer.table(model)
     proposal, reasons = propose_stages(model, rules, measured, missing, stage_of)
     trials: dict[tuple[str, str], list[np.ndarray]] = {}
-    for batch in batches_of("ranks"):
+    for batch in passes.over("ranks"):
         _try_ranks(probe, prompts[batch], seeds[batch], proposal, table, trials)
     proposal, reasons["ranks"] = propose_ranks(model, rules, measured["ssim"], trials, proposal, table)
     scores: dict[str, list[np.ndarray]] = {}
-    for batch in batches_of("ablation"):
+    for batch in passes.over("ablation"):
         _ablate(probe, prompts[batch], seeds[batch], proposal, similarities, quality or {}, scores)
     ablation: list[dict[str, Any]] = []
     if scores:
@@ -207,6 +148,40 @@ def _stages_read(similarities: Sequence[Similarity]) -> dict[str, str]:
     reads_meaning = any(similarity.stage == "semantic" for similarity in similarities)
     own = {"low_frequency": "none" if reads_meaning else "semantic", "ssim": "structure", "psnr_db": "none"}
     return own | {similarity.name: similarity.stage for similarity in similarities}
+
+
+class _Passes:
+    """Three passes over the prompts, batch by batch, and how far they are. Raises UsageError for too few prompts."""
+
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        micro_batch: int,
+        rank_prompts: int,
+        ablation_prompts: int | None,
+        progress: Callable[[str, int, int], None] | None,
+    ):
+        if len(prompts) < 2 or len(prompts) != len(seeds):
+            raise UsageError(
+                f"analysis needs at least 2 prompts and a seed each, not {len(prompts)} and {len(seeds)} seeds"
+            )
+        ablated = len(prompts) if ablation_prompts is None else ablation_prompts
+        batches = [slice(start, start + micro_batch) for start in range(0, len(prompts), micro_batch)]
+        self._batches = {
+            "scales": batches,
+            "ranks": [batch for batch in batches if batch.start < rank_prompts],
+            "ablation": [batch for batch in batches if batch.start < ablated],
+        }
+        self._done, self._progress = 0, progress
+
+    def over(self, what: str) -> Iterator[slice]:
+        """The batches of a pass; progress is told once each has been worked on."""
+        for batch in self._batches[what]:
+            yield batch
+            self._done += 1
+            if self._progress:
+                self._progress(what, self._done, sum(map(len, self._batches.values())))
 
 
 # ---------------------------------------------------------------- probing a generation

@@ -26,7 +26,7 @@ from stagevar.files import check_output_folder
 
 if TYPE_CHECKING:
     from stagevar.analysis.ablation import Quality
-    from stagevar.analysis.measure import Similarity
+    from stagevar.analysis.similarity import Similarity
 
 
 def add(verbs: Verbs) -> None:

@@ -11,17 +11,11 @@ from PIL import Image
 
 from stagevar.accelerators import Exact
 from stagevar.analysis.bands import band_spectra
-from stagevar.analysis.measure import (
-    ENERGIES,
-    Similarity,
-    _divergence,
-    analyze,
-    find_similarity,
-    nano_inputs,
-)
+from stagevar.analysis.measure import ENERGIES, _divergence, analyze, nano_inputs
 from stagevar.analysis.plots import draw
 from stagevar.analysis.result import Curve, load_proposal
 from stagevar.analysis.rules import Rules, begun_at, missing_upper, propose_ranks, propose_stages, settled
+from stagevar.analysis.similarity import Similarity, find_similarity
 from stagevar.errors import UsageError
 from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import BOTH, StageSchedule, exact
