@@ -50,9 +50,12 @@ def nearest_ratio(ratio: float) -> float:
 
 
 def infinity_grids(pixels: str = "1M", ratio: float = 1.0) -> tuple[tuple[Grid, ...], Grid]:
-    """Scales of a pixel budget and height/width ratio, and the finest grid that positions are stretched to.
+    """Scales of a pixel budget and height/width ratio, and the finest grid, to which positions are stretched.
 
-    Raises UsageError for an unknown pixel budget. The ratio is snapped to the nearest template, as in the reference.
+    The ratio is snapped to the nearest template, as in the reference.
+
+    Raises:
+        UsageError: for an unknown pixel budget.
     """
     if pixels not in INFINITY_PIXELS:
         raise UsageError(f"unknown pixel budget {pixels!r}; known: {', '.join(INFINITY_PIXELS)}")

@@ -113,9 +113,10 @@ PRESETS: dict[str, Callable[[Sequence[Grid]], StageSchedule]] = {
 
 
 def preset(name: str, grids: Sequence[Grid], published: PublishedSettings | None = None) -> StageSchedule:
-    """A named schedule for a model's grids, with what was published for its family (`stagevar.models.registry.published`).
+    """A named schedule for a model's grids, given what was published for its family (`stagevar.models.registry.published`).
 
-    Raises ScheduleError that names the nearest preset.
+    Raises:
+        ScheduleError: for an unknown name; the message suggests the nearest preset.
     """
     choose("schedule", name, tuple(PRESETS))
     by_family = {"stagevar-paper": paper, "stagevar-released": released, "fastvar": fastvar}

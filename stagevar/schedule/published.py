@@ -14,12 +14,16 @@ from stagevar.schedule.stage_schedule import StageSchedule
 
 @dataclass(frozen=True)
 class PublishedSettings:
-    """Settings for a family at the one resolution that they were published for.
+    """Settings published for a model family, all at one resolution.
 
-    scales: of that resolution; at another one the setting is carried over by area (stagevar.schedule.paper). paper: the
-    stages, branch and ranks of the paper. released: what the released code runs. rank_ratio: mean share of the tokens that
-    `paper` keeps at its first reduced scale. fastvar: FastVAR's, where it has one for this family. chunks: of the model that
-    has ratios of its own for each chunk.
+    Attributes:
+        scales: number of scales at that resolution. At other resolutions the settings are carried over by area
+            (stagevar.schedule.paper).
+        paper: the paper's stages, branch and ranks.
+        released: what the released code runs.
+        rank_ratio: mean share of the tokens that `paper` keeps at its first reduced scale.
+        fastvar: FastVAR's setting, if it has one for this family.
+        chunks: of the model whose chunks have ratios of their own.
     """
 
     scales: int

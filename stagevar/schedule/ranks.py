@@ -30,9 +30,10 @@ def published_table() -> RankTable:
 
 
 def ratios_for_energy(energy: float, tokens: int, chunks: int, table: RankTable | None = None) -> tuple[float, ...]:
-    """Rank ratio per chunk for a kept energy on a scale of `tokens` tokens.
+    """Rank ratio per chunk that keeps a share of the energy at a scale of `tokens` tokens.
 
-    Raises ScheduleError when the table has no row for that energy (the message names the nearest).
+    Raises:
+        ScheduleError: if the table has no row for that energy; the message names the nearest.
     """
     table = table or published_table()
     key = next((k for k in table if abs(float(k) - energy) < 1e-9), None)

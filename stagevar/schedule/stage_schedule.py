@@ -63,25 +63,28 @@ def _ratio(name: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class StageSchedule:
-    """The human parameters.
+    """The parameters that people set.
 
-    structure_end: first accelerated scale (number of scales = nothing is accelerated).
-    semantic_end: first scale of the structure stage; a label from analysis that bounds structure_end from below.
-    cfg_delay: scales after structure_end at which one branch is dropped; None keeps guidance throughout.
-    branch: the branch that stays after the cutoff ("uncond" is the paper's null-prompt choice).
-    fuse_layer: layers of the cutoff's scale that still run both branches; guidance then mixes them, and what follows is
-        conditional alone. 0: both end where the scale begins.
-    rank_ratios: kept share of the tokens per accelerated scale counted from structure_end (+ rank_delay); the last
-        entry repeats; an entry may hold one value per chunk; 1 keeps all tokens. energy: look the ratios up instead.
-    rank_delay: scales after structure_end at which tokens are first reduced.
-    skip: scale indices that are not run at all.
-    projection, rope, site: see LowRank.
-    accelerator: how tokens are reduced ("stagevar", "fastvar", a plug-in's name, or "exact" for not at all), one for all
-        reduced scales or a list, counted like rank_ratios. "fastvar" and plug-ins know no chunks: they keep the mean of
-        their ratios.
-    layers: the [first, stop) layers that these prune; their cache is the last earlier scale that ran in full.
-    decision: classifier that chooses per image, three scales before the end, whether to skip or to drop guidance.
-    precision: of the blocks' matrix products from structure_end on: "model", "int8" or "fp8".
+    Attributes:
+        structure_end: first accelerated scale; the number of scales if nothing is accelerated.
+        semantic_end: first scale of the structure stage, at most structure_end; a label from the analysis.
+        cfg_delay: scales after structure_end at which one branch is dropped; None keeps guidance throughout.
+        branch: the branch that stays after the cutoff ("uncond" is the paper's null-prompt choice).
+        fuse_layer: number of layers at the cutoff's scale that still run both branches; guidance then mixes them, and
+            everything after that is conditional only. 0 drops the branch at the start of that scale.
+        rank_ratios: share of the tokens kept at each accelerated scale, counted from structure_end + rank_delay. The last
+            entry repeats, an entry may hold one value per chunk, and 1 keeps all tokens.
+        energy: share of the energy to keep; the ratios are looked up instead of given.
+        rank_delay: scales after structure_end at which tokens are first reduced.
+        skip: indices of scales that are not run at all.
+        projection, rope, site: see LowRank.
+        accelerator: what reduces the tokens ("stagevar", "fastvar", a plug-in's name, or "exact" for no reduction): one for
+            all reduced scales, or a list counted like rank_ratios. "fastvar" and plug-ins don't distinguish chunks; they
+            use the mean of the ratios.
+        layers: the [first, stop) layers that "fastvar" and plug-ins reduce; their cache is the last scale before that ran
+            in full.
+        decision: classifier that decides per image, three scales before the end, whether to skip scales or drop guidance.
+        precision: of the blocks' matrix products from structure_end on: "model", "int8", or "fp8".
     """
 
     structure_end: int
@@ -171,13 +174,15 @@ class StageSchedule:
         return None if self.cfg_delay is None else self.structure_end + self.cfg_delay
 
     def expand(self, grids: Sequence[Grid], chunks: int, rank_table: RankTable | None = None) -> Steps:
-        """One decided step per scale.
+        """One fully decided step per scale.
 
         Args:
-            grids: token grid per scale. chunks: number of block chunks of the model.
+            grids: token grid of each scale.
+            chunks: number of block chunks in the model.
             rank_table: for `energy`; the published table by default.
 
-        Raises ScheduleError when a parameter does not fit this model's scales.
+        Raises:
+            ScheduleError: if a parameter does not fit this model's scales.
         """
         scales = len(grids)
         if self.structure_end > scales:

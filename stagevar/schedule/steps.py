@@ -20,9 +20,12 @@ BOTH: tuple[Branch, ...] = ("cond", "uncond")
 class LowRank:
     """Random projection of the token axis and representative token restoration.
 
-    ranks: one per chunk (site "chunk") or a single one (site "trunk"). projection: "gaussian" mixes tokens, "rows"
-    keeps the drawn ones, "top" those of the largest norm, nothing drawn. rope: positions of the r tokens, the scale's
-    "first" r or their own ("index").
+    Attributes:
+        ranks: one per chunk (site "chunk") or a single one (site "trunk").
+        projection: "gaussian" mixes tokens, "rows" keeps the drawn ones, "top" keeps those with the largest norm and draws
+            nothing.
+        rope: rotary positions of the r tokens: the scale's "first" r, or their own ("index").
+        site: where tokens are reduced, "chunk" or "trunk".
     """
 
     ranks: tuple[int, ...]
@@ -56,10 +59,12 @@ Reduction = LowRank | Pivotal
 
 @dataclass(frozen=True)
 class Decision:
-    """Every image's continuation is chosen after this scale, from the partial image before and after it.
+    """Each image's continuation is chosen after this scale, from its partial images before and after the scale.
 
-    rule: name of a packaged classifier or path of a refitted one. outcomes: (name, steps of all later scales) pairs;
-    the first is the fullest and is what the schedule states for those scales.
+    Attributes:
+        rule: name of a packaged classifier, or path of a refitted one.
+        outcomes: (name, steps of all later scales) pairs. The first is the fullest, and is what the schedule states for
+            those scales.
     """
 
     rule: str
@@ -72,11 +77,15 @@ class Decision:
 
 @dataclass(frozen=True)
 class ScaleStep:
-    """What happens at one scale, fully decided and hashable. `stage` is a label and does not make steps differ.
+    """What happens at one scale, fully decided and hashable.
 
-    keeps: layers [first, stop) whose sublayer outputs a later Pivotal step restores from. decision: what follows this
-    scale is chosen per image. precision: of the blocks' matrix products. fuse_layer: when above 0, layers [0, fuse_layer)
-    run both branches, guidance then mixes their streams, and the other layers and the head run the conditional rows alone.
+    Attributes:
+        stage: a label; steps that differ only in it are equal.
+        keeps: layers [first, stop) whose sublayer outputs a later Pivotal step restores from.
+        decision: set if the continuation after this scale is chosen per image.
+        precision: of the blocks' matrix products.
+        fuse_layer: if above 0, layers [0, fuse_layer) run both branches, then guidance mixes their streams, and the other
+            layers and the head run the conditional rows alone.
     """
 
     scale: int
