@@ -34,10 +34,14 @@ Taken = TypeVar("Taken")
 class Timing:
     """Raw samples of one schedule, in milliseconds, in the order of the rounds.
 
-    samples_ms: host clock. device_ms: CUDA events over the same span (empty on CPU). warm_up_runs: runs before the first
-    sample. warmed: whether the last three of them agreed within WARM_TOLERANCE. card: its state before and after, where it is
-    known. disturbed: why the samples may be wrong although they were taken again, in words. processor_ms: processor time of
-    this process over the same spans, which other processes on the machine hardly change.
+    Attributes:
+        samples_ms: by the host's clock.
+        device_ms: by CUDA events over the same span; empty on CPU.
+        warm_up_runs: runs before the first sample.
+        warmed: whether the last three of those agreed within WARM_TOLERANCE.
+        card: its state before and after, if known.
+        disturbed: why the samples may be wrong even after a repeat, in words.
+        processor_ms: processor time of this process over the same spans, which other processes on the machine hardly change.
     """
 
     samples_ms: tuple[float, ...]
@@ -87,13 +91,14 @@ def warm_up(run: Run, device: torch.device | str = "cpu", at_most: int = 12) -> 
 def measure(
     runs: Mapping[str, Run], rounds: int, device: torch.device | str = "cpu", warm_up_at_most: int = 12
 ) -> dict[str, Timing]:
-    """Times several schedules in turn, `rounds` times each; every other round goes backwards, which cancels a linear drift.
+    """Times several schedules in turn, `rounds` times each; every other round runs backwards, which cancels linear drift.
 
-    On a card that was throttled meanwhile, or that other processes used, everything is timed once more, and marked if that
-    was no better.
+    If the card was throttled or used by other processes meanwhile, everything is timed once more, and marked as disturbed if
+    that is no better.
 
     Args:
-        runs: name -> one whole generation. rounds: samples per name, at least 1.
+        runs: name -> one whole generation.
+        rounds: samples per name, at least 1.
     """
     return measure_rounds(
         {name: partial(_in_any_round, run) for name, run in runs.items()}, rounds, device, warm_up_at_most
@@ -127,9 +132,10 @@ def _in_any_round(run: Run, index: int) -> object:
 def undisturbed(
     take: Callable[[], Taken], device: torch.device | str
 ) -> tuple[Taken, tuple[CardState, ...], tuple[str, ...]]:
-    """What `take` measures, once more where the card was disturbed meanwhile.
+    """The result of `take`, which is called once more if the card was disturbed meanwhile.
 
-    Returns it with the card's states before and after (empty where they are not known) and what disturbs it even so.
+    Returns:
+        That result, the card's states before and after (empty if unknown), and what disturbs the result nevertheless.
     """
     for _ in range(ATTEMPTS):
         before = read_card(device)

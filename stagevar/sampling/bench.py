@@ -50,20 +50,25 @@ def compare(
     """One row per schedule, the full one first, as plain data.
 
     Args:
-        names: presets. extra_steps: further schedules by name, already expanded. samplers: makes one for rows that the
-            default one does not run.
+        names: presets.
+        extra_steps: further schedules by name, already expanded.
+        samplers: makes a sampler for rows that the default one does not run.
         rounds: timed passes; each times every schedule on the next `batch` prompts.
         prompts: how many of the model's own bench prompts, or the prompts themselves, for the quality columns.
-        threads: on CPU, pinned. scores: further quality columns, as mean paired difference to the full schedule with a
-            bootstrap interval over prompts. warm_up_at_most: runs before timing, fewer once they agree.
-        engine: what rows are timed on; engines: by name, for those on another one. Images, and with them memory, are
-            eager's: a run that is made once is not worth recording.
+        threads: pinned, on CPU.
+        scores: further quality columns, as mean paired difference from the full schedule with a bootstrap interval over
+            the prompts.
+        warm_up_at_most: runs before timing; fewer if they agree earlier.
+        engine: the engine that rows are timed on.
+        engines: by name, for rows on another engine. Images, and with them memory, always come from eager: a run that is
+            made once is not worth recording.
 
-    Columns: engine (the one that really ran), tokens (per image, both branches), latency_ms (median), mean_ms, p90_ms,
-    samples_ms, disturbed (why they may be wrong, where the card was), ratio to the full schedule with its interval,
-    memory_mib (CUDA: peak allocated above the weights; CPU: KV cache), and unless the weights are random: psnr_db, ssim
-    (means) and `scores`. outcomes: how often a decision went which way. On a CPU also cpu_ratio, the same ratio of processor
-    time, which other processes on the machine hardly change.
+    Returns:
+        Rows with the columns engine (the one that really ran), tokens (per image, both branches), latency_ms (median),
+        mean_ms, p90_ms, samples_ms, disturbed (why the samples may be wrong, on a card), the ratio to the full schedule with
+        its interval, memory_mib (CUDA: peak allocated above the weights; CPU: KV cache), outcomes (how often a decision went
+        each way), and, unless the weights are random, psnr_db, ssim (means) and `scores`. On a CPU also cpu_ratio, the same
+        ratio in processor time, which other processes on the machine hardly change.
     """
     sampler, samplers = Sampler(model), samplers or {}
     plans = {

@@ -17,7 +17,7 @@ from stagevar.tensors.cache import HeadsIntoCache, KVCache, Lengths
 
 @dataclass(frozen=True)
 class SavedScale:
-    """Everything a generation is, before a scale runs, apart from the cache contents."""
+    """The whole state of a generation before a scale runs, except for the cache contents."""
 
     code_sum_BdHW: Tensor
     state: State
@@ -69,10 +69,12 @@ class Generation:
     """One batch on its way through the scales. Made by `Sampler.begin`.
 
     Attributes:
-        scale: index of the next scale. code_sum_BdHW: codes of all scales so far at the final grid.
-        steps: what was run. cache: the sampler's; let go when the generation ends, so that none outlives its sampler's use.
-        live: False once the sampler began another one or was released.
-        outcomes: what the schedule's decision chose per image, None before it or without one.
+        scale: index of the next scale.
+        code_sum_BdHW: codes of all scales so far, at the final grid.
+        steps: what was run.
+        cache: the sampler's; released when the generation ends, so that no cache outlives its use by the sampler.
+        live: False once the sampler began another generation or was released.
+        outcomes: what the schedule's decision chose per image; None before it, or without one.
     """
 
     def __init__(
@@ -93,13 +95,17 @@ class Generation:
 
     @property
     def cache(self) -> KVCache:
-        """Raises ValueError when the generation ended."""
+        """The sampler's KV cache.
+
+        Raises:
+            ValueError: if the generation has ended.
+        """
         if self._cache is None:
             raise ValueError(ENDED)
         return self._cache
 
     def end(self) -> None:
-        """Lets go of the cache and of everything else that takes room; what was run and its code sums stay."""
+        """Releases the cache and everything else that takes memory; the steps and code sums stay."""
         self.live, self._cache, self.resident = False, None, None
         self._saved = [dataclasses.replace(saved, state={}) for saved in self._saved]
 
@@ -121,7 +127,7 @@ class Generation:
         return self._saved[scale].code_sum_BdHW
 
     def select(self, rows: list[int]) -> Generation:
-        """A generation of its own from some images of this one, with its own copy of their cache."""
+        """A separate generation of some of this one's images, with its own copy of their cache."""
         both = [branch * self.batch + row for branch in range(len(BOTH)) for row in rows]
         part = Generation(
             Start(self.conditioning.select(both), self.noise.rows(rows), self.code_sum_BdHW[rows]),

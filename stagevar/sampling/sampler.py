@@ -36,9 +36,9 @@ class Sampler:
     """Runs schedules on a loaded model.
 
     Args:
-        model: what `registry.load_model` returned.
-        accelerator: how reduced steps are carried out (by default each step by the method it names).
-        engine: how they reach the device, one of stagevar.engine.ENGINES, or an engine itself.
+        model: from `registry.load_model`.
+        accelerator: carries out the reduced steps; by default each step uses the method that it names.
+        engine: how steps reach the device: one of stagevar.engine.ENGINES, or an engine object.
     """
 
     def __init__(self, model: LoadedModel, accelerator: Accelerator | None = None, engine: str | Engine = "eager"):
@@ -85,18 +85,20 @@ class Sampler:
         encoded: Any | None = None,
         encoded_negative: Any | None = None,
     ) -> Generation:
-        """Starts a batch; an earlier generation of this sampler ends here, because the cache is shared.
+        """Starts a batch. This ends the sampler's previous generation, because they share the cache.
 
         Args:
-            prompts, seeds: one per image, as `Pipeline.generate` takes them; the pair decides the noise.
-            steps: the only schedule that will run (deployment: smaller cache, nothing kept that it does not restore
-                from). None leaves room for any schedule.
-            among: instead, the schedules that may run: there is room for any, but nothing is kept that none restores from.
-            negative: prompts for the unconditional branch (default: the model's null text).
-            sampling: instead of the model's defaults. noise: instead of the keyed streams.
-            encoded, encoded_negative: text features made earlier, instead of encoding here.
+            prompts, seeds: one per image, as in `Pipeline.generate`; the pair determines the noise.
+            steps: the only schedule that will run (deployment): a smaller cache, and only what that schedule restores from
+                is kept. None leaves room for any schedule.
+            among: instead of `steps`, the schedules that may run: leaves room for any, but keeps only what these restore from.
+            negative: prompts for the unconditional branch, instead of the model's null text.
+            sampling: used instead of the model's defaults.
+            noise: used instead of the keyed streams.
+            encoded, encoded_negative: text features made earlier; nothing is encoded here then.
 
-        Raises UsageError for prompts, seeds or negatives of another kind or number.
+        Raises:
+            UsageError: for prompts, seeds or negatives of the wrong kind or number.
         """
         model, prompts = self.model, check_prompts(prompts)
         batch = len(prompts)
@@ -131,7 +133,7 @@ class Sampler:
         return cache
 
     def _capacity(self, batch: int, steps: Steps) -> dict[Branch, list[int]]:
-        """Entries per branch and layer: as few as the schedule makes, on a card the same everywhere where that costs little."""
+        """Entries per branch and layer: as few as the schedule makes; on a card, equal everywhere if that costs little."""
         transformer, device = self.model.transformer, self.model.device
         least = step_lengths(steps, transformer.chunk_layers, transformer.prefix_tokens)
         total = total_bytes(device) if device.type == "cuda" else None
@@ -143,7 +145,7 @@ class Sampler:
         return alike if further * entry_bytes <= EVEN_SHARE * total else least
 
     def release(self) -> None:
-        """Frees the caches and what the engine recorded; the generation that used one ends."""
+        """Frees the caches and the engine's recordings, and ends the current generation."""
         self._end_current()
         while self._caches:
             self.engine.forget(self._caches.pop())
@@ -158,8 +160,9 @@ class Sampler:
     def advance(self, generation: Generation, step: ScaleStep) -> None:
         """Runs (or skips) the next scale.
 
-        Raises ValueError when the step is for another scale, wants a branch that was dropped, or the generation is over
-        or waits for its decision.
+        Raises:
+            ValueError: if the step is for another scale or needs a branch that was dropped, or if the generation has ended
+                or is waiting for its decision.
         """
         if not generation.live:
             raise ValueError(ENDED)
@@ -190,10 +193,14 @@ class Sampler:
 
     @torch.inference_mode()
     def advance_like(self, generation: Generation, kept: Generation) -> None:
-        """Runs the next scale by copying what `kept` computed for it: the same bits, for a copy of its cache entries.
+        """Runs the next scale by copying what `kept` computed for it: bit-identical, at the cost of copying cache entries.
 
-        kept: a generation of the same batch (`split` makes one that lasts) whose steps so far were the same.
-        Raises ValueError when it went another way, or where recorded graphs own the buffers.
+        Args:
+            generation: the one to advance.
+            kept: a generation of the same batch and the same steps so far (`split` makes one that lasts).
+
+        Raises:
+            ValueError: if their steps differ, or if recorded graphs own the buffers.
         """
         scale = generation.scale
         if generation.resident is not None:
@@ -218,7 +225,7 @@ class Sampler:
             )
 
     def _around(self, generation: Generation, step: ScaleStep, state: State, updates: Updates) -> Around:
-        """The accelerator's hook. At a fusing scale every site is run as the step of the branches that it puts out."""
+        """The accelerator's hook. At a fusing scale, each site runs as a step with the branches that the site puts out."""
 
         def hook(step: ScaleStep) -> Around:
             noise = generation.noise.at(step.scale, step.branches)
@@ -283,7 +290,7 @@ class Sampler:
     def on_scale(self, step: ScaleStep, logits_BLV: Tensor, tokens: Tensor) -> None:
         """Called with every run scale's guided logits and drawn tokens; analysis and tests override it.
 
-        The graph engine calls it while recording only, so whoever overrides it needs the eager one.
+        The graph engine calls it only while recording, so overriding it requires the eager engine.
         """
 
     def rewind(self, generation: Generation, scale: int) -> None:
@@ -298,18 +305,19 @@ class Sampler:
 
     @torch.inference_mode()
     def decode(self, generation: Generation) -> np.ndarray:
-        """Pixels of the code sum as it stands: uint8 (B, H, W, 3), RGB; truncation as in the reference.
+        """Pixels of the code sum as it stands: uint8 (B, H, W, 3), RGB; truncated as in the reference.
 
-        Raises ValueError when the generation ended: its code sum may lie in a buffer that a later one has overwritten.
+        Raises:
+            ValueError: if the generation has ended: a later one may have overwritten its code sum.
         """
         if not generation.live:
             raise ValueError(ENDED)
         return to_uint8(self.engine.decode(generation.code_sum_BdHW, self._tokenizer.decode))
 
     def generate(self, prompts: Sequence[str], seeds: Sequence[int], steps: Steps, **options: Any) -> np.ndarray:
-        """All scales of one schedule, then decode: uint8 (B, H, W, 3). Options as for `begin`.
+        """All scales of one schedule, then decode: uint8 (B, H, W, 3). Takes the options of `begin`.
 
-        Where decoding finds too little memory, the caches and recordings are freed and it is tried again, eagerly.
+        If decoding runs out of memory, the caches and recordings are freed and it is tried again, eagerly.
         """
         generation = self.begin(prompts, seeds, steps=steps, **options)
         try:
@@ -326,9 +334,10 @@ class Sampler:
             return to_uint8(self._tokenizer.decode(code_sum_BdHW))
 
     def finish(self, generation: Generation, steps: Steps) -> np.ndarray:
-        """Runs what is left of a schedule, its decision included, then decodes: uint8 (B, H, W, 3), RGB.
+        """Runs the rest of a schedule, including its decision, then decodes: uint8 (B, H, W, 3), RGB.
 
-        Raises UsageError, before anything runs, for a decision that was not fitted for this model.
+        Raises:
+            UsageError: before anything runs, if the decision was not fitted for this model.
         """
         rest = steps[generation.scale :]
         for step in rest:
@@ -354,9 +363,11 @@ class Sampler:
 
     @torch.inference_mode()
     def decide(self, generation: Generation) -> tuple[str, ...]:
-        """Takes the decision that follows the last scale: one outcome per image, kept in `generation.outcomes`.
+        """Takes the decision after the last scale: one outcome per image, kept in `generation.outcomes`.
 
-        Raises ValueError when that scale has none, UsageError when its classifier is not for this model.
+        Raises:
+            ValueError: if that scale has no decision.
+            UsageError: if its classifier is for another model.
         """
         step = generation.steps[-1] if generation.steps else None
         if step is None or step.decision is None:
@@ -367,8 +378,8 @@ class Sampler:
 
     @torch.inference_mode()
     def split(self, generation: Generation, rows: Sequence[int]) -> Generation:
-        """A generation of its own from some images of a batch, at the same scale, with its own copy of their cache.
+        """A separate generation of some images of a batch, at the same scale, with its own copy of their cache.
 
-        It may be advanced, rewound and decoded independently, also after the sampler began another batch.
+        It can be advanced, rewound and decoded independently, even after the sampler begins another batch.
         """
         return generation.select(list(rows))

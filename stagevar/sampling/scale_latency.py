@@ -19,10 +19,12 @@ from stagevar.timing import time_once
 def time_scales(
     sampler: Sampler, schedules: Mapping[str, Steps], prompt: str, seed: int, rounds: int = 5
 ) -> dict[str, tuple[float, ...]]:
-    """Median milliseconds per scale (0 where skipped), one tuple per schedule; a first round is not counted.
+    """Median milliseconds per scale (0 where skipped), one tuple per schedule; a first, unmeasured round warms up.
 
-    A schedule that decides on the way gets an empty tuple: what follows its decision differs from image to image.
-    Raises ValueError for fewer than one round.
+    A schedule with a decision gets an empty tuple: what follows its decision differs from image to image.
+
+    Raises:
+        ValueError: for fewer than one round.
     """
     if rounds < 1:
         raise ValueError(f"{rounds} rounds time nothing")
