@@ -61,7 +61,7 @@ class ScheduleError(UsageError):
 
 
 def nearest(word: object, known: Iterable[str], cutoff: float = 0.5) -> str | None:
-    """The known name nearest to a word, None where none is near. cutoff: least likeness, from 0 to 1."""
+    """The known name nearest to a word; None if none has a similarity of at least `cutoff` (0 to 1)."""
     near = difflib.get_close_matches(str(word)[:60].strip("'"), [*known], n=1, cutoff=cutoff)
     return near[0] if near else None
 
@@ -85,5 +85,5 @@ def first_line(error: BaseException) -> str:
 
 
 def reason_of(error: BaseException, at_most: int = 160) -> str:
-    """The first line of an error's message, its type's name where it has none. at_most: characters."""
+    """The first line of an error's message, or its type's name if there is none, cut to `at_most` characters."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:at_most]

@@ -26,7 +26,7 @@ def _kept_indices(count: int, seed: int) -> np.ndarray:
 
 
 def mean_bounds(values: Sequence[float] | np.ndarray, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """Two-sided percentile bootstrap bounds of the mean. level: their coverage."""
+    """Two-sided percentile bootstrap bounds of the mean, with coverage `level`."""
     sample = np.asarray(values, dtype=np.float64)
     means = sample[resample_indices(sample.size, seed)].mean(axis=1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
@@ -34,7 +34,7 @@ def mean_bounds(values: Sequence[float] | np.ndarray, level: float = 0.95, seed:
 
 
 def median_bounds(values: Sequence[float] | np.ndarray, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """Two-sided percentile bootstrap bounds of the median. level: their coverage."""
+    """Two-sided percentile bootstrap bounds of the median, with coverage `level`."""
     sample = np.asarray(values, dtype=np.float64)
     medians, tail = np.median(sample[resample_indices(sample.size, seed)], axis=1), (1 - level) / 2
     low, high = np.quantile(medians, [tail, 1 - tail])

@@ -32,17 +32,22 @@ _BACKENDS = {
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was tried. fault: why it cannot be used, None where it can."""
+    """One thing that was tried.
+
+    Attributes:
+        fault: why it cannot be used; None if it can.
+    """
 
     name: str
     fault: str | None
 
 
 def selftest(model: LoadedModel, build: Callable[[str], Sampler] | None = None) -> Iterator[Check]:
-    """Tries everything on the model's device; seconds for a tiny model.
+    """Tries everything on the model's device; takes seconds with a tiny model.
 
     Args:
-        model: a small one on the card. build: makes a sampler of an engine's name.
+        model: a small one, on the card.
+        build: makes a sampler, given an engine's name.
     """
     yield _tried("bfloat16", lambda: _bfloat16(model.device))
     for precision in ("int8", "fp8"):

@@ -36,10 +36,12 @@ def choose_engine(asked: str, device: str, trial: Callable[[str], EngineTried]) 
     """The engine to run on.
 
     Args:
-        asked: "auto" or an engine's name, which is taken as it is. device: kind of device, "cpu" or "cuda".
-        trial: measures one engine; called for "auto" on a GPU only, with "eager" first.
+        asked: "auto", or an engine's name, which is taken as is.
+        device: kind of device, "cpu" or "cuda".
+        trial: measures one engine; called only for "auto" on a GPU, with "eager" first.
 
-    Raises UsageError for an unknown name.
+    Raises:
+        UsageError: for an unknown name.
     """
     if asked != "auto":
         if asked not in ENGINES:
@@ -81,10 +83,12 @@ def _described(one: EngineTried) -> str:
 
 
 class EngineTrials:
-    """Measures engines on a loaded model: two images compared with eager's, then latency in turn with eager.
+    """Measures engines on a loaded model: compares two images with eager's, then times the engine in turn with eager.
 
     Args:
-        prompts, seeds: two of each. steps: the schedule that is run. build: makes a sampler with an engine.
+        prompts, seeds: two of each.
+        steps: the schedule to run.
+        build: makes a sampler with a given engine.
     """
 
     def __init__(

@@ -21,7 +21,11 @@ EngineName = Literal["eager", "compiled", "graph", "graph-compiled", "graph-kern
 
 @dataclass(frozen=True)
 class Envelope:
-    """Where the figures were measured and hold. card: None on a CPU, where NVML is missing, and in profiles of before."""
+    """Where the figures were measured and hold.
+
+    Attributes:
+        card: None on a CPU, without NVML, and in older profiles.
+    """
 
     device: str
     dtype: str

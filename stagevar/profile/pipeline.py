@@ -36,7 +36,12 @@ class DeployedSchedule(Protocol):
 
 @dataclass(frozen=True)
 class PipelineOutput:
-    """images: PIL images, the `num_images_per_prompt` of the first prompt first. seeds: the seed of each."""
+    """What a call of a pipeline returns.
+
+    Attributes:
+        images: PIL images; the first prompt's `num_images_per_prompt` come first.
+        seeds: the seed of each image.
+    """
 
     images: list[Image]
     seeds: list[int]
@@ -44,13 +49,16 @@ class PipelineOutput:
 
 @dataclass
 class Pipeline:
-    """Draws with the schedule of a profile, on its engine, in batches of its size, on its CPU threads.
+    """Draws with a profile's schedule, using its engine, batch size and CPU threads.
 
     Args:
-        profile: what tuning wrote. sampler: on the profile's model.
-        batch: images per pass instead of the profile's. threads: CPU threads instead of the profile's.
+        profile: what tuning wrote.
+        sampler: runs on the profile's model.
+        batch: images per pass, instead of the profile's.
+        threads: CPU threads, instead of the profile's.
 
-    Warns (UserWarning) about everything that differs from where the profile was measured.
+    Warns:
+        UserWarning: for each difference from where the profile was measured.
     """
 
     profile: DeployedSchedule
@@ -70,17 +78,17 @@ class Pipeline:
             warnings.warn(line, stacklevel=3)
 
     def generate(self, prompts: Any, seeds: Any = None, negative: Any = None, **options: Any) -> list[Image]:
-        """One image per prompt.
+        """One image per prompt. The same prompt and seed give the same image in any batch.
 
         Args:
             prompts: one text or a list of texts.
-            seeds: one per prompt (list, array, tensor), one number that is counted up, or a generator of random numbers
-                (torch, numpy, random), which is drawn from; default 0, 1, 2, ...
-            negative: instead of the model's null text: one text for all, or a list with one per prompt.
-            options: of `Sampler.begin`.
+            seeds: one per prompt (list, array or tensor), one number to count up from, or a random generator (torch, numpy,
+                random) to draw them from; 0, 1, 2, ... by default.
+            negative: replaces the model's null text: one text for all, or a list with one per prompt.
+            options: passed to `Sampler.begin`.
 
-        Raises UsageError for prompts, seeds or negatives of another kind or number. The same prompt and seed give the same
-        image in any batch.
+        Raises:
+            UsageError: for prompts, seeds or negatives of the wrong kind or number.
         """
         from PIL import Image
 
@@ -96,14 +104,18 @@ class Pipeline:
         return images
 
     def warm(self, lengths: Sequence[int] = (32,), batches: Sequence[int] = ()) -> float:
-        """Draws one batch for every length of text, so that no later image of such a length waits for compiling or recording.
+        """Draws one batch per text length, so that no later image of that length waits for compiling or recording.
 
         Args:
-            lengths: tokens of text; a recorded graph serves all lengths up to the next multiple of 32
-                (`stagevar.engine.TEXT_BUCKET`). Models whose text has one length for all prompts are drawn with once.
-            batches: images per pass, by default the pipeline's; a last, smaller part of a call is one of its own.
+            lengths: of texts, in tokens; a recorded graph serves all lengths up to the next multiple of 32
+                (`stagevar.engine.TEXT_BUCKET`). Models whose texts all have the same length draw once.
+            batches: images per pass; by default the pipeline's. The last, smaller part of a call counts as a size of its own.
 
-        Returns the seconds that it took. Raises UsageError for numbers below 1.
+        Returns:
+            The seconds that it took.
+
+        Raises:
+            UsageError: for numbers below 1.
         """
         import time
 
@@ -128,15 +140,17 @@ class Pipeline:
         seed: Any = None,
         **others: Any,
     ) -> PipelineOutput:
-        """As pipelines of diffusers are called; `.images` of what it returns are PIL images.
+        """Draws images with the arguments of a diffusers pipeline.
 
         Args:
             prompt, negative_prompt: one text or a list of texts.
-            num_images_per_prompt: images of each prompt, side by side in the result.
-            height, width: in pixels; a profile is for one size, so others are refused.
-            generator: of random numbers, or a list with one per image. seed: instead of it, as `seeds` of `generate`.
+            num_images_per_prompt: images of each prompt, next to each other in the result.
+            height, width: in pixels; a profile is for one size, and other sizes are refused.
+            generator: random generator, or a list with one per image.
+            seed: instead of a generator, like `seeds` of `generate`.
 
-        Raises UsageError for whatever cannot be done, options that belong to diffusion models included.
+        Raises:
+            UsageError: for anything unsupported, including options that belong to diffusion models.
         """
         for name in others:
             raise UsageError(f"{name} is not an option of this pipeline: the profile decides how images are drawn")
@@ -159,14 +173,14 @@ class Pipeline:
         return PipelineOutput(self.generate(_repeat(texts, num_images_per_prompt), seeds, repeated), seeds)
 
     def _threads(self) -> contextlib.AbstractContextManager[None]:
-        """The threads that latency was measured with, for the length of a call; a GPU does not depend on them."""
+        """Uses the thread count that latency was measured with during a call; a GPU does not depend on it."""
         from stagevar.timing import threads_of
 
         return threads_of(self.threads if self.sampler.model.device.type == "cpu" else None)
 
 
 def warm_sampler(sampler: Sampler, steps: Steps, lengths: Sequence[int], batches: Sequence[int]) -> None:
-    """Draws one batch of every size and length of text, see `Pipeline.warm`."""
+    """Draws one batch for every size and text length; see `Pipeline.warm`."""
     from stagevar.sampling.bench import bench_prompts
 
     model = sampler.model
@@ -180,7 +194,7 @@ def warm_sampler(sampler: Sampler, steps: Steps, lengths: Sequence[int], batches
 
 
 def _of_length(rows_TC: Tensor, length: int) -> Tensor:
-    """Text features with as many rows as asked for, repeated from the start."""
+    """Text features with the requested number of rows, repeated from the start."""
     return rows_TC[[row % len(rows_TC) for row in range(length)]]
 
 

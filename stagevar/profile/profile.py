@@ -58,15 +58,20 @@ SECTIONS: dict[str, type] = {
 class Profile:
     """One schedule with its evidence.
 
-    A section may be given as a mapping, which is checked and becomes the section; ProfileError names what does not fit.
+    A section may be given as a mapping, which is checked and converted; ProfileError names whatever does not fit.
 
     Attributes:
-        model: which model, and the options that load it. sampling: as used while measuring.
-        schedule: the parameters; steps: their expansion as plain data, for readers and as a checksum.
-        envelope: where it was measured. verified: whether every constraint was proved.
-        verdict: one sentence. latency, quality, baseline, constraints: measured figures with intervals.
-        reproduce: the command that produced it. provenance: versions, hashes, dates.
-        engine: which engine runs it and why, None in profiles of before there was a choice.
+        model: which model, and the options that load it.
+        schedule: the parameters.
+        steps: their expansion as plain data, for readers and as a checksum.
+        sampling: the settings used while measuring.
+        envelope: where it was measured.
+        verified: whether every constraint was proved.
+        verdict: one sentence.
+        latency, quality, baseline, constraints: measured figures with intervals.
+        reproduce: the command that produced it.
+        provenance: versions, hashes and dates.
+        engine: which engine runs it, and why; None in profiles from before there was a choice.
     """
 
     model: ModelSection
@@ -106,14 +111,23 @@ class Profile:
         return data
 
     def save(self, path: str | os.PathLike[str], *, json_schema: str | None = None) -> None:
-        """Writes the profile atomically. json_schema: address of its JSON Schema, named in the first line for editors."""
+        """Writes the profile atomically.
+
+        Args:
+            path: of the YAML file.
+            json_schema: address of its JSON Schema, which editors read from the first line.
+        """
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
         first = "" if json_schema is None else f"# yaml-language-server: $schema={json_schema}\n"
         write_text_atomically(path, first + text)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
-        """Reads a profile. Raises ProfileError in one line when it is unreadable, foreign, hostile or inconsistent."""
+        """Reads a profile.
+
+        Raises:
+            ProfileError: in one line, if the file is unreadable, foreign, hostile or inconsistent.
+        """
         try:
             return cls.from_dict(read_yaml(path, "profile"))
         except ProfileError as error:
@@ -146,7 +160,8 @@ class Profile:
     def expand(self, model: LoadedModel) -> Steps:
         """The decided steps on this model.
 
-        Raises ProfileError when the model is another one or the stored steps are not what the parameters give here.
+        Raises:
+            ProfileError: if the profile is for another model, or its steps are not what its parameters expand to here.
         """
         if self.model.name != model.name:
             raise ProfileError(f"the profile is for model {shown(self.model.name)}, not {model.name!r}")
@@ -163,7 +178,7 @@ class Profile:
         return steps
 
     def _check_weights(self, model: LoadedModel) -> None:
-        """Compares contents, part by part. Profiles of before name files instead of parts; their names do not count."""
+        """Compares contents, part by part. Older profiles name files instead of parts; those names are ignored."""
         here = model.provenance.get("weights") or {}
         files = {*here.values(), *model.provenance.get("weight_files", ())}
         for part, digest in self.model.weights.items():
@@ -173,7 +188,7 @@ class Profile:
             raise ProfileError(f"the profile was made with other weights: {part:.99} is {now}, not {digest:.99}")
 
     def warnings_here(self, present: Envelope) -> list[str]:
-        """Whether quality was never measured, and what of the measured envelope does not hold here, one line each."""
+        """One line if quality was never measured, and one for each way in which this place differs from the envelope."""
         told = [] if self.verified or self.quality.measured is not False else [f"not verified: {self.quality.why}"]
         return told + [f"outside the measured envelope: {text}" for text in self.envelope.differences(present)]
 
@@ -186,10 +201,15 @@ class Profile:
         threads: int | None = None,
         **load_options: Any,
     ) -> Pipeline:
-        """Loads the model and returns something that makes images with this schedule.
+        """Loads the model and returns a pipeline that draws images with this schedule.
 
-        engine, batch, threads: instead of the profile's own. load_options: of `load_model`.
-        Warns (UserWarning) where quality was never measured, and about everything that differs from where the profile was.
+        Args:
+            device: "auto", "cpu" or "cuda".
+            engine, batch, threads: used instead of the profile's own.
+            load_options: passed to `load_model`.
+
+        Warns:
+            UserWarning: if quality was never measured, and for each difference from where the profile was measured.
         """
         request = ModelRequest(self.model.name, device=device, **load_options)
         return self.pipeline_of(request.over(self.model.request), engine=engine, batch=batch, threads=threads)
@@ -197,7 +217,7 @@ class Profile:
     def pipeline_of(
         self, request: ModelRequest, *, engine: str = "auto", batch: int = 0, threads: int | None = None
     ) -> Pipeline:
-        """As `pipeline`, of the model that a request stands for; `request.over(profile.model.request)` is the usual one."""
+        """Like `pipeline`, for the model that a request describes, usually `request.over(profile.model.request)`."""
         from stagevar.models.registry import load_model
         from stagevar.profile.pipeline import Pipeline
         from stagevar.sampling.sampler import Sampler

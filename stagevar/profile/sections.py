@@ -51,7 +51,12 @@ class SamplingSection:
 
 @dataclass(frozen=True)
 class IntervalSection:
-    """An estimate with its bootstrap interval [low, high]. level: two-sided coverage. n: samples behind it."""
+    """An estimate with its bootstrap interval [low, high].
+
+    Attributes:
+        level: two-sided coverage.
+        n: number of samples behind it.
+    """
 
     mean: float | None
     interval: tuple[float | None, ...] = ()
@@ -61,10 +66,13 @@ class IntervalSection:
 
 @dataclass(frozen=True)
 class LatencySection:
-    """One image's latency in milliseconds; ratio: over the full schedule's in the same rounds.
+    """One image's latency in milliseconds.
 
-    includes: what the figure covers, in words. predicted: from the table of step costs instead of end to end. disturbed: why
-    the figures may be wrong although they were taken again (throttling, other processes on the card), in words.
+    Attributes:
+        includes: what the figure covers, in words.
+        predicted: whether it comes from the table of step costs instead of an end-to-end timing.
+        ratio: over the full schedule's latency in the same rounds.
+        disturbed: why the figures may be wrong even after a repeat (throttling, other processes on the card), in words.
     """
 
     includes: str | None = None
@@ -84,9 +92,13 @@ class LatencySection:
 
 @dataclass(frozen=True)
 class CardSection:
-    """The card that latency was measured on, by NVML: what is set on it, and what it did after the last timing.
+    """The card that latency was measured on, as NVML sees it: its settings, and its state after the last timing.
 
-    driver: version. power_limit_w: enforced. mig: a slice of a card. sm_mhz, memory_mhz, temperature_c: under load.
+    Attributes:
+        driver: version of the driver.
+        power_limit_w: the enforced limit.
+        mig: whether it is a slice of a card.
+        sm_mhz, memory_mhz, temperature_c: under load.
     """
 
     driver: str
@@ -97,7 +109,7 @@ class CardSection:
     temperature_c: int | None = None
 
     def differences(self, other: CardSection) -> list[str]:
-        """What is set otherwise on another card, one phrase each; clocks and heat come and go."""
+        """Settings that differ on another card, one phrase each; clocks and temperature vary anyway and are left out."""
         pairs = ((name, getattr(self, name), getattr(other, name)) for name in ("driver", "power_limit_w", "mig"))
         return [f"{name} {there!r} instead of {here!r}" for name, here, there in pairs if here != there]
 
@@ -112,8 +124,15 @@ class BaselineSection(LatencySection):
 
 @dataclass(frozen=True)
 class MetricSection:
-    """One metric of the quality. unit, kind: as declared. weight: in the composite. max_drop: allowed mean paired drop, absent
-    for a metric that only ranks. drop_upper: one-sided 95 % bound of the drop on the held-out prompts, with its status."""
+    """One metric of the quality.
+
+    Attributes:
+        unit, kind: as declared.
+        weight: in the composite.
+        max_drop: allowed mean paired drop; None for a metric that only ranks.
+        drop_upper: one-sided 95 % bound of the drop on the held-out prompts.
+        status: whether that bound keeps the limit.
+    """
 
     unit: str | None = None
     kind: str | None = None
@@ -125,10 +144,14 @@ class MetricSection:
 
 @dataclass(frozen=True)
 class QualitySection:
-    """Paired quality against the full schedule. measured False comes with why; else the prompt set and its figures.
+    """Paired quality against the full schedule.
 
-    difference_from_full: per metric, and for the composite "quality", which counts in allowances (-1: one max_drop used up).
-    engine: which engine drew the judged images, where it is known.
+    Attributes:
+        measured: False if quality was not measured.
+        why: the reason, if it was not measured.
+        engine: which engine drew the judged images, if known.
+        difference_from_full: per metric, and for the composite "quality", which counts in allowances (-1: one max_drop is
+            used up).
     """
 
     measured: bool | None = None
@@ -157,8 +180,13 @@ class VerdictSection:
 
 @dataclass(frozen=True)
 class ConstraintsSection:
-    """What had to be kept. budget: as typed. max_drop: per metric; a number in profiles of before, the composite's.
-    proved: whether the verdicts come from verification."""
+    """What had to hold.
+
+    Attributes:
+        budget: as typed.
+        max_drop: per metric; in older profiles a number, the composite's.
+        proved: whether the verdicts come from verification.
+    """
 
     budget: str | None = None
     budget_ms: float | None = None
@@ -170,7 +198,7 @@ class ConstraintsSection:
 
 @dataclass(frozen=True)
 class StudySection:
-    """The study behind a profile: trials told, distinct schedules drawn, its seed, the schedule's key."""
+    """The study behind a profile: finished trials, distinct schedules drawn, its seed, and the schedule's key."""
 
     trials: int | None = None
     sampled: int | None = None
@@ -193,7 +221,7 @@ class ProvenanceSection:
 
 @dataclass(frozen=True)
 class EngineTried:
-    """An engine that was considered: its latency of one image, how far its images are from eager's, why it was not taken."""
+    """An engine that was considered: latency of one image, difference of its images from eager's, and why it was rejected."""
 
     engine: str
     latency_ms: float | None = None
@@ -203,7 +231,12 @@ class EngineTried:
 
 @dataclass(frozen=True)
 class EngineSection:
-    """Which engine runs the schedule, as asked ("auto" or a name), and why. tried: all that were considered."""
+    """Which engine runs the schedule, and why.
+
+    Attributes:
+        asked: "auto" or a name.
+        tried: all engines that were considered.
+    """
 
     name: str
     asked: str

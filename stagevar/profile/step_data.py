@@ -25,7 +25,11 @@ class DecisionData(TypedDict):
 
 
 class StepData(TypedDict, total=False):
-    """One scale of an expanded schedule; what a step does not do has no key. grid: [height, width] in tokens."""
+    """One scale of an expanded schedule; keys for what a step does not do are absent.
+
+    Attributes:
+        grid: [height, width] in tokens.
+    """
 
     scale: Required[int]
     grid: Required[list[int]]
