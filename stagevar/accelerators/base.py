@@ -76,11 +76,11 @@ class Accelerator(ABC):
         """The hook for this scale. Whatever later scales need is put into `updates`."""
 
     def keeps(self, site: Site, later: Steps) -> bool:
-        """Whether a full output of this site can be of use to these later steps; what cannot is freed in deployment."""
+        """Whether these later steps can use a full output of this site; in deployment, unusable outputs are freed."""
         return True
 
     def check(self, model: LoadedModel, decision: Decision) -> None:
-        """Raises an error when this accelerator cannot take the decision on this model."""
+        """Checks that this accelerator can take the decision on this model, and raises an error if not."""
         raise ValueError(f"the {self.name} accelerator takes no decisions")
 
     def decide(self, model: LoadedModel, decision: Decision, before_BdHW: Tensor, after_BdHW: Tensor) -> Sequence[str]:

@@ -1,7 +1,7 @@
-"""All methods at once: every step is carried out by the accelerator that it names, so a schedule is enough to run.
+"""All methods at once: each step is carried out by the accelerator that it names, so a schedule alone is enough to run.
 
 One schedule may mix methods over its scales: drop a branch, then prune, then project, then skip. What each method needs
-from earlier scales is kept whoever ran them, as long as they ran in full at that site.
+from earlier scales is kept no matter which method ran them, provided that they ran in full at that site.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from stagevar.schedule import Decision, LowRank, Pivotal, Plugged, Steps
 class Composite(Accelerator):
     """StageVAR at chunks and trunk, FastVAR or a plug-in at sublayers, SkipVAR at the decision.
 
-    plugged: accelerators by the name that steps call them by; others are looked up among installed packages.
+    Args:
+        plugged: accelerators by the names that steps use; other names are looked up among installed packages.
     """
 
     name = "composite"

@@ -1,7 +1,7 @@
-"""Accelerators of other packages, by the name that they offer them under (stagevar.plugins).
+"""Accelerators of other packages, by the names that the packages give them (stagevar.plugins).
 
-One carries out `Plugged` steps: it is asked at the sublayers (attn, cross, mlp) of the schedule's layers, and finds there
-in `context.state` the outputs of the step's cache scale, which ran in full.
+Such an accelerator carries out `Plugged` steps: it is called at the sublayers (attn, cross, mlp) of the schedule's
+layers, and finds the outputs of the step's cache scale, which ran in full, in `context.state`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from stagevar.schedule import ACCELERATORS, PLUGGED_ACCELERATORS, accelerator_na
 def plugged(name: str) -> Accelerator:
     """An accelerator, made from the class that a package offers.
 
-    Raises PluginError for a name that no package offers or a plug-in that cannot be used.
+    Raises:
+        PluginError: for a name that no package offers, or a plug-in that cannot be used.
     """
     plugin = plugins.find(PLUGGED_ACCELERATORS, name, ACCELERATORS)
     if plugin is None:

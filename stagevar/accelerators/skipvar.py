@@ -34,9 +34,13 @@ from stagevar.text_files import read_json
 
 @dataclass(frozen=True)
 class LinearClassifier:
-    """Standardised features through a linear layer; the class with the highest score wins.
+    """Standardized features through a linear layer; the class with the highest score wins.
 
-    mean, scale (F,), classes (K,), coefficients (K, F), intercepts (K,).
+    Attributes:
+        mean, scale: (F,), of the features.
+        classes: (K,).
+        coefficients: (K, F).
+        intercepts: (K,).
     """
 
     mean: tuple[float, ...]
@@ -54,11 +58,14 @@ class LinearClassifier:
 
 @dataclass(frozen=True)
 class SkipRule:
-    """A fitted pair of classifiers and where it holds.
+    """A fitted pair of classifiers, and the model that they hold for.
 
-    model: name of the model it was fitted for; scales: its number of scales. image_scale: the scale at whose grid the
-    partial images are decoded. skip gives the number of last scales to skip, guidance (asked where skip says 0) the
-    number of last scales to run without the unconditional branch.
+    Attributes:
+        model: name of the model that they were fitted for.
+        scales: number of scales of that model.
+        image_scale: the scale at whose grid the partial images are decoded.
+        skip: gives the number of last scales to skip.
+        guidance: asked if `skip` gives 0; the number of last scales to run without the unconditional branch.
     """
 
     name: str
@@ -140,8 +147,9 @@ def packaged_rules() -> dict[str, dict[str, SkipRule]]:
 def load_rule(name: str, model: str, scales: int) -> SkipRule:
     """A model's packaged classifier by name, or the one in a JSON file that `stagevar.analysis.skipvar_fit` wrote.
 
-    Raises UsageError for an unknown name, a file that cannot be read, and a classifier that was fitted for another model
-    or number of scales.
+    Raises:
+        UsageError: for an unknown name, an unreadable file, or a classifier fitted for another model or number of
+            scales.
     """
     if name.endswith(".json"):
         try:
@@ -219,7 +227,7 @@ class SkipVAR(Accelerator):
         return around_nothing
 
     def check(self, model: LoadedModel, decision: Decision) -> None:
-        """Raises UsageError when the classifier was fitted for another model or number of scales."""
+        """Raises UsageError if the classifier was fitted for another model or number of scales."""
         load_rule(decision.rule, model.name, len(model.grids))
 
     def decide(self, model: LoadedModel, decision: Decision, before_BdHW: Tensor, after_BdHW: Tensor) -> Sequence[str]:
