@@ -81,16 +81,19 @@ def analyze(
     """Measures every scale on these prompts, proposes a schedule and checks the proposal by ablation.
 
     Args:
-        model: what `registry.load_model` returned. prompts, seeds: one per image; at least 2.
-        similarities: image comparisons beyond the built-in ones. quality: name -> score(images, prompts) -> (B,), higher
-            is better, compared with the full schedule's in the ablation (e.g. a checker or a CLIP score).
-        rules: see Rules. micro_batch: images at a time. rank_prompts: how many prompts' features are decomposed, and
-            how many the rank rule is tried on.
+        model: from `registry.load_model`.
+        prompts, seeds: one per image; at least 2.
+        similarities: image comparisons in addition to the built-in ones.
+        quality: name -> score(images, prompts) -> (B,), higher is better; the ablation compares it (e.g. a CLIP score).
+        rules: see Rules.
+        micro_batch: images at a time.
+        rank_prompts: how many prompts' features are decomposed; the rank rule is tried on as many.
         ablation_prompts: how many prompts the ablation runs on (None: all, 0: no ablation).
         shown: prompts whose partial images are kept for the picture.
         progress: called with (what, done, total).
 
-    Raises UsageError when the prompts are too few or do not match the seeds.
+    Raises:
+        UsageError: if there are too few prompts, or they do not match the seeds.
     """
     rules = rules or Rules()
     passes = _Passes(prompts, seeds, micro_batch, rank_prompts, ablation_prompts, progress)

@@ -39,15 +39,21 @@ class Curve:
 
 @dataclass(frozen=True)
 class Analysis:
-    """What was measured and what follows from it.
+    """What was measured, and what follows from it.
 
-    similarity: name -> curve of partial against final image. missing: name -> upper bound of the part still missing.
-    frequency: band -> energy change of the image at each scale over the final image's energy in that band.
-    guidance: branch -> measure -> curve: `divergence` (nats per token or bit, guided from the branch alone), `flips` (share
-    of tokens or bits drawn otherwise with the same noise), `image` (1 - SSIM of the partial image).
-    rank_ratio: energy -> scale side -> kept share of tokens per chunk. spectrum: per scale and chunk, the cumulative energy
-    at 33 evenly spaced shares of the tokens. ablation: one row per first accelerated scale. proposal and reasons: what the
-    rules give and why. partials: uint8 (prompts shown, scales, H, W, 3).
+    Attributes:
+        similarity: name -> curve of the partial image against the final one.
+        missing: name -> upper bound of the part still missing.
+        frequency: band -> energy change of the image at each scale, over the final image's energy in that band.
+        guidance: branch -> measure -> curve: `divergence` (nats per token or bit, guided from the branch alone),
+            `flips` (share of tokens or bits that are drawn differently with the same noise), `image` (1 - SSIM of the
+            partial image).
+        rank_ratio: energy -> scale side -> kept share of tokens per chunk.
+        spectrum: per scale and chunk, the cumulative energy at 33 evenly spaced shares of the tokens.
+        ablation: one row per first accelerated scale.
+        proposal: the schedule that the rules give.
+        reasons: why they give it.
+        partials: uint8 (prompts shown, scales, H, W, 3).
     """
 
     model: str

@@ -30,8 +30,11 @@ class Similarity:
 def find_similarity(text: str, device: str = "cpu") -> Similarity:
     """A similarity that an installed package offers under the entry-point group SIMILARITIES.
 
-    text: a name, with options after a colon: "clip:model=nano", "lpips:weights=alexnet.pth,net=alex".
-    Raises UsageError for an unknown name or option, weights that cannot be had, or a plug-in that cannot be used.
+    Args:
+        text: a name, with options after a colon: "clip:model=nano", "lpips:weights=alexnet.pth,net=alex".
+
+    Raises:
+        UsageError: for an unknown name or option, unavailable weights, or a plug-in that cannot be used.
     """
     name, _, options = text.partition(":")
     plugin = plugins.find(SIMILARITIES, name)

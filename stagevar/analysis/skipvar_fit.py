@@ -66,14 +66,14 @@ class Fit:
 
 
 def check_file(path: Path) -> None:
-    """Raises UsageError for a path that a classifier cannot be written to, or that a schedule cannot name."""
+    """Raises UsageError for a path that a classifier cannot be written to, or that a schedule could not name."""
     if path.suffix != ".json":
         raise UsageError(f"classifier file {path!s:.200} must end in .json, so that a schedule can name it")
     check_output(path, "classifier file")
 
 
 def check_fitting(prompts: int, random_weights: bool) -> None:
-    """Raises UsageError for what no classifier can be fitted on: random weights, few prompts, no scikit-learn."""
+    """Raises UsageError if no classifier can be fitted: random weights, too few prompts, or no scikit-learn."""
     if random_weights:
         raise UsageError("a skip classifier cannot be fitted on random weights: their images mean nothing")
     if prompts < LEAST_PROMPTS:
@@ -95,12 +95,13 @@ def refit(
     """Fits both classifiers on the sampler's model.
 
     Args:
-        prompts, seeds: one generation each; hundreds make a useful fit.
+        prompts, seeds: one generation each; a useful fit takes hundreds.
         target: similarity to the full schedule's image that a continuation must keep.
-        image_scale: at whose grid the partial images are decoded (default: the reference's, 4).
+        image_scale: scale at whose grid the partial images are decoded (default: the reference's, 4).
         similarity: images and references, uint8 (B, H, W, 3), to (B,).
 
-    Raises UsageError on random weights, with too few prompts, or without scikit-learn.
+    Raises:
+        UsageError: on random weights, with too few prompts, or without scikit-learn.
     """
     model = sampler.model
     check_fitting(len(prompts), model.random_weights)
