@@ -33,10 +33,14 @@ class Start:
 class Engine(ABC):
     """Carries out scales and decoding for a sampler.
 
-    Attributes: name, part of every latency figure. max_caches: KV caches kept for different batches or schedules.
-    compiled: whether the pieces between matrix products are compiled kernels (stagevar.models.fused). chained, draws: what
-    stands in for some of them (stagevar.engine.kernels), swished: for norms of the decoder; None where nothing does.
-    fallback_reason: why it launches every kernel as eager does although its name says otherwise, None while all is well.
+    Attributes:
+        name: part of every latency figure.
+        max_caches: KV caches kept for different batches or schedules.
+        compiled: whether the pieces between matrix products are compiled kernels (stagevar.models.fused).
+        chained, draws: replacements for some of those pieces (stagevar.engine.kernels); None for no replacement.
+        swished: replacement for the norms of the decoder, or None.
+        fallback_reason: why it launches every kernel as eager does although its name says otherwise; None if it does
+            not.
     """
 
     name: str

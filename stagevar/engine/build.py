@@ -22,9 +22,14 @@ def fell_back_because(engine: Engine) -> str | None:
 
 
 def build_engine(name: str, device: torch.device, recorder: Recorder | None = None) -> Engine:
-    """An engine by name, one of ENGINES; recorder: instead of CUDA graphs.
+    """An engine by name.
 
-    Raises UsageError for an unknown name or where graphs cannot be recorded.
+    Args:
+        name: one of ENGINES.
+        recorder: used instead of CUDA graphs.
+
+    Raises:
+        UsageError: for an unknown name, or where graphs cannot be recorded.
     """
     if name not in ENGINES:
         raise UsageError(f"unknown engine {name!r}; use {', '.join(ENGINES)}")

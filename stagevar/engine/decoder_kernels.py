@@ -1,8 +1,8 @@
-"""Group norm and SiLU of the image decoder as Triton kernels over maps whose channels are adjacent, beside their plain twin.
+"""Group norm and SiLU of the image decoder as Triton kernels over maps whose channels are adjacent, and their plain twins.
 
-CUDA's group norm wants adjacent pixels, so between convolutions that want adjacent channels every map is copied twice. These
-three kernels leave it where it is: statistics per piece of the map, their sum per group, and one pass that normalizes and
-applies SiLU. They read the map twice and write it once.
+CUDA's group norm requires adjacent pixels, so between convolutions that require adjacent channels every map is copied
+twice. These three kernels leave it where it is: statistics per piece of the map, their sum per group, and one pass that
+normalizes and applies SiLU. They read the map twice and write it once.
 
 Statistics are means and sums of squared deviations, joined pairwise, all in float32: a sum of squares over millions of
 pixels would lose the variance of a map with a large mean.

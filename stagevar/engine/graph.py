@@ -39,16 +39,18 @@ TEXT_BUCKET = 32
 class GraphEngine(Engine):
     """Records each distinct prefix of steps once and replays it.
 
+    What cannot be recorded runs eagerly, with a warning: the first failure ends recording, but earlier recordings are
+    still replayed. Injected randomness is never recorded. One engine serves one sampler.
+
     Args:
         recorder: CUDA graphs in production.
-        max_nodes: recorded prefixes kept per batch shape; beyond it the oldest leaves are dropped and recorded again
+        max_nodes: recorded prefixes kept per batch shape; beyond that the oldest leaves are dropped, and recorded again
             when needed.
 
-    What cannot be recorded runs eagerly, with a warning: the first failure ends recording, and whatever was recorded
-    before it goes on being replayed. Injected randomness is never recorded. One engine serves one sampler.
-
-    Attributes: recorded, replayed: how often each happened. recording_s: seconds spent on recording, warm-up included.
-    fallback_reason: why nothing more is recorded.
+    Attributes:
+        recorded, replayed: how often each happened.
+        recording_s: seconds spent on recording, including warm-up.
+        fallback_reason: why nothing more is recorded.
     """
 
     max_caches = 3

@@ -32,14 +32,15 @@ class Recorder(ABC):
     def record(
         self, run: Callable[[], Any], reset: Callable[[], None], separate_pool: bool = False
     ) -> tuple[Callable[[], None], Any]:
-        """(replay, outputs). `reset` undoes the bookkeeping of `run`, which may be called several times.
+        """Records `run`: (replay, outputs). `reset` undoes the bookkeeping of `run`, which may be called several times.
 
-        The outputs hold valid values only after a replay; every replay overwrites them, and may overwrite the outputs of
-        whatever was recorded later with the same `separate_pool`. Buffers that `run` reads and did not make are read where they
-        are at every replay, so whoever records keeps them.
+        The outputs hold valid values only after a replay. Every replay overwrites them, and may overwrite the outputs
+        of anything recorded later with the same `separate_pool`. Buffers that `run` reads but did not make are read in
+        place at every replay, so the caller must keep them.
 
-        Raises RecordingFailed when `run` works but cannot be recorded; the device is usable then. What `run` itself
-        raises passes through, and so does torch.OutOfMemoryError: with more room it can be recorded.
+        Raises:
+            RecordingFailed: if `run` works but cannot be recorded; the device is still usable then. Errors of `run`
+                itself pass through, and so does torch.OutOfMemoryError: with more memory it could be recorded.
         """
 
     def new_pool(self, separate_pool: bool) -> None:  # noqa: B027  only CUDA graphs have pools
