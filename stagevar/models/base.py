@@ -131,8 +131,11 @@ class TextEncoder(Protocol):
 class NextScaleModel(nn.Module, ABC):
     """A transformer that predicts one whole scale at a time.
 
-    Attributes set by the family: depth, width, heads, head_dim, chunk_layers (layer range per chunk). prefix_tokens: tokens
-    that the first scale runs, and caches, before its grid's own; families that read text otherwise have none.
+    Attributes:
+        depth, width, heads, head_dim: of the transformer, set by the family.
+        chunk_layers: layer range of each chunk.
+        prefix_tokens: tokens that the first scale runs, and caches, before its grid's own; only families that read text
+            as a prefix have any.
     """
 
     depth: int
@@ -198,11 +201,15 @@ class NextScaleModel(nn.Module, ABC):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. Guidance convention: logits = u + s(c - u), s = 1 is off.
+    """How tokens are drawn. Guidance convention: logits = u + s(c - u); s = 1 turns it off.
 
-    guidance, temperature: one value per scale (`per_scale` expands a number). Temperature divides the logits.
-    top_k 0 and top_p 0 mean off. inner_guidance_layers: blocks after which the branches are mixed (negative counts from the
-    end as in Infinity's cfg_insertion_layer); logits_guidance: whether the logits are mixed as well.
+    Attributes:
+        guidance: one value per scale (`per_scale` expands a number).
+        temperature: divides the logits; one value per scale.
+        top_k, top_p: 0 turns them off.
+        inner_guidance_layers: blocks after which the branches are mixed; negative numbers count from the end, as in
+            Infinity's cfg_insertion_layer.
+        logits_guidance: whether the logits are mixed as well.
     """
 
     guidance: tuple[float, ...]
@@ -222,10 +229,15 @@ class Sampling:
 
 
 class Provenance(TypedDict, total=False):
-    """What profiles record of a loaded model's weights.
+    """What profiles record about a loaded model's weights.
 
-    weights: SHA-256 per part, of the content. weight_files: SHA-256 of every file. sources: hub files with their commits.
-    load: options that load the same model again. random_seed: instead of files. hash, preset, made: of a shipped model.
+    Attributes:
+        weights: SHA-256 of each part's content.
+        weight_files: SHA-256 of every file.
+        sources: hub files with their commits.
+        load: options that load the same model again.
+        random_seed: of random weights, instead of files.
+        hash, preset, made: of a shipped model.
     """
 
     weights: dict[str, str]

@@ -26,11 +26,17 @@ def convert(
     """Writes a model's files once as safetensors, which then load memory-mapped with `weights=out`.
 
     Args:
-        model: registry name. out: a folder that does not exist or is empty; it appears only when everything is written.
+        model: registry name.
+        out: a folder that does not exist or is empty; it appears only once everything is written.
         weights, tokenizer: as for `load_model`; None fetches the public files.
         dtype: of the transformer blocks and the tokenizer ("bfloat16" halves the size); None keeps the files'.
 
-    Returns the written files. Raises UsageError for an `out` in use, WeightsError as loading does.
+    Returns:
+        The written files.
+
+    Raises:
+        UsageError: if `out` is in use.
+        WeightsError: as in loading.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -21,9 +21,12 @@ _MARKS = ("model.safetensors.index.json", "pytorch_model.bin.index.json", "confi
 
 @dataclass(frozen=True)
 class Download:
-    """One file or folder of a hub. part: what it is for. about_bytes: estimated size, None where nothing is known.
+    """One file or folder of a hub.
 
-    cached: whether it is on this machine, None where that cannot be told.
+    Attributes:
+        part: what it is for.
+        about_bytes: estimated size; None if unknown.
+        cached: whether it is on this machine; None if unknown.
     """
 
     part: str

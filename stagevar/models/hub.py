@@ -34,9 +34,10 @@ class HubFile:
 
 
 def fetch(file: HubFile) -> tuple[Path, str]:
-    """Local path of a hub file or folder, downloaded when it is not cached, and the commit it belongs to.
+    """Local path of a hub file or folder, downloaded if it is not cached, and its commit.
 
-    Raises WeightsError in one line when huggingface_hub is missing, the hub is out of reach, or has no such file.
+    Raises:
+        WeightsError: in one line, if huggingface_hub is missing, the hub cannot be reached, or it has no such file.
     """
     try:
         from huggingface_hub import hf_hub_download, snapshot_download

@@ -34,10 +34,12 @@ def run_trunk(
     before_chunk: Callable[[Tensor], Tensor] | None = None,
     whole_chunk: RunChunk | None = None,
 ) -> Tensor:
-    """All layers through the trunk and chunk sites, branches mixed or fused as `NextScaleModel.trunk` says.
+    """All layers through the trunk and chunk sites; branches are mixed or fused as `NextScaleModel.trunk` says.
 
-    before_chunk: of the rows (R, L, C), before every chunk but the first. whole_chunk: runs a chunk's layers at once,
-        instead of `run_layer` one after the other; branches are then neither mixed nor fused.
+    Args:
+        before_chunk: applied to the rows (R, L, C) before every chunk but the first.
+        whole_chunk: runs a chunk's layers at once, instead of `run_layer` one by one; branches are then neither mixed
+            nor fused.
     """
 
     def run_chunk(layers: range, x: Tensor, positions: Tensor | None) -> Tensor:
@@ -95,7 +97,8 @@ class Rotation:
     """The rotary table of one scale in the form that the heads take, made once for all layers with the same positions.
 
     Args:
-        cos_sin: (2, L, c/2) of all positions in order. prepare: makes of such a table what the heads take.
+        cos_sin: (2, L, c/2) of all positions in order.
+        prepare: turns such a table into what the heads take.
     """
 
     def __init__(self, cos_sin: Tensor, prepare: Callable[[Tensor], Tensor]):
@@ -139,10 +142,11 @@ def cosine_heads(
 
 @dataclass(frozen=True)
 class Chained:
-    """What runs between the matrix products where nothing looks at the sublayers: fewer, larger pieces.
+    """What runs between the matrix products when nothing looks at the sublayers: fewer, larger pieces.
 
-    gated_norm, heads_into_cache: as the twins of stagevar.engine.kernels. gelu_linear: (x, layer) -> the layer's output
-    after a tanh-approximated GELU.
+    Attributes:
+        gated_norm, heads_into_cache: like the twins in stagevar.engine.kernels.
+        gelu_linear: (x, layer) -> the layer's output after a tanh-approximated GELU.
     """
 
     gated_norm: Callable[..., tuple[Tensor, Tensor]]
@@ -154,7 +158,9 @@ class Chained:
 class Pieces:
     """What runs between the matrix products; stagevar.models.fused has the same as compiled kernels.
 
-    table: makes of (cos, sin) the rotary table that cosine_heads takes. chained: pieces across sublayers, where there are.
+    Attributes:
+        table: turns (cos, sin) into the rotary table that cosine_heads takes.
+        chained: pieces across sublayers, if there are any.
     """
 
     modulated_norm: Callable[..., Tensor] = modulated_norm

@@ -117,9 +117,10 @@ def made_up_text(request: LoadRequest, needed: str) -> None:
 
 
 def local_transformer(request: LoadRequest) -> Path:
-    """Where the transformer's weights are, or should be, of a request that gives a path; fetches nothing.
+    """Where the transformer's weights are, or should be, for a request that gives a path; fetches nothing.
 
-    Raises WeightsError where there is nothing at the path.
+    Raises:
+        WeightsError: if there is nothing at the path.
     """
     spec, given = request.spec, Path(request.weights or "")
     if not given.exists():
@@ -181,10 +182,12 @@ def kv_option(request: LoadRequest) -> dict[str, str]:
 def fill(parts: Parts, request: LoadRequest) -> Provenance:
     """Puts weights into a model's modules on the request's device, and returns what profiles record about them.
 
-    The record holds "weights" (SHA-256 per part, of the content), "weight_files" (SHA-256 of every file), "sources" (hub
-    files with their commits) and "load" (options that load the same model again), and "random_seed" instead of files.
+    The record holds "weights" (SHA-256 of each part's content), "weight_files" (SHA-256 of every file), "sources" (hub
+    files with their commits), "load" (options that load the same model again), and "random_seed" instead of files.
 
-    Raises UsageError when the model cannot fit, WeightsError for files that are missing, damaged or another model's.
+    Raises:
+        UsageError: if the model cannot fit.
+        WeightsError: for files that are missing, damaged or another model's.
     """
     name = request.spec.name
     modules = ((parts.transformer, name), (parts.tokenizer, f"{name}'s tokenizer"))

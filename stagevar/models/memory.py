@@ -105,7 +105,8 @@ class MemoryEstimate:
 def estimate(parts: Parts, request: LoadRequest) -> MemoryEstimate:
     """What a model needs on the request's device for its batch, resolution, precision and schedule.
 
-    Raises ScheduleError when the request's schedule does not fit the model.
+    Raises:
+        ScheduleError: if the request's schedule does not fit the model.
     """
     from stagevar.schedule import exact
 
@@ -145,8 +146,9 @@ def kv_cache_bytes(
     """The KV cache of one schedule.
 
     Args:
-        element: bytes of the blocks' precision. kv_cache: "model" or "int8". alike: with as many entries in every layer and
-            branch, as cards with room get it.
+        element: bytes of the blocks' precision.
+        kv_cache: "model" or "int8".
+        alike: whether every layer and branch has equally many entries, as on cards with enough memory.
     """
     from stagevar.tensors.cache import even, step_lengths
 
@@ -260,7 +262,7 @@ def largest_batch(model: ModelRequest, at_most: int, room_bytes: int) -> int:
 
 
 def require(needed: MemoryEstimate, device: torch.device, name: str) -> None:
-    """Raises UsageError when a model cannot fit into what is free on the device."""
+    """Raises UsageError if a model cannot fit into the device's free memory."""
     free = available_bytes(device)
     least = max(needed.generating, needed.encoding)
     if free is not None and least > free:

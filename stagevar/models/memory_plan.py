@@ -30,7 +30,9 @@ USABLE = 0.9
 class TimedBytes:
     """Memory of schedules that are timed in turn.
 
-    kept: by name, what stays while the others run. working: what whoever runs needs besides.
+    Attributes:
+        kept: by name, what stays while the others run.
+        working: what the one that runs needs in addition.
     """
 
     kept: Mapping[str, int]
@@ -69,8 +71,11 @@ def timed_bytes(
     """What schedules need while they are timed in turn, `batch` images each.
 
     Args:
-        transformer, tokenizer: the modules, of which only shapes are read. pixels: height and width. element: bytes of the
-            blocks' precision. kv_cache: "model" or "int8". engine: name.
+        transformer, tokenizer: the modules, of which only shapes are read.
+        pixels: height and width.
+        element: bytes of the blocks' precision.
+        kv_cache: "model" or "int8".
+        engine: name.
     """
     decoding = decoding_bytes(tokenizer, pixels, batch, element)
     working = {name: working_bytes(transformer, steps, batch, element, kv_cache) for name, steps in schedules.items()}

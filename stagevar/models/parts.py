@@ -22,7 +22,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Parts:
-    """A model's modules and the grids they were built for. text_bytes: the text encoder's size while it is loaded."""
+    """A model's modules and the grids that they were built for.
+
+    Attributes:
+        text_bytes: the text encoder's size while it is loaded.
+    """
 
     transformer: Part
     tokenizer: Part

@@ -44,7 +44,8 @@ class LowPrecisionLinear(nn.Module):
     """A linear layer whose product runs in 8 bits; input and output have the plain layer's precision.
 
     Args:
-        layer: the plain layer (bias kept). precision: "int8" or "fp8".
+        layer: the plain layer; its bias is kept.
+        precision: "int8" or "fp8".
     """
 
     def __init__(self, layer: nn.Linear, precision: str):
@@ -86,9 +87,10 @@ def refused_because(precision: str, device: torch.device) -> str | None:
 
 
 def low_precision(transformer: Model, precision: str) -> Model:
-    """The transformer with the products of its blocks in 8 bits; everything else is shared with the one given.
+    """The transformer with the products of its blocks in 8 bits; everything else is shared with the given one.
 
-    Raises UsageError where the device has no units for it.
+    Raises:
+        UsageError: if the device has no units for them.
     """
     device = next(transformer.parameters()).device
     why = refused_because(precision, device) if device.type == "cuda" else None

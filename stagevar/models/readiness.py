@@ -18,10 +18,13 @@ if TYPE_CHECKING:
 
 
 def check_model(model: ModelRequest) -> list[tuple[str, str]]:
-    """Findings about a model as it is asked for, each ("ok" | "warn" | "fail", one line).
+    """Findings about a requested model, each ("ok" | "warn" | "fail", one line).
 
-    Memory by use and whether it fits, packages that are not installed, public files that are not on this machine yet.
-    Raises UsageError for an unknown model or option value.
+    They cover memory by use and whether it fits, packages that are not installed, and public files still to be
+    downloaded.
+
+    Raises:
+        UsageError: for an unknown model or option value.
     """
     request = resolve(model)
     if not request.spec.parts:

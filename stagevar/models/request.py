@@ -69,8 +69,11 @@ class ModelRequest:
 class LoadRequest:
     """A model and everything asked of it, checked and resolved: what a builder gets.
 
-    weights: None (public files), "random", or a path. tokenizer, text: paths instead of what belongs to the model.
-    batch, schedule: images per pass and what will run, for the memory check. kv_cache: as in `ModelRequest`.
+    Attributes:
+        weights: None for the public files, "random", or a path.
+        tokenizer, text: paths, instead of what belongs to the model.
+        batch, schedule: images per pass and what will run, for the memory check.
+        kv_cache: as in `ModelRequest`.
     """
 
     spec: ModelSpec

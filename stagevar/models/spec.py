@@ -15,16 +15,18 @@ from stagevar.schedule.published import PublishedSettings
 class ModelSpec:
     """One loadable model.
 
-    builder: "module:function" taking a LoadRequest and giving a LoadedModel; imported on use.
-    parts: "module:function" taking a LoadRequest and giving the modules that files fill (stagevar.models.loading);
-        empty for models that ship in the package. Conversion and memory estimates use it.
-    resolutions: accepted values of `resolution`, the default first.
-    guidance, temperature: defaults, a number or one per scale (guidance s as in u + s(c - u); VAR and STAR ramp up to
-        a single number over their scales).
-    weights, tokenizer, text: public files; None where there are none.
-    settings: what the family's constructors need.
-    scales: token grids of a resolution, square; None where only the loaded model knows them.
-    published: the settings of acceleration that were published for the family.
+    Attributes:
+        builder: "module:function" that takes a LoadRequest and returns a LoadedModel; imported on use.
+        parts: "module:function" that takes a LoadRequest and returns the modules that files fill
+            (stagevar.models.loading); empty for models that ship in the package. Used by conversion and memory
+            estimates.
+        resolutions: accepted values of `resolution`, the default first.
+        guidance, temperature: defaults, a number or one per scale (guidance s as in u + s(c - u); VAR and STAR ramp up
+            to a single number over their scales).
+        weights, tokenizer, text: public files; None if there are none.
+        settings: what the family's constructors need.
+        scales: token grids of a resolution, square; None if only the loaded model knows them.
+        published: the acceleration settings published for the family.
     """
 
     name: str

@@ -17,9 +17,12 @@ from torch import Tensor, nn
 class KeyRules:
     """How a family's files differ from its module.
 
-    nested: where in a checkpoint the state dict may sit, first match wins. dropped: patterns of keys that files carry
-    and no model reads. optional: patterns of keys that a file may lack (filled with zeros). rename(key, expected) ->
-    the module's name of a file's key. adapt: key -> function(value, wanted shape) for tensors whose length is free.
+    Attributes:
+        nested: where in a checkpoint the state dict may be; the first match wins.
+        dropped: patterns of keys that files contain and no model reads.
+        optional: patterns of keys that a file may lack; those tensors are filled with zeros.
+        rename: (key, expected) -> the module's name for a file's key.
+        adapt: key -> function(value, wanted shape), for tensors of variable length.
     """
 
     nested: tuple[tuple[str, ...], ...] = ()

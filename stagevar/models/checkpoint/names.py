@@ -37,11 +37,13 @@ def without_wrappers(name: str) -> str:
 
 
 def bare_names(shapes: Mapping[str, tuple[int, ...]], expected: Collection[str]) -> dict[str, str]:
-    """File's name -> the same without wrappers and without a prefix that all of them share.
+    """File's name -> the same name without wrappers and without a prefix that all names share.
 
-    shapes: by the file's names; counters (0-dimensional) that trainers keep beside weights need not share the prefix.
-    expected: the module's names without wrappers; the shortest prefix whose removal makes the most of them appear is
-    removed.
+    Args:
+        shapes: by the file's names. Counters (0-dimensional) that trainers keep next to weights need not share the
+            prefix.
+        expected: the module's names without wrappers; the prefix removed is the shortest one that makes the most of
+            them appear.
     """
     bare = {name: without_wrappers(name) for name in shapes}
     split = [bare[name].split(".") for name, shape in shapes.items() if shape != ()]

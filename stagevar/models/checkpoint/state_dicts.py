@@ -20,11 +20,14 @@ _DEPTH = 4
 def find_state_dict(
     loaded: Any, nested: tuple[tuple[str, ...], ...] = (), expected: Collection[str] = ()
 ) -> dict[str, Tensor] | None:
-    """The tensors by name that fit a module best, None where there are none.
+    """The tensors, by name, that fit a module best; None if there are none.
 
-    loaded: what a file holds. nested: routes that a family's trainer uses, preferred in this order, before the usual keys.
-    expected: the module's names; of several state dicts with as many of them the preferred one is taken. Values beside
-    tensors (epochs, arguments) are left out.
+    Values other than tensors (epochs, arguments) are left out.
+
+    Args:
+        loaded: what a file holds.
+        nested: paths that a family's trainer uses, tried in this order before the usual keys.
+        expected: the module's names; of several state dicts with equally many of them, the preferred path wins.
     """
     bare_expected = {without_wrappers(name) for name in expected}
     best, most = None, -1

@@ -118,8 +118,11 @@ def open_weights(
 ) -> TensorFile:
     """Opens a .safetensors or torch file, a sharded folder or its index file, without reading tensor data.
 
-    nested, expected: see `find_state_dict`.
-    Raises WeightsError when it is missing, truncated, corrupt, unsafe or holds no state dict.
+    Args:
+        nested, expected: see `find_state_dict`.
+
+    Raises:
+        WeightsError: if it is missing, truncated, corrupt, unsafe, or holds no state dict.
     """
     path, device = Path(path), torch.device(device)
     if path.is_dir():

@@ -75,8 +75,13 @@ def check_keys(
 ) -> tuple[dict[str, str], set[str]]:
     """Matches a file's keys to a module's: ({module key: file key}, module keys to fill with zeros).
 
-    Parts of names that wrappers add do not count. kinds: of the module's tensors, see `checkpoint.kinds`.
-    Raises WeightsError in one line naming missing, unknown and mis-shaped keys, and tensors that cannot be weights.
+    Parts of names that wrappers add are ignored.
+
+    Args:
+        kinds: of the module's tensors, see `checkpoint.kinds`.
+
+    Raises:
+        WeightsError: one line with missing, unknown and mis-shaped keys, and tensors that cannot be weights.
     """
     kinds = kinds or {}
     own = {without_wrappers(key): key for key in expected}

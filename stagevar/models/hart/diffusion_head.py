@@ -35,10 +35,10 @@ _WAVES = 256
 
 @dataclass(frozen=True)
 class DenoisingStep:
-    """Constants of one step from x to the next: time of the trained schedule, then factors in the order of their use.
+    """Constants of one step from x to the next: time of the trained schedule, then factors in order of use.
 
     clean residual = clean_x * x - clean_noise * predicted noise; mean = mean_clean * clean residual + mean_x * x; the
-    logarithm of the variance lies between log_low and log_high. last: nothing is added to the mean.
+    logarithm of the variance lies between log_low and log_high. In the last step nothing is added to the mean.
     """
 
     time: int

@@ -35,8 +35,9 @@ class Turning:
     """Rotary tables of one scale's tokens, made once for all layers with the same positions.
 
     Args:
-        coordinates_L2: y and x of every raster position. offset_R: place of each row's last text token, where its images'
-            places begin. head_dim: c.
+        coordinates_L2: y and x of every raster position.
+        offset_R: place of each row's last text token, where its images' places begin.
+        head_dim: c.
     """
 
     def __init__(self, coordinates_L2: Tensor, offset_R: Tensor, head_dim: int):

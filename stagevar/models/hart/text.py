@@ -52,14 +52,16 @@ def instruction() -> str:
 class QwenText(LazyEncoder):
     """HART's text encoder. Nothing is loaded until a prompt is encoded that is not cached.
 
-    Args:
-        source: hub repository, or a local folder, with tokenizer and weights of the language model.
-        device: where it runs; features come back on the CPU.
-        length: rows of every prompt.
-        cache_folder: instead of the user's cache.
+    Its weights are float16 on a GPU, as in the reference, and float32 elsewhere.
 
-    Its weights are float16 on a GPU, in whose arithmetic the reference runs them, and float32 elsewhere.
-    Raises WeightsError (on use, for a local folder at once) when transformers is missing or the encoder cannot be had.
+    Args:
+        source: hub repository, or a local folder with tokenizer and weights of the language model.
+        device: where it runs; features are returned on the CPU.
+        length: rows of every prompt.
+        cache_folder: used instead of the user's cache.
+
+    Raises:
+        WeightsError: on use, or at once for a local folder, if transformers is missing or the encoder is unavailable.
     """
 
     loaded_files = ("*.safetensors", "pytorch_model*.bin", "*.json", "merges.txt")

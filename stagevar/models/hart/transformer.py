@@ -59,9 +59,14 @@ _WIDE_SCALES = 7
 class HARTConfig:
     """Shape of a HART transformer.
 
-    sides: token grid side per scale. text_dim x text_tokens: of a prompt's features. head_width, head_depth: of the
-    diffusion head. smooth: blend codes instead of choosing one. context_norm: whether features are normalized. level_table:
-    levels have learned rows instead of an embedded number. cosine: q and k have unit length and a learned scale per head.
+    Attributes:
+        sides: token grid side of each scale.
+        text_dim, text_tokens: shape of a prompt's features.
+        head_width, head_depth: of the diffusion head.
+        smooth: blend codes instead of choosing one.
+        context_norm: whether features are normalized.
+        level_table: whether levels have learned rows instead of an embedded number.
+        cosine: whether q and k have unit length and a learned scale per head.
     """
 
     depth: int
@@ -190,8 +195,13 @@ class Block(nn.Module):
 
 @dataclass
 class HARTConditioning(Conditioning):
-    """text_RTC: embedded features. place_RT: their places, float32, as the rotary tables take them. head_scale_R1C,
-    head_shift_R1C: of the norm before the head."""
+    """The text of a batch as HART reads it.
+
+    Attributes:
+        text_RTC: embedded features.
+        place_RT: their places, float32, as the rotary tables take them.
+        head_scale_R1C, head_shift_R1C: of the norm before the head.
+    """
 
     text_RTC: Tensor
     place_RT: Tensor

@@ -168,10 +168,11 @@ class Stream:
 
 @dataclass(frozen=True)
 class LayerConstants:
-    """What a block makes of its weights alone. No prompt changes it, so a recorded graph reads it where it is.
+    """What a block derives from its weights alone. Prompts do not change it, so a recorded graph reads it in place.
 
-    heads: `SelfAttention.constants`. norm_weight_C, norm_bias_C: of the norm before cross-attention, in the precision of
-    the residual stream, float32.
+    Attributes:
+        heads: `SelfAttention.constants`.
+        norm_weight_C, norm_bias_C: of the norm before cross-attention, float32 like the residual stream.
     """
 
     heads: tuple[Tensor, Tensor]
@@ -206,10 +207,15 @@ class Scale(nn.Module):
 
 @dataclass
 class InfinityConditioning(Conditioning):
-    """pooled_RC; modulation per layer: six (R, 1, C); text_kv per layer: two (R, H, T, c).
+    """The text of a batch as Infinity reads it.
 
-    bias_R11T: added to cross-attention's scores, 0 for real text rows and -inf for padding, in the precision of text_kv, so
-    that no scale converts a mask; None without padding. constants: per layer.
+    Attributes:
+        pooled_RC: pooled text.
+        modulation: six (R, 1, C) per layer.
+        text_kv: two (R, H, T, c) per layer.
+        bias_R11T: added to cross-attention's scores, 0 for real text rows and -inf for padding, in the precision of
+            text_kv, so that no scale converts a mask; None without padding.
+        constants: per layer.
     """
 
     pooled_RC: Tensor

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 class InfinityConfig:
     """Shape of an Infinity transformer.
 
-    token_bits: bits per token (d_vae of the paper; 4 * latent_dim with patchify). text_dim: width of the text features.
-    rope_grid: the finest grid of the full-resolution schedule, to which every scale's positions are stretched.
-    level_embedding_every_chunk: the reference's flag value 0 (released models use 1, i.e. first chunk only).
+    Attributes:
+        token_bits: bits per token (the paper's d_vae; 4 * latent_dim with patchify).
+        text_dim: width of the text features.
+        rope_grid: the finest grid of the full-resolution schedule, to which every scale's positions are stretched.
+        level_embedding_every_chunk: the reference's flag value 0 (released models use 1, the first chunk only).
     """
 
     depth: int

@@ -85,9 +85,12 @@ class LazyEncoder(ABC):
     """A text encoder that is loaded when a prompt needs it and can be freed.
 
     Args:
-        source: hub repository, or a local folder. device: where it runs. cache_folder: instead of the user's cache.
+        source: hub repository, or a local folder.
+        device: where it runs.
+        cache_folder: used instead of the user's cache.
 
-    loaded_files: patterns of the files of a local folder that decide what the features are.
+    Attributes:
+        loaded_files: patterns of a local folder's files that determine the features.
     """
 
     loaded_files: ClassVar[tuple[str, ...]] = ()
@@ -115,7 +118,7 @@ class LazyEncoder(ABC):
 
     @abstractmethod
     def _identity(self, known: dict[str, object]) -> list[object]:
-        """What makes two encoders give different features, plain data; known: the provenance without a path."""
+        """What makes two encoders give different features, as plain data; `known` is the provenance without a path."""
 
     @abstractmethod
     def _run(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
@@ -157,13 +160,14 @@ class T5Text(LazyEncoder):
     """The text encoder of Infinity. Nothing is loaded until a prompt is encoded that is not cached.
 
     Args:
-        source: hub repository or a local folder with tokenizer and weights.
-        device: where T5 runs; features come back on the CPU.
+        source: hub repository, or a local folder with tokenizer and weights.
+        device: where T5 runs; features are returned on the CPU.
         dtype: of T5's weights. Default float16 on a GPU as in the reference, float32 elsewhere.
-        cache_folder: instead of the user's cache.
-        max_length: tokens kept of a prompt.
+        cache_folder: used instead of the user's cache.
+        max_length: how many tokens of a prompt are kept.
 
-    Raises WeightsError (on use) when transformers is missing or the encoder cannot be had.
+    Raises:
+        WeightsError: on use, if transformers is missing or the encoder is unavailable.
     """
 
     loaded_files = ("*.safetensors", "pytorch_model*.bin", "*.json", "spiece.model")

@@ -41,7 +41,7 @@ class _Conv(nn.Module):
 
 
 class _Norm(nn.Module):
-    """GroupNorm followed by swish, under the reference's `.norm` wrapper. swished: what computes both, if not this."""
+    """GroupNorm followed by swish, under the reference's `.norm` wrapper; `swished`, if set, computes both instead."""
 
     swished: Swished | None = None
 

@@ -234,8 +234,9 @@ class Infinity(NextScaleModel):
         """Teacher-forced logits of all scales at once, (B, L_total, 2 * token_bits), pairs (logit of 0, logit of 1) per bit.
 
         Args:
-            text_BTD: padded raw text features. mask_B11T: bool, True where a row is real.
-            inputs: `BitResidual.quantize`'s inputs for scales 1..n-1; fewer than all leave the last scales out.
+            text_BTD: padded raw text features.
+            mask_B11T: bool, True for real text rows.
+            inputs: `BitResidual.quantize`'s inputs for scales 1..n-1; fewer of them leave the last scales out.
             null_B: bool, rows whose caption is dropped (their text is replaced by cfg_uncond).
         """
         return self.features_train(text_BTD, mask_B11T, inputs, null_B)[1]

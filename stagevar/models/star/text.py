@@ -43,10 +43,11 @@ class ClipText(LazyEncoder):
 
     Args:
         source: hub folder, or a local one, with the subfolders `tokenizer` and `text_encoder` of Stable Diffusion 2.1.
-        device: where CLIP runs, in float32; features come back on the CPU.
-        cache_folder: instead of the user's cache.
+        device: where CLIP runs, in float32; features are returned on the CPU.
+        cache_folder: used instead of the user's cache.
 
-    Raises WeightsError (on use, for a local folder at once) when transformers is missing or the encoder cannot be had.
+    Raises:
+        WeightsError: on use, or at once for a local folder, if transformers is missing or the encoder is unavailable.
     """
 
     def __init__(

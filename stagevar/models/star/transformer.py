@@ -49,8 +49,12 @@ from stagevar.tensors.noise import ScaleNoise
 class STARConfig:
     """Shape of a STAR transformer.
 
-    sides: token grid side per scale. text_dim: width of the CLIP features. rope_theta: base of the rotary frequencies.
-    rope_span: every scale's positions run from 0 to this number. literal_cross_rows: see the module docstring.
+    Attributes:
+        sides: token grid side of each scale.
+        text_dim: width of the CLIP features.
+        rope_theta: base of the rotary frequencies.
+        rope_span: every scale's positions run from 0 to this number.
+        literal_cross_rows: see the module docstring.
     """
 
     depth: int
@@ -126,8 +130,13 @@ class CrossAttention(nn.Module):
 
 @dataclass
 class STARConditioning(Conditioning):
-    """first_RC: embedded pooled text. text_kv per layer: two (B, H, T, c) of the B prompts, which both branches read;
-    mask_B11T: bool, True where a text row is real."""
+    """The text of a batch as STAR reads it.
+
+    Attributes:
+        first_RC: embedded pooled text.
+        text_kv: per layer, two (B, H, T, c) of the B prompts, which both branches read.
+        mask_B11T: bool, True for real text rows.
+    """
 
     first_RC: Tensor
     text_kv: list[tuple[Tensor, Tensor]]

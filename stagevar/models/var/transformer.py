@@ -78,8 +78,11 @@ def smallest_kept(logits_BLV: Tensor, top_k: int, top_p: float) -> Tensor | None
 class VARConfig:
     """Shape of a VAR transformer.
 
-    sides: token grid side per scale, which the learned positions fix. vocabulary x code_dim: the tokenizer's codebook.
-    classes: without the null class, which takes the last row. shared_adaln: one modulation layer for all blocks (d36).
+    Attributes:
+        sides: token grid side of each scale, which the learned positions fix.
+        vocabulary, code_dim: size of the tokenizer's codebook.
+        classes: not counting the null class, which takes the last row.
+        shared_adaln: whether all blocks share one modulation layer (d36).
     """
 
     depth: int
@@ -148,7 +151,13 @@ class Block(nn.Module):
 
 @dataclass
 class VARConditioning(Conditioning):
-    """class_RC: class embeddings; modulation per layer: six (R, 1, C); head_modulation: scale and shift (R, 1, C)."""
+    """The classes of a batch as VAR reads them.
+
+    Attributes:
+        class_RC: class embeddings.
+        modulation: six (R, 1, C) per layer.
+        head_modulation: scale and shift (R, 1, C).
+    """
 
     class_RC: Tensor
     modulation: list[tuple[Tensor, ...]]
@@ -205,7 +214,8 @@ class VAR(NextScaleModel):
     def condition(self, prompts: Sequence[int], negative: Sequence[int] | None = None) -> VARConditioning:
         """Conditioning of 2B rows from class indices; without negatives the unconditional rows are the null class.
 
-        Raises UsageError for an index outside the classes.
+        Raises:
+            UsageError: for an index outside the classes.
         """
         null = [self.config.classes] * len(prompts) if negative is None else list(negative)
         for label in (*prompts, *([] if negative is None else null)):
