@@ -58,11 +58,11 @@ def attention_kernels(device: torch.device) -> AbstractContextManager[object]:
 def attend(
     q_RHLc: Tensor, k_RHMc: Tensor, v_RHMc: Tensor, bias: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
-    """Attention (R, H, L, c) of queries to keys; inside `attention_kernels` by the kernels of `order_of`.
+    """Attention (R, H, L, c) of queries to keys; inside `attention_kernels`, with the kernels of `order_of`.
 
     Args:
-        bias: added to the scores, broadcast to (R, H, L, M), or a mask of truth values. scale: of the scores, by default
-            1 / sqrt(c).
+        bias: added to the scores, broadcast to (R, H, L, M); or a boolean mask.
+        scale: of the scores; 1 / sqrt(c) by default.
     """
     large = bias is None and q_RHLc.shape[2] > MANY_QUERIES
     if _preferred == "cudnn" and large and q_RHLc.device.type == "cuda":

@@ -153,7 +153,8 @@ class KVCache:
     ) -> Tensor:
         """Appends k and v, then attends over all entries of the layer; rows are ordered branch by branch.
 
-        Raises RuntimeError when the capacity is exceeded (a schedule larger than the one the cache was built for).
+        Raises:
+            RuntimeError: if the capacity is exceeded (a larger schedule than the one that the cache was built for).
         """
         start = self._extend(branches, layer, k_RHLc.shape[2])
         if len(branches) == 1 or self.joint:
@@ -171,12 +172,13 @@ class KVCache:
         write: HeadsIntoCache,
         scale: float,
     ) -> Tensor:
-        """As `attend`, of the qkv product's output: `write` makes the heads and puts keys and values where they are kept.
+        """Like `attend`, but from the output of the qkv product: `write` makes the heads and stores keys and values in place.
 
         Args:
-            factor_H, cos_sin: of `write`; a table per row is (2, R, L, c/2).
+            factor_H, cos_sin: passed to `write`; a table per row is (2, R, L, c/2).
 
-        Raises RuntimeError as `attend` does; not for entries in 8 bits.
+        Raises:
+            RuntimeError: as in `attend`. Not available for 8-bit entries.
         """
         start = self._extend(branches, layer, qkv_RL3C.shape[1])
         stop = start + qkv_RL3C.shape[1]

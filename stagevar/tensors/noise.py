@@ -88,10 +88,13 @@ Philox = Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Tensor, ...]]
 def uniform(
     key_R2: Tensor, count: int, draw: tuple[int, int], word_R1: Tensor | int = 0, philox: Philox = philox4x32
 ) -> Tensor:
-    """Uniform draws in the open interval (0, 1), float32, shape (R, count): row i depends on its key and word alone.
+    """Uniform draws in the open interval (0, 1), float32, shape (R, count): row i depends only on its key and word.
 
     Args:
-        key_R2: `key_tensor`. draw: `hash_words` of what is drawn. word_R1: a further word per row. philox: who draws.
+        key_R2: from `key_tensor`.
+        draw: `hash_words` of what is drawn.
+        word_R1: one more word per row.
+        philox: the function that draws.
     """
     device, counters = key_R2.device, -(-count // 4)
     if device.type == "cpu" and philox is philox4x32:
@@ -161,11 +164,13 @@ class PromptNoise:
     """The production source: keyed by (seed, prompt) per batch row.
 
     Args:
-        prompts, seeds: one per image of the batch, any order.
-        device: where the draws are made and used. draws: who makes them.
+        prompts, seeds: one per image of the batch, in any order.
+        device: where the draws are made and used.
+        draws: the functions that make them.
 
-    Attributes: keys_B2, which a recorded graph reads and `refresh` overwrites. words_R1: a word per row of both branches
-    (R = 2B) that tells the branches apart.
+    Attributes:
+        keys_B2: a recorded graph reads them and `refresh` overwrites them.
+        words_R1: one word per row of both branches (R = 2B) that tells the branches apart.
     """
 
     def __init__(
