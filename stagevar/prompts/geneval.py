@@ -36,9 +36,11 @@ Clause = TypedDict(
 
 
 class Metadata(TypedDict, total=False):
-    """A line of GenEval's evaluation_metadata.jsonl. position of a clause: [relation, index of an earlier include].
+    """A line of GenEval's evaluation_metadata.jsonl.
 
-    index, split, unseen: of nano's own prompts.
+    Attributes:
+        include, exclude: clauses; the position of one is [relation, index of an earlier include].
+        index, split, unseen: of nano's own prompts.
     """
 
     tag: Required[str]
@@ -80,15 +82,19 @@ def judge(
     position_margin: float = 0.1,
     max_overlap: float = 1.0,
 ) -> Verdict:
-    """Judge one image.
+    """Judges one image.
 
-    metadata: a line of GenEval's `evaluation_metadata.jsonl`: tag, include [{class, count, color?, texture?,
-    position? [relation, index of an earlier include]}], exclude? [{class, count}].
-    Scores must lie strictly above `threshold` (`counting_threshold` for tag "counting"). Of each class the
-    `max_per_class` best are kept, and of those only the `count` best are asked for color and position; an equal score
-    goes to the later detection, as in the published order. `max_overlap` below 1 turns on the published optional NMS.
+    Args:
+        metadata: a line of GenEval's `evaluation_metadata.jsonl`: tag, include [{class, count, color?, texture?,
+            position? [relation, index of an earlier include]}], exclude? [{class, count}].
+        threshold, counting_threshold: scores must lie strictly above the first, for the tag "counting" above the
+            second.
+        max_per_class: how many of each class are kept, the best first. Only the `count` best of those are asked for
+            color and position; an equal score goes to the later detection, as in the published order.
+        max_overlap: below 1 turns on the published optional NMS.
 
-    Raises UsageError for metadata or detections that the rules cannot read, and for options outside their range.
+    Raises:
+        UsageError: for metadata or detections that the rules cannot read, and for options outside their range.
     """
     check_metadata(metadata)
     check_rules(threshold, counting_threshold, max_per_class, position_margin, max_overlap)

@@ -34,8 +34,13 @@ _LOOKS_LIKE_JSON = re.compile(r'\s*(?:\{\s*"|\[\s*(?:\{\s*"|"(?:[^"\\]|\\.)*"\s*
 
 @dataclass(frozen=True)
 class PromptEntry:
-    """One prompt of a file. text: the caption; fields: what else the file says of it, without the caption; line: where it
-    is, from 1; in a folder, which file it is."""
+    """One prompt of a file.
+
+    Attributes:
+        text: the caption.
+        fields: what else the file says about it.
+        line: where it is, counted from 1; in a folder, which file it is.
+    """
 
     text: str
     fields: Mapping[str, object]
@@ -48,10 +53,11 @@ class PromptEntry:
 
 
 def read_prompt_file(path: str | os.PathLike[str]) -> list[PromptEntry]:
-    """Prompts in file order, also those that are there twice.
+    """Prompts in file order, including duplicates.
 
-    Raises UsageError, naming the line, for a file that cannot be read, holds no prompt, or has an entry that is none; GenEval
-    metadata (entries with `include`) must be such that it can be judged.
+    Raises:
+        UsageError: with the line, for a file that cannot be read, holds no prompt, or has an invalid entry. GenEval
+            metadata (entries with `include`) must be judgeable.
     """
     path = Path(path)
     name = f"prompts {path}"

@@ -39,7 +39,8 @@ def check_prompts(prompts: Any, what: str = "prompt") -> list[str]:
 def check_negatives(negative: Any, count: int) -> list[str] | None:
     """One negative prompt per image: None for the model's null text, one text for all, or a list of `count`.
 
-    Raises UsageError.
+    Raises:
+        UsageError: for anything else.
     """
     if negative is None:
         return None
@@ -54,9 +55,12 @@ def check_negatives(negative: Any, count: int) -> list[str] | None:
 def check_seeds(seeds: Any, count: int) -> list[int]:
     """One seed per image.
 
-    seeds: None counts up from 0; a whole number counts up from it; a list, range, array or tensor of whole numbers holds
-    one per image; a generator of random numbers (torch, numpy, random) draws them, and so moves on.
-    Raises UsageError for other kinds and lengths.
+    Args:
+        seeds: None counts up from 0, and a whole number from itself; a list, range, array or tensor of whole numbers
+            holds one per image; a random generator (torch, numpy, random) draws them and is advanced by that.
+
+    Raises:
+        UsageError: for other kinds and lengths.
     """
     if seeds is None:
         return list(range(count))
