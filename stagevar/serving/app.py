@@ -38,8 +38,12 @@ PAGE_POLICY = (
 
 @dataclass(frozen=True)
 class Limits:
-    """timeout_s: from the last byte of a request to its answer. body_s: for a client to send its request. stuck_s: a batch
-    that takes longer makes /health fail, so that a supervisor restarts the process.
+    """Time limits of a server.
+
+    Attributes:
+        timeout_s: from the last byte of a request to its answer.
+        body_s: for a client to send its request.
+        stuck_s: a batch that takes longer makes /health fail, so that a supervisor restarts the process.
     """
 
     timeout_s: float = 60.0
@@ -59,7 +63,7 @@ class Keys:
         return cls(tuple(hashlib.sha256(key.encode()).digest() for key in keys))
 
     def check(self, header: str | None) -> None:
-        """Raises Refusal for an Authorization header that is missing or holds none of the keys."""
+        """Raises Refusal for an Authorization header that is missing or has none of the keys."""
         if not self.hashes:
             return
         scheme, _, key = (header or "").partition(" ")

@@ -40,9 +40,13 @@ FIELDS = ("prompt", "model", "n", "size", "seed", "negative_prompt", "guidance_s
 
 @dataclass(frozen=True)
 class Offer:
-    """What can be asked of a server: model ids, the first one by default, and sizes (width, height), the first by default.
+    """What clients can ask a server for.
 
-    guidance: the only guidance scale that can be drawn with, or None where any can. negative: whether prompts may be negated.
+    Attributes:
+        models: served ids, the default first.
+        sizes: (width, height), the default first.
+        guidance: the only guidance scale available, or None if any is.
+        negative: whether negative prompts are supported.
     """
 
     models: tuple[str, ...]
@@ -53,7 +57,13 @@ class Offer:
 
 @dataclass(frozen=True)
 class Asked:
-    """A request that can be drawn. size: (width, height) in pixels. seeds: one per image. ignored: fields without effect."""
+    """A request that can be drawn.
+
+    Attributes:
+        size: (width, height) in pixels.
+        seeds: one per image.
+        ignored: fields without effect.
+    """
 
     prompt: str
     model: str
@@ -104,10 +114,13 @@ def _no_pairs_twice(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
 
 
 def read_request(data: Mapping[str, object], offer: Offer, draw_seed: Callable[[], int] | None = None) -> Asked:
-    """A body as something that can be drawn.
+    """Turns a body into something that can be drawn. A null field counts as absent.
 
-    A field that is null counts as absent. draw_seed: the first seed where none is given (default: at random, so that two
-    requests differ). Raises Refusal, one line that names the field, its value and what is accepted.
+    Args:
+        draw_seed: gives the first seed if the body has none; by default at random, so that two requests differ.
+
+    Raises:
+        Refusal: one line with the field, its value and what is accepted.
     """
     given = {name: value for name, value in data.items() if value is not None}
     for name in data:

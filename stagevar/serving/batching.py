@@ -13,7 +13,7 @@ Order = TypeVar("Order")
 
 
 class LineFull(Exception):
-    """More images would wait than may. waiting: those that do."""
+    """More images would wait than may; `waiting` is how many do."""
 
     def __init__(self, waiting: int):
         super().__init__(f"{waiting} images are waiting")
@@ -22,7 +22,7 @@ class LineFull(Exception):
 
 @dataclass(eq=False)
 class Ticket(Generic[Order]):
-    """One image that waits. shape: what images must share to be drawn together."""
+    """One waiting image; only images of the same `shape` can be drawn together."""
 
     shape: Hashable
     order: Order

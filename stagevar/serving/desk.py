@@ -33,8 +33,11 @@ SOONEST_S, LATEST_S = 1, 60
 class Shape:
     """What images must share to be drawn together.
 
-    size: (width, height) in pixels. model: a served id, which stands for a schedule. guidance: None for the model's own.
-    negated: whether the prompts have negative ones.
+    Attributes:
+        size: (width, height) in pixels.
+        model: a served id, which stands for a schedule.
+        guidance: None for the model's own.
+        negated: whether the prompts have negative ones.
     """
 
     size: tuple[int, int]
@@ -55,9 +58,14 @@ class Order:
 
 @dataclass(frozen=True)
 class Drawn:
-    """One image, pixels (H, W, 3) uint8, and where the time of its batch went.
+    """One image, and where the time of its batch went.
 
-    text_ms: encoding prompts. scale_ms: per scale, 0 where skipped. decode_ms: codes to pixels. batch: images drawn together.
+    Attributes:
+        pixels: (H, W, 3) uint8.
+        text_ms: encoding prompts.
+        scale_ms: per scale, 0 for a skipped one.
+        decode_ms: codes to pixels.
+        batch: images drawn together.
     """
 
     pixels: np.ndarray
@@ -68,21 +76,28 @@ class Drawn:
 
 
 class Artist(Protocol):
-    """A loaded model as the desk sees it. batch: most images at once."""
+    """A loaded model as the desk sees it; `batch` is the most images it draws at once."""
 
     batch: int
 
     def draw(self, orders: Sequence[Order]) -> list[Drawn]:
-        """One image per order, all of one shape.
+        """One image per order; all orders have one shape.
 
-        Raises UsageError for what the model refuses, OutOfDeviceMemory and DeviceBroken for what the device does.
+        Raises:
+            UsageError: for what the model refuses.
+            OutOfDeviceMemory, DeviceBroken: for failures of the device.
         """
         ...
 
 
 @dataclass(eq=False)
 class Job:
-    """The images of one request. future: all of them in order, or a Refusal. waited_s: until the first one was begun."""
+    """The images of one request.
+
+    Attributes:
+        future: all images in order, or a Refusal.
+        waited_s: until the first image was begun.
+    """
 
     tickets: list[Ticket[Order]]
     handed_in_s: float
@@ -96,8 +111,10 @@ class Desk:
 
     Args:
         load: makes the artist, warmed up; called in the desk's thread.
-        limit: images that may wait. on_batch: told of every batch drawn.
-        on_end: called once when the thread ends by itself, with the error that ended it: loading failed, or the device broke.
+        limit: images that may wait.
+        on_batch: called for every batch drawn.
+        on_end: called once if the thread ends by itself, with the error that ended it: loading failed, or the device
+            broke.
     """
 
     def __init__(

@@ -40,10 +40,12 @@ WARM_BUCKETS = 4
 
 @dataclass(frozen=True)
 class Served:
-    """One served id: a schedule and what is known of it.
+    """One served id: a schedule, and what is known about it.
 
-    schedule_hash: of the steps at the first size. verdict: the profile's sentence, or why there is none. differences: how
-    this process differs from where the profile was measured, one phrase each.
+    Attributes:
+        schedule_hash: of the steps at the first size.
+        verdict: the profile's sentence, or why there is none.
+        differences: between this process and where the profile was measured, one phrase each.
     """
 
     id: str
@@ -111,8 +113,12 @@ class TimedSampler(Sampler):
 class ModelArtist:
     """Draws with a loaded model. Made by `load_artist`.
 
-    served: ids with their schedules, the default first. sizes: (width, height) to what makes the model at that size, the
-    loaded one first. batch: most images at once. threads: CPU threads while drawing. engine: its name.
+    Attributes:
+        served: ids with their schedules, the default first.
+        sizes: (width, height) -> what makes the model at that size, the loaded one first.
+        batch: most images at once.
+        threads: CPU threads while drawing.
+        engine: its name.
     """
 
     model: LoadedModel
@@ -236,10 +242,13 @@ class Loading:
 
 
 def load_artist(loading: Loading) -> ModelArtist:
-    """Loads the model and says what is served; `ModelArtist.warm` is still to be called.
+    """Loads the model and determines what is served; call `ModelArtist.warm` next.
 
-    Warns (UserWarning) once about everything that differs from where the profile was measured.
-    Raises UsageError, ProfileError and WeightsError as `Profile.pipeline` and `load_model` do.
+    Warns:
+        UserWarning: once for each difference from where the profile was measured.
+
+    Raises:
+        UsageError, ProfileError, WeightsError: as `Profile.pipeline` and `load_model` do.
     """
     profile = loading.profile
     if profile is None:

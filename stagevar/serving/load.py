@@ -38,7 +38,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Level:
-    """What one concurrency gave. seconds: from the first request to the last answer."""
+    """Results at one concurrency; `seconds` run from the first request to the last answer."""
 
     concurrency: int
     seconds: float
@@ -65,14 +65,18 @@ def measure_server(
     key: str | None = None,
     body: Mapping[str, object] | None = None,
 ) -> list[Level]:
-    """Levels of concurrency, in their order.
+    """Measures a server at several levels of concurrency, in the given order.
 
     Args:
-        url: of the server, such as http://127.0.0.1:8000. requests: per level. prompts: taken in turn, with seeds 0, 1, ...
-        key: API key. body: further fields of every request.
+        url: of the server, such as http://127.0.0.1:8000.
+        requests: per level.
+        prompts: used in turn, with seeds 0, 1, ...
+        key: API key.
+        body: further fields of every request.
 
-    Raises UsageError for a URL of another kind or too many clients, InfrastructureError where nothing answers there or
-    nothing is drawn.
+    Raises:
+        UsageError: for an unsupported URL or too many clients.
+        InfrastructureError: if nothing answers there, or nothing is drawn.
     """
     address = _address(url)
     if max(concurrency) > MOST_CLIENTS:

@@ -36,9 +36,11 @@ _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0"
 
 @dataclass(frozen=True)
 class Arguments:
-    """What `build` takes, as text or as values; the options of `stagevar serve`, and:
+    """What `build` takes, as text or as values: the options of `stagevar serve`, and two more.
 
-    replicas: how many, where no autoscaling is configured. gpus: of each; default 1, and 0 with device cpu.
+    Attributes:
+        replicas: how many, unless autoscaling is configured.
+        gpus: per replica; 1 by default, 0 with device cpu.
     """
 
     profile: str | None = None
@@ -133,7 +135,7 @@ class ReplicaApp:
         return build_app(self._desk, Limits(timeout_s=chosen.timeout, stuck_s=chosen.stuck), chosen.keys())
 
     def check_health(self) -> None:
-        """Raises InfrastructureError where the replica must be replaced: its device is broken, or a batch hangs."""
+        """Raises InfrastructureError if the replica must be replaced: its device is broken, or a batch hangs."""
         if self._desk is None:
             return
         if self._desk.state == "broken":

@@ -15,9 +15,11 @@ class Refusal(StagevarError):
     """A request that gets no image.
 
     Attributes:
-        status: of HTTP. code: a stable word for programs. param: the field at fault, if there is one.
-        retry_after_s: when to try again, in seconds; None where nothing is gained by it.
-        close: whether the connection cannot be used any more, because the rest of the body is still on its way.
+        status: of HTTP.
+        code: a stable word for programs.
+        param: the invalid field, if there is one.
+        retry_after_s: seconds until a retry makes sense; None if it never does.
+        close: whether the connection is unusable because the rest of the body is still on its way.
     """
 
     def __init__(

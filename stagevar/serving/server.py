@@ -34,8 +34,12 @@ MOST_CONNECTIONS = 1000
 
 @dataclass(frozen=True)
 class Serving:
-    """host, port: where to listen; port 0 takes a free one. queue: images that may wait. grace_s: for what was accepted when
-    the process is told to stop.
+    """How a server listens and stops.
+
+    Attributes:
+        host, port: where to listen; port 0 takes a free one.
+        queue: images that may wait.
+        grace_s: for accepted requests when the process is told to stop.
     """
 
     host: str = "127.0.0.1"
@@ -65,7 +69,7 @@ def read_keys(path: Path) -> Keys:
 
 
 def require_packages() -> None:
-    """Raises MissingExtra where the extra [serve] is not installed."""
+    """Raises MissingExtra if the extra [serve] is not installed."""
     extras.require("stagevar serve", *extras.PACKAGES["serve"])
 
 
