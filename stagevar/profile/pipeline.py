@@ -82,8 +82,8 @@ class Pipeline:
 
         Args:
             prompts: one text or a list of texts.
-            seeds: one per prompt (list, array or tensor), one number to count up from, or a random generator (torch, numpy,
-                random) to draw them from; 0, 1, 2, ... by default.
+            seeds: one per prompt (list, array or tensor), one number to count up from, or a random generator (torch,
+                numpy, random) to draw them from; 0, 1, 2, ... by default.
             negative: replaces the model's null text: one text for all, or a list with one per prompt.
             options: passed to `Sampler.begin`.
 
@@ -109,7 +109,8 @@ class Pipeline:
         Args:
             lengths: of texts, in tokens; a recorded graph serves all lengths up to the next multiple of 32
                 (`stagevar.engine.TEXT_BUCKET`). Models whose texts all have the same length draw once.
-            batches: images per pass; by default the pipeline's. The last, smaller part of a call counts as a size of its own.
+            batches: images per pass; by default the pipeline's. The last, smaller part of a call counts as a size of
+                its own.
 
         Returns:
             The seconds that it took.

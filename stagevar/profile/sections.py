@@ -150,8 +150,8 @@ class QualitySection:
         measured: False if quality was not measured.
         why: the reason, if it was not measured.
         engine: which engine drew the judged images, if known.
-        difference_from_full: per metric, and for the composite "quality", which counts in allowances (-1: one max_drop is
-            used up).
+        difference_from_full: per metric, and for the composite "quality", which counts in allowances (-1: one max_drop
+            is used up).
     """
 
     measured: bool | None = None
