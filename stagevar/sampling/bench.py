@@ -60,14 +60,17 @@ def compare(
             the prompts.
         warm_up_at_most: runs before timing; fewer if they agree earlier.
         engine: the engine that rows are timed on.
-        engines: by name, for rows on another engine. Images, and with them memory, always come from eager: a run that is
-            made once is not worth recording.
+        engines: by name, for rows on another engine. Images, and with them memory, always come from eager: a run that
+            is made once is not worth recording.
 
     Returns:
         Rows with the columns engine (the one that really ran), tokens (per image, both branches), latency_ms (median),
-        mean_ms, p90_ms, samples_ms, disturbed (why the samples may be wrong, on a card), the ratio to the full schedule with
-        its interval, memory_mib (CUDA: peak allocated above the weights; CPU: KV cache), outcomes (how often a decision went
-        each way), and, unless the weights are random, psnr_db, ssim (means) and `scores`. On a CPU also cpu_ratio, the same
+        mean_ms, p90_ms, samples_ms, disturbed (why the samples may be wrong, on a card), the ratio to the full schedule
+            with
+        its interval, memory_mib (CUDA: peak allocated above the weights; CPU: KV cache), outcomes (how often a decision
+            went
+        each way), and, unless the weights are random, psnr_db, ssim (means) and `scores`. On a CPU also cpu_ratio, the
+            same
         ratio in processor time, which other processes on the machine hardly change.
     """
     sampler, samplers = Sampler(model), samplers or {}

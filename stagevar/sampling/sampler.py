@@ -89,9 +89,10 @@ class Sampler:
 
         Args:
             prompts, seeds: one per image, as in `Pipeline.generate`; the pair determines the noise.
-            steps: the only schedule that will run (deployment): a smaller cache, and only what that schedule restores from
-                is kept. None leaves room for any schedule.
-            among: instead of `steps`, the schedules that may run: leaves room for any, but keeps only what these restore from.
+            steps: the only schedule that will run (deployment): a smaller cache, and only what that schedule restores
+                from is kept. None leaves room for any schedule.
+            among: instead of `steps`, the schedules that may run: leaves room for any, but keeps only what these
+                restore from.
             negative: prompts for the unconditional branch, instead of the model's null text.
             sampling: used instead of the model's defaults.
             noise: used instead of the keyed streams.
@@ -161,8 +162,8 @@ class Sampler:
         """Runs (or skips) the next scale.
 
         Raises:
-            ValueError: if the step is for another scale or needs a branch that was dropped, or if the generation has ended
-                or is waiting for its decision.
+            ValueError: if the step is for another scale or needs a branch that was dropped, or if the generation has
+                ended or is waiting for its decision.
         """
         if not generation.live:
             raise ValueError(ENDED)
