@@ -72,18 +72,19 @@ class StageSchedule:
         branch: the branch that stays after the cutoff ("uncond" is the paper's null-prompt choice).
         fuse_layer: number of layers at the cutoff's scale that still run both branches; guidance then mixes them, and
             everything after that is conditional only. 0 drops the branch at the start of that scale.
-        rank_ratios: share of the tokens kept at each accelerated scale, counted from structure_end + rank_delay. The last
-            entry repeats, an entry may hold one value per chunk, and 1 keeps all tokens.
+        rank_ratios: share of the tokens kept at each accelerated scale, counted from structure_end + rank_delay. The
+            last entry repeats, an entry may hold one value per chunk, and 1 keeps all tokens.
         energy: share of the energy to keep; the ratios are looked up instead of given.
         rank_delay: scales after structure_end at which tokens are first reduced.
         skip: indices of scales that are not run at all.
         projection, rope, site: see LowRank.
-        accelerator: what reduces the tokens ("stagevar", "fastvar", a plug-in's name, or "exact" for no reduction): one for
-            all reduced scales, or a list counted like rank_ratios. "fastvar" and plug-ins don't distinguish chunks; they
-            use the mean of the ratios.
-        layers: the [first, stop) layers that "fastvar" and plug-ins reduce; their cache is the last scale before that ran
-            in full.
-        decision: classifier that decides per image, three scales before the end, whether to skip scales or drop guidance.
+        accelerator: what reduces the tokens ("stagevar", "fastvar", a plug-in's name, or "exact" for no reduction): one
+            for all reduced scales, or a list counted like rank_ratios. "fastvar" and plug-ins don't distinguish chunks;
+            they use the mean of the ratios.
+        layers: the [first, stop) layers that "fastvar" and plug-ins reduce; their cache is the last scale before that
+            ran in full.
+        decision: classifier that decides per image, three scales before the end, whether to skip scales or drop
+            guidance.
         precision: of the blocks' matrix products from structure_end on: "model", "int8", or "fp8".
     """
 

@@ -22,8 +22,8 @@ class LowRank:
 
     Attributes:
         ranks: one per chunk (site "chunk") or a single one (site "trunk").
-        projection: "gaussian" mixes tokens, "rows" keeps the drawn ones, "top" keeps those with the largest norm and draws
-            nothing.
+        projection: "gaussian" mixes tokens, "rows" keeps the drawn ones, "top" keeps those with the largest norm and
+            draws nothing.
         rope: rotary positions of the r tokens: the scale's "first" r, or their own ("index").
         site: where tokens are reduced, "chunk" or "trunk".
     """
@@ -84,8 +84,8 @@ class ScaleStep:
         keeps: layers [first, stop) whose sublayer outputs a later Pivotal step restores from.
         decision: set if the continuation after this scale is chosen per image.
         precision: of the blocks' matrix products.
-        fuse_layer: if above 0, layers [0, fuse_layer) run both branches, then guidance mixes their streams, and the other
-            layers and the head run the conditional rows alone.
+        fuse_layer: if above 0, layers [0, fuse_layer) run both branches, then guidance mixes their streams, and the
+            other layers and the head run the conditional rows alone.
     """
 
     scale: int
