@@ -1,13 +1,13 @@
-"""The contract that every accelerator passes, on a tiny random Infinity, as classes to inherit.
+"""The contract that every accelerator must pass, on a tiny random Infinity, as classes to inherit.
 
-An accelerator that a package offers by entry point inherits `PluggedContract` and gives itself:
+For an accelerator that a package offers by entry point, inherit `PluggedContract` and return it:
 
     class TestMine(PluggedContract):
         def plugged(self):
             return Mine()
 
-One with a place in schedules of its own inherits `AcceleratorContract` and gives two of them: `active`, which uses the
-method, and `neutral`, its setting that must change nothing although it goes through the method's real path.
+For one with its own place in schedules, inherit `AcceleratorContract` and give two schedules: `active`, which uses the
+method, and `neutral`, a setting that takes the method's real path but must change nothing.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Drawing(Recorder):
 
 
 class CountingNoise:
-    """The keyed source that also notes every draw's key, to show that none is made twice and none depends on order."""
+    """The keyed source; it also notes every draw's key, to show that none is made twice and none depends on order."""
 
     def __init__(self, prompts=PROMPTS, seeds=SEEDS):
         self.source, self.keys = PromptNoise(prompts, seeds, "cpu"), []
@@ -114,7 +114,7 @@ def expand(schedule, grids=GRIDS):
 
 
 class AcceleratorContract:
-    """Subclasses say which accelerator, which schedules, and whether `neutral` must reach reduced runs."""
+    """Inherit and give the accelerator and two schedules; `reduces` says whether `neutral` must reach reduced runs."""
 
     reduces = True
     #: What `neutral` and the full schedule run with; None for the model's own sampling.
@@ -128,12 +128,12 @@ class AcceleratorContract:
         raise NotImplementedError
 
     def neutral(self, model, rule_path) -> tuple:
-        """Steps that go the same way and must leave the logits as they are."""
+        """Steps that take the same path and must leave the logits unchanged."""
         raise NotImplementedError
 
     @pytest.fixture(scope="class")
     def model(self):
-        """The tiny Infinity that schedules are for."""
+        """The tiny Infinity that the schedules are for."""
         return tiny_infinity(GRIDS)
 
     @pytest.fixture
@@ -266,7 +266,10 @@ def reduced(model, reductions):
 
 
 class PluggedContract(AcceleratorContract):
-    """For an accelerator that schedules name (stagevar.accelerators.plugged): keeping every token, it must change nothing."""
+    """For an accelerator that schedules call by name (see stagevar.accelerators.plugged).
+
+    Keeping every token must change nothing.
+    """
 
     layers = LAYERS
 

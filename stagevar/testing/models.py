@@ -1,6 +1,6 @@
 """What every model family must satisfy under the one sampler and all accelerators, as a class to inherit.
 
-A family's tests give a tiny random `model` and the same forward without a cache; everything else is stated here once.
+A family's tests give a tiny random `model` and the same forward pass without a cache; the rest is here.
 
     class TestMine(ModelContract):
         prompts = ("a cat", "a dog", "two birds")
@@ -31,10 +31,10 @@ from stagevar.testing.recorder import SEEDS, Recorder, largest_difference
 
 
 def fused_and_plain(model: LoadedModel, prompts: Sequence[str], fuse_layer: int) -> tuple[Recorder, Recorder]:
-    """A schedule that fuses the branches at the last scale but one, and what it must equal on the same tokens.
+    """A schedule that fuses the branches at the second to last scale, and what it must equal on the same tokens.
 
-    The plain way keeps both branches at that scale, mixes their streams after the layer before (Infinity's inner
-    guidance, which has goldens) and reads the conditional rows; the last scale runs them alone.
+    The plain run keeps both branches at that scale, mixes their streams after the preceding layer (Infinity's inner
+    guidance, which has goldens) and reads the conditional rows; the last scale runs those alone.
     """
     grids = model.grids
     at = len(grids) - 2
@@ -54,7 +54,7 @@ def fused_and_plain(model: LoadedModel, prompts: Sequence[str], fuse_layer: int)
 
 
 def masked_attend(sizes: list[int]):
-    """An `Attend` over all scales at once in which a token sees its own scale and earlier ones: nothing is cached."""
+    """An uncached `Attend` over all scales at once, in which a token sees its own scale and earlier ones."""
     levels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
     visible = levels[:, None] >= levels[None]
 
@@ -70,7 +70,7 @@ class ModelContract:
     prompts: tuple[str, ...]
 
     def uncached_logits(self, model: LoadedModel, x_RLC: Tensor, conditioning) -> Tensor:
-        """Unguided logits (R, L_total, V) of all scales at once from the trunk inputs of all scales."""
+        """Unguided logits (R, L_total, V) of all scales at once, from the trunk inputs of all scales."""
         raise NotImplementedError
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""A sampler that keeps the logits and tokens of every scale, and can be made to draw given ones."""
+"""A sampler that keeps the logits and tokens of every scale, and can be forced to draw given tokens."""
 
 from __future__ import annotations
 
@@ -37,6 +37,6 @@ class Recorder(Sampler):
 
 
 def largest_difference(a: dict[int, Tensor], b: dict[int, Tensor]) -> float:
-    """Over all scales that both ran."""
+    """Over all scales; both must have run the same ones."""
     assert a.keys() == b.keys()
     return max(float((a[scale] - b[scale]).abs().max()) for scale in a)

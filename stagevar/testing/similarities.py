@@ -13,7 +13,11 @@ from stagevar.analysis import Similarity
 
 
 class SimilarityContract:
-    """Subclasses give the similarity; `size`: side in pixels of the test images."""
+    """Inherit and give the similarity.
+
+    Attributes:
+        size: side of the test images in pixels.
+    """
 
     size = 64
 
@@ -21,7 +25,7 @@ class SimilarityContract:
         raise NotImplementedError
 
     def images(self):
-        """Four images (4, size, size, 3) uint8 of smooth colors, and what is left of each under noise."""
+        """Four uint8 images (4, size, size, 3) of smooth colors, and the same images with noise added."""
         rng = np.random.default_rng(3)
         waves_BHW3 = np.sin(np.linspace(0, 3, self.size))[None, :, None, None] * rng.random((4, 1, self.size, 3))
         noisy_BHW3 = waves_BHW3 + rng.normal(0, 0.2, waves_BHW3.shape)
