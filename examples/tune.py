@@ -9,7 +9,7 @@ from tuner import tune
 
 
 def main(model: str, budget: str, out: str, **options: object) -> None:
-    """Runs the study, or continues it, and writes front.csv into its directory. options: as those of the command."""
+    """Runs or continues the study, and writes front.csv into its directory. Takes the options of the command."""
     result = tune(model, budget, out=out, **options)
     print(result)
     for profile in result.pareto:  # fastest first

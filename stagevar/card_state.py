@@ -27,9 +27,12 @@ LEAST_CLOCK = 0.9
 
 @dataclass(frozen=True)
 class CardState:
-    """One reading. other_processes: with compute contexts on the card, but for this one. mig: a slice of a card.
+    """One reading.
 
-    throttles: reasons for lowered clocks, in words.
+    Attributes:
+        throttles: reasons for lowered clocks, in words.
+        other_processes: how many have compute contexts on the card, apart from this one.
+        mig: whether it is a slice of a card.
     """
 
     driver: str
@@ -77,7 +80,7 @@ def read_card(device: torch.device | str) -> CardState | None:
 
 
 def disturbed_by(before: CardState | None, after: CardState | None) -> tuple[str, ...]:
-    """Why figures between two readings may be wrong, in words; nothing where nothing is known."""
+    """Why figures taken between two readings may be wrong, in words; empty if a reading is missing."""
     if before is None or after is None:
         return ()
     found = [f"throttled: {reason}" for reason in dict.fromkeys((*before.throttles, *after.throttles))]

@@ -15,7 +15,7 @@ ENGINE_OPTIONS = ("auto", *ENGINES)
 
 
 def check_engine(name: str, device: str) -> None:
-    """Raises UsageError for an engine that is unknown, or that a kind of device ("cpu", "cuda") cannot run."""
+    """Raises UsageError for an unknown engine, or one that a kind of device ("cpu", "cuda") cannot run."""
     if name not in ENGINE_OPTIONS:
         raise UsageError(f"unknown engine {name!r}; use {', '.join(ENGINE_OPTIONS)}")
     if name.startswith("graph") and device != "cuda":
@@ -37,7 +37,7 @@ def check_threads(threads: int, device: str = "cpu") -> None:
 def check_weights(
     weights: str | Path | None, tokenizer: str | Path | None = None, text: str | Path | None = None
 ) -> None:
-    """Raises UsageError for paths of weights that hold nothing; "random" and None stand for none."""
+    """Raises UsageError for paths without weights; "random" and None need no path."""
     for option, given in (("weights", weights), ("tokenizer", tokenizer), ("text", text)):
         if given is None or (option == "weights" and given == "random"):
             continue

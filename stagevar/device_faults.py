@@ -1,7 +1,7 @@
-"""What an error says about the device that it happened on: broken, short of memory, or nothing.
+"""What an error says about its device: broken, out of memory, or nothing.
 
-After an illegal access or a device-side assertion every call of the process fails, whatever it computes; and whether a
-computation finds memory depends on what else is alive. Neither says anything about a schedule.
+After an illegal access or a device-side assertion, every call of the process fails, whatever it computes; and whether a
+computation finds enough memory depends on what else is alive. Neither says anything about a schedule.
 """
 
 from __future__ import annotations
@@ -25,13 +25,17 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def told_apart(device: torch.device, what: str) -> Iterator[None]:
-    """Lets errors of a computation pass, but for those that are the device's.
+    """Passes a computation's errors through, except for the device's own.
+
+    What the error's frames hold is freed only once the error is gone, so any retry belongs outside the `except`.
 
     Args:
-        device: where it runs. what: it, in words, for the message.
+        device: where the computation runs.
+        what: the computation in words, for the message.
 
-    Raises DeviceBroken where no kernel runs any more, and OutOfDeviceMemory where memory ran out. What the error's frames
-    hold is freed only once the error is gone, so whoever tries again does it outside of the `except`.
+    Raises:
+        DeviceBroken: if no kernel runs any more.
+        OutOfDeviceMemory: if memory ran out.
     """
     try:
         yield
@@ -51,7 +55,7 @@ def told_apart(device: torch.device, what: str) -> Iterator[None]:
 
 
 def is_broken(error: BaseException, device: torch.device) -> bool:
-    """Whether no kernel runs on the device after this error. A CUDA device is tried; elsewhere the error is believed."""
+    """Whether no kernel runs on the device after this error. A CUDA device is tested; elsewhere the error is believed."""
     if device.type != "cuda":
         return any(isinstance(one, torch.AcceleratorError) for one in _chain(error))
     try:
@@ -66,7 +70,7 @@ def is_broken(error: BaseException, device: torch.device) -> bool:
 
 
 def free_unused(device: torch.device) -> None:
-    """Gives back what nobody holds any more, the allocator's cache included."""
+    """Frees memory that nothing holds any more, including the allocator's cache."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

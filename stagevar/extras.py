@@ -1,4 +1,4 @@
-"""The extras of the installation: which one brings a package, and one line that says so where it is missing.
+"""The extras of the installation: which one installs a package, and a one-line error for a missing package.
 
 The base installation is the runtime. Everything else is imported where it is used; pyproject.toml lists what each extra
 installs, and a test compares that list with this one.
@@ -48,7 +48,7 @@ def is_installed(package: str) -> bool:
 
 
 def missing(package: str, purpose: str) -> MissingExtra:
-    """The error for a package that is not installed. purpose: what needs it, such as "stagevar analyze"."""
+    """The error for a package that is not installed; `purpose` is what needs it, such as "stagevar analyze"."""
     extra = extra_of(package)
     return MissingExtra(f"{purpose} needs {package}: {install_command(extra) if extra else f'pip install {package}'}")
 

@@ -1,6 +1,6 @@
-"""Files that are written: checked before any work, whole or not there, and one line when the disk gives way.
+"""Writing files: checked before any work, complete or absent, and a one-line error if the disk fails.
 
-A long computation never ends by finding that its output cannot be written: `check_output` is asked first.
+A long computation never ends by finding that its output cannot be written: `check_output` is called first.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _GAVE_WAY = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ENODEV, 
 
 
 def gave_way(error: OSError) -> bool:
-    """Whether the disk is to blame and not what was asked of it."""
+    """Whether the disk is to blame, rather than what was asked of it."""
     return error.errno in _GAVE_WAY
 
 
 def write_error(path: str | os.PathLike[str] | None, error: OSError) -> StagevarError:
-    """The line for a file that cannot be written: infrastructure when the disk gave way, else the user's to change."""
+    """The error for a file that cannot be written: infrastructure if the disk failed, otherwise the user's to fix."""
     where = os.fspath(path if path is not None else error.filename or "output")
     reason = error.strerror or str(error) or type(error).__name__
     where = f"{where:.200}"
@@ -37,7 +37,7 @@ def write_error(path: str | os.PathLike[str] | None, error: OSError) -> Stagevar
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turns what the system says about a file into one line, see `write_error`."""
+    """Turns a system error about a file into one line; see `write_error`."""
     try:
         yield
     except BrokenPipeError:
@@ -47,10 +47,12 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]) -> None:
-    """Lets `write` fill a file so that a crash or a full disk leaves the old one or the new one, never a part.
+    """Lets `write` fill a file so that a crash or a full disk leaves the old file or the new one, never a part.
 
-    A link is followed and keeps pointing; devices and pipes are written to directly.
-    Raises OSError, with the path as its filename.
+    A link is followed and kept; devices and pipes are written to directly.
+
+    Raises:
+        OSError: with the path as its filename.
     """
     path = Path(path)
     try:
@@ -80,7 +82,7 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], N
 
 
 def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
-    """`write_atomically` of UTF-8 text; half characters, which names of files may hold, become question marks."""
+    """`write_atomically` of UTF-8 text; lone surrogates, which file names may contain, become question marks."""
 
     def write(file: BinaryIO) -> None:
         file.write(text.encode("utf-8", "replace"))
@@ -89,9 +91,15 @@ def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
 
 
 def check_output(path: str | os.PathLike[str], what: str = "output", make_folder: bool = False) -> Path:
-    """The path of a file that can be written, checked by writing beside it. Raises UsageError, or InfrastructureError.
+    """The path of a file that can be written, checked by writing next to it.
 
-    what: the option, for messages. make_folder: the folder may be made (it is, now).
+    Args:
+        what: the option, for messages.
+        make_folder: whether the folder may be created, which happens now.
+
+    Raises:
+        UsageError: if the file cannot be written.
+        InfrastructureError: if the disk failed.
     """
     text = os.fspath(path)
     if not text or "\0" in text:
@@ -118,9 +126,11 @@ def check_output(path: str | os.PathLike[str], what: str = "output", make_folder
 
 
 def check_output_folder(path: str | os.PathLike[str], what: str = "output") -> Path:
-    """The path of a folder that can be made, or written into; makes nothing that was not there.
+    """The path of a folder that can be created or written to; creates nothing.
 
-    Raises UsageError, or InfrastructureError.
+    Raises:
+        UsageError: if it cannot.
+        InfrastructureError: if the disk failed.
     """
     text = os.fspath(path)
     if not text or "\0" in text:
@@ -142,7 +152,7 @@ def check_output_folder(path: str | os.PathLike[str], what: str = "output") -> P
 
 
 def _checked(what: str, text: str, error: OSError) -> StagevarError:
-    """As `write_error`, naming the option."""
+    """Like `write_error`, but names the option."""
     reason = error.strerror or type(error).__name__
     if gave_way(error):
         return InfrastructureError(f"{what} {text:.200} cannot be written: {reason}; make room and try again")
@@ -150,7 +160,7 @@ def _checked(what: str, text: str, error: OSError) -> StagevarError:
 
 
 def _try_name(path: Path) -> None:
-    """Writes a block beside a file, under a name as long, so that a name too long or a full disk is heard now."""
+    """Writes a block next to a file, under an equally long name, so that a long name or a full disk is noticed now."""
     _long_names(path)
     with tempfile.TemporaryFile(dir=path.parent) as file:
         file.write(b"x" * 4096)
@@ -158,6 +168,6 @@ def _try_name(path: Path) -> None:
 
 
 def _long_names(path: Path) -> None:
-    """Raises OSError for a name that the system does not take."""
+    """Raises OSError for a name that the system does not accept."""
     with contextlib.suppress(FileNotFoundError):
         os.lstat(path)

@@ -41,9 +41,10 @@ def visible(paths: Iterable[Path]) -> Iterator[Path]:
 
 
 def visible_files(folder: Path) -> Iterator[Path]:
-    """Files in a folder and below, without what `visible` leaves out at any depth; a folder behind a link is not entered.
+    """Files in a folder and its subfolders, except what `visible` hides at any depth; links to folders are not entered.
 
-    Raises OSError for a folder that cannot be listed.
+    Raises:
+        OSError: for a folder that cannot be listed.
     """
     for path in visible(folder.iterdir()):
         if path.is_dir() and not path.is_symlink():

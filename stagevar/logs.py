@@ -24,9 +24,13 @@ MOST_KEPT = 1000
 
 
 class Console(logging.Handler):
-    """Messages as lines of a command. say: writes one; prog: the command's name.
+    """Messages as lines of a command.
 
-    A record with a true attribute `shown` was shown by whoever logged it.
+    A record with a true attribute `shown` was already shown by whoever logged it.
+
+    Args:
+        say: writes one line.
+        prog: the command's name.
     """
 
     def __init__(self, prog: str, say: Callable[[str], None]):
@@ -58,7 +62,7 @@ class Kept(logging.Handler):
 
 
 def pass_on(messages: tuple[tuple[str, int, str], ...], source: str) -> None:
-    """Logs what another process kept. source: who it was, which begins each line."""
+    """Logs messages kept by another process; each line begins with `source`, that process's name."""
     for name, level, text in messages:
         logging.getLogger(name).log(level, "%s: %s", source, text)
 
@@ -74,10 +78,11 @@ class _Onward(logging.Handler):
 
 @contextlib.contextmanager
 def listening(handler: logging.Handler, alone: bool = False) -> Iterator[None]:
-    """Both packages' messages at or above the handler's level go to it as well.
+    """Also sends both packages' messages at or above the handler's level to it.
 
-    The root's handlers go on getting what they got before, lest a library that calls `logging.basicConfig` puts every line of
-    a run on stderr. alone: they get nothing, because the handler is the console itself.
+    The root's handlers keep receiving only what they did before; otherwise a library that calls `logging.basicConfig`
+    would put every line of a run on stderr. With `alone` they receive nothing, because the handler is the console
+    itself.
     """
     loggers = [logging.getLogger(name) for name in PACKAGES]
     before = [(logger.level, logger.propagate) for logger in loggers]

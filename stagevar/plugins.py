@@ -1,12 +1,13 @@
-"""Plug-ins: what other installed packages offer under a name, by entry point. Looked up by name, imported on use.
+"""Plug-ins: named objects that other installed packages offer by entry point, looked up by name and imported on use.
 
-A package offers one by a line of its pyproject.toml, such as
+A package offers one with a line in its pyproject.toml, such as
 
     [project.entry-points."stagevar.metrics"]
     brightness = "my_package:Brightness"
 
-and from then on the name works wherever a built-in one does, in the workers of a cluster too. A plug-in that cannot be
-loaded is an error only for whoever asks for it. A name that this project uses, or that two packages offer, is refused.
+and from then on the name works wherever a built-in one does, including in the workers of a cluster. A plug-in that
+cannot be loaded is an error only for those who ask for it. A name that this project uses, or that two packages offer,
+is refused.
 
 Source: packaging.python.org, "Entry points specification" (facts).
 """
@@ -37,14 +38,18 @@ log = logging.getLogger(__name__)
 
 
 class PluginError(UsageError):
-    """A plug-in that cannot be used: it does not load, is not what its group wants, or has a name that is taken."""
+    """A plug-in that cannot be used: it does not load, is not what its group requires, or its name is taken."""
 
 
 @dataclass(frozen=True)
 class Plugin:
     """One object that a package offers.
 
-    group: one of GROUPS. target: "module:object". package: its distribution, version: of that.
+    Attributes:
+        group: one of GROUPS.
+        target: "module:object".
+        package: its distribution.
+        version: of that distribution.
     """
 
     group: str
@@ -59,7 +64,7 @@ class Plugin:
         return f"{GROUPS[self.group]} {self.name} of {self.package} {self.version}"
 
     def load(self) -> Any:
-        """The object. Raises PluginError, one line, whatever its module raises while it is imported."""
+        """The object. Raises PluginError, in one line, for anything that its module raises during import."""
         try:
             return pkgutil.resolve_name(self.target)
         except (Exception, SystemExit) as error:
@@ -68,19 +73,19 @@ class Plugin:
             ) from error
 
     def wrong(self, what: str) -> PluginError:
-        """The error for an object that loads and is not what its group wants. what: how it should be."""
+        """The error for an object that loads but is not what its group requires; `what` says what it must be."""
         return PluginError(f"the {self.title} cannot be used: {self.target} {what}")
 
 
 def offered(group: str, taken: Collection[str] = ()) -> dict[str, Plugin]:
-    """The usable plug-ins of a group by name; nothing is imported. taken: names that are built in."""
+    """The usable plug-ins of a group by name, without importing any; `taken` are the built-in names."""
     clashing = {*taken, *(name for name, plugins in _found(group).items() if len(plugins) > 1)}
     own = {name for name, plugins in _found(group).items() if plugins[0].package == DISTRIBUTION}
     return {name: plugins[0] for name, plugins in _found(group).items() if name in own or name not in clashing}
 
 
 def refused(group: str, taken: Collection[str] = ()) -> dict[str, str]:
-    """Why names of a group are not used, one line each. taken: names that are built in."""
+    """Why names of a group are not used, one line each; `taken` are the built-in names."""
     reasons = {}
     for name, plugins in _found(group).items():
         others = [plugin for plugin in plugins if plugin.package != DISTRIBUTION]
@@ -94,7 +99,7 @@ def refused(group: str, taken: Collection[str] = ()) -> dict[str, str]:
 
 
 def find(group: str, name: str, taken: Collection[str] = ()) -> Plugin | None:
-    """The plug-in of a name, None where none is offered. Raises PluginError for a name that two packages offer."""
+    """The plug-in with this name, or None. Raises PluginError for a name that two packages offer."""
     plugin = offered(group, taken).get(name)
     if plugin is None and name not in taken and (reason := refused(group, taken).get(name)):
         raise PluginError(reason)
@@ -102,7 +107,7 @@ def find(group: str, name: str, taken: Collection[str] = ()) -> Plugin | None:
 
 
 def versions(group: str, names: Collection[str], taken: Collection[str]) -> dict[str, str]:
-    """The packages, with versions, of those of these names that are plug-ins."""
+    """The packages, with versions, of the plug-ins among these names."""
     return {plugin.package: plugin.version for name, plugin in offered(group, taken).items() if name in names}
 
 

@@ -22,8 +22,12 @@ _NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or 
 def read_section(kind: type[Section], data: Any, path: str, whole: str = "") -> Section:
     """Plain data as a dataclass.
 
-    path: dotted place for messages, "" for the whole file. whole: what the whole file is called.
-    Raises ProfileError, one line, naming the place, the value and what belongs there, or the nearest known key.
+    Args:
+        path: dotted place for messages, "" for the whole file.
+        whole: what messages call the whole file.
+
+    Raises:
+        ProfileError: one line with the place, the value, and what belongs there or the nearest known key.
     """
     if isinstance(data, kind):
         return data

@@ -83,8 +83,12 @@ def split_lines(text: str) -> list[str]:
 def parse_json(text: str, name: str, first_line: int = 1) -> Any:
     """The value of a JSON text.
 
-    name: how messages call the file. first_line: number of the text's first line in it.
-    Raises UsageError, with the line, for what is not JSON, for a key that an object has twice, and for NaN and infinities.
+    Args:
+        name: what messages call the file.
+        first_line: number of the text's first line within it.
+
+    Raises:
+        UsageError: with the line, for text that is not JSON, a key given twice in one object, NaN, and infinities.
     """
     repeated = False
 
@@ -151,10 +155,13 @@ def read_json(path: str | os.PathLike[str], what: str = "") -> Any:
 
 
 def read_json_values(path: str | os.PathLike[str], what: str = "") -> list[tuple[int, Any]]:
-    """(line, value) of a file that holds JSON lines, one JSON list, or one other JSON value, told apart by content.
+    """(line, value) of a file that holds JSON lines, one JSON list, or one other JSON value, distinguished by content.
 
-    The line is where a value begins; those of a list on one line share it. An object that spreads over lines is one value.
-    Raises UsageError as `read_text` and `parse_json` do.
+    The line is where a value begins; those of a list on one line share it. An object that spans several lines is one
+    value.
+
+    Raises:
+        UsageError: as `read_text` and `parse_json` do.
     """
     return parse_json_values(read_text(path, what), f"{what} {path}".strip())
 
@@ -202,18 +209,26 @@ def _lines_of_entries(text: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Table:
-    """A CSV file with a header. columns: names in lower case, in file order; rows: (line, cells by column name)."""
+    """A CSV file with a header.
+
+    Attributes:
+        columns: names in lower case, in file order.
+        rows: (line, cells by column name).
+    """
 
     columns: tuple[str, ...]
     rows: tuple[tuple[int, Mapping[str, str]], ...]
 
 
 def read_table(path: str | os.PathLike[str], what: str = "") -> Table:
-    """A CSV file with a header line: comma, semicolon or tab, whichever the header has most of; cells may hold line ends.
+    """A CSV file with a header line; the separator is whichever of comma, semicolon and tab the header has most of.
 
-    Blank lines are skipped, Excel's first line `sep=;` is obeyed, columns without a name and without cells are dropped.
-    Raises UsageError with the line for a quote that is not closed, a column that is there twice, or a row that is longer or
-    shorter than the header.
+    Cells may contain line breaks. Blank lines are skipped, Excel's first line `sep=;` is obeyed, and columns with
+    neither a name nor cells are dropped.
+
+    Raises:
+        UsageError: with the line, for an unclosed quote, a duplicate column, or a row whose length differs from the
+            header's.
     """
     return parse_table(read_text(path, what), f"{what} {path}".strip())
 

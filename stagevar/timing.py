@@ -41,7 +41,8 @@ class Timing:
         warmed: whether the last three of those agreed within WARM_TOLERANCE.
         card: its state before and after, if known.
         disturbed: why the samples may be wrong even after a repeat, in words.
-        processor_ms: processor time of this process over the same spans, which other processes on the machine hardly change.
+        processor_ms: processor time of this process over the same spans, which other processes on the machine hardly
+            change.
     """
 
     samples_ms: tuple[float, ...]
@@ -93,8 +94,8 @@ def measure(
 ) -> dict[str, Timing]:
     """Times several schedules in turn, `rounds` times each; every other round runs backwards, which cancels linear drift.
 
-    If the card was throttled or used by other processes meanwhile, everything is timed once more, and marked as disturbed if
-    that is no better.
+    If the card was throttled or used by other processes meanwhile, everything is timed once more, and marked as
+    disturbed if that is no better.
 
     Args:
         runs: name -> one whole generation.

@@ -84,7 +84,7 @@ def _refused(node: Any, reason: str) -> yaml.constructor.ConstructorError:
 
 
 def parse_yaml(text: str, name: str) -> Any:
-    """Plain data of a YAML text. name: what messages call it. Raises ProfileError with one line and the line's number."""
+    """Plain data from a YAML text, which messages call `name`. Raises ProfileError in one line, with the line's number."""
     try:
         return yaml.load(text, _Loader)  # a subclass of SafeLoader
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
@@ -96,7 +96,7 @@ def parse_yaml(text: str, name: str) -> Any:
 
 
 def read_yaml(path: str | os.PathLike[str], what: str) -> Any:
-    """Plain data from a YAML file. what: what messages call it. Raises ProfileError with one line for whatever is wrong."""
+    """Plain data from a YAML file, which messages call `what`. Raises ProfileError in one line for anything wrong."""
     path = Path(path)
     try:
         if path.stat().st_size > MAX_BYTES:

@@ -21,7 +21,7 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line with exit code 2, for `report_errors` to print."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises UsageError."""
+        """Raises UsageError with the message, instead of exiting."""
         raise UsageError(shortened(f"{message} (see {self.prog} --help)"))
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:

@@ -96,8 +96,8 @@ def prompts_of_file(args: argparse.Namespace) -> list[str] | None:
 def check_loading(request: ModelRequest) -> str:
     """The kind of device ("cpu", "cuda") that a model will be on.
 
-    Raises UsageError, before anything is loaded, for a model, option or device that is not there, and for paths that hold
-    nothing.
+    Raises:
+        UsageError: before anything is loaded, for an unavailable model, option or device, and for paths without files.
     """
     from stagevar.models.registry import resolve
 
