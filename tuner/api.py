@@ -1,10 +1,10 @@
-"""Tuning from Python: the command of the shell as a function, and its run as an object.
+"""Tuning from Python: the shell command as a function, and its run as an object.
 
     result = tune("nano", budget="75%", trials=20)
     result.profile, result.pareto, result.trials, result.report
 
-Options are those of `stagevar-tune`, with underscores, and so are their checks, run directories and identities: a study
-that a shell began is continued here by the same options, and the other way round.
+Options are those of `stagevar-tune`, with underscores. Checks, run directories and identities are the same too: a study
+that was started in a shell continues here with the same options, and vice versa.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _NOT_HERE = ("help", "version", "json", "quiet", "verbose", "dry_run", "model", 
 
 @dataclass(frozen=True)
 class Tuned:
-    """A study and the directory that it lives in.
+    """A study and its run directory.
 
     Attributes:
         run_dir: holds profile.yaml, pareto.yaml, trials.csv, report.html and the evidence.
@@ -58,14 +58,14 @@ class Tuned:
 
     @cached_property
     def profile(self) -> Profile | None:
-        """What to deploy; None where the study picked nothing. The same as profile.yaml."""
+        """What to deploy, the same as profile.yaml; None if the study picked nothing."""
         from tuner.report.export import profile_of
 
         return None if self.study.pick is None else profile_of(self.study, self.study.pick)
 
     @cached_property
     def pareto(self) -> list[Profile]:
-        """A profile for each measured schedule that no other beats in both latency and quality, fastest first.
+        """A profile for each measured schedule that no other one beats in both latency and quality, fastest first.
 
         Each says in `verified` whether its own limits were proved.
         """
@@ -99,18 +99,23 @@ class Tuned:
 def tune(
     model: str, budget: str, *, out: str | os.PathLike[str] | None = None, progress: bool = True, **options: Any
 ) -> Tuned:
-    """Runs a study, or continues the one that these options began, and returns its result whatever the verdict.
+    """Runs a study, or continues the one that these options started.
 
     Args:
         model: a registered model, such as "nano" or "infinity-8b".
         budget: latency of one image: "2s", "800ms", or "60%" of the measured full schedule.
-        out: run directory (outputs/MODEL-BUDGET-sSEED by default).
-        progress: a bar on a terminal, a few plain lines elsewhere, on stderr.
+        out: run directory, outputs/MODEL-BUDGET-sSEED by default.
+        progress: whether to show progress on stderr: a bar on a terminal, a few plain lines elsewhere.
         options: any option of `stagevar-tune`: trials=20, time_budget="10m", max_drop="2%", seed=1, executor="ray" ...
-            A switch is True; max_drop may be a mapping of metrics; None leaves an option at its default.
+            A switch is True or False; max_drop may map metrics to limits; None keeps an option's default.
 
-    Raises UsageError for an option or value that the command would refuse with exit code 2, other StagevarErrors where it
-    would end with 6 or so, and KeyboardInterrupt after a second Ctrl-C; the same call resumes.
+    Returns:
+        The result, whatever the verdict.
+
+    Raises:
+        UsageError: for an option or value that the command would refuse with exit code 2.
+        StagevarError: where the command would end with another error code, such as 6.
+        KeyboardInterrupt: after a second Ctrl-C; the same call resumes.
     """
     extras.require("tune", *NEEDED)
     words = [*_pair("--model", model), *_pair("--budget", budget), *_words(options)]
@@ -122,7 +127,17 @@ def tune(
 
 
 def open_run(run_dir: str | os.PathLike[str]) -> Tuned:
-    """The result of a study that ran before, here or in a shell. Raises UsageError where there is none."""
+    """Opens the result of an earlier study, run from Python or a shell.
+
+    Args:
+        run_dir: its run directory.
+
+    Returns:
+        The study as `tune` returned it.
+
+    Raises:
+        UsageError: if the directory holds no finished study.
+    """
     from tuner.results.result import StudyResult
 
     run_dir = Path(run_dir)
@@ -132,7 +147,7 @@ def open_run(run_dir: str | os.PathLike[str]) -> Tuned:
 
 
 def _words(options: Mapping[str, object]) -> list[str]:
-    """Keyword arguments as words of the command line. Raises UsageError naming an option that there is not."""
+    """Keyword arguments as command-line words. Raises UsageError naming an unknown option."""
     actions = {action.dest: action for action in tune_command.build_parser()._actions if action.dest not in _NOT_HERE}
     words = []
     for name, value in options.items():
@@ -141,7 +156,7 @@ def _words(options: Mapping[str, object]) -> list[str]:
         flag = actions[name].option_strings[0]
         if actions[name].nargs == 0:
             if not isinstance(value, bool | None):
-                raise UsageError(f"option {name} is {value!r:.60}; it is a switch: True or False")
+                raise UsageError(f"option {name} is {value!r:.60}, but it is a switch; use True or False")
             words += [flag] if value else []
             continue
         for one in _values(value):
@@ -150,12 +165,12 @@ def _words(options: Mapping[str, object]) -> list[str]:
 
 
 def _pair(flag: str, value: Any) -> list[str]:
-    """An option as a shell user types it, so that both have the same command; joined where the value looks like one."""
+    """An option as a shell user types it, so that both give the same command; joined by = if the value starts with -."""
     return [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]
 
 
 def _values(value: Any) -> Sequence[Any]:
-    """A value as often as its option is to be repeated."""
+    """One value for each time the option is repeated."""
     if value is None:
         return ()
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Entry points of `stagevar-tune` and `stagevar-eval`: Ctrl-C is one line also while their modules load."""
+"""Entry points of `stagevar-tune` and `stagevar-eval`: Ctrl-C prints one line, even while their modules load."""
 
 from stagevar.console import start
 

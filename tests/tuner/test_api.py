@@ -71,7 +71,7 @@ def test_options_become_the_words_of_a_shell():
     [
         ({"trails": 3}, "tune has no option 'trails', did you mean trials?"),
         ({"json": True}, "tune has no option 'json'"),
-        ({"fresh": "yes"}, "option fresh is 'yes'; it is a switch"),
+        ({"fresh": "yes"}, "option fresh is 'yes', but it is a switch"),
         ({"trials": 0}, "'0' must be a whole number of at least 1"),
         ({"budget": "soon"}, "budget 'soon'"),
         ({"model": "nanu"}, "nano"),

@@ -32,8 +32,13 @@ _SAME = 0.05
 class Findings:
     """A finished analysis.
 
-    path: its file. model, weights: whose; weights is "random" for made-up ones. grids: token grids of its scales. proposal:
-    its schedule. table: kept energy -> scale side -> kept share of the tokens per chunk; empty where there is no table.
+    Attributes:
+        path: its file.
+        model: the analyzed model.
+        weights: its weights, "random" for made-up ones.
+        grids: token grids of its scales.
+        proposal: the schedule that the analysis proposes.
+        table: kept energy -> scale side -> kept share of the tokens per chunk; empty if there is no table.
     """
 
     path: Path
@@ -44,21 +49,27 @@ class Findings:
     table: Mapping[str, Mapping[str, Sequence[float]]]
 
     def check(self, model: str, weights: str | None, grids: Sequence[Grid] | None) -> None:
-        """Raises UsageError when another model, another resolution or made-up weights were analyzed.
+        """Checks that the analysis is of the model that is tuned.
 
-        grids: of the model at the asked resolution, None where they are not known before it is loaded.
+        Args:
+            model: the model to tune.
+            weights: its weights.
+            grids: its grids at the requested resolution, None if they are unknown before the model is loaded.
+
+        Raises:
+            UsageError: if another model, another resolution or random weights were analyzed.
         """
         if self.model != model:
             raise UsageError(f"analysis {self.path} is of model {self.model!r}, not {model!r}")
         if self.weights == "random" and weights != "random":
             raise UsageError(
-                f"analysis {self.path} is of random weights, which tell nothing about real ones; "
-                "analyze the weights that are tuned"
+                f"analysis {self.path} is of random weights, which say nothing about real ones; "
+                "analyze the weights that you tune"
             )
         if grids is not None and self.grids != tuple(grids):
             raise UsageError(
                 f"analysis {self.path} has {_scales(self.grids)}, but {model} has {_scales(grids)} here; "
-                "analyze it at the --resolution that is tuned"
+                "analyze it at the --resolution that you tune"
             )
 
     def applied(self, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,7 +84,7 @@ class Findings:
         return {**data, "semantic_end": start, "parameters": parameters, "proposals": proposals}
 
     def proposals(self) -> dict[str, StageSchedule]:
-        """The proposed schedule, and the same with ranks for other kept energies, where there is something to reduce."""
+        """The proposed schedule, and variants with ranks for other kept energies if it reduces tokens."""
         found = {"analysis": self.proposal}
         first = self.proposal.structure_end
         for energy in _ENERGIES:
@@ -109,7 +120,7 @@ def _scales(grids: Sequence[Grid]) -> str:
 
 
 def read_analysis(path: Path | str) -> Findings:
-    """The analysis of a folder, or of its analysis.yaml. Raises UsageError in one line for whatever is wrong with it."""
+    """The analysis in a folder, or in an analysis.yaml. Raises UsageError in one line for anything wrong with it."""
     file = Path(path)
     if os.path.isdir(file):
         file = file / FILE
@@ -122,7 +133,9 @@ def read_analysis(path: Path | str) -> Findings:
     if not isinstance(data, dict) or data.get("kind") != KIND:
         raise UsageError(f"{file} is not an {FILE}; make one with `stagevar analyze`")
     if data.get("schema") != SCHEMA:
-        raise UsageError(f"analysis {file} has schema {data.get('schema')!r:.40}, not {SCHEMA}; analyze again")
+        raise UsageError(
+            f"analysis {file} has schema {data.get('schema')!r:.40}, not {SCHEMA}; run `stagevar analyze` again"
+        )
     grids = _grids(data.get("scales"), file)
     try:
         proposal = StageSchedule.from_dict(data.get("proposal"))
@@ -146,15 +159,15 @@ def _grids(scales: Any, file: Path) -> tuple[Grid, ...]:
         for pair in scales
     )
     if not pairs or len(scales) < 2:
-        raise UsageError(f"analysis {file}: scales {scales!r:.40} must be pairs of height and width, two at least")
+        raise UsageError(f"analysis {file}: scales {scales!r:.40} must be at least two pairs of height and width")
     return tuple((height, width) for height, width in scales)
 
 
 def _table(data: Any, grids: Sequence[Grid], file: Path) -> dict[str, dict[str, list[float]]]:
-    """The rows of a rank table that are used. Raises UsageError where one lacks a scale or holds no shares."""
+    """The rows of a rank table that are used. Raises UsageError if one lacks a scale or holds no shares."""
     ratio = data.get("ratio") if isinstance(data, dict) else None
     if not isinstance(ratio, dict):
-        raise UsageError(f"{file} is no rank table: it has no 'ratio' per kept energy; run `stagevar analyze` again")
+        raise UsageError(f"{file} is not a rank table: it has no 'ratio' per kept energy; run `stagevar analyze` again")
     for energy in _ENERGIES:
         rows = ratio.get(energy)
         if rows is None:

@@ -1,7 +1,7 @@
-"""What can be known to be wrong before a model is loaded: options, prompts line by line, outputs, databases, paths.
+"""Checks that need no loaded model: options, prompts line by line, outputs, databases, paths.
 
-A long run never starts on input that must fail. Everything here raises UsageError, in one line. torch is imported only where
-an answer depends on the devices of this machine.
+A long run never starts on input that is bound to fail. Every check raises UsageError, in one line. torch is imported only
+where the answer depends on this machine's devices.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tuner.metrics.base import Prompt, prompt_text
 
 #: Metrics that read GenEval's metadata of every prompt.
 _WITH_METADATA = ("geneval", "geneval_nano")
-#: Seconds until a database that does not answer is taken for absent, and the ports of those that URLs leave out.
+#: Seconds until a database that does not answer is considered absent, and the default ports that URLs leave out.
 _ANSWER_S = 15
 _PORTS = {"postgresql": 5432, "postgres": 5432, "mysql": 3306, "mariadb": 3306, "mssql": 1433, "oracle": 1521}
 _LONG_SEED = 24
@@ -53,7 +53,7 @@ def check_running(model: ModelRequest, *, threads: int | None, engine: str | Non
 
 
 def check_prompts_of(space: SearchSpace, seed: int) -> None:
-    """Every prompt, those of the held-out set and of the rest of a file too: text, and what the metrics need to read."""
+    """Checks every prompt, including the held-out set and the rest of a file: its text, and what the metrics need of it."""
     source = space.prompts
     if source.source in PROMPT_SOURCES:
         lines: list[tuple[int, Prompt]] = []
@@ -70,7 +70,7 @@ def check_prompts_of(space: SearchSpace, seed: int) -> None:
             raise UsageError(f"prompts {source.source:.200} line {number}: {error}") from None
     load_prompts(source, seed)
     if not lines and wanted and source.source == "imagenet":
-        raise UsageError(f"{wanted[0]} needs GenEval metadata, which prompts of {source.source} do not carry")
+        raise UsageError(f"{wanted[0]} needs GenEval metadata, which the prompts of {source.source} lack")
 
 
 def _check_metadata(metric: str, prompt: Prompt) -> None:
@@ -90,7 +90,7 @@ def _check_class(model: str, prompt: Prompt) -> None:
 
 
 def check_metric_options(space: SearchSpace) -> None:
-    """Options of the space's metrics; imports their modules where there are any."""
+    """Checks the options of the space's metrics; imports the modules of those that have any."""
     from tuner.metrics.registry import check_options
 
     for name, value in space.quality.items():
@@ -104,7 +104,7 @@ def check_metric_options(space: SearchSpace) -> None:
 
 
 def run_name(model: str, budget: str, seed: int) -> str:
-    """The folder of a run without --out; a seed of any size gives a name that a file system takes."""
+    """The folder of a run without --out; even a huge seed gives a name that file systems accept."""
     text = str(seed)
     if len(text) > _LONG_SEED:
         text = f"{text[:8]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
@@ -115,9 +115,9 @@ def run_name(model: str, budget: str, seed: int) -> str:
 
 
 def check_storage(url: str, run_dir: Path) -> None:
-    """The URL of a database of trials: its kind, its driver, and that it answers or can be written.
+    """Checks the URL of a trial database: its kind, its driver, and that it answers or is writable.
 
-    A database that this run has used before and that does not answer now is away: InfrastructureError.
+    Raises InfrastructureError if this run has used the database before and it does not answer now.
     """
     try:
         parts = urlsplit(url)
@@ -136,7 +136,7 @@ def check_storage(url: str, run_dir: Path) -> None:
             check_output(file, "storage")
         return
     if not parts.hostname or kind not in _PORTS:
-        return  # a socket, or a kind of database whose port is not known here
+        return  # a socket, or a kind of database whose default port we do not know
     try:
         socket.create_connection((parts.hostname, port or _PORTS[kind]), timeout=_ANSWER_S).close()
     except (OSError, UnicodeError) as error:
@@ -151,7 +151,7 @@ def check_storage(url: str, run_dir: Path) -> None:
 
 
 def check_ray_address(address: str) -> None:
-    """A cluster's address: that something answers there. Ray itself would try for a quarter of an hour."""
+    """Checks that something answers at a cluster's address. Ray itself would keep trying for a quarter of an hour."""
     if address in ("auto", "local"):
         return
     try:
@@ -196,8 +196,10 @@ _PATHS = ("--space", "--prompts", "--weights", "--storage", "--analysis", "--fro
 def with_absolute_paths(words: Sequence[str], folders: Sequence[Path]) -> list[str]:
     """A command line whose files are found from any working directory.
 
-    folders: where a relative path may be, the preferred first; one that is nowhere is left as it stands, but a store,
-        which is made.
+    Args:
+        words: the command line.
+        folders: where to look for a relative path, in this order; a path found nowhere stays as it is, except for a
+            store, which will be created.
     """
     done: list[str] = []
     words = list(words)

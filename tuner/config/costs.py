@@ -1,4 +1,4 @@
-"""What a study will take, known before anything is loaded: settings of the space, images, files to fetch, memory."""
+"""What a study will take, estimated before anything is loaded: settings of the space, images, files to fetch, memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tuner.config.space import SearchSpace
 from tuner.metrics.downloads import metric_downloads
 from tuner.metrics.quality_spec import QualitySpec
 
-#: Schedules that are verified at most: the best ones with skipped scales, and as many without.
+#: The most schedules that are verified: the best ones with skipped scales, and as many without.
 FINALISTS_PER_KIND = 3
 
 
@@ -31,12 +31,12 @@ def _values(parameter: Parameter) -> int | None:
 
 
 def images_at_most(trials: int, search: int, heldout: int) -> int:
-    """Images that are drawn for quality when no schedule is stopped early and none shares scales with another."""
+    """Images drawn for quality if no schedule is pruned and none shares scales with another."""
     return (1 + trials) * search + (1 + 2 * FINALISTS_PER_KIND) * heldout
 
 
 def drawing_line(trials: int, search: int, heldout: int, full_ms: float) -> str:
-    """What drawing takes at most, from the first timing; batches and shared scales make it less."""
+    """An upper limit of the drawing time, from the first timing; batches and shared scales reduce it."""
     images = images_at_most(trials, search, heldout)
     hours = images * full_ms / 3.6e6
     drawing = f"at most {images:,} images of {full_ms:,.0f} ms: {hours:.1f} hours of drawing"
@@ -53,7 +53,7 @@ def downloads_of(model: ModelRequest, quality: Mapping[str, QualitySpec]) -> lis
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes that one image and a micro-batch need at most, and what the device has; None where that is not known."""
+    """The most bytes that one image and a micro-batch need, and what the device has, None if unknown."""
 
     device: str
     one_image_bytes: int
@@ -70,7 +70,7 @@ class MemoryPlan:
         )
         if self.free_bytes is None:
             return f"{needs} on {self.device}"
-        fits = "" if self.fits else ": it does not fit here"
+        fits = "" if self.fits else ": it does not fit"
         return f"{needs} on {self.device}, {self.free_bytes / gib:.1f} GiB are free{fits}"
 
 

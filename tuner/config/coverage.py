@@ -1,7 +1,7 @@
 """How much of its space a search has seen: size, schedules, what was tried of each parameter, what the budget excludes.
 
-Pure. Schedules are counted on draws, because most settings of a space expand to a schedule that another one expands to, and
-enumerating half a million settings would take longer than it tells.
+Pure. Schedules are counted on random draws: many settings of a space expand to the same schedule, and enumerating half a
+million settings is not worth the time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BINS = 5
 
 @dataclass(frozen=True)
 class ParameterCoverage:
-    """One parameter. tried: how many schedules were evaluated at each of its values, or in each bin, in order."""
+    """One parameter, with the number of schedules tried at each of its values, or in each bin, in order."""
 
     name: str
     tried: tuple[tuple[str, int], ...]
@@ -40,9 +40,14 @@ class ParameterCoverage:
 class SpaceCoverage:
     """What a search has seen of its space.
 
-    settings: how many the space holds, None where a parameter is continuous. draws: settings drawn to count on. unfit: of
-    these, without a schedule. distinct: schedules among the others. priced: of these, with a predicted latency; excluded: of
-    those, beyond the budget. evaluated: schedules.
+    Attributes:
+        settings: how many the space holds, None if a parameter is continuous.
+        draws: settings drawn to count on.
+        unfit: how many of the draws have no schedule.
+        distinct: distinct schedules among the others.
+        priced: how many of these have a predicted latency.
+        excluded: how many of the priced ones are over the budget.
+        evaluated: number of evaluated schedules.
     """
 
     settings: int | None
@@ -56,7 +61,7 @@ class SpaceCoverage:
 
     @property
     def excluded_share(self) -> float | None:
-        """Share of the schedules beyond the budget, None where no latency can be predicted."""
+        """Share of the schedules over the budget, None if no latency can be predicted."""
         return self.excluded / self.priced if self.priced else None
 
 
@@ -72,8 +77,12 @@ def coverage(
     """Counts what was tried.
 
     Args:
-        tried: values per evaluated schedule; presets at the nearest ones. ratio: predicted latency as a share of the full
-            schedule's, None where it cannot be predicted. budget_ratio: the budget, likewise.
+        space: the search space.
+        grids, chunks: of the model.
+        tried: values of each evaluated schedule; for presets, the nearest ones.
+        ratio: predicts latency as a share of the full schedule's; None where it cannot.
+        budget_ratio: the budget as such a share.
+        seed: of the draws.
     """
     found: dict[str, Steps] = {}
     unfit = 0

@@ -1,7 +1,7 @@
 """The search space of a model that has no file of its own, and what a file leaves out. No torch.
 
-It is data in the notation of a search-space file, made from the model's family, its scales at the asked resolution and the
-settings that were published for the family, so it passes the same checks as a file.
+It is data in the notation of a search-space file, made from the model's family, its scales at the requested resolution and
+the family's published settings, so it passes the same checks as a file.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from stagevar.models.spec import ModelSpec
 from stagevar.schedule import PRESETS, PROJECTIONS, paper, preset
 from stagevar.schedule.grids import Grid
 
-#: Kept shares of the tokens that are searched, whatever the family; the published mean share is among them.
+#: Kept shares of the tokens that are searched for every family, besides the published mean share.
 _RATIOS = (0.05, 0.1, 0.177, 0.25, 0.35, 0.5, 0.7, 1)
-#: Shares this near to the published one are left to it.
+#: Shares this close to the published one are left out in its favor.
 _SAME = 0.1
-#: Presets that are evaluated before anything is proposed, most telling first.
+#: Presets that are evaluated before anything is proposed, the most informative first.
 _PRESETS = ("stagevar-paper", "stagevar-released", "fastvar", "skip-1", "skip-2")
 _ENQUEUED = 4
 #: Images per batch of quality evaluation, by the number of tokens of the last scale: about 16,000 tokens at a time.
@@ -68,14 +68,14 @@ def default_space(spec: ModelSpec, resolution: str | int | None = None) -> dict[
 
 
 def _ratios(published: float) -> list[float]:
-    """The searched shares with the published one among them, and a smaller one below it where it is the smallest."""
+    """The searched shares including the published one, and a smaller one below it if it would be the smallest."""
     others = [ratio for ratio in _RATIOS if abs(ratio - published) > _SAME * published]
     smaller = [0.02] if published < min(others) else []
     return sorted([*smaller, published, *others])
 
 
 def _quality(family: str) -> dict[str, Any]:
-    """Metrics by family. A class index has no caption, so VAR is judged by likeness to the full schedule's image."""
+    """Metrics by family. A class index has no caption, so VAR is judged by similarity to the full schedule's image."""
     if family == "var":
         metrics = [
             {"name": "lpips", "weight": 1, "max_drop": 0.1},
@@ -103,7 +103,7 @@ def _presets(grids: Sequence[Grid], spec: ModelSpec) -> list[str]:
 def completed(given: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     """A space's data with what it leaves out taken from another: section by section, the prompts key by key.
 
-    Given parameters replace all others; without a semantic_end of their own they bring theirs down to where they start.
+    Given parameters replace all others; without a given semantic_end, it is lowered to where these parameters start.
     """
     found = {**base, **{section: value for section, value in given.items() if value is not None}}
     if isinstance(given.get("prompts"), dict):
@@ -116,7 +116,7 @@ def completed(given: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
 
 
 def _first(parameters: Any) -> int | None:
-    """Where structure_end starts, None for anything that the checks will refuse."""
+    """Where structure_end starts, None for anything that the checks will reject."""
     values = parameters.get("structure_end") if isinstance(parameters, dict) else None
     values = [values.get("low")] if isinstance(values, dict) else values
     if not isinstance(values, list) or not values or not all(type(value) is int for value in values):

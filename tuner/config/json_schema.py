@@ -1,6 +1,6 @@
-"""JSON Schemas (draft 2020-12) of search spaces and sweeps, made from the tables that their readers check against.
+"""JSON Schemas (draft 2020-12) of search spaces and sweeps, built from the same tables that their readers check against.
 
-A search space states what differs from its model's default, so nothing but what a file says is required.
+A search space states only what differs from its model's default, so almost nothing is required.
 """
 
 from __future__ import annotations

@@ -18,14 +18,14 @@ _LONGEST_MS = 3.6e6
 
 @dataclass(frozen=True)
 class Budget:
-    """Latency allowed for one image: `ms`, or `fraction` of the measured full schedule; the other one is None."""
+    """Latency allowed for one image: `ms`, or `fraction` of the measured full schedule; the other is None."""
 
     text: str
     ms: float | None = None
     fraction: float | None = None
 
     def resolve(self, baseline_ms: float) -> float:
-        """The budget in milliseconds when the full schedule takes `baseline_ms`."""
+        """The budget in milliseconds if the full schedule takes `baseline_ms`."""
         if self.fraction is not None:
             return self.fraction * baseline_ms
         if self.ms is None:
@@ -37,7 +37,7 @@ class Budget:
 
 
 def parse_budget(text: str) -> Budget:
-    """`2s`, `800ms` or `60%`. Raises UsageError for anything else, for nothing, and for more than an hour or 1000 %."""
+    """`2s`, `800ms` or `60%`. Raises UsageError for anything else, for zero, and for more than an hour or 1000 %."""
     match = _BUDGET.fullmatch(text)
     if match is None:
         raise UsageError(f"budget {shown(text)} is not a time per image or a share; write 2s, 800ms or 60%")

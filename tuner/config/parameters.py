@@ -1,4 +1,4 @@
-"""The parameters that a search may vary: what values each may take, and how a sampler sees them. No torch, no optuna."""
+"""The parameters that a search may vary: which values each may take, and how a sampler sees them. No torch, no optuna."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Value = int | float | str
 
 @dataclass(frozen=True)
 class Rule:
-    """What values a parameter may take: numbers of a kind between two bounds, or words."""
+    """Which values a parameter may take: numbers of one kind between two bounds, or words."""
 
     kind: type
     low: float = -math.inf
@@ -64,8 +64,8 @@ DEFAULTS: dict[str, Value] = {
 class Parameter:
     """One searched parameter.
 
-    kind: "int" or "float" between low and high (log: on a logarithmic axis); "ordered": numbers in rising order, maybe
-    with "never" last, searched by position; "choice": words without an order.
+    Its `kind` is "int" or "float" between `low` and `high`, on a logarithmic axis if `log`; "ordered" for numbers in
+    ascending order, perhaps with "never" last, searched by position; or "choice" for words without an order.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Parameter:
     values: tuple[Value, ...] = ()
 
     def encode(self, value: Value) -> Value:
-        """A value as the sampler sees it; the nearest possible one when it lies outside."""
+        """A value as the sampler sees it; the nearest possible one if it lies outside."""
         if self.kind == "choice":
             return value if value in self.values else self.values[0]
         if self.kind == "ordered":
@@ -98,9 +98,9 @@ class Parameter:
 
 
 def checked_mapping(data: Any, what: str, known: Sequence[str]) -> dict[str, object]:
-    """`data` as it is. Raises UsageError naming `what` where it is no mapping or has a key that is not among `known`."""
+    """`data`, unchanged. Raises UsageError naming `what` if it is not a mapping or has a key that is not in `known`."""
     if not isinstance(data, dict):
-        raise UsageError(f"search space: {what} must be a mapping of {', '.join(known)}, not {type(data).__name__}")
+        raise UsageError(f"search space: {what} must be a mapping with {', '.join(known)}, not {type(data).__name__}")
     for key in data:
         if key not in known:
             raise UsageError(f"search space: unknown key {key!r} in {what}{hint(key, known)}")
@@ -108,7 +108,7 @@ def checked_mapping(data: Any, what: str, known: Sequence[str]) -> dict[str, obj
 
 
 def as_number(value: Any) -> float:
-    """A value on the axis of numbers, where "never" comes last."""
+    """A value on the number axis, where "never" comes last."""
     return math.inf if value == NEVER else float(value)
 
 

@@ -1,7 +1,7 @@
 """The prompts of a study: a search set that ranks schedules and a disjoint held-out set that verifies them.
 
-Both are cut once into fixed micro-batches, the unit of work: whoever evaluates one runs the same shapes, so results do not
-depend on who does. Each prompt has its own seed; a (prompt, seed) pair never appears in both sets.
+Both are cut once into fixed micro-batches, the unit of work: every worker runs a micro-batch in the same shapes, so results
+do not depend on which one does. Each prompt has its own seed; a (prompt, seed) pair never appears in both sets.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from stagevar.prompts.seeds import non_negative
 from tuner.config.space import PromptSource
 from tuner.metrics.base import Prompt, prompt_text
 
-#: Seeds of the held-out set start here, so that a text that both sets hold is drawn with other noise.
+#: Seeds of the held-out set start here, so that a text in both sets is drawn with different noise.
 HELDOUT_SEED = 1_000_000
 
 
@@ -45,7 +45,7 @@ class PromptSet:
         return -(-len(self.items) // self.micro_batch)
 
     def first(self, count: int) -> PromptSet:
-        """The set of the first so many prompts, in the same batches."""
+        """The first `count` prompts, in the same batches."""
         return PromptSet(self.items[:count], self.seeds[:count], self.micro_batch)
 
     def batch(self, index: int) -> tuple[tuple[Prompt, ...], tuple[int, ...]]:
@@ -55,7 +55,7 @@ class PromptSet:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of texts, metadata, seeds and the cut."""
+        """SHA-256 of texts, metadata, seeds and micro-batch size."""
         text = json.dumps([self.items, self.seeds, self.micro_batch], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -63,12 +63,14 @@ class PromptSet:
 def load_prompts(source: PromptSource, seed: int = 0) -> dict[str, PromptSet]:
     """{"search": ..., "heldout": ...} of a source.
 
-    "geneval" generates as many distinct prompts as are asked for, its six tasks in turn. A file, or the 1000 class indices of
-    "imagenet", is shuffled by `seed`, its tasks take turns, and it is cut; fewer prompts than asked for make a smaller
-    held-out set, never a shared one, and where less than half would be left to hold out, a smaller search set too.
-    A larger held-out set begins with the smaller one, and the search set stays. Those of "geneval" are ordered by how many
-    there are of each task, so there it holds for prompts that are asked for as `added`.
-    Raises UsageError for a file that cannot be read, is empty, or holds one prompt.
+    "geneval" generates as many distinct prompts as requested, its six tasks in turn. A file, or the 1000 class indices of
+    "imagenet", is shuffled by `seed`, put in order so that its tasks take turns, and split. If it has too few prompts, the
+    held-out set shrinks; if that would leave less than half to hold out, so does the search set. The sets never overlap.
+
+    A larger held-out set begins with the smaller one, and the search set stays the same. The order of "geneval" depends on
+    how many prompts each task has, so there this is true only of prompts requested as `added`.
+
+    Raises UsageError for a file that cannot be read, is empty, or holds only one prompt.
     """
     if source.source == "nano":
         from stagevar.models.nano.scenes import prompts
@@ -99,9 +101,9 @@ def load_prompts(source: PromptSource, seed: int = 0) -> dict[str, PromptSet]:
 
 
 def set_sizes(source: PromptSource) -> tuple[int, int]:
-    """Numbers of prompts that `load_prompts` will find for the search and hold out.
+    """How many prompts `load_prompts` will use for the search and hold out.
 
-    Raises UsageError for a file that cannot be read or holds one prompt.
+    Raises UsageError for a file that cannot be read or holds only one prompt.
     """
     if source.source in ("nano", "geneval"):
         return source.search, source.heldout
@@ -109,27 +111,27 @@ def set_sizes(source: PromptSource) -> tuple[int, int]:
 
 
 def warn_of_short_files(source: PromptSource) -> None:
-    """Warn where a file makes the search set smaller than asked for."""
+    """Warns if a file is too short for the requested search set."""
     search, heldout = set_sizes(source)
     if search < source.search:
         warnings.warn(
-            f"{source.source:.200} holds {search + heldout} prompts: {search} are searched with, {heldout} are held out to "
-            f"verify on ({source.search} and {source.heldout} were asked for)"
+            f"{source.source:.200} holds {search + heldout} prompts: {search} for the search, {heldout} held out for "
+            f"verification ({source.search} and {source.heldout} were requested)"
         )
 
 
 def _sizes(source: PromptSource, count: int) -> tuple[int, int]:
-    """How `count` prompts are divided: what the search asks for, but never more than half of them."""
+    """How `count` prompts are divided: the search gets what it asks for, but never more than half."""
     if count < 2:
         raise UsageError(
-            f"{source.source} holds {count} prompt; a study needs some to search with and others to verify on: add prompts"
+            f"{source.source} holds {count} prompt; add more: a study needs some to search with and others to verify on"
         )
     search = min(source.search, count // 2)
     return search, min(source.heldout, count - search)
 
 
 def in_turn(items: Sequence[Prompt]) -> list[Prompt]:
-    """Prompts ordered so that every stretch holds GenEval's tasks in their overall proportions; without tags, as they are.
+    """Prompts ordered so that every stretch has GenEval's tasks in their overall proportions; unchanged if they have no tags.
 
     A comparison on the first few prompts then weighs the tasks as the whole set does.
     """
@@ -153,10 +155,10 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 
 
 def prompt_lines(path: str | Path) -> list[tuple[int, Prompt]]:
-    """Distinct prompts of a file in any form that `stagevar.prompts.prompt_files` reads, with their lines, counted from 1.
+    """Distinct prompts of a file in any form that `stagevar.prompts.prompt_files` reads, with line numbers counted from 1.
 
-    A prompt is a caption, or a mapping where the file says more of it. Raises UsageError, naming the line, for a file that
-    cannot be read, holds none, or has an entry that is none.
+    A prompt is a caption, or a mapping if the file says more about it. Raises UsageError, naming the line, for a file that
+    cannot be read, holds no prompts, or has an entry that is not one.
     """
     found: dict[str, tuple[int, Prompt]] = {}
     for entry in read_prompt_file(path):

@@ -1,7 +1,7 @@
 """How far each metric may fall: a weight and a largest drop per metric, in the metric's own unit. No torch.
 
-The first metric of a space is the primary one and always has a limit. A metric without a limit only ranks: its weight is
-then per unit, as in `{geneval_nano: 1.0, clip_score: 0.0005}`.
+The first metric of a space is the primary one and always has a limit. A metric without a limit only ranks, and its weight
+is per unit, as in `{geneval_nano: 1.0, clip_score: 0.0005}`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tuner.metrics.declarations import DECLARATIONS, Declaration
 from tuner.metrics.quality_spec import QualitySpec
 from tuner.metrics.registry import declaration_of
 
-#: The composite of results that were written before limits went by metric.
+#: The composite in results that were written before each metric had its own limit.
 COMPOSITE = "quality"
 _NUMBER = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)(?:[eE]([+-]?\d{1,3}))?\s*(%?)\s*", re.ASCII)
 
@@ -26,8 +26,11 @@ _NUMBER = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)(?:[eE]([+-]?\d{1,3}))?\s*(%?)\s*
 class MetricLimit:
     """One metric of the quality.
 
-    metric: name. weight: in the composite. max_drop: largest allowed mean paired drop in `unit`, None for a metric that
-    only ranks or is only reported. kind, unit, change, higher_is_better: as declared (tuner.metrics.declarations).
+    Attributes:
+        metric: name.
+        weight: in the composite.
+        max_drop: largest allowed mean paired drop in `unit`, None for a metric that only ranks or is only reported.
+        kind, unit, change, higher_is_better: as declared (tuner.metrics.declarations).
     """
 
     metric: str
@@ -44,14 +47,14 @@ class MetricLimit:
 
     @property
     def allowed(self) -> float:
-        """The largest drop of a metric that has one. Raises ValueError for one that only ranks or is only reported."""
+        """The largest allowed drop. Raises ValueError for a metric that only ranks or is only reported."""
         if self.max_drop is None:
             raise ValueError(f"{self.metric} has no max_drop")
         return self.max_drop
 
     @property
     def name(self) -> str:
-        """Of its verdict and its constraint."""
+        """The name of its verdict and its constraint."""
         return f"drop:{self.metric}"
 
     def amount(self, value: float) -> str:
@@ -63,10 +66,14 @@ class MetricLimit:
 def quality_limits(
     quality: Mapping[str, QualitySpec], asked: float | Mapping[str, float] | None = None
 ) -> tuple[MetricLimit, ...]:
-    """The limits of a space's metrics, in its order.
+    """The limits of a space's metrics, in the space's order.
 
-    quality: of a space, by metric. asked: limits that take precedence; a number is the primary metric's.
-    Raises UsageError for a limit of no metric of the space, or one that `check_max_drop` refuses.
+    Args:
+        quality: of a space, by metric.
+        asked: limits that take precedence; a single number is for the primary metric.
+
+    Raises:
+        UsageError: for a limit on a metric that the space does not have, or one that `check_max_drop` rejects.
     """
     primary = next(iter(quality))
     given = dict(asked) if isinstance(asked, Mapping) else {} if asked is None else {primary: float(asked)}
@@ -107,25 +114,25 @@ def old_limits(weights: Mapping[str, float], max_drop: float) -> tuple[MetricLim
 
 
 def limited(limits: Sequence[MetricLimit]) -> list[MetricLimit]:
-    """Those that a schedule has to keep."""
+    """The limits that a schedule must meet."""
     return [limit for limit in limits if limit.max_drop is not None]
 
 
 def factors(limits: Sequence[MetricLimit]) -> dict[str, float]:
     """What one unit of each metric adds to the composite, which counts in allowances: -1 is one max_drop used up.
 
-    A metric without a limit enters by its weight per unit, measured in allowances of the primary metric.
+    A metric without a limit counts by its weight per unit, in allowances of the primary metric.
     """
     return {m.metric: m.weight / (limits[0].allowed if m.max_drop is None else m.max_drop) for m in limits}
 
 
 def composite_change(limits: Sequence[MetricLimit]) -> float:
-    """What one image can change the composite by, in allowances."""
+    """The most that one image can change the composite, in allowances."""
     return sum(limit.change * factor for limit, factor in zip(limits, factors(limits).values(), strict=True))
 
 
 def composite_specs(quality: Mapping[str, QualitySpec], limits: Sequence[MetricLimit]) -> dict[str, QualitySpec]:
-    """The metrics of a space as `create_composite` builds them: their options, and as weight what `factors` says."""
+    """The metrics of a space for `create_composite`: their options, weighted by `factors`."""
     scale = factors(limits)
     return {metric: QualitySpec(scale[metric], options=spec.options) for metric, spec in quality.items()}
 
@@ -134,10 +141,10 @@ def composite_specs(quality: Mapping[str, QualitySpec], limits: Sequence[MetricL
 
 
 def parse_max_drops(texts: Sequence[str], quality: Mapping[str, object]) -> dict[str, float]:
-    """Limits typed as `2%` or `0.3` (the primary metric's) and `clip_score=0.3`, several apart or joined by commas.
+    """Limits typed as `2%` or `0.3` (for the primary metric) and `clip_score=0.3`, separate or joined by commas.
 
-    Raises UsageError for an unknown or repeated metric, anything but a number above 0, per cent of what is no share, and
-    more than a metric can fall.
+    Raises UsageError for an unknown or repeated metric, anything but a number above 0, a percentage for a metric that is
+    not a share, and more than a metric can fall.
     """
     primary = next(iter(quality))
     found: dict[str, float] = {}
@@ -148,13 +155,13 @@ def parse_max_drops(texts: Sequence[str], quality: Mapping[str, object]) -> dict
             raise UsageError(_no_metric(f"max-drop {_shown(text)}", metric, quality))
         max_drop = _max_drop(metric, value, f"max-drop {_shown(text)}")
         if metric in found:
-            raise UsageError(f"max-drop {_shown(text)}: {metric} has a limit already")
+            raise UsageError(f"max-drop {_shown(text)}: {metric} already has a limit; give one limit per metric")
         found[metric] = max_drop
     return found
 
 
 def _no_metric(what: str, metric: str, quality: Mapping[str, object]) -> str:
-    return f"{what}: the quality has no metric {_shown(metric)}{hint(metric, quality)}"
+    return f"{what}: the search space has no metric {_shown(metric)}{hint(metric, quality)}"
 
 
 def _max_drop(metric: str, text: str, what: str) -> float:
@@ -164,12 +171,12 @@ def _max_drop(metric: str, text: str, what: str) -> float:
     if match is None:
         raise UsageError(f"{what} is not a drop of {metric} in {declared.unit}; write {example}")
     if match[3] and not declared.is_share:
-        raise UsageError(f"{what}: {metric} counts in {declared.unit}, not in shares; write {example}")
+        raise UsageError(f"{what}: {metric} is in {declared.unit}, not a percentage; write {example}")
     return check_max_drop(metric, float(f"{match[1]}e{match[2] or 0}") / (100 if match[3] else 1), what)
 
 
 def check_max_drop(metric: str, value: Any, what: str) -> float:
-    """A largest drop as a number. Raises UsageError, beginning with `what`."""
+    """A largest drop as a number. Raises UsageError that begins with `what`."""
     declared = declaration_of(metric)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise UsageError(f"{what} must be a number above 0, in {declared.unit}")

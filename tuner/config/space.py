@@ -35,10 +35,15 @@ PROMPT_SOURCES = ("nano", "geneval", "imagenet")
 
 @dataclass(frozen=True)
 class PromptSource:
-    """source: "nano", "geneval" (GenEval-style prompts over COCO's classes, from the seed), "imagenet" (class indices, for
-    VAR) or a file (.txt one prompt a line, .jsonl GenEval metadata).
-    search, heldout: how many of each. micro_batch: images per batch in quality evaluation, fixed for the study. added: how
-    many of the held-out ones a study took in later, in order; no space file says that."""
+    """Where a study's prompts come from.
+
+    Attributes:
+        source: "nano", "geneval" (GenEval-style prompts over COCO's classes, from the seed), "imagenet" (class indices, for
+            VAR) or a file (.txt with one prompt per line, .jsonl with GenEval metadata).
+        search, heldout: how many of each.
+        micro_batch: images per batch in quality evaluation, fixed for the study.
+        added: how many of the held-out ones a study added later, in order; never in a space file.
+    """
 
     source: str = "nano"
     search: int = 32
@@ -51,11 +56,14 @@ class PromptSource:
 class SearchSpace:
     """A checked search space.
 
-    model: name. quality: what counts, by metric; the first is the primary one.
-    floors: metric -> smallest mean allowed.
-    parameters: what is searched. enqueue: presets of stagevar.schedule evaluated first. semantic_end: first scale of
-    the structure stage, from analysis; structure_end is never searched below it. proposals: schedules by name that are
-    evaluated before the presets.
+    Attributes:
+        model: name.
+        quality: what counts, by metric; the first is the primary one.
+        floors: metric -> smallest mean allowed.
+        parameters: what is searched.
+        enqueue: presets of stagevar.schedule that are evaluated first.
+        semantic_end: first scale of the structure stage, from analysis; structure_end is never searched below it.
+        proposals: schedules by name that are evaluated before the presets.
     """
 
     model: str
@@ -69,7 +77,7 @@ class SearchSpace:
 
     @property
     def known(self) -> tuple[str, ...]:
-        """Names of the schedules that are evaluated before the sampler proposes any."""
+        """Names of the schedules that are evaluated before the trial sampler proposes any."""
         return (*(name for name, _ in self.proposals), *self.enqueue)
 
     def known_schedule(self, name: str, grids: Sequence[Grid]) -> StageSchedule:
@@ -84,7 +92,7 @@ class SearchSpace:
 
     @property
     def contents(self) -> dict[str, object]:
-        """Everything the space says, by field, as the identity of a run holds it: metrics are as their file states them."""
+        """Everything the space says, by field, as in a run's identity: metrics as their file states them."""
         quality = {name: spec.to_data() if spec.stated is None else spec.stated for name, spec in self.quality.items()}
         return {**dataclasses.asdict(dataclasses.replace(self, quality={})), "quality": quality}
 
@@ -103,7 +111,7 @@ class SearchSpace:
         }
 
     def fit(self, grids: Sequence[Grid]) -> None:
-        """Raises UsageError when a range does not fit a model of these scales."""
+        """Raises UsageError if a range does not fit a model with these scales."""
         scales = len(grids)
         for parameter in self.parameters:
             limit = {
@@ -128,9 +136,9 @@ class SearchSpace:
                 )
 
     def runnable(self, refused: Mapping[str, str]) -> SearchSpace:
-        """The space without the precisions that the device refuses (precision -> why).
+        """The space without the precisions that the device cannot run (precision -> why).
 
-        Raises UsageError when that leaves no precision at all.
+        Raises UsageError if that leaves no precision.
         """
         if not any(p.name == "precision" and refused.keys() & set(p.values) for p in self.parameters):
             return self
@@ -151,8 +159,8 @@ class SearchSpace:
     def schedule(self, values: Mapping[str, Value], grids: Sequence[Grid]) -> StageSchedule:
         """The schedule of one set of values: the k-th accelerated scale keeps rank_ratio * rank_decay ** k.
 
-        skip_last counts scales from the end, skip_inner those right before the last one that is run. fuse_layer is 0
-        wherever the branches cannot be fused at the cutoff's scale.
+        skip_last counts scales from the end, skip_inner those right before the last one that is run. fuse_layer is 0 if
+        the branches cannot be fused at the cutoff's scale.
         """
         given = {**DEFAULTS, **values}
         scales = len(grids)
@@ -185,7 +193,7 @@ class SearchSpace:
         )
 
     def nearest_values(self, schedule: StageSchedule, grids: Sequence[Grid]) -> dict[str, Value]:
-        """The point of the space nearest to any schedule: where the sampler files an enqueued preset."""
+        """The point of the space nearest to a schedule, under which the trial sampler files an enqueued preset."""
         scales = len(grids)
         ratios = schedule.rank_ratios or (1.0,)
         means = [sum(r) / len(r) if isinstance(r, tuple) else r for r in ratios]
@@ -233,9 +241,9 @@ def draw(space: SearchSpace, rng: random.Random) -> dict[str, Value]:
 def drawn_settings(
     space: SearchSpace, grids: Sequence[Grid], chunks: int, seed: int, at_most: int | None = None
 ) -> Iterator[tuple[dict[str, Value], Steps | None]]:
-    """Values drawn uniformly from the space, repeats included, each with its expansion, None where it has none.
+    """Values drawn uniformly from the space, repeats included, each with its expansion, None if it has none.
 
-    at_most: draws; None goes on for ever.
+    At most `at_most` draws; None never ends.
     """
     rng = random.Random(seed)
     for _ in itertools.count() if at_most is None else range(at_most):
@@ -248,12 +256,12 @@ def drawn_settings(
 def draws(
     space: SearchSpace, grids: Sequence[Grid], chunks: int, seed: int, at_most: int | None = None
 ) -> Iterator[Steps]:
-    """The expansions among `drawn_settings`. at_most: draws, not schedules."""
+    """The expansions among `drawn_settings`; `at_most` counts draws, not schedules."""
     return (steps for _, steps in drawn_settings(space, grids, chunks, seed, at_most) if steps is not None)
 
 
 def steps_key(steps: Steps) -> str:
-    """Short name of an expansion; equal for schedules that do the same, whatever their parameters."""
+    """Short name of an expansion; the same for all schedules with the same steps, whatever their parameters."""
     text = repr([dataclasses.replace(step, stage="") for step in steps])
     return hashlib.blake2b(text.encode(), digest_size=5).hexdigest()
 

@@ -21,7 +21,7 @@ from tuner.metrics.quality_spec import QualitySpec, read_quality
 
 
 def space_names() -> list[str]:
-    """Models that a search space is shipped for."""
+    """Models that have a shipped search space."""
     folder = importlib.resources.files("search_spaces")
     return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
 
@@ -32,12 +32,17 @@ def load_space(
     resolution: str | int | None = None,
     findings: Findings | None = None,
 ) -> SearchSpace:
-    """The space of a file, or the shipped one of a model, completed by the default space of the model at the resolution.
+    """The space in a file, or the one shipped for a model, completed by the model's default space at the resolution.
 
-    findings: an analysis of the model, whose boundaries, ranks and proposals go before the default's, not before a file's.
+    Args:
+        model: a registered model.
+        path: the file, None for the shipped one.
+        resolution: of the images, None for the model's own.
+        findings: an analysis of the model; its boundaries, ranks and proposals override the default space, not a file.
 
-    Raises UsageError in one line for whatever is wrong with it, for a range beyond the model's scales where these are known
-    before it is loaded, and for a model that has neither a default space nor a shipped file.
+    Raises:
+        UsageError: in one line, for anything wrong with the file, for a range beyond the model's scales if these are known
+            before it is loaded, and for a model that has neither a default space nor a shipped file.
     """
     spec = registry.find(model)
     data = default_space(spec, resolution) if spec.scales is not None else None
@@ -55,7 +60,7 @@ def load_space(
     if data is None:
         raise UsageError(
             f"{model} has no default search space, since its scales are not known before it is loaded; "
-            "write one and pass --space FILE"
+            "write one and pass it with --space FILE"
         )
     space = parse_space(data)
     if spec.scales is not None:
@@ -64,7 +69,7 @@ def load_space(
 
 
 def _completed(given: Any, base: dict[str, object] | None) -> Any:
-    """What a file says, completed by `base`; as it is where there is none, or where the checks will refuse it."""
+    """What a file says, completed by `base`; unchanged if there is no base, or if the checks will reject it."""
     return completed(given, base) if isinstance(given, dict) and base is not None else given
 
 
@@ -114,7 +119,7 @@ def parse_space(data: Any) -> SearchSpace:
 
 
 def _proposals(data: Any) -> tuple[tuple[str, StageSchedule], ...]:
-    """Named schedules. Raises UsageError naming the one that is none."""
+    """Named schedules. Raises UsageError naming an invalid one."""
     if not isinstance(data, dict):
         raise UsageError(
             f"search space: proposals {data!r:.60} must be schedules by name, such as {{mine: {{structure_end: 10}}}}"

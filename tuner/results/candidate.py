@@ -1,4 +1,4 @@
-"""One schedule of a study and what was measured of it, as plain data.
+"""One schedule of a study and its measurements, as plain data.
 
 Every difference is candidate minus full schedule on the same prompts and seeds, signed so that positive is better for the
 candidate, whatever the metric's direction; a *drop* is minus that.
@@ -23,7 +23,7 @@ Outcome = TypeVar("Outcome", bound="Candidate")
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its bootstrap interval. level: two-sided coverage. n: prompts (or samples) behind it."""
+    """A mean with its bootstrap interval of two-sided coverage `level`, from `n` prompts or samples."""
 
     mean: float
     low: float
@@ -38,7 +38,7 @@ class Interval:
 
     @property
     def inverse(self) -> Interval:
-        """Of 1 / x for an x of at least 0, whose inverse is infinite at 0."""
+        """The interval of 1 / x, for x of at least 0; the inverse of 0 is infinite."""
         return Interval(_inverse(self.mean), _inverse(self.high), _inverse(self.low), self.n, self.level)
 
 
@@ -50,15 +50,20 @@ def _inverse(value: float) -> float:
 class LatencyStats:
     """Latency of one schedule.
 
-    samples_ms: every timed run in order, raw. median_ms, p90_ms: of these. low_ms, high_ms: two-sided 95 % bootstrap bounds
-    of the median. ratio: latency over the full schedule's, from runs interleaved with it; None for the full schedule.
-    drift_corrected_ms: ratio x the full schedule's median, the figure that the search ranks on (equals median_ms for the
-    full schedule). warmup_runs: discarded runs before it settled; settled: three runs in a row agreed within 2 %.
-    scale_ms: median of each scale's share, one per scale (0 where skipped), empty where scales were not timed.
-    disturbed: why the samples may be wrong (throttling, other processes on the card), in words. card: what the card did
-    before and after them, empty where it is not known.
-    predicted: not timed but read off the table of step costs (tuner/evaluation/step_costs.py): no samples, no p90_ms, and the
-    interval of the ratio is the table's error.
+    Attributes:
+        samples_ms: every timed run in order, raw.
+        median_ms, p90_ms: of the samples.
+        low_ms, high_ms: two-sided 95 % bootstrap bounds of the median.
+        ratio: latency over the full schedule's, from runs interleaved with it; None for the full schedule.
+        drift_corrected_ms: ratio x the full schedule's median, the figure that the search ranks on; median_ms for the full
+            schedule.
+        warmup_runs: runs discarded before it settled.
+        settled: whether three runs in a row agreed within 2 %.
+        scale_ms: median time of each scale (0 if skipped), empty if scales were not timed.
+        disturbed: why the samples may be wrong (throttling, other processes on the card), in words.
+        card: what the card did before and after them, empty if unknown.
+        predicted: whether it was not timed but read from the table of step costs (tuner/evaluation/step_costs.py): no
+            samples, no p90_ms, and the interval of the ratio is the table's error.
     """
 
     samples_ms: tuple[float, ...]
@@ -101,9 +106,13 @@ class LatencyStats:
 class Verdict:
     """One constraint against the data.
 
-    name: "latency", "gain", "drop:<metric>" or "floor:<metric>". limit: what it had to keep, in `unit`.
-    value: the point estimate. bound: the confidence bound that decides. status: "met", "broken" or "open" (the interval
-    straddles the limit); in the search, where nothing is proved, only the point estimate decides.
+    Attributes:
+        name: "latency", "gain", "drop:<metric>" or "floor:<metric>".
+        limit: what it had to keep, in `unit`.
+        value: the point estimate.
+        bound: the confidence bound that decides.
+        status: "met", "broken" or "open" (the interval straddles the limit). In the search, where nothing is proved, the
+            point estimate alone decides.
     """
 
     name: str
@@ -116,12 +125,17 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Verification:
-    """A finalist (or the full schedule) re-measured: held-out prompts, round-robin latency.
+    """A finalist, or the full schedule, measured again: held-out prompts, round-robin latency.
 
-    prompts: number of held-out prompts used, the first so many of StudyResult.heldout_prompts. values: raw value per
-    metric and held-out prompt. differences: paired difference per metric. drop_upper: one-sided 95 % upper bound of the
-    primary metric's drop. latency: round-robin samples. latency_upper_ms: one-sided 95 % upper bound. verdicts: per
-    constraint. status: "verified", "broken" or "open" ("baseline" for the full schedule itself).
+    Attributes:
+        prompts: number of held-out prompts used, the first ones of StudyResult.heldout_prompts.
+        values: raw value per metric and held-out prompt.
+        differences: paired difference per metric.
+        drop_upper: one-sided 95 % upper bound of the primary metric's drop.
+        latency: round-robin samples.
+        latency_upper_ms: one-sided 95 % upper bound.
+        verdicts: one per constraint.
+        status: "verified", "broken" or "open"; "baseline" for the full schedule itself.
     """
 
     prompts: int
@@ -135,17 +149,17 @@ class Verification:
 
     @property
     def times_open(self) -> bool:
-        """Whether the timings did not decide; more prompts would not help then."""
+        """Whether the timings were inconclusive, in which case more prompts would not help."""
         return any(v.status == "open" for v in self.verdicts if v.name in OF_TIME)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One distinct schedule. What became of it is its class: Failed, Unmeasured, Measured, Pruned or Finalist.
+    """One distinct schedule. Its class says what became of it: Failed, Unmeasured, Measured, Pruned or Finalist.
 
     Args:
         key: short hash of the expansion; equal keys are equal schedules.
-        params: search-space values that gave it; empty for an enqueued preset outside the space.
+        params: search-space values that produced it; empty for an enqueued preset outside the space.
         schedule: StageSchedule.to_dict().
         steps: one mapping per scale (`stagevar.profile` spelling).
         accelerator: its name.
@@ -168,7 +182,7 @@ class Candidate:
     processed_tokens: float
 
     def becomes(self, kind: type[Outcome], **found: Any) -> Outcome:
-        """The same schedule with what was found out about it: an outcome of that class."""
+        """The same schedule as an outcome of class `kind`, with what was found."""
         names = {field.name for field in dataclasses.fields(kind)} - found.keys()
         known: dict[str, object] = {name: getattr(self, name) for name in names if hasattr(self, name)}
         return kind(**{**known, **found})
@@ -180,23 +194,28 @@ class Candidate:
 
     @property
     def final_latency(self) -> LatencyStats | None:
-        """The round-robin measurement where there is one, else the search's, else None."""
+        """The round-robin measurement if there is one, else the search's, else None."""
         return None
 
     @property
     def final_differences(self) -> dict[str, Interval]:
-        """Held-out differences where there are any, else those on the search prompts."""
+        """Held-out differences if there are any, else those on the search prompts."""
         return {}
 
     @property
     def final_verdicts(self) -> tuple[Verdict, ...]:
-        """Those of the verification where there is one, else the search's, by point estimates."""
+        """The verification's verdicts if there was one, else the search's, by point estimates."""
         return ()
 
 
 @dataclass(frozen=True)
 class Failed(Candidate):
-    """A schedule that raised. error: one line. latency: what was timed before, which only the full schedule has."""
+    """A schedule that raised.
+
+    Attributes:
+        error: one line.
+        latency: what was timed before it raised; only the full schedule has that.
+    """
 
     state: ClassVar[str] = "failed"
 
@@ -206,7 +225,7 @@ class Failed(Candidate):
 
 @dataclass(frozen=True)
 class Unmeasured(Candidate):
-    """A schedule that found too little memory, to be tried again on resume. error: one line."""
+    """A schedule that ran out of memory, as the line `error` says, to be tried again on resume."""
 
     state: ClassVar[str] = "not measured"
 
@@ -253,7 +272,7 @@ class Measured(Candidate):
 
 @dataclass(frozen=True)
 class Pruned(Measured):
-    """A schedule that was judged on the first few search prompts only. stopped_early: why (statistics/pruning.py)."""
+    """A schedule judged on the first few search prompts only; `stopped_early` says why (statistics/pruning.py)."""
 
     _: KW_ONLY
     stopped_early: str
@@ -265,7 +284,7 @@ class Pruned(Measured):
 
 @dataclass(frozen=True)
 class Finalist(Measured):
-    """A schedule (or the full one) that was measured again on held-out prompts, whatever that proved."""
+    """A schedule, or the full one, that was measured again on held-out prompts, whatever that proved."""
 
     _: KW_ONLY
     verification: Verification
@@ -284,7 +303,7 @@ class Finalist(Measured):
 
 
 def verification_of(candidate: Candidate | None) -> Verification | None:
-    """What measuring a candidate again found; None for one that was no finalist."""
+    """The verification of a finalist; None for any other candidate."""
     return candidate.verification if isinstance(candidate, Finalist) else None
 
 
@@ -300,7 +319,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Failure:
-    """A trial that raised or was not measured: number, parameters and the error's first line."""
+    """A trial that raised or was not measured: its number, parameters and the first line of the error."""
 
     trial: int
     params: dict[str, Value]

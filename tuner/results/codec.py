@@ -10,9 +10,9 @@ from typing import Any
 
 from tuner.results.candidate import Candidate, Failed, Finalist, Measured, Pruned, Unmeasured
 
-#: Fields that results of before did not have: left out where there is nothing to say.
+#: Fields that older results do not have: left out when empty.
 _LATER = ("heldout_engine", "card")
-#: Fields of a candidate on disk, whatever its class, each with what stands there where the class has no such field.
+#: Fields of a candidate on disk, whatever its class, with the value to write if the class lacks the field.
 _OF_CANDIDATE: dict[str, object] = {
     "key": None,
     "params": None,
@@ -94,7 +94,7 @@ def _typed(kind: type, value: Any) -> Any:
 
 
 def _candidate(record: dict[str, object]) -> Candidate:
-    """A candidate as the class that its record tells: on disk all have the same fields."""
+    """A candidate of the class that its record implies; on disk all classes have the same fields."""
     unknown = set(record) - set(_OF_CANDIDATE)
     if unknown:
         raise ValueError(f"Candidate has no field {min(unknown)!r}")

@@ -1,7 +1,7 @@
 """What an earlier study or profile found, as the first proposals of a new one: at another budget, on another card.
 
-Only schedules are taken over. Their latency is measured anew and so is their quality, so nothing that was true elsewhere is
-claimed here.
+Only schedules are carried over. Their latency and quality are measured again, so nothing that was true elsewhere is claimed
+here.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from tuner.results.result import StudyResult
 
 
 def earlier_schedules(path: Path, model: str, grids: Sequence[Grid] | None) -> dict[str, StageSchedule]:
-    """Schedules by name, "from-1" on: what was picked, then the front, fastest first; or the one of a profile.
+    """Schedules by name, from "from-1" on: the picks, then the front, fastest first; or a profile's schedule.
 
     Args:
-        path: a run directory, or a profile. grids: of the model as it is tuned, None where they are not known yet.
+        path: a run directory or a profile.
+        model: the model to tune.
+        grids: its grids as it is tuned, None if not known yet.
 
-    Raises UsageError for another model or number of scales, a study that found nothing, and what cannot be read.
+    Raises:
+        UsageError: for another model or number of scales, a study that found nothing, or an unreadable path.
     """
     if os.path.isdir(path):
         result = StudyResult.load(path)
@@ -31,12 +34,12 @@ def earlier_schedules(path: Path, model: str, grids: Sequence[Grid] | None) -> d
         if grids is not None and len(result.grids) != len(grids):
             raise UsageError(
                 f"--from {path} has {len(result.grids)} scales, but {model} has {len(grids)} here; "
-                "tune at a --resolution with as many"
+                "tune at a --resolution with the same number of scales"
             )
         keys = [key for key in dict.fromkeys([*result.picks.values(), *result.front]) if key != result.baseline.key]
         found = [StageSchedule.from_dict(result.candidate(key).schedule) for key in keys]
         if not found:
-            raise UsageError(f"--from {path} found no schedule but the full one; leave out --from")
+            raise UsageError(f"--from {path} found only the full schedule; leave out --from")
     else:
         profile = Profile.load(path)
         _check_model(path, profile.model.name, model)

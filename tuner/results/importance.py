@@ -1,8 +1,8 @@
-"""Which searched parameter moved the outcome: a rank statistic small enough to be understood, with its chance level.
+"""Which searched parameter moved the outcome: a rank statistic simple enough to understand, with its chance level.
 
 For one parameter: the outcome is ranked, the trials are grouped by the parameter's value (numbers with many values by
-quartile), and the share of rank variance between groups is corrected for what random grouping gives (permutations). One
-parameter at a time: interactions are not seen, and a sampler that settles on good regions narrows what can be seen.
+quartile), and the share of rank variance between groups is corrected for what random grouping gives (permutations). It
+takes one parameter at a time, so it misses interactions, and a sampler that settles on good regions narrows what it can see.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ _PERMUTATIONS = 999
 
 @dataclass(frozen=True)
 class Importance:
-    """share: variance of the outcome's rank explained above chance, 0 to 1. p: permutation p-value. n: trials."""
+    """How much one parameter moved the outcome.
+
+    Attributes:
+        share: variance of the outcome's rank that it explains above chance, 0 to 1.
+        p: permutation p-value.
+        n: number of trials.
+    """
 
     parameter: str
     share: float
@@ -28,7 +34,10 @@ class Importance:
 
 
 def importance(parameter: str, values: Sequence[Any], outcome: Sequence[float]) -> Importance:
-    """The share of `outcome` (one number per trial) that one parameter's `values` explain. ValueError if ragged."""
+    """The share of `outcome` (one number per trial) that one parameter's `values` explain.
+
+    Raises ValueError if their numbers differ.
+    """
     if len(values) != len(outcome):
         raise ValueError(f"{len(values)} values of {parameter} but {len(outcome)} outcomes")
     group_N = _groups(values)
@@ -46,7 +55,7 @@ def importance(parameter: str, values: Sequence[Any], outcome: Sequence[float]) 
 
 
 def _groups(values: Sequence[Any]) -> np.ndarray:
-    """Group number per trial: one group per value, quartiles where a number takes more than six values."""
+    """Group number per trial: one group per value, or quartiles if a number takes more than six values."""
     numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
     if numeric and len(set(values)) > 6:
         numbers = np.asarray(values, dtype=np.float64)

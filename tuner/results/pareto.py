@@ -8,7 +8,7 @@ Point = tuple[float, float]
 
 
 def front(points: Sequence[Point]) -> list[int]:
-    """Indices of the non-dominated (latency, quality) points, fastest first; of equal points the first one stays."""
+    """Indices of the non-dominated (latency, quality) points, fastest first; of equal points, the first one."""
     order = sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1], i))
     kept: list[int] = []
     for index in order:
@@ -18,7 +18,7 @@ def front(points: Sequence[Point]) -> list[int]:
 
 
 def hypervolume(points: Sequence[Point], reference: Point) -> float:
-    """Area that the points dominate up to `reference` (worst latency, worst quality); points beyond it count nothing."""
+    """Area that the points dominate up to `reference` (worst latency, worst quality); points beyond it do not count."""
     inside = [p for p in points if p[0] < reference[0] and p[1] > reference[1]]
     area, floor = 0.0, reference[1]
     for index in front(inside):

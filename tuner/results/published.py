@@ -1,7 +1,7 @@
 """Figures that the StageVAR paper publishes, for reference beside our own measurements. Data only.
 
 Source: arXiv 2512.16483, main comparison table. Latency is on a GPU that the paper does not name, so only
-speed-ups carry over. A row of another paper names it. `None` where the paper gives no figure.
+speed-ups carry over. A row from another paper names it. `None` means that the paper gives no figure.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ SOURCE = "arXiv 2512.16483"
 class Published:
     """One row: latency of one image in seconds, speed-up over the model's own full run, GenEval and DPG overall.
 
-    source: of a row that is not SOURCE's.
+    `source` names the paper of a row that is not from SOURCE.
     """
 
     name: str
@@ -61,5 +61,5 @@ GENERATORS: tuple[Published, ...] = (
 
 
 def methods_for(model: str) -> tuple[Published, ...]:
-    """The paper's rows of a model, its full run first; empty where the paper does not have it."""
+    """The paper's rows for a model, its full run first; empty if the paper does not have the model."""
     return METHODS.get(model.lower(), ())

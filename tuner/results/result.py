@@ -1,4 +1,4 @@
-"""What a study found, as plain data: written to `study.json` in the run directory, re-read by export, `report` and `verify`.
+"""What a study found, as plain data: written to `study.json` in the run directory, read by export, `report` and `verify`.
 
 No torch, no optuna here. Times are milliseconds for one image (batch 1) and include text encoding, all scales and decoding,
 unless a name says otherwise. Every difference is candidate minus full schedule on the same prompts and seeds, signed so
@@ -23,8 +23,8 @@ from tuner.results.codec import build, record_of
 from tuner.results.run_dir import STUDY_FILE
 
 SCHEMA = 2
-#: Verdicts and their exit codes. "unverified" is what `--effort instant` ends with; "partial" is a study that Ctrl-C stopped
-#: before its picks were verified.
+#: Verdicts and their exit codes. `--effort instant` ends with "unverified"; a study that Ctrl-C stopped before its picks
+#: were verified is "partial".
 EXIT_CODES = {
     "verified": 0,
     "baseline_meets_budget": 0,
@@ -39,7 +39,7 @@ EXIT_CODES = {
 
 
 class Agreement(TypedDict):
-    """How predictions of one metric matched what was measured of so many schedules; None where nothing was to be ranked."""
+    """How predictions of one metric matched the measurements; None if there was nothing to rank."""
 
     schedules: int
     rank_correlation: float | None
@@ -49,7 +49,7 @@ class Agreement(TypedDict):
 
 
 class PredictionFacts(TypedDict):
-    """What sensitivities were measured, what was proposed by them, and how well they predicted, per metric."""
+    """Which sensitivities were measured, what was proposed from them, and how well they predicted, per metric."""
 
     changes: int
     prompts: int
@@ -60,12 +60,20 @@ class PredictionFacts(TypedDict):
 
 
 class SearchFacts(TypedDict, total=False):
-    """How a search saved work; a study without a search says nothing.
+    """How a search saved work; empty for a study without a search.
 
-    savings: its switches. stopped_early, dropped, predicted: counts of schedules. table_error: share by which predicted
-    ratios err, over so many `table_checks`. prompts_run: images' worth of prompts. scales_run, scales_alone: scales that
-    were run, and what each schedule alone had needed. ask_seconds: of every ask. waited_s: for asks.
-    proposing_at_the_end: the sampler. prediction: of the front. space: what of the space was covered.
+    Attributes:
+        savings: its switches.
+        stopped_early, dropped, predicted: counts of schedules.
+        table_error: relative error of predicted ratios, from `table_checks` checks.
+        prompts_run: images' worth of prompts.
+        scales_run: scales that were run.
+        scales_alone: scales that would have been run without sharing.
+        ask_seconds: duration of every ask.
+        waited_s: total wait for asks.
+        proposing_at_the_end: the sampler.
+        prediction: of the front.
+        space: how much of the space was covered.
     """
 
     savings: dict[str, object]
@@ -89,27 +97,48 @@ class SearchFacts(TypedDict, total=False):
 class StudyResult:
     """A finished or partial study.
 
-    command: what reproduces it. created: UTC, ISO 8601. model: name. random_weights: then there is no quality anywhere.
-    provenance: of the model (hashes, preset, source). versions: packages and commit. hashes: "model", "search_prompts",
-    "heldout_prompts", "space", "constraints". device: name, kind, threads, dtype. engine: the one
-    that deployment runs; engine_choice: why that one, and what was found of the others. heldout_engine: the one that drew
-    held-out images; None in runs of before, which drew them eagerly.
-    grids, chunks, pixels: of the model. includes: what one latency figure covers, in words.
-    budget: as typed. budget_ms: resolved. limits: metrics of the quality with weight and max_drop, the primary one first;
-    empty for random weights. The composite "quality" counts in allowances: -1 is one max_drop used up.
-    higher_is_better: per metric. floors: metric -> smallest mean allowed. seed: study seed. micro_batch: images per batch
-    in quality evaluation. search_prompts, heldout_prompts: texts; prompt i of either runs with its own seed in
-    search_seeds, heldout_seeds. baseline: the full schedule. candidates: all others, in order of first trial.
-    front: keys, fastest first, of non-dominated feasible-in-quality candidates (baseline included). picks: "pick" (what
-    profile.yaml holds), "fastest", "balanced", "best_quality", "no_skip" (best verified without a skipped scale), each a
-    key, only those that exist. verdict: a key of EXIT_CODES; exit_code, reason: one line. smallest_budget_ms: least
-    latency with the quality constraints kept, when infeasible. nearest: keys nearest to feasible, then. stop_reason:
-    why the search ended. trials: told, duplicates included. sampled: distinct schedules that were not enqueued.
-    phases_s: seconds per phase. judged_on: number of held-out prompts of each judgement of this run, this one the last.
-    settle_heldout: what --heldout must be for one more judgement to decide an inconclusive study, as "1152", or "512+640"
-    where prompts have to be added to the earlier ones; None where prompts are not what is missing.
-    search: how the search saved work, for the report: schedules stopped early and dropped, error of the step table,
-    scales run and what each schedule alone had needed, seconds per ask, who proposed.
+    Attributes:
+        command: the command that reproduces it.
+        created: UTC, ISO 8601.
+        model: name.
+        random_weights: whether the weights are made up; there are no quality figures then.
+        provenance: of the model (hashes, preset, source).
+        versions: packages and commit.
+        hashes: "model", "search_prompts", "heldout_prompts", "space", "constraints".
+        device: name, kind, threads, dtype.
+        engine: the one that deployment runs.
+        engine_choice: why that one, and what was found out about the others.
+        heldout_engine: the one that drew held-out images; None in older runs, which drew them eagerly.
+        grids, chunks, pixels: of the model.
+        includes: what one latency figure covers, in words.
+        budget: as typed.
+        budget_ms: the budget in milliseconds.
+        limits: metrics of the quality with weight and max_drop, the primary one first; empty for random weights. The
+            composite "quality" counts in allowances: -1 is one max_drop used up.
+        higher_is_better: per metric.
+        floors: metric -> smallest mean allowed.
+        seed: study seed.
+        micro_batch: images per batch in quality evaluation.
+        search_prompts, heldout_prompts: texts.
+        search_seeds, heldout_seeds: the seed of each prompt.
+        baseline: the full schedule.
+        candidates: all others, in order of first trial.
+        front: keys, fastest first, of non-dominated candidates that meet the quality limits (baseline included).
+        picks: keys by role, only those that exist: "pick" (what profile.yaml holds), "fastest", "balanced",
+            "best_quality", "no_skip" (best verified without a skipped scale).
+        verdict: a key of EXIT_CODES.
+        exit_code: of the command.
+        reason: why, in one line.
+        smallest_budget_ms: if infeasible, the least latency that keeps the quality limits.
+        nearest: if infeasible, the keys nearest to feasible.
+        stop_reason: why the search ended.
+        trials: number of trials told to the sampler, duplicates included.
+        sampled: number of distinct schedules that were not enqueued.
+        phases_s: seconds per phase.
+        judged_on: number of held-out prompts of each judgment of this run, the latest last.
+        settle_heldout: the --heldout with which one more judgment decides an inconclusive study, such as "1152", or
+            "512+640" if prompts must be added to the earlier ones; None if prompts are not what is missing.
+        search: how the search saved work, for the report.
     """
 
     command: str
@@ -164,18 +193,18 @@ class StudyResult:
 
     @property
     def pick(self) -> Measured | None:
-        """What profile.yaml holds, a Finalist in every study that ran to its end; None when nothing was picked."""
+        """What profile.yaml holds, a Finalist in every study that ran to its end; None if nothing was picked."""
         pick = self.candidate(self.picks["pick"]) if "pick" in self.picks else None
         return pick if isinstance(pick, Measured) else None
 
     @property
     def full_ms(self) -> float:
-        """Median latency of the full schedule, NaN where it was not measured."""
+        """Median latency of the full schedule, NaN if it was not measured."""
         return math.nan if self.baseline.latency is None else self.baseline.latency.median_ms
 
     @property
     def measured(self) -> tuple[Measured, ...]:
-        """The candidates that were judged, the full schedule not among them."""
+        """The candidates that were judged, without the full schedule."""
         return tuple(c for c in self.candidates if isinstance(c, Measured))
 
     @property
@@ -185,7 +214,7 @@ class StudyResult:
 
     @property
     def composite_floor(self) -> float:
-        """The composite of a schedule that uses up every allowance; in results of schema 1 the allowed drop, negative."""
+        """The composite of a schedule that uses up every allowance; in schema 1, minus the allowed drop."""
         if self.limits and self.limits[0].metric == COMPOSITE:
             return -(self.limits[0].max_drop or 0.0)
         return -sum(limit.weight for limit in limited(self.limits))
@@ -198,14 +227,14 @@ class StudyResult:
 
     @classmethod
     def from_json(cls, text: str) -> StudyResult:
-        """The inverse of `to_json`. Raises UsageError for anything else."""
+        """The inverse of `to_json`. Raises UsageError for any other text."""
         try:
             data = json.loads(text)
         except ValueError as error:
             raise UsageError(f"not a study result: {error}") from None
         schema = data.get("schema") if isinstance(data, dict) else None
         if schema not in (1, SCHEMA):
-            raise UsageError(f"study result has schema {schema!r}, this version reads 1 and {SCHEMA}; rerun the study")
+            raise UsageError(f"study result has schema {schema!r}; this version reads 1 and {SCHEMA}: rerun the study")
         try:
             result: StudyResult = build(cls, _from_schema_1(data) if schema == 1 else data)
             return result
@@ -213,7 +242,7 @@ class StudyResult:
             raise UsageError(f"study result is damaged: {error}") from None
 
     def save(self, run_dir: Path | str) -> Path:
-        """Writes study.json whole or not at all; returns its path."""
+        """Writes study.json atomically; returns its path."""
         path = Path(run_dir) / STUDY_FILE
         partial = path.with_suffix(f".{os.getpid()}.tmp")
         partial.write_text(self.to_json(), encoding="utf-8")
@@ -222,7 +251,7 @@ class StudyResult:
 
     @classmethod
     def load(cls, run_dir: Path | str) -> StudyResult:
-        """Reads study.json of a run directory. Raises UsageError when there is none or it is damaged."""
+        """Reads study.json of a run directory. Raises UsageError if it is missing or damaged."""
         path = Path(run_dir) / STUDY_FILE
         try:
             text = path.read_text(encoding="utf-8")
@@ -233,7 +262,7 @@ class StudyResult:
 
 
 def _from_schema_1(data: dict[str, Any]) -> dict[str, object]:
-    """A result of schema 1, whose one limit was the composite's, in the form of schema 2."""
+    """A result of schema 1, whose only limit was on the composite, in the form of schema 2."""
     limits = [dataclasses.asdict(m) for m in old_limits(data.pop("quality_weights"), data.pop("max_drop"))]
 
     def renamed(value: Any) -> Any:

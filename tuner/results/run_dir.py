@@ -1,7 +1,7 @@
 """Run directories that survive kill -9: one driver at a time, evidence written before it is told, torn lines cut off.
 
 Optuna's journal and our `trials.jsonl` are both append-only files of lines. A trial's evidence is on disk (fsync) before
-the sampler is told, so whatever the moment of a crash, the journal can be brought up to the evidence and never lacks it.
+the sampler is told, so after a crash at any moment the journal can be brought up to date from the evidence.
 Locks are POSIX file locks: the kernel drops them with the process, so a dead driver never blocks the next one.
 """
 
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 JOURNAL_FILE = "journal.log"
 EVIDENCE_FILE = "trials.jsonl"
 LOCK_FILE = "driver.lock"
-#: Messages of the driver and its workers with their times, appended by every process that drives the run.
+#: Time-stamped messages of the driver and its workers, appended by every process that drives the run.
 LOG_FILE = "run.log"
 CONFIG_FILE = "config.json"
 STUDY_FILE = "study.json"
 #: What lasting changes to the full schedule cost (tuner.proposals.sensitivity).
 SENSITIVITY_FILE = "sensitivity.json"
 #: Everything that a study writes into its directory, and so all that --fresh may remove.
-#: config.json comes last, so that an interrupted removal still leaves a folder that is recognised as a run.
+#: config.json comes last, so that an interrupted removal still leaves a folder that is recognized as a run.
 RUN_FILES = (
     *(EVIDENCE_FILE, f"{JOURNAL_FILE}*", STUDY_FILE, "profile.yaml", "profile.schema.json", "pareto.yaml"),
     *("trials.csv", "report.html", LOG_FILE, "images", "references", "study.name", "measurements.jsonl"),
@@ -44,7 +44,7 @@ RUN_FILES = (
 
 @contextlib.contextmanager
 def driver_lock(run_dir: Path) -> Iterator[None]:
-    """Holds the run directory. Raises UsageError naming the process that holds it already."""
+    """Holds the run directory. Raises UsageError naming the process that already holds it."""
     with open(run_dir / LOCK_FILE, "a+", encoding="utf-8") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -69,7 +69,7 @@ def driver_lock(run_dir: Path) -> Iterator[None]:
 def cut_torn_line(path: Path) -> int:
     """Truncates a file to its last newline; returns the bytes cut. Call before appending, never beside another writer.
 
-    A torn last line is read over by Optuna, but the next append would glue to it and spoil the file for good.
+    Optuna skips a torn last line, but the next append would be joined to it and corrupt the file for good.
     """
     if not path.exists():
         return 0
@@ -89,15 +89,15 @@ def cut_torn_line(path: Path) -> int:
 
 
 def repair(run_dir: Path) -> list[str]:
-    """Makes the files of a dead driver appendable; call while holding the driver lock. Says what it did, a line each.
+    """Makes a dead driver's files safe to append to; call while holding the driver lock. Returns a line per repair.
 
-    The journal's own lock file has no owner once we hold the driver lock: only its driver writes.
+    Once we hold the driver lock, nobody owns the journal's own lock file: only the driver writes.
     """
     done = []
     for name in (JOURNAL_FILE, EVIDENCE_FILE):
         cut = cut_torn_line(run_dir / name)
         if cut:
-            done.append(f"{name}: cut a torn last line of {cut} bytes")
+            done.append(f"{name}: cut off a torn last line of {cut} bytes")
     for stale in run_dir.glob(f"{JOURNAL_FILE}.lock*"):
         stale.unlink(missing_ok=True)
         done.append(f"{stale.name}: removed the lock of a dead driver")
@@ -105,8 +105,11 @@ def repair(run_dir: Path) -> list[str]:
 
 
 class EvidenceRecord(TypedDict, total=False):
-    """A line of trials.jsonl. kind: "baseline", "trial", "unmeasured" and "verification" have a candidate; "dropped" has
-    the trial, key and predicted ratio of a schedule that was not judged; "sensitivity" has its table."""
+    """A line of trials.jsonl.
+
+    Of the kinds, "baseline", "trial", "unmeasured" and "verification" have a candidate; "dropped" has the trial, key and
+    predicted ratio of a schedule that was not judged; "sensitivity" has its table.
+    """
 
     kind: Required[str]
     candidate: dict[str, object]
@@ -131,7 +134,7 @@ class EvidenceLog:
             os.fsync(handle.fileno())
 
     def read(self) -> list[EvidenceRecord]:
-        """All whole lines; a torn last one is left out. Raises UsageError naming a damaged line."""
+        """All complete lines, without a torn last one. Raises UsageError naming a damaged line."""
         if not self.path.exists():
             return []
         records = []
@@ -141,13 +144,13 @@ class EvidenceLog:
             except ValueError:
                 record = None
             if not isinstance(record, dict) or "kind" not in record:
-                raise UsageError(f"{self.path} line {number} is damaged; start anew with another --out")
+                raise UsageError(f"{self.path} line {number} is damaged; start over with another --out")
             records.append(cast(EvidenceRecord, record))
         return records
 
 
 def prepare(run_dir: Path) -> None:
-    """Makes the run directory. Raises UsageError when it cannot be written or holds something else."""
+    """Creates the run directory. Raises UsageError if it cannot be written or holds something else."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         probe = run_dir / f".probe{os.getpid()}"
@@ -160,7 +163,7 @@ def prepare(run_dir: Path) -> None:
 
 
 def check_strangers(run_dir: Path) -> None:
-    """Raises UsageError for a folder that holds something else than a run; names that systems hide do not count."""
+    """Raises UsageError for a folder that holds anything but a run; hidden files do not count."""
     if not run_dir.is_dir():
         return
     strangers = [p.name for p in visible(run_dir.iterdir()) if p.name not in (LOCK_FILE, LOG_FILE)]

@@ -1,4 +1,4 @@
-"""Contracts for authors of metrics and executors: test classes to inherit. They need pytest, nothing else does.
+"""Contracts for authors of metrics and executors: test classes to inherit. They are the only part that needs pytest.
 
 # test_mine.py
 from tuner.testing.metrics import MetricContract

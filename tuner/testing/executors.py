@@ -1,5 +1,5 @@
-"""The contract that every executor passes, as a class to inherit: each task once, the values of the evaluator itself, failures
-to themselves.
+"""The contract that every executor passes, as a class to inherit: each task runs once, values equal the evaluator's own, and
+a failing task affects no other.
 
 class TestMine(ExecutorContract):
     @pytest.fixture
@@ -24,7 +24,7 @@ from tuner.testing.formulas import BATCHES, FULL, PAPER, SKIP, TREE, FormulaEval
 
 
 def tasks(batches: Iterable[int] = range(BATCHES), split: str = "search") -> list[QualityTask]:
-    """Tasks of three schedules, a micro-batch each."""
+    """Tasks for three schedules, one per micro-batch."""
     return [QualityTask(TREE, split, batch) for batch in batches]
 
 
@@ -40,14 +40,15 @@ def same(outcomes: Sequence[Outcome], expected: Sequence[Outcome]) -> bool:
 
 
 class ExecutorContract:
-    """Subclasses give two fixtures, executors whose evaluators are those of `tuner.testing.formulas`.
+    """Tests for an executor. Subclasses provide two fixtures, whose evaluators come from `tuner.testing.formulas`:
 
-    executor: with `build()`, and the study's view of it as its attribute `evaluator`. faulty: with `build(broken_skips=True)`.
+    * `executor`: made with `build()`; its attribute `evaluator` is the study's view of it.
+    * `faulty`: made with `build(broken_skips=True)`.
     """
 
     @pytest.fixture
     def plain(self) -> FormulaEvaluator:
-        """What there is to compare with: the evaluator itself."""
+        """The evaluator itself, to compare with."""
         return FormulaEvaluator()
 
     # ------------------------------------------------------------------ the contract
@@ -95,7 +96,7 @@ class ExecutorContract:
     def test_timings_keep_the_ratio_to_the_full_schedule_round_by_round(
         self, executor: Any, plain: FormulaEvaluator
     ) -> None:
-        """Whoever timed what: a schedule is compared with the full one in the same process and round."""
+        """Whichever process timed it, a schedule is compared with the full one of the same process and round."""
         timings = executor.evaluator.latency({"baseline": FULL, "paper": PAPER, "skip": SKIP}, 5)
         assert list(timings) == ["baseline", "paper", "skip"]
         assert all(len(timing.samples_ms) == 5 and timing.warmed for timing in timings.values())

@@ -1,9 +1,9 @@
 """An evaluator for tests of executors: quality and latency are formulas of the steps, and no model runs.
 
-Values depend on schedule, prompt and seed alone, so whoever evaluates a task must come to the same ones. Timings are
-numbers, not measurements: they drift from round to round, all schedules alike, in each process in its own way.
+Values depend on schedule, prompt and seed alone, so every process that evaluates a task must get the same ones. Timings are
+made up, not measured: they drift from round to round, equally for all schedules, differently in each process.
 
-An executor whose workers are other processes has them call `build` there, by its name "tuner.testing.formulas:build".
+An executor whose workers are other processes has them call `build` there, by the name "tuner.testing.formulas:build".
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MICRO_BATCH = 4
 
 
 class Samples:
-    """The part of stagevar.timing.Timing that executors and studies read, without torch."""
+    """The part of stagevar.timing.Timing that executors and studies read; needs no torch."""
 
     def __init__(self, samples_ms: Iterable[float]):
         self.samples_ms, self.warm_up_runs, self.warmed = tuple(samples_ms), 3, True
@@ -77,7 +77,7 @@ class FormulaEvaluator(Evaluator):
         return 0.2 + 0.8 * rows / all_rows
 
     def images(self, steps: Steps, split: str, batch: int) -> np.ndarray:
-        """uint8 (B, 8, 8, 3), each of one gray."""
+        """Images (B, 8, 8, 3) uint8, each a single gray."""
         levels_B = (255 * self._shades(steps, split, batch)).astype(np.uint8)
         return np.broadcast_to(levels_B[:, None, None, None], (len(levels_B), 8, 8, 3)).copy()
 
@@ -88,7 +88,7 @@ class FormulaEvaluator(Evaluator):
 
 
 def build(broken_skips: bool = False) -> FormulaEvaluator:
-    """What a worker calls in its process."""
+    """The evaluator; a worker calls this in its own process."""
     return FormulaEvaluator(broken_skips)
 
 

@@ -4,8 +4,8 @@ class TestMine(MetricContract):
     def build(self):
         return Mine()
 
-Images are smooth random colors and the same under a little noise; no figure of theirs means anything. A metric that loads
-a large model overrides the fixture `metric` with a wider scope, so that it is built once.
+The test images are smooth random colors, with and without a little noise; their scores mean nothing. For a metric that
+loads a large model, override the fixture `metric` with a wider scope, so that it is built once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ Images = tuple[np.ndarray, np.ndarray]
 
 
 class MetricContract:
-    """Subclasses build the metric. size: side in pixels of the test images. prompt: what each of them is asked for."""
+    """Tests for a metric. Subclasses build it.
+
+    Attributes:
+        size: side of the test images in pixels.
+        prompt: the prompt of each test image.
+    """
 
     size = 48
     prompt: Prompt = "a photo of a dog"
@@ -34,7 +39,7 @@ class MetricContract:
         raise NotImplementedError
 
     def draw(self) -> Images:
-        """Four images (4, size, size, 3) uint8 of smooth colors, and the same under noise."""
+        """Two batches (4, size, size, 3) uint8: smooth colors, and the same with noise."""
         rng = np.random.default_rng(3)
         y_HW, x_HW = np.mgrid[0 : self.size, 0 : self.size] / self.size
         turns_B32, phase_B3 = rng.random((4, 3, 2)) * 2, rng.random((4, 3))
@@ -75,7 +80,7 @@ class MetricContract:
         assert np.array_equal(smooth, images[0]) and np.array_equal(noisy, images[1])
 
     def test_the_batch_does_not_matter(self, metric: Metric, images: Images) -> None:
-        """One image's value is its own, and a set's the set's: how a study cuts its prompts into micro-batches is no matter."""
+        """Values do not depend on how a study cuts its prompts into micro-batches."""
         smooth, noisy = images
         if isinstance(metric, SetMetric):
             noisy, smooth = (np.concatenate([batch] * 4) for batch in images)  # some sets need ten

@@ -138,8 +138,8 @@ def test_max_drops_as_typed(texts, limits):
     ("texts", "says"),
     [
         (["clip=0.3"], "no metric 'clip', did you mean clip_score?"),
-        (["clip_score=3%"], "counts in CLIP points, not in shares; write clip_score=0.3"),
-        (["2%", "geneval=3%"], "has a limit already"),
+        (["clip_score=3%"], "is in CLIP points, not a percentage; write clip_score=0.3"),
+        (["2%", "geneval=3%"], "already has a limit"),
         (["150%"], "fall by more than it can"),
         (["0"], "above 0"),
         (["clip_score=1e999"], "above 0"),

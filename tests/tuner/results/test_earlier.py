@@ -50,7 +50,7 @@ def test_another_model_another_number_of_scales_and_nothing_found_are_refused(ea
         earlier_schedules(folder, "fake", registry.scale_grids(TINY, None))
     empty = {**json.loads(result.to_json()), "picks": {}, "front": [result.baseline.key]}
     (tmp_path / STUDY_FILE).write_text(json.dumps(empty))
-    with pytest.raises(UsageError, match="found no schedule but the full one"):
+    with pytest.raises(UsageError, match="found only the full schedule"):
         earlier_schedules(tmp_path, "fake", None)
 
 
