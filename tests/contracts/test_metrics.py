@@ -141,7 +141,7 @@ class TestEveryMetric(MetricContract):
         (lambda: create("lpips", batch_size="many"), "batch_size is 'many', expected a whole number"),
         (lambda: create("lpips", batch_size=0), "batch_size is 0, expected at least 1"),
         (lambda: create("lpips", weights=3), "weights is 3, expected text or empty"),
-        (lambda: create("lpips", net=" "), "net is ' ', expected text that is not empty"),
+        (lambda: create("lpips", net=" "), "net is ' ', expected a non-empty text"),
         (lambda: create("kid", subsets=True), "subsets is True, expected a whole number"),
         (lambda: create("geneval", threshold=float("nan")), "threshold is nan, expected a finite number"),
         (lambda: create("geneval", detector=[1]), r"detector is \[1\], expected text"),

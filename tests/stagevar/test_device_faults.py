@@ -137,7 +137,7 @@ def test_fewer_images_are_drawn_at_once_where_memory_runs_out(model, prompts, ro
     expected_images = ModelEvaluator(model, prompts, {"psnr": QualitySpec()}).images(FAST[0], "search", 0)
     room(cache_bytes(model, 1))
     evaluator = ModelEvaluator(model, prompts, {"psnr": QualitySpec()}, {"ssim": 0.1}, keep_bytes=0)
-    with pytest.warns(UserWarning, match="1 are drawn at once"):
+    with pytest.warns(UserWarning, match="drawing 1 at once"):
         found = evaluator.quality(schedules, "search", 0)
     assert evaluator.rows_at_once == 1 and room.refused == 2  # of four and of two
     for one, other in zip(found, expected, strict=True):

@@ -1,4 +1,4 @@
-"""What a study needs to know about schedules: the interface of evaluators, and what is said of one. No torch."""
+"""What a study needs to know about schedules: the interface of evaluators, and a description of one. No torch."""
 
 from __future__ import annotations
 
@@ -25,10 +25,18 @@ WITHOUT_TEXT = "all scales and decoding of one image (batch 1), its text feature
 class EvaluationInfo:
     """What is being tuned, for records and for refusing to resume on something else.
 
-    model: name. grids, chunks, pixels: of the model. device: name, kind, threads, dtype.
-    engine: how steps run, the one that deployment uses; engine_choice: why that one. heldout_engine: what draws held-out
-    images. includes: what a latency figure covers. sampling: guidance and temperature. provenance: weights' hashes and the
-    like. higher_is_better: per metric. refused: precisions of products that the device cannot run, each with why.
+    Attributes:
+        model: name.
+        grids, chunks, pixels: of the model.
+        device: name, kind, threads, dtype.
+        engine: how steps run, the one that deployment uses.
+        engine_choice: why that one.
+        heldout_engine: what draws held-out images.
+        includes: what a latency figure covers.
+        sampling: guidance and temperature.
+        provenance: the weights' hashes and the like.
+        higher_is_better: per metric.
+        refused: precisions of products that the device cannot run, each with the reason.
     """
 
     model: str
@@ -48,9 +56,9 @@ class EvaluationInfo:
 
 
 class Evaluator(ABC):
-    """What a study needs to know about schedules; tests put fakes here.
+    """What a study needs to know about schedules; tests use fakes.
 
-    Quality, latency and images every evaluator gives; the others are None where it does not, and explain or save work.
+    Every evaluator provides quality, latency and images. The other methods explain or save work, and may return None.
     """
 
     facts: EvaluationInfo
@@ -65,12 +73,12 @@ class Evaluator(ABC):
 
     @abstractmethod
     def images(self, steps: Steps, split: str, batch: int) -> np.ndarray:
-        """uint8 (B, H, W, 3) of one micro-batch."""
+        """Images (B, H, W, 3) uint8 of one micro-batch."""
 
     def step_ms(self, schedules: Sequence[Steps], rounds: int = 3) -> Mapping[Steps, tuple[float, ...]] | None:
-        """Milliseconds of the last scale of each distinct prefix, one image, a sample per round.
+        """Milliseconds of the last scale of each distinct prefix for one image, a sample per round.
 
-        The empty prefix holds text encoding, start and decoding. A table of step costs is filled from it.
+        The empty prefix holds text encoding, start and decoding. A table of step costs is built from this.
         """
         return None
 
@@ -80,10 +88,10 @@ class Evaluator(ABC):
 
     @property
     def scales_run(self) -> int | None:
-        """Scales that walks over trees of schedules ran so far."""
+        """Number of scales run so far by walks over trees of schedules."""
         return None
 
     @property
     def scales_alone(self) -> int | None:
-        """Scales that running each of those schedules alone had needed."""
+        """Number of scales that running each of those schedules alone would have taken."""
         return None

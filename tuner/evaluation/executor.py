@@ -1,4 +1,4 @@
-"""What an executor is: it runs quality tasks, wherever, and hands each result back once."""
+"""What an executor is: it runs quality tasks, here or elsewhere, and returns each result once."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from stagevar.schedule import Steps
 
 
 class WorkersLost(InfrastructureError):
-    """Nothing is left to evaluate on."""
+    """No worker is left to evaluate on."""
 
 
 @dataclass(frozen=True)
 class QualityTask:
-    """Several schedules on one micro-batch of one prompt set ("search" or "heldout"): walked together as a tree."""
+    """Several schedules on one micro-batch of one prompt set ("search" or "heldout"), walked together as a tree."""
 
     schedules: tuple[Steps, ...]
     split: str
@@ -28,22 +28,22 @@ class QualityTask:
 
 @dataclass(frozen=True)
 class Failed:
-    """Why a schedule gave no values: one line."""
+    """Why a schedule gave no values, in one line."""
 
     error: str
 
 
 @dataclass(frozen=True)
 class NotMeasured(Failed):
-    """There was too little memory for a schedule here, alone and in the smallest parts: no fault of its own."""
+    """There was too little memory for a schedule here, even alone and in the smallest parts; not the schedule's fault."""
 
 
-#: Values per metric (and "quality"), one per prompt of the micro-batch; or why there are none.
+#: Values per metric (and "quality"), one per prompt of the micro-batch, or why there are none.
 Outcome = Mapping[str, np.ndarray] | Failed
 
 
 class Executor(ABC):
-    """Runs tasks. One result per task, in any order; a schedule that fails takes no other with it."""
+    """Runs tasks. Gives one result per task, in any order; a failing schedule affects no other."""
 
     name: ClassVar[str]
 

@@ -1,4 +1,4 @@
-"""The executor in this process: one task after the other on one evaluator."""
+"""The executor in this process: one task after another on one evaluator."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tuner.evaluation.executor import Executor, Failed, NotMeasured, Outcome, Qu
 
 
 class LocalExecutor(Executor):
-    """Evaluates in process. When a tree of schedules fails, each is tried alone, so that only the culprit is lost."""
+    """Evaluates in this process. If a tree of schedules fails, each is tried alone, so that only the culprit is lost."""
 
     name: ClassVar[str] = "local"
 
@@ -24,9 +24,9 @@ class LocalExecutor(Executor):
 
 
 def evaluate_task(evaluator: Evaluator, task: QualityTask) -> list[Outcome]:
-    """The outcomes of one task. Errors of the model become `Failed`; an InfrastructureError is no schedule's and passes.
+    """The outcomes of one task. Model errors become `Failed`; an InfrastructureError, no schedule's fault, is passed on.
 
-    Where memory runs out each schedule is tried alone; one that does not fit even so is `NotMeasured`.
+    If memory runs out, each schedule is tried alone; one that still does not fit is `NotMeasured`.
     """
     try:
         return list(evaluator.quality(task.schedules, task.split, task.batch))

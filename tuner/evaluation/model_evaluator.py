@@ -1,4 +1,4 @@
-"""Evaluating schedules on a loaded model: quality by a walk over the tree of their steps, latency by timing whole images.
+"""Evaluates schedules on a loaded model: quality by a walk over the tree of their steps, latency by timing whole images.
 
 Importing this module imports no torch; building a ModelEvaluator does.
 """
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
 
 def fitting_micro_batch(model: ModelRequest, wanted: int, quality: Mapping[str, QualitySpec]) -> int:
-    """Images per batch for a study: `wanted`, or as many as the device holds beside the metrics' models, by halves.
+    """Images per batch for a study: `wanted`, halved until a batch fits on the device beside the metrics' models.
 
-    quality: metrics as in the search space, whose models stay on the device throughout (none with random weights). The
-    answer follows from all of the device's memory, not from what is free, so that the same command gives the same study.
+    The models of `quality`, metrics as in the search space, stay on the device throughout; random weights have none. The
+    result follows from the device's total memory, not from what is free, so that the same command gives the same study.
     """
     from stagevar.models.memory import largest_batch, total_bytes
     from stagevar.models.memory_plan import CARD_SHARE
@@ -58,15 +58,15 @@ def load_evaluator(
     floors: Mapping[str, float],
     **options: Any,
 ) -> ModelEvaluator:
-    """Loads a model and the metrics: what a study evaluates with, in its own process or in a cluster's workers.
+    """Loads a model and the metrics that a study evaluates with, in its own process or in a cluster's workers.
 
-    Arguments, and options by keyword, as for `ModelEvaluator`.
+    Takes the arguments of `ModelEvaluator`, its options by keyword.
     """
     from stagevar.models import registry
 
     loaded = registry.load_model(model)
     if hasattr(loaded.text, "prepare"):
-        # A large text encoder is loaded once; its features stay on disk, and it is freed before the model needs room.
+        # A large text encoder is loaded once; its features stay on disk, and it is freed before the model needs memory.
         loaded.text.prepare([text for part in prompts.values() for text in part.texts])
     return ModelEvaluator(loaded, prompts, quality, floors, **options)
 
@@ -75,25 +75,29 @@ class ModelEvaluator(Evaluator):
     """Evaluates on a loaded model, in this process.
 
     Args:
-        model: what `load_model` returned. prompts: "search" and "heldout" sets.
-        quality: metrics of the composite; ignored for random weights. floors: further metrics to compute.
+        model: what `load_model` returned.
+        prompts: "search" and "heldout" sets.
+        quality: metrics of the composite; ignored for random weights.
+        floors: further metrics to compute.
         threads: CPU threads of every latency, pinned while timing.
-        drawing_threads: CPU threads that draw and judge images, `threads` when None; they change no image.
-        engine: what latency is timed on (stagevar.engine); "auto" has it chosen here (stagevar.profile.engine_choice),
-            a choice that was made earlier is kept. Search images are drawn eagerly: a prefix that is run once is not
-            worth recording, and where other kernels round otherwise, images drift alike for a schedule and the full one
-            that it is paired with. Held-out images are drawn as they will be served, on this engine and one at a time,
-            so that a verdict is about those very images; the eager engine gives the same ones in any batch.
-        references_dir: where the full schedule's images are kept between batches; memory when None.
-        keep_bytes: for the full schedule's scales on the search prompts, which later walks start from; None takes a
-            quarter of what is free. 0 keeps nothing.
+        drawing_threads: CPU threads that draw and judge images, `threads` if None; they do not change the images.
+        engine: what latency is timed on (stagevar.engine); "auto" chooses one here (stagevar.profile.engine_choice), and an
+            earlier choice is kept. Search images are drawn eagerly: a prefix that is run once is not worth recording, and
+            if other kernels round differently, images drift equally for a schedule and the full one that it is paired with.
+            Held-out images are drawn as they will be served, on this engine and one at a time, so that a verdict is about
+            exactly those images; the eager engine draws the same ones in any batch.
+        references_dir: where the full schedule's images are kept between batches; in memory if None.
+        keep_bytes: memory for the full schedule's scales on the search prompts, from which later walks start; None takes a
+            quarter of the free memory, 0 keeps nothing.
 
-    Attributes: scales_run, scales_alone: scales run by the walks, and what running each schedule alone had needed.
-    rows_at_once: images of a micro-batch that are drawn together, fewer once memory ran out; None for all of them.
+    Attributes:
+        scales_run: scales run by the walks.
+        scales_alone: scales that running each schedule alone would have taken.
+        rows_at_once: images of a micro-batch that are drawn together, fewer once memory ran out; None for all of them.
 
-    Where memory runs out, methods free what they hold and try again in smaller parts: fewer images, fewer schedules timed
-    in turn. They raise OutOfDeviceMemory when the smallest part does not fit either, and DeviceBroken where no kernel runs
-    in this process any more; neither is a schedule's fault.
+    If memory runs out, methods free what they hold and try again in smaller parts: fewer images, fewer schedules timed in
+    turn. They raise OutOfDeviceMemory if even the smallest part does not fit, and DeviceBroken if no kernel runs in this
+    process any more; neither is a schedule's fault.
     """
 
     scales_run: int = 0
@@ -118,7 +122,7 @@ class ModelEvaluator(Evaluator):
         from stagevar.sampling.sampler import Sampler
 
         if isinstance(engine, str) and engine != "auto":
-            build_engine(engine, model.device)  # refused before anything is measured
+            build_engine(engine, model.device)  # rejected before anything is measured
         self.model, self.prompts, self.threads, self.references_dir = model, prompts, threads, references_dir
         self.drawing_threads = None if model.device.type == "cuda" else drawing_threads
         self.sampler = Sampler(model)
@@ -185,7 +189,7 @@ class ModelEvaluator(Evaluator):
         return {name: why for name, why in found.items() if why is not None}
 
     def _choose_engine(self, asked: str) -> EngineSection:
-        """By the full schedule of two search prompts, where it has to be measured."""
+        """Chooses an engine on the full schedule and two search prompts, if that needs measuring."""
         from stagevar.profile.engine_choice import engine_for
 
         prompts = self.prompts["search"]
@@ -195,7 +199,7 @@ class ModelEvaluator(Evaluator):
     # ------------------------------------------------------------------------------------------------ quality
 
     def quality(self, schedules: Sequence[Steps], split: str, batch: int) -> list[Values]:
-        """See `Evaluator`. Raises RuntimeError for random weights, which draw noise that no metric should judge."""
+        """See `Evaluator`. Raises RuntimeError for random weights: they draw noise that no metric should judge."""
         if self.composite is None:
             raise RuntimeError(f"{self.model.name} has random weights: there is no quality to measure")
         reference = self._reference(split, batch) if self._needs_reference else None
@@ -209,9 +213,9 @@ class ModelEvaluator(Evaluator):
     def _quality(
         self, schedules: Sequence[Steps], split: str, batch: int, rows: slice, reference: np.ndarray | None
     ) -> list[Values]:
-        """Values of some images of a micro-batch, per schedule."""
+        """Values of some of a micro-batch's images, per schedule."""
         composite = self.composite
-        assert composite is not None  # `quality` has seen to it
+        assert composite is not None  # `quality` has made sure of it
         everything, _ = self.prompts[split].batch(batch)
         prompts, mine = everything[rows], None if reference is None else reference[rows]
         found: dict[int, Values] = {}
@@ -241,7 +245,7 @@ class ModelEvaluator(Evaluator):
         return np.concatenate(self._in_parts(split, batch, part))
 
     def _drawing(self, split: str) -> Sampler:
-        """What draws a set of prompts: held-out images come from the engine that serves."""
+        """The sampler that draws a set of prompts: held-out images come from the engine that serves."""
         if split == "heldout" and self.engine != "eager":
             if self._serving is None:
                 self.sampler.release()
@@ -253,14 +257,14 @@ class ModelEvaluator(Evaluator):
         return self.sampler
 
     def _release(self) -> None:
-        """Frees the caches that images were drawn with; they are made again when next needed."""
+        """Frees the caches used for drawing; they are created again when needed."""
         self.sampler.release()
         if self._serving is not None:
             self._serving.release()
             self._serving = None
 
     def _in_parts(self, split: str, batch: int, run: Callable[[slice], Any]) -> list[Any]:
-        """`run` of the rows of a micro-batch, all at once or in parts that fit: one after the other, in order."""
+        """Calls `run` on the rows of a micro-batch, all at once or, in order, in parts that fit."""
         from stagevar.device_faults import free_unused, told_apart
         from stagevar.timing import threads_of
 
@@ -277,21 +281,21 @@ class ModelEvaluator(Evaluator):
                 if size == 1 and not self._kept:
                     self._release()
                     raise
-            # Out here the error is gone, whose frames hold what ran out.
+            # Out here the error is gone, and with it the frames that held the memory.
             if self._kept:
                 self._kept.clear()
                 self.keep_bytes = 0
             else:
                 self.rows_at_once = -(-size // 2)
                 warnings.warn(
-                    f"{size} images at once need more memory than is free: {self.rows_at_once} are drawn at once"
+                    f"{size} images at once need more memory than is free: drawing {self.rows_at_once} at once"
                 )
             self._release()
             free_unused(self.model.device)
         return found
 
     def _advance(self, batch: int) -> Callable[[Generation, ScaleStep], bool]:
-        """Advances along what is kept of the full schedule where the paths agree; keeps it when it comes by."""
+        """Advances from the kept scales of the full schedule as long as the paths agree; keeps them when they are run."""
         kept, last = self._kept.get(batch), len(self.full) - 1
 
         def advance(generation: Generation, step: ScaleStep) -> bool:
@@ -309,13 +313,13 @@ class ModelEvaluator(Evaluator):
 
     def _may_keep(self, generation: Generation) -> bool:
         if generation.resident is not None:
-            return False  # its buffers belong to recorded graphs, which replay a scale for less than a copy
+            return False  # its buffers belong to recorded graphs, for which replaying a scale is cheaper than copying
         from stagevar.models.memory import available_bytes
 
         needed = generation.cache.memory_bytes
         if self.keep_bytes is None:
             room = (available_bytes(self.model.device) or 0) // 4
-            # All of the set or none: half of it would only evict what walks need.
+            # All of the set or none: half of it would only displace what walks need.
             return self.prompts["search"].batches * needed <= room + sum(
                 g.cache.memory_bytes for g in self._kept.values()
             )
@@ -333,18 +337,18 @@ class ModelEvaluator(Evaluator):
         texts, key = [prompt_text(prompt) for prompt in prompts[rows]], (split, batch, rows.start, rows.stop)
         if key not in self._encoded:
             self._encoded[key] = self.model.text.encode(texts)
-        # Later walks start from what an eager one keeps, whatever their schedules restore from.
+        # Later walks start from what an eager one keeps, regardless of what their schedules restore from.
         among = schedules if sampler is self._serving else None
         return sampler.begin(texts, list(seeds[rows]), among=among, encoded=self._encoded[key])
 
     def _reference(self, split: str, batch: int) -> np.ndarray:
-        """The full schedule's images of a micro-batch, made once per study."""
+        """The full schedule's images of a micro-batch, drawn once per study."""
         if self.references_dir is None:
             if (split, batch) not in self._references:
                 self._references[split, batch] = self.images(self.full, split, batch)
             return self._references[split, batch]
         path = self.references_dir / f"{split}-{batch:04d}.npy"
-        # A batch that was the last one and not full may have grown since, with the set.
+        # A batch that was the last one and not full may have grown with the set since then.
         if not path.exists() or len(np.load(path, mmap_mode="r")) != len(self.prompts[split].batch(batch)[1]):
             self.references_dir.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(".tmp")

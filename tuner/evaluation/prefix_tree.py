@@ -27,8 +27,13 @@ def walk(
 ) -> int:
     """Runs all schedules on one generation, each distinct prefix of steps once; returns the number of scales run.
 
-    leaf(indices, images): called once per distinct schedule with the indices that share it; uint8 images (B, H, W, 3).
-    None decodes nothing. advance: instead of the sampler's; returns True where it took a scale over and ran none.
+    Args:
+        sampler: runs the steps.
+        generation: a new one, of the prompts.
+        schedules: expansions.
+        leaf: called once per distinct schedule with the indices that share it and its images (B, H, W, 3) uint8; None
+            decodes nothing.
+        advance: replaces the sampler's; returns True if it restored a scale instead of running it.
     """
     runs = 0
     advance = advance or sampler.advance
@@ -45,7 +50,7 @@ def walk(
         for step, group in children.items():
             sampler.rewind(generation, depth)
             if step.decision is not None:
-                # All continuations are part of the step, so whoever shares it shares the images.
+                # All continuations are part of the step, so schedules that share it share the images.
                 runs += len(sampler.model.grids) - depth
                 images = sampler.finish(generation, schedules[group[0]])
                 if leaf is not None:

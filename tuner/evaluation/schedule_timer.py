@@ -1,4 +1,4 @@
-"""Timing schedules of a loaded model on one engine: whole images in turn, the steps of a tree, the scales of one image.
+"""Times schedules of a loaded model on one engine: whole images in turn, the steps of a tree, the scales of one image.
 
 Importing this module imports no torch.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def pinned_on(device: torch.device, threads: int) -> contextlib.AbstractContextManager[object]:
-    """What CPU figures are timed in; a GPU's do not depend on it."""
+    """The context for timing on a CPU; does nothing for a GPU."""
     from stagevar.timing import pinned
 
     return contextlib.nullcontext() if device.type == "cuda" else pinned(threads)
@@ -33,11 +33,14 @@ def pinned_on(device: torch.device, threads: int) -> contextlib.AbstractContextM
 class ScheduleTimer:
     """Times single images (batch 1) of one prompt.
 
-    Args: model: what `load_model` returned. text, seed: of the prompt. engine: what steps run on. threads: on a CPU, pinned
-        while timing.
+    Args:
+        model: what `load_model` returned.
+        text, seed: of the prompt.
+        engine: what steps run on.
+        threads: on a CPU, pinned while timing.
 
-    Every method raises RuntimeError when the engine fell back to eager, since its figures would be another engine's;
-    OutOfDeviceMemory when the smallest part does not fit; DeviceBroken where no kernel runs in this process any more.
+    Every method raises RuntimeError if the engine fell back to eager, since the figures would be another engine's;
+    OutOfDeviceMemory if even the smallest part does not fit; DeviceBroken if no kernel runs in this process any more.
     """
 
     def __init__(self, model: LoadedModel, text: str, seed: int, engine: str, threads: int):
@@ -47,10 +50,10 @@ class ScheduleTimer:
     def latency(
         self, schedules: Mapping[str, Steps], sentinel: str | None, rounds: int, warm_up_at_most: int
     ) -> Mapping[str, Timing]:
-        """Round-robin timings, warmed per schedule, each with a sampler of its own that keeps the cache it is deployed with.
+        """Round-robin timings, warmed per schedule, each with its own sampler and the cache that it is deployed with.
 
-        As many are timed in turn as the device holds; the others in further groups, each beside the full schedule
-        (`tuner.evaluation.timed_groups`). sentinel: its name, None where it is not among them.
+        As many are timed in turn as fit on the device; the others follow in more groups, each with the full schedule
+        (`tuner.evaluation.timed_groups`). `sentinel` is that schedule's name, None if it is not among them.
         """
         from stagevar.device_faults import free_unused, told_apart
         from stagevar.models.memory_plan import groups_that_fit
@@ -74,7 +77,7 @@ class ScheduleTimer:
         return {name: timings[name] for name in schedules}
 
     def timings(self, schedules: Mapping[str, Steps], rounds: int, warm_up_at_most: int) -> Mapping[str, Timing]:
-        """Timings of schedules that fit on the device together."""
+        """Timings of schedules that together fit on the device."""
         from stagevar.timing import measure
 
         samplers = {name: self.new_sampler() for name in schedules}
@@ -93,9 +96,9 @@ class ScheduleTimer:
                 sampler.release()
 
     def step_ms(self, schedules: Sequence[Steps], rounds: int) -> dict[Steps, tuple[float, ...]]:
-        """Milliseconds of the last scale of each distinct prefix, one image, a sample per round; a first round is not counted.
+        """Milliseconds of the last scale of each distinct prefix for one image, a sample per round after a discarded first.
 
-        Schedules that decide on the way are refused with ValueError.
+        Raises ValueError for schedules with a decision point.
         """
         from stagevar.device_faults import told_apart
 
@@ -106,7 +109,7 @@ class ScheduleTimer:
         from stagevar.timing import time_once
 
         if any(step.decision is not None for steps in schedules for step in steps):
-            raise ValueError("a schedule that decides on the way has no single path to time")
+            raise ValueError("a schedule with a decision point has no single path to time")
         device = self.model.device
         sampler = self.new_sampler()
         found: dict[Steps, list[float]] = {}
@@ -143,7 +146,7 @@ class ScheduleTimer:
         return found
 
     def new_sampler(self) -> Sampler:
-        """One on the engine of this timer, with a cache of its own."""
+        """A sampler on this timer's engine, with its own cache."""
         from stagevar.sampling.sampler import Sampler
 
         return Sampler(self.model, engine=self.engine)

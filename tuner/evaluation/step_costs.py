@@ -1,8 +1,8 @@
-"""What steps cost, measured once: predicts the latency ratio of any schedule, and says how far that can be trusted.
+"""What steps cost, measured once: predicts the latency ratio of any schedule, and how far to trust the prediction.
 
 A step's cost depends on its scale, on the tokens and branches that it runs and on the cache that it attends to. Timed walks
-over a few schedules fill the table, in shares of the full schedule's scales in the same round, so that a drifting clock
-cancels. A step that was timed with the same cache length is looked up; any other is interpolated by ridge regression on the
+over a few schedules fill the table, in shares of the full schedule's scales in the same round, so that clock drift cancels
+out. A step that was timed with the same cache length is looked up; any other is interpolated by ridge regression on the
 arithmetic of a transformer layer (launches, linear layers, attention, reductions), corrected by the nearest timed steps of
 its kind. Whole schedules timed end to end correct the sum and give the error that every run reports.
 """
@@ -20,15 +20,21 @@ from stagevar.schedule import LowRank, Pivotal, Plugged, ScaleStep, Steps
 
 #: Root mean square error of predicted ratios above which schedules are timed instead.
 TOLERANCE = 0.05
-#: Whole schedules that have to be timed before the error is believed.
+#: Whole schedules to time before the error is trusted.
 LEAST_CHECKS = 4
-#: Ridge, relative to the scaled features: keeps few timings from giving wild slopes.
+#: Ridge, relative to the scaled features: prevents wild slopes when there are few timings.
 _RIDGE = 1e-3
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A latency over the full schedule's. error: relative, one standard deviation. interpolated: steps not in the table."""
+    """A latency over the full schedule's.
+
+    Attributes:
+        ratio: the prediction.
+        error: relative, one standard deviation.
+        interpolated: number of steps that were not in the table.
+    """
 
     ratio: float
     error: float
@@ -46,7 +52,8 @@ class StepCosts:
     """The table of one study.
 
     Args:
-        full: the full schedule's steps. chunks: of the model.
+        full: the full schedule's steps.
+        chunks: of the model.
     """
 
     def __init__(self, full: Steps, chunks: int):
@@ -62,10 +69,10 @@ class StepCosts:
     # ------------------------------------------------------------------------------------------------ filling
 
     def observe(self, samples_ms: Mapping[Steps, Sequence[float]]) -> None:
-        """Takes timed walks: per prefix of steps the milliseconds of its last one, a sample per round.
+        """Adds timed walks: for each prefix of steps, the milliseconds of its last step, a sample per round.
 
-        The empty prefix holds what every image costs besides (text, start, decoding). The full schedule's prefixes must be
-        among them. Raises ValueError when they are not.
+        The empty prefix holds the fixed cost of an image (text, start, decoding). Raises ValueError unless the full
+        schedule's prefixes are included.
         """
         prefixes = [self.full[: depth + 1] for depth in range(len(self.full))]
         if any(prefix not in samples_ms for prefix in prefixes):
@@ -83,7 +90,7 @@ class StepCosts:
         self._forget_errors()
 
     def check(self, steps: Steps, ratio: float) -> None:
-        """Takes a schedule's ratio as timed end to end. Schedules that decide on the way teach nothing."""
+        """Adds a schedule's ratio as timed end to end; ignores schedules with a decision point."""
         if self.covers(steps) and ratio > 0:
             self._checks[steps] = float(ratio)
             self._forget_errors()
@@ -91,12 +98,12 @@ class StepCosts:
     # ------------------------------------------------------------------------------------------------ asking
 
     def covers(self, steps: Steps) -> bool:
-        """Whether steps are decided beforehand, so that there is one latency to predict."""
+        """Whether the steps have no decision point, so that there is one latency to predict."""
         return all(step.decision is None for step in steps)
 
     @property
     def filled(self) -> bool:
-        """Whether steps were timed, so that there is something to predict from, trusted or not."""
+        """Whether steps were timed, so that predictions exist, trusted or not."""
         return bool(self._entries)
 
     @property
@@ -118,7 +125,7 @@ class StepCosts:
 
     @functools.cached_property
     def _log_errors(self) -> np.ndarray:
-        """Logarithm of timed over predicted ratio of every schedule timed end to end; forgotten when more is learnt."""
+        """Logarithm of timed over predicted ratio of every schedule timed end to end; reset when timings are added."""
         return np.array([np.log(ratio / self._raw(steps)[0]) for steps, ratio in self._checks.items()])
 
     def _forget_errors(self) -> None:
@@ -126,13 +133,13 @@ class StepCosts:
 
     @property
     def trusted(self) -> bool:
-        """Whether predictions may stand in for timings."""
+        """Whether predictions may replace timings."""
         return self.error <= TOLERANCE
 
     def predict(self, steps: Steps) -> Prediction:
-        """Latency ratio of a schedule. Raises ValueError for one that decides on the way, or before anything was timed."""
+        """Latency ratio of a schedule. Raises ValueError for one with a decision point, or before anything was timed."""
         if not self._entries or not self.covers(steps):
-            raise ValueError("nothing to predict from" if not self._entries else "a decision has no single latency")
+            raise ValueError("no timings to predict from" if not self._entries else "a decision has no single latency")
         ratio, interpolated = self._raw(steps)
         if self._checks:
             ratio *= float(np.exp(np.median(self._log_errors)))
@@ -211,7 +218,7 @@ class StepCosts:
         matrix = np.stack([self._features(e.step, e.cached) for e in entries])
         self._scale = np.maximum(np.abs(matrix).max(axis=0), 1e-12)
         shares = np.array([e.share for e in entries])
-        # Relative residuals: a small scale's error should not drown in a large one's.
+        # Relative residuals: a large scale's error must not drown out a small one's.
         weight = 1 / np.maximum(shares, 0.05 * shares.max())
         scaled = matrix / self._scale * weight[:, None]
         gram = scaled.T @ scaled + _RIDGE * np.eye(scaled.shape[1])

@@ -1,15 +1,16 @@
 """Measurements that studies and machines share, `--store DIR`: quality of schedules, and what their steps cost.
 
-    DIR/quality/CONTEXT/context.json          what all results of this folder agree in
+    DIR/quality/CONTEXT/context.json          what all results in this folder have in common
     DIR/quality/CONTEXT/BATCH/SCHEDULE.json   values per metric of one schedule on one micro-batch
     DIR/steps/CONTEXT/SCHEDULE.json           cost of each of its steps, in shares of the full schedule's
 
-Names are hashes of contents, and a file is complete or absent: it is written beside and renamed, and holds its own checksum.
-Two writers of one name write the same result, so nothing needs a lock, and a killed writer loses only what it was writing.
+Names are hashes of contents, and a file is complete or absent: it is written under another name, then renamed, and holds its
+own checksum. Two writers of one name write the same result, so nothing needs a lock, and a killed writer loses only what it
+was writing.
 
-A result is reused where model, weights, prompts and seeds, sampling, metrics, precision, engine with its tolerance, and the
-code that draws and judges agree. Milliseconds are not kept: step costs are shares of the full schedule's in the same round,
-and belong to one kind of device.
+A result is reused if model, weights, prompts and seeds, sampling, metrics, precision, engine with its tolerance, and the
+code that draws and judges are the same. Milliseconds are not kept: step costs are shares of the full schedule's in the same
+round, and belong to one kind of device.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: What results have to agree in, by name; plain data.
+#: What must be the same for results to be reused, by name; plain data.
 Context: TypeAlias = dict[str, object]
-#: Kept with every context, so that a later layout is no result of this one.
+#: Kept with every context, so that results of another layout are never reused.
 LAYOUT = 1
-#: Where the code is that decides images, values or step costs.
+#: The code that determines images, values or step costs.
 _CODE = (
     *("stagevar/accelerators", "stagevar/engine", "stagevar/images.py", "stagevar/models", "stagevar/prompts"),
     *("stagevar/sampling", "stagevar/schedule", "stagevar/tensors"),
@@ -57,7 +58,7 @@ _CODE = (
 
 @functools.cache
 def code_digest() -> str:
-    """Hash of the sources that decide images, values and step costs; comments count."""
+    """Hash of the sources that determine images, values and step costs, comments included."""
     root = Path(stagevar.__file__).resolve().parents[1]
     found = hashlib.sha256()
     for name in _CODE:
@@ -68,7 +69,7 @@ def code_digest() -> str:
 
 
 def quality_context(facts: EvaluationInfo, space: SearchSpace, split: str) -> Context:
-    """What quality results of a split depend on besides schedule and prompts. Weights and limits change no metric's value."""
+    """What quality results of a split depend on, besides schedule and prompts; metrics' weights and limits do not matter."""
     engine = facts.heldout_engine if split == "heldout" else "eager"
     metrics = {name: dict(spec.options) for name, spec in space.quality.items()}
     return _plain(
@@ -92,7 +93,7 @@ def quality_context(facts: EvaluationInfo, space: SearchSpace, split: str) -> Co
 
 
 def cost_context(facts: EvaluationInfo) -> Context:
-    """What step costs depend on besides the schedule: above all, the device."""
+    """What step costs depend on, besides the schedule: above all, the device."""
     device = dict(facts.device)
     if device.get("kind") == "cpu":
         device |= {"processor": platform.processor() or platform.machine(), "host": socket.gethostname()}
@@ -104,7 +105,7 @@ def cost_context(facts: EvaluationInfo) -> Context:
 
 
 def _plain(data: Context) -> Context:
-    """As it comes back from JSON."""
+    """A context as it comes back from JSON."""
     plain: Context = json.loads(json.dumps(data, sort_keys=True, default=str))
     return plain
 
@@ -116,14 +117,14 @@ def _digest(data: Any) -> str:
 class Store:
     """A folder of measurements.
 
-    Methods raise InfrastructureError where the disk gives way and UsageError where the folder cannot be written.
+    Methods raise InfrastructureError if the disk fails and UsageError if the folder cannot be written.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def open(self, kind: str, context: Context) -> Path:
-        """The folder of a context, made where there was none."""
+        """The folder of a context, created if missing."""
         folder = self.folder / kind / _digest(context)
         path = folder / "context.json"
         if not path.exists():
@@ -133,7 +134,7 @@ class Store:
         return folder
 
     def read(self, path: Path) -> Any | None:
-        """What a file holds; None for one that is missing or damaged."""
+        """The data in a file; None if it is missing or damaged."""
         try:
             held = json.loads(path.read_text(encoding="utf-8"))
             return held["data"] if held["check"] == _digest(held["data"]) else None
@@ -141,13 +142,13 @@ class Store:
             return None
 
     def write(self, path: Path, data: Any) -> None:
-        """Writes a file, whole or not at all."""
+        """Writes a file atomically."""
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text_atomically(path, json.dumps({"check": _digest(data), "data": data}))
 
     def unlike(self, kind: str, context: Context) -> list[tuple[int, str]]:
-        """What other results of this model differ in: their number and one phrase, most alike first."""
+        """How other results of this model differ: their number and one phrase, the most similar first."""
         found = []
         for path in sorted(self.folder.glob(f"{kind}/*/context.json")):
             try:
@@ -164,19 +165,20 @@ class Store:
 
 @dataclass
 class StoreCounts:
-    """Results taken from a store and results that had to be made, images counted."""
+    """Results taken from a store and results that had to be computed, in images."""
 
     reused: int = 0
     made: int = 0
 
 
 class StoredExecutor(Executor):
-    """Runs of another executor only what the store does not hold, and adds it.
+    """Has another executor run only what the store lacks, and stores it.
 
     Args:
-        limits: of this study, whose composite is computed anew.
+        limits: of this study; its composite is computed from stored values.
 
-    Attributes: counts: images.
+    Attributes:
+        counts: images reused and computed.
     """
 
     name: ClassVar[str] = "stored"
@@ -196,14 +198,15 @@ class StoredExecutor(Executor):
         self.counts = StoreCounts()
 
     def reasons(self) -> list[str]:
-        """What is reused and what is not, a line each, as far as it is known before anything runs."""
+        """What is reused and what is not, a line each, as far as known before anything runs."""
         context = self._contexts["search"]
         folder = self.store.folder / "quality" / _digest(context)
         held = sum(1 for path in folder.rglob("*.json") if path.name != "context.json")
         lines = []
         if held:
-            lines.append(f"{held:,} results agree in {', '.join(name for name in context if name != 'layout')}: reused")
-        lines += [f"{count:,} results are of {why}: not reused" for count, why in self.store.unlike("quality", context)]
+            same = ", ".join(name for name in context if name != "layout")
+            lines.append(f"{held:,} results have the same {same}: reused")
+        lines += [f"{count:,} results have {why}: not reused" for count, why in self.store.unlike("quality", context)]
         return lines or [f"no results of {context['model']} yet"]
 
     def run(self, tasks: Sequence[QualityTask]) -> Iterator[tuple[QualityTask, list[Outcome]]]:
@@ -215,7 +218,7 @@ class StoredExecutor(Executor):
             self.counts.reused += len(known) * size
             self.counts.made += len(missing) * size
             log.info(
-                "store: %s micro-batch %d: %d schedules reused, %d not held yet",
+                "store: %s micro-batch %d: %d schedules reused, %d not stored yet",
                 *(task.split, task.batch, len(known), len(missing)),
             )
             if not missing:
@@ -252,7 +255,7 @@ class StoredExecutor(Executor):
 
 
 class StoredCosts(Evaluator):
-    """An evaluator whose step costs come from a store where it holds them. Everything else is the evaluator's own."""
+    """An evaluator that takes step costs from a store if it has them. Everything else is the evaluator's own."""
 
     def __init__(self, evaluator: Evaluator, store: Store):
         self._evaluator, self._store, self.facts = evaluator, store, evaluator.facts
@@ -281,7 +284,7 @@ class StoredCosts(Evaluator):
         return self._evaluator.scales_alone
 
     def step_ms(self, schedules: Sequence[Steps], rounds: int = 3) -> dict[Steps, tuple[float, ...]] | None:
-        """See `Evaluator`, in shares of the full schedule's scales of the same round; only schedules not held are timed."""
+        """See `Evaluator`; in shares of the full schedule's scales in the same round. Only schedules not stored are timed."""
         known = {steps: shares for steps in schedules if (shares := self._held(steps, rounds)) is not None}
         missing = [steps for steps in schedules if steps not in known]
         self.steps_reused, self.steps_timed = len(known), len(missing)

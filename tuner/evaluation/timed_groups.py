@@ -1,8 +1,8 @@
-"""Schedules that are timed apart, on several GPUs or one group after the other, as if they had been timed together.
+"""Schedules timed separately, on several GPUs or one group after another, as if they had been timed together.
 
-Each group times the full schedule in the same rounds, as its sentinel. Samples of a group are scaled, round by round, by
-what the sentinel took in the first group over what it took here: the ratio to the full schedule is exactly the one
-measured beside it, and milliseconds are those of the first group.
+Each group times the full schedule in the same rounds, as its sentinel. A group's samples are scaled, round by round, by the
+sentinel's time in the first group over its time in this one: the ratio to the full schedule stays exactly as measured, and
+milliseconds become those of the first group.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def deal(schedules: Mapping[str, Steps], sentinel: str | None, shares: int) -> list[dict[str, Steps]]:
-    """Schedules in at most `shares` groups, each with the sentinel first; in one group where there is no sentinel."""
+    """Schedules in at most `shares` groups, each with the sentinel first; in one group if there is no sentinel."""
     if sentinel is None:
         return [dict(schedules)]
     others = [name for name in schedules if name != sentinel]
@@ -40,9 +40,9 @@ def merged(parts: Sequence[Mapping[str, Timing]], sentinel: str | None) -> dict[
 
 
 def scaled(timing: Timing, sentinel: Timing, reference: Timing) -> Timing:
-    """A timing as in the group of `reference`: each sample times what the full schedule took there over what it took here.
+    """A timing as in the group of `reference`: each sample times the full schedule's time there over its time here.
 
-    All have the same rounds. CUDA events are left out: they are this group's.
+    All have the same rounds. CUDA events are left out, since they belong to this group.
     """
     from stagevar.timing import Timing
 

@@ -1,7 +1,7 @@
 """Scores of benchmarks that ask a model questions about each image: GenEval 2, T2I-CompBench's attributes, OneIG's alignment.
 
-Rules over an answers file alone; DPG-Bench has its own module. No data of these benchmarks is shipped: their prompts and
-questions are read by path.
+These rules need only an answers file; DPG-Bench has its own module. None of the benchmarks' data is shipped: their prompts
+and questions are read by path.
 
 Sources (facts): GenEval 2, Kamath et al. 2025 (arXiv 2512.16853), github facebookresearch/GenEval2, `evaluation.py` and
 `soft_tifa_analysis.py`; T2I-CompBench, Huang et al. 2023, github Karine-Huang/T2I-CompBench, `BLIPvqa_eval/BLIP_vqa.py`;
@@ -31,7 +31,7 @@ class AskedPrompt(NamedTuple):
 
 @dataclass(frozen=True)
 class ItemScore:
-    """One item: the means over its images. `other` is GenEval 2's geometric mean beside the arithmetic `score`."""
+    """One item: the means over its images. `other` is GenEval 2's geometric mean, `score` the arithmetic one."""
 
     item_id: str
     score: float
@@ -40,7 +40,7 @@ class ItemScore:
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """Figures by name, as published, and the items that they are means of; unanswered: items that have questions alone."""
+    """Figures by name, as published, and the items they average; `unanswered` lists items with questions but no answers."""
 
     figures: dict[str, float]
     items: tuple[ItemScore, ...]
@@ -52,7 +52,7 @@ class AnswerScore:
 
 
 def geometric_mean(shares: Sequence[float]) -> float:
-    """0 as soon as one of them is 0."""
+    """The geometric mean; 0 if any share is 0."""
     if min(shares) <= 0:
         return 0.0
     return math.exp(sum(map(math.log, shares)) / len(shares))
@@ -61,9 +61,9 @@ def geometric_mean(shares: Sequence[float]) -> float:
 def score_geneval2(questions: Sequence[Question], answers: Answers) -> AnswerScore:
     """Soft-TIFA of GenEval 2, times 100: arithmetic (AM) and geometric means (GM) of an image's answers, over prompts.
 
-    answers: probability of the right answer. A prompt with several images counts by their mean. By skill: the mean over all
-    answers (AM). By number of atoms, where the questions say it: the mean of the prompts' GM.
-    Raises UsageError for a question that is not answered on an image of its item.
+    Answers are probabilities of the right answer. A prompt with several images counts by their mean. By skill: the mean over
+    all answers (AM). By number of atoms, if the questions give it: the mean of the prompts' GM.
+    Raises UsageError for a question without an answer for an image of its item.
     """
     items = []
     skills: dict[str, list[float]] = {}
@@ -87,10 +87,11 @@ def score_geneval2(questions: Sequence[Question], answers: Answers) -> AnswerSco
 
 
 def score_compbench(questions: Sequence[Question], answers: Answers) -> AnswerScore:
-    """T2I-CompBench's BLIP-VQA score, 0 to 1: an image is the product over its noun phrases of the probability of yes.
+    """T2I-CompBench's BLIP-VQA score, 0 to 1: an image scores the product of its noun phrases' probabilities of yes.
 
-    Each image is rounded to four decimals, as published; the score is the mean over images. The benchmark uses it for color,
-    shape and texture; its other categories need a detector and CLIP. By the category of the item's first question, if any.
+    Each image's score is rounded to four decimals, as published; the result is the mean over images, also by the category of
+    the item's first question, if any. The benchmark uses it for color, shape and texture; its other categories need a
+    detector and CLIP.
     """
     items, every = [], []
     categories: dict[str, list[float]] = {}
@@ -104,10 +105,10 @@ def score_compbench(questions: Sequence[Question], answers: Answers) -> AnswerSc
 
 
 def score_oneig(questions: Sequence[Question], answers: Answers) -> AnswerScore:
-    """OneIG-Bench's alignment, 0 to 1: an image is the share of its questions that are answered yes and whose parents all are.
+    """OneIG-Bench's alignment, 0 to 1: the share of an image's questions answered yes whose parents are all answered yes.
 
-    A parent counts by its own answer: unlike in DPG-Bench, what a no has put to 0 puts nothing further to 0. A parent that is
-    not there is passed over. An item is the mean of its images, the score the mean of the items.
+    A parent counts by its own answer: unlike in DPG-Bench, a zero does not cascade. A missing parent is ignored. An item
+    scores the mean of its images, and the result is the mean of the items.
     """
     items = []
     answered, unanswered = _answered(questions, answers)
@@ -134,9 +135,9 @@ def _groups(questions: Sequence[Question]) -> dict[str, list[Question]]:
 def _answered(
     questions: Sequence[Question], answers: Answers
 ) -> tuple[list[tuple[str, list[Question], list[list[float]]]], tuple[str, ...]]:
-    """Items with answers, each with its questions and, per image, its answers in their order; and the other items.
+    """Items with answers, each with its questions and its answers per image, in the same order; and the other items.
 
-    Raises UsageError for a question that is not answered on an image of its item.
+    Raises UsageError for a question without an answer for an image of its item.
     """
     tiles: dict[str, set[int]] = {}
     for item_id, _, tile in answers:
@@ -167,7 +168,7 @@ def _group_means(groups: Mapping[str, Mapping[str, Sequence[float]]], factor: fl
 
 
 def _mean(values: Iterable[float]) -> float:
-    """Of nothing: not a number, which JSON shows as null."""
+    """The mean; NaN, null in JSON, if there are no values."""
     found = list(values)
     return sum(found) / len(found) if found else math.nan
 
@@ -187,7 +188,7 @@ def read_geneval2(path: str | Path) -> list[AskedPrompt]:
             prompts.append(AskedPrompt(str(entry["prompt"]), int(entry.get("atom_count") or 0), questions))
         except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
             raise UsageError(
-                f"{path} line {number}: is no line of geneval2_data.jsonl (prompt, atom_count, vqa_list, as many skills)"
+                f"{path} line {number}: not a line of geneval2_data.jsonl (prompt, atom_count, vqa_list and as many skills)"
             ) from None
         if not questions:
             raise UsageError(f"{path} line {number}: vqa_list is empty; give the prompt's questions")
@@ -204,14 +205,22 @@ def geneval2_questions(prompts: Sequence[AskedPrompt]) -> list[Question]:
 
 
 def read_geneval2_answers(path: str | Path, prompts_path: str | Path | None) -> tuple[list[Question], Answers]:
-    """(questions, answers) of an answers file, or of the list of lists of probabilities that the published script writes.
+    """Reads an answers file, or the list of lists of probabilities that the published script writes.
 
-    prompts_path: geneval2_data.jsonl; the script's file needs it, an answers file says skill and atom_count itself otherwise.
-    Raises UsageError naming what does not fit.
+    Args:
+        path: the file.
+        prompts_path: geneval2_data.jsonl. The script's file needs it; an answers file without it gives skill and atom_count
+            itself.
+
+    Returns:
+        Questions and answers.
+
+    Raises:
+        UsageError: naming what does not fit.
     """
     if Path(path).suffix == ".json":
         if prompts_path is None:
-            raise UsageError(f"{path}: lists of probabilities need the prompts that they belong to: give --questions")
+            raise UsageError(f"{path}: lists of probabilities need the prompts they belong to: give --questions")
         questions = geneval2_questions(read_geneval2(prompts_path))
         return questions, _script_answers(path, _groups(questions))
     own, answers = read_answers(path, reading="shares")
@@ -223,7 +232,7 @@ def read_geneval2_answers(path: str | Path, prompts_path: str | Path | None) -> 
         if (question.item_id, question.proposition_id) not in known:
             raise UsageError(
                 f"{path}: item {question.item_id}, proposition {question.proposition_id} is not in {prompts_path}; items are "
-                "its lines, counted from 0, propositions are counted from 1"
+                "its lines, counted from 0, and propositions are counted from 1"
             )
     return questions, answers
 
@@ -241,6 +250,6 @@ def _script_answers(path: str | Path, groups: Mapping[str, Sequence[Question]]) 
             raise UsageError(f"{path}: list {item_id} does not hold {len(group)} probabilities, one per question")
         for question, share in zip(group, shares, strict=True):
             if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-                raise UsageError(f"{path}: list {item_id} holds {share!r:.40}, which is no probability from 0 to 1")
+                raise UsageError(f"{path}: list {item_id} holds {share!r:.40}, which is not a probability from 0 to 1")
             answers[item_id, question.proposition_id, 0] = float(share)
     return answers

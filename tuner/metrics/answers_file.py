@@ -1,4 +1,4 @@
-"""Answers of a model to a benchmark's questions, as files hold them; docs/metrics.md ("Answers file") has the format."""
+"""Files of a model's answers to a benchmark's questions; docs/metrics.md ("Answers file") has the format."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Reading = Literal["exact", "words", "shares"]
 
 @dataclass(frozen=True)
 class Question:
-    """One question. `parents` are proposition ids of the same item; `category` is "entity - whole", a skill or ""; `text` the
-    question, `prompt` the item's caption, `atoms` GenEval 2's count of its prompt: "" and 0 if the file does not say."""
+    """One question. `parents` are proposition ids of the same item; `category` is "entity - whole", a skill or ""; `text` is
+    the question, `prompt` the item's caption, `atoms` GenEval 2's count for its prompt: "" and 0 if the file omits them."""
 
     item_id: str
     proposition_id: int
@@ -66,9 +66,14 @@ def read_answers(
 ) -> tuple[list[Question], dict[tuple[str, int, int], float]]:
     """(questions in file order, answers) of an answers file; its format is in docs/metrics.md ("Answers file").
 
-    With `questions_path` (dpg_bench.csv) the answers file needs only item, proposition, tile and answer. reading: "exact"
-    takes the word yes alone as yes, as DPG-Bench does, "words" in any case, "shares" probabilities from 0 to 1.
-    Raises UsageError naming the line at fault.
+    Args:
+        path: the answers file.
+        questions_path: dpg_bench.csv; with it, the answers file needs only item, proposition, tile and answer.
+        reading: "exact" counts only the lower-case word yes as yes, as DPG-Bench does, "words" counts it in any case, and
+            "shares" reads probabilities from 0 to 1.
+
+    Raises:
+        UsageError: naming the line at fault.
     """
     path = Path(path)
     table = read_table(path)
@@ -86,7 +91,7 @@ def read_answers(
         known = questions.setdefault(identity, question)
         if known.parents != question.parents or known.category != question.category:
             raise UsageError(
-                f"{path} line {number}: item {identity[0]}, proposition {identity[1]} has another "
+                f"{path} line {number}: item {identity[0]}, proposition {identity[1]} has a different "
                 "dependency or tuple than on an earlier line"
             )
         if wide:
@@ -139,7 +144,7 @@ class _Columns:
         return next((name for name in _ALIASES.get(wanted, (wanted,)) if name in self.raw), None)
 
     def cell(self, row: Mapping[str, str], wanted: str) -> str:
-        """What a line says in a column, "" where the file has no such column."""
+        """A line's cell in a column, "" if the file has no such column."""
         name = self.get(wanted)
         return "" if name is None else row[name]
 
@@ -192,7 +197,7 @@ def _tile(
         if cell.upper() in _TILE_NAMES:
             return _TILE_NAMES.index(cell.upper())
         return _whole(path, number, "tile", cell)
-    # Without a tile column, the k-th line of a question is its answer on tile k.
+    # Without a tile column, the k-th line of a question is its answer for tile k.
     return next(tile for tile in range(len(seen) + 1) if (*identity, tile) not in seen)
 
 
@@ -202,9 +207,9 @@ _SCORES = {"0": 0.0, "1": 1.0, "false": 0.0, "true": 1.0}
 def _values(
     path: Path, raw: Mapping[tuple[str, int, int], str], lines: Mapping[tuple[str, int, int], int]
 ) -> dict[tuple[str, int, int], float]:
-    """1.0 or 0.0 per answer: of a column of words, where only "yes" is yes, or of a column of 0/1 or true/false.
+    """1.0 or 0.0 per answer, from a column of words, where only "yes" is yes, or of 0/1 or true/false.
 
-    Warns of words that people read as yes and the published comparison does not. Raises UsageError for other numbers, and
+    Warns about words that people read as yes but the published comparison does not. Raises UsageError for other numbers, and
     for numbers among words.
     """
     numbers = {key: number for key, cell in raw.items() if (number := _score(cell)) is not None}
@@ -212,7 +217,7 @@ def _values(
         if number not in (0.0, 1.0):
             raise UsageError(
                 f"{path} line {lines[key]}: {raw[key].strip()!r:.40} is neither an answer nor 0 or 1; DPG-Bench counts yes or "
-                "no, decide it before"
+                "no, so decide before scoring"
             )
     if len(numbers) == len(raw):
         return numbers
@@ -225,32 +230,32 @@ def _values(
     if almost:
         warnings.warn(
             f"{path}: {len(almost)} of {len(raw)} answers begin with yes but are not exactly 'yes', so they count as no, as "
-            f"in the published script; the first: {raw[almost[0]]!r:.40} in line {lines[almost[0]]}"
+            f"in the published script; the first: {raw[almost[0]]!r:.40} on line {lines[almost[0]]}"
         )
     elif not any(cell.strip().casefold() in ("yes", "no") for cell in raw.values()):
         cell = next(iter(raw.values()))
-        warnings.warn(f"{path}: no answer is yes or no, so all count as no; the first: {cell!r:.40}")
+        warnings.warn(f"{path}: no answer is yes or no, so they all count as no; the first: {cell!r:.40}")
     return {key: is_yes(cell) for key, cell in raw.items()}
 
 
 def _shares(
     path: Path, raw: Mapping[tuple[str, int, int], str], lines: Mapping[tuple[str, int, int], int]
 ) -> dict[tuple[str, int, int], float]:
-    """The probabilities that answers are. Raises UsageError for words and for numbers beyond 0 to 1."""
+    """Answers as probabilities. Raises UsageError for words and for numbers outside 0 to 1."""
     found = {}
     for key, cell in raw.items():
         share = _score(cell)
         if share is None or not 0 <= share <= 1:
             raise UsageError(
-                f"{path} line {lines[key]}: {cell.strip()!r:.40} is no probability from 0 to 1; give the one that the model "
-                "has for the right answer"
+                f"{path} line {lines[key]}: {cell.strip()!r:.40} is not a probability from 0 to 1; give the model's "
+                "probability of the right answer"
             )
         found[key] = share
     return found
 
 
 def _score(cell: str) -> float | None:
-    """The number that a cell holds, None for words."""
+    """The number in a cell, None for words."""
     word = cell.strip().casefold()
     if word in _SCORES:
         return _SCORES[word]

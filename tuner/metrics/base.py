@@ -11,7 +11,7 @@ import numpy as np
 from stagevar.errors import UsageError
 from tuner.metrics.declarations import Declaration
 
-#: A JSON object: what a metric says of one image, of many, or of itself.
+#: A JSON object: what a metric says about one image, about many, or about itself.
 Facts: TypeAlias = dict[str, object]
 Prompt = str | Mapping[str, object]  # a caption, or GenEval metadata with its caption under "prompt"
 
@@ -19,9 +19,12 @@ Prompt = str | Mapping[str, object]  # a caption, or GenEval metadata with its c
 class Metric(ABC):
     """Scores images one by one.
 
-    `name` is the registry's and the YAML's; `higher_is_better` the direction; `needs_reference` whether `score`
-    compares with the full schedule's image of the same prompt and seed; `needs_prompt` whether it reads the prompts.
-    `declaration` is for metrics of other packages; those of this one have a row in tuner.metrics.declarations.
+    Attributes:
+        name: in the registry and in YAML.
+        higher_is_better: direction.
+        needs_reference: whether `score` compares with the full schedule's image of the same prompt and seed.
+        needs_prompt: whether it reads the prompts.
+        declaration: for metrics of other packages; the built-in ones have a row in tuner.metrics.declarations.
     """
 
     name: ClassVar[str]
@@ -36,7 +39,7 @@ class Metric(ABC):
         prompts: Sequence[Prompt],
         reference_images_uint8_BHW3: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Values (B,) float64, one per image. Raises UsageError where shapes, prompts or references do not fit."""
+        """Values (B,) float64, one per image. Raises UsageError if shapes, prompts or references do not fit."""
         self.check(images_uint8_BHW3, prompts, reference_images_uint8_BHW3)
         if len(images_uint8_BHW3) == 0:
             return np.zeros(0)
@@ -51,7 +54,7 @@ class Metric(ABC):
         prompts: Sequence[Prompt],
         reference_images_uint8_BHW3: np.ndarray | None = None,
     ) -> None:
-        """Raise UsageError where shapes, prompts or references do not fit."""
+        """Raises UsageError if shapes, prompts or references do not fit."""
         check_images(self.name, images_uint8_BHW3)
         if len(prompts) != len(images_uint8_BHW3):
             raise UsageError(f"{self.name}: {len(images_uint8_BHW3)} images but {len(prompts)} prompts")
@@ -62,7 +65,7 @@ class Metric(ABC):
             if reference_images_uint8_BHW3.shape != images_uint8_BHW3.shape:
                 raise UsageError(
                     f"{self.name}: images are {images_uint8_BHW3.shape}, references "
-                    f"{reference_images_uint8_BHW3.shape}; sizes must agree"
+                    f"{reference_images_uint8_BHW3.shape}; sizes must match"
                 )
 
     @abstractmethod
@@ -77,7 +80,7 @@ class Metric(ABC):
         prompts: Sequence[Prompt],
         reference_images_uint8_BHW3: np.ndarray | None = None,
     ) -> list[Facts]:
-        """As `score`, one JSON object per image with its "value" and whatever else `summary` needs."""
+        """Like `score`, but one JSON object per image with its "value" and whatever else `summary` needs."""
         return [
             {"value": float(value)} for value in self.score(images_uint8_BHW3, prompts, reference_images_uint8_BHW3)
         ]
@@ -88,7 +91,7 @@ class Metric(ABC):
         return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0}
 
     def remarks(self, prompts: Sequence[Prompt]) -> list[str]:
-        """What a reader of the figures over these prompts must know, one sentence each, such as that texts were cut."""
+        """What a reader of the figures for these prompts must know, such as that texts were truncated; a sentence each."""
         return []
 
     def describe(self) -> Facts:
@@ -97,13 +100,13 @@ class Metric(ABC):
 
 
 def needed(reference_images_uint8_BHW3: np.ndarray | None) -> np.ndarray:
-    """The reference images of a metric that needs them, which `Metric.check` has asked for."""
+    """The reference images of a metric that needs them; `Metric.check` has made sure that they are there."""
     assert reference_images_uint8_BHW3 is not None
     return reference_images_uint8_BHW3
 
 
 class BenchmarkMetric(Metric):
-    """A metric that keeps more than a value of each image: reasons, detections, answers."""
+    """A metric that keeps more than one value per image: reasons, detections, answers."""
 
     needs_prompt: ClassVar[bool] = True
 
@@ -136,20 +139,20 @@ def value_of(row: Mapping[str, object]) -> float:
 class SetMetric(Metric):
     """A metric of a whole set (FID, KID, IS, CMMD).
 
-    `score_set` is the figure to publish. `score` splits the value of the images handed in into one contribution per
-    image, whose mean estimates it, so that a set metric can serve as objective; each class says how.
+    `score_set` is the figure to publish. `score` splits the value of the given images into one contribution per image, with
+    a mean that estimates it, so that a set metric can serve as an objective; each class says how.
     """
 
     @abstractmethod
     def score_set(self, batches: Iterable[np.ndarray], reference_batches: Iterable[np.ndarray] | None = None) -> float:
-        """Value of the set given as batches (B, H, W, 3) uint8, streamed."""
+        """Value of the set, streamed in batches (B, H, W, 3) uint8."""
 
     def score_pairs(
         self, batches: Iterable[np.ndarray], reference_batches: Iterable[np.ndarray]
     ) -> tuple[float, float, float] | None:
-        """`score_set` and its 95 % interval over pairs of image and reference in the same order.
+        """`score_set` and its 95 % interval over pairs of image and reference, in the same order.
 
-        None where there is no interval; then nothing is drawn from the batches.
+        None if the metric has no interval; the batches are then left unread.
         """
         return None
 
@@ -165,7 +168,7 @@ def prompt_text(prompt: Prompt) -> str:
 
 
 def check_images(name: str, images: np.ndarray) -> None:
-    """Raise UsageError unless `images` is uint8 (B, H, W, 3)."""
+    """Raises UsageError unless `images` is uint8 (B, H, W, 3)."""
     shape = getattr(images, "shape", None)
     if getattr(images, "dtype", None) != np.uint8 or shape is None or len(shape) != 4 or shape[3] != 3:
         kind = getattr(images, "dtype", type(images).__name__)

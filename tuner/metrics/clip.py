@@ -29,10 +29,14 @@ from tuner.metrics.model_files import hub_file, refuse_missing
 class ClipModel:
     """An open_clip model with its own preprocessing and tokenizer, in fp32, evaluated in batches.
 
-    model: "ViT-L-14", "hf-hub:org/repo", "local-dir:/folder" or "nano". pretrained: a tag that open_clip knows for that
-    architecture or a path to weights (safetensors, or a pickle of tensors only); ignored for the other three.
-    resize_mode: "shortest", "longest" or "squash" where the model's own preprocessing is not wanted.
-    Raises UsageError if the architecture, tag or file is unknown or the weights cannot be had.
+    Args:
+        model: an architecture such as "ViT-L-14", or "hf-hub:org/repo", "local-dir:/folder" or "nano".
+        pretrained: for an architecture, a tag that open_clip knows for it or a path to weights (safetensors, or a pickle of
+            tensors only); ignored otherwise.
+        resize_mode: "shortest", "longest" or "squash" to replace the model's own preprocessing.
+
+    Raises:
+        UsageError: if the architecture, tag or file is unknown or the weights are not available.
     """
 
     def __init__(
@@ -69,7 +73,7 @@ class ClipModel:
 
     @torch.inference_mode()
     def text_features(self, texts: Sequence[str]) -> torch.Tensor:
-        """Unit features (B, D) on the CPU; texts beyond the context length are cut, as open_clip does, see `is_cut`."""
+        """Unit features (B, D) on the CPU; texts are truncated to the context length, as open_clip does, see `is_cut`."""
         parts = []
         for start in range(0, len(texts), self.batch_size):
             tokens = self.tokenizer(list(texts[start : start + self.batch_size]))
@@ -77,23 +81,23 @@ class ClipModel:
         return torch.cat(parts)
 
     def is_cut(self, texts: Sequence[str]) -> list[bool]:
-        """Per text, whether its end is beyond the context length, so that the text tower does not see it."""
+        """Per text, whether it is longer than the context, so that the text tower does not see its end."""
         length = self.tokenizer([""]).shape[1]
-        # Twice the length holds at least one token that would be cut; what fills up short texts is seen on an empty one.
+        # Twice the length shows at least one token that would be cut; an empty text shows what short texts are padded with.
         padding_T = self.tokenizer([""], context_length=2 * length)[0, length:]
         return [
             bool((self.tokenizer([text], context_length=2 * length)[0, length:] != padding_T).any()) for text in texts
         ]
 
     def remarks(self, prompts: Sequence[Prompt]) -> list[str]:
-        """How many prompts the text tower cuts, a sentence if there are any."""
+        """A sentence on how many prompts the text tower truncates, if any."""
         texts = list(dict.fromkeys(prompt_text(prompt) for prompt in prompts))
         cut = [text for text, beyond in zip(texts, self.is_cut(texts), strict=True) if beyond]
         if not cut:
             return []
         return [
             f"{len(cut)} of {len(texts)} prompts are longer than the {self.tokenizer(['']).shape[1]} tokens that the CLIP text "
-            f"tower reads; what is beyond does not count. The first: {cut[0][:60]!r}"
+            f"tower reads; the rest of each is ignored. The first: {cut[0][:60]!r}"
         ]
 
     def describe(self) -> dict[str, object]:
@@ -107,7 +111,7 @@ class ClipModel:
 
 @functools.cache
 def shared_clip(model: str, pretrained: str, device: str, batch_size: int) -> ClipModel:
-    """The one ClipModel of these arguments: a score and a similarity by the same CLIP load it once."""
+    """The one ClipModel with these arguments: a score and a similarity that use the same CLIP load it once."""
     return ClipModel(model, pretrained, device=device, batch_size=batch_size)
 
 
@@ -164,9 +168,9 @@ class ClipImageSimilarity(Metric):
 class HumanPreferenceScore(Metric):
     """HPSv2: cosine of image and prompt in a ViT-H-14 fine-tuned on human choices (about 0.2 to 0.35).
 
-    `weights` is the published checkpoint (HPS_v2.1_compressed.pt), a local path or the hub's copy by default.
+    `weights` is the published checkpoint (HPS_v2.1_compressed.pt): a local path, by default the hub's copy.
     Source: github tgxs002/HPSv2, hpsv2/img_score.py: plain open_clip ViT-H-14, no logit scale, the image shrunk to fit
-    and padded. Its own package is not used: it vendors an old open_clip; in place of its AMP we run fp32.
+    and padded. Its own package is not used: it vendors an old open_clip. We run fp32 instead of its AMP.
     """
 
     name: ClassVar[str] = "hpsv2"
@@ -201,8 +205,8 @@ class HumanPreferenceScore(Metric):
 class ColorClassifier:
     """GenEval's zero-shot color of one object: ten colors, three templates each, argmax of cosines.
 
-    Source: djghosh13/geneval evaluate_images.py. The object is cut out with its mask over #999, then cropped to its
-    box; the features of a color's three sentences are averaged and normalized again (clip_benchmark's classifier).
+    Source: djghosh13/geneval evaluate_images.py. The object is masked, with #999 around it, then cropped to its box; the
+    features of a color's three sentences are averaged and normalized again (clip_benchmark's classifier).
     """
 
     def __init__(
@@ -218,7 +222,7 @@ class ColorClassifier:
         boxes_xyxy: Sequence[Sequence[float]],
         masks_HW: Sequence[np.ndarray] | None = None,
     ) -> list[str]:
-        """Color names of the objects given by boxes in pixels and, if there are any, masks (H, W) of booleans."""
+        """Color names of the objects given by boxes in pixels and, optionally, boolean masks (H, W)."""
         if not boxes_xyxy:
             return []
         image = image.convert("RGB")
@@ -254,7 +258,7 @@ class ColorClassifier:
 
 
 def _pixel_box(box_xyxy: Sequence[float]) -> tuple[int, int, int, int]:
-    """Whole pixels, as PIL's crop rounds them, at least one wide and high."""
+    """The box in whole pixels, as PIL's crop rounds them, at least one pixel wide and high."""
     x0, y0, x1, y1 = (round(value) for value in box_xyxy)
     return x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)
 

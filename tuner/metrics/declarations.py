@@ -9,20 +9,25 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["binary", "bounded", "continuous"]
-#: What an image is held against: nothing, its prompt's text, GenEval's clauses, the questions of a benchmark's file, the full
+#: What an image is compared with: nothing, its prompt's text, GenEval's clauses, the questions of a benchmark's file, the full
 #: schedule's image of the same prompt and seed, or a set of images.
 Compares = Literal["", "prompt", "prompt metadata", "prompt's questions", "reference", "reference set"]
 
 
 @dataclass(frozen=True)
 class Declaration:
-    """One metric.
+    """What one metric measures.
 
-    kind: "binary" (0 or 1 per image), "bounded" (any value from 0 to `change`) or "continuous" (no range that bounds would
-    profit from). unit: of its mean and of its max_drop. change: what one image can lose at most (binary, bounded) or what a
-    ruined image usually loses (continuous); 0 where that is not known. max_drop: of a metric that comes first in a space and
-    states none. higher_is_better: direction. compares: what an image is held against.
-    verification_only: too slow for a search.
+    Attributes:
+        kind: "binary" (0 or 1 per image), "bounded" (any value from 0 to `change`) or "continuous" (no range that bounds
+            would profit from).
+        unit: of its mean and of its max_drop.
+        change: the most that one image can lose (binary, bounded) or what a ruined image usually loses (continuous); 0 if
+            unknown.
+        max_drop: the default for a metric that comes first in a space and states none.
+        higher_is_better: direction.
+        compares: what an image is compared with.
+        verification_only: whether it is too slow for a search.
     """
 
     kind: Kind
@@ -35,12 +40,12 @@ class Declaration:
 
     @property
     def is_share(self) -> bool:
-        """Whether its mean is a share, so that a limit in per cent makes sense."""
+        """Whether its mean is a share, so that a limit in percent makes sense."""
         return self.kind != "continuous" and self.change == 1.0
 
 
 _SHARE = "share of prompts"
-#: Metric -> declaration. The changes of the continuous ones are orders of magnitude, for planning and for failures so rare
+#: Metric -> declaration. The changes of continuous metrics are orders of magnitude, for planning and for failures so rare
 #: that none was seen: the CLIP score of an unrelated image is about 10 points lower, its CLIP cosine to the full
 #: schedule's image about 0.5, and so on.
 DECLARATIONS: dict[str, Declaration] = {

@@ -1,7 +1,7 @@
-"""Reads detections files for GenEval: what was found in each image, beside what its prompt asked for.
+"""Reads detections files for GenEval: what was found in each image, and what its prompt asked for.
 
-The format is stated in docs/metrics.md ("Detections file"). The reader is liberal in spelling and strict in meaning:
-whatever it cannot place for certain is a UsageError that names the image and the key.
+docs/metrics.md ("Detections file") has the format. The reader is lenient about spelling and strict about meaning: anything
+ambiguous is a UsageError that names the image and the key.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ _SCORE_KEYS = ("score", "confidence", "conf", "prob", "probability")
 _BOX_KEYS = ("box", "box_xyxy", "bbox", "xyxy", "bbox_xyxy")
 _XYWH_KEYS = ("box_xywh", "xywh", "bbox_xywh")
 _COLOR_KEYS = ("color", "colour")
-#: How far above 1 a probability in single precision may come out.
+#: How far above 1 a single-precision probability may end up.
 _ROUNDING = 1e-6
 _COLOR_SCORE_KEYS = ("color_scores", "colour_scores", "color_probs", "colour_probs", "color_logits", "colour_logits")
 
 
 @dataclass(frozen=True)
 class DetectedImage:
-    """One image of a detections file: its name, its GenEval metadata line, everything a detector found in it."""
+    """One image of a detections file: its name, its GenEval metadata line, and everything a detector found in it."""
 
     name: str
     metadata: Metadata
@@ -63,10 +63,9 @@ class GenEvalReport:
 def read_detections(path: str | Path, metadata_path: str | Path | None = None) -> list[DetectedImage]:
     """The images of a detections file, in file order.
 
-    `metadata_path` is GenEval's `evaluation_metadata.jsonl`, for files whose entries carry none: they are matched by
-    `index` (line number from 0), else by `prompt`, else by the five-digit folder in the image's name. Warns of its prompts
-    that no image belongs to.
-    Raises UsageError for what cannot be read, and for an image that is there twice.
+    `metadata_path` is GenEval's `evaluation_metadata.jsonl`, for files whose entries have no metadata: they are matched by
+    `index` (line number from 0), else by `prompt`, else by the five-digit folder in the image's name. Warns about prompts
+    without an image. Raises UsageError for an unreadable file, and for an image that appears twice.
     """
     prompts = None if metadata_path is None else read_metadata(metadata_path)
     images: list[DetectedImage] = []
@@ -74,7 +73,7 @@ def read_detections(path: str | Path, metadata_path: str | Path | None = None) -
     for position, (key, entry) in enumerate(_entries(Path(path))):
         name = str(key if key is not None else _first(entry, _NAME_KEYS, default=f"image {position}"))
         if name in names:
-            raise UsageError(f"{path}: image {name:.80} is there twice; name every image once")
+            raise UsageError(f"{path}: image {name:.80} appears twice; list every image once")
         names.add(name)
         metadata = _metadata(name, entry, prompts)
         try:
@@ -83,7 +82,7 @@ def read_detections(path: str | Path, metadata_path: str | Path | None = None) -
         except UsageError as error:
             raise UsageError(f"{path}, {name}: {error}") from None
     if not images:
-        raise UsageError(f"{path}: no images in it; expected a list of objects with metadata and detections")
+        raise UsageError(f"{path} has no images; expected a list of objects with metadata and detections")
     if prompts is not None:
         used = {json.dumps(image.metadata) for image in images}
         unused = [number for number, line in enumerate(prompts, start=1) if json.dumps(line) not in used]
@@ -96,7 +95,7 @@ def read_detections(path: str | Path, metadata_path: str | Path | None = None) -
 
 
 def read_metadata(path: str | Path) -> list[Metadata]:
-    """GenEval metadata, one JSON object a line or a list of them. Raises UsageError naming the line at fault."""
+    """GenEval metadata, one JSON object per line or a list of them. Raises UsageError naming the line at fault."""
     lines = []
     for number, metadata in read_json_values(path):
         try:
@@ -105,14 +104,14 @@ def read_metadata(path: str | Path) -> list[Metadata]:
             raise UsageError(f"{path} line {number}: {error}") from None
         lines.append(cast(Metadata, metadata))
     if not lines:
-        raise UsageError(f"{path}: no metadata lines in it")
+        raise UsageError(f"{path} has no metadata lines")
     return lines
 
 
 def score_detections(images: Sequence[DetectedImage], **rules: Any) -> GenEvalReport:
-    """Judge every image by the official rules; `rules` are the keyword options of `stagevar.prompts.geneval.judge`.
+    """Judges every image by the official rules; `rules` are keyword options of `stagevar.prompts.geneval.judge`.
 
-    Warns of classes and colors that prompts and detections do not share and that GenEval does not know.
+    Warns about classes and colors that prompts and detections do not share and GenEval does not know.
     """
     _name_strangers(images)
     verdicts = []
@@ -129,7 +128,7 @@ def score_detections(images: Sequence[DetectedImage], **rules: Any) -> GenEvalRe
 
 
 def _name_strangers(images: Sequence[DetectedImage]) -> None:
-    """Warn of names that no other side has: most likely another spelling, scored as absent."""
+    """Warns about names that the other side lacks: most likely spelled differently, and scored as absent."""
     lines = [image.metadata for image in images]
     clauses = [clause for line in lines for clause in (*line["include"], *line.get("exclude", ()))]
     found = [detection for image in images for detection in image.detections]
@@ -142,10 +141,10 @@ def _name_strangers(images: Sequence[DetectedImage]) -> None:
         ("color", asked_colors, found_colors, COLORS),
     ):
         for name in sorted(set(seen) - asked - set(known)):
-            _warn(f"{what} {name!r:.60} of {seen[name]} detections is in no prompt", name, [*asked, *known])
+            _warn(f"{what} {name!r:.60}, in {seen[name]} detections, is in no prompt", name, [*asked, *known])
         if seen:
             for name in sorted(asked - set(seen) - set(known)):
-                _warn(f"{what} {name!r:.60} that prompts ask for is in no detection", name, [*seen, *known])
+                _warn(f"{what} {name!r:.60}, which prompts ask for, is in no detection", name, [*seen, *known])
 
 
 def _warn(message: str, name: str, others: Iterable[str]) -> None:
@@ -153,14 +152,14 @@ def _warn(message: str, name: str, others: Iterable[str]) -> None:
 
 
 def geneval_metadata(metric: str, prompt: Prompt) -> Metadata:
-    """The GenEval metadata that a prompt is. Raises UsageError if it is a bare caption."""
+    """A prompt as GenEval metadata. Raises UsageError if it is a bare caption."""
     if not isinstance(prompt, Mapping) or "include" not in prompt:
-        raise UsageError(f"{metric}: prompt {prompt!r:.60} carries no GenEval metadata (tag, include)")
+        raise UsageError(f"{metric}: prompt {prompt!r:.60} has no GenEval metadata (tag, include)")
     return cast(Metadata, prompt)
 
 
 def geneval_summary(rows: Sequence[Mapping[str, object]], prompts: Sequence[Prompt]) -> dict[str, object]:
-    """GenEval's score of judged images (rows with "value" 0 or 1): the mean of the tag means, and what goes with it."""
+    """GenEval's score of judged images (rows with "value" 0 or 1): the mean of the tag means, with details."""
     summary = summarize(
         {
             "tag": geneval_metadata("geneval", prompt)["tag"],
@@ -239,8 +238,8 @@ def _detections(entry: Mapping[str, object]) -> Iterator[Detection]:
     if "details" in entry and "detections" not in entry:
         details = entry["details"]
         details = parse_json(details, "details") if isinstance(details, str) else details
-        # The official results file lists them best first, equal scores later-first; reversed, the rules see them as
-        # the detector gave them.
+        # The official results file lists them best first, ties in reverse; reversed, the rules see them in the detector's
+        # order.
         for label, rows in _by_class("details", details):
             for row in reversed(rows):
                 yield _detection({"box": row}, label)
@@ -282,12 +281,12 @@ def _detection(row: Any, given_class: str | None) -> Detection:
     x0, y0, x1, y1 = box[:4]
     if x1 < x0 or y1 < y0:
         raise UsageError(
-            f"detection of {label!r} has box {box[:4]}, whose second corner is left of or above the first; corner and "
-            "size are box_xywh"
+            f"detection of {label!r} has box {box[:4]}, whose second corner is left of or above the first; for corner and "
+            "size use box_xywh"
         )
     score = _number(score, label, "score")
     if not 0 <= score <= 1 + _ROUNDING:
-        raise UsageError(f"detection of {label!r} has score {score:g}, expected 0 to 1 (per cent: divide by 100)")
+        raise UsageError(f"detection of {label!r} has score {score:g}, expected 0 to 1 (divide percentages by 100)")
     return Detection(label, score, (x0, y0, x1, y1), color, texture)
 
 
@@ -319,7 +318,7 @@ def _number(value: Any, label: str, what: str) -> float:
     try:
         return float(value)
     except OverflowError:
-        raise UsageError(f"detection of {label!r} has a {what} beyond floating point") from None
+        raise UsageError(f"detection of {label!r} has a {what} too large for floating point") from None
 
 
 def _first(row: Mapping[str, object], keys: Sequence[str], *, default: Any) -> Any:

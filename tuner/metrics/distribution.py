@@ -19,7 +19,9 @@ from tuner.metrics.model_files import read_state_dict, refuse_missing, url_state
 class InceptionFeatures(nn.Module):
     """torch-fidelity's port of the TensorFlow Inception of the FID papers: uint8 (B, 3, H, W) to (B, num_features).
 
-    feature: "2048" (pool) or "logits_unbiased". weights: its published state dict as a local file, else torch's cache.
+    Args:
+        feature: "2048" (pool) or "logits_unbiased".
+        weights: its published state dict as a local file, else from torch's cache.
     """
 
     def __init__(self, feature: str, weights: str | None = None) -> None:
@@ -30,7 +32,7 @@ class InceptionFeatures(nn.Module):
         self.num_features = {"2048": 2048, "logits_unbiased": 1008}[feature]
         self.source = weights or URL_INCEPTION_V3
         state = read_state_dict(weights) if weights else url_state_dict(URL_INCEPTION_V3, "Inception weights")
-        # torch-fidelity unpickles whatever path it is given; what it gets here has been read as tensors only.
+        # torch-fidelity unpickles whatever path it is given; the file it gets here was already read as tensors only.
         with tempfile.TemporaryDirectory() as folder, refuse_missing(f"Inception from {self.source}"):
             path = Path(folder) / "inception.pt"
             torch.save(state, path)
@@ -41,7 +43,7 @@ class InceptionFeatures(nn.Module):
 
 
 class ClipFeatures(nn.Module):
-    """CLIP image features in Inception's place; such figures are not comparable with published FID or KID."""
+    """CLIP image features in place of Inception's; the figures are not comparable with published FID or KID."""
 
     def __init__(self, model: str, pretrained: str, device: str) -> None:
         super().__init__()
@@ -57,7 +59,7 @@ class ClipFeatures(nn.Module):
 
 
 class DinoFeatures(nn.Module):
-    """Class tokens of a DINO in Inception's place, which sees what an image shows more as people do."""
+    """Class tokens of a DINO in place of Inception's features: closer to how people see what an image shows."""
 
     def __init__(self, model: str, device: str) -> None:
         super().__init__()
@@ -72,10 +74,12 @@ class DinoFeatures(nn.Module):
 
 
 class _FeatureMetric(SetMetric):
-    """Shared by the three: an extractor, and batches turned into what it reads.
+    """What the three metrics share: an extractor, and batches converted to its input.
 
-    extractor: "inception", "clip" (with model and pretrained), or a module from uint8 (B, 3, H, W) to
-    (B, num_features). weights: Inception's file.
+    Args:
+        extractor: "inception", "clip" (with model and pretrained), or a module from uint8 (B, 3, H, W) to
+            (B, num_features).
+        weights: Inception's file.
     """
 
     feature: ClassVar[str] = "2048"
@@ -130,7 +134,8 @@ class _FeatureMetric(SetMetric):
 class Fid(_FeatureMetric):
     """Frechet Inception distance, lower is better.
 
-    Source: Heusel et al. 2017. `score`: jackknife values n FID - (n - 1) FID without image i, against the references.
+    `score` gives the jackknife values n FID - (n - 1) FID without image i, against the references.
+    Source: Heusel et al. 2017.
     """
 
     name: ClassVar[str] = "fid"
@@ -164,7 +169,10 @@ class Fid(_FeatureMetric):
 class FidDinov2(Fid):
     """Frechet distance of DINOv2's class tokens, lower is better: FD-DINOv2.
 
-    model: a transformers DINOv2, a hub name or a local folder. extractor: a module instead, as for `fid`.
+    Args:
+        model: a transformers DINOv2, a hub name or a local folder.
+        extractor: a module instead, as for `fid`.
+
     Source: Stein et al. 2023 ("Exposing flaws of generative model evaluation metrics"), ViT-L/14. Images are prepared by the
     checkpoint's own processor.
     """
@@ -185,8 +193,8 @@ class FidDinov2(Fid):
 class Kid(_FeatureMetric):
     """Kernel Inception distance (unbiased), lower is better; can be slightly negative.
 
-    `score_set`: mean over `subsets` random subsets of `subset_size`, fewer if a set is smaller, with a fixed seed.
-    `score`: the U-statistic of the images handed in, split by image; its mean is that statistic exactly.
+    `score_set` is the mean over `subsets` random subsets of `subset_size` images, fewer if a set is smaller, with a fixed
+    seed. `score` is the U-statistic of the given images, split by image; its mean is exactly that statistic.
     Source: Binkowski et al. 2018, cubic polynomial kernel.
     """
 
@@ -237,8 +245,8 @@ class Kid(_FeatureMetric):
 class InceptionScore(_FeatureMetric):
     """Inception Score, higher is better.
 
-    `score_set`: mean over `splits` splits. `score`: the divergence of each image's class distribution from the mean of
-    those handed in; its mean is the logarithm of their Inception Score. Source: Salimans et al. 2016.
+    `score_set` is the mean over `splits` splits. `score` is the divergence of each image's class distribution from the mean
+    of the given images'; its mean is the logarithm of their Inception Score. Source: Salimans et al. 2016.
     """
 
     name: ClassVar[str] = "is"
@@ -281,11 +289,11 @@ class InceptionScore(_FeatureMetric):
 class Cmmd(_FeatureMetric):
     """CLIP maximum mean discrepancy, lower is better: a Gaussian kernel of width 10 on unit CLIP features, times 1000.
 
-    It assumes no shape of the distribution. The mean over all pairs, each image with itself included, so never below 0.
-    `score`: the same split by image; its mean is the figure exactly. `score_pairs`: with an interval by the jackknife over
-    pairs.
+    It assumes nothing about the distribution's shape. It is the mean over all pairs, including each image with itself, so it
+    is never below 0. `score` is the same, split by image; its mean is exactly the figure. `score_pairs` adds an interval by
+    the jackknife over pairs. `extractor` is a module from uint8 (B, 3, H, W) to (B, D) in place of CLIP `model` with weights
+    `pretrained`.
 
-    extractor: a module from uint8 (B, 3, H, W) to (B, D) instead of CLIP `model` with weights `pretrained`.
     Source: Jayasumana et al., "Rethinking FID" (2024): kernel, width, factor and ViT-L/14 at 336 pixels.
     """
 
@@ -319,7 +327,7 @@ class Cmmd(_FeatureMetric):
         image_ND, reference_ND = self._all(batches, "images"), self._all(reference_batches, "reference images")
         count = len(image_ND)
         if count != len(reference_ND) or count < 3:
-            raise UsageError(f"{self.name}: {count} images and {len(reference_ND)} references are no 3 pairs or more")
+            raise UsageError(f"{self.name}: {count} images and {len(reference_ND)} references, needs at least 3 pairs")
         across_NN = self._kernel(image_ND, reference_ND)
         pairs_NN = self._kernel(image_ND, image_ND) + self._kernel(reference_ND, reference_ND) - across_NN - across_NN.T
         value = float(pairs_NN.mean())
@@ -340,7 +348,7 @@ class Cmmd(_FeatureMetric):
         return torch.cat(parts)
 
     def _kernel(self, a_ND: torch.Tensor, b_MD: torch.Tensor) -> torch.Tensor:
-        """(N, M), times the factor; unit features are 2 - 2 cosine apart, squared."""
+        """Kernel (N, M), times the factor; the squared distance of unit features is 2 - 2 cosine."""
         return self.factor * ((a_ND @ b_MD.T - 1) / self.width**2).exp()
 
     def _contributions(self, image_ND: torch.Tensor, reference_MD: torch.Tensor) -> torch.Tensor:
@@ -352,7 +360,7 @@ def frechet_distance(image_ND: torch.Tensor, reference_MD: torch.Tensor) -> floa
     """Squared Frechet distance of the Gaussians with the two samples' means and covariances.
 
     The trace of the root of the product of covariances is the nuclear norm of the product of the centered samples, so
-    small sets cost N x M and not D x D. Equals torchmetrics' figure, which a test holds.
+    small sets cost N x M instead of D x D. A test holds that it equals torchmetrics' figure.
     """
     offset_D = image_ND.mean(0) - reference_MD.mean(0)
     image_ND = (image_ND - image_ND.mean(0)) / (len(image_ND) - 1) ** 0.5

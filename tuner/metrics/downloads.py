@@ -1,6 +1,6 @@
-"""Weights that metrics fetch when they are built, by metric and options. Nothing is imported, fetched or asked here.
+"""Weights that metrics fetch when they are built, by metric and options. Nothing is imported or fetched here, no host asked.
 
-Sizes follow from the published numbers of parameters in float32, or are those of the published files; they are estimates.
+Sizes are estimates: published numbers of parameters in float32, or the sizes of published files.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ IMAGE_REWARD_TOKENIZER = "google-bert/bert-base-uncased@86b5e0934494bd15c9632b12
 PICKSCORE = "yuvalkirstain/PickScore_v1@a4e4367c6dfa7288a00c550414478f865b875800"
 PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K@1c2b8495b28150b8a4922ee1c8edee224c284c0c"
 HPSV3 = "MizzenAI/HPSv3/HPSv3.safetensors@4f81e3e09edd82fe3c5f636444c721b592a735ca"
-HPSV3_BASE = "Qwen/Qwen2-VL-7B-Instruct"  # its configuration and processor alone
-#: The model that GenEval 2's authors ask; they name no revision.
+HPSV3_BASE = "Qwen/Qwen2-VL-7B-Instruct"  # only its configuration and processor
+#: The model that GenEval 2's authors use; they name no revision.
 GENEVAL2_MODEL = "Qwen/Qwen3-VL-8B-Instruct"
 #: Metric -> option that takes a path or another model, its default on the hub, bytes. Parameters in millions: BLIP-VQA 385,
 #: DINO ViT-S/16 22, DINOv2 ViT-L/14 304, Qwen3-VL 8767 in half precision.
@@ -42,7 +42,7 @@ _SINGLE = {
     "dino": ("model", "facebook/dino-vits16", 4 * 22_000_000),
     "fid_dinov2": ("model", "facebook/dinov2-large", 4 * 304_000_000),
 }
-#: Inception of the FID papers as torch-fidelity publishes it: 24 M parameters.
+#: The FID papers' Inception as torch-fidelity publishes it: 24 M parameters.
 _INCEPTION = ("torch-fidelity pt_inception-2015-12-05", 4 * 24_000_000)
 _CLIP_BYTES = {"ViT-L-14": 4 * 428_000_000, "ViT-L-14-336": 4 * 428_000_000}
 #: Metric -> its options that name a CLIP model and the model's tag.
@@ -92,7 +92,7 @@ def _of(metric: str, options: Mapping[str, Any]) -> list[Download]:
 
 
 def _cached(source: str) -> bool | None:
-    """source: organization/repository, one file of it behind another slash, @revision where it is pinned."""
+    """Whether `source` is cached: organization/repository, then optionally /file and @revision."""
     from stagevar.models.downloads import is_cached
 
     name, _, revision = source.partition("@")

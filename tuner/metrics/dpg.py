@@ -2,14 +2,14 @@
 
 Source: Hu et al. 2024 (ELLA), github TencentQQGYLab/ELLA `dpg_bench/compute_dpg_bench.py`; bugs: ELLA issues 60, 61.
 
-Both modes: an answer counts 1 only if it is exactly "yes"; walking the questions in file order, a question is set to 0
-if any parent's score is 0 at that moment, so a zero cascades to children listed later; a tile scores the mean of its
-questions, a prompt the mean of its tiles, the benchmark 100 times the mean of its prompts.
+In both modes an answer counts 1 only if it is exactly "yes". Walking the questions in file order, a question is set to 0 if
+any parent's score is 0 at that moment, so a zero cascades to children listed later. A tile scores the mean of its questions,
+a prompt the mean of its tiles, the benchmark 100 times the mean of its prompts.
 
-"published" also does what the released script does by mistake: the first question of the file is lost; a prompt whose
-walk meets a parent that is not there is dropped without a word; if an item's rows are not contiguous, only the last run
-counts; category scores use the last tile only, before dependencies act.
-"corrected" keeps every question, refuses a missing parent, and takes category scores from all tiles after dependencies.
+"published" also repeats the released script's mistakes: the first question of the file is lost; a prompt whose walk meets a
+missing parent is silently dropped; if an item's rows are not contiguous, only the last run counts; category scores use the
+last tile only, before dependencies act.
+"corrected" keeps every question, rejects a missing parent, and takes category scores from all tiles after dependencies.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class PromptScore:
 class DpgScore:
     """`score` is the DPG score in 0..100, None if no prompt was scored; categories are in 0..100.
 
-    `dropped` says which answered items the published arithmetic loses, and why; `unanswered` lists items of the
-    question file without any answer (in the script: no image for them), which neither mode scores.
+    `dropped` says which answered items the published arithmetic loses, and why. `unanswered` lists items of the question
+    file without any answer (in the script: without an image); neither mode scores them.
     """
 
     mode: Mode
@@ -82,7 +82,7 @@ def score_dpg(questions: Sequence[Question], answers: Answers, mode: Mode = "cor
         walks = [_score_tile(group, answers, tile) for tile in tiles]
         missing = next((walk.missing_parent for walk in walks if walk.missing_parent is not None), None)
         if missing is not None:
-            dropped[item_id] = f"a question depends on proposition {missing}, which is not there"
+            dropped[item_id] = f"a question depends on proposition {missing}, which is missing"
             continue
         tile_scores = tuple(sum(walk.after.values()) / len(walk.after) for walk in walks)
         prompts.append(PromptScore(item_id, tile_scores, sum(tile_scores) / len(tile_scores)))
@@ -121,12 +121,12 @@ def _check_parents(groups: Mapping[str, Mapping[int, Question]]) -> None:
             missing = [parent for parent in question.parents if parent != 0 and parent not in group]
             if missing:
                 raise UsageError(
-                    f"item {item_id}: proposition {question.proposition_id} depends on {missing[0]}, which is not there"
+                    f"item {item_id}: proposition {question.proposition_id} depends on {missing[0]}, which is missing"
                 )
 
 
 class _Walk(NamedTuple):
-    """One tile: scores by proposition before and after dependencies, and the missing parent the walk met, if any."""
+    """One tile: scores by proposition before and after dependencies, and the missing parent that the walk met, if any."""
 
     before: dict[int, float]
     after: dict[int, float]
@@ -147,7 +147,7 @@ def _score_tile(group: Mapping[int, Question], answers: Answers, tile: int) -> _
                 continue
             if parent not in after:
                 return _Walk(before, after, parent)
-            if after[parent] == 0:  # stops at the first zero, so a missing parent behind it goes unseen, as published
+            if after[parent] == 0:  # stops at the first zero, so a missing parent after it goes unnoticed, as published
                 after[proposition_id] = 0.0
                 break
     return _Walk(before, after, None)

@@ -28,8 +28,8 @@ DETECTORS = {
 
 @dataclass(frozen=True)
 class Found:
-    """A detected object; `mask_HW` is boolean, at image size, None from box detectors. A detector that knows `color`
-    or `texture` itself sets them; then no classifier is asked."""
+    """A detected object; `mask_HW` is boolean, at image size, None from box detectors. A detector that determines `color` or
+    `texture` itself sets them; no classifier is asked then."""
 
     class_name: str
     score: float
@@ -54,10 +54,13 @@ class Detector(Protocol):
 class GenEval(BenchmarkMetric):
     """1 if the image shows what the prompt's GenEval metadata asks for, else 0.
 
-    detector: mask2former (closest to the official one), rtdetr, owlv2, or an object that follows `Detector`.
-    detector_model: hub name or local folder in place of the default. clip_model, clip_pretrained: the color
-    classifier's. threshold and counting_threshold are the official 0.3 and 0.9, which were chosen for Mask2Former's
-    scores; other detectors score on another scale (docs/metrics.md).
+    Args:
+        detector: mask2former (closest to the official one), rtdetr, owlv2, or an object that follows `Detector`.
+        detector_model: hub name or local folder in place of the default.
+        clip_model, clip_pretrained: the color classifier's.
+        threshold, counting_threshold: the official 0.3 and 0.9, chosen for Mask2Former's scores; other detectors score on
+            another scale (docs/metrics.md).
+
     Source: djghosh13/geneval. What differs: transformers' weights of the same network in place of mmdet's.
     """
 
@@ -85,7 +88,7 @@ class GenEval(BenchmarkMetric):
         self.color_classifier = color_classifier
 
     def detections(self, images: Sequence[Image.Image], prompts: Sequence[Metadata]) -> list[list[Detection]]:
-        """Per image all objects above the prompt's threshold; of classes that the prompt colors, with their color."""
+        """Per image, all objects above the prompt's threshold; objects whose class the prompt colors have their color."""
         results = []
         for start in range(0, len(images), self.batch_size):
             part = slice(start, start + self.batch_size)
@@ -126,7 +129,7 @@ class GenEval(BenchmarkMetric):
         asked = {class_name(clause["class"]) for line in metadata for clause in line["include"]}
         for name in sorted(asked - set(COCO_CLASSES)):
             warnings.warn(
-                f"class {name!r:.60} that a prompt asks for is none of COCO's 80: a COCO detector never finds it"
+                f"class {name!r:.60}, which a prompt asks for, is not one of COCO's 80: a COCO detector never finds it"
             )
         pictures = [Image.fromarray(image) for image in images_uint8_BHW3]
         rows = []
@@ -162,7 +165,7 @@ class GenEval(BenchmarkMetric):
 
 
 def load_detector(kind: str, model: str | None = None, device: str = "cpu") -> Detector:
-    """A transformers detector by kind. Raises UsageError if it is unknown, not to be had, or knows too few classes."""
+    """A transformers detector by kind. Raises UsageError if it is unknown, unavailable, or knows too few classes."""
     if kind not in DETECTORS:
         raise UsageError(f"detector {kind!r}: expected one of {', '.join(DETECTORS)}")
     source = model or DETECTORS[kind]
@@ -196,7 +199,7 @@ class _TransformersDetector:
         if missing:
             raise UsageError(
                 f"detector {self.source} does not know {len(missing)} of GenEval's classes, such as "
-                f"{missing[0]!r}; give one trained on COCO"
+                f"{missing[0]!r}; use one trained on COCO"
             )
         return {label: name for label, name in names.items() if name in COCO_CLASSES}
 
@@ -204,8 +207,8 @@ class _TransformersDetector:
 class Mask2Former(_TransformersDetector):
     """Instance masks; scores are class probability times mean mask probability, boxes the masks' extents.
 
-    Source: Cheng et al. 2022; top queries over all classes, boxes with exclusive far corners, as mmdet does it.
-    transformers' own post-processing is not used: it cuts masks at 384 pixels before it finds their extents.
+    Source: Cheng et al. 2022; top queries over all classes, boxes with exclusive far corners, as in mmdet.
+    transformers' own post-processing is not used: it limits masks to 384 pixels before it finds their extents.
     """
 
     kind = "mask2former"
@@ -278,7 +281,7 @@ class RtDetr(_TransformersDetector):
 
 
 class Owlv2(_TransformersDetector):
-    """OWLv2, asked for all 80 classes ("a photo of a ..."); boxes without masks."""
+    """OWLv2, queried for all 80 classes ("a photo of a ..."); boxes without masks."""
 
     kind = "owlv2"
     model_class, processor_class = "Owlv2ForObjectDetection", "Owlv2Processor"

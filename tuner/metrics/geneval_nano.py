@@ -19,7 +19,7 @@ class NanoGenEval(BenchmarkMetric):
     name: ClassVar[str] = "geneval_nano"
 
     def __init__(self, *, device: str = "cpu") -> None:
-        """`device` is taken for the interface's sake; the checker runs on the CPU."""
+        """`device` is part of the interface; the checker runs on the CPU."""
 
     def _rows(self, images_uint8_BHW3: np.ndarray, prompts: Sequence[Prompt]) -> list[dict[str, object]]:
         rows = []

@@ -1,4 +1,4 @@
-"""HPSv3: a Qwen2-VL of 7 B parameters with a ranking head, for verification alone."""
+"""HPSv3: a Qwen2-VL of 7 B parameters with a ranking head, for verification only."""
 
 from __future__ import annotations
 
@@ -22,17 +22,19 @@ from tuner.metrics.model_files import from_pretrained, hub_file, read_state_dict
 #: The token whose hidden state the head reads; it follows Qwen2-VL's own.
 _REWARD = "<|Reward|>"
 _PLACE = "{text_prompt}"
-#: Where a package holds the instruction: its module, and the names of the two parts.
+#: Where a package has the instruction: its module, and the names of the two parts.
 _PACKAGE, _MODULE, _PARTS = "diffsynth", "models/hpsv3.py", ("HPSV3_INSTRUCTION", "HPSV3_PROMPT_WITH_SPECIAL_TOKEN")
 
 
 class HpsV3(Metric):
     """HPSv3, higher is better: how much people like the image for its prompt, about 0 to 15.
 
-    weights: the published checkpoint, a path or by default the hub's. model: the Qwen2-VL that it was trained from, for its
-    sizes and processor, a folder or a hub name. instruction: a text file with the question that the model was trained on, with
-    {text_prompt} for the prompt and <|Reward|> where the answer is read; by default that of an installed diffsynth, which is
-    read and not imported.
+    Args:
+        weights: the published checkpoint: a path, by default the hub's.
+        model: the Qwen2-VL that it was trained from, for its sizes and processor: a folder or a hub name.
+        instruction: a text file with the question that the model was trained on, with {text_prompt} for the prompt and
+            <|Reward|> where the answer is read; by default, that of an installed diffsynth, which is read but not imported.
+
     Source: Ma et al. 2025 (HPSv3, arXiv 2508.03789), github MizzenAI/HPSv3: the first of the head's two numbers, images of
     about 256 patches of 28 pixels.
     """
@@ -70,7 +72,7 @@ class HpsV3(Metric):
         lost = sorted([*map(str, info["missing_keys"]), *map(str, info["mismatched_keys"])])
         if lost:
             raise WeightsError(
-                f"{path} lacks {len(lost)} weights of HPSv3, such as {lost[0]}; give the whole checkpoint"
+                f"{path} lacks {len(lost)} weights of HPSv3, such as {lost[0]}; give the complete checkpoint"
             )
         self.network: Any = network.eval().requires_grad_(False).to(device)
 
@@ -94,7 +96,7 @@ class HpsV3(Metric):
         return float(self.head(hidden_TD[places[-1]].float())[0])
 
     def _resized(self, picture: Image.Image) -> Image.Image:
-        """Sides in whole patches, about as many pixels as the model was trained on, the shape kept as far as that allows."""
+        """Resized to whole patches and about as many pixels as in training, at nearly the same aspect ratio."""
         width, height = (max(self.patch, round(side / self.patch) * self.patch) for side in picture.size)
         scale = math.sqrt(picture.width * picture.height / self.pixels)
         if width * height != self.pixels:
@@ -107,7 +109,7 @@ class HpsV3(Metric):
 
 
 def _renamed(key: str) -> str:
-    """Names of the checkpoint as Qwen2VLModel has them since its language model is a part of its own."""
+    """The checkpoint's name for a tensor as Qwen2VLModel spells it since its language model is a separate part."""
     if key.startswith(("visual.", "rm_head.", "lm_head.")):
         return key
     key = key.removeprefix("model.")
@@ -118,7 +120,7 @@ def _head(state: dict[str, torch.Tensor], path: str) -> nn.Module:
     """The ranking head: linear layers with a ReLU between them, in float32; dropout does nothing here."""
     numbers = sorted(int(key.split(".")[1]) for key in state if key.startswith("rm_head.") and key.endswith(".weight"))
     if not numbers or any(f"rm_head.{number}.bias" not in state for number in numbers):
-        raise WeightsError(f"{path} is no checkpoint of HPSv3: it has no whole rm_head")
+        raise WeightsError(f"{path} is not a checkpoint of HPSv3: it has no complete rm_head")
     layers: list[nn.Module] = []
     for number in numbers:
         weight, bias = (state[f"rm_head.{number}.{part}"].float() for part in ("weight", "bias"))
@@ -129,7 +131,7 @@ def _head(state: dict[str, torch.Tensor], path: str) -> nn.Module:
 
 
 def _instruction(path: str | None) -> str:
-    """The text that images are judged by. Raises UsageError when there is none, or one without its two places."""
+    """The text that images are judged by. Raises UsageError if there is none, or if it lacks one of its two placeholders."""
     if path is not None:
         from stagevar.text_files import read_text
 
@@ -138,7 +140,7 @@ def _instruction(path: str | None) -> str:
         spec = importlib.util.find_spec(_PACKAGE)
         if spec is None or spec.origin is None:
             raise UsageError(
-                f"hpsv3 asks with a text that {_PACKAGE} ships: pip install --no-deps {_PACKAGE}, or give a file as option "
+                f"hpsv3 needs an instruction that {_PACKAGE} ships: pip install --no-deps {_PACKAGE}, or give a file as option "
                 "instruction"
             )
         file = Path(spec.origin).parent / _MODULE
@@ -149,7 +151,7 @@ def _instruction(path: str | None) -> str:
 
 
 def _constants(file: Path) -> dict[str, str]:
-    """Texts that a module assigns to names, read and not run."""
+    """Texts that a module assigns to names; the module is read, not run."""
     if not file.is_file():
         return {}
     return {

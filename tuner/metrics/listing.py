@@ -1,4 +1,4 @@
-"""What `stagevar-eval --metric list` says of each metric. Imports no model library, and modules of plug-ins only."""
+"""What `stagevar-eval --metric list` says about each metric. Imports plug-ins' modules, but no model library."""
 
 from __future__ import annotations
 
@@ -16,11 +16,16 @@ from tuner.metrics.quality_spec import QualitySpec
 
 @dataclass(frozen=True)
 class Listed:
-    """One metric. unit: of its mean. better: "higher" or "lower". compares: what an image is held against, "" for nothing.
+    """One metric.
 
-    packages: what it needs beyond the base installation, by the names that imports use; of a plug-in, its distribution.
-    missing: those that are not installed. weights: what it fetches with its default options; weights_bytes: about how much
-    that is, 0 for a metric without weights, None where it is not known.
+    Attributes:
+        unit: of its mean.
+        better: "higher" or "lower".
+        compares: what an image is compared with, "" for nothing.
+        packages: what it needs beyond the base installation, by import names; for a plug-in, its distribution.
+        missing: those that are not installed.
+        weights: what it fetches with its default options.
+        weights_bytes: about how much that is, 0 for a metric without weights, None if unknown.
     """
 
     name: str
@@ -34,7 +39,7 @@ class Listed:
 
 
 def listed_metrics() -> list[Listed]:
-    """All metrics, built in first. A plug-in that cannot be loaded is left out: `stagevar-tune doctor` says why."""
+    """All metrics, the built-in ones first. A plug-in that fails to load is left out: `stagevar-tune doctor` says why."""
     found = []
     for name in registry.metric_names():
         try:
@@ -66,14 +71,14 @@ def _listed(name: str) -> Listed:
 
 
 def _compares(cls: type[Metric]) -> Compares:
-    """What a plug-in's class says about itself."""
+    """What a plug-in's class says it compares an image with."""
     if cls.needs_reference:
         return "reference set" if issubclass(cls, SetMetric) else "reference"
     return "prompt" if cls.needs_prompt else ""
 
 
 def table(metrics: Sequence[Listed]) -> list[str]:
-    """The metrics as lines, columns as wide as what is in them; packages that are not installed have a star."""
+    """The metrics as lines of a table; packages that are not installed have a star."""
     rows = [("metric", "unit", "better", "compares with", "packages", "weights")]
     for metric in metrics:
         packages = " ".join(name + "*" * (name in metric.missing) for name in metric.packages)

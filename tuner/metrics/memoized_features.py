@@ -1,4 +1,4 @@
-"""Features of what every schedule is judged against: its prompts and the full schedule's images come again and again."""
+"""Features of what every schedule is compared with: the same prompts and full-schedule images come up again and again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST = 512
 class MemoizedFeatures:
     """A function from texts or images to features that is computed once per distinct input.
 
-    Inputs are known by content, not by identity, so an array read from disk again is recognized.
+    Inputs are compared by content, not by identity, so an array read from disk again is recognized.
     """
 
     def __init__(self, compute: Callable[..., torch.Tensor]):

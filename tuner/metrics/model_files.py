@@ -1,4 +1,4 @@
-"""Weights of outside models: local files or a hub, tensors only, and one clear refusal when they cannot be had."""
+"""Weights of third-party models: local files or a hub, tensors only, and one clear error if they are unavailable."""
 
 from __future__ import annotations
 
@@ -47,18 +47,20 @@ def url_state_dict(url: str, what: str) -> dict[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def refuse_missing(what: str, option: str = "weights") -> Iterator[None]:
-    """Turn whatever a library raises when a model is not to be had into one line that says what to do."""
+    """Turns whatever a library raises when a model is unavailable into one line that says what to do."""
     _stop_asking_if_offline()
     disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)  # hubs log every attempt; the refusal below says it once
+    logging.disable(logging.CRITICAL)  # hubs log every attempt; the error below says it once
     try:
         yield
     except UsageError:
         raise
-    except Exception as error:  # hubs raise OSError, URLError, HTTPError, ValueError, their own, by version
+    except (
+        Exception
+    ) as error:  # depending on the version, hubs raise OSError, URLError, HTTPError, ValueError, their own
         raise UsageError(
             f"{what} cannot be loaded ({reason_of(error, 120)}); "
-            f"fetch it where there is a network and give its path as {option}"
+            f"download it on a machine with a network and give its path as {option}"
         ) from None
     finally:
         logging.disable(disabled)
@@ -66,9 +68,9 @@ def refuse_missing(what: str, option: str = "weights") -> Iterator[None]:
 
 @functools.cache
 def _stop_asking_if_offline() -> None:
-    """Put huggingface_hub in its offline mode if its host has no address: it would try five times over half a minute.
+    """Puts huggingface_hub in offline mode if its host does not resolve: it would try five times over half a minute.
 
-    Behind a proxy names need not resolve here, so then it is left alone.
+    Behind a proxy names need not resolve locally, so nothing is changed then.
     """
     from huggingface_hub import constants
 
@@ -81,9 +83,9 @@ def _stop_asking_if_offline() -> None:
 
 
 def hub_file(source: str, what: str, option: str = "weights") -> str:
-    """A local path as it is; `hub:organization/repository/file`, with @revision where it is pinned, by the hub's cache.
+    """A local path, unchanged; for `hub:organization/repository/file`, optionally with @revision, the path in the hub's cache.
 
-    Raises UsageError, in one line that names the option, when the file cannot be had.
+    Raises UsageError, in one line that names the option, if the file is unavailable.
     """
     if not source.startswith("hub:"):
         return source
@@ -96,7 +98,7 @@ def hub_file(source: str, what: str, option: str = "weights") -> str:
 
 
 def pinned(source: str) -> tuple[str, dict[str, str]]:
-    """A hub name without its @revision, and that as the option that hubs take; local folders stay as they are."""
+    """A hub name without its @revision, and the revision as a hub option; local folders stay unchanged."""
     if os.path.isdir(source) or "@" not in source:
         return source, {}
     name, _, revision = source.rpartition("@")
@@ -104,9 +106,9 @@ def pinned(source: str) -> tuple[str, dict[str, str]]:
 
 
 def from_pretrained(factory: Any, source: str, what: str, option: str = "model", **options: Any) -> Any:
-    """A transformers processor, tokenizer or config from a local folder or the hub, there at @revision if one is named.
+    """A transformers processor, tokenizer or config from a local folder or the hub, there at @revision if given.
 
-    option: the metric's, which takes the path instead.
+    `option` is the metric's option that takes a path instead.
     """
     name, revision = pinned(source)
     with refuse_missing(f"{what} {source}", option):
@@ -122,10 +124,10 @@ def pretrained_model(
     optional: tuple[str, ...] = (),
     dtype: torch.dtype | str = torch.float32,
 ) -> Any:
-    """A transformers model, frozen, on `device`, from a local folder or the hub. dtype: "auto" is the checkpoint's own.
+    """A frozen transformers model on `device`, from a local folder or the hub; dtype "auto" keeps the checkpoint's own.
 
-    Strict: transformers fills missing weights with noise and goes on; here that is a WeightsError, except for names
-    that start with one of `optional`.
+    Strict: transformers fills missing weights with noise and continues; here that is a WeightsError, except for names that
+    start with one of `optional`.
     """
     from transformers.utils import logging
 

@@ -28,8 +28,11 @@ _TRUNKS = {
 class Lpips(Metric):
     """LPIPS v0.1, 0 for equal images, lower is better.
 
-    net: alex (default), vgg or squeeze. weights: torchvision's state dict of that network, a local file; else torch's
-    download cache. The calibrated heads come with the lpips package.
+    Args:
+        net: alex (default), vgg or squeeze.
+        weights: torchvision's state dict of that network as a local file, else from torch's download cache.
+
+    The calibrated heads come with the lpips package.
     Source: Zhang et al. 2018; package lpips 0.1.4, inputs in -1..1.
     """
 
@@ -64,9 +67,9 @@ class Lpips(Metric):
 class Dists(Metric):
     """DISTS, 0 for equal images, lower is better.
 
-    weights: torchvision's VGG-16 state dict, a local file; else torch's download cache. The learned alpha and beta come
-    with torchmetrics. Images keep their size, as in torchmetrics (the authors' script first shrinks to 256).
-    Source: Ding et al. 2020; torchmetrics' network, built once here and not once per call.
+    `weights` is torchvision's VGG-16 state dict as a local file, else from torch's download cache. The learned alpha and
+    beta come with torchmetrics. Images keep their size, as in torchmetrics (the authors' script first shrinks to 256).
+    Source: Ding et al. 2020; torchmetrics' network, built once instead of once per call.
     """
 
     name: ClassVar[str] = "dists"
@@ -91,7 +94,7 @@ class Dists(Metric):
 class DinoSimilarity(Metric):
     """Cosine of DINO class tokens of image and reference, at most 1.
 
-    model: a transformers vision model, a hub name or a local folder (DINO, DINOv2, DINOv3).
+    `model` is a transformers vision model (DINO, DINOv2, DINOv3): a hub name or a local folder.
     Source: DreamBooth's DINO score uses facebook/dino-vits16, the default.
     """
 
@@ -103,7 +106,7 @@ class DinoSimilarity(Metric):
 
         self.device, self.batch_size, self.source = device, batch_size, model
         self.processor = from_pretrained(AutoImageProcessor, model, "DINO")
-        # The class token is read before the pooler, which published DINO checkpoints lack.
+        # The class token is read before the pooler, since published DINO checkpoints have none.
         self.model = pretrained_model(AutoModel, model, "DINO", device=device, optional=("pooler.",))
         self.known_features = MemoizedFeatures(self.features)
 
@@ -113,7 +116,7 @@ class DinoSimilarity(Metric):
 
     @torch.inference_mode()
     def class_tokens(self, images_uint8_BHW3: np.ndarray) -> torch.Tensor:
-        """Class tokens (B, D) on the CPU, of whatever length."""
+        """Class tokens (B, D) on the CPU, not normalized."""
         parts = []
         for start in range(0, len(images_uint8_BHW3), self.batch_size):
             inputs = self.processor(
@@ -144,13 +147,13 @@ def _pairs(
 def _trunk(net: str, weights: str | None) -> nn.Module:
     """A torchvision classifier with real `features` from a file or torch's cache; its classifier stays empty.
 
-    Strict: a key of `features` out of place is an error.
+    Strict: a missing or unknown key of `features` is an error.
     """
     if net not in _TRUNKS:
         raise UsageError(f"LPIPS net {net!r}: expected one of {', '.join(_TRUNKS)}")
     build, default = _TRUNKS[net]
     state = read_state_dict(weights) if weights else url_state_dict(default.url, f"ImageNet weights of {net}")
-    with torch.device("meta"):  # the classifier is most of VGG's half gigabyte, and unused
+    with torch.device("meta"):  # the unused classifier is most of VGG's half gigabyte
         model = build(weights=None)
     try:
         model.features.load_state_dict(
@@ -168,7 +171,7 @@ def _trunk(net: str, weights: str | None) -> nn.Module:
 
 
 def _copy_features(trunk: nn.Module, slices: nn.Module) -> None:
-    """Fill LPIPS's slices, whose children keep the numbers of torchvision's `features`, from a trunk."""
+    """Fills LPIPS's slices from a trunk; their children keep the numbers of torchvision's `features`."""
     features = cast(nn.Sequential, trunk.features)
     for slice_module in slices.children():
         for number, layer in slice_module.named_children():
@@ -180,7 +183,7 @@ def _dists_network(trunk: nn.Module) -> nn.Module:
 
     @contextmanager
     def given_trunk() -> Iterator[None]:
-        # torchmetrics offers no way to pass VGG weights: its constructor always downloads. Swapped for this one call.
+        # torchmetrics has no way to pass VGG weights: its constructor always downloads. Replaced for this one call.
         original, dists.vgg16 = dists.vgg16, lambda weights: trunk
         try:
             yield

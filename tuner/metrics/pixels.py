@@ -11,7 +11,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 from tuner.metrics.base import Metric, Prompt, needed
 
-PSNR_CEILING_DB = 100.0  # equal images have infinite PSNR, which no mean survives
+PSNR_CEILING_DB = 100.0  # equal images have infinite PSNR, which would make every mean infinite
 
 
 def to_unit_range(images_uint8_BHW3: np.ndarray, device: str) -> torch.Tensor:

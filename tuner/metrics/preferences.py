@@ -1,6 +1,6 @@
 """What people prefer, by models trained on their choices: ImageReward and PickScore, loaded into transformers' classes.
 
-The packages that published them need a transformers of 2023; their weights do not.
+The packages that published them need a transformers version from 2023; their weights do not.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from tuner.metrics.downloads import IMAGE_REWARD, IMAGE_REWARD_TOKENIZER, PICKSC
 from tuner.metrics.memoized_features import MemoizedFeatures
 from tuner.metrics.model_files import from_pretrained, hub_file, pretrained_model, read_state_dict
 
-#: CLIP's mean and deviation of colors, which both models were trained with.
+#: CLIP's mean and standard deviation of colors; both models were trained with them.
 _MEAN, _DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 def cut_prompts(prompts: Sequence[Prompt], tokenizer: Any, length: int, what: str) -> list[str]:
-    """A sentence on the prompts whose end a text tower of `length` tokens does not see, if there are any."""
+    """A sentence on the prompts that a text tower of `length` tokens truncates, if any."""
     texts = list(dict.fromkeys(prompt_text(prompt) for prompt in prompts))
     cut = [text for text, ids in zip(texts, tokenizer(texts)["input_ids"], strict=True) if len(ids) > length]
     if not cut:
         return []
     return [
-        f"{len(cut)} of {len(texts)} prompts are longer than the {length} tokens that {what} reads; what is beyond does not "
-        f"count. The first: {cut[0][:60]!r}"
+        f"{len(cut)} of {len(texts)} prompts are longer than the {length} tokens that {what} reads; the rest of each is "
+        f"ignored. The first: {cut[0][:60]!r}"
     ]
 
 
@@ -41,17 +41,20 @@ class ImageReward(Metric):
     """ImageReward 1.0, higher is better: how much more people like the image for its prompt than the average of its training.
 
     In standard deviations of its training set, so 0 is average; about -2.5 to 2. A BLIP of ViT-L/16 at 224 pixels whose text
-    tower looks at the image, and five linear layers on its class token.
-    weights: the published checkpoint (ImageReward.pt, or its tensors as safetensors), a path or by default the hub's.
-    tokenizer: BERT's uncased one, a folder or a hub name. Sizes are read off the weights.
-    Source: Xu et al. 2023 (ImageReward), github zai-org/ImageReward; in place of its package (2023-07) the weights are loaded
-    into transformers' BLIP. A prompt is cut after 35 tokens, as there.
+    tower attends to the image, and five linear layers on its class token. Sizes follow from the weights.
+
+    Args:
+        weights: the published checkpoint (ImageReward.pt, or its tensors as safetensors): a path, by default the hub's.
+        tokenizer: BERT's uncased one: a folder or a hub name.
+
+    Source: Xu et al. 2023 (ImageReward), github zai-org/ImageReward; instead of using its package (2023-07), the weights are
+    loaded into transformers' BLIP. A prompt is truncated to 35 tokens, as in the package.
     """
 
     name: ClassVar[str] = "image_reward"
     needs_prompt: ClassVar[bool] = True
     length = 35
-    #: Of the scores on its training set.
+    #: Mean and standard deviation of the scores on its training set.
     mean, deviation = 0.16717362830052426, 1.0333394966054072
 
     def __init__(
@@ -120,9 +123,9 @@ class ImageReward(Metric):
 
 
 def _blip(state: Mapping[str, torch.Tensor], path: str) -> tuple[Any, Any, nn.Module]:
-    """Vision tower, text tower and head of the sizes of a checkpoint; heads of attention have 64 channels, as published.
+    """Vision tower, text tower and head in a checkpoint's sizes; attention heads have 64 channels, as published.
 
-    Raises WeightsError where a tensor that says a size is missing.
+    Raises WeightsError if a tensor that determines a size is missing.
     """
     from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
@@ -152,7 +155,7 @@ def _blip(state: Mapping[str, torch.Tensor], path: str) -> tuple[Any, Any, nn.Mo
         )
         shapes = [state[f"mlp.layers.{index}.weight"].shape for index in _head_layers(state)]
     except KeyError as error:
-        raise WeightsError(f"{path} is no checkpoint of ImageReward: it lacks {error.args[0]}") from None
+        raise WeightsError(f"{path} is not a checkpoint of ImageReward: it lacks {error.args[0]}") from None
     head = nn.Sequential(*(nn.Linear(columns, rows) for rows, columns in shapes))
     return BlipVisionModel(vision), BlipTextModel(text, add_pooling_layer=False), head
 
@@ -162,12 +165,12 @@ def _count(state: Mapping[str, torch.Tensor], prefix: str) -> int:
 
 
 def _head_layers(state: Mapping[str, torch.Tensor]) -> list[int]:
-    """The numbers of the head's linear layers; between them are only dropouts, which do nothing here."""
+    """The numbers of the head's linear layers; between them are only dropouts, which are inactive here."""
     return sorted(int(key.split(".")[2]) for key in state if key.startswith("mlp.layers.") and key.endswith(".weight"))
 
 
 def _vision_state(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """timm's names of a vision transformer as transformers' BLIP has them."""
+    """A vision transformer's tensors, renamed from timm's names to those of transformers' BLIP."""
     names = {
         "cls_token": "embeddings.class_embedding",
         "pos_embed": "embeddings.position_embedding",
@@ -196,7 +199,7 @@ def _vision_state(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _text_state(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """BERT's names are transformers' own; positions are counted anew."""
+    """The text tower's tensors: BERT's names are transformers' own, and position indices are generated."""
     prefix = "blip.text_encoder."
     return {
         key.removeprefix(prefix): value
@@ -215,7 +218,7 @@ def _head_state(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _fill(module: nn.Module, state: dict[str, torch.Tensor], path: str) -> None:
-    """Load strictly into a module on the meta device; its buffers, which checkpoints do not hold, are made anew."""
+    """Loads strictly into a module on the meta device; its buffers, which checkpoints lack, are created here."""
     module.to_empty(device="cpu")
     for name, buffer in module.named_buffers():
         if name.endswith("position_ids"):
@@ -230,10 +233,13 @@ def _fill(module: nn.Module, state: dict[str, torch.Tensor], path: str) -> None:
 class PickScore(Metric):
     """PickScore 1, higher is better: scaled cosine of image and prompt in a CLIP ViT-H/14 trained on users' picks.
 
-    About 17 to 24; a difference d says that people pick the better image with probability 1 / (1 + exp(-d)).
-    model: a transformers CLIP, a folder or a hub name. processor: its image processor and tokenizer; by default those beside a
-    local model, else those that its authors name.
-    Source: Kirstain et al. 2023 (Pick-a-Pic), github yuvalkirstain/PickScore; in place of half precision we run fp32.
+    About 17 to 24; a difference d means that people pick the better image with probability 1 / (1 + exp(-d)).
+
+    Args:
+        model: a transformers CLIP: a folder or a hub name.
+        processor: its image processor and tokenizer; by default those beside a local model, else those its authors name.
+
+    Source: Kirstain et al. 2023 (Pick-a-Pic), github yuvalkirstain/PickScore; we run fp32 instead of half precision.
     """
 
     name: ClassVar[str] = "pickscore"
@@ -268,7 +274,7 @@ class PickScore(Metric):
 
     @torch.inference_mode()
     def text_features(self, texts: Sequence[str]) -> torch.Tensor:
-        """Unit features (B, D) on the CPU; what is beyond the text tower's length is cut."""
+        """Unit features (B, D) on the CPU; texts are truncated to the text tower's length."""
         parts = []
         for start in range(0, len(texts), self.batch_size):
             tokens = self.tokenizer(

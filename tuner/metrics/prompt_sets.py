@@ -1,8 +1,8 @@
 """Prompt sets: GenEval's and DPG's own files by path, a seeded generator of GenEval-style prompts, stratified subsets.
 
 Source: djghosh13/geneval prompts/ (tags, wording, metadata keys; its 553 prompts are read, not shipped) and ELLA's
-dpg_bench/prompts. The generator is our own: balanced over classes, colors, counts and relations, where the published
-one draws them independently, so a small set of ours covers more.
+dpg_bench/prompts. The generator is our own: it balances classes, colors, counts and relations, whereas the published one
+draws them independently, so a small set of ours covers more.
 """
 
 from __future__ import annotations
@@ -110,9 +110,9 @@ _NUMBERS = {2: "two", 3: "three", 4: "four"}
 
 
 def generate(count: int, seed: int = 0, tags: Sequence[str] = TAGS) -> list[Metadata]:
-    """`count` distinct GenEval-style prompts, spread evenly over `tags`, the same for the same seed.
+    """`count` distinct GenEval-style prompts, spread evenly over `tags`, always the same for a seed.
 
-    A longer set starts with the shorter one. Raises UsageError for unknown tags or more prompts than there are.
+    A longer set starts with the shorter one. Raises UsageError for unknown tags or more prompts than exist.
     """
     unknown = [tag for tag in tags if tag not in _MAKERS]
     if unknown or not tags:
@@ -134,12 +134,12 @@ def generate(count: int, seed: int = 0, tags: Sequence[str] = TAGS) -> list[Meta
 
 
 def stratified_subset(prompts: Sequence[Mapping[str, object]], count: int, seed: int = 0) -> list[int]:
-    """Indices, ascending, of `count` prompts with every tag in its share, within one (largest remainders).
+    """Ascending indices of `count` prompts in which every tag keeps its share, to within one prompt (largest remainders).
 
     Raises UsageError if `count` is not between 1 and the number of prompts.
     """
     if not 1 <= count <= len(prompts):
-        raise UsageError(f"a subset of {count} from {len(prompts)} prompts: give 1 to {len(prompts)}")
+        raise UsageError(f"a subset of {count} of {len(prompts)} prompts: ask for 1 to {len(prompts)}")
     by_tag: dict[str, list[int]] = {}
     for index, prompt in enumerate(prompts):
         by_tag.setdefault(str(prompt.get("tag", "")), []).append(index)
@@ -154,11 +154,21 @@ def stratified_subset(prompts: Sequence[Mapping[str, object]], count: int, seed:
 def subset_rank_correlation(
     values_SP: np.ndarray, prompts: Sequence[Mapping[str, object]], count: int, *, draws: int = 200, seed: int = 0
 ) -> dict[str, float]:
-    """How well stratified subsets of `count` prompts rank systems as all prompts do.
+    """How well stratified subsets of `count` prompts reproduce the ranking of systems by all prompts.
 
-    values_SP: one value per system and prompt. Over `draws` subsets: Spearman's correlation of the systems' means
-    (mean, and the 5th percentile), and how often a subset finds the whole's best system.
-    Raises UsageError for fewer than 3 systems, or if all systems are equal.
+    Args:
+        values_SP: one value per system and prompt.
+        prompts: with their tags.
+        count: size of a subset.
+        draws: number of subsets.
+        seed: of the draws.
+
+    Returns:
+        Spearman's correlation of the systems' means (mean and 5th percentile over the draws), and how often a subset finds
+        the system that is best on all prompts.
+
+    Raises:
+        UsageError: for fewer than 3 systems, or if all systems have the same mean.
     """
     from scipy.stats import spearmanr
 
@@ -186,13 +196,13 @@ def subset_rank_correlation(
 def read_prompts(path: str | Path) -> list[Metadata]:
     """Prompts of a file or folder in any form that `stagevar.prompts.prompt_files` reads, in its order, each with its "prompt".
 
-    Raises UsageError, naming the line, for what is empty, unreadable or no prompt.
+    Raises UsageError, naming the line, for anything empty, unreadable or not a prompt.
     """
     return [entry.metadata for entry in read_prompt_file(path)]
 
 
 def write_metadata(prompts: Sequence[Mapping[str, object]], path: str | Path) -> None:
-    """Write GenEval's evaluation_metadata.jsonl. Raises UsageError if the path cannot be written."""
+    """Writes GenEval's evaluation_metadata.jsonl. Raises UsageError if the path cannot be written."""
     with writing(path):
         write_text_atomically(path, "".join(json.dumps(prompt) + "\n" for prompt in prompts))
 
@@ -201,7 +211,7 @@ def write_metadata(prompts: Sequence[Mapping[str, object]], path: str | Path) ->
 
 
 def _distinct(make: Callable[[random.Random], Iterator[Metadata]], rng: random.Random) -> Iterator[Metadata]:
-    """What `make` yields, without repeats; ends when nothing new has come for long."""
+    """What `make` yields, without repeats; ends after a long stretch with nothing new."""
     seen: set[str] = set()
     repeats = 0
     for metadata in make(rng):
@@ -216,7 +226,7 @@ def _distinct(make: Callable[[random.Random], Iterator[Metadata]], rng: random.R
 
 
 def _decks(rng: random.Random, values: Sequence[Any]) -> Iterator[Any]:
-    """Endless: the values in random order, then again in another."""
+    """Endlessly the values in random order, reshuffled each time."""
     while True:
         yield from rng.sample(list(values), len(values))
 
@@ -238,7 +248,7 @@ def _article(words: str) -> str:
 
 
 def _plural(name: str) -> str:
-    """As GenEval spells them: an added s, or es after s ("two buses", "two skises")."""
+    """The plural as GenEval spells it: an added s, or es after s ("two buses", "two skises")."""
     return f"{name}es" if name.endswith("s") else f"{name}s"
 
 

@@ -1,11 +1,11 @@
-"""What a search space says of one metric of the quality, read once."""
+"""What a search space says about one metric of the quality, read once."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-#: What a file may say of a metric: its weight, or options with `weight` and `max_drop` among them.
+#: What a file may say about a metric: its weight, or options including `weight` and `max_drop`.
 Stated = float | Mapping[str, object]
 
 
@@ -13,8 +13,11 @@ Stated = float | Mapping[str, object]
 class QualitySpec:
     """One metric of the quality.
 
-    weight: in the composite; 0 only computes the metric. max_drop: largest allowed mean paired drop in the metric's unit,
-    None where the space has no limit for it. options: of the metric's class. stated: what the file says, to write it again.
+    Attributes:
+        weight: in the composite; with 0 the metric is only reported.
+        max_drop: largest allowed mean paired drop in the metric's unit, None if the space sets no limit.
+        options: of the metric's class.
+        stated: what the file says, to write it again.
     """
 
     weight: float = 1.0
@@ -24,7 +27,7 @@ class QualitySpec:
 
     @classmethod
     def read(cls, stated: Stated) -> QualitySpec:
-        """From what a file says, whose numbers are checked (tuner.config.space)."""
+        """A spec from what a file says, with numbers already checked (tuner.config.space)."""
         if not isinstance(stated, Mapping):
             return cls(float(stated), stated=stated)
         known: dict[str, object] = {"weight": 1.0, "max_drop": None, **stated}
@@ -41,5 +44,5 @@ class QualitySpec:
 
 
 def read_quality(stated: Mapping[str, Stated]) -> dict[str, QualitySpec]:
-    """Specs by metric of what a file says, checked: `{clip_score: 0.1, lpips: {weight: 0.5, net: vgg}}`."""
+    """Specs by metric from a file's checked contents: `{clip_score: 0.1, lpips: {weight: 0.5, net: vgg}}`."""
     return {metric: QualitySpec.read(value) for metric, value in stated.items()}

@@ -1,4 +1,4 @@
-"""Metrics by name, built only when asked for, and the weighted sum that a search maximises."""
+"""Metrics by name, built only when asked for, and the weighted sum that a search maximizes."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ CLASSES: dict[str, tuple[str, str]] = {
     "fid_dinov2": ("tuner.metrics.distribution", "FidDinov2"),
     "cmmd": ("tuner.metrics.distribution", "Cmmd"),
 }
-#: The built-in ones; `metric_names` has those of plug-ins too.
+#: The built-in metrics; `metric_names` includes those of plug-ins.
 METRIC_NAMES: tuple[str, ...] = tuple(CLASSES)
-#: Group of entry points in which packages offer classes of metrics.
+#: Entry-point group in which packages offer metric classes.
 METRICS = "stagevar.metrics"
 #: Kinds of options that a file or command line can give, by their annotation.
 _PLAIN = {"str": str, "int": int, "float": float, "bool": bool, "None": type(None)}
 _KIND_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "empty"}
-#: Packages beyond the base installation that metrics import, by the names that imports use.
+#: Packages beyond the base installation that metrics import, by import names.
 PACKAGES: dict[str, tuple[str, ...]] = {
     "clip_score": ("open_clip",),
     "clip_image_similarity": ("open_clip",),
@@ -73,12 +73,12 @@ PACKAGES: dict[str, tuple[str, ...]] = {
 
 
 def metric_names() -> tuple[str, ...]:
-    """The names of all metrics, built in first, then those of plug-ins; imports none of them."""
+    """The names of all metrics, the built-in ones first, then plug-ins; imports none of them."""
     return (*CLASSES, *plugins.offered(METRICS, CLASSES))
 
 
 def declaration_of(name: str) -> Declaration:
-    """What a metric measures. A plug-in's module is imported for it. Raises UsageError as `metric_class` does."""
+    """What a metric measures; imports a plug-in's module. Raises UsageError as `metric_class` does."""
     if name in DECLARATIONS:
         return DECLARATIONS[name]
     declaration = metric_class(name).declaration
@@ -87,13 +87,13 @@ def declaration_of(name: str) -> Declaration:
 
 
 def check_name(name: str) -> None:
-    """Raise UsageError with the nearest name unless there is such a metric; imports nothing."""
+    """Raises UsageError with the nearest name unless there is such a metric; imports nothing."""
     if name not in CLASSES and plugins.find(METRICS, name, CLASSES) is None:
         raise UsageError(f"unknown metric {name!r}{hint(name, metric_names())}")
 
 
 def packages_of(name: str) -> tuple[str, ...]:
-    """Packages beyond the base installation that a built-in metric needs, by the names that imports use."""
+    """Packages beyond the base installation that a built-in metric needs, by import names."""
     return PACKAGES.get(name, ())
 
 
@@ -103,7 +103,7 @@ def missing_packages(name: str) -> list[str]:
 
 
 def check_packages(name: str) -> None:
-    """Raises UsageError, with the command that installs them, when a metric needs packages that are not there."""
+    """Raises UsageError with the install command if a metric needs packages that are missing."""
     missing = missing_packages(name)
     if missing:
         needed = dict.fromkeys(extra for package in missing if (extra := _extra_of_metric(package)))
@@ -112,7 +112,7 @@ def check_packages(name: str) -> None:
 
 
 def _extra_of_metric(package: str) -> str | None:
-    """The extra that a metric takes a package from: [metrics] brings all that metrics share with model families."""
+    """The extra that provides a metric's package: [metrics] includes all that metrics share with model families."""
     extra = extras.extra_of(package)
     return "metrics" if extra == "infinity" else extra
 
@@ -120,7 +120,7 @@ def _extra_of_metric(package: str) -> str | None:
 def metric_class(name: str) -> type[Metric]:
     """The class behind a name.
 
-    Raises UsageError naming the nearest one, the package that it lacks, or the plug-in that cannot be used.
+    Raises UsageError naming the nearest name, a missing package, or the plug-in that cannot be used.
     """
     check_name(name)
     check_packages(name)
@@ -133,7 +133,7 @@ def metric_class(name: str) -> type[Metric]:
 
 
 def _plugged(plugin: plugins.Plugin) -> type[Metric]:
-    """The class that a package offers. Raises PluginError unless it is a metric of that name that says what it measures."""
+    """The class that a package offers. Raises PluginError unless it is a metric of that name with a declaration."""
     cls = plugin.load()
     if not (inspect.isclass(cls) and issubclass(cls, Metric)) or inspect.isabstract(cls):
         raise plugin.wrong("must be a class that inherits tuner.metrics.base.Metric and computes its values")
@@ -144,17 +144,17 @@ def _plugged(plugin: plugins.Plugin) -> type[Metric]:
             "needs a `declaration`: tuner.metrics.declarations.Declaration(kind, unit, change, max_drop)"
         )
     if cls.declaration.higher_is_better != cls.higher_is_better:
-        raise plugin.wrong("says one direction in `higher_is_better` and the other in its `declaration`")
+        raise plugin.wrong("gives one direction in `higher_is_better` and the opposite in its `declaration`")
     if "device" not in inspect.signature(cls).parameters:
         raise plugin.wrong("must take the keyword argument `device`")
     return cls
 
 
 def create(name: str, *, device: str = "cpu", **options: Any) -> Metric:
-    """Build a metric with its models loaded on `device`.
+    """Builds a metric with its models loaded on `device`.
 
     `options` are the keyword arguments of its class (docs/metrics.md lists them). Raises UsageError for an unknown name
-    or option, or a model that cannot be had.
+    or option, or an unavailable model.
     """
     check_options(name, options)
     build: Callable[..., Metric] = metric_class(name)
@@ -162,16 +162,16 @@ def create(name: str, *, device: str = "cpu", **options: Any) -> Metric:
 
 
 def check_options(name: str, options: Mapping[str, object]) -> None:
-    """Raises UsageError for an option that a metric does not have, or whose value is of another kind than its annotation.
+    """Raises UsageError for an option that a metric does not have, or a value that does not fit the option's annotation.
 
-    Counts are at least 1; objects that Python callers hand in (a detector, a classifier) pass. Imports the metric's module,
-    builds nothing.
+    Counts must be at least 1; objects that Python callers pass (a detector, a classifier) are accepted. Imports the metric's
+    module, builds nothing.
     """
     parameters = inspect.signature(metric_class(name).__init__).parameters
     known = [parameter for parameter in parameters if parameter not in ("self", "device")]
     for option, value in options.items():
         if option not in known:
-            raise UsageError(f"metric {name} has no option {option!r:.60}: it takes {', '.join(known) or 'none'}")
+            raise UsageError(f"metric {name} has no option {option!r:.60}; its options: {', '.join(known) or 'none'}")
         kinds = [_PLAIN.get(word.strip()) for word in str(parameters[option].annotation).split("|")]
         if None in kinds and not (value is None or isinstance(value, str | int | float | list | Mapping)):
             continue
@@ -183,13 +183,13 @@ def check_options(name: str, options: Mapping[str, object]) -> None:
         if int in plain and option != "seed" and isinstance(value, int) and value < 1:
             raise UsageError(f"metric {name}: option {option} is {shown(value)}, expected at least 1")
         if isinstance(value, str) and (not value.strip() or "\0" in value):
-            raise UsageError(f"metric {name}: option {option} is {shown(value)}, expected text that is not empty")
+            raise UsageError(f"metric {name}: option {option} is {shown(value)}, expected a non-empty text")
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"metric {name}: option {option} is {shown(value)}, expected a finite number")
 
 
 class CompositeQuality(Metric):
-    """Weighted sum of metrics, higher is better: a metric where lower is better enters with a minus sign."""
+    """Weighted sum of metrics, higher is better: a metric for which lower is better enters with a minus sign."""
 
     name = "quality"
 
@@ -197,7 +197,7 @@ class CompositeQuality(Metric):
         if not parts:
             raise UsageError("the quality has no metrics: name at least one, such as {geneval: 1.0}")
         self.parts = dict(parts)
-        # Of this composite, since it follows from the parts.
+        # Set per instance, since it follows from the parts.
         self.needs_reference = any(metric.needs_reference for _, metric in parts.values())  # type: ignore[misc]
         self.needs_prompt = any(metric.needs_prompt for _, metric in parts.values())  # type: ignore[misc]
 
@@ -234,8 +234,8 @@ class CompositeQuality(Metric):
 def create_composite(quality: Mapping[str, QualitySpec], *, device: str = "cpu") -> CompositeQuality:
     """The composite of metrics by name.
 
-    A metric of weight 0 is computed and not added, unless it is the first. Raises UsageError for a weight that is negative or
-    not finite, a first one of 0, and for anything `create` refuses.
+    A metric of weight 0 is computed but not added; the first must have a weight. Raises UsageError for a weight that is
+    negative or not finite, a first weight of 0, and anything that `create` rejects.
     """
     parts: dict[str, tuple[float, Metric]] = {}
     for name, spec in quality.items():
@@ -246,6 +246,6 @@ def create_composite(quality: Mapping[str, QualitySpec], *, device: str = "cpu")
             parts[name] = (spec.weight, create(name, device=device, **spec.options))
         except UsageError as error:
             others = ", ".join(other for other in quality if other != name)
-            rest = f"; without it {others} would remain: leave it out of the quality, or mend this" if others else ""
+            rest = f"; fix this, or remove it from the quality, which leaves {others}" if others else ""
             raise type(error)(f"metric {name}: {error}{rest}") from None
     return CompositeQuality(parts)

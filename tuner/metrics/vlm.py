@@ -24,10 +24,10 @@ _DIGITS = {
 
 
 class Judge(Protocol):
-    """Anything that says how likely an answer to a question about an image is."""
+    """Anything that says how likely a given answer to a question about an image is."""
 
     def __call__(self, image: Image.Image, question: str, spellings: Sequence[str]) -> float:
-        """The probability, 0 to 1, that the answer begins as one of the spellings does."""
+        """The probability, 0 to 1, that the answer begins like one of the spellings."""
         ...
 
     def describe(self) -> dict[str, str]:
@@ -38,9 +38,12 @@ class Judge(Protocol):
 class GenEval2(BenchmarkMetric):
     """GenEval 2's Soft-TIFA GM of an image, 0 to 1: the geometric mean of the probabilities of the right answers.
 
-    questions: path of geneval2_data.jsonl, which is not shipped (CC BY-NC 4.0). model: a vision-language model of transformers
-    with a chat template, a hub name or a local folder; judge: an object that follows `Judge` instead. A prompt's questions are
-    found by its text. `summary` gives AM and GM times 100, by skill and by number of atoms.
+    Args:
+        questions: path of geneval2_data.jsonl, which is not shipped (CC BY-NC 4.0).
+        model: a transformers vision-language model with a chat template: a hub name or a local folder.
+        judge: an object that follows `Judge`, in place of the model.
+
+    A prompt's questions are found by its text. `summary` gives AM and GM times 100, by skill and by number of atoms.
     Source: Kamath et al. 2025 (GenEval 2), github facebookresearch/GenEval2 evaluation.py, with Qwen3-VL-8B-Instruct. What
     differs: a token that begins two spellings counts once.
     """
@@ -62,7 +65,7 @@ class GenEval2(BenchmarkMetric):
         self.judge = TransformersJudge(model, device) if judge is None else judge
 
     def index(self, prompt: Prompt) -> int:
-        """The line of a prompt, from 0. Raises UsageError if there is none."""
+        """A prompt's line, counted from 0. Raises UsageError if there is none."""
         text = prompt_text(prompt).strip()
         if text not in self._index_of:
             raise UsageError(f"geneval2: no questions for prompt {text!r:.60}; give the benchmark's own text")
@@ -96,7 +99,7 @@ class GenEval2(BenchmarkMetric):
 
 
 def spellings_of(question: str, answer: str) -> tuple[str, ...]:
-    """How a right answer may begin: yes, or for a count its word and its digits, each with and without a space before it."""
+    """How a right answer may begin: yes, or a count as a word or in digits, each with and without a leading space."""
     if not question.startswith("How many"):
         return "Yes", "yes", " yes", " Yes"
     digits = _DIGITS.get(answer, "other")
@@ -104,7 +107,7 @@ def spellings_of(question: str, answer: str) -> tuple[str, ...]:
 
 
 class TransformersJudge:
-    """A chat model for images and text, in its checkpoint's own precision; the answer's first token decides."""
+    """A chat model for images and text, in its checkpoint's precision; the answer's first token decides."""
 
     def __init__(self, source: str, device: str = "cpu") -> None:
         from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -112,9 +115,7 @@ class TransformersJudge:
         self.source, self.device = source, device
         self.processor = from_pretrained(AutoProcessor, source, "vision-language model")
         if not getattr(self.processor, "chat_template", None):
-            raise UsageError(
-                f"vision-language model {source} has no chat template; give one that answers questions in chats"
-            )
+            raise UsageError(f"vision-language model {source} has no chat template; use a chat model")
         self.model = pretrained_model(
             AutoModelForImageTextToText, source, "vision-language model", device=device, dtype="auto"
         )

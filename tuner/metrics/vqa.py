@@ -32,12 +32,16 @@ class Answerer(Protocol):
 class DpgBench(BenchmarkMetric):
     """DPG-Bench score of an image's prompt, 0..1: tiles' mean of questions after dependencies (corrected arithmetic).
 
-    questions: path of dpg_bench.csv. tiles: 1, or 4 for the benchmark's 2x2 grids (top left, top right, bottom left,
-    bottom right). model: a transformers VQA model, hub name or local folder; vqa: an object that follows `Answerer`
-    instead. A prompt's item is its "item_id", else the item whose text equals its caption.
+    Args:
+        questions: path of dpg_bench.csv.
+        tiles: 1, or 4 for the benchmark's 2x2 grids (top left, top right, bottom left, bottom right).
+        model: a transformers VQA model: a hub name or a local folder.
+        vqa: an object that follows `Answerer`, in place of the model.
+
+    A prompt's item is its "item_id", else the item whose text equals its caption.
     `summary` gives both the published and the corrected DPG score.
-    Source: ELLA dpg_bench, which asks mPLUG of modelscope; that model is not in transformers, so figures with another
-    are not comparable with published ones.
+    Source: ELLA dpg_bench, which uses modelscope's mPLUG; that model is not in transformers, so figures from another one are
+    not comparable with published ones.
     """
 
     name: ClassVar[str] = "dpg"
@@ -120,15 +124,15 @@ def tile_images(image: Image.Image, tiles: int) -> list[Image.Image]:
     if tiles == 1:
         return [image]
     if image.width % 2 or image.height % 2:
-        raise UsageError(f"dpg: a grid of {image.width}x{image.height} pixels does not halve")
+        raise UsageError(f"dpg: a grid of {image.width}x{image.height} pixels does not divide into four equal tiles")
     width, height = image.width // 2, image.height // 2
     return [image.crop((x, y, x + width, y + height)) for y in (0, height) for x in (0, width)]
 
 
 class TransformersVqa:
-    """BLIP's and ViLT's question answering heads, or any chat model for images and text (told to say yes or no).
+    """BLIP's and ViLT's question-answering heads, or any chat model for images and text (told to answer yes or no).
 
-    The first word counts, in lower case and without punctuation, since the benchmark compares with "yes" exactly.
+    Only the first word counts, in lower case and without punctuation, since the benchmark compares with exactly "yes".
     """
 
     def __init__(self, source: str, device: str = "cpu") -> None:

@@ -98,7 +98,7 @@ def test_results_of_other_settings_are_not_reused_and_it_says_why(tmp_path, fact
     first, _ = stored(tmp_path / "store", tmp_path / "a")
     values(first, QualityTask((FULL,), "search", 0))
     second, asked = stored(tmp_path / "store", tmp_path / "b", facts)
-    assert second.reasons() == [f"1 results are of {why}: not reused"]
+    assert second.reasons() == [f"1 results have {why}: not reused"]
     values(second, QualityTask((FULL,), "search", 0))
     assert len(asked.asked) == 1
 
@@ -111,7 +111,7 @@ def test_another_version_of_the_code_other_prompts_and_other_metrics_are_not_reu
     assert len(asked.asked) == 1 and "reused" in prompts.reasons()[0], "the same context, other prompts"
     monkeypatch.setattr("tuner.evaluation.store.code_digest", lambda: "other")
     code, asked = stored(tmp_path / "store", tmp_path / "c")
-    assert code.reasons() == ["2 results are of another code: not reused"]
+    assert code.reasons() == ["2 results have another code: not reused"]
     values(code, QualityTask((FULL,), "search", 0))
     assert len(asked.asked) == 1
     space = study(tmp_path / "d").space

@@ -146,13 +146,13 @@ def test_yes_and_no_of_oneig_and_probabilities_of_compbench(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
-        ("a.csv", "item_id,proposition_id,answer\n0,1,yes\n", "line 2: 'yes' is no probability from 0 to 1"),
-        ("a.csv", "item_id,proposition_id,answer\n0,1,1.5\n", "line 2: '1.5' is no probability"),
+        ("a.csv", "item_id,proposition_id,answer\n0,1,yes\n", "line 2: 'yes' is not a probability from 0 to 1"),
+        ("a.csv", "item_id,proposition_id,answer\n0,1,1.5\n", "line 2: '1.5' is not a probability"),
         ("a.csv", "item_id,proposition_id,answer\n2,1,1\n", "item 2, proposition 1 is not in .*counted from 0"),
         ("a.json", "[[1, 1]]", "holds 1 lists for 2 prompts"),
         ("a.json", "{}", "holds no list for 2 prompts"),
         ("a.json", "[[1], [1]]", "list 0 does not hold 2 probabilities"),
-        ("a.json", '[[1, "x"], [1]]', "list 0 holds 'x', which is no probability"),
+        ("a.json", '[[1, "x"], [1]]', "list 0 holds 'x', which is not a probability"),
         ("a.json", "[[1, NaN], [1]]", "NaN"),
     ],
 )

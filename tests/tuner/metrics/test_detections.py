@@ -204,10 +204,10 @@ def test_names_that_nobody_knows_are_said(tmp_path):
             image(asks("dog"), DOG | {"class": "doge", "color": "crimson"}, CAT, name="b.png"),
         )
     assert [str(warning.message) for warning in said] == [
-        "class 'doge' of 1 detections is in no prompt, did you mean dog?",
-        "class 'computer keybord' that prompts ask for is in no detection, did you mean computer keyboard?",
-        "color 'crimson' of 1 detections is in no prompt",
-        "color 'gold' that prompts ask for is in no detection",
+        "class 'doge', in 1 detections, is in no prompt, did you mean dog?",
+        "class 'computer keybord', which prompts ask for, is in no detection, did you mean computer keyboard?",
+        "color 'crimson', in 1 detections, is in no prompt",
+        "color 'gold', which prompts ask for, is in no detection",
     ]
 
 
@@ -232,7 +232,7 @@ COUNTING = {"tag": "counting", "include": [{"class": "dog", "count": 2}], "promp
         ([image(asks("dog"), DOG | {"score": 97})], "score 97, expected 0 to 1"),
         ([image(asks("dog"), DOG | {"score": -0.1})], "score -0.1"),
         ([image(asks("dog"), DOG | {"box": [100, 100, 50, 50]})], "box_xywh"),
-        ([image(asks("dog"), DOG), image(asks("dog"), DOG)], r"image a\.png is there twice"),
+        ([image(asks("dog"), DOG), image(asks("dog"), DOG)], r"image a\.png appears twice"),
         ('{"a.png": {"detections": []}, "a.png": {"detections": []}}', "twice in one object"),
         ([image('{"tag": "counting", "tag": "colors"}')], "twice in one object"),
     ],

@@ -202,7 +202,7 @@ def test_cmmd_refuses_sets_that_are_none():
     for call, message in (
         (lambda: cmmd.score_set([A]), "compares two sets"),
         (lambda: cmmd.score_set([], [B]), "no images"),
-        (lambda: cmmd.score_pairs([A], [B[:5]]), "no 3 pairs"),
+        (lambda: cmmd.score_pairs([A], [B[:5]]), "needs at least 3 pairs"),
     ):
         with pytest.raises(UsageError, match=message):
             call()

@@ -253,7 +253,7 @@ def test_dpg_asks_every_tile_in_order(tmp_path):
     assert metric.item_id({"item_id": "b", "prompt": "anything"}) == "b"
     with pytest.raises(UsageError, match="no questions for prompt"):
         metric.item_id("unheard of")
-    with pytest.raises(UsageError, match="does not halve"):
+    with pytest.raises(UsageError, match="does not divide into four"):
         tile_images(Image.new("RGB", (7, 8)), 4)
 
 
@@ -290,7 +290,7 @@ def test_offline_the_refusal_says_what_to_do(name, options, offline, monkeypatch
     monkeypatch.chdir(tmp_path)
     torch.hub.set_dir(str(tmp_path))
     try:
-        with pytest.raises(UsageError, match=r"cannot be loaded .* fetch it where there is a network"):
+        with pytest.raises(UsageError, match=r"cannot be loaded .* download it on a machine with a network"):
             create(name, **options)
     finally:
         torch.hub._hub_dir = None

@@ -111,7 +111,7 @@ def test_image_reward_reads_safetensors_of_a_wrapped_module_too(reward, pixels, 
 @pytest.mark.parametrize(
     ("lost", "says"),
     [
-        ("blip.visual_encoder.pos_embed", "is no checkpoint of ImageReward: it lacks blip.visual_encoder.pos_embed"),
+        ("blip.visual_encoder.pos_embed", "is not a checkpoint of ImageReward: it lacks blip.visual_encoder.pos_embed"),
         ("blip.visual_encoder.blocks.1.norm1.bias", "does not fit ImageReward's BlipVisionModel"),
         ("blip.text_encoder.encoder.layer.0.crossattention.self.key.bias", "does not fit ImageReward's BlipTextModel"),
         ("mlp.layers.7.bias", "does not fit ImageReward's Sequential"),
