@@ -1,7 +1,7 @@
-"""Asking the sampler for a round of new schedules, here or on a thread while the round before runs.
+"""Asks the sampler for a round of new schedules, directly or on a thread while the previous round runs.
 
-Whoever asks reads a snapshot of what was known and returns proposals. Registering schedules, telling the sampler what is known
-of them and writing evidence are the caller's, so that one thread writes.
+Asking reads a snapshot of what was known and returns proposals. The caller registers schedules, tells the sampler what is
+known about them and writes evidence, so that only one thread writes.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from tuner.proposals.sampler_process import SamplerProcess
 from tuner.proposals.trial_sampler import Proposal, TrialSampler
 from tuner.study.options import ROUND
 
-#: Proposals in a round that bring no new schedule before the space counts as exhausted.
+#: Proposals without a new schedule in a round before the space counts as exhausted.
 MOST_DUPLICATES = 60
 
 
 class Fate(enum.Enum):
-    """What becomes of a proposal: evaluated; told with its twin under evaluation; told at once; dropped unevaluated."""
+    """What becomes of a proposal: evaluated; told together with its twin under evaluation; told at once; dropped."""
 
     NEW = "new"
     REPEATED = "repeated"
@@ -32,7 +32,7 @@ class Fate(enum.Enum):
 
 @dataclass(frozen=True)
 class Asked:
-    """A proposal and what it expands to. ratio: the predicted latency ratio for which it is dropped."""
+    """A proposal and what it expands to; `ratio` is the predicted latency ratio for which it is dropped."""
 
     proposal: Proposal
     schedule: StageSchedule
@@ -44,11 +44,12 @@ class Asked:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What was known of schedules when asking began.
+    """What was known about schedules when asking began.
 
     Args:
-        known: keys of which the sampler can be told. busy: keys under evaluation.
-        hopeless: the predicted ratio of a schedule that is beyond the budget for certain, else None.
+        known: keys with something to tell the sampler.
+        busy: keys under evaluation.
+        hopeless: gives the predicted ratio of a schedule that is certainly over the budget, else None.
     """
 
     known: frozenset[str]
@@ -58,7 +59,12 @@ class Snapshot:
 
 @dataclass
 class Round:
-    """What was asked together. exhausted: fewer new schedules than wanted were found. handed_over: to TPE meanwhile."""
+    """What was asked together.
+
+    Attributes:
+        exhausted: whether fewer new schedules than wanted were found.
+        handed_over: whether TPE took over meanwhile.
+    """
 
     asked: list[Asked] = field(default_factory=list)
     exhausted: bool = False
@@ -70,7 +76,7 @@ class Round:
 
     @property
     def new(self) -> list[Asked]:
-        """What has to be evaluated."""
+        """The proposals to evaluate."""
         return self.of(Fate.NEW)
 
 
@@ -78,7 +84,8 @@ class AskAhead:
     """Asks one sampler for rounds of new schedules.
 
     Args:
-        expand: key, schedule and steps of a proposal; changes nothing. beside: ask on a thread, as `begin` does.
+        expand: gives key, schedule and steps of a proposal; changes nothing.
+        beside: whether `begin` asks on a thread.
     """
 
     def __init__(
@@ -93,12 +100,12 @@ class AskAhead:
         self._future: Future[Round] | None = None
 
     def close(self) -> None:
-        """Waits for what is still being asked."""
+        """Waits for a pending ask."""
         if self._thread is not None:
             self._thread.shutdown(wait=True)
 
     def ask(self, wanted: int, snapshot: Snapshot, each: Callable[[Asked], None] = lambda asked: None) -> Round:
-        """A round with `wanted` new schedules, or fewer where the sampler finds no more. each: hears of every proposal."""
+        """A round with `wanted` new schedules, or fewer if the sampler finds no more; calls `each` on every proposal."""
         made = Round()
         for asked in self._asks(wanted, snapshot, made):
             made.asked.append(asked)
@@ -107,14 +114,14 @@ class AskAhead:
         return made
 
     def begin(self, wanted: int, snapshot: Snapshot) -> None:
-        """Starts asking on the thread, where there is one."""
+        """Starts asking on the thread, if there is one."""
         if self._thread is not None:
             self._future = self._thread.submit(self.ask, wanted, snapshot)
 
     def take(self, patience_s: float | None, impatient: bool) -> Round:
-        """What `begin` started, an empty round if nothing; waits for it.
+        """Waits for the round that `begin` started and returns it, or an empty round if there is none.
 
-        patience_s: after so long the Gaussian process hands over to TPE, if `impatient`; None waits as long as it takes.
+        After `patience_s` seconds the Gaussian process hands over to TPE, if `impatient`; None waits as long as it takes.
         """
         if self._future is None:
             return Round()

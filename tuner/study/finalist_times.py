@@ -1,4 +1,4 @@
-"""How long finalists take: all of them and the full schedule in one round-robin of timings, and what the limits say of it."""
+"""Times finalists and the full schedule in one round-robin, and compares the timings with the limits."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from stagevar.card_state import CardState
     from stagevar.timing import Timing
 
-#: Timing rounds after which decisions are taken, with an equal share of the error each. Decided finalists take no further
-#: part; beyond PATIENT_ROUNDS only those do whom the last look would decide if their estimates hold, or, where none is within
-#: the budget yet, whose estimates are.
+#: Timing rounds after which decisions are made, with an equal share of the error each. Decided finalists drop out. Beyond
+#: PATIENT_ROUNDS only those stay that the last look would decide if their estimates hold, or, if none is within the budget
+#: yet, whose estimates are.
 ROUNDS = (15, 30, 60, 120, 240)
 PATIENT_ROUNDS = 60
 BASELINE = "baseline"
@@ -36,9 +36,9 @@ def latency_stats(
     disturbed: Sequence[str] = (),
     card: Sequence[CardState] = (),
 ) -> LatencyStats:
-    """Figures of one schedule; with the baseline's samples of the same rounds also the ratio.
+    """Figures of one schedule, with the ratio if the baseline's samples of the same rounds are given.
 
-    baseline_ms: what the ratio is scaled to; None takes the schedule's own median. card: its states around the samples.
+    The ratio is scaled to `baseline_ms`; None takes the schedule's own median. `card` holds its states around the samples.
     """
     median = median_interval(samples_ms)
     ratio = None if baseline_samples_ms is None else ratio_interval(samples_ms, baseline_samples_ms)
@@ -59,7 +59,7 @@ def latency_stats(
 
 
 def timed_stats(timing: Timing, full: Timing | None = None, full_ms: float | None = None) -> LatencyStats:
-    """Figures of a timing; with the full schedule's of the same rounds also the ratio, scaled to `full_ms`."""
+    """Figures of a timing, with the ratio, scaled to `full_ms`, if the full schedule's of the same rounds is given."""
     return latency_stats(
         timing.samples_ms,
         None if full is None else full.samples_ms,
@@ -72,14 +72,18 @@ def timed_stats(timing: Timing, full: Timing | None = None, full_ms: float | Non
 
 
 class FinalistTimes:
-    """Timings of finalists beside the full schedule.
+    """Timings of finalists and the full schedule.
 
     Args:
-        finalists: key -> steps; those that find too little memory leave it. full: the full schedule's steps.
-        note: called with a line of progress and the share done. stop: asked between looks whether to end early.
-        extensions: judgements of the study before this one.
+        finalists: key -> steps; those that run out of memory are removed.
+        full: the full schedule's steps.
+        note: called with a line of progress and the share done.
+        stop: asked between looks whether to end early.
+        extensions: earlier judgments of the study.
 
-    Attributes: unmeasured: why finalists left, by key. cut_short: whether `stop` ended it before everything was decided.
+    Attributes:
+        unmeasured: why finalists left, by key.
+        cut_short: whether `stop` ended it before everything was decided.
     """
 
     def __init__(
@@ -112,7 +116,7 @@ class FinalistTimes:
                 self.warmth[name] = (runs + timing.warm_up_runs, timing.warmed)
                 self.disturbed |= dict.fromkeys(timing.disturbed)
                 self.card[name] = timing.card
-            # Who sits a look out stays out: samples are paired with the full schedule's of the first rounds.
+            # A finalist that sits a look out stays out: samples are paired with the full schedule's of the first rounds.
             names = [n for n in names if n in self.finalists and self._worth_timing(n, rounds)]
             if not names:
                 break
@@ -121,17 +125,17 @@ class FinalistTimes:
                 break
 
     def _worth_timing(self, name: str, rounds: int) -> bool:
-        """Whether a finalist is undecided, and more rounds than these would or, early on, may decide it."""
+        """Whether a finalist is undecided and more than `rounds` would, or early on might, decide it."""
         undecided = [v for v in self.verdicts(name) if v.status == "open"]
         if not undecided or rounds < PATIENT_ROUNDS:
             return bool(undecided)
         if all(v.value <= v.limit for v in undecided) and all(self.status(n) != "met" for n in self.finalists):
-            return True  # without it the study ends inconclusive, and whoever resumes it times everything again
+            return True  # otherwise the study ends inconclusive, and a resume times everything again
         shrinks = (rounds / ROUNDS[-1]) ** 0.5
         return all(abs(v.limit - v.value) >= (v.bound - v.value) * shrinks for v in undecided)
 
     def _timings(self, names: Sequence[str], rounds: int) -> Mapping[str, Timing]:
-        """Of the full schedule and these finalists; those that find too little memory beside it leave."""
+        """Timings of the full schedule and these finalists; those that do not fit beside it in memory leave."""
         chosen = {name: self.finalists[name] for name in names}
         try:
             return self.evaluator.latency({BASELINE: self.full, **chosen}, rounds)
@@ -147,18 +151,18 @@ class FinalistTimes:
         return self.evaluator.latency({BASELINE: self.full, **chosen}, rounds)
 
     def _beside(self, name: str) -> list[float]:
-        """The full schedule's samples of the rounds in which this one was timed."""
+        """The full schedule's samples from the rounds in which this one was timed."""
         return self.samples[BASELINE][: len(self.samples[name])]
 
     def leave(self, name: str, error: str) -> None:
-        """Takes a finalist out that found too little memory."""
+        """Removes a finalist that ran out of memory."""
         del self.finalists[name]
         self.unmeasured[name] = f"not measured here: {error}"
 
     def verdicts(self, name: str) -> list[Verdict]:
-        """Latency, and for finalists the gain, against the limits."""
-        # One-sided, for all finalists and looks together (Bonferroni): timings are cheap, so the price is a few rounds. Every
-        # judgement times anew and may take a limit for kept by luck, so they share the 5 % as those of the prompts do.
+        """Verdicts on the latency and, for finalists, on the gain."""
+        # One-sided, for all finalists and looks together (Bonferroni): timings are cheap, so this costs only a few rounds.
+        # Every judgment takes new timings and may accept a limit by luck, so judgments share the 5 % as those on prompts do.
         level = 1 - 2 * judgement_alpha(self.extensions) / len(ROUNDS) / max(1, len(self.finalists))
         own = median_interval(self.samples[name], level)
         budget_ms = self.limits.budget_ms
@@ -180,7 +184,7 @@ class FinalistTimes:
         return status_of(self.verdicts(name))
 
     def stats(self, name: str) -> LatencyStats:
-        """Figures of a finalist, or the full schedule, at this moment."""
+        """Current figures of a finalist or the full schedule."""
         share = self.limits.budget.fraction is not None
         return latency_stats(
             self.samples[name],

@@ -1,4 +1,4 @@
-"""What makes a run directory this study's and no other's: written when it begins, compared when it goes on."""
+"""What ties a run directory to one study: written when the study starts, compared when it resumes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tuner.evaluation.evaluator import EvaluationInfo
 from tuner.results.run_dir import CONFIG_FILE, EvidenceLog
 from tuner.study.options import Options
 
-#: Plain data by name, as it is written to config.json.
+#: Plain data by name, as written to config.json.
 Identity: TypeAlias = dict[str, Any]
 
 
@@ -29,14 +29,14 @@ def identity_of(
     metrics: Sequence[MetricLimit],
     options: Options,
 ) -> Identity:
-    """What must not change between the parts of one study; what a resume compares."""
+    """What must not change between the parts of one study; a resume compares it."""
     return {
         "model": facts.model,
         "weights": facts.provenance.get("weights", "random" if facts.random_weights else None),
         "pixels": facts.pixels,
         "device": facts.device,
         "engine": facts.engine,
-        # Not in runs whose engine was eager, which is all that runs of before drew with.
+        # Left out if the engine was eager, since all older runs drew eagerly.
         **({} if facts.heldout_engine == "eager" else {"held-out engine": facts.heldout_engine}),
         "sampling": facts.sampling,
         "space": {k: v for k, v in space.contents.items() if k != "proposals" or v},
@@ -53,7 +53,8 @@ def identity_of(
 class RunConfig:
     """config.json of a run directory: the identity, the command, the engine choice, and how often the study was judged.
 
-    Attributes: judged_on: number of held-out prompts of each judgement; known after `claim`.
+    Attributes:
+        judged_on: number of held-out prompts of each judgment; known after `claim`.
     """
 
     def __init__(self, run_dir: Path, command: str):
@@ -63,14 +64,14 @@ class RunConfig:
     def claim(
         self, identity: Identity, asked: PromptSource, heldout: PromptSet, engine_choice: EngineSection | None
     ) -> bool:
-        """Writes the identity of a new run; compares that of an old one. Returns whether the run is an old one.
+        """Writes the identity of a new run or compares that of an old one; returns whether the run is an old one.
 
-        An old run may go on with more held-out prompts, if those it had are the first of them; that becomes its identity.
+        An old run may continue with more held-out prompts, if its own are the first of them; that becomes its identity.
         Raises UsageError that says what differs.
         """
         mine: Identity = json.loads(json.dumps(identity))
         if not self.path.exists():
-            # Kept beside the identity, so that a resumed run keeps its engine instead of comparing engines again.
+            # Kept with the identity, so that a resumed run keeps its engine instead of comparing engines again.
             kept = {} if engine_choice is None else {"engine_choice": dataclasses.asdict(engine_choice)}
             self._write({"identity": mine, "command": self.command, "judged_on": [], **kept})
             return False
@@ -78,7 +79,7 @@ class RunConfig:
         theirs = config["identity"]
         new = json.loads(json.dumps(mine))
         for compared in (theirs, mine):
-            # Where the prompts lie and how they were asked for does not matter: their contents are compared.
+            # Where the prompts are and how they were requested does not matter: their contents are compared.
             for name in ("source", "added"):
                 compared.get("space", {}).get("prompts", {}).pop(name, None)
         differing = difference(theirs, mine)
@@ -100,22 +101,22 @@ class RunConfig:
         raise UsageError(f"{run_dir} holds another study: {'; '.join(differing[:3])}; choose another --out, or --fresh")
 
     def note_judged(self, judged_on: Sequence[int]) -> None:
-        """Writes on how many prompts the run was judged, each time; the verdict is told after that only."""
+        """Writes how many prompts each judgment of the run used; only then is the verdict reported."""
         config = json.loads(self.path.read_text())
         if list(judged_on) != config.get("judged_on", []):
             self._write({**config, "judged_on": list(judged_on)})
 
     def _read(self) -> tuple[Identity, int]:
-        """The file's content and the number of held-out prompts in it. Raises UsageError for a damaged one."""
+        """The file's content and its number of held-out prompts. Raises UsageError if it is damaged."""
         try:
             config = json.loads(self.path.read_text())
             had = int(config["identity"]["space"]["prompts"]["heldout"])
-            if "judged_on" not in config:  # a run of before, which kept no account: its judgement counts all the same
+            if "judged_on" not in config:  # an older run, which did not record this: its judgment still counts
                 judged = any(record["kind"] == "verification" for record in EvidenceLog(self.path.parent).read())
                 config["judged_on"] = [had] if judged else []
             self.judged_on = tuple(int(count) for count in config["judged_on"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise UsageError(f"{self.path} is damaged; start anew with another --out, or with --fresh") from None
+            raise UsageError(f"{self.path} is damaged; start over with another --out, or with --fresh") from None
         return config, had
 
     def _write(self, config: Identity) -> None:
@@ -123,7 +124,7 @@ class RunConfig:
 
 
 def difference(old: Any, new: Any, path: str = "") -> list[str]:
-    """What differs between two trees of plain data, one phrase per leaf, shortened for reading."""
+    """What differs between two trees of plain data: one shortened phrase per leaf."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = dict.fromkeys([*old, *new])
         return [d for k in keys for d in difference(old.get(k), new.get(k), f"{path}.{k}" if path else str(k))]

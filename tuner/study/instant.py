@@ -1,8 +1,8 @@
-"""A schedule within minutes, without a single image judged: `--effort instant`.
+"""A schedule within minutes, without judging a single image: `--effort instant`.
 
-Steps are timed as for a search, and a few schedules end to end. Quality comes from an earlier study's sensitivities where
-there are some (`--from`), else from what the space knows beforehand: its proposals, then published settings. Nothing is claimed
-of it, so the verdict is "unverified" and so is the profile.
+Steps are timed as for a search, and a few schedules end to end. Quality comes from an earlier study's sensitivities, if there
+are any (`--from`), else from what the space knows beforehand: its proposals, then published settings. Nothing is claimed
+about it, so the verdict and the profile are "unverified".
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from tuner.study.verdict import LEAST_GAIN, Conclusion
 
 #: Schedules that are timed end to end, best first.
 TIMED = 3
-#: Schedules drawn for the table of step costs, as a search with few trials draws.
+#: Schedules drawn for the table of step costs, as in a search with few trials.
 TABLE_TRIALS = 4
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A schedule that may be picked. quality: predicted composite, in allowances; None where nothing predicts it."""
+    """A schedule that may be picked; `quality` is the predicted composite in allowances, None if nothing predicts it."""
 
     proposal: Proposal
     key: str
@@ -39,14 +39,14 @@ class Choice:
 
 
 class InstantStudy(Study):
-    """Picks a schedule by step costs and by what was known of quality before. Takes the arguments of a `Study`."""
+    """Picks a schedule by step costs and by what is already known about quality. Takes the arguments of a `Study`."""
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
         self.quality = self.ledger.quality = False
 
     def run(self) -> StudyResult:
-        """Full schedule, step costs, a few timings and a pick; the result, which is also in study.json."""
+        """Full schedule, step costs, a few timings and a pick; returns the result, which is also in study.json."""
         self.check_identity()
         self._run_baseline(())
         self.progress.phase("timing", 100)
@@ -72,12 +72,12 @@ class InstantStudy(Study):
             return Conclusion("unverified", reason, nearest=tuple(c.key for c, _ in timed))
         pick, stats = within[0]
         quality = next(choice.quality for choice in choices if choice.key == pick.key)
-        foretold = "" if quality is None else f", predicted to use up {max(0.0, -quality):.2f} of what it may lose"
+        foretold = "" if quality is None else f", predicted to use up {max(0.0, -quality):.2f} of the allowed drop"
         reason = f"{stats.speedup_text}{foretold}; chosen by {source}, no quality was measured"
         return Conclusion("unverified", reason, {"pick": pick.key})
 
     def _known(self) -> list[str]:
-        """Names of the space's schedules that fit the model, registered."""
+        """Registers the space's schedules that fit the model; returns their names."""
         fitting = []
         for name in self.space.known:
             try:
@@ -88,7 +88,7 @@ class InstantStudy(Study):
         return fitting
 
     def _choices(self, latency: LatencySource, names: Sequence[str]) -> tuple[str, list[Choice]]:
-        """What may be picked, best first, and what that order rests on."""
+        """What may be picked, best first, and what that order is based on."""
         ledger = self.ledger
         front = PredictedFront(
             *(self.run_dir, ledger, self.executor, self.prompts["search"], latency, self.progress, self.options.seed),
@@ -118,7 +118,7 @@ class InstantStudy(Study):
         return Choice(proposal, key, forecast.ratio, forecast.quality)
 
     def _tokens(self, choices: Sequence[Choice]) -> dict[str, float]:
-        """Token rows by key: of equals the less accelerated is picked."""
+        """Token rows by key: among equals, the less accelerated schedule is picked."""
         chunks = self.facts.chunks
         return {
             choice.key: sum(step.processed_tokens(chunks) for step in self.ledger.expand(choice.proposal)[2])
@@ -126,7 +126,7 @@ class InstantStudy(Study):
         }
 
     def _timed(self, choices: Sequence[Choice]) -> list[tuple[Candidate, LatencyStats]]:
-        """Candidates that are faster than the full schedule, timed end to end beside it."""
+        """Candidates that are faster than the full schedule, timed end to end in turn with it."""
         ledger = self.ledger
         done: list[tuple[Candidate, LatencyStats]] = []
         schedules: dict[str, Steps] = {}

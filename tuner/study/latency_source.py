@@ -1,4 +1,4 @@
-"""Where a search takes latencies from: predicted from the costs of steps where these may be trusted, else timed end to end."""
+"""Where a search gets latencies: predicted from step costs if these can be trusted, else timed end to end."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ from tuner.study.ledger import Ledger
 from tuner.study.progress import Progress
 
 SEARCH_ROUNDS = 7
-#: Warm-up runs per schedule in the search at most; a noisy machine never settles, and finalists are measured again.
+#: Most warm-up runs per schedule in the search; a noisy machine never settles, and finalists are measured again.
 SEARCH_WARM_UP = 4
-#: Schedules drawn from the space whose steps fill the table, and the timed walks over them.
+#: Schedules drawn from the space to fill the table with their steps, and the timed walks over them.
 TABLE_SCHEDULES, TABLE_ROUNDS = 24, 3
-#: While schedules are predicted, one of every so many rounds is timed, to keep the error honest.
+#: While schedules are predicted, one in this many rounds is timed, to keep the error honest.
 CHECK_EVERY = 4
 
 
 class LatencySource:
     """Latencies of one search.
 
-    Attributes: table: what steps cost. could_not_time: whether steps could not be timed, so that there is no table.
+    Attributes:
+        table: what steps cost.
+        could_not_time: whether steps could not be timed, so that there is no table.
     """
 
     def __init__(self, ledger: Ledger, evaluator: Evaluator, progress: Progress):
@@ -63,13 +65,13 @@ class LatencySource:
             self.progress.say(f"could not time individual steps; timing schedules end to end: {first_line(error)}")
 
     def predicts(self, steps: Steps) -> bool:
-        """Whether the table may be trusted with these steps."""
+        """Whether the table can be trusted for these steps."""
         return self.table.covers(steps) and self.table.trusted
 
     def hopeless(self, steps: Steps) -> float | None:
-        """The predicted ratio of a schedule that is beyond the budget by more than the table may err, else None.
+        """The predicted ratio of a schedule that is over the budget by more than the table's error, else None.
 
-        Reads the table only, which changes in `measure` alone: safe on another thread between two calls of it.
+        Only reads the table, which only `measure` changes: safe on another thread between two calls of it.
         """
         if not self.predicts(steps):
             return None
@@ -78,7 +80,7 @@ class LatencySource:
         return prediction.ratio if least > self.ledger.budget_ratio else None
 
     def measure(self, pending: Sequence[Asked]) -> tuple[dict[str, LatencyStats], dict[str, Failed]]:
-        """Latency by key of one round, predicted where the table may be trusted and timed elsewhere; errors by key."""
+        """One round's latencies by key, predicted if the table can be trusted, else timed; and errors by key."""
         self._rounds += 1
         self._say_once_that_it_errs(pending)
         predicted = {p.key for p in pending if p.proposal.preset is None and self.predicts(p.steps)}
@@ -107,7 +109,7 @@ class LatencySource:
             )
 
     def _timings(self, schedules: Mapping[str, Steps]) -> tuple[dict[str, tuple[Any, Any]], dict[str, Failed]]:
-        """Timing and the full schedule's in the same rounds, by key; and why others have none."""
+        """Timings with the full schedule's of the same rounds, by key; and errors of those that have none."""
         if not schedules:
             return {}, {}
         try:

@@ -1,7 +1,7 @@
-"""What a study knows: every schedule met, what was found out about it, and what that means under the limits.
+"""What a study knows: every schedule seen so far, what was found out about it, and what that means under the limits.
 
-Plain data and rules; nothing is run here. Whatever enters is on disk first (`record`), so that a study goes on after a
-crash with all that was measured.
+Plain data and rules; nothing is run here. Everything is on disk before it enters (`record`), so that after a crash a study
+continues with all that was measured.
 """
 
 from __future__ import annotations
@@ -43,11 +43,17 @@ class Ledger:
     """Schedules by key, and their figures.
 
     Args:
-        facts: of the model. budget, metrics: the user's limits.
+        facts: of the model.
+        budget, metrics: the user's limits.
 
-    Attributes: full, full_key: the full schedule. baseline: its figures, None before it was measured. candidates, failed:
-    by key. unmeasured: by key, those that found too little memory in this run. failures: both in order. dropped: keys that
-    were not judged, with the ratio predicted for them. foreseen: keys that the predicted front proposed.
+    Attributes:
+        full, full_key: the full schedule.
+        baseline: its figures, None before it is measured.
+        candidates, failed: by key.
+        unmeasured: by key, those that ran out of memory in this run.
+        failures: failed and unmeasured ones, in order.
+        dropped: keys that were not judged, with their predicted ratios.
+        foreseen: keys that the predicted front proposed.
     """
 
     def __init__(
@@ -70,7 +76,7 @@ class Ledger:
         self.full_key = self.register(schedule)
 
     def register(self, schedule: StageSchedule) -> str:
-        """Its key; the first schedule that expands to these steps stands for all."""
+        """The schedule's key; the first schedule that expands to these steps stands for all."""
         steps = schedule.expand(self.facts.grids, self.facts.chunks)
         key = steps_key(steps)
         self.schedules.setdefault(key, schedule)
@@ -78,7 +84,7 @@ class Ledger:
         return key
 
     def expand(self, proposal: Proposal) -> tuple[str, StageSchedule, Steps]:
-        """Key, schedule and steps of a proposal, unregistered. Raises ScheduleError for a preset that does not fit."""
+        """Key, schedule and steps of a proposal, not registered. Raises ScheduleError for a preset that does not fit."""
         if proposal.preset is not None:
             schedule = self.space.known_schedule(proposal.preset, self.facts.grids)
         else:
@@ -87,7 +93,7 @@ class Ledger:
         return steps_key(steps), schedule, steps
 
     def blank(self, key: str, proposal: Proposal) -> Candidate:
-        """A candidate of which nothing is known yet."""
+        """A candidate about which nothing is known yet."""
         schedule, steps, preset = self.schedules[key], self.steps[key], proposal.preset
         accelerator = schedule.accelerator
         return Candidate(
@@ -107,12 +113,12 @@ class Ledger:
         self.evidence.append({"kind": kind, "candidate": record_of(candidate)})
 
     def record_dropped(self, trial: int, key: str, ratio: float) -> None:
-        """Writes that a schedule was not judged, because its predicted ratio is beyond the budget."""
+        """Writes that a schedule was not judged because its predicted ratio is over the budget."""
         self.evidence.append({"kind": "dropped", "trial": trial, "key": key, "ratio": ratio})
         self.dropped[key] = ratio
 
     def keep(self, candidate: Measured | Failed | Unmeasured) -> None:
-        """Takes in what became of a schedule."""
+        """Adds what became of a schedule."""
         self.register(StageSchedule.from_dict(candidate.schedule))
         if isinstance(candidate, Measured):
             self.candidates[candidate.key] = candidate
@@ -125,16 +131,16 @@ class Ledger:
 
     @property
     def known(self) -> frozenset[str]:
-        """Keys of the schedules of which there is something to tell the sampler."""
+        """Keys of the schedules with something to tell the sampler."""
         return frozenset((self.full_key, *self.candidates, *self.failed, *self.unmeasured, *self.dropped))
 
     def knows(self, key: str) -> bool:
-        """Whether there is something to tell the sampler of a schedule."""
+        """Whether there is something to tell the sampler about a schedule."""
         return key in self.known
 
     @property
     def evaluated(self) -> int:
-        """Schedules that trials were spent on."""
+        """Number of schedules that trials were spent on."""
         return len(self.candidates) + len(self.failures)
 
     # ------------------------------------------------------------------------------------------------ limits
@@ -147,7 +153,7 @@ class Ledger:
 
     @property
     def measured_baseline(self) -> Measured:
-        """The full schedule's figures, once it was measured."""
+        """The full schedule's figures, once it has been measured."""
         assert isinstance(self.baseline, Measured)
         return self.baseline
 
@@ -156,21 +162,21 @@ class Ledger:
         return self.measured_baseline if key == self.full_key else self.candidates[key]
 
     def replace(self, candidate: Measured) -> None:
-        """Puts more that was found out about a measured candidate, or the full schedule, in the place of what was known."""
+        """Replaces what was known about a measured candidate, or the full schedule."""
         if candidate.key == self.full_key:
             self.baseline = candidate
         else:
             self.candidates[candidate.key] = candidate
 
     def finalist(self, key: str, verification: Verification) -> Finalist:
-        """Takes in what measuring a candidate, or the full schedule, again has found."""
+        """Adds the verification of a candidate or the full schedule."""
         finalist = self.measured(key).becomes(Finalist, verification=verification)
         self.replace(finalist)
         return finalist
 
     @property
     def limits(self) -> Limits:
-        """What schedules must keep; known once the full schedule was measured."""
+        """What schedules must keep; known once the full schedule has been measured."""
         latency = None if self.baseline is None else self.baseline.latency
         assert latency is not None
         return Limits(self.budget, latency.median_ms, self.metrics, self.space.floors, self.quality)
@@ -181,7 +187,7 @@ class Ledger:
         return self.limits.budget_ratio
 
     def with_verdicts(self, candidate: Measured) -> Measured:
-        """With a verdict per constraint from the point estimates."""
+        """The candidate with a verdict per constraint from the point estimates."""
         limits, latency = self.limits, candidate.latency
         ratio = latency.against_full
         scale = latency.drift_corrected_ms / ratio.mean
@@ -198,7 +204,7 @@ class Ledger:
         return dataclasses.replace(candidate, verdicts=tuple(verdicts), feasible=met)
 
     def predicted(self, prediction: Prediction) -> LatencyStats:
-        """Latency figures of a schedule that was not timed: no samples, and the prediction's error for an interval."""
+        """Latency figures of a schedule that was not timed: no samples, and the prediction's error as the interval."""
         full_ms, ratio = self.measured_baseline.latency.median_ms, prediction.ratio
         low, high = (ratio * (1 + sign * 1.96 * prediction.error) for sign in (-1, 1))
         return LatencyStats(
@@ -215,9 +221,9 @@ class Ledger:
     # ------------------------------------------------------------------------------------------------ for the sampler
 
     def outcome(self, candidate: Measured) -> TrialOutcome:
-        """Objectives and constraints of a candidate as the sampler wants them: shares, so that all have one size.
+        """A candidate's objectives and constraints for the sampler: as shares, so that all have the same scale.
 
-        A schedule that was stopped early brings a shrunken estimate of its quality.
+        A pruned schedule has a shrunken estimate of its quality.
         """
         limits = self.limits
         latency_ms = candidate.latency.drift_corrected_ms
@@ -235,7 +241,7 @@ class Ledger:
         return TrialOutcome(latency_ms, difference, constraints, prompts)
 
     def outcome_of_dropped(self, key: str) -> TrialOutcome:
-        """What the sampler hears of a schedule that was not judged: beyond the budget, its quality a guess from none."""
+        """What the sampler is told about a schedule that was not judged: over the budget, its quality the prior's guess."""
         ratio = self.dropped[key]
         constraints = dict.fromkeys(self.constraint_names, 0.0) | {"latency": ratio / self.budget_ratio - 1}
         latency_ms = ratio * self.measured_baseline.latency.median_ms
@@ -248,7 +254,7 @@ class Ledger:
         return TrialOutcome(latency_ms, guess, constraints, 0)
 
     def _metric_change(self, candidate: Measured, limit: MetricLimit) -> float:
-        """Mean difference of a metric, shrunken for a candidate that was stopped early."""
+        """Mean difference of a metric, shrunken for a pruned candidate."""
         if candidate.fully_evaluated or not candidate.differences:
             return candidate.differences[limit.metric].mean if candidate.differences else 0.0
         return shrink_to_prior(
@@ -260,17 +266,17 @@ class Ledger:
         return own - np.asarray(self.measured_baseline.values[metric])[: own.size]
 
     def _known_differences(self, metric: str = "quality") -> list[float]:
-        # Those stopped early as well: survivors alone would make a prior that flatters.
+        # Including pruned ones: survivors alone would give a flattering prior.
         return [c.differences[metric].mean for c in self.candidates.values() if c.differences]
 
     # ------------------------------------------------------------------------------------------------ comparing
 
     def violation(self, candidate: Measured) -> float:
-        """How far the point estimates are beyond the limits, in shares; 0 within all of them."""
+        """How far the point estimates are beyond the limits, in shares; 0 if all are kept."""
         return sum(max(0.0, value) for value in self.outcome(candidate).constraints.values())
 
     def front(self) -> list[str]:
-        """Keys of the non-dominated candidates that keep the quality limits, the full schedule among them."""
+        """Keys of the non-dominated candidates that keep the quality limits, including the full schedule."""
         if not isinstance(self.baseline, Measured):
             return []
         pool = [self.baseline, *(c for c in self.candidates.values() if keeps_quality(c))]

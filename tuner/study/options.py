@@ -1,4 +1,4 @@
-"""What is asked of a study, and what its search may do to cost less."""
+"""What a user asks of a study, and what its search may do to cost less."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from tuner.config.limits import Budget
 if TYPE_CHECKING:
     from tuner.proposals.sensitivity import Sensitivities
 
-#: Schedules proposed and walked together.
+#: Number of schedules that are proposed and walked together.
 ROUND = 5
-#: Schedules that a whole search evaluates, and one that follows the predicted front.
+#: Number of schedules that a full search evaluates, and one that follows the predicted front.
 FULL_TRIALS, QUICK_TRIALS = 30, 12
 
 
@@ -21,11 +21,15 @@ FULL_TRIALS, QUICK_TRIALS = 30, 12
 class SearchShortcuts:
     """What the search does to cost less than one schedule at a time on all prompts, timed end to end.
 
-    batch: schedules proposed together. tree: they are walked as a tree, so what they share runs once. table: latency is
-    predicted from measured step costs. rungs: clearly worse schedules are stopped after a few prompts. overlap: the next
-    round is proposed while this one runs. sensitivity: lasting changes are measured first, and the front that they predict is
-    proposed first. few: presets that are predicted to break a limit are passed over, and while predictions hold, no more than
-    the trials asked for are made; where they do not, FULL_TRIALS.
+    Attributes:
+        batch: number of schedules proposed together.
+        tree: they are walked as a tree, so what they share runs once.
+        table: latency is predicted from measured step costs.
+        rungs: clearly worse schedules are pruned after a few prompts.
+        overlap: the next round is proposed while this one runs.
+        sensitivity: lasting changes are measured first, and the front that they predict is proposed first.
+        few: presets that are predicted to break a limit are skipped, and only the requested trials are made while
+            predictions hold; FULL_TRIALS if they do not.
     """
 
     batch: int = ROUND
@@ -45,12 +49,17 @@ EXHAUSTIVE = SearchShortcuts(table=False, rungs=False)
 class Options:
     """What a user asks of a study.
 
-    max_drop: largest drop per metric; a number is the primary metric's, and what is not said comes from the space.
-    trials: distinct schedules to evaluate, the full one not counted. time_budget_s: tuning time, verification included.
-    sampler, storage: see TrialSampler. command: what reproduces the study. versions: for the record. samples: prompts whose
-    images are kept for the report. patience: schedules without a larger feasible hypervolume after which the search ends; None
-    never. shortcuts: how the search costs less than measuring everything. earlier: sensitivities that another study of the
-    model measured.
+    Attributes:
+        max_drop: largest drop per metric; a single number is for the primary metric, and the space provides the rest.
+        trials: distinct schedules to evaluate, not counting the full one.
+        time_budget_s: tuning time, including verification.
+        sampler, storage: see TrialSampler.
+        command: the command that reproduces the study.
+        versions: for the record.
+        samples: number of prompts whose images are kept for the report.
+        patience: the search ends after this many schedules without a larger feasible hypervolume; None never ends it.
+        shortcuts: how the search costs less than measuring everything.
+        earlier: sensitivities that another study of the model measured.
     """
 
     budget: Budget
@@ -69,5 +78,5 @@ class Options:
 
     @property
     def most_trials(self) -> int:
-        """Schedules that are evaluated at most, where predictions do not hold."""
+        """The most schedules that are evaluated if predictions do not hold."""
         return max(self.trials, FULL_TRIALS) if self.shortcuts.few else self.trials

@@ -1,4 +1,4 @@
-"""Sensitivities before trials: a table of lasting changes, the front that it predicts, and whether to go on believing it."""
+"""Sensitivities before trials: a table of lasting changes, the front that it predicts, and whether to keep trusting it."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ from tuner.study.options import FULL_TRIALS, ROUND
 from tuner.study.progress import Progress
 
 SCHEMA = "stagevar-sensitivity/1"
-#: Prompts of the table; the search set is ordered so that the first ones hold every task in its share.
+#: Prompts of the table; the search set is ordered so that its first prompts have every task in its share.
 TABLE_PROMPTS = 16
-#: Schedules drawn from the space to find its lasting changes, and settings drawn for the predicted front.
+#: Number of schedules drawn to find the space's lasting changes, and of settings drawn for the predicted front.
 CHANGE_DRAWS, FRONT_DRAWS = 300, 2000
-#: Schedules of the predicted fronts that are kept, best fronts first.
+#: Number of schedules of the predicted fronts to keep, best fronts first.
 MOST_FORECASTS = 100
-#: Schedules that have to be measured before predictions are judged by them, and prompts unseen by the table that each needs.
+#: Schedules to measure before predictions are judged by them, and prompts that each needs outside the table.
 LEAST_JUDGED, LEAST_UNSEEN = 6, 8
-#: Proposals that have to be measured before they are judged, and the share that must not clearly break a limit.
+#: Proposals to measure before they are judged, and the share of them that must not clearly break a limit.
 LEAST_PROPOSED, LEAST_HELD = 4, 0.5
-#: Rank correlation, as a share of its noise ceiling, below which by more than its standard error predictions propose nothing
-#: more; and the least ceiling that lets anything be told from noise.
+#: Predictions propose nothing more once their rank correlation, as a share of its noise ceiling, is below this by more than
+#: its standard error; and the least ceiling that can be distinguished from noise.
 TRUST, LEAST_CEILING = 0.5, 0.5
-#: Predicted ratios may err by so much before a preset counts as beyond the budget.
+#: A preset counts as over the budget only if its predicted ratio exceeds it by more than this.
 _SLACK = 1.1
 
 
@@ -59,8 +59,11 @@ _SLACK = 1.1
 class Forecast:
     """A schedule of the space before it was measured.
 
-    values: of the parameters. ratio: predicted latency over the full schedule's. quality: predicted composite, in
-    allowances. kept: whether every limit may be kept, by one standard error.
+    Attributes:
+        values: of the parameters.
+        ratio: predicted latency over the full schedule's.
+        quality: predicted composite, in allowances.
+        kept: whether every limit may be kept, within one standard error.
     """
 
     values: dict[str, Value]
@@ -74,12 +77,16 @@ class PredictedFront:
     """The sensitivity table of one search and what it proposes.
 
     Args:
-        prompts: of the search. latency: its table of step costs, filled before. few: see `SearchShortcuts`. earlier: a table
-            that another study of the model measured, taken over where it holds every metric.
+        prompts: of the search.
+        latency: has a filled table of step costs.
+        few: see `SearchShortcuts`.
+        earlier: another study's table for the model, reused if it has every metric.
 
-    Attributes: forecasts: of the predicted front, those that were not proposed yet. table: None before `fill`, or where the
-    space has no change to measure. trusted: whether measured schedules leave it believable. measured: whether the table was
-    measured here.
+    Attributes:
+        forecasts: those of the predicted front that were not proposed yet.
+        table: None before `fill`, or if the space has no change to measure.
+        trusted: whether measured schedules still support it.
+        measured: whether the table was measured here.
     """
 
     def __init__(
@@ -104,7 +111,7 @@ class PredictedFront:
     # ------------------------------------------------------------------------------------------------ the table
 
     def fill(self, records: Sequence[EvidenceRecord]) -> None:
-        """Takes the table that this study or an earlier one measured, or measures it; keeps it in the run directory."""
+        """Reuses the table that this study or an earlier one measured, or measures it; keeps it in the run directory."""
         known = next((record["table"] for record in records if record["kind"] == "sensitivity"), None)
         metrics = [limit.metric for limit in self.ledger.metrics]
         if known is not None:
@@ -117,13 +124,13 @@ class PredictedFront:
             self._keep()
 
     def take_earlier(self) -> bool:
-        """Takes over the earlier study's table, if there is one of this study's metrics."""
+        """Reuses the earlier study's table, if there is one with this study's metrics."""
         metrics = [limit.metric for limit in self.ledger.metrics]
         if self.earlier is None or not set(metrics) <= set(self.earlier.metrics):
             return False
         rows = [self.earlier.metrics.index(metric) for metric in metrics]
         self.table = Sensitivities(metrics, {c: row_MN[rows] for c, row_MN in self.earlier.rows.items()})
-        self.progress.say(f"sensitivities of {len(self.table.rows)} changes are taken from the earlier study")
+        self.progress.say(f"reusing the earlier study's sensitivities of {len(self.table.rows)} changes")
         self._keep()
         return True
 
@@ -158,16 +165,16 @@ class PredictedFront:
         return self._paired(np.concatenate([np.asarray(part[metric], dtype=np.float64) for part in parts]), metric)
 
     def _paired(self, own: np.ndarray, metric: str) -> np.ndarray:
-        """Differences to the full schedule on the first search prompts, positive is better."""
+        """Differences from the full schedule on the first search prompts, positive is better."""
         full = np.asarray(self.ledger.measured_baseline.values[metric])[: own.size]
         return (own - full) * (1.0 if self.ledger.facts.higher_is_better.get(metric, True) else -1.0)
 
     # ------------------------------------------------------------------------------------------------ the front
 
     def worth_trying(self, presets: dict[str, dict[str, Value]]) -> dict[str, dict[str, Value]]:
-        """Presets that may be within budget and limits by all that is predicted of them; all of them, unless few are wanted.
+        """Presets that, as predicted, may be within budget and limits; all of them, unless `few`.
 
-        What the space itself proposes only has to be fast enough: somebody chose it, and the table rests on few prompts.
+        The space's own proposals only have to be fast enough: somebody chose them, and the table is based on few prompts.
         """
         if not self.few:
             return presets
@@ -188,7 +195,7 @@ class PredictedFront:
     def propose(self, trial_sampler: TrialSampler | SamplerProcess, trials: int) -> int:
         """Queues the next schedules of the predicted front while predictions hold; returns how many.
 
-        trials: how many schedules the search evaluates in all; half of them stay the sampler's, unless few are wanted.
+        Of all `trials` that the search evaluates, half are left to the sampler, unless `few`.
         """
         ledger = self.ledger
         if not self.trusted or not all(key in ledger.known for key in self._proposed):
@@ -219,7 +226,7 @@ class PredictedFront:
         return layers(list(found.values()))
 
     def forecast(self, values: dict[str, Value], steps: Steps, key: str = "") -> Forecast | None:
-        """None where the table cannot tell."""
+        """The forecast for a schedule; None if the table has none."""
         found_MN = None if self.table is None else self.table.differences(steps)
         if found_MN is None:
             return None
@@ -244,28 +251,28 @@ class PredictedFront:
     # ------------------------------------------------------------------------------------------------ how well it predicts
 
     def judge(self, trials: int) -> int:
-        """Compares predictions with what was measured since; returns how many schedules the search evaluates in all.
+        """Compares predictions with what was measured since; returns how many schedules the search evaluates in total.
 
-        trials: how many it would. Those few become a whole search where predictions do not hold, which is said once.
+        That is `trials`, unless predictions fail: then few trials become a full search, which is reported once.
         """
         why = "" if not self.trusted else self._broken_promises() or self._wrong_order()
         if not why:
             return trials
         self.trusted = False
-        self.progress.say(f"predictions are not trusted any more: {why}")
+        self.progress.say(f"predictions are no longer trusted: {why}")
         return max(trials, FULL_TRIALS) if self.few else trials
 
     def _broken_promises(self) -> str:
-        """Why proposals are worse than was predicted of them: most clearly break a limit that they might have kept."""
+        """Why proposals are worse than predicted: most clearly break a limit that they were predicted to keep."""
         limits = limited(self.ledger.metrics)
         tried = [c for c in self.ledger.candidates.values() if c.source == "predicted" and c.differences]
         held = sum(all(c.differences[m.metric].high >= -m.allowed for m in limits) for c in tried)
         if len(tried) < LEAST_PROPOSED or held >= LEAST_HELD * len(tried):
             return ""
-        return f"{held} of {len(tried)} proposed schedules may keep the limits, as was predicted of all"
+        return f"{held} of {len(tried)} proposed schedules may keep the limits, though all were predicted to"
 
     def _wrong_order(self) -> str:
-        """Why predictions do not rank what was measured, beyond what noise explains."""
+        """Why predictions misrank what was measured, beyond what noise explains."""
         expected, measured = self._pairs("quality")
         if len(expected) < LEAST_JUDGED:
             return ""
@@ -276,8 +283,8 @@ class PredictedFront:
         return f"rank correlation {reached:.2f} on {len(expected)} schedules, where noise allows {ceiling:.2f}"
 
     def _pairs(self, metric: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Predicted and measured differences per prompt: on prompts that the table did not see, for schedules that were not
-        stopped before these."""
+        """Predicted and measured differences per prompt, on prompts outside the table, for schedules that were not pruned
+        before these."""
         expected: list[np.ndarray] = []
         measured: list[np.ndarray] = []
         if self.table is None or self.ledger.baseline is None:
@@ -322,9 +329,9 @@ class PredictedFront:
 
 
 def _ceiling(expected: Sequence[np.ndarray], measured: Sequence[np.ndarray]) -> float | None:
-    """The rank correlation to be expected of true predictions, with the noise of both; None where either does not vary.
+    """The rank correlation expected of true predictions, given the noise of both sides; None if either does not vary.
 
-    Among schedules that lose next to nothing the few prompts of the table tell no more than chance would.
+    Among schedules that lose next to nothing, the table's few prompts say no more than chance.
     """
     fewest = min(row.size for row in measured)
     one, other = noise_ceiling(expected), noise_ceiling([row[:fewest] for row in measured])
@@ -332,7 +339,7 @@ def _ceiling(expected: Sequence[np.ndarray], measured: Sequence[np.ndarray]) -> 
 
 
 def layers(forecasts: Iterable[Forecast]) -> list[Forecast]:
-    """Forecasts by non-dominated fronts of predicted ratio and quality, each spread over latency: ends and middle first."""
+    """Forecasts by non-dominated fronts of predicted ratio and quality, each ordered to spread over latency."""
     left, ordered = list(forecasts), list[Forecast]()
     while left and len(ordered) < MOST_FORECASTS:
         front = pareto.front([(one.ratio, one.quality) for one in left])
@@ -343,7 +350,7 @@ def layers(forecasts: Iterable[Forecast]) -> list[Forecast]:
 
 
 def _spread(items: Sequence[int]) -> list[int]:
-    """The last, the first, the middle, the middles of the halves, and so on: any beginning is spread over all."""
+    """The last, the first, the middle, the middles of the halves, and so on: any prefix is spread over all."""
     ends = dict.fromkeys([*items[-1:], *items[:1]])
     spans = [(0, len(items) - 1)]
     while spans:
@@ -359,16 +366,16 @@ def _spread(items: Sequence[int]) -> list[int]:
 
 
 def save_table(path: Path, model: str, grids: Sequence[Any], table: Sensitivities) -> None:
-    """Writes a table beside the study."""
+    """Writes a table into the run directory."""
     data = {"schema": SCHEMA, "model": model, "scales": len(grids), **table.to_data()}
     with writing(path):
         write_text_atomically(path, json.dumps(data) + "\n")
 
 
 def load_table(run: Path, model: str) -> Sensitivities | None:
-    """The table of an earlier run, or of the run that a profile lies in; None where there is none.
+    """The table of an earlier run, or of the run that a profile belongs to; None if there is none.
 
-    Raises UsageError for one of another model or one that is damaged.
+    Raises UsageError if it is damaged or of another model.
     """
     path = (run if run.is_dir() else run.parent) / SENSITIVITY_FILE
     if not path.is_file():
@@ -381,4 +388,4 @@ def load_table(run: Path, model: str) -> Sensitivities | None:
             raise UsageError(f"{path} is of model {data['model']!r}, not {model!r}")
         return Sensitivities.from_data(data)
     except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"{path} is damaged ({error}); remove it, and the study measures anew") from None
+        raise UsageError(f"{path} is damaged ({error}); remove it, and the study measures it again") from None

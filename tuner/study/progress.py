@@ -1,6 +1,6 @@
-"""Progress on stderr: a bar with the best so far on a terminal, a few plain lines elsewhere, nothing when quiet.
+"""Progress on stderr: a bar with the best so far on a terminal, a few plain lines elsewhere, nothing with --quiet.
 
-A log gets one line as a phase starts, at most one per tenth of it, and its seconds at its end; none of them twice. The only
+A log gets one line when a phase starts, at most one per tenth of it, and its seconds at the end; no line twice. The only
 module that imports rich.
 """
 
@@ -15,19 +15,24 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-#: What a phase is about, for the line that starts it.
+#: What a phase does, for the line that starts it.
 _BEGINNINGS = {
-    "load": "the model, its metrics and the prompts",
-    "baseline": "the full schedule, timed and judged on the search prompts",
-    "search": "schedules are proposed, timed and judged on the search prompts",
-    "verification": "the finalists and the full schedule, timed in turn, then judged on held-out prompts",
-    "images": "the full schedule and the picks draw for the report",
-    "report": "profile, table and report are written",
+    "load": "loading the model, its metrics and the prompts",
+    "baseline": "timing the full schedule and judging it on the search prompts",
+    "search": "proposing schedules, timing them and judging them on the search prompts",
+    "verification": "timing the finalists and the full schedule in turn, then judging them on held-out prompts",
+    "images": "drawing images of the full schedule and the picks for the report",
+    "report": "writing profile, table and report",
 }
 
 
 class Progress:
-    """One bar that phases take turns on. Attributes: seconds: per phase, in order. parts: of them, where it is told."""
+    """One bar that phases take turns on.
+
+    Attributes:
+        seconds: per phase, in order.
+        parts: seconds of the named parts of phases.
+    """
 
     def __init__(self, quiet: bool = False, stream: Any = None):
         self.quiet, self.stream = quiet, stream or sys.stderr
@@ -55,7 +60,7 @@ class Progress:
             self._bar.start()
 
     def phase(self, name: str, total: int = 1) -> None:
-        """Ends the phase before, if any, and begins one of `total` units."""
+        """Ends the previous phase, if any, and starts one of `total` units."""
         self.end_phase()
         self._phase, self._total, self._tenth, self._began = name, max(1, total), 0, time.perf_counter()
         if self._bar is not None:
@@ -63,9 +68,9 @@ class Progress:
         self._note(f"{name}: {_BEGINNINGS.get(name, 'begins')}")
 
     def update(self, done: float, line: str = "") -> None:
-        """States the units done so far and what to say beside them; where there is no bar, once per tenth."""
+        """Shows the units done so far and a line of text; without a bar, once per tenth."""
         share = min(1.0, done / self._total)
-        # A hair above, since 0.3 * 100 units are 29.999... of them.
+        # Rounded up by a hair, since 0.3 * 100 units are 29.999...
         tenth = int(10 * share + 1e-9)
         if line and tenth > self._tenth:
             self._tenth = tenth
@@ -75,7 +80,7 @@ class Progress:
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Books seconds under "<phase>: <name>" as well."""
+        """Also counts the seconds under "<phase>: <name>"."""
         start = time.perf_counter()
         try:
             yield
@@ -84,14 +89,14 @@ class Progress:
             self.parts[key] = self.parts.get(key, 0.0) + time.perf_counter() - start
 
     def _note(self, line: str) -> None:
-        """A line of the log; a bar shows it in its own way."""
+        """A line of the log only; a bar shows the same in its own way."""
         if self._bar is None:
             self.say(line)
         else:
             log.info("%s", line, extra={"shown": True})
 
     def say(self, line: str) -> None:
-        """A line that stays, here and in the log of the run; the same one in a row is said once."""
+        """A lasting line, here and in the run's log; the same line is not repeated in a row."""
         if line == self._last:
             return
         self._last = line
@@ -104,7 +109,7 @@ class Progress:
             print(line, file=self.stream, flush=True)
 
     def end_phase(self) -> None:
-        """Books the seconds of the running phase."""
+        """Adds up the seconds of the running phase."""
         if self._phase is None:
             return
         spent = time.perf_counter() - self._began
@@ -116,7 +121,7 @@ class Progress:
         self._phase = None
 
     def close(self) -> None:
-        """Ends the bar; the terminal is as it was."""
+        """Ends the bar and restores the terminal."""
         self.end_phase()
         if self._bar is not None:
             self._bar.stop()

@@ -1,4 +1,4 @@
-"""Quality of a round's schedules on growing parts of the search prompts; who is clearly worse is not run on the rest."""
+"""Quality of a round's schedules on growing parts of the search prompts; clearly worse ones are not run on the rest."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ from tuner.study.options import SearchShortcuts
 
 @dataclass
 class RoundQuality:
-    """values: per prompt, by key and metric. pruned: why schedules were stopped early, by key. errors: no values, by key."""
+    """The quality of one round.
+
+    Attributes:
+        values: per prompt, by key and metric.
+        pruned: why schedules were pruned, by key.
+        errors: why schedules have no values, by key.
+    """
 
     values: dict[str, dict[str, tuple[float, ...]]] = field(default_factory=dict)
     pruned: dict[str, str] = field(default_factory=dict)
@@ -29,7 +35,11 @@ class RoundQuality:
 
 
 class PromptRungs:
-    """Evaluates rounds on rungs of prompts. Attributes: prompts_run: how many images' worth of prompts were evaluated."""
+    """Evaluates rounds on rungs of prompts.
+
+    Attributes:
+        prompts_run: how many images' worth of prompts were evaluated.
+    """
 
     def __init__(self, ledger: Ledger, executor: Executor, prompts: PromptSet, shortcuts: SearchShortcuts):
         self.ledger, self.executor, self.prompts, self.shortcuts = ledger, executor, prompts, shortcuts
@@ -49,12 +59,12 @@ class PromptRungs:
                 for steps, outcome in zip(task.schedules, outcomes, strict=True):
                     gathered[steps][task.batch] = outcome
                 if self.shortcuts.tree and all(isinstance(outcome, Failed) for outcome in outcomes):
-                    break  # no prompt could mend it
+                    break  # no further prompt could change that
             for p in running:
                 parts = [gathered[p.steps][batch] for batch in sorted(gathered[p.steps])]
                 failed = [part for part in parts if isinstance(part, Failed)]
                 if failed:
-                    # One that fails on some prompts has failed, whatever others found too little memory for.
+                    # A schedule that fails on some prompts has failed, even if others only ran out of memory.
                     errors[p.key] = next((f for f in failed if not isinstance(f, NotMeasured)), failed[0])
                     continue
                 for part in parts:
@@ -71,7 +81,7 @@ class PromptRungs:
         return RoundQuality(whole, pruned, errors)
 
     def _tasks(self, schedules: Sequence[Steps], batches: Sequence[int]) -> list[QualityTask]:
-        """One task per micro-batch for all schedules, or one for each where they are not walked as a tree."""
+        """One task per micro-batch for all schedules, or one for each schedule if they are not walked as a tree."""
         groups = [tuple(schedules)] if self.shortcuts.tree else [(steps,) for steps in schedules]
         return [QualityTask(group, "search", batch) for group in groups for batch in batches]
 

@@ -1,8 +1,7 @@
 """The search: rounds of proposals, each judged as a tree on rungs of prompts, until a reason to stop.
 
-What makes it cheap can be switched off one by one (`SearchShortcuts`), and is, by benchmarks and by users who want every
-schedule measured to the end. Nothing here changes what is claimed: finalists are always measured again, end to end, on
-prompts that the search never saw.
+Each shortcut can be switched off (`SearchShortcuts`), as benchmarks do, and users who want every schedule measured in full.
+None of them changes what is claimed: finalists are always measured again, end to end, on prompts that the search never saw.
 """
 
 from __future__ import annotations
@@ -43,14 +42,18 @@ _DEFAULT_SHORTCUTS = SearchShortcuts()
 
 
 class Search:
-    """One run of the search over a ledger, from wherever its evidence stands.
+    """One run of the search over a ledger, continuing from its evidence.
 
     Args:
-        trials: distinct schedules to evaluate. patience: end when the feasible hypervolume has not moved for so many; None
-            never. earlier: sensitivities of another study of the model. out_of_time: why tuning time is over, or "".
-            stop: asked between rounds whether to end now.
+        trials: distinct schedules to evaluate.
+        patience: end after this many without a larger feasible hypervolume; None never ends it.
+        earlier: sensitivities of another study of the model.
+        out_of_time: gives why tuning time is over, or "".
+        stop: asked between rounds whether to end now.
 
-    Attributes: stop_reason: one line. told: trials told, repeats included.
+    Attributes:
+        stop_reason: one line.
+        told: number of trials told, repeats included.
     """
 
     def __init__(
@@ -101,7 +104,7 @@ class Search:
         self.ask_seconds, self.proposed = list(self.trial_sampler.ask_seconds), self.trial_sampler.proposes
 
     def close(self) -> None:
-        """Ends the proposing process; to be called whatever happened."""
+        """Ends the proposing process; always call it."""
         self.asking.close()
         self.trial_sampler.close()
 
@@ -152,7 +155,7 @@ class Search:
         self._show()
 
     def _again(self, unmeasured: Sequence[Candidate]) -> None:
-        """Proposes first what an earlier run found too little memory for: there may be more now."""
+        """First proposes what ran out of memory in an earlier run: there may be more now."""
         if not unmeasured:
             return
         ledger = self.ledger
@@ -206,7 +209,7 @@ class Search:
     # ------------------------------------------------------------------------------------------------ asking
 
     def _ask(self, left: int) -> Round:
-        """A round of new schedules, at most `left`; trials whose schedule is known are told as they come."""
+        """A round of new schedules, at most `left`; trials of known schedules are told right away."""
         start = time.perf_counter()
         found = self.asking.ask(self._wanted(left), self._snapshot(), each=self._take_in)
         self._say_handed_over(found)
@@ -220,11 +223,11 @@ class Search:
             self.asking.begin(self._wanted(left), self._snapshot(p.key for p in busy))
 
     def _take_ahead(self, round_s: float) -> Round:
-        """The next round where it was asked meanwhile. Asks that hold this one up too long are the Gaussian process's last."""
+        """The next round, if it was asked meanwhile. A Gaussian process that delays a round too long hands over to TPE."""
         start = time.perf_counter()
         with self.progress.part("waiting for asks"):
             patience_s = ASK_SHARE * round_s if self.auto else None
-            # Before its start-up trials are evaluated nothing was asked of the Gaussian process.
+            # The Gaussian process is not asked before its start-up trials are evaluated.
             found = self.asking.take(patience_s, impatient=self.ledger.evaluated >= STARTUP_TRIALS)
         for asked in found.asked:
             self._take_in(asked)
@@ -233,7 +236,7 @@ class Search:
         return found
 
     def _wanted(self, left: int) -> int:
-        """Schedules of the next round. Presets come first and together: they share most of their steps."""
+        """Size of the next round. Presets come first and together: they share most of their steps."""
         size = self.shortcuts.batch
         if self.shortcuts.tree and self.shortcuts.batch > 1:
             size = max(size, self._presets_first)
@@ -244,7 +247,7 @@ class Search:
         return Snapshot(self.ledger.known, frozenset(busy), self.latency.hopeless)
 
     def _take_in(self, asked: Asked) -> None:
-        """Registers what was proposed, records what is dropped and tells what is known already."""
+        """Registers what was proposed, records what is dropped and tells what is already known."""
         self.ledger.register(asked.schedule)
         if asked.fate is Fate.DROPPED:
             assert asked.ratio is not None
@@ -272,7 +275,7 @@ class Search:
             self._tell_known(asked.proposal.trial, asked.key)
 
     def _withdraw(self, round_: Round) -> None:
-        """Gives back what was asked ahead and is not wanted any more."""
+        """Returns what was asked ahead and is no longer wanted."""
         for asked in round_.new:
             self.trial_sampler.withdraw(asked.proposal.trial)
         for asked in round_.of(Fate.REPEATED):
@@ -293,7 +296,7 @@ class Search:
     # ------------------------------------------------------------------------------------------------ one round
 
     def _evaluate(self, round_: Round) -> Round:
-        """Measures a round, writes the evidence, tells the sampler; returns the next round where it was asked meanwhile."""
+        """Measures a round, writes the evidence, tells the sampler; returns the next round if it was asked meanwhile."""
         began = time.perf_counter()
         ledger, pending = self.ledger, round_.new
         self.trial_sampler.begin([p.proposal.trial for p in pending])

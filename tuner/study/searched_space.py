@@ -9,7 +9,7 @@ from tuner.study.ledger import Ledger
 
 
 def coverage_of(ledger: Ledger, table: StepCosts, seed: int) -> SpaceCoverage:
-    """What was tried of a space, and what the budget excludes by step costs that may be trusted."""
+    """What was tried of a space, and what the budget excludes according to trusted step costs."""
     grids = ledger.facts.grids
     tried = [
         c.params or ledger.space.nearest_values(ledger.schedules[c.key], grids) for c in ledger.candidates.values()

@@ -41,11 +41,12 @@ BASELINE_ROUNDS = 15
 
 
 class Study:
-    """Drives one run directory from wherever it stands to its verdict.
+    """Drives one run directory from its current state to its verdict.
 
     Args:
-        run_dir: exists and is locked by the caller (`journal.driver_lock`), its files repaired.
-        prompts: "search" and "heldout". stop: asked between rounds whether to end now.
+        run_dir: exists and is locked by the caller (`run_dir.driver_lock`), its files repaired.
+        prompts: "search" and "heldout".
+        stop: asked between rounds whether to end now.
     """
 
     def __init__(
@@ -82,11 +83,11 @@ class Study:
     # ------------------------------------------------------------------------------------------------ identity
 
     def identity(self) -> Identity:
-        """What must not change between the parts of one study; what a resume compares."""
+        """What must not change between the parts of one study; a resume compares it."""
         return identity_of(self.facts, self.space, self.prompts, self.metrics, self.options)
 
     def check_identity(self) -> bool:
-        """Claims the run directory for this study; returns whether it held this study already. See `RunConfig.claim`."""
+        """Claims the run directory for this study; returns whether it already held this study. See `RunConfig.claim`."""
         heldout = self.prompts["heldout"]
         known = self.config.claim(self.identity(), self.space.prompts, heldout, self.facts.engine_choice)
         self.judged_on = list(self.config.judged_on)
@@ -98,7 +99,7 @@ class Study:
         """Baseline, search, verification, verdict; returns the result, which is also in study.json."""
         self.check_identity()
         records = self.ledger.evidence.read()
-        # Made first, so that its proposing process is up when the full schedule has been measured.
+        # Created first, so that its proposing process is up once the full schedule has been measured.
         search = self._new_search()
         try:
             self._run_baseline(records)
@@ -128,7 +129,7 @@ class Study:
             timing = self.evaluator.latency({BASELINE: ledger.full}, BASELINE_ROUNDS)[BASELINE]
             latency = timed_stats(timing)
             for why in timing.disturbed:
-                self.progress.say(f"timings may be wrong, also when taken again: {why}")
+                self.progress.say(f"timings may be wrong, even after repeating them: {why}")
             ledger.baseline = blank.becomes(Measured, latency=latency)
             if self.quality:
                 sizes = len(search), len(self.prompts["heldout"])
@@ -147,7 +148,7 @@ class Study:
         ledger.record("baseline", ledger.baseline)
 
     def _full_values(self) -> tuple[dict[str, tuple[float, ...]], str | None]:
-        """The full schedule's value per metric over the whole search set, in prompt order; or its first error."""
+        """The full schedule's values per metric over the whole search set, in prompt order, or its first error."""
         tasks = [QualityTask((self.ledger.full,), "search", b) for b in range(self.prompts["search"].batches)]
         found: dict[int, Any] = {}
         for task, (outcome,) in self.executor.run(tasks):
@@ -181,7 +182,7 @@ class Study:
         )
 
     def _out_of_time(self) -> str:
-        """Why the tuning time is over, or nothing.
+        """Why the tuning time is over, or "".
 
         Verification costs about as much per prompt and finalist as the search did per prompt and schedule.
         """
@@ -198,7 +199,7 @@ class Study:
     # ------------------------------------------------------------------------------------------------ verdict
 
     def finalists(self) -> list[Measured]:
-        """Whom to verify."""
+        """The schedules to verify."""
         ledger = self.ledger
         return choose_finalists(list(ledger.candidates.values()), ledger.limits, ledger.violation)
 
@@ -216,7 +217,7 @@ class Study:
                 Conclusion("failed", f"all {len(ledger.failures)} trials failed, the first with {first}")
             )
         earlier = self._earlier(records)
-        # A claim that was made stands, whatever is judged after it.
+        # An earlier claim stands, whatever is judged after it.
         claimed = {key for key, check in earlier.items() if check.status == "verified" and key in ledger.candidates}
         finalists = [c for c in self.finalists() if c.key not in claimed]
         if self.stop():
@@ -260,7 +261,7 @@ class Study:
         return self._judged(chosen, baseline, new=len(verifier.unmeasured) < len(finalists))
 
     def _earlier(self, records: Sequence[EvidenceRecord]) -> dict[str, Verification]:
-        """What earlier parts of this study found on held-out prompts, by key: what was verified, else what saw most."""
+        """Earlier held-out results of this study by key: the verified one, else the one with most prompts."""
         found: dict[str, Verification] = {}
         for record in records:
             if record["kind"] != "verification":
@@ -270,10 +271,10 @@ class Study:
             check, before = candidate.verification, found.get(key)
             if before is None or (before.status != "verified" and check.prompts >= before.prompts):
                 found[key] = check
-        return found if BASELINE in found else {}  # runs of before have no values of the full schedule to pair with
+        return found if BASELINE in found else {}  # older runs have no full-schedule values to pair with
 
     def _judged(self, finalists: Sequence[Finalist], baseline: Finalist, new: bool = False) -> StudyResult:
-        """The verdict on verified or undecided finalists. new: whether it is a judgement that was not made before."""
+        """The verdict on verified or undecided finalists; `new` if this judgment was not made before."""
         ledger, source = self.ledger, self.space.prompts
         prompts = self.prompts["heldout"]
         heldout = Heldout(
@@ -289,7 +290,7 @@ class Study:
         return self._result(conclude(finalists, everyone, baseline, ledger.limits, heldout, ledger.violation))
 
     def _samples(self, keys: Sequence[str]) -> list[Sample]:
-        """Images of the full schedule and these on the first search prompts, as PNG files."""
+        """PNG images of the full schedule and these candidates for the first search prompts."""
         if not self.quality or self.stop():
             return []
         self.progress.phase("images")
@@ -303,9 +304,9 @@ class Study:
         return samples
 
     def _time_scales(self, keys: Sequence[str]) -> None:
-        """Adds the share of each scale to the newest measurement of the full schedule and these, for the report.
+        """Adds the time of each scale to the newest measurement of the full schedule and these, for the report.
 
-        They explain the figures and decide nothing, so an evaluator need not offer them and a failure is only said.
+        It explains the figures and decides nothing, so an evaluator need not offer it and a failure is only reported.
         """
         ledger = self.ledger
         if not keys or self.stop():
@@ -315,7 +316,7 @@ class Study:
         except InfrastructureError:
             raise
         except Exception as error:
-            self.progress.say(f"scales were not timed: {first_line(error)}")
+            self.progress.say(f"could not time single scales: {first_line(error)}")
             return
         for key, scale_ms in (times or {}).items():
             ledger.replace(_with_scales(ledger.measured(key), scale_ms))
@@ -387,7 +388,7 @@ class Study:
 
 
 def _with_scales(candidate: Measured, scale_ms: tuple[float, ...]) -> Measured:
-    """With the share of each scale in its newest measurement."""
+    """The candidate with the time of each scale in its newest measurement."""
     if isinstance(candidate, Finalist):
         latency = dataclasses.replace(candidate.verification.latency, scale_ms=scale_ms)
         return dataclasses.replace(candidate, verification=dataclasses.replace(candidate.verification, latency=latency))

@@ -1,7 +1,7 @@
-"""What measurements mean under the limits: whom to verify, what is concluded, and what would settle it. Pure functions.
+"""What measurements mean under the limits: what to verify, what to conclude, and what would settle it. Pure functions.
 
-Nothing is run, read or written here. Quality is as everywhere: candidate minus full schedule, positive is better; the
-composite counts in allowances of the limits.
+Nothing is run, read or written here. Quality is candidate minus full schedule, positive is better; the composite counts in
+allowances of the limits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tuner.statistics.bounds import ALPHA, indistinguishable
 from tuner.statistics.looks import claims, judgement_alpha
 from tuner.statistics.provable import MOST_PROMPTS, prompts_to_decide
 
-#: No schedule above this ratio to the full one is an acceleration.
+#: A schedule above this ratio to the full one is not an acceleration.
 LEAST_GAIN = 0.98
 
 
@@ -31,8 +31,12 @@ LEAST_GAIN = 0.98
 class Limits:
     """What a schedule must keep.
 
-    budget: as typed. baseline_ms: the study's figure for the full schedule, which a share refers to. metrics: how far each
-    may fall. floors: smallest mean per metric. quality: False for random weights, where only latency is judged.
+    Attributes:
+        budget: as typed.
+        baseline_ms: the study's figure for the full schedule, to which a share refers.
+        metrics: how far each may fall.
+        floors: smallest mean per metric.
+        quality: False for random weights, for which only latency is judged.
     """
 
     budget: Budget
@@ -55,9 +59,12 @@ class Limits:
 class Heldout:
     """The held-out prompts of a study, in numbers.
 
-    source: as they were asked for. count: how many there are. micro_batch: images drawn together.
-    judgements: how often the study was judged before.
-    available: how many there would be if so many were asked for.
+    Attributes:
+        source: as requested.
+        count: how many there are.
+        micro_batch: images drawn together.
+        judgements: how often the study was judged before.
+        available: gives how many there would be if this many were requested.
     """
 
     source: PromptSource
@@ -71,9 +78,13 @@ class Heldout:
 class Conclusion:
     """How a study ends.
 
-    verdict: a key of results.result.EXIT_CODES. reason: one line. picks: key by name. smallest_budget_ms: the least
-    budget that some schedule meets with its quality kept, when infeasible. nearest: keys, nearest to the limits first.
-    settle_heldout: what --heldout has to be for one more judgement to decide; None where prompts are not what is missing.
+    Attributes:
+        verdict: a key of results.result.EXIT_CODES.
+        reason: one line.
+        picks: key by name.
+        smallest_budget_ms: if infeasible, the least budget that some schedule meets with its quality kept.
+        nearest: keys, nearest to the limits first.
+        settle_heldout: the --heldout with which one more judgment decides; None if prompts are not what is missing.
     """
 
     verdict: str
@@ -90,7 +101,7 @@ def decide(limit: float, lower: float, upper: float) -> str:
 
 
 def status_of(verdicts: Sequence[Verdict]) -> str:
-    """Of several verdicts together: "broken" where one is, else "open" where one is, else "met"."""
+    """The status of several verdicts together: "broken" if any is, else "open" if any is, else "met"."""
     states = {verdict.status for verdict in verdicts}
     return "broken" if "broken" in states else "open" if "open" in states else "met"
 
@@ -99,19 +110,19 @@ def status_of(verdicts: Sequence[Verdict]) -> str:
 
 
 def preference(candidate: Measured) -> tuple[float, float]:
-    """Larger is better: quality, then the less accelerated."""
+    """A sort key, larger is better: quality, then less acceleration."""
     quality = candidate.differences["quality"].mean if candidate.differences else 0.0
     return (round(quality, 9), candidate.processed_tokens)
 
 
 def keeps_quality(candidate: Measured) -> bool:
-    """Whether no limit but that of latency is broken, as far as is known."""
+    """Whether no limit except latency's is broken, as far as is known."""
     verdicts = candidate.final_verdicts
     return candidate.fully_evaluated and all(v.status != "broken" for v in verdicts if v.name not in OF_TIME)
 
 
 def may_be_feasible(candidate: Measured, limits: Limits) -> bool:
-    """Whether the intervals leave it possible that every limit is kept."""
+    """Whether, by the intervals, every limit may be kept."""
     fast = candidate.latency.against_full.low <= min(limits.budget_ratio, LEAST_GAIN)
     good = not limits.quality or all(
         -candidate.differences[m.metric].high <= m.allowed for m in limited(limits.metrics)
@@ -123,14 +134,14 @@ def may_be_feasible(candidate: Measured, limits: Limits) -> bool:
 def choose_finalists(
     candidates: Sequence[Measured], limits: Limits, violation: Callable[[Measured], float]
 ) -> list[Measured]:
-    """Whom to verify: the best within the limits by point estimate, with and without skipped scales; where there are none,
+    """What to verify: the best within the limits by point estimate, with and without skipped scales; if there are none,
     those nearest to the limits whose intervals still reach them.
 
-    violation: how far point estimates are beyond the limits, in shares.
+    `violation` gives how far point estimates are beyond the limits, in shares.
     """
     pool = [c for c in candidates if c.feasible and c.latency.share <= LEAST_GAIN]
     if pool:
-        # Those that meet the budget by their whole interval first: a borderline one would only be undecided.
+        # First those whose whole interval meets the budget: a borderline one would only be undecided.
         ranked = sorted(pool, key=lambda c: (c.verdicts[0].bound <= c.verdicts[0].limit, preference(c)), reverse=True)
     else:
         ranked = sorted((c for c in candidates if may_be_feasible(c, limits)), key=violation)
@@ -139,9 +150,9 @@ def choose_finalists(
 
 
 def named_picks(verified: Sequence[Finalist], quality: bool) -> dict[str, str]:
-    """Named picks among the verified.
+    """Named picks among the verified finalists.
 
-    The pick is the least accelerated of those whose quality cannot be told from the best.
+    The pick is the least accelerated of those whose quality is indistinguishable from the best.
     """
     fastest = min(verified, key=lambda c: c.verification.latency.share)
     if not quality:
@@ -164,9 +175,12 @@ def named_picks(verified: Sequence[Finalist], quality: bool) -> dict[str, str]:
 def least_accelerated(
     qualities: Mapping[str, Sequence[float]], means: Mapping[str, float], processed_tokens: Mapping[str, float]
 ) -> str:
-    """Of those whose quality cannot be told from the best's, the one with most tokens left.
+    """The key with most tokens left among those whose quality is indistinguishable from the best.
 
-    qualities: per key, the composite per held-out prompt in order. means: its mean difference to the full schedule.
+    Args:
+        qualities: per key, the composite per held-out prompt in order.
+        means: per key, its mean difference from the full schedule.
+        processed_tokens: per key.
     """
     best = max(means, key=lambda key: means[key])
 
@@ -186,7 +200,11 @@ def is_settled(
 ) -> bool:
     """Whether the pick stays the same even if one of the undecided were verified after all.
 
-    qualities: per key, the composite per held-out prompt in order. baseline: the full schedule's.
+    Args:
+        verified, undecided: keys.
+        qualities: per key, the composite per held-out prompt in order.
+        baseline: the full schedule's.
+        processed_tokens: per key.
     """
     if not verified:
         return False
@@ -214,8 +232,13 @@ def conclude(
 ) -> Conclusion:
     """The verdict of a study.
 
-    finalists: with their verifications. candidates: all that were evaluated, finalists included.
-    baseline: the full schedule, verified. violation: how far point estimates are beyond the limits, in shares.
+    Args:
+        finalists: with their verifications.
+        candidates: all that were evaluated, finalists included.
+        baseline: the full schedule, verified.
+        limits: what schedules must keep.
+        heldout: the held-out prompts.
+        violation: gives how far point estimates are beyond the limits, in shares.
     """
     verified = [c for c in finalists if c.verification.status == "verified"]
     undecided = [c for c in finalists if c.verification.status == "open"]
@@ -228,7 +251,7 @@ def conclude(
         pick = next(c for c in verified if c.key == picks["pick"])
         if not limits.quality:
             reason = (
-                f"random weights: {pick.final_latency.speedup_text} within the budget, no quality was measured; "
+                f"random weights: {pick.final_latency.speedup_text} within the budget, quality not measured; "
                 "the least accelerated schedule under the budget"
             )
             return Conclusion("latency_only", reason, picks)
@@ -254,7 +277,7 @@ def _inconclusive(undecided: Sequence[Finalist], baseline: Finalist, limits: Lim
     needed = {c.key: needed_prompts(c, baseline, limits, heldout) for c in undecided}
 
     def easiest(c: Finalist) -> tuple[bool, bool, float, str]:
-        # First those that only prompts are missing for, then those that look as if they kept their limits.
+        # First those that only need more prompts, then those that seem to keep their limits.
         beyond = any(v.value > v.limit for v in c.verification.verdicts if v.name.startswith("drop:"))
         return c.verification.times_open, beyond, needed[c.key] or math.inf, c.key
 
@@ -301,7 +324,7 @@ def _infeasible(
 
 
 def needed_prompts(candidate: Finalist, baseline: Finalist, limits: Limits, heldout: Heldout) -> int | None:
-    """Held-out prompts on which the next judgement would decide all that is open of a finalist's quality."""
+    """Held-out prompts on which the next judgment would decide everything open about a finalist's quality."""
     check = candidate.verification
     seen = claims(heldout.count, heldout.micro_batch, heldout.judgements).get(check.prompts, ALPHA)
     alphas = seen, judgement_alpha(heldout.judgements + 1)
@@ -317,7 +340,7 @@ def needed_prompts(candidate: Finalist, baseline: Finalist, limits: Limits, held
 def _open_drop(
     candidate: Finalist, baseline: Finalist, limits: Limits, verdict: Verdict
 ) -> tuple[MetricLimit, np.ndarray, float]:
-    """The limit behind a verdict on quality, drops per prompt, and their bound; a floor is a drop from the top."""
+    """The limit behind a verdict on quality, drops per prompt, and their bound; a floor limits the drop from the top."""
     values, metric = candidate.verification.values, verdict.name.partition(":")[2]
     own = np.asarray(values[metric])
     if verdict.name.startswith("floor:"):
@@ -336,15 +359,15 @@ def prompts_advice(needed: int | None, heldout: Heldout) -> tuple[str, str | Non
     """What would decide an undecided quality, in words and as a value of --heldout."""
     source = heldout.source
     if needed is None:
-        none = f"no number of held-out prompts up to {MOST_PROMPTS:,} would do if the estimates hold: loosen the limit"
+        none = f"not even {MOST_PROMPTS:,} held-out prompts would be enough if the estimates hold: loosen the limit"
         return none, None
     there = heldout.available(needed)
     if there < needed:
         return (
-            f"about {needed} held-out prompts would do if the estimates hold, and {source.source:.200} leaves {there}: "
-            "add prompts and start anew, or loosen the limit"
+            f"about {needed} held-out prompts would be enough if the estimates hold, but {source.source:.200} leaves only "
+            f"{there}: add prompts and start over, or loosen the limit"
         ), None
-    # Those of geneval are ordered by how many there are of each task (tuner.config.prompts).
+    # The order of geneval's prompts depends on how many there are of each task (tuner.config.prompts).
     parts = heldout.count - sum(source.added), *source.added, needed - heldout.count
     text = "+".join(map(str, parts)) if source.source == "geneval" else str(needed)
-    return f"raise --heldout (about {needed} prompts would do if the estimates hold) or loosen the limit", text
+    return f"raise --heldout (about {needed} prompts should be enough if the estimates hold) or loosen the limit", text

@@ -4,11 +4,11 @@ Verified means that every bound is on the right side: the upper bound of latency
 latency ratio at most 0.98 (a gain under 2 % is no acceleration), for every metric the one-sided 95 % upper bound of the
 paired drop within the allowed one, every floor kept. All must hold, so the metrics share no error; the bounds hold for all
 finalists together, so choosing among them afterwards is fair.
-Prompts and rounds are added in steps until each finalist is decided, the pick is settled or the limit is reached; giving up
-early on a bad one costs nothing, while claims are made at few looks only, which share the 5 % with all judgements of the study.
-The pick is settled when one is verified that no undecided finalist would replace: drawing on would cost as much again and
+Prompts and rounds are added in steps until each finalist is decided, the pick is settled or the limit is reached. Giving up
+early on a bad one costs nothing; claims are made only at a few looks, which share the 5 % with all judgments of the study.
+The pick is settled once one is verified that no undecided finalist would replace: more images would cost as much again and
 change nothing that is exported under that name. Finalists whose time stayed open cannot be verified by any number of prompts;
-images of them are drawn only where nothing else is verified, to tell undecided from infeasible.
+their images are drawn only if nothing else is verified, to distinguish undecided from infeasible.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Judged = Mapping[str, Sequence[float] | np.ndarray] | Failed
 
 
 def _claimed(status: str, alpha: float | None) -> str:
-    """A promising status between two looks at which claims are made (alpha is None) waits for the next one."""
+    """The status that may be claimed: a promising one between claiming looks (alpha is None) waits for the next."""
     return "open" if status == "met" and alpha is None else status
 
 
@@ -59,15 +59,20 @@ class Verifier:
     """One verification of several finalists.
 
     Args:
-        finalists: key -> steps. full: the full schedule's steps. heldout: prompts to verify on, all of them at most.
-        note: called with a line of progress and the share done. stop: asked between steps whether to end early.
-        processed_tokens: by key; the pick is the one with most of those that are equally good.
+        finalists: key -> steps.
+        full: the full schedule's steps.
+        heldout: prompts to verify on, at most all of them.
+        note: called with a line of progress and the share done.
+        stop: asked between steps whether to end early.
+        processed_tokens: by key; among equally good finalists, the one with most becomes the pick.
         earlier: verifications of an earlier part of the same study by key, the full schedule's under BASELINE; their values
-            per held-out prompt are not measured again. extensions: judgements of the study before this one.
+            per held-out prompt are not measured again.
+        extensions: earlier judgments of the study.
 
-    Attributes: errors: of finalists that could not run. unmeasured: of those that found too little memory; they leave the
-    finalists, and nothing is said about them. cut_short: whether `stop` ended it before everything was decided or every
-    prompt was used.
+    Attributes:
+        errors: of finalists that could not run.
+        unmeasured: of those that ran out of memory; they leave the finalists without a verdict.
+        cut_short: whether `stop` ended it before everything was decided or every prompt was used.
     """
 
     def __init__(
@@ -113,7 +118,7 @@ class Verifier:
         return looks(len(self.heldout), self.heldout.micro_batch)
 
     def _alpha(self, count: int) -> float | None:
-        """Error that a claim at this look may make; None where none is made."""
+        """Error that a claim at this look may make; None if this look makes none."""
         return claims(len(self.heldout), self.heldout.micro_batch, self.extensions).get(count)
 
     def _judge(self) -> None:
@@ -122,14 +127,14 @@ class Verifier:
             self._judge_these([n for n in self.finalists if self.times.status(n) == "open"])
 
     def _judge_these(self, running: Sequence[str]) -> None:
-        """Draws and scores held-out prompts of the full schedule and these finalists until they are decided."""
+        """Draws and scores held-out prompts for the full schedule and these finalists until they are decided."""
         done = 0
         for count in self._looks():
             if not running:
                 break
             first, last = done // self.heldout.micro_batch, -(-count // self.heldout.micro_batch)
             gathered = self._measure([BASELINE, *running], range(first, last))
-            for batch in sorted(gathered):  # executors may answer in any order; prompts keep theirs
+            for batch in sorted(gathered):  # executors may answer in any order; prompts keep their order
                 for key, outcome in gathered[batch].items():
                     if isinstance(outcome, NotMeasured):
                         if key == BASELINE:
@@ -146,7 +151,7 @@ class Verifier:
             if BASELINE in self.errors:
                 raise RuntimeError(f"the full schedule failed on held-out prompts: {self.errors[BASELINE]}")
             running = [k for k in running if k not in self.errors and k in self.finalists]
-            # A finalist that is decided either way needs no more prompts.
+            # A decided finalist needs no more prompts.
             running = [k for k in running if status_of(self._quality_verdicts(k)) == "open"]
             if self._pick_is_settled(running):
                 break
@@ -166,13 +171,13 @@ class Verifier:
         return [n for n, found in verdicts.items() if found and status_of(found) == "met"]
 
     def _measure(self, keys: Sequence[str], batches: Sequence[int]) -> dict[int, dict[str, Judged]]:
-        """New values or Failed by micro-batch and key; what an earlier part of the study measured is taken from there."""
+        """New values or Failed by micro-batch and key; reuses what an earlier part of the study measured."""
         found: dict[int, dict[str, Judged]] = {batch: {} for batch in batches}
         missing: dict[int, list[str]] = {}
         for batch in batches:
             for key in keys:
                 if len(self.values[key].get("quality", ())) > batch * self.heldout.micro_batch:
-                    continue  # the full schedule, drawn beside finalists that were judged before
+                    continue  # the full schedule, drawn with finalists that were judged before
                 kept = self._kept(key, batch)
                 if kept is None:
                     missing.setdefault(batch, []).append(key)
@@ -223,7 +228,7 @@ class Verifier:
         return Verdict(limit.name, limit.allowed, limit.unit, drop, float(upper_K[own]), status)
 
     def _floor_verdict(self, name: str, metric: str, floor: float, count: int, alpha: float | None) -> Verdict:
-        """Whether the mean of a metric, not its difference, stays at or above a floor: the drop from the top of the range."""
+        """Whether a metric's mean, not its difference, stays at or above a floor, as a drop from the top of its range."""
         declared = declaration_of(metric)
         peers, values_KN = self._with_peers(metric, count)
         top = 0.0 if declared.kind == "continuous" else declared.change
@@ -238,7 +243,7 @@ class Verifier:
     def _with_peers(self, metric: str, count: int) -> tuple[tuple[str, ...], np.ndarray]:
         """All finalists that reached this number of prompts, and their values (K, count).
 
-        Those decided here take part too: the bounds hold for all of them together.
+        Finalists decided at this look are included: the bounds hold for all of them together.
         """
         peers = tuple(k for k in self.finalists if len(self.values[k].get(metric, [])) >= count)
         return peers, np.stack([np.asarray(self.values[k][metric][:count]) for k in peers])
@@ -246,11 +251,11 @@ class Verifier:
     def _together(
         self, key: Any, bounds: Callable[..., Any], differences_KN: np.ndarray, change: float, alpha: float | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Bounds (upper, lower), each (K,), computed once for all finalists: values are only ever added to."""
+        """Bounds (upper, lower), each (K,), computed once for all finalists, since values are only ever added."""
         if key not in self._bounds:
             upper_K, lower_K = bounds(differences_KN, change, alpha or ALPHA)
             if alpha is not None and self.extensions:
-                # The small error of a later judgement is for claims, not for giving up.
+                # The small error of a later judgment is for claims, not for giving up.
                 _, lower_K = bounds(differences_KN, change, ALPHA)
             self._bounds[key] = upper_K, lower_K
         return self._bounds[key]
@@ -258,7 +263,7 @@ class Verifier:
     # ------------------------------------------------------------------------------------------------ result
 
     def verification(self, name: str) -> Verification:
-        """Everything known about a finalist, or the full schedule, at this moment."""
+        """Everything currently known about a finalist or the full schedule."""
         latency = self.times.stats(name)
         verdicts = self.times.verdicts(name)
         upper_ms = verdicts[0].bound

@@ -1,4 +1,4 @@
-"""Measures a deployment profile again on this machine: latency, quality on held-out prompts, and what has regressed."""
+"""Measures a deployment profile again on this machine: latency, quality on held-out prompts, and regressions."""
 
 from __future__ import annotations
 
@@ -22,9 +22,12 @@ _STATES = {"met": "kept", "broken": "BROKEN", "open": "undecided"}
 
 @dataclass(frozen=True)
 class Recheck:
-    """verdicts: per limit, the regression among them. exit_code: 0 all kept, 3 one broken, 5 one undecided.
+    """What measuring a profile again found.
 
-    engine: what was timed and drew the images.
+    Attributes:
+        verdicts: one per limit, including the regression.
+        exit_code: 0 if all are kept, 3 if one is broken, 5 if one is undecided.
+        engine: what was timed and drew the images.
     """
 
     verdicts: tuple[Verdict, ...]
@@ -39,7 +42,7 @@ class Recheck:
 
     @property
     def lines(self) -> list[str]:
-        """What to print."""
+        """The lines to print."""
         latency = self.verification.latency
         lines = [f"warning: {text}" for text in self.warnings]
         if latency.ratio is not None:
@@ -81,7 +84,7 @@ class Terms:
         space: names the prompts, the metrics and their floors.
         budget: of latency.
         metrics: how far each metric may fall.
-        max_regression: how much the latency ratio may have grown since it was recorded, a share; None asks nothing.
+        max_regression: how much the latency ratio may have grown since it was recorded, a share; None sets no limit.
         seed: of the prompts.
     """
 
@@ -103,10 +106,11 @@ def recheck(
         terms: what it must keep.
         threads: CPU threads of every latency.
         engine: what is timed, and draws the images.
-        progress: what hears how far it is.
+        progress: shows how far it is.
 
-    Raises ProfileError when the model is another one, UsageError when a regression is asked about but the profile records
-    no ratio, or when it was made on random weights.
+    Raises:
+        ProfileError: if the model is another one.
+        UsageError: if the profile was made on random weights, or records no ratio although a regression is limited.
     """
     from stagevar.models.registry import load_model, resolve
     from tuner.config.prompts import load_prompts

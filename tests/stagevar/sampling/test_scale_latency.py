@@ -88,7 +88,7 @@ def test_a_study_goes_on_without_the_shares(tmp_path):
 
     study = study_of(result, SimpleNamespace(scale_ms=broken), said)
     Study._time_scales(study, [result.pick.key])
-    assert study.ledger.baseline is result.baseline and said == ["scales were not timed: RuntimeError: no clock"]
+    assert study.ledger.baseline is result.baseline and said == ["could not time single scales: RuntimeError: no clock"]
     without = study_of(result, FormulaEvaluator(), said)
     Study._time_scales(without, [result.pick.key])
     assert without.ledger.baseline is result.baseline and len(said) == 1

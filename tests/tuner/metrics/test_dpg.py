@@ -247,10 +247,10 @@ def test_columns_of_zero_and_one_are_scores(tmp_path, cells):
 @pytest.mark.parametrize(
     ("cells", "said"),
     [
-        (("Yes", "Yes."), "2 of 2 answers begin with yes but are not exactly 'yes'.* 'Yes' in line 2"),
-        (("yes ", "yes"), "1 of 2 answers .* 'yes ' in line 2"),
-        (("no", '"yes, it is"'), "1 of 2 answers .* in line 3"),
-        (("maybe", "unclear"), "no answer is yes or no, so all count as no; the first: 'maybe'"),
+        (("Yes", "Yes."), "2 of 2 answers begin with yes but are not exactly 'yes'.* 'Yes' on line 2"),
+        (("yes ", "yes"), "1 of 2 answers .* 'yes ' on line 2"),
+        (("no", '"yes, it is"'), "1 of 2 answers .* on line 3"),
+        (("maybe", "unclear"), "no answer is yes or no, so they all count as no; the first: 'maybe'"),
     ],
 )
 def test_words_that_count_as_no_against_their_looks_are_said(tmp_path, cells, said):

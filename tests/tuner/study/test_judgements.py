@@ -125,7 +125,7 @@ def test_a_study_goes_on_with_more_prompts_and_measures_none_twice(tmp_path):
     first = study(tmp_path, restless, space(72), trials=4, max_drop=LIMIT).run()
     assert (first.verdict, first.judged_on) == ("inconclusive", (72,))
     needed = int(first.settle_heldout)
-    assert f"about {needed} prompts would do" in first.reason
+    assert f"about {needed} prompts should be enough" in first.reason
     work = study(tmp_path, restless, space(needed), trials=4, max_drop=LIMIT)
     walked = []
     whole = work.evaluator.quality
@@ -224,7 +224,7 @@ def test_a_file_without_enough_prompts_is_named(tmp_path):
     path.write_text("\n".join(rows) + "\n")
     prompts = {"source": str(path), "search": 24, "heldout": 72, "micro_batch": 16}
     result = study(tmp_path / "run", {**RESTLESS, "seed": 2}, {"prompts": prompts}, trials=3, max_drop=LIMIT).run()
-    assert result.settle_heldout is None and "few.jsonl leaves 80: add prompts and start anew" in result.reason
+    assert result.settle_heldout is None and "few.jsonl leaves only 80: add prompts and start over" in result.reason
     told = next_steps(result, tmp_path / "run", ["stagevar-tune"])
     assert told.commands == () and any("add prompts" in line for line in told.lines)
 
