@@ -1,6 +1,6 @@
-"""The door to Ray: whether it is there, and how this process joins a cluster or starts one.
+"""The door to Ray: whether it is installed, and how this process joins a cluster or starts one.
 
-The only module that imports ray, inside functions: without it everything else works.
+The only module that imports ray, and only inside functions: everything else works without it.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from stagevar.errors import UsageError, first_line
 
 
 def check_installed() -> None:
-    """Raises UsageError that names the extra where ray is missing; imports nothing."""
+    """Raises UsageError naming the extra if ray is missing; imports nothing."""
     extras.require("running on a cluster", "ray")
 
 
 def require(name: str = "ray") -> Any:
-    """The module `ray`, or one of its parts such as "ray.tune". Raises UsageError that names the extra."""
+    """The module `ray`, or a part such as "ray.tune". Raises UsageError naming the extra if it is missing."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # they import torch to write what nobody reads
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # they import torch to write files nobody reads
     check_installed()
     try:
         import ray
@@ -39,10 +39,10 @@ def require(name: str = "ray") -> Any:
 def connect(address: str | None = None) -> Callable[[], None]:
     """Joins the cluster at `address` ("auto": this machine's), or starts one here that only this machine can reach.
 
-    Returns what disconnects; it does nothing where this process was connected already. Raises UsageError.
+    Returns a function that disconnects; it does nothing if this process was already connected. Raises UsageError.
     """
     if address is None and "ray" not in sys.modules:
-        # Read when ray is imported. The first makes it keep to the loopback, which it else maps to the network's address;
+        # Read when ray is imported. The first keeps it on the loopback, which it otherwise maps to the network's address;
         # the others keep other users of this machine out, with a token that nobody else learns.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         os.environ.setdefault("RAY_AUTH_MODE", "token")

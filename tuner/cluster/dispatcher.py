@@ -1,6 +1,6 @@
-"""Who gets which job, whom to suspect when workers die, and when one is given up: decisions only, Ray is nowhere here.
+"""Which worker gets which job, what to suspect when workers die, and when to give up on one: decisions only, no Ray.
 
-The executor tells what happened (a worker joined, answered, failed, was lost with its node) and carries out what this says.
+The executor reports what happened (a worker joined, answered, failed, was lost with its node) and carries out the decisions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tuner.evaluation.executor import QualityTask
 
 #: Failures in a row after which a worker gets no more jobs.
 QUARANTINE_AFTER = 3
-#: Workers that a tree of schedules may take down before each is tried alone, and that a single one may before it fails.
+#: Workers that a tree of schedules may crash before each schedule is tried alone, and that one schedule may before it fails.
 TREE_ATTEMPTS, SINGLE_ATTEMPTS = 2, 3
 
 
@@ -25,10 +25,13 @@ TREE_ATTEMPTS, SINGLE_ATTEMPTS = 2, 3
 class Job:
     """One call of a worker's method.
 
-    suspect: what is suspected when workers die of it. number: place in the call. task, members: of a quality job: the task
-    and which of its schedules.
-    exclusive: it times, so no other worker of the machine may be busy meanwhile, but for one that times on a GPU of its own.
-    pinned: always on the same worker, while that one lives.
+    Attributes:
+        suspect: what to suspect if workers die of it.
+        number: place in the call.
+        task, members: for a quality job, the task and which of its schedules.
+        exclusive: whether it times, so that no other worker of the machine may be busy meanwhile, except one that times on
+            its own GPU.
+        pinned: whether it always runs on the same worker, as long as that one lives.
     """
 
     method: str
@@ -46,9 +49,11 @@ class Job:
 class WorkerSlot:
     """A GPU (or a share of CPUs) for one worker.
 
-    node: Ray's id. host: the machine, on which there may be several nodes.
-    state: "held" (to be built), "loading", "ready", "quarantined" or "gone".
-    failures: what each failure since the last success was about.
+    Attributes:
+        node: Ray's id.
+        host: the machine, which may have several nodes.
+        state: "held" (to be built), "loading", "ready", "quarantined" or "gone".
+        failures: what each failure since the last success was about.
     """
 
     id: str
@@ -60,7 +65,7 @@ class WorkerSlot:
 
     @property
     def busy(self) -> bool:
-        """Whether its process is at work, be it on loading."""
+        """Whether its process is working, including loading."""
         return self.job is not None or self.state == "loading"
 
 
@@ -68,13 +73,13 @@ Ended = tuple[Job, Any]
 
 
 def quality_job(task: QualityTask, number: int, members: Sequence[int]) -> Job:
-    """The job of some of a task's schedules."""
+    """The job for some of a task's schedules."""
     part = QualityTask(tuple(task.schedules[i] for i in members), task.split, task.batch)
     return Job("quality", (part,), frozenset(part.schedules), task, number, tuple(members))
 
 
 def cut(schedules: Sequence[Steps], pieces: int) -> list[tuple[int, ...]]:
-    """Indices of schedules in at most `pieces` groups of like size; those with a long common past together."""
+    """Indices of schedules in at most `pieces` groups of similar size, with those that share many steps together."""
     if not schedules:
         return []
     order = sorted(range(len(schedules)), key=lambda i: [repr(step) for step in schedules[i]])
@@ -85,10 +90,13 @@ class Dispatcher:
     """The slots of a cluster and the jobs of one call at a time.
 
     Args:
-        own_gpus: workers have a GPU each, so that several may time at once. say: told a line whenever a worker is rebuilt,
-            quarantined or lost.
+        own_gpus: whether workers have a GPU each, so that several may time at once.
+        say: called with a line whenever a worker is rebuilt, quarantined or lost.
 
-    Attributes: slots: by id. counts: rebuilds, lost nodes, quarantined workers. reasons: of the last few failures.
+    Attributes:
+        slots: by id.
+        counts: rebuilds, lost nodes, quarantined workers.
+        reasons: of the last few failures.
     """
 
     def __init__(self, own_gpus: bool, say: Callable[[str], None] = lambda line: None):
@@ -105,11 +113,11 @@ class Dispatcher:
     # ------------------------------------------------------------------------------------------------ slots
 
     def add(self, slot: WorkerSlot) -> None:
-        """Takes in a slot, whose worker is still to be built."""
+        """Adds a slot whose worker is not built yet."""
         self.slots[slot.id] = slot
 
     def to_build(self, one_at_a_time: bool) -> list[WorkerSlot]:
-        """Slots whose worker is built now. one_at_a_time: none has chosen the engine yet, which the others then take."""
+        """Slots whose worker to build now; `one_at_a_time` until one has chosen the engine for all."""
         held = [slot for slot in self.slots.values() if slot.state == "held"]
         if one_at_a_time:
             return [] if any(slot.state == "loading" for slot in self.slots.values()) else held[:1]
@@ -117,7 +125,7 @@ class Dispatcher:
 
     @property
     def workers(self) -> int:
-        """How many workers are there or on their way."""
+        """How many workers exist or are being built."""
         return sum(slot.state in ("ready", "loading") for slot in self.slots.values())
 
     @property
@@ -128,13 +136,13 @@ class Dispatcher:
 
     @property
     def timer(self) -> str | None:
-        """The slot of pinned jobs, once there was one."""
+        """The slot of pinned jobs, None before the first one."""
         return self._timer
 
     # ------------------------------------------------------------------------------------------------ jobs
 
     def begin(self, jobs: Sequence[Job]) -> None:
-        """The jobs of a new call; those of an abandoned one are forgotten, and their answers dropped."""
+        """Starts the jobs of a new call; those of an abandoned call are forgotten, and their answers dropped."""
         self._queue, self._pending = deque(jobs), set(jobs)
 
     @property
@@ -159,9 +167,9 @@ class Dispatcher:
             yield slot, job
 
     def choose(self, slot: WorkerSlot) -> Job | None:
-        """The job for an idle worker: its own micro-batches first (their text and references are there), then others'.
+        """The job for an idle worker: its own micro-batches first (it has their text and references), then others'.
 
-        A job avoids workers that it failed on as long as there are others.
+        A job avoids workers on which it failed, as long as there are others.
         """
         alive = {s.id for s in self.slots.values() if s.state in ("ready", "loading")}
         beside = [s for s in self.slots.values() if s.host == slot.host and s.busy and s is not slot]
@@ -182,7 +190,7 @@ class Dispatcher:
         return min(fitting, key=rank, default=None)
 
     def _may_run_beside(self, job: Job, other: WorkerSlot) -> bool:
-        """Whether a job may start while another worker of the machine does what it does."""
+        """Whether a job may start beside another worker of the machine, given what that one is doing."""
         timing = other.job is not None and other.job.exclusive
         if job.exclusive and timing:
             return self.own_gpus
@@ -191,15 +199,15 @@ class Dispatcher:
     # ------------------------------------------------------------------------------------------------ what happened
 
     def answered(self, slot: WorkerSlot, value: Any) -> list[Ended]:
-        """A worker gave a value, or an error that is the job's own; nothing where the job's call was abandoned."""
+        """Handles a worker's value, or an error of the job's own; returns nothing if the job's call was abandoned."""
         job, slot.job = slot.job, None
         slot.failures.clear()
         return self._ended([(job, value)]) if job is not None and job in self._pending else []
 
     def failed(self, slot: WorkerSlot, why: str) -> list[Ended]:
-        """A worker died or hangs: it is rebuilt ("held" again) or quarantined. Returns the jobs that end with it.
+        """Handles a worker that died or hangs: it is rebuilt ("held" again) or quarantined. Returns the jobs that end.
 
-        Where its node is gone, nobody is suspected and the job goes to another worker first.
+        If its node is gone, nothing is suspected and the job is next for another worker.
         """
         job, slot.job = slot.job, None
         again = job is not None and job in self._pending
@@ -213,20 +221,20 @@ class Dispatcher:
         if len(slot.failures) >= QUARANTINE_AFTER:
             slot.state = "quarantined"
             self.counts["quarantined"] += 1
-            self.say(f"worker {slot.id} quarantined after {QUARANTINE_AFTER} failures in a row, the last: {why}")
+            self.say(f"worker {slot.id} quarantined after {QUARANTINE_AFTER} failures in a row; the last: {why}")
         else:
             slot.state = "held"
             self.counts["rebuilds"] += 1
-            self.say(f"worker {slot.id} is rebuilt: {why}")
+            self.say(f"rebuilding worker {slot.id}: {why}")
         return self._ended(ended)
 
     def lost(self, slot: WorkerSlot) -> None:
-        """A node died under a worker; what died there before is forgiven.
+        """Handles a worker whose node died; earlier deaths on that node are forgiven.
 
-        A running call stays to be booked: it ends with an error, and `failed` hands its job out again.
+        A running call is still pending: it ends with an error, and `failed` hands out its job again.
         """
         if slot.state != "quarantined":
-            self.say(f"worker {slot.id} is lost with its node")
+            self.say(f"lost worker {slot.id} with its node")
         self.counts["lost"] += 1
         self._note(slot, "its node died")
         slot.state = "gone"
@@ -234,7 +242,7 @@ class Dispatcher:
             deaths[:] = [other for other in deaths if other != slot.id]
 
     def _resolve(self, job: Job, why: str, slot: WorkerSlot) -> list[Ended]:
-        """Whether the job goes again, in parts, or is given up; what turns out to be its fault, workers are forgiven."""
+        """Retries the job, splits it or gives up on it; workers are forgiven failures that turn out to be the job's fault."""
         job.failed_on.add(slot.id)
         if job.pinned:
             self._timer = None

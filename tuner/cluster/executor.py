@@ -2,9 +2,9 @@
 
 The driver decides everything, in `tuner.cluster.dispatcher`: which worker gets which job, when it is rebuilt, when it
 has failed too often. Ray, through this file, only places processes and carries values. Workers get a `Recipe` (a
-function by name and plain arguments), so paths travel, never weights. A job's values depend on the job alone: whoever
-evaluates it, once or again after a crash, the merged values are those of the executor in this process, bit for bit on
-the same kind of device.
+function by name and plain arguments), so paths travel, never weights. A job's values depend on the job alone: whichever
+worker evaluates it, once or again after a crash, the merged values equal those of the local executor, bit for bit on the
+same kind of device.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from tuner.evaluation.executor import Executor, Failed, Outcome, QualityTask, Wo
 
 #: How often the list of nodes is read while jobs run.
 NODES_EVERY_S = 3.0
-#: What the driver needs as soon as a timing arrives. Importing it, and torch with it, takes seconds in which nothing could be
-#: evaluated; at the start they pass while the workers load.
+#: What the driver needs as soon as a timing arrives. Importing it, and torch with it, takes seconds, so this happens at the
+#: start, while the workers load.
 NEEDED_LATER = ("stagevar.timing",)
 _KIND_PREFIX = "accelerator_type:"
 
 
 @dataclass(eq=False)
 class _Process:
-    """A worker's process. ref: of the call in flight, if any. deadline: on the monotonic clock, when it counts as stuck."""
+    """A worker's process, with the `ref` of the call in flight, if any, and its `deadline` on the monotonic clock."""
 
     actor: Any
     ref: Any
@@ -47,17 +47,23 @@ class RayExecutor(Executor):
     """Workers on every GPU of one kind; on a cluster without GPUs, one worker per `threads` CPUs.
 
     Args:
-        recipe: what each worker builds. address: of the cluster; None starts one on this machine.
-        gpu_kind: which kind of GPU, by Ray's accelerator type; needed where there are several.
-        task_timeout_s: after which a worker counts as stuck. load_timeout_s: the same for building its evaluator.
+        recipe: what each worker builds.
+        address: of the cluster; None starts one on this machine.
+        gpu_kind: which kind of GPU, by Ray's accelerator type; needed if there are several.
+        task_timeout_s: seconds after which a worker counts as stuck.
+        load_timeout_s: the same for building its evaluator.
         patience_s: how long to wait for nodes to (re)join when none is left.
-        threads: CPUs per worker where there are no GPUs.
-        run_dir: where `measurements.jsonl` goes; nothing is written when None.
-        say: told a line whenever a worker comes, goes or is rebuilt.
+        threads: CPUs per worker if there are no GPUs.
+        run_dir: where `measurements.jsonl` goes; None writes nothing.
+        say: called with a line whenever a worker joins, leaves or is rebuilt.
 
-    Attributes: evaluator: the study's view of the workers. dispatcher: who does what, and counts of what went wrong.
+    Attributes:
+        evaluator: the study's view of the workers.
+        dispatcher: decides which worker does what, and counts failures.
 
-    Raises UsageError for an unusable cluster or recipe, WorkersLost when no worker could be built.
+    Raises:
+        UsageError: for an unusable cluster or recipe.
+        WorkersLost: if no worker could be built.
     """
 
     name: ClassVar[str] = "ray"
@@ -100,7 +106,7 @@ class RayExecutor(Executor):
     # ------------------------------------------------------------------------------------------------ interface
 
     def run(self, tasks: Sequence[QualityTask]) -> Iterator[tuple[QualityTask, list[Outcome]]]:
-        # Fewer micro-batches than workers: trees are cut, which repeats shared scales and leaves no worker idle.
+        # Fewer micro-batches than workers: trees are cut, which repeats shared scales but leaves no worker idle.
         pieces = max(1, self.dispatcher.workers // max(1, len(tasks)))
         jobs = [
             quality_job(task, i, members) for i, task in enumerate(tasks) for members in cut(task.schedules, pieces)
@@ -119,14 +125,14 @@ class RayExecutor(Executor):
                 yield task, [outcomes[i] for i in range(len(task.schedules))]
 
     def call(self, method: str, *arguments: Any, suspect: Any) -> Any:
-        """One call of a worker's method; raises what it raised, or RuntimeError when it crashes workers."""
+        """One call of a worker's method; raises what it raised, or RuntimeError if it crashes workers."""
         return self._results([Job(method, arguments, suspect)])[0]
 
     def time(self, method: str, calls: Sequence[tuple[Any, ...]]) -> list[tuple[Any, Place]]:
         """What the evaluator's method measured for each of these arguments, and where; each alone on its GPU.
 
-        The first call of any is timed by the same worker as long as it lives. Where machines have no GPUs, each times one
-        call at a time. When all have ended, raises what the first raised, or RuntimeError when it crashes workers.
+        The first of the calls always goes to the same worker, as long as it lives. Without GPUs, each machine times one call
+        at a time. Once all have ended, raises the first error, or RuntimeError if a call crashes workers.
         """
         jobs = [
             Job("timed", (method, *arguments), object(), number=i, exclusive=True, pinned=i == 0)
@@ -156,7 +162,7 @@ class RayExecutor(Executor):
     # ------------------------------------------------------------------------------------------------ the loop
 
     def _start(self) -> None:
-        """Waits for the first worker that is ready."""
+        """Waits until the first worker is ready."""
         for module in NEEDED_LATER:
             importlib.import_module(module)
         while self.facts is None:
@@ -165,13 +171,13 @@ class RayExecutor(Executor):
     def _drive(self, jobs: Sequence[Job]) -> Iterator[Ended]:
         """Every job once with its result or its error."""
         self.dispatcher.begin(jobs)
-        # Workers that join while one is being timed would disturb it on their node.
+        # Workers that join during a timing would disturb it on their node.
         grow = not any(job.exclusive for job in jobs)
         while not self.dispatcher.is_done:
             yield from self.advance(grow)
 
     def advance(self, grow: bool) -> list[Ended]:
-        """One turn: hand out jobs, wait for something to happen, book it. Returns jobs that ended."""
+        """One turn: hands out jobs, waits for something to happen, handles it. Returns jobs that ended."""
         self.read_nodes(grow)
         self._build_held()
         for slot, job in self.dispatcher.assign():
@@ -199,7 +205,7 @@ class RayExecutor(Executor):
         return ended
 
     def _book(self, slot: WorkerSlot) -> list[Ended]:
-        """Takes what a worker answered."""
+        """Handles a worker's answer."""
         errors, process = self._ray.exceptions, self._workers[slot.id]
         try:
             answer = self._ray.get(process.ref)
@@ -222,7 +228,7 @@ class RayExecutor(Executor):
         return []
 
     def _admit(self, slot: WorkerSlot, facts: EvaluationInfo, place: Place) -> None:
-        """A worker is loaded: it joins if it measures what the others measure."""
+        """Handles a loaded worker: it joins if it measures the same as the others."""
         slot.state = "ready"
         if self.facts is None:
             self.facts = facts
@@ -242,7 +248,7 @@ class RayExecutor(Executor):
         self.say(f"worker {slot.id} ready on {place.host}" + (f", GPU {place.gpu}" if place.gpu else ""))
 
     def _fail(self, slot: WorkerSlot, why: str) -> list[Ended]:
-        """A worker died or hangs: ends its process, learns whether its node is gone, and asks what becomes of its job."""
+        """Handles a worker that died or hangs: ends its process, checks its node, and decides what becomes of its job."""
         self._stop(slot)
         self._nodes_read = -float("inf")
         self.read_nodes(grow=False)
@@ -257,7 +263,7 @@ class RayExecutor(Executor):
     # ------------------------------------------------------------------------------------------------ nodes
 
     def read_nodes(self, grow: bool) -> None:
-        """Takes in nodes that joined and drops those that died; reads Ray's list every few seconds at most."""
+        """Adds nodes that joined and drops those that died; reads Ray's list every few seconds at most."""
         now = time.monotonic()
         if now - self._nodes_read < NODES_EVERY_S:
             return
@@ -278,13 +284,13 @@ class RayExecutor(Executor):
                 self.dispatcher.add(WorkerSlot(f"{node[:8]}:{index}", node, listed[node]["NodeManagerHostname"]))
 
     def _build_held(self) -> None:
-        """Builds workers that were found or failed since; one after the other as long as none has chosen the engine."""
+        """Builds workers that are new or failed; one after another until one has chosen the engine."""
         choosing = self.facts is None and self._resource == "GPU" and self.recipe.arguments.get("engine") == "auto"
         for slot in self.dispatcher.to_build(one_at_a_time=choosing):
             self._build(slot)
 
     def chosen(self, nodes: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[str, float]]:
-        """Nodes to use. Raises UsageError when they have several kinds of GPU and none was chosen."""
+        """Nodes to use. Raises UsageError if they have several kinds of GPU and none was chosen."""
         if self._resource == "CPU":
             return dict(nodes)
         kinds: dict[str, str] = {}
@@ -298,7 +304,7 @@ class RayExecutor(Executor):
         listed = ", ".join(f"{count} x {kind}" for kind, count in sorted(totals.items()))
         if self.gpu_kind is None:
             if len(totals) > 1:
-                raise UsageError(f"the cluster mixes kinds of GPU ({listed}); choose one with --gpu-kind")
+                raise UsageError(f"the cluster has several kinds of GPU ({listed}); choose one with --gpu-kind")
             [self.gpu_kind] = totals
         chosen = {n for n, kind in kinds.items() if kind.lower() == self.gpu_kind.lower()}
         if not chosen and not self.dispatcher.slots:
@@ -306,11 +312,11 @@ class RayExecutor(Executor):
         # Rounding differs between kinds of GPU, and differences between schedules are paired by prompt.
         for node in kinds.keys() - chosen - self._left_out:
             self._left_out.add(node)
-            self.say(f"node {node[:8]} ({kinds[node]}) is left out: this study runs on {self.gpu_kind}")
+            self.say(f"ignoring node {node[:8]} ({kinds[node]}): this study runs on {self.gpu_kind}")
         return {n: nodes[n] for n in chosen}
 
     def _build(self, slot: WorkerSlot) -> None:
-        """Starts a worker on its node and has it load. At most one call is ever in flight, none is repeated by Ray."""
+        """Starts a worker on its node and has it load. At most one call is ever in flight, and Ray repeats none."""
         strategies = importlib.import_module("ray.util.scheduling_strategies")
         wanted = {"num_gpus": 1, "num_cpus": 0} if self._resource == "GPU" else {"num_cpus": self.threads}
         actor = self._actor_class.options(
@@ -323,12 +329,12 @@ class RayExecutor(Executor):
         self._workers[slot.id] = _Process(actor, actor.load.remote(), time.monotonic() + self.load_timeout_s)
 
     def _wait_for_nodes(self) -> None:
-        """No worker is left: waits for nodes to join. Raises WorkersLost when none does."""
+        """Waits for nodes to join when no worker is left. Raises WorkersLost if none does."""
         reasons = "; ".join(dict.fromkeys(self.dispatcher.reasons)) or "the cluster has no free " + self._resource
         if any(slot.state == "quarantined" for slot in self.dispatcher.slots.values()):
             raise WorkersLost(f"no workers left ({reasons}); fix the cluster and rerun the command to resume")
         until = time.monotonic() + self.patience_s
-        self.say(f"no worker is left, waiting up to {self.patience_s:g} s for nodes to join")
+        self.say(f"no workers left; waiting up to {self.patience_s:g} s for nodes to join")
         while time.monotonic() < until:
             self._nodes_read = -float("inf")
             self.read_nodes(grow=True)
@@ -339,7 +345,7 @@ class RayExecutor(Executor):
 
 
 def _why(error: Exception) -> str:
-    """The telling line of one of Ray's errors, which are pages long."""
+    """The informative line of one of Ray's errors, which are pages long."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "killed" in line or "died" in line or "cause" in line.lower()]
     return (telling or lines or [type(error).__name__])[0][:200]

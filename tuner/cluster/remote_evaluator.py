@@ -27,7 +27,7 @@ MEASUREMENTS_FILE = "measurements.jsonl"
 
 
 class Workers(Protocol):
-    """What a `RayExecutor` offers here."""
+    """What this module needs of a `RayExecutor`."""
 
     run_dir: Path | None
 
@@ -44,11 +44,11 @@ class Workers(Protocol):
 class RemoteEvaluator(Evaluator):
     """An Evaluator whose work is done by the workers of a RayExecutor.
 
-    Schedules that are timed together with the full schedule are dealt out to as many GPUs as are ready. Each GPU times the
-    full schedule in the same rounds as its sentinel, and its samples are scaled, round by round, by what the sentinel took
-    on the first GPU over what it took here: the ratio to the full schedule is exactly the one measured, in one process,
-    and milliseconds are those of the first GPU, always the same one while it lives. `measurements.jsonl` says for every
-    timing which node, process and GPU it comes from, and keeps samples of whole schedules as they were measured.
+    Schedules to be timed with the full schedule are distributed over all GPUs that are ready. Each GPU times the full
+    schedule in the same rounds, as its sentinel, and its samples are scaled, round by round, by the sentinel's time on the
+    first GPU over its time here: the ratio to the full schedule stays exactly as measured, in one process, and milliseconds
+    become those of the first GPU, always the same one as long as it lives. `measurements.jsonl` records the node, process
+    and GPU of every timing, and keeps samples of whole schedules as measured.
     """
 
     def __init__(self, executor: Workers, facts: EvaluationInfo):
@@ -74,7 +74,7 @@ class RemoteEvaluator(Evaluator):
         return {name: found[name] for name in schedules}
 
     def step_ms(self, schedules: Sequence[Steps], rounds: int = 3) -> Mapping[Steps, tuple[float, ...]] | None:
-        """Milliseconds of steps, by prefix, from walks that start alike; each GPU walks the full schedule (or the first)."""
+        """Milliseconds of steps by prefix; each GPU walks similar schedules, and the full one (or the first) besides."""
         sentinel = self._full if self._full in schedules else schedules[0]
         others = [steps for steps in schedules if steps != sentinel]
         parts = cut(others, self.executor.timers) if others else [()]
@@ -109,7 +109,7 @@ class RemoteEvaluator(Evaluator):
         measured: Sequence[tuple[Any, Place]],
         **more: Any,
     ) -> None:
-        """A line per GPU that took part, the time being the same in all of them."""
+        """Writes a line per GPU that took part, all with the same time."""
         if self.executor.run_dir is None:
             return
         now = datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -1,9 +1,8 @@
 """`stagevar-tune sweep sweep.yaml`: one study per cell of a grid, run as Ray Tune trials; one table, one report.
 
-Each cell is the command that a user would type, run with its own resources and run directory (`<out>/cells/<name>/`,
-profile.yaml and report.html in it). Ray Tune starts cells as resources allow, starts a cell anew when its process dies
-(the study goes on where it stood), and continues the sweep after the driver died. A cell that fails is listed and stops
-no other.
+Each cell is the command that a user would type, with its own resources and run directory (`<out>/cells/<name>/`, with
+profile.yaml and report.html). Ray Tune starts cells as resources allow, restarts a cell whose process dies (the study
+resumes), and continues the sweep after the driver dies. A cell that fails is listed and stops no other.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from tuner.report.sweep_page import write_table
 AXES = {"models": "model", "resolutions": "resolution", "budgets": "budget", "gpus": "gpu", "seeds": "seed"}
 SWEEP_FILE, CELL_FILE = "sweep.json", "cell.json"
 RAY_LOG = "ray_tune.log"
-#: Options that a cell may not have: they would not be a whole study in one process, or are set by the sweep.
+#: Options that a cell may not have: with them it would not be a full study in one process, or the sweep sets them.
 _NOT_IN_CELLS = (
     "executor",
     "ray-address",
@@ -41,13 +40,13 @@ _NOT_IN_CELLS = (
     "verbose",
     *AXES.values(),
 )
-#: How often a cell whose process died is started anew.
+#: How often a cell whose process died is restarted.
 RESTARTS = 2
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One study: its name, the options that tell it from the others, its command line and what it occupies."""
+    """One study: its name, the options that distinguish it from the others, its command line and its resources."""
 
     name: str
     axes: Mapping[str, object]
@@ -59,9 +58,11 @@ class Cell:
 class Sweep:
     """A checked sweep file.
 
-    axes: values per axis of the grid. options: further options of every study, by their names on the command line.
-    model_options: the same for the studies of one model, by its name; they win.
-    cpus, gpus: what each cell occupies; gpus may be a share.
+    Attributes:
+        axes: values per axis of the grid.
+        options: further options of every study, by their names on the command line.
+        model_options: the same for the studies of one model, by its name; they take precedence.
+        cpus, gpus: what each cell occupies; gpus may be a fraction.
     """
 
     axes: Mapping[str, tuple[Any, ...]]
@@ -91,14 +92,14 @@ class Sweep:
 
 
 def load_sweep(path: Path | str) -> Sweep:
-    """Reads a sweep file. Raises UsageError naming the key and what it may hold."""
+    """Reads a sweep file. Raises UsageError naming the key and what it may be."""
     data = read_yaml(Path(path), "sweep")
     allowed = (*AXES, "options", "model_options", "resources")
     for key in data if isinstance(data, dict) else ():
         if key not in allowed:
             raise UsageError(f"sweep: unknown key {key!r}; use {', '.join(allowed)}")
     if not isinstance(data, dict) or not data.get("models") or not data.get("budgets"):
-        raise UsageError("sweep: models and budgets are needed, such as models: [nano], budgets: [60%, 80%]")
+        raise UsageError("sweep: needs models and budgets, such as models: [nano], budgets: [60%, 80%]")
     axes: dict[str, tuple[Any, ...]] = {}
     for axis in AXES:
         values = data.get(axis)
@@ -121,12 +122,12 @@ def load_sweep(path: Path | str) -> Sweep:
             raise UsageError(f"sweep: resources {name} {amount!r} must be a number of at least 0")
     sweep = Sweep(axes, options, by_model, resources.get("cpus", 1), resources.get("gpus", 1 if "gpus" in axes else 0))
     if "gpus" in axes and sweep.gpus == 0:
-        raise UsageError("sweep: gpus names kinds of GPU, so resources must give each cell some, such as {gpus: 1}")
+        raise UsageError("sweep: gpus names kinds of GPU, so resources must give each cell a GPU, such as {gpus: 1}")
     return sweep
 
 
 def _options(given: Any, where: str) -> dict[str, object]:
-    """Options with their values, paths made absolute. Raises UsageError."""
+    """Options with their values, with absolute paths. Raises UsageError."""
     if not isinstance(given, dict) or not all(isinstance(v, str | int | float | bool) for v in given.values()):
         raise UsageError(f"sweep: {where} must be options of stagevar-tune with their values, such as {{trials: 30}}")
     for name in given:
@@ -136,7 +137,7 @@ def _options(given: Any, where: str) -> dict[str, object]:
 
 
 def check_cells(cells: Sequence[Cell], check: Callable[[Sequence[str]], object]) -> None:
-    """Raises UsageError for the first cell that `check`, which raises it, refuses, before anything runs."""
+    """Raises UsageError, naming the cell, for the first cell whose command line `check` rejects; runs nothing."""
     for cell in cells:
         try:
             check(cell.argv)
@@ -154,9 +155,11 @@ def run_sweep(
     """Runs or continues a sweep in `out`; returns a row per cell, in order. Raises UsageError.
 
     Args:
-        out: on several nodes a folder that all of them share.
-        runner: "module:function" taking a cell's command line and run directory and giving its row.
+        cells: the studies.
+        out: the sweep's folder; on several nodes, one that all of them share.
+        runner: "module:function" that takes a cell's command line and run directory and returns its row.
         address: of the Ray cluster; None starts one here.
+        say: called with a line of progress.
     """
     from tuner.cluster.connection import check_installed, connect, require
 
@@ -184,10 +187,10 @@ def run_sweep(
                 ),
                 tune_config=tune.TuneConfig(reuse_actors=True),
             )
-        # Ray Tune prints to stdout, which is for our own answer.
+        # Ray Tune prints to stdout, which is reserved for our own output.
         with open(out / RAY_LOG, "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
             results = tuner.fit()
-        # Ray Tune keeps the errors of processes that died; what a study itself says is in its cell's file.
+        # Ray Tune keeps the errors of processes that died; a study's own messages are in its cell's file.
         died = {r.config["cell"]["name"]: str(r.error) for r in results if r.error is not None and r.config}
     finally:
         disconnect()
@@ -197,7 +200,7 @@ def run_sweep(
 
 
 def _claim(out: Path, plan: Mapping[str, object]) -> bool:
-    """Makes the folder the sweep's own; returns whether it was before. Raises UsageError when it is another's."""
+    """Claims the folder for the sweep; returns whether it already held it. Raises UsageError if it holds anything else."""
     path = out / SWEEP_FILE
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -214,7 +217,7 @@ def _claim(out: Path, plan: Mapping[str, object]) -> bool:
 
 
 def _trainable(tune: Any, runner: str, out: Path) -> Any:
-    """One study as a Ray Tune trial. A class, so that the study runs in the main thread, where signals are handled."""
+    """One study as a Ray Tune trial: a class, so that the study runs in the main thread, where signals are handled."""
 
     class Study(tune.Trainable):
         def step(self) -> dict[str, object]:
@@ -227,7 +230,7 @@ def _trainable(tune: Any, runner: str, out: Path) -> Any:
                 except Exception as error:
                     row = {"verdict": "failed", "reason": first_line(error)}
                 if row.get("exit_code") == InfrastructureError.exit_code:
-                    # No file that says it is done: Ray Tune tries again, and the same command resumes it.
+                    # There is no file that says it is done: Ray Tune tries again, and the same command resumes it.
                     raise RuntimeError(row.get("reason"))
                 row["hours"] = round((time.time() - started) / 3600, 4)
                 run_dir.mkdir(parents=True, exist_ok=True)
@@ -236,7 +239,7 @@ def _trainable(tune: Any, runner: str, out: Path) -> Any:
             return {"done": True}
 
         def reset_config(self, new_config: Mapping[str, object]) -> bool:
-            """Another cell in the same process: starting one costs more than a small study."""
+            """Runs another cell in the same process, since starting one costs more than a small study."""
             return True
 
         def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -251,7 +254,7 @@ def _trainable(tune: Any, runner: str, out: Path) -> Any:
 
 
 def _row(cell: Cell, out: Path, died: str | None) -> dict[str, object]:
-    """A cell's axes and what became of it."""
+    """A cell's axes and its outcome."""
     run_dir = out / "cells" / cell.name
     row: dict[str, object] = {"cell": cell.name, **cell.axes}
     path = run_dir / CELL_FILE

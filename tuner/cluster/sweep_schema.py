@@ -1,4 +1,4 @@
-"""The JSON Schema (draft 2020-12) of sweep files, made from the tables that their reader checks against."""
+"""The JSON Schema (draft 2020-12) of sweep files, built from the same tables that their reader checks against."""
 
 from __future__ import annotations
 

@@ -30,7 +30,9 @@ BROKEN_CUDA = 86
 class Recipe:
     """How a worker builds its evaluator.
 
-    function: "module:function". arguments: its keywords, plain data; paths absolute.
+    Attributes:
+        function: "module:function".
+        arguments: its keyword arguments, plain data with absolute paths.
     """
 
     function: str
@@ -42,7 +44,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a worker runs. node: Ray's id. gpu: UUID of the GPU, empty on CPU."""
+    """Where a worker runs; `node` is Ray's id, `gpu` the GPU's UUID, empty on a CPU."""
 
     node: str
     host: str
@@ -52,14 +54,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a call gave, and the messages that its worker logged since the last one."""
+    """What a call returned, and the messages that its worker logged since the last one."""
 
     value: Any
     messages: tuple[tuple[str, int, str], ...]
 
 
 def _with_messages(method: Callable[..., Any]) -> Callable[..., Answer]:
-    """A worker's method whose answer brings the messages of its process along."""
+    """Makes a worker's method return its process's messages along with its value."""
 
     @functools.wraps(method)
     def answer(self: Worker, *arguments: Any) -> Answer:
@@ -80,7 +82,7 @@ class Worker:
 
     @_with_messages
     def load(self) -> tuple[EvaluationInfo, Place]:
-        """Builds the evaluator, which takes model and metric models from disk; no other call comes before."""
+        """Builds the evaluator, with models from disk; must be the first call."""
         self.evaluator = self.recipe.build()
         return self.evaluator.facts, self._place()
 
@@ -91,7 +93,7 @@ class Worker:
 
     @_with_messages
     def timed(self, method: str, *arguments: Any) -> tuple[Any, Place]:
-        """What a method of the evaluator that times measured, and where."""
+        """What a timing method of the evaluator measured, and where."""
         with _leaving_when_broken():
             return getattr(self.evaluator, method)(*arguments), self._place()
 
@@ -111,7 +113,7 @@ class Worker:
 
 @contextmanager
 def _leaving_when_broken() -> Iterator[None]:
-    """Ends this process where no kernel can run in it any more: only a new one helps, and the driver builds it."""
+    """Ends this process if no kernel can run in it any more: only a new process helps, and the driver builds one."""
     try:
         yield
     except DeviceBroken:
@@ -119,7 +121,7 @@ def _leaving_when_broken() -> Iterator[None]:
 
 
 def free_memory() -> None:
-    """Gives back what an ended study held, for the next one in this process; ends a process that cannot run another."""
+    """Frees what an ended study held, for the next one in this process; ends a process that cannot run another."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():

@@ -1,1 +1,1 @@
-"""What to try next: Optuna by ask and tell, in this process or in one of its own."""
+"""What to try next: Optuna's ask and tell, in this process or a separate one."""

@@ -1,8 +1,8 @@
-"""A TrialSampler in a process of its own, so that asking goes on beside the evaluation of the round before.
+"""A TrialSampler in a separate process, so that asking continues while the previous round is evaluated.
 
-A process and not a thread: a Gaussian process holds Python's lock for most of a second, and launching a model's kernels from
-the same interpreter would wait for it, which would slow the model and spoil timings. Not `multiprocessing`: what it spawns
-imports the caller's main module again, so that a script of five lines that calls `tune` would call it there as well.
+A process, not a thread: a Gaussian process holds Python's lock for most of a second, and launching a model's kernels from
+the same interpreter would wait for it, which would slow the model and spoil timings. Not `multiprocessing`: its processes
+import the caller's main module again, so a five-line script that calls `tune` would call it there as well.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ class SamplerLost(InfrastructureError):
 
 
 class SamplerProcess:
-    """Takes the arguments of a `TrialSampler` and offers its methods; the one in the other process does the work.
+    """Has the arguments and methods of a `TrialSampler`, and one in another process does the work.
 
-    The process yields to everything else (nice), hears no Ctrl-C and ends with its parent, however that ends. Calls from
+    The process yields to everything else (nice), ignores Ctrl-C and ends with its parent, however that ends. Calls from
     several threads take turns.
 
-    Attributes: pid: of the process.
+    Attributes:
+        pid: of the process.
     """
 
     def __init__(self, *arguments: Any):
@@ -92,7 +93,7 @@ class SamplerProcess:
         return self._call("ask_seconds")
 
     def close(self) -> None:
-        """Ends the process, after the call that it is in."""
+        """Ends the process after its current call."""
         with contextlib.suppress(BrokenPipeError):
             self._input.close()
         self._process.wait()
@@ -113,10 +114,10 @@ class SamplerProcess:
         self._input.flush()
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        """What a method returns or raises, or the value of an attribute, there."""
+        """Returns or raises what a method does in the process, or returns an attribute's value there."""
         with self._turn:
             try:
-                if not self._built:  # an error of the construction is raised once it matters
+                if not self._built:  # an error of the constructor is raised once it matters
                     self._refused, _ = pickle.load(self._output)
                     self._built = True
                 if self._refused is not None:
@@ -126,7 +127,7 @@ class SamplerProcess:
             except (EOFError, BrokenPipeError):
                 raise SamplerLost("the process that proposes schedules died; the same command resumes") from None
             except KeyboardInterrupt:
-                self._process.kill()  # its reply, half read, would be taken for the next call's
+                self._process.kill()  # its half-read reply would be taken for the next call's
                 raise
         if error is not None:
             raise error
@@ -137,10 +138,10 @@ class SamplerProcess:
 
 
 def serve() -> None:
-    """Builds a TrialSampler and answers calls until there is nothing more to read: its parent closed the pipe or died."""
+    """Builds a TrialSampler and answers calls until its parent closes the pipe or dies."""
     os.nice(5)
     calls, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints must not get among the replies
+    os.dup2(2, 1)  # library output must not mix with the replies
     from tuner.proposals.trial_sampler import TrialSampler
 
     made: list[TrialSampler] = []
@@ -170,7 +171,7 @@ def serve() -> None:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error with its traceback as a note, or one of ours that says the same where it cannot be sent."""
+    """The error with its traceback as a note, or an equivalent one of ours if it cannot be pickled."""
     error.add_note(f"In the process that proposes schedules:\n{traceback.format_exc()}")
     try:
         pickle.loads(pickle.dumps(error))

@@ -1,18 +1,18 @@
-"""What each lasting change to the full schedule costs, and what that says of every other schedule.
+"""What each lasting change to the full schedule costs, and what that says about every other schedule.
 
-A schedule is the full one with changes that last: guidance ends at a scale and stays ended, every scale from one on keeps a
-share of its tokens, scales are left out, products are taken in another precision from a scale on. Each change alone is a
-schedule, too, and shares the full one's scales up to its own, so a few dozen are cheap to evaluate as one prefix tree.
+A schedule is the full one with changes that last: guidance ends at a scale for good, every scale from some scale on keeps a
+share of its tokens, scales are left out, products are computed in another precision from a scale on. Each change alone is
+also a schedule, and shares the full one's scales up to its own, so a few dozen are cheap to evaluate as one prefix tree.
 
-A schedule's prediction: kept shares that differ from scale to scale are telescoped (what the share of scale i costs from i on,
-less what it costs from the next scale on), and of the kinds of change the worst counts, prompt by prompt. Both rules were
-chosen by measurement (benchmarks/RESULTS.md): changes of one scale alone are mended by the scales after it and predict
-nothing, and sums of kinds promise that one image breaks twice.
+A schedule's prediction: kept shares that differ from scale to scale are telescoped (the cost of scale i's share from i on,
+minus its cost from the next scale on), and the worst kind of change counts, prompt by prompt. Both rules were chosen by
+measurement (benchmarks/RESULTS.md): a change of one scale alone is repaired by the scales after it and predicts nothing, and
+summing over kinds counts an image that breaks twice.
 
 Pure: nothing is run here.
 
 Source: sensitivity tables of mixed-precision quantization, e.g. HAWQ-V3 (arXiv 2011.10680), which choose bits per layer by
-sums; ours are paired per prompt and of image metrics, where theirs are of the loss's curvature.
+sums; ours are paired per prompt and use image metrics, theirs the loss's curvature.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from stagevar.schedule.ranks import rank
 from stagevar.schedule.stage_schedule import kept_tokens
 from stagevar.schedule.steps import Reduction
 
-#: Kept shares are measured from here up: below, next to nothing is left to lose.
+#: Smallest kept share that is measured: below it there is next to nothing left to lose.
 LEAST_SHARE = 0.05
 
 
 @dataclass(frozen=True)
 class GuidanceEnds:
-    """From `scale` on only `branch` runs; above 0, the layers before `fuse_layer` still run both at that scale."""
+    """From `scale` on only `branch` runs; if `fuse_layer` > 0, the layers before it still run both at that scale."""
 
     scale: int
     branch: Branch
@@ -47,7 +47,7 @@ class GuidanceEnds:
 
 @dataclass(frozen=True)
 class FewerTokens:
-    """From `scale` on every scale keeps `share` of its tokens. kind: how they are reduced, its numbers 0."""
+    """From `scale` on every scale keeps `share` of its tokens; `kind` is how they are reduced, with its numbers set to 0."""
 
     scale: int
     kind: Reduction
@@ -63,7 +63,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Precision:
-    """From `scale` on the products of the blocks are taken in another precision."""
+    """From `scale` on the products of the blocks are computed in another precision."""
 
     scale: int
     precision: str
@@ -75,7 +75,7 @@ Rows: TypeAlias = Sequence[float] | np.ndarray
 
 
 def kind_of(reduction: Reduction) -> Reduction:
-    """A reduction without its numbers: what all amounts of it have in common."""
+    """A reduction without its numbers: what all its amounts have in common."""
     if isinstance(reduction, LowRank):
         return dataclasses.replace(reduction, ranks=(0,) * len(reduction.ranks))
     return dataclasses.replace(reduction, kept=0, cache_scale=0)
@@ -87,9 +87,10 @@ def kept_share(step: ScaleStep) -> float:
 
 
 def changes_of(steps: Steps) -> tuple[Change, ...]:
-    """How a schedule differs from the full one, fewer tokens once per scale. Raises ValueError for one that decides per image.
+    """How a schedule differs from the full one, with one FewerTokens per scale.
 
-    What ends or begins with a scale that is left out begins with the next that is run.
+    A change at a scale that is left out takes effect at the next one that is run. Raises ValueError for a schedule that
+    decides per image.
     """
     found: list[Change] = []
     left_out = tuple(step.scale for step in steps if step.skipped)
@@ -145,9 +146,9 @@ def _amount(kind: Reduction, share: float, tokens: int, cache_scale: int) -> Red
 def changes_to_measure(schedules: Iterable[Steps], levels: int = 2, every_kind: bool = False) -> list[Change]:
     """The changes that predictions of these schedules need, latest first: neighbors share most of their work.
 
-    Kept shares are measured at `levels` evenly spaced amounts from the least that occurs up to all tokens, which cost
-    nothing; of the kinds of an accelerator the most frequent stands for the others, unless every_kind; a fused end of guidance
-    is predicted by the plain one. Schedules that decide per image are passed over.
+    Kept shares are measured at `levels` evenly spaced amounts from the smallest that occurs up to all tokens, which cost
+    nothing. An accelerator's most frequent kind stands for its others, unless `every_kind`. A fused end of guidance is
+    predicted by the plain one. Schedules that decide per image are ignored.
     """
     single: set[Change] = set()
     kinds: dict[object, Counter[Reduction]] = {}
@@ -183,7 +184,7 @@ def _accelerator(kind: Reduction) -> str:
 
 @dataclass(frozen=True)
 class Predicted:
-    """Mean difference to the full schedule (positive is better) and its standard error over prompts."""
+    """Mean difference from the full schedule (positive is better) and its standard error over prompts."""
 
     mean: float
     standard_error: float
@@ -193,10 +194,12 @@ class Sensitivities:
     """The table: differences that lasting changes make, and what they predict.
 
     Args:
-        metrics: M names. differences: per change, (M, N) paired differences on the same N >= 1 prompts, candidate minus full
-            schedule, positive is better.
+        metrics: M names.
+        differences: per change, (M, N) paired differences on the same N >= 1 prompts, candidate minus full schedule,
+            positive is better.
 
-    Raises ValueError for rows of unequal shape.
+    Raises:
+        ValueError: for rows of unequal shape.
     """
 
     def __init__(self, metrics: Sequence[str], differences: Mapping[Change, Any]):
@@ -215,7 +218,7 @@ class Sensitivities:
             found.sort(key=lambda change: change.share)
 
     def differences(self, steps: Steps) -> np.ndarray | None:
-        """(M, N) predicted differences per metric and prompt; None where the table lacks a change."""
+        """Predicted differences (M, N) per metric and prompt; None if the table lacks a change."""
         if any(step.decision is not None for step in steps):
             return None
         changes = changes_of(steps)
@@ -230,16 +233,16 @@ class Sensitivities:
         return worst_MN
 
     def predict(self, steps: Steps) -> dict[str, Predicted] | None:
-        """By metric; None where the table lacks a change."""
+        """Predictions by metric; None if the table lacks a change."""
         found_MN = self.differences(steps)
         if found_MN is None:
             return None
         return {metric: predicted(row_N) for metric, row_N in zip(self.metrics, found_MN, strict=True)}
 
     def telescoped(self, tokens: Sequence[FewerTokens], run: Sequence[int]) -> np.ndarray | None:
-        """Paired differences (M, N) of fewer tokens at several scales: each counts beyond what lasts from the next one run on.
+        """Paired differences (M, N) of fewer tokens at several scales, each net of its cost from the next run scale on.
 
-        tokens: the changes. run: all scales that are run, in order. None where one of the changes has no row.
+        `run` lists all scales that are run, in order. None if one of the changes has no row.
         """
         following = dict(itertools.pairwise(run))
         total_MN = self._zero_MN
@@ -253,20 +256,20 @@ class Sensitivities:
         return total_MN
 
     def change_row(self, change: Change) -> np.ndarray | None:
-        """Paired differences (M, N) of one change, as measured or interpolated between measured shares of tokens.
+        """Paired differences (M, N) of one change, measured or interpolated between measured shares of tokens.
 
-        Below the smallest measured share they are that one's. None where nothing like the change was measured.
+        Below the smallest measured share, that share's row. None if nothing like the change was measured.
         """
         if change in self.rows:
             return self.rows[change]
-        if isinstance(change, GuidanceEnds):  # fusing keeps guidance a little longer: it costs no more
+        if isinstance(change, GuidanceEnds):  # fusing keeps guidance a little longer, so it costs no more
             return self.rows.get(dataclasses.replace(change, fuse_layer=0))
         if not isinstance(change, FewerTokens):
             return None
         levels = self._levels.get((change.scale, change.kind)) or self._kin(change)
         if not levels:
             return None
-        # All tokens cost nothing; below the smallest measured share nothing is known, so it costs as much as that.
+        # Keeping all tokens costs nothing; below the smallest measured share nothing is known, so that share's cost is used.
         shares = [level.share for level in levels] + [1.0]
         rows_LMN = np.stack([*(self.rows[level] for level in levels), self._zero_MN])
         above = int(np.searchsorted(shares, change.share))
@@ -286,17 +289,17 @@ class Sensitivities:
     # ------------------------------------------------------------------------------------------------ as plain data
 
     def to_data(self) -> dict[str, object]:
-        """As it is kept in a run directory."""
+        """The table as a run directory keeps it."""
         changes = [{**_to_data(change), "differences": row_MN.tolist()} for change, row_MN in self.rows.items()]
         return {"metrics": list(self.metrics), "changes": changes}
 
     @classmethod
     def from_data(cls, data: Any) -> Sensitivities:
-        """The inverse of `to_data`. Raises ValueError for anything else."""
+        """The inverse of `to_data`. Raises ValueError for any other data."""
         try:
             return cls(data["metrics"], {_from_data(entry): entry["differences"] for entry in data["changes"]})
         except (KeyError, TypeError, IndexError) as error:
-            raise ValueError(f"no table of sensitivities: {error}") from None
+            raise ValueError(f"not a table of sensitivities: {error}") from None
 
 
 _CHANGES = {"guidance ends": GuidanceEnds, "fewer tokens": FewerTokens, "left out": LeftOut, "precision": Precision}
@@ -329,7 +332,7 @@ def _tuples(value: Any) -> Any:
 
 
 def predicted(row_N: np.ndarray) -> Predicted:
-    """Mean and standard error of predicted differences per prompt; infinite from one prompt."""
+    """Mean and standard error of predicted differences per prompt; the error is infinite for one prompt."""
     error = float(row_N.std(ddof=1) / np.sqrt(row_N.size)) if row_N.size > 1 else float("inf")
     return Predicted(float(row_N.mean()), error)
 
@@ -338,8 +341,11 @@ def predicted(row_N: np.ndarray) -> Predicted:
 class Agreement:
     """How well predictions match what was measured.
 
-    rank_correlation: Spearman's, None where it is not defined. coverage: share of the schedules whose measured mean is
-    within 1.96 standard errors of the difference between the two. bias: mean of measured minus predicted. count: schedules.
+    Attributes:
+        rank_correlation: Spearman's, None if undefined.
+        coverage: share of the schedules whose measured mean is within 1.96 standard errors of the predicted one.
+        bias: mean of measured minus predicted.
+        count: number of schedules.
     """
 
     rank_correlation: float | None
@@ -349,9 +355,9 @@ class Agreement:
 
 
 def agreement(expected: Sequence[Predicted], measured: Sequence[Rows]) -> Agreement:
-    """measured: per schedule, paired differences on prompts of their own. Raises ValueError for fewer than two schedules."""
+    """How well predictions match measured paired differences, per schedule. Raises ValueError for fewer than two schedules."""
     if len(expected) != len(measured) or len(expected) < 2:
-        raise ValueError(f"agreement needs two schedules or more, not {len(expected)} predicted and {len(measured)}")
+        raise ValueError(f"agreement needs at least two schedules, not {len(expected)} predicted and {len(measured)}")
     means = np.array([np.mean(row) for row in measured])
     errors = np.array([np.std(row, ddof=1) / np.sqrt(len(row)) for row in measured])
     guesses = np.array([p.mean for p in expected])
@@ -365,7 +371,7 @@ def agreement(expected: Sequence[Predicted], measured: Sequence[Rows]) -> Agreem
 def noise_ceiling(measured: Sequence[Rows], splits: int = 50, seed: int = 0) -> float | None:
     """The rank correlation that a perfect prediction would have with these measured means, from halves of the prompts.
 
-    The square root of the split-half reliability (Spearman-Brown); None where schedules do not differ.
+    The square root of the split-half reliability (Spearman-Brown); None if schedules do not differ.
     """
     rows_SN = np.asarray(measured, dtype=np.float64)
     rng, found = np.random.default_rng(seed), []

@@ -1,7 +1,7 @@
-"""What to try next: Optuna by ask and tell, with a journal on local disk. The only module that imports optuna.
+"""What to try next: Optuna's ask and tell, with a journal on local disk. The only module that imports optuna.
 
-Every completed trial carries all constraints (the Gaussian process refuses a mixture). Trials that a dead driver left
-running are told from the evidence where there is some, else failed and enqueued again, at most twice.
+Every completed trial has all constraints (the Gaussian process rejects a mixture). Trials that a dead driver left running
+are told from the evidence if there is any, else failed and enqueued again, at most twice.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from tuner.config.space import SearchSpace
 from tuner.results.run_dir import JOURNAL_FILE
 
 SAMPLERS = ("auto", "gp", "tpe", "random")
-#: A trial that took its driver down is tried this often in all.
+#: How often a trial that crashes its driver is tried in total.
 ATTEMPTS = 3
 STARTUP_TRIALS = 8
-#: Trials after which the Gaussian process, whose cost grows with their cube, hands over to TPE.
+#: Trials after which the Gaussian process hands over to TPE, since its cost grows with their cube.
 GP_TRIALS = 200
-#: Holds the study's name where a database keeps it.
+#: Holds the study's name in a database.
 STUDY_NAME_FILE = "study.name"
 _STUDY = "stagevar"
 _PRESET, _ATTEMPT, _STARTED, _PROMPTS = "preset", "attempt", "started", "prompts"
@@ -44,7 +44,7 @@ _PRESET, _ATTEMPT, _STARTED, _PROMPTS = "preset", "attempt", "started", "prompts
 
 @dataclass(frozen=True)
 class Proposal:
-    """Values to try under a trial number. preset: the enqueued schedule that it stands for, else None."""
+    """Values to try under a trial number; `preset` is the enqueued schedule that it stands for, else None."""
 
     trial: int
     values: dict[str, Value]
@@ -55,7 +55,7 @@ class Proposal:
 class TrialOutcome:
     """A finished trial: latency_ms (less is better), quality (more is better) and every constraint (<= 0 is kept).
 
-    prompts: how many the quality was estimated from, kept with the trial.
+    `prompts` is how many the quality was estimated from, kept with the trial.
     """
 
     latency_ms: float
@@ -65,7 +65,7 @@ class TrialOutcome:
 
 
 def _needs_storage(method: Any) -> Any:
-    """A method that reads or writes trials: what the database says when it is away becomes an InfrastructureError."""
+    """Wraps a method that reads or writes trials: a database that is away raises InfrastructureError."""
 
     @functools.wraps(method)
     def reaching(self: TrialSampler, *arguments: Any, **options: Any) -> Any:
@@ -82,7 +82,7 @@ def _needs_storage(method: Any) -> Any:
 
 
 def _is_away(error: BaseException | None) -> bool:
-    """Whether an error comes from a database that cannot be reached; Optuna wraps what SQLAlchemy raised."""
+    """Whether an error comes from an unreachable database; Optuna wraps what SQLAlchemy raised."""
     while error is not None:
         module, kind = type(error).__module__, type(error).__name__
         away = kind in ("OperationalError", "InterfaceError", "InternalError") or "Timeout" in kind
@@ -96,12 +96,14 @@ class TrialSampler:
     """One study's asks and tells.
 
     Args:
-        run_dir: where the journal is, or will be. constraints: names that every tell must bring.
+        run_dir: where the journal is, or will be.
+        constraints: names that every tell must include.
         sampler: "auto" (Gaussian process, then TPE), or one of SAMPLERS throughout.
-        storage: URL of a database instead of the journal; each run directory is a study of its own there.
+        storage: URL of a database instead of the journal; each run directory is a separate study there.
 
-    Attributes: ask_seconds: one entry per ask. in_database: whether trials are in a database, which may go away; then
-    methods raise InfrastructureError.
+    Attributes:
+        ask_seconds: one entry per ask.
+        in_database: whether trials are in a database; methods raise InfrastructureError if it is away.
     """
 
     def __init__(
@@ -127,7 +129,7 @@ class TrialSampler:
             directions=["minimize", "maximize"],
             load_if_exists=True,
         )
-        # A resumed sampler starts its random numbers elsewhere, else it would propose its first trials again.
+        # A resumed sampler gets another random seed, or it would propose its first trials again.
         self._rng_seed = in_32_bits(seed + 1_000_003 * len(self.study.get_trials(deepcopy=False)))
         self._samplers = {
             "gp": lambda: optuna.samplers.GPSampler(seed=self._rng_seed, n_startup_trials=STARTUP_TRIALS),
@@ -150,16 +152,16 @@ class TrialSampler:
 
     @_needs_storage
     def again(self, proposals: Sequence[Proposal]) -> None:
-        """Queues trials once more that an earlier driver could not measure."""
+        """Queues trials again that an earlier driver could not measure."""
         for proposal in proposals:
             attrs = {_ATTEMPT: 1, **({_PRESET: proposal.preset} if proposal.preset else {})}
             self.study.enqueue_trial(self._raw(proposal.values), user_attrs=attrs)
 
     @_needs_storage
     def recover(self, evidence: Mapping[int, TrialOutcome | None]) -> list[Proposal]:
-        """Settles what a dead driver left running; returns the trials that were given up after ATTEMPTS.
+        """Settles the trials that a dead driver left running; returns those that are given up after ATTEMPTS.
 
-        evidence: by trial number, what `trials.jsonl` holds; None for a trial recorded as failed.
+        `evidence` is what `trials.jsonl` holds, by trial number; None for a trial recorded as failed.
         """
         given_up = []
         for frozen in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
@@ -199,9 +201,9 @@ class TrialSampler:
 
     @_needs_storage
     def ask(self, random: bool = False) -> Proposal:
-        """The next trial: a queued one first, else the sampler's, which knows the trials still running.
+        """The next trial: a queued one first, else the sampler's, which takes running trials into account.
 
-        random: a uniform draw instead, for when the sampler repeats itself.
+        With `random`, a uniform draw instead, for when the sampler repeats itself.
         """
         start = time.perf_counter()
         self.study.sampler = self._sampler("random" if random else self.proposes)
@@ -212,37 +214,37 @@ class TrialSampler:
 
     @_needs_storage
     def tell(self, number: int, outcome: TrialOutcome) -> None:
-        """Finishes a trial. Raises ValueError when a constraint is missing: one trial without it would spoil the model."""
+        """Finishes a trial. Raises ValueError if a constraint is missing: one trial without it would spoil the model."""
         self._tell(Trial(self.study, self._id(number)), outcome)
 
     @_needs_storage
     def fail(self, number: int) -> None:
-        """Finishes a trial that gave no values."""
+        """Finishes a trial that has no values."""
         self.study.tell(number, state=TrialState.FAIL)
 
     @_needs_storage
     def begin(self, numbers: Sequence[int]) -> None:
-        """Notes that evaluation of these trials begins: a driver that dies from now on may have died of them."""
+        """Notes that evaluation of these trials starts: if the driver dies from now on, they may be why."""
         for number in numbers:
             Trial(self.study, self._id(number)).set_user_attr(_STARTED, True)
 
     @_needs_storage
     def withdraw(self, number: int) -> None:
-        """Takes back an ask that nobody will evaluate; it comes first when the study goes on."""
+        """Withdraws an ask that will not be evaluated; it comes first when the study resumes."""
         frozen = self.study._storage.get_trial(self._id(number))
         self.study.tell(number, state=TrialState.FAIL)
         kept = {name: frozen.user_attrs[name] for name in (_PRESET, _ATTEMPT) if name in frozen.user_attrs}
         self.study.enqueue_trial(frozen.system_attrs.get("fixed_params") or frozen.params, user_attrs=kept)
 
     def load(self) -> None:
-        """Lets the Gaussian process import and compile what it needs, which takes seconds, before it is asked."""
+        """Has the Gaussian process import and compile what it needs, which takes seconds, before it is asked."""
         if self.proposes != "gp":
             return
         trial = optuna.create_study(sampler=optuna.samplers.GPSampler(seed=0, n_startup_trials=2))
         trial.optimize(lambda t: t.suggest_float("x", 0, 1), n_trials=3)
 
     def close(self) -> None:
-        """Nothing to free; a sampler in a process of its own has."""
+        """Frees nothing; a sampler in its own process does."""
 
     def hand_over(self) -> None:
         """Lets TPE propose from now on."""
@@ -268,7 +270,7 @@ class TrialSampler:
         return self.study._storage.get_trial_id_from_study_id_trial_number(self.study._study_id, number)
 
     def _sampler(self, kind: str) -> Any:
-        if kind not in self._built:  # each goes on with its own random numbers when it is asked again
+        if kind not in self._built:  # each continues with its own random numbers when it is asked again
             self._built[kind] = self._samplers[kind]()
         return self._built[kind]
 
@@ -282,7 +284,7 @@ class TrialSampler:
 def _database(url: str, known: bool) -> optuna.storages.RDBStorage:
     """A database of studies. Raises UsageError that says what is missing.
 
-    known: whether this run has used it before; then one that cannot be reached is away, an InfrastructureError.
+    If this run has used it before (`known`) and it cannot be reached, raises InfrastructureError instead.
     """
     try:
         try:
@@ -290,14 +292,14 @@ def _database(url: str, known: bool) -> optuna.storages.RDBStorage:
         except ImportError:
             raise
         except Exception:
-            # Two drivers that meet an empty database both make its tables, and one of them fails: now they are there.
+            # If two drivers create the tables of an empty database, one of them fails; now the tables exist.
             return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
     except ImportError as error:
         raise UsageError(
             f"--storage {url} needs a driver ({error}); for PostgreSQL: pip install 'psycopg[binary]' and "
             "postgresql+psycopg://HOST/DB"
         ) from None
-    except Exception as error:  # SQLAlchemy, its drivers and Optuna have no common base
+    except Exception as error:  # SQLAlchemy, its drivers and Optuna have no common base class
         if known:
             raise InfrastructureError(
                 f"--storage {url} does not answer ({reason_of(error)}); once it does, the same command resumes"
@@ -308,7 +310,7 @@ def _database(url: str, known: bool) -> optuna.storages.RDBStorage:
 
 
 def _name_in_database(run_dir: Path, space: SearchSpace) -> str:
-    """The run's name among the studies of a team, made once and kept in the run directory."""
+    """The run's name among a team's studies, created once and kept in the run directory."""
     path = run_dir / STUDY_NAME_FILE
     if not path.exists():
         write_text_atomically(path, f"{space.model} {run_dir.name} {uuid.uuid4().hex[:8]}\n")
@@ -317,7 +319,7 @@ def _name_in_database(run_dir: Path, space: SearchSpace) -> str:
 
 @contextlib.contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    """The Gaussian process's small matrices are several times slower on more threads beside other work."""
+    """One torch thread: with other work running, the Gaussian process's small matrices are several times slower on more."""
     torch = sys.modules.get("torch")
     if torch is None:
         yield

@@ -1,7 +1,7 @@
-"""Paired statistics: bootstrap intervals over prompts, one-sided bounds that stay honest for few discordant pairs.
+"""Paired statistics: bootstrap intervals over prompts, one-sided bounds that stay honest with few discordant pairs.
 
-All of it is seeded numpy; the same data gives the same verdict. Differences are candidate minus full schedule, positive is
-better; a drop is minus that.
+Everything is seeded numpy, so the same data gives the same verdict. Differences are candidate minus full schedule, positive
+is better; a drop is minus that.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from scipy import special
 from stagevar.statistics import RESAMPLES, mean_bounds, median_bounds, paired_logs, resample_indices
 from tuner.results.candidate import Interval
 
-#: Resampled medians that must lie beyond a bound for it to be read off them.
+#: Resampled medians that must lie beyond a bound for it to be taken from them.
 _LEAST_RESAMPLES = 10
 ALPHA = 0.05
-#: Prompts below which a continuous metric is not bounded: the t bound of skewed losses is too narrow there.
+#: With fewer prompts a continuous metric is not bounded: the t bound of skewed losses is too narrow there.
 LEAST_CONTINUOUS = 64
 
 
@@ -40,10 +40,14 @@ def drop_bounds(
     prompts, drawn jointly, so that candidates that fail on the same prompts cost little). The lower bounds are for giving
     up on a candidate and are not adjusted.
 
-    spread: what one prompt can change by (width of the metric's declared range), above 0. Two pseudo-prompts of +-spread
-        are added to every standard error, and no upper bound is below the exact binomial one for the net number of losses,
-        so that seeing no discordant pair does not prove there is none: with no difference in N prompts it is about
-        3 spread / N. One prompt bounds nothing.
+    Args:
+        differences_KN: of K candidates on N prompts.
+        spread: the most that one prompt can change (width of the metric's declared range), above 0. Two pseudo-prompts of
+            +-spread are added to every standard error, and no upper bound is below the exact binomial one for the net number
+            of losses, so that seeing no discordant pair does not prove that there is none: with no difference in N prompts
+            it is about 3 spread / N. One prompt bounds nothing.
+        alpha: error of the upper bounds together.
+        seed: of the bootstrap.
 
     Source: the adjustment is Agresti and Min's for matched pairs (2005), carried from cells to values; max-t is Westfall
     and Young's; the binomial bound is Clopper and Pearson's.
@@ -58,11 +62,11 @@ def drop_bounds(
     variance_K = (drops_KN.var(axis=1) * count + 2 * spread**2) / (count + 2)
     error_K = np.sqrt(variance_K / count)
     normal = float(special.ndtri(1 - alpha))
-    # A bootstrap quantile below the normal one is luck of a small sample, not evidence.
+    # A bootstrap quantile below the normal one is the luck of a small sample, not evidence.
     together, one_sided_K = normal, np.full_like(mean_K, normal)
     if drops_KN.any():
         deviations_RK = _deviations(drops_KN, seed)
-        # The pseudo-prompts' share of the error is drawn too, else rare discordance would make the quantile too small.
+        # The pseudo-prompts' share of the error is drawn too; otherwise rare discordance would make the quantile too small.
         extra_K = spread * np.sqrt(2 / (count + 2) / count)
         studentized_RK = (deviations_RK + extra_K * _normal_draws(seed)[:, None]) / error_K
         together = max(normal, float(np.quantile(studentized_RK.max(axis=1), 1 - alpha)))
@@ -75,16 +79,16 @@ def drop_bounds(
 def continuous_drop_bounds(
     differences_KN: np.ndarray, change: float, alpha: float = ALPHA, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """As `drop_bounds`, for metrics without a range that would say anything (CLIP points, LPIPS, dB).
+    """Like `drop_bounds`, for metrics without a meaningful range (CLIP points, LPIPS, dB).
 
-    A t bound with a correction for skewness (losses are skewed: most prompts lose little, a few much), plus what one more
-    prompt like the worst one would cost. change: what a ruined image loses; the bound is never below what ruined images
-    could cost that are too rare to be seen among N, so that identical images are no proof on few prompts either. Fewer
-    than LEAST_CONTINUOUS prompts bound nothing from above.
+    A t bound with a correction for skewness (losses are skewed: most prompts lose little, a few lose much), plus the cost of
+    one more prompt like the worst one. `change` is what a ruined image loses; the bound is never below what ruined images
+    too rare to be seen among N could cost, so that even identical images prove little on few prompts. Fewer than
+    LEAST_CONTINUOUS prompts bound nothing from above.
 
-    Measured on 1000 studies or more per case at 5 %: the true drop is missed in 2 to 5.3 % for normal, exponential,
-    log-normal (sigma 1) and Student-t (3) differences and for rare large losses, from 64 prompts on. The plain t bound
-    misses it in 13 % (log-normal, 64 prompts), the percentile bootstrap in more.
+    Measured on 1000 studies or more per case at 5 %: the bound misses the true drop in 2 to 5.3 % of studies for normal,
+    exponential, log-normal (sigma 1) and Student-t (3) differences and for rare large losses, from 64 prompts on. The plain
+    t bound misses it in 13 % (log-normal, 64 prompts), the percentile bootstrap in more.
     Source: Johnson (1978), modified t tests for skewed populations.
     """
     drops_KN = -np.asarray(differences_KN, dtype=np.float64)
@@ -115,34 +119,34 @@ def continuous_drop_bounds(
 
 
 def unseen_share(alpha: float, count: int) -> float:
-    """Largest share of prompts that can go wrong while none of `count` does, at error alpha: about 3 / count for 5 %."""
+    """Largest share of prompts that may go wrong although none of `count` did, at error alpha: about 3 / count for 5 %."""
     return float(-np.expm1(np.log(alpha) / count))
 
 
 def binomial_upper(losses_K: np.ndarray, count: int, alpha: float) -> np.ndarray:
-    """Upper bounds of shares of which `losses_K` of `count` were seen; fractions are interpolated."""
+    """Upper bounds of shares, given that `losses_K` of `count` were seen; fractional counts are interpolated."""
     return np.where(
         losses_K < count, special.betaincinv(losses_K + 1, np.maximum(count - losses_K, 1e-9), 1 - alpha), 1.0
     )
 
 
 def _deviations(drops_KN: np.ndarray, seed: int) -> np.ndarray:
-    """Means of joint resamples of the prompts, minus the mean: (R, K)."""
+    """Means of joint resamples of the prompts, minus the mean (R, K)."""
     draws = resample_indices(drops_KN.shape[1], seed)
     return np.stack([row[draws].mean(axis=1) - row.mean() for row in drops_KN], axis=1)
 
 
 def _normal_draws(seed: int) -> np.ndarray:
-    """Normal quantiles (R,) in random order: their own quantiles are the exact ones."""
+    """Normal quantiles (R,) in random order; their own quantiles are exact."""
     levels_R = (np.arange(RESAMPLES) + 0.5) / RESAMPLES
     normal_R: np.ndarray = special.ndtri(np.random.default_rng([seed, 1]).permutation(levels_R))
     return normal_R
 
 
 def spread(baseline_values: Sequence[float], declared: float) -> float:
-    """What one prompt can change the quality by: what is declared, or the range seen where that is larger.
+    """The most that one prompt can change the quality: the declared range, or the observed one if that is larger.
 
-    The range seen alone says nothing: eight prompts that the full schedule gets right have none.
+    The observed range alone says nothing: eight prompts that the full schedule gets right have none.
     """
     sample = np.asarray(baseline_values, dtype=np.float64)
     seen = float(sample.max() - sample.min()) if sample.size else 0.0
@@ -175,9 +179,9 @@ def median_interval(samples: Sequence[float], level: float = 0.95, seed: int = 0
 
 
 def _median_bounds(sample: np.ndarray, level: float, seed: int) -> tuple[float, float]:
-    """Two-sided bounds of a median: a bootstrap, or order statistics where it has too few resamples for that level.
+    """Two-sided bounds of a median: a bootstrap, or order statistics if it has too few resamples for that level.
 
-    Source of the latter: the sign test turned round (David and Nagaraja, Order Statistics, 7.1).
+    Source of the latter: the inverted sign test (David and Nagaraja, Order Statistics, 7.1).
     """
     tail = (1 - level) / 2
     if tail * RESAMPLES >= _LEAST_RESAMPLES:

@@ -1,18 +1,18 @@
-"""When held-out prompts are looked at, and what error each look may make.
+"""When held-out results are looked at, and what error each look may make.
 
-A study is judged at least once. It may be judged again: on more held-out prompts, or with finalists that further trials
-found, or with new timings where they did not decide. Whoever may go on until the verdict pleases would be wrong more often
-than 5 % if each judgement could err by that much, so all judgements of a study share the 5 %.
+A study is judged at least once. It may be judged again: on more held-out prompts, with finalists from further trials, or
+with new timings if the old ones did not decide. Repeating until the verdict pleases would be wrong more often than 5 % if
+each judgment could err by that much, so all judgments of a study share the 5 %.
 """
 
 from __future__ import annotations
 
 from tuner.statistics.bounds import ALPHA
 
-#: Held-out prompts before which none is verified (or the limit, if that is lower).
+#: Held-out prompts before anything is verified (or the limit, if that is lower).
 FIRST_CLAIM = 256
 EARLY_ALPHA = 0.005
-#: What the first judgement of a study may err by, all its looks together. The rest of the 5 % is for those that follow.
+#: Error of the first judgment of a study, all its looks together. The rest of the 5 % is for later ones.
 FIRST_ALPHA = 0.04
 
 
@@ -23,21 +23,21 @@ def looks(count: int, micro_batch: int) -> list[int]:
 
 
 def judgement_alpha(extensions: int) -> float:
-    """Error of the judgement that follows so many earlier ones: 4 % for the first, then half of what was left each time."""
+    """Error of the judgment after `extensions` earlier ones: 4 % for the first, then half of what is left each time."""
     return FIRST_ALPHA if extensions == 0 else (ALPHA - FIRST_ALPHA) / 2**extensions
 
 
 def claims(count: int, micro_batch: int, extensions: int = 0) -> dict[int, float]:
     """Looks at which a claim may be made -> the error it may make.
 
-    extensions: judgements of the same study before this one. The looks of a first judgement share its error; a later one
-    claims at its end only.
+    `extensions` counts earlier judgments of the same study. The looks of a first judgment share its error; a later one makes
+    claims only at its end.
     """
     error = judgement_alpha(extensions)
     if extensions:
         return {count: error}
     sizes = [size for size in looks(count, micro_batch) if size >= min(FIRST_CLAIM, count)]
-    # The last look keeps at least half, however many there are before it.
+    # The last look keeps at least half, however many come before it.
     early = min(EARLY_ALPHA, error / 2 / max(1, len(sizes) - 1))
     last = error - early * (len(sizes) - 1)
     return {size: last if size == sizes[-1] else early for size in sizes}

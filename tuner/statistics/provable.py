@@ -1,4 +1,4 @@
-"""What a number of held-out prompts can prove: known before anything runs, and said before anything runs.
+"""What a given number of held-out prompts can prove: known, and reported, before anything runs.
 
 The figures follow from the same bounds (tuner.statistics.bounds) and looks (tuner.statistics.looks) as the verdicts.
 """
@@ -18,25 +18,26 @@ from tuner.metrics.registry import declaration_of
 from tuner.statistics.bounds import ALPHA, LEAST_CONTINUOUS, binomial_upper, unseen_share
 from tuner.statistics.looks import claims
 
-#: Share of prompts on which an innocent schedule usually differs from the full one, half of them either way.
+#: Share of prompts on which a harmless schedule usually differs from the full one, half of them in either direction.
 DISCORDANT = 0.05
-#: More are not considered.
+#: The most prompts that are considered.
 MOST_PROMPTS = 1 << 17
-#: Chance with which a further judgement shall decide, if what was seen so far is what there is to see.
+#: Chance with which a further judgment should decide, if the results so far are representative.
 DECIDING = 0.8
 
 
 def provable_drop(limit: MetricLimit, prompts: int, micro_batch: int, discordant: float = 0.0) -> float:
-    """The smallest largest-drop that so many held-out prompts can prove of a schedule that changes nothing on average.
+    """The smallest max_drop that this many held-out prompts can prove for a schedule that changes nothing on average.
 
-    discordant: share of prompts that differ, half of them by +change and half by -change. Infinite where nothing is proved.
+    `discordant` is the share of prompts that differ, half of them by +change and half by -change. Infinite if the prompts
+    prove nothing.
     """
     bounds = (_bound(limit, n, alpha, discordant) for n, alpha in claims(prompts, micro_batch).items())
     return min(bounds, default=math.inf)
 
 
 def _bound(limit: MetricLimit, prompts: int, alpha: float, discordant: float) -> float:
-    """As `drop_bounds` and `continuous_drop_bounds` have it, for one finalist that loses nothing on average."""
+    """The bound of `drop_bounds` or `continuous_drop_bounds` for one finalist that loses nothing on average."""
     change = limit.change
     return _expected_bound(limit, prompts, alpha, 0.0, discordant * change**2, change if discordant else 0.0)
 
@@ -68,20 +69,24 @@ def prompts_to_decide(
     alphas: tuple[float, float],
     micro_batch: int,
 ) -> int | None:
-    """Held-out prompts, old ones included, on which one more judgement decides a limit four times out of five.
+    """Held-out prompts, including old ones, on which one more judgment decides a limit four times out of five.
 
-    For an estimate within the limit that is to prove it, for one beyond it to refute it; supposed that mean and spread stay
-    as they are. None where no number up to 131,072 does, or where the estimate is the limit.
+    Deciding means proving the limit if the estimate is within it and refuting it otherwise, assuming that mean and spread
+    stay the same. None if no number up to 131,072 does, or if the estimate equals the limit.
 
-    drops_N: what was seen, in the metric's unit. bound: what it proved. alphas: the error of the claim that bound was for,
-    and of the next one.
+    Args:
+        limit: of the metric.
+        drops_N: what was seen, in the metric's unit.
+        bound: what that proved.
+        alphas: the errors of the claim behind `bound` and of the next one.
+        micro_batch: prompts are counted in whole micro-batches.
     """
     seen_N = np.asarray(drops_N, dtype=np.float64)
     count, mean, sd = seen_N.size, float(seen_N.mean()), float(seen_N.std())
     skewness = float(((seen_N - mean) ** 3).mean()) / sd**3 if sd > 0 else 0.0
     shape = mean, sd**2, float(seen_N.max()), skewness
     alone = _expected_bound(limit, count, alphas[0], *shape)
-    # What holding for all finalists together costs; it stays about the same on more prompts.
+    # The cost of bounds that hold for all finalists together; it stays about the same on more prompts.
     wider = max(1.0, (bound - mean) / (alone - mean)) if math.isfinite(bound) and alone > mean else 1.0
     luck = float(special.ndtri(DECIDING))
     prompts = count
@@ -99,9 +104,9 @@ def prompts_to_decide(
 
 
 def prompts_needed(limit: MetricLimit, micro_batch: int, discordant: float = 0.0) -> int | None:
-    """Least number of held-out prompts, in whole micro-batches, that proves the limit; None where 131,072 do not.
+    """Least number of held-out prompts, in whole micro-batches, that proves the limit; None if 131,072 do not.
 
-    More prompts do not always prove more, since an additional look takes its error from the last one; so it is searched.
+    More prompts do not always prove more, since an additional look takes its error from the last one; hence the search.
     """
     prompts = micro_batch
     while prompts <= MOST_PROMPTS:
@@ -113,7 +118,7 @@ def prompts_needed(limit: MetricLimit, micro_batch: int, discordant: float = 0.0
 
 
 def shortfalls(limits: Sequence[MetricLimit], prompts: int, micro_batch: int) -> list[str]:
-    """One phrase per limit that so many held-out prompts could not prove even if no image changed."""
+    """One phrase per limit that this many held-out prompts could not prove even if no image changed."""
     found = []
     for limit in limited(limits):
         least = provable_drop(limit, prompts, micro_batch)
@@ -122,14 +127,14 @@ def shortfalls(limits: Sequence[MetricLimit], prompts: int, micro_batch: int) ->
             would = "no number of prompts would do" if needed is None else f"it takes {needed}"
             proves = "they prove nothing" if math.isinf(least) else f"the least they prove is {limit.amount(least)}"
             found.append(
-                f"a drop of {limit.metric} of at most {limit.amount(limit.allowed)} cannot be proved on {prompts} "
+                f"a {limit.metric} drop of at most {limit.amount(limit.allowed)} cannot be proved on {prompts} "
                 f"held-out {'prompt' if prompts == 1 else 'prompts'} ({proves}; {would})"
             )
     return found
 
 
 def floor_shortfalls(floors: Mapping[str, float], prompts: int, micro_batch: int) -> list[str]:
-    """One phrase per floor that so many held-out prompts could not prove even if every image were perfect."""
+    """One phrase per floor that this many held-out prompts could not prove even if every image were perfect."""
     found = []
     for metric, floor in floors.items():
         declared = declaration_of(metric)
@@ -138,16 +143,16 @@ def floor_shortfalls(floors: Mapping[str, float], prompts: int, micro_batch: int
         if provable_drop(limit, prompts, micro_batch) > room or math.isinf(provable_drop(limit, prompts, micro_batch)):
             needed = prompts_needed(limit, micro_batch)
             would = "no number of prompts would do" if needed is None else f"it takes {needed}"
-            found.append(f"a floor of {metric} of {floor:g} cannot be proved on {prompts} held-out prompts ({would})")
+            found.append(f"a {metric} floor of {floor:g} cannot be proved on {prompts} held-out prompts ({would})")
     return found
 
 
 def limits_table(limits: Sequence[MetricLimit], prompts: int, micro_batch: int) -> list[dict[str, Any]]:
-    """Per metric what is allowed and what so many held-out prompts can prove, as plain data for `--dry-run`.
+    """Per metric, what is allowed and what this many held-out prompts can prove, as plain data for `--dry-run`.
 
-    provable_drop: when nothing changes; provable_drop_discordant: with 5 % of prompts that differ. prompts_needed and
-    prompts_needed_discordant prove the limit; None where nothing is proved and no number would do. Metrics without a limit
-    are left out.
+    "provable_drop" is what they prove when nothing changes, "provable_drop_discordant" when 5 % of prompts differ.
+    "prompts_needed" and "prompts_needed_discordant" prove the limit. None means that nothing is proved, or that no number is
+    enough. Metrics without a limit are left out.
     """
     rows = []
     for limit in limited(limits):
@@ -172,7 +177,7 @@ def limit_lines(limits: Sequence[MetricLimit], prompts: int, micro_batch: int) -
         for suffix, when in (("", "when nothing changes"), ("_discordant", f"when {DISCORDANT:.0%} of prompts differ")):
             drop, needed = row[f"provable_drop{suffix}"], row[f"prompts_needed{suffix}"]
             proved = "nothing" if drop is None else limit.amount(drop)
-            words.append(f"{proved} {when} ({'no number' if needed is None else needed} would do)")
+            words.append(f"{proved} {when} ({'no number is enough' if needed is None else f'{needed} are enough'})")
         allowed = limit.amount(limit.allowed)
         lines.append(f"{limit.metric}: at most {allowed}; {prompts} held-out prompts prove {', '.join(words)}")
     return lines

@@ -1,8 +1,8 @@
-"""Rungs of prompts: a schedule is stopped as soon as its quality is clearly worse than what is already known.
+"""Rungs of prompts: a schedule is pruned as soon as its quality is clearly worse than what is already known.
 
-Schedules are judged on a quarter of the search prompts first, then on half, then on all; prompts come stratified, so every
-rung holds all tasks. Whoever is stopped is told with an estimate shrunk towards what schedules usually lose, because few
-prompts exaggerate; it never becomes a finalist.
+Schedules are judged on a quarter of the search prompts first, then on half, then on all; prompts are stratified, so every
+rung has all tasks. A pruned schedule is told with an estimate shrunk toward what schedules usually lose, because few prompts
+exaggerate; it never becomes a finalist.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tuner.statistics.bounds import continuous_drop_bounds, drop_bounds, spread
 
 #: Shares of the search set.
 SHARES = (0.25, 0.5, 1.0)
-#: Of the schedules that are not clearly worse, those beyond this share by non-dominated rank wait; see `top_by_rank`.
+#: Share of the schedules that continue, by non-dominated rank, among those that are not clearly worse; see `top_by_rank`.
 PROMOTED = 0.75
 
 
@@ -36,12 +36,14 @@ def prune_reason(
     """Why a schedule needs no more prompts, or None.
 
     Args:
-        own: its values per metric, and "quality", on the first n prompts. ratio: its latency. baseline: the full schedule's
-            values, at least n each. limits: how far each metric may fall.
+        own: its values per metric, and "quality", on the first n prompts.
+        ratio: its latency over the full schedule's.
+        baseline: the full schedule's values, at least n each.
+        limits: how far each metric may fall.
         rivals: key -> (latency ratio, quality per prompt) of schedules judged on the whole set.
 
-    One-sided 95 % bounds of paired differences that take into account how few prompts there are, so that a handful on which
-    nothing went wrong elsewhere does not condemn a schedule.
+    Uses one-sided 95 % bounds of paired differences that account for how few prompts there are, so that a handful of prompts
+    on which others happened to do well does not condemn a schedule.
     """
     values = np.asarray(own["quality"], dtype=np.float64)
     count = len(values)
@@ -71,8 +73,8 @@ def _paired(own: Sequence[float], baseline: Sequence[float]) -> np.ndarray:
 
 
 def top_by_rank(points: Sequence[tuple[float, float]], share: float = PROMOTED) -> list[int]:
-    """Indices of the (latency, quality) points to go on with, best non-dominated ranks first: at least one, whole ranks cut
-    in the order of latency."""
+    """Indices of the (latency, quality) points to continue with, best non-dominated ranks first: at least one; within the
+    last rank, the fastest."""
     left, order = list(range(len(points))), []
     while left:
         rank = [left[i] for i in pareto.front([points[i] for i in left])]
@@ -82,10 +84,10 @@ def top_by_rank(points: Sequence[tuple[float, float]], share: float = PROMOTED) 
 
 
 def shrink_to_prior(differences: Sequence[float] | np.ndarray, known: Sequence[float]) -> float:
-    """Posterior mean of a schedule's quality difference from a few prompts and what other schedules showed.
+    """Posterior mean of a schedule's quality difference, from a few prompts and the results of other schedules.
 
-    Normal prior with mean and variance of `known` (mean differences of all schedules so far); no prompts give the prior's
-    mean, fewer than three known ones the plain mean.
+    Normal prior with mean and variance of `known` (mean differences of all schedules so far). No prompts give the prior's
+    mean, fewer than three known schedules the plain mean.
 
     Source: empirical Bayes for a normal mean (Efron and Morris 1975), with the variance of the mean taken from the prompts.
     """
@@ -95,7 +97,7 @@ def shrink_to_prior(differences: Sequence[float] | np.ndarray, known: Sequence[f
     center, between = float(np.mean(known)), float(np.var(known, ddof=1))
     if not own.size:
         return center
-    # Two pseudo-prompts' worth of the spread among schedules: a few equal differences are no proof of certainty.
+    # Two pseudo-prompts' worth of the spread among schedules: a few equal differences do not prove certainty.
     within = (own.var() * own.size + 2 * max(between, 1e-12)) / (own.size + 2) / own.size
     trust = between / (between + within) if between > 0 else 0.0
     return center + trust * (float(own.mean()) - center)

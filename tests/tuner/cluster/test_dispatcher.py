@@ -163,7 +163,7 @@ def test_nobody_is_suspected_when_a_node_dies():
     lost = dispatcher.slots["a"]
     dispatcher.lost(lost)
     assert dispatcher.failed(lost, "node died") == [] and lost.state == "gone"
-    assert dispatcher.counts == {"lost": 1} and said == ["worker a is lost with its node"]
+    assert dispatcher.counts == {"lost": 1} and said == ["lost worker a with its node"]
     dispatcher.answered(dispatcher.slots["b"], "values")
     assert handed(dispatcher) == {"b": job} and not job.failed_on
 

@@ -244,11 +244,13 @@ class TestHealthyWorkers:
             "c": {"CPU": 4},
         }
         monkeypatch.setattr(executor, "gpu_kind", None)
-        with pytest.raises(UsageError, match=r"mixes kinds of GPU \(8 x H100, 4 x L40\); choose one with --gpu-kind"):
+        with pytest.raises(
+            UsageError, match=r"has several kinds of GPU \(8 x H100, 4 x L40\); choose one with --gpu-kind"
+        ):
             executor.chosen(nodes)
         executor.gpu_kind = "h100"
         assert list(executor.chosen(nodes)) == ["a"]
-        assert executor.lines[-1] == "node b (L40) is left out: this study runs on h100"
+        assert executor.lines[-1] == "ignoring node b (L40): this study runs on h100"
         monkeypatch.setattr(executor, "dispatcher", Dispatcher(own_gpus=True))
         executor.gpu_kind = "A100"
         with pytest.raises(UsageError, match=r"no GPU of kind 'A100' in the cluster \(8 x H100, 4 x L40\)"):

@@ -60,7 +60,7 @@ def test_kinds_of_gpu_and_resolutions_are_axes(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("models: [nano]", "models and budgets are needed"),
+        ("models: [nano]", "needs models and budgets"),
         ("models: nano\nbudgets: [60%]", "must be a list of different values"),
         ("models: [nano, nano]\nbudgets: [60%]", "must be a list of different values"),
         ("models: [nano]\nbudgets: [60%]\nmodel: x", "unknown key 'model'"),
@@ -71,9 +71,9 @@ def test_kinds_of_gpu_and_resolutions_are_axes(tmp_path):
         ("models: [nano]\nbudgets: [60%]\nmodel_options: {nono: {trials: 3}}", "must name models of the sweep"),
         ("models: [nano]\nbudgets: [60%]\nresources: {gpus: many}", "must be a number of at least 0"),
         ("models: [nano]\nbudgets: [60%]\nresources: {ram: 3}", "must be {cpus: NUMBER, gpus: NUMBER}"),
-        ("models: [nano]\nbudgets: [60%]\ngpus: [H100]\nresources: {gpus: 0}", "must give each cell some"),
+        ("models: [nano]\nbudgets: [60%]\ngpus: [H100]\nresources: {gpus: 0}", "must give each cell a GPU"),
         ("models: [nano]\nbudgets: [[1]]", "must be a list of different values"),
-        ("- nano", "models and budgets are needed"),
+        ("- nano", "needs models and budgets"),
     ],
 )
 def test_a_bad_sweep_file_is_one_line(tmp_path, text, message):

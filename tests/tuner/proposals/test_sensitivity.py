@@ -166,7 +166,7 @@ def test_a_table_comes_back_from_plain_data():
     assert back.metrics == rows.metrics and list(back.rows) == list(rows.rows)
     assert all(np.array_equal(back.rows[change], row) for change, row in rows.rows.items())
     for wrong in ({}, {"metrics": ["a"], "changes": [{"change": "other"}]}, {"metrics": 1, "changes": 2}):
-        with pytest.raises(ValueError, match="no table of sensitivities"):
+        with pytest.raises(ValueError, match="not a table of sensitivities"):
             Sensitivities.from_data(wrong)
 
 

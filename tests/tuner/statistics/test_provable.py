@@ -100,7 +100,7 @@ def test_too_few_prompts_are_named_with_the_number_that_would_do():
 def test_floors_that_perfect_images_could_not_prove_are_named():
     assert floor_shortfalls({"geneval": 0.95, "psnr": 20.0}, 64, 16) == []
     [floor] = floor_shortfalls({"geneval": 0.95}, 32, 16)
-    assert "a floor of geneval of 0.95 cannot be proved on 32 held-out prompts (it takes 64)" in floor
+    assert "a geneval floor of 0.95 cannot be proved on 32 held-out prompts (it takes 64)" in floor
     assert "it takes 64" in floor_shortfalls({"psnr": 20.0}, 32, 16)[0]
     assert "no number" in floor_shortfalls({"geneval": 1.0}, 4096, 16)[0]
 
@@ -111,7 +111,7 @@ def test_the_table_of_limits_is_plain_data():
     assert first["provable_drop"] <= 0.01 and first["provable_drop_discordant"] <= 0.02
     assert first["prompts_needed"] <= first["prompts_needed_discordant"] <= 448
     both = limit_lines(quality_limits(read_quality({"geneval": {"max_drop": 0.02}, "clip_score": 0.1})), 8, 8)
-    assert "8 held-out prompts prove 33.1 % of prompts when nothing changes (160 would do)" in both[0]
+    assert "8 held-out prompts prove 33.1 % of prompts when nothing changes (160 are enough)" in both[0]
     assert both[1] == "clip_score: none, it only ranks"
 
 
