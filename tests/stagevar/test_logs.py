@@ -195,7 +195,7 @@ def test_progress_is_in_the_file_when_quiet_and_when_a_bar_shows_it(tmp_path, mo
                 progress.update(done, f"{done} schedules")
             progress.close()
         text = (tmp_path / name).read_text()
-        assert text.count("search 50 %: 5 schedules") == 1 and "search: schedules are proposed" in text
+        assert text.count("search 50 %: 5 schedules") == 1 and "search: proposing schedules" in text
 
 
 def test_no_color_is_respected(monkeypatch):

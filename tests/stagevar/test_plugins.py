@@ -187,7 +187,7 @@ def test_a_broken_plug_in_is_one_line_for_who_asks_and_nothing_for_others(instal
         (METRICS, "plain", "HOT", "must be a class that inherits tuner.metrics.base.Metric"),
         (METRICS, "brightness", "NamedOtherwise", "is named 'lightness'; both names must be the same"),
         (METRICS, "undeclared", "Undeclared", "needs a `declaration`"),
-        (METRICS, "turned", "Turned", "says one direction in `higher_is_better` and the other"),
+        (METRICS, "turned", "Turned", "gives one direction in `higher_is_better` and the opposite"),
         (METRICS, "absent", "Nothing", "cannot be loaded: AttributeError"),
         (PLUGGED_ACCELERATORS, "halving", "Brightness", "must be a class that inherits stagevar.accelerators.base"),
         (PLUGGED_ACCELERATORS, "half", "FirstTokens", "is named 'halving'; both names"),

@@ -73,7 +73,7 @@ def test_without_instruction_or_weights_the_refusal_is_one_line(options, tmp_pat
     with pytest.raises(UsageError, match=r"must hold \{text_prompt\} and <\|Reward\|> once each"):
         HpsV3(**options | {"instruction": str(tmp_path / "text.txt")})
     state = load_file(options["weights"])
-    for lost, says in (("rm_head.5.bias", "no whole rm_head"), ("model.norm.weight", "lacks 1 weights of HPSv3")):
+    for lost, says in (("rm_head.5.bias", "no complete rm_head"), ("model.norm.weight", "lacks 1 weights of HPSv3")):
         save_file({key: value for key, value in state.items() if key != lost}, tmp_path / "less.safetensors")
         with pytest.raises(UsageError, match=says) as caught:
             HpsV3(**options | {"weights": str(tmp_path / "less.safetensors")})

@@ -78,7 +78,7 @@ def test_a_subset_keeps_every_tag_in_its_share():
     assert stratified_subset(prompts, 50, seed=2) != indices
     assert stratified_subset(prompts, 199) == list(range(199))
     for count in (0, 200):
-        with pytest.raises(UsageError, match="give 1 to 199"):
+        with pytest.raises(UsageError, match="ask for 1 to 199"):
             stratified_subset(prompts, count)
 
 

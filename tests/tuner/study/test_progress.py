@@ -25,7 +25,7 @@ def test_a_log_gets_a_line_as_a_phase_starts_and_one_per_tenth():
         progress.update(done, f"{done} of 200 schedules, best so far 1.72x")
     progress.close()
     lines = lines_of(stream)
-    assert lines[0].startswith("search: schedules are proposed") and lines[-1].startswith("search: 0.")
+    assert lines[0].startswith("search: proposing schedules") and lines[-1].startswith("search: 0.")
     assert lines[1:-1] == [f"search {10 * n} %: {20 * n} of 200 schedules, best so far 1.72x" for n in range(1, 11)]
 
 
@@ -83,7 +83,7 @@ def test_a_terminal_keeps_its_bar():
     shown = stream.getvalue()
     progress.close()
     assert "1 of 3 schedules, best so far 1.31x" in shown and "━" in shown and "1/3" in shown
-    assert "schedules are proposed" not in stream.getvalue() and "33 %" not in stream.getvalue()
+    assert "proposing schedules" not in stream.getvalue() and "33 %" not in stream.getvalue()
 
 
 def test_seconds_and_parts_are_booked_and_said_also_when_quiet():
