@@ -65,7 +65,7 @@ class Metric(ABC):
             if reference_images_uint8_BHW3.shape != images_uint8_BHW3.shape:
                 raise UsageError(
                     f"{self.name}: images are {images_uint8_BHW3.shape}, references "
-                    f"{reference_images_uint8_BHW3.shape}; sizes must match"
+                    f"{reference_images_uint8_BHW3.shape}; sizes must agree"
                 )
 
     @abstractmethod

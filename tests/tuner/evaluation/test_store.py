@@ -72,7 +72,7 @@ def test_only_what_the_store_lacks_is_run_and_the_values_are_the_same(tmp_path):
         assert one.keys() == other.keys()
         assert all(np.array_equal(one[m], other[m]) for m in one if m != "quality")
     assert (second.counts.reused, second.counts.made) == (4 * 8, 8)
-    assert "3 results agree" in second.reasons()[0] and "weights" in second.reasons()[0]
+    assert "3 results have the same" in second.reasons()[0] and "weights" in second.reasons()[0]
 
 
 def test_two_tasks_that_lack_the_same_are_run_once_and_both_answered(tmp_path):

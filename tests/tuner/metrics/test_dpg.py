@@ -204,7 +204,10 @@ def test_answers_beside_the_official_question_file(tmp_path):
         ("item_id,proposition_id,dependency,answer\na,1,1,2,yes\n", "line 2: 5 cells"),
         ("item_id,proposition_id,answer\na,1,\n", "answer is empty"),
         ("item_id,proposition_id,tile,answer\na,1,0,yes\na,1,0,no\n", "line 3: a second"),
-        ("item_id,proposition_id,dependency,tile,answer\na,1,0,0,yes\na,1,2,1,no\n", "line 3: .* another dependency"),
+        (
+            "item_id,proposition_id,dependency,tile,answer\na,1,0,0,yes\na,1,2,1,no\n",
+            "line 3: .* a different dependency",
+        ),
     ],
 )
 def test_unreadable_files_are_refused_with_their_line(tmp_path, text, named):

@@ -88,7 +88,7 @@ def test_what_no_number_proves_is_said_so():
 def test_too_few_prompts_are_named_with_the_number_that_would_do():
     assert shortfalls([YES_NO, POINTS], 256, 16) == []
     [few, fewer] = shortfalls([YES_NO, POINTS], 8, 8)
-    assert "geneval of at most 2 % of prompts" in few and "on 8 held-out prompts" in few and "it takes 160" in few
+    assert "geneval drop of at most 2 % of prompts" in few and "on 8 held-out prompts" in few and "it takes 160" in few
     assert "clip_score" in fewer and "they prove nothing" in fewer and "it takes 112" in fewer
     [one] = shortfalls([dataclasses.replace(YES_NO, max_drop=1.0)], 1, 1)
     assert "on 1 held-out prompt (" in one
