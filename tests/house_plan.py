@@ -110,6 +110,3 @@ OPEN_DICTIONARIES = 35
 
 #: Reaches of tests, benchmarks and training into names that begin with an underscore, at most.
 PRIVATE_REACHES = 128
-
-#: Modules whose errors mypy does not report yet (the last override of [tool.mypy] in pyproject.toml), at most.
-UNTYPED_MODULES = 16

@@ -10,7 +10,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypedDict
+from typing import Any, Generic, Protocol, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,10 @@ def leaves_layers_alone(around: Around) -> bool:
 class Conditioning(ABC):
     """What a prompt batch contributes to every scale, precomputed once. Rows as described in the module docstring."""
 
-    rows: int
+    @property
+    @abstractmethod
+    def rows(self) -> int:
+        """Number of rows."""
 
     @abstractmethod
     def select(self, rows: slice | list[int]) -> Conditioning:
@@ -114,8 +117,10 @@ class Residual(Protocol):
 class ImageTokenizer(Protocol):
     """Turns a code sum into pixels and (where it has an encoder) an image into a latent."""
 
-    residual: Residual
     latent_dim: int
+
+    @property
+    def residual(self) -> Residual: ...
 
     def decode(self, code_sum_BdHW: Tensor) -> Tensor:
         """Image (B, 3, H, W), nominally in [-1, 1], not clamped."""
@@ -128,8 +133,11 @@ class TextEncoder(Protocol):
     def encode(self, prompts: Sequence[str]) -> Any: ...
 
 
-class NextScaleModel(nn.Module, ABC):
-    """A transformer that predicts one whole scale at a time.
+Conditions = TypeVar("Conditions", bound=Conditioning)
+
+
+class NextScaleModel(nn.Module, ABC, Generic[Conditions]):
+    """A transformer that predicts one whole scale at a time; generic over its conditioning.
 
     Attributes:
         depth, width, heads, head_dim: of the transformer, set by the family.
@@ -146,11 +154,11 @@ class NextScaleModel(nn.Module, ABC):
     prefix_tokens: int = 0
 
     @abstractmethod
-    def condition(self, prompts: Any, negative: Any | None = None) -> Conditioning:
+    def condition(self, prompts: Any, negative: Any | None = None) -> Conditions:
         """Conditioning of 2B rows (conditional rows first) from a text encoder's output."""
 
     @abstractmethod
-    def embed(self, features_BLt: Tensor | None, scale: int, conditioning: Conditioning) -> Tensor:
+    def embed(self, features_BLt: Tensor | None, scale: int, conditioning: Conditions) -> Tensor:
         """Trunk input x_RLC of a scale; `features_BLt` is `Residual.next_input` (None at scale 0), repeated over branches."""
 
     @abstractmethod
@@ -158,7 +166,7 @@ class NextScaleModel(nn.Module, ABC):
         self,
         x_RLC: Tensor,
         scale: int,
-        conditioning: Conditioning,
+        conditioning: Conditions,
         attend: Attend,
         around: Around = around_nothing,
         inner_guidance: dict[int, float] | None = None,
@@ -171,7 +179,7 @@ class NextScaleModel(nn.Module, ABC):
         """
 
     @abstractmethod
-    def logits(self, x_RLC: Tensor, conditioning: Conditioning) -> Tensor:
+    def logits(self, x_RLC: Tensor, conditioning: Conditions) -> Tensor:
         """Logits (R, L, V) in float32."""
 
     @abstractmethod

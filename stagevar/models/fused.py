@@ -141,5 +141,5 @@ def compiled(transformer: Model, chained: Chained | None = None) -> Model:
     own = pieces() if chained is None else dataclasses.replace(pieces(), chained=chained)
     for part in copied.modules():
         if hasattr(part, "pieces"):
-            part.pieces = own
+            part.pieces = own  # type: ignore[assignment]
     return copied

@@ -6,14 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stagevar.models.base import Around, Grid, Site, apply_guidance
-from stagevar.models.infinity.config import InfinityConfig
-from stagevar.models.precision import LowPrecisionLinear
 
 MAX_SCALE_MUL = math.log(100.0)
 #: turn(x_RHLc, table) -> x_RHLc, with the table in the form that the function takes
@@ -172,12 +171,31 @@ class Pieces:
 PLAIN = Pieces()
 
 
-def linear(x: Tensor, layer: nn.Linear | LowPrecisionLinear, bias: Tensor | None = None) -> Tensor:
-    """A linear layer in its weights' precision; `bias` where it is kept apart from the layer."""
-    if isinstance(layer, LowPrecisionLinear):
-        return layer(x, bias)
-    weight = layer.weight
-    return F.linear(x.to(weight.dtype), weight, layer.bias if bias is None else bias.to(weight.dtype))
+def linear(x: Tensor, layer: nn.Module, bias: Tensor | None = None) -> Tensor:
+    """A linear layer, plain or in 8 bits, in its weights' precision; `bias` where it is kept apart from the layer."""
+    if isinstance(layer, nn.Linear):
+        weight = layer.weight
+        return F.linear(x.to(weight.dtype), weight, layer.bias if bias is None else bias.to(weight.dtype))
+    product: Tensor = layer(x, bias)
+    return product
+
+
+class BlockShape(Protocol):
+    """What the layers here read of a family's configuration."""
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def heads(self) -> int: ...
+
+    @property
+    def head_dim(self) -> int: ...
+
+    @property
+    def hidden(self) -> int:
+        """Width of the feed-forward's inner layer."""
+        ...
 
 
 class SelfAttention(nn.Module):
@@ -186,7 +204,7 @@ class SelfAttention(nn.Module):
     pieces = PLAIN
     zero_k_bias: Tensor
 
-    def __init__(self, config: InfinityConfig):
+    def __init__(self, config: BlockShape):
         super().__init__()
         width, self.heads, self.head_dim = config.width, config.heads, config.head_dim
         self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
@@ -212,7 +230,7 @@ class SelfAttention(nn.Module):
 class FeedForward(nn.Module):
     """Two linear layers with a tanh-approximated GELU between them."""
 
-    def __init__(self, config: InfinityConfig):
+    def __init__(self, config: BlockShape):
         super().__init__()
         self.fc1 = nn.Linear(config.width, config.hidden)
         self.fc2 = nn.Linear(config.hidden, config.width)

@@ -48,6 +48,9 @@ class LowPrecisionLinear(nn.Module):
         precision: "int8" or "fp8".
     """
 
+    values_NK: Tensor
+    scale_1N: Tensor
+
     def __init__(self, layer: nn.Linear, precision: str):
         super().__init__()
         self.precision, self.dtype, self.bias = precision, layer.weight.dtype, layer.bias
@@ -99,7 +102,9 @@ def low_precision(transformer: Model, precision: str) -> Model:
         raise UsageError(f"precision {precision} cannot run on {card} ({why}); use precision model")
 
     def exchange(name: str, module: nn.Module) -> nn.Module | None:
-        return LowPrecisionLinear(module, precision) if is_quantizable(name, module) else None
+        if isinstance(module, nn.Linear) and is_quantizable(name, module):
+            return LowPrecisionLinear(module, precision)
+        return None
 
     return variant(transformer, exchange)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -96,7 +97,7 @@ class _Images:
 
         self.build = build or (lambda name: Sampler(model, engine=name))
         self.steps = exact(len(model.grids)).expand(model.grids, len(model.transformer.chunk_layers))
-        self._eager = None
+        self._eager: np.ndarray | None = None
 
     def fault(self, name: str) -> str | None:
         """Why an engine's image is not eager's, None where it is."""
@@ -114,7 +115,7 @@ class _Images:
         worst = max(float(abs(image - self._eager).mean() / 255) for image in images)
         return None if worst <= TOLERANCE else f"its image differs from eager's by {100 * worst:.1f} %"
 
-    def _image(self, sampler: Sampler):
+    def _image(self, sampler: Sampler) -> np.ndarray:
         try:
             return sampler.generate(["a"], [0], self.steps).astype("float32")
         finally:

@@ -12,7 +12,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from stagevar.profile.profile import SCHEMA, SECTIONS, Envelope, Profile
+from stagevar.profile.envelope import Envelope
+from stagevar.profile.profile import SCHEMA, SECTIONS, Profile
 from stagevar.schedule import ACCELERATORS, BOTH, PRECISIONS, PROJECTIONS, StageSchedule
 
 #: A JSON Schema as plain data.

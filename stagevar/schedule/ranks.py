@@ -26,7 +26,8 @@ RankTable = Mapping[str, Mapping[str, Sequence[float]]]
 @cache
 def published_table() -> RankTable:
     """The released code's table."""
-    return json.loads((files("stagevar") / "data" / "rank_ratio.json").read_text())["ratio"]
+    table: RankTable = json.loads((files("stagevar") / "data" / "rank_ratio.json").read_text())["ratio"]
+    return table
 
 
 def ratios_for_energy(energy: float, tokens: int, chunks: int, table: RankTable | None = None) -> tuple[float, ...]:

@@ -183,10 +183,11 @@ class KVCache:
         start = self._extend(branches, layer, qkv_RL3C.shape[1])
         stop = start + qkv_RL3C.shape[1]
         if len(branches) == 1 or self.joint:
-            parts = [(tuple(branches), qkv_RL3C, cos_sin)]
+            parts: list[tuple[tuple[Branch, ...], Tensor, Tensor | None]] = [(tuple(branches), qkv_RL3C, cos_sin)]
         else:
             tables = (cos_sin, cos_sin) if cos_sin is None or cos_sin.ndim == 3 else cos_sin.chunk(2, dim=1)
-            parts = [((branch,), *part) for branch, *part in zip(branches, qkv_RL3C.chunk(2), tables, strict=True)]
+            by_branch = zip(branches, qkv_RL3C.chunk(2), tables, strict=True)
+            parts = [((branch,), qkv, table) for branch, qkv, table in by_branch]
         out = []
         for rows, qkv, table in parts:
             store = self._store[rows[0] if len(rows) == 1 else rows][layer]

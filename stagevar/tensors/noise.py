@@ -32,8 +32,8 @@ _WEYL_211 = np.array(_WEYL, dtype=np.uint64)[:, None, None]
 _BRANCH_WORDS = {"cond": 1, "uncond": 2}
 
 
-def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Philox4x32-10 on int64 tensors that hold unsigned 32-bit words; shapes broadcast. Returns four such tensors."""
+def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Philox4x32-10 of four counter and two key words, int64 tensors of unsigned 32-bit values that broadcast: four words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):

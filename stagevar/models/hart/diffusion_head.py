@@ -15,6 +15,7 @@ import itertools
 import math
 from dataclasses import dataclass
 from functools import cache
+from typing import cast
 
 import numpy as np
 import torch
@@ -90,7 +91,7 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, time: float) -> Tensor:
         half = _WAVES // 2
-        order = torch.arange(half, dtype=torch.float32, device=self.mlp[0].weight.device)
+        order = torch.arange(half, dtype=torch.float32, device=cast(nn.Linear, self.mlp[0]).weight.device)
         angle = time * torch.exp(order * (-math.log(10000.0) / half))
         return linear(F.silu(linear(torch.cat([angle.cos(), angle.sin()]), self.mlp[0])), self.mlp[2])
 

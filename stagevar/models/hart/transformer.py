@@ -25,6 +25,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,7 @@ from stagevar.models.base import (
     Attend,
     Conditioning,
     NextScaleModel,
+    Residual,
     Sampling,
     Site,
     SiteFn,
@@ -126,6 +128,8 @@ def beside_text(around: Around) -> Around:
 
 class Attention(nn.Module):
     """Self-attention over everything cached, without a mask."""
+
+    zero_k_bias: Tensor
 
     def __init__(self, config: HARTConfig):
         super().__init__()
@@ -218,7 +222,7 @@ class HARTConditioning(Conditioning):
         return HARTConditioning(*(part[rows] for part in vars(self).values()))
 
 
-class HART(NextScaleModel):
+class HART(NextScaleModel[HARTConditioning]):
     """The transformer. Build it, load weights, call `set_grids`, then hand it to the sampler.
 
     Every block is a chunk of its own, as in StageVAR's released code for this model.
@@ -269,7 +273,8 @@ class HART(NextScaleModel):
             place_RT = torch.cat([place_RT, torch.zeros_like(place_RT)])
         text_RTC = linear(self.context_norm(text_RTD), self.context_embed).float()
         pooled_RC = text_RTC.amax(dim=1)
-        head = linear(F.silu(pooled_RC), self.head_nm["ada_lin"][1]).float().unflatten(-1, (1, 2, -1))
+        ada_lin = cast(nn.Sequential, self.head_nm["ada_lin"])
+        head = linear(F.silu(pooled_RC), ada_lin[1]).float().unflatten(-1, (1, 2, -1))
         return HARTConditioning(text_RTC, place_RT, *head.unbind(2))
 
     def _level(self, scale: int) -> Tensor:
@@ -329,9 +334,10 @@ class HART(NextScaleModel):
         scale: int,
         noise: ScaleNoise,
         sampling: Sampling,
-        residual: HybridResidual,
+        residual: Residual,
     ) -> Tensor:
         """Vectors (B, L, d), float32: codes, blended where the model is smooth, and at the last scale their residuals."""
+        assert isinstance(residual, HybridResidual)  # HART's tokenizer has it
         last = scale == len(self.grids) - 1
         if scale >= _WIDE_SCALES:
             sampling = dataclasses.replace(sampling, top_k=sampling.top_k // 2)
@@ -339,8 +345,10 @@ class HART(NextScaleModel):
         if last or not self.config.smooth:
             chosen = residual.codes(self.draw(logits_BLV, noise, sampling))
         codes_BLd = self._blend(logits_BLV, scale, noise, sampling, residual) if self.config.smooth else chosen
+        assert codes_BLd is not None
         if not last:
             return codes_BLd
+        assert chosen is not None
         rows = x_RLC.shape[0] // codes_BLd.shape[0]
         condition_RLC = self.decoder_norm(x_RLC + linear(chosen, self.word_embed).repeat(rows, 1, 1))
         normal_BSLd = noise.normal("diffusion", (STEPS, *codes_BLd.shape[1:]))

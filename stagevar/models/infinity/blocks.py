@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,8 @@ from stagevar.tensors import attention
 
 class CrossAttention(nn.Module):
     """Attention from image tokens to the text rows of the same prompt."""
+
+    zero_k_bias: Tensor
 
     def __init__(self, config: InfinityConfig):
         super().__init__()
@@ -51,6 +53,8 @@ class CrossAttention(nn.Module):
 
 class AttentivePool(nn.Module):
     """One learned query per head summarizes a prompt's text rows into a vector of the model's width."""
+
+    zero_k_bias: Tensor
 
     def __init__(self, config: InfinityConfig):
         super().__init__()
@@ -163,6 +167,7 @@ class Stream:
         """The stream with everything added."""
         if self.update_RLC is None:
             return self.x_RLC
+        assert self.gate_R1C is not None
         return torch.addcmul(self.x_RLC, self.update_RLC, self.gate_R1C)
 
 
@@ -186,6 +191,10 @@ class Chunk(nn.Module):
     def __init__(self, blocks: Sequence[Block]):
         super().__init__()
         self.module = nn.ModuleList(blocks)
+
+    def layers(self) -> list[Block]:
+        """Its blocks in order."""
+        return cast(list[Block], list(self.module))
 
 
 class AdaLin(nn.Module):

@@ -220,12 +220,14 @@ class T5Text(LazyEncoder):
                 raise WeightsError(
                     "the T5 text encoder needs transformers: pip install 'stagevar-tune[infinity]'"
                 ) from None
-            on_hub = isinstance(self.source, HubFile)
-            name = self.source.repo if on_hub else str(self.source)
-            revision = {"revision": self.source.revision} if on_hub else {"local_files_only": True}
+            name, revision, here = str(self.source), "main", True
+            if isinstance(self.source, HubFile):
+                name, revision, here = self.source.repo, self.source.revision, False
             try:
-                tokenizer = AutoTokenizer.from_pretrained(name, legacy=True, **revision)
-                model = T5EncoderModel.from_pretrained(name, dtype=self.dtype, **revision)
+                tokenizer = AutoTokenizer.from_pretrained(name, legacy=True, revision=revision, local_files_only=here)
+                model: Any = T5EncoderModel.from_pretrained(
+                    name, dtype=self.dtype, revision=revision, local_files_only=here
+                )
             # transformers passes on its own, the hub's and the system's errors; all mean the same to the user.
             except Exception as error:
                 reason = reason_of(error)

@@ -207,7 +207,7 @@ class BSQVAE(nn.Module):
         """The same tokenizer with its decoder's weights converted to a precision and layout, in which decoding then runs."""
         copied = variant(self, lambda name, module: None)
         copied.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        copied.decoder = copy.deepcopy(self.decoder).to(dtype=dtype, memory_format=copied.memory_format)
+        copied.decoder = copy.deepcopy(self.decoder).to(dtype).to(memory_format=copied.memory_format)
         return copied
 
     def decoding_with(self, swished: Swished) -> BSQVAE:

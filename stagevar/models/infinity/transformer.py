@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +59,7 @@ def pad_text(features: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     return padded, (positions < torch.tensor(lengths, device=padded.device)[:, None])[:, None, None]
 
 
-class Infinity(NextScaleModel):
+class Infinity(NextScaleModel[InfinityConditioning]):
     """The transformer. Build it, load weights, call `set_grids`, then hand it to the sampler."""
 
     def __init__(self, config: InfinityConfig):
@@ -95,8 +96,8 @@ class Infinity(NextScaleModel):
     def layers(self) -> list[Block]:
         """All blocks in order, whatever the chunking."""
         if self.config.chunks == 1:
-            return list(self.blocks)
-        return [block for chunk in self.block_chunks for block in chunk.module]
+            return cast(list[Block], list(self.blocks))
+        return [block for chunk in cast(list[Chunk], list(self.block_chunks)) for block in chunk.layers()]
 
     def init_weights(self) -> None:
         """Initialization for training from scratch: small linears, gates open half-way, near-zero modulation and head."""

@@ -101,7 +101,7 @@ class ClipText(LazyEncoder):
             folder = fetch(self.source)[0] if isinstance(self.source, HubFile) else self.source
             try:
                 tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-                model = CLIPTextModel.from_pretrained(
+                model: Any = CLIPTextModel.from_pretrained(
                     folder / "text_encoder", dtype=torch.float32, local_files_only=True
                 )
             # transformers passes on its own and the system's errors; all mean the same to the user.

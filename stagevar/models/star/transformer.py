@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -99,6 +100,8 @@ def rope_table(grids: Sequence[Grid], head_dim: int, theta: float, span: float) 
 
 class CrossAttention(nn.Module):
     """Cosine attention from image tokens to a prompt's CLIP features, with a learned scale per head."""
+
+    zero_k_bias: Tensor
 
     def __init__(self, config: STARConfig):
         super().__init__()
@@ -236,7 +239,7 @@ class Block(nn.Module):
         return torch.cat([cond, shared_by_position(cond, own, positions[:batch], positions[batch:], tokens)])
 
 
-class STAR(NextScaleModel):
+class STAR(NextScaleModel[STARConditioning]):
     """The transformer. Build it, load weights, call `set_grids`, then hand it to the sampler.
 
     Every block is a chunk of its own, as in StageVAR's released code for this model.
@@ -275,6 +278,10 @@ class STAR(NextScaleModel):
         h, w = self.grids[scale]
         return self._rope[:, start : start + h * w]
 
+    def layers(self) -> list[Block]:
+        """All blocks in order."""
+        return cast(list[Block], list(self.blocks))
+
     def condition(
         self, prompts: Sequence[PromptText], negative: Sequence[PromptText] | None = None
     ) -> STARConditioning:
@@ -287,7 +294,7 @@ class STAR(NextScaleModel):
         pooled_RD = torch.stack([*(text.pooled_D for text in prompts), *null]).to(device, torch.float32)
         text_BTD = torch.stack([text.features_TD for text in prompts]).to(device, torch.float32)
         mask_B11T = torch.stack([text.mask_T for text in prompts]).bool().to(device)[:, None, None]
-        kv = [block.cross_attn.text_kv(text_BTD) for block in self.blocks]
+        kv = [block.cross_attn.text_kv(text_BTD) for block in self.layers()]
         return STARConditioning(linear(pooled_RD, self.encoder_proj).float(), kv, mask_B11T)
 
     def embed(self, features_BLt: Tensor | None, scale: int, conditioning: STARConditioning) -> Tensor:
@@ -309,7 +316,7 @@ class STAR(NextScaleModel):
         fuse: tuple[int, float] | None = None,
     ) -> Tensor:
         conditioning_of = by_layer(conditioning, fuse)
-        rotation = Rotation(self._scale_rope(scale), self.blocks[0].attn.pieces.table)
+        rotation = Rotation(self._scale_rope(scale), self.layers()[0].attn.pieces.table)
 
         def run_layer(layer: int, x: Tensor, positions: Tensor | None) -> Tensor:
             return self.blocks[layer](x, layer, rotation, positions, conditioning_of(layer), attend, around)

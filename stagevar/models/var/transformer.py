@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -177,7 +178,7 @@ class VARConditioning(Conditioning):
         )
 
 
-class VAR(NextScaleModel):
+class VAR(NextScaleModel[VARConditioning]):
     """The transformer. Build it, load weights, then hand it to the sampler.
 
     Positions are learned and already part of the trunk's input, so a reduced site's tokens bring theirs along and the
@@ -226,9 +227,11 @@ class VAR(NextScaleModel):
         shared = None
         if self.config.shared_adaln:
             shared = linear(F.silu(class_RC), self.shared_ada_lin[1]).float().unflatten(-1, (1, 6, -1))
-        head = linear(F.silu(class_RC), self.head_nm["ada_lin"][1]).float().unflatten(-1, (1, 2, -1))
+        ada_lin = cast(nn.Sequential, self.head_nm["ada_lin"])
+        head = linear(F.silu(class_RC), ada_lin[1]).float().unflatten(-1, (1, 2, -1))
         head_scale, head_shift = head.unbind(2)
-        modulation = [block.modulation(class_RC, shared) for block in self.blocks]
+        blocks = cast(list[Block], list(self.blocks))
+        modulation = [block.modulation(class_RC, shared) for block in blocks]
         return VARConditioning(class_RC, modulation, (head_scale, head_shift))
 
     def embed(self, features_BLt: Tensor | None, scale: int, conditioning: VARConditioning) -> Tensor:

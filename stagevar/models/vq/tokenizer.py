@@ -11,6 +11,7 @@ residual loop always works in the code sum's precision, and that large batches a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -216,8 +217,9 @@ class VQResidual:
         codes = codes_BLd.to(dtype).transpose(1, 2).unflatten(2, self.grids[scale])
         if scale < len(self.grids) - 1:
             codes = F.interpolate(codes, size=self.final_grid, mode="bicubic")
-        phi = self.quantizer.quant_resi.qresi_ls[phi_index(scale, len(self.grids))]
-        smooth = F.conv2d(codes, phi.weight.to(dtype), phi.bias.to(dtype), padding=1)
+        phi = cast(nn.Conv2d, self.quantizer.quant_resi.qresi_ls[phi_index(scale, len(self.grids))])
+        bias = None if phi.bias is None else phi.bias.to(dtype)
+        smooth = F.conv2d(codes, phi.weight.to(dtype), bias, padding=1)
         return code_sum_BdHW + 0.5 * codes + 0.5 * smooth
 
     def next_input(self, code_sum_BdHW: Tensor, scale: int) -> Tensor:
