@@ -81,7 +81,7 @@ def report_errors(prog: str, run: Callable[[], int]) -> int:
         except (Exception, KeyboardInterrupt) as error:
             if isinstance(error, KeyboardInterrupt) or interrupted.is_set():
                 # Libraries that are interrupted while they load raise all kinds of errors.
-                say(f"{prog}: stopped; the same command starts again, a tuning run resumes")
+                say(f"{prog}: stopped; the same command starts over, or resumes a tuning run")
                 return STOPPED
             known = _known(error)
             if known is None:

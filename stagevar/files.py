@@ -31,7 +31,9 @@ def write_error(path: str | os.PathLike[str] | None, error: OSError) -> Stagevar
     reason = error.strerror or str(error) or type(error).__name__
     where = f"{where:.200}"
     if gave_way(error):
-        return InfrastructureError(f"{where} cannot be written: {reason}; make room, then the same command resumes")
+        return InfrastructureError(
+            f"{where} cannot be written: {reason}; free some space, then the same command resumes"
+        )
     return UsageError(f"{where} cannot be written: {reason}; choose another path")
 
 
@@ -103,7 +105,7 @@ def check_output(path: str | os.PathLike[str], what: str = "output", make_folder
     """
     text = os.fspath(path)
     if not text or "\0" in text:
-        raise UsageError(f"{what} {text!r} is no name of a file")
+        raise UsageError(f"{what} {text!r} is not a valid file name")
     path = Path(path)
     if path.name in ("", "..") or text.endswith(("/", os.sep)):
         raise UsageError(f"{what} {text:.200} is a folder; name a file in it")
@@ -134,7 +136,7 @@ def check_output_folder(path: str | os.PathLike[str], what: str = "output") -> P
     """
     text = os.fspath(path)
     if not text or "\0" in text:
-        raise UsageError(f"{what} {text!r} is no name of a folder")
+        raise UsageError(f"{what} {text!r} is not a valid folder name")
     path = Path(path)
     try:
         if path.exists() and not path.is_dir():
@@ -155,7 +157,7 @@ def _checked(what: str, text: str, error: OSError) -> StagevarError:
     """Like `write_error`, but names the option."""
     reason = error.strerror or type(error).__name__
     if gave_way(error):
-        return InfrastructureError(f"{what} {text:.200} cannot be written: {reason}; make room and try again")
+        return InfrastructureError(f"{what} {text:.200} cannot be written: {reason}; free some space and try again")
     return UsageError(f"{what} {text:.200} cannot be written: {reason}; choose another")
 
 

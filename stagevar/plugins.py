@@ -69,7 +69,7 @@ class Plugin:
             return pkgutil.resolve_name(self.target)
         except (Exception, SystemExit) as error:
             raise PluginError(
-                f"the {self.title} cannot be loaded: {first_line(error)}; mend or uninstall the package"
+                f"the {self.title} cannot be loaded: {first_line(error)}; fix or uninstall the package"
             ) from error
 
     def wrong(self, what: str) -> PluginError:

@@ -101,7 +101,7 @@ def _read_scalar(kind: type, value: Any, path: str) -> Any:
         if not math.isfinite(value):
             raise ProfileError(f"{path} must be a finite number")
     if kind is int and abs(value) >= 2**63:
-        raise ProfileError(f"{path} is beyond 64 bits")
+        raise ProfileError(f"{path} is too large: it does not fit in 64 bits")
     return value
 
 

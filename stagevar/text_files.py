@@ -48,7 +48,7 @@ def read_text(path: str | os.PathLike[str], what: str = "") -> str:
         reason = getattr(error, "strerror", None) or str(error)
         raise UsageError(f"{name} cannot be read: {reason}; give an existing text file") from None
     if len(data) > MAX_BYTES:
-        raise UsageError(f"{name} is larger than {MAX_BYTES >> 20} MiB; that is no text file of this kind")
+        raise UsageError(f"{name} is larger than {MAX_BYTES >> 20} MiB, too large for a text file of this kind")
     mark, encoding = next(((m, e) for m, e in _MARKS if data.startswith(m)), (b"", "utf-8"))
     try:
         text = data[len(mark) :].decode(encoding)
@@ -64,7 +64,7 @@ def _refuse_bytes(name: str, encoding: str, data: bytes, position: int) -> NoRet
     line = len(_LINE_END.split(data[:position].decode(encoding, "replace")))
     if data[position] == 0:
         raise UsageError(
-            f"{name} line {line} has a zero byte: not a text file, or UTF-16 without a mark; save it as UTF-8"
+            f"{name} line {line} has a zero byte: not a text file, or UTF-16 without a byte order mark; save it as UTF-8"
         )
     raise UsageError(
         f"{name} line {line}: byte 0x{data[position]:02x} is not {encoding.upper()}; save the file as UTF-8"
@@ -99,7 +99,7 @@ def parse_json(text: str, name: str, first_line: int = 1) -> Any:
         return content
 
     def no_number(word: str) -> NoReturn:
-        raise UsageError(f"{name}{_line_of_word(text, word, first_line)}: {word} is not a number that JSON has")
+        raise UsageError(f"{name}{_line_of_word(text, word, first_line)}: {word} is not a valid JSON number")
 
     try:
         value = json.loads(text, object_pairs_hook=once, parse_constant=no_number)
@@ -112,7 +112,7 @@ def parse_json(text: str, name: str, first_line: int = 1) -> Any:
         raise UsageError(f"{name} line {first_line}: not JSON ({str(error).split(';')[0]})") from None
     if repeated:
         key, line = _repeated_key(text)
-        raise UsageError(f"{name} line {first_line - 1 + line}: key {key!r} is there twice in one object")
+        raise UsageError(f"{name} line {first_line - 1 + line}: key {key!r} appears twice in one object")
     return value
 
 
@@ -146,7 +146,7 @@ def _repeated_key(text: str) -> tuple[str, int]:
                 return key, len(_LINE_END.split(text[: token.start()]))
             keys.add(key)
             expects_key = False
-    raise AssertionError("no key is there twice")
+    raise AssertionError("no key appears twice")
 
 
 def read_json(path: str | os.PathLike[str], what: str = "") -> Any:
@@ -251,10 +251,10 @@ def parse_table(text: str, name: str) -> Table:
             begin = reader.line_num + 1
     except csv.Error as error:
         raise UsageError(
-            f"{name} line {begin + skipped}: not CSV ({error}); close every quote, double it in a cell"
+            f"{name} line {begin + skipped}: not CSV ({error}); close every quote, and double quotes inside a cell"
         ) from None
     if len(table) < 2:
-        raise UsageError(f"{name}: no rows in it; expected a header line and rows below it")
+        raise UsageError(f"{name} has no rows; expected a header line and rows below it")
     header = [cell.strip().lower() for cell in table[0][1]]
     for number, row in table[1:]:
         if len(row) != len(header):
@@ -270,4 +270,4 @@ def _check_header(name: str, line: int, header: Sequence[str]) -> None:
         raise UsageError(f"{name} line {line}: column {header.index('') + 1} has cells but no name")
     twice = next((column for column in header if header.count(column) > 1), None)
     if twice is not None:
-        raise UsageError(f"{name} line {line}: column {twice!r} is there twice")
+        raise UsageError(f"{name} line {line}: column {twice!r} appears twice")

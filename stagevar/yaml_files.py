@@ -41,9 +41,9 @@ class _Loader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             try:
                 if key in lines:
-                    raise _refused(key_node, f"key {key!r:.60} is there twice, first in line {lines[key]}")
+                    raise _refused(key_node, f"key {key!r:.60} appears twice, first on line {lines[key]}")
             except TypeError:
-                raise _refused(key_node, "a list or mapping is no key") from None
+                raise _refused(key_node, "a list or mapping cannot be a key") from None
             lines[key] = key_node.start_mark.line + 1
         return super().construct_mapping(node, deep)
 
@@ -51,7 +51,8 @@ class _Loader(yaml.SafeLoader):
         text = self.construct_scalar(node)
         if not _DECIMAL_INT.fullmatch(text):
             raise _refused(
-                node, f"{text!r:.40} is read as a number other than it looks; write it in decimal, or in quotes"
+                node,
+                f"{text!r:.40} is read as a different number than it looks like; write it in decimal, or in quotes",
             )
         return int(text)
 
@@ -59,7 +60,8 @@ class _Loader(yaml.SafeLoader):
         text = self.construct_scalar(node)
         if not _DECIMAL_FLOAT.fullmatch(text):
             raise _refused(
-                node, f"{text!r:.40} is read as a number other than it looks; write it in decimal, or in quotes"
+                node,
+                f"{text!r:.40} is read as a different number than it looks like; write it in decimal, or in quotes",
             )
         return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
 

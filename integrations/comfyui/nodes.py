@@ -149,7 +149,7 @@ class StageVarCompare(io.ComfyNode):
         tuned, tuned_ms = _timed(lambda: pipeline.generate([prompt], [seed]))
         full, full_ms = _timed(draw_full)
         sampler.release()
-        line = f"tuned {tuned_ms:.0f} ms, full {full_ms:.0f} ms: {full_ms / tuned_ms:.2f}x, one run each after one to warm up"
+        line = f"tuned {tuned_ms:.0f} ms, full {full_ms:.0f} ms: {full_ms / tuned_ms:.2f}x, one run each after a warm-up run"
         return io.NodeOutput(_to_comfy(tuned), _to_comfy(full), line)
 
 

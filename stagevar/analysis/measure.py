@@ -167,7 +167,7 @@ class _Passes:
     ):
         if len(prompts) < 2 or len(prompts) != len(seeds):
             raise UsageError(
-                f"analysis needs at least 2 prompts and a seed each, not {len(prompts)} and {len(seeds)} seeds"
+                f"analysis needs at least 2 prompts with a seed each, not {len(prompts)} prompts and {len(seeds)} seeds"
             )
         ablated = len(prompts) if ablation_prompts is None else ablation_prompts
         batches = [slice(start, start + micro_batch) for start in range(0, len(prompts), micro_batch)]

@@ -44,7 +44,7 @@ def find_similarity(text: str, device: str = "cpu") -> Similarity:
         raise UsageError(f"unknown similarity {name!r} ({hint})")
     pairs = [part.partition("=") for part in options.split(",") if part]
     if any(not equals for _, equals, _ in pairs):
-        raise UsageError(f"similarity options {options!r} must be name=value pairs with commas between them")
+        raise UsageError(f"similarity options {options!r} must be comma-separated name=value pairs")
     try:
         similarity = plugin.load()(device=device, **{key.strip(): value.strip() for key, _, value in pairs})
     except TypeError as error:

@@ -106,7 +106,7 @@ def refit(
     model = sampler.model
     check_fitting(len(prompts), model.random_weights)
     if len(prompts) != len(seeds):
-        raise UsageError(f"{len(prompts)} prompts and {len(seeds)} seeds; give as many of one as of the other")
+        raise UsageError(f"{len(prompts)} prompts and {len(seeds)} seeds; give one seed per prompt")
     image_scale = min(4, len(model.grids) - 1) if image_scale is None else image_scale
     parts = [
         _observe(sampler, prompts[i : i + batch], seeds[i : i + batch], target, image_scale, similarity)

@@ -42,7 +42,7 @@ def add(verbs: Verbs) -> None:
         "--similarity",
         action="append",
         metavar="NAME[:K=V,...]",
-        help="a further comparison with the final image, e.g. clip, dino, lpips:net=alex (may be repeated)",
+        help="another comparison with the final image, e.g. clip, dino, lpips:net=alex (may be repeated)",
     )
     parser.set_defaults(run=run)
 

@@ -36,8 +36,10 @@ class Parser(argparse.ArgumentParser):
 def add_verbosity(*parsers: argparse._ActionsContainer) -> None:
     """How much is said on stderr beside the result (`stagevar.console.set_verbosity`)."""
     for parser in parsers:
-        parser.add_argument("-v", "--verbose", action="count", default=0, help="say what happens; twice: in detail")
-        parser.add_argument("-q", "--quiet", action="store_true", help="no progress; the result only")
+        parser.add_argument(
+            "-v", "--verbose", action="count", default=0, help="show what happens; repeat it for details"
+        )
+        parser.add_argument("-q", "--quiet", action="store_true", help="show only the result, no progress")
 
 
 def positive_int(text: str) -> int:
@@ -126,7 +128,7 @@ def _existing(path: Path, what: str) -> Path:
     if is_folder and what == "a file":
         raise argparse.ArgumentTypeError(f"{named} is a folder; name a file in it")
     if not is_folder and what == "a folder":
-        raise argparse.ArgumentTypeError(f"{named} is not a folder; name the folder that it lies in")
+        raise argparse.ArgumentTypeError(f"{named} is not a folder; name the folder that contains it")
     return path
 
 

@@ -31,7 +31,7 @@ def add(verbs: Verbs) -> None:
     parser.add_argument(
         "--profile", type=path_value, action="append", default=[], help="a profile to time (may be repeated)"
     )
-    parser.add_argument("--compare", default="exact,stagevar-paper,stagevar-released", help="comma list of presets")
+    parser.add_argument("--compare", default="exact,stagevar-paper,stagevar-released", help="comma-separated presets")
     parser.add_argument("--rounds", type=positive_int, default=10, help="timed runs per schedule (default: 10)")
     add_running_options(parser, batch="the profile's, else 1", threads="the profile's, else 1; pinned")
     parser.add_argument(
@@ -46,7 +46,7 @@ def add_server_measuring(bench: argparse.ArgumentParser) -> None:
     """Options of `bench` for a running server."""
     bench.add_argument("--serve", metavar="URL", type=name_value, help="measure a running server instead of schedules")
     bench.add_argument(
-        "--concurrency", default="1,2,4,8", help="with --serve: comma list of clients at once (default: 1,2,4,8)"
+        "--concurrency", default="1,2,4,8", help="with --serve: numbers of concurrent clients (default: 1,2,4,8)"
     )
     bench.add_argument("--requests", type=positive_int, default=64, help="with --serve: per level (default: 64)")
     bench.add_argument("--api-key-file", type=existing_file, help="with --serve: file whose first line is the key")

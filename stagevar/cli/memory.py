@@ -24,9 +24,11 @@ def add(verbs: Verbs) -> None:
     """The verb and its options."""
     parser = verbs.add_parser("memory", help="estimate memory per schedule without loading weights")
     add_model_options(parser)
-    parser.add_argument("--compare", default="exact,stagevar-paper", help="comma list of presets")
+    parser.add_argument("--compare", default="exact,stagevar-paper", help="comma-separated presets")
     parser.add_argument("--batch", type=positive_int, default=1, help="images per run (default: 1)")
-    parser.add_argument("--card", type=finite_number, metavar="GIB", help="memory of a card, to say what fits")
+    parser.add_argument(
+        "--card", type=finite_number, metavar="GIB", help="memory of a card; the table then says what fits"
+    )
     parser.set_defaults(run=run)
 
 
@@ -39,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
     names = presets(args.compare)
     if not names:
-        raise UsageError("--compare names no schedule; give presets with commas between them")
+        raise UsageError("--compare names no schedule; give comma-separated presets")
     if args.card is not None and not args.card > 0:
         raise UsageError(f"--card {args.card:g} must be a number of GiB above 0")
     request = model_request(args).over(ModelRequest(args.model, batch=args.batch, dtype="bfloat16"))
@@ -80,5 +82,5 @@ def _study_rows(request: ModelRequest, columns: Iterable[str], card_gib: float) 
         drawn.append(str(largest_batch(one, STUDY_BATCH, int(CARD_SHARE * card_bytes))))
         for engine, values in timed.items():
             values.append(str(timed_beside_full(one, name, engine, card_bytes)))
-    label = "timed beside the full schedule"
+    label = "timed in turn with the full schedule"
     return {"images a study draws at once": drawn, **{f"{label}, {e}": values for e, values in timed.items()}}

@@ -39,7 +39,7 @@ def add_model_options(parser: argparse.ArgumentParser, required: bool = True) ->
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
     parser.add_argument("--dtype", help="bfloat16, float16 or float32 (default: bfloat16 on a GPU, else float32)")
     parser.add_argument(
-        "--resolution", help="pixel budget (0.06M, 0.25M, 0.60M, 1M) or image side, where a model has several"
+        "--resolution", help="pixel budget (0.06M, 0.25M, 0.60M, 1M) or image side, if the model has several"
     )
     parser.add_argument("--kv-cache", help="model (default), or int8 for about half the memory of keys and values")
     parser.add_argument(

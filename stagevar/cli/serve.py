@@ -28,17 +28,17 @@ def add(verbs: Verbs) -> None:
     parser.add_argument("--profile", type=path_value, help="profile.yaml written by stagevar-tune")
     add_model_options(parser, required=False)
     add_running_options(parser, batch="the profile's, else 1", threads="the profile's, else torch's")
-    parser.add_argument("--compare", action="store_true", help="serve the full schedule beside the profile's")
+    parser.add_argument("--compare", action="store_true", help="also serve the full schedule")
     parser.add_argument(
         "--host", type=name_value, default="127.0.0.1", help="address to listen on (default: 127.0.0.1)"
     )
     parser.add_argument("--port", type=whole_number, default=8000, help="0 takes a free one (default: 8000)")
     parser.add_argument(
-        "--api-key-file", type=existing_file, help="accept only requests with one of its keys, one a line"
+        "--api-key-file", type=existing_file, help="file of API keys, one per line; requests need one of them"
     )
     parser.add_argument("--queue", type=positive_int, default=64, help="images that may wait (default: 64)")
     seconds = between(0.1, 86400)
-    parser.add_argument("--timeout", type=seconds, default=60, help="seconds until a request gives up (default: 60)")
+    parser.add_argument("--timeout", type=seconds, default=60, help="seconds until a request times out (default: 60)")
     parser.add_argument(
         "--grace", type=seconds, default=30, help="seconds for accepted requests after SIGTERM (default: 30)"
     )

@@ -94,7 +94,7 @@ def compiler(function: Callable[..., Any], token_axes: Sequence[int | None] | No
             if not isinstance(error, TorchDynamoException):
                 raise
             reason = " ".join(str(error).strip().splitlines()[:2])
-            warnings.warn(f"{function.__name__} runs without being compiled: {reason}", stacklevel=2)
+            warnings.warn(f"{function.__name__} runs uncompiled: {reason}", stacklevel=2)
             _plain_because[function.__name__] = reason
             return function(*arguments)
 

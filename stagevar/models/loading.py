@@ -92,7 +92,7 @@ def _named_alike(folder: Path, pattern: str, but: str = "") -> Path | None:
     ]
     if len(files) > 1:
         names = ", ".join(path.name for path in files[:4])
-        raise WeightsError(f"folder {folder} holds several files that could be meant ({names}); give the path of one")
+        raise WeightsError(f"folder {folder} has several candidate files ({names}); give the path of one")
     return files[0] if files else None
 
 
@@ -107,11 +107,11 @@ def text_beside(request: LoadRequest) -> Path | None:
 
 
 def made_up_text(request: LoadRequest, needed: str) -> None:
-    """Warns where a model with weights of its own reads made-up text features: what it draws has nothing to do with prompts."""
+    """Warns if a model with trained weights uses made-up text features: its images then have nothing to do with prompts."""
     if not request.random:
         warnings.warn(
-            f"{request.spec.name} reads made-up text features, so its images do not follow the prompts: beside its weights "
-            f"there is no text encoder ({needed})",
+            f"{request.spec.name} uses made-up text features, so its images do not follow the prompts: there is no "
+            f"text encoder next to its weights ({needed})",
             stacklevel=4,
         )
 

@@ -331,7 +331,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if place.type not in ("cpu", "cuda") or (place.type == "cpu" and place.index):
         raise UsageError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:N")
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"device {device!r} is not here: {torch.cuda.device_count()} CUDA devices; use auto or cpu")
+        raise UsageError(f"device {device!r} does not exist: {torch.cuda.device_count()} CUDA devices; use auto or cpu")
     return place
 
 

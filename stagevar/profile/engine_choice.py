@@ -48,7 +48,9 @@ def choose_engine(asked: str, device: str, trial: Callable[[str], EngineTried]) 
             raise UsageError(f"unknown engine {asked!r}; use auto, {', '.join(ENGINES)}")
         return EngineSection(asked, asked, "it was asked for")
     if device != "cuda":
-        return EngineSection("eager", "auto", f"launching costs little on {device}: engines are compared on a GPU only")
+        return EngineSection(
+            "eager", "auto", f"launching kernels costs little on {device}; engines are compared only on a GPU"
+        )
     return pick_engine([trial(name) for name in ENGINES])
 
 

@@ -24,7 +24,7 @@ from stagevar.errors import UsageError, nearest
 from stagevar.prompts.geneval import check_metadata
 from stagevar.text_files import parse_json_values, parse_table, read_text, split_lines
 
-KINDS = ".txt (one prompt a line), .jsonl, .json, .csv with a column prompt"
+KINDS = ".txt (one prompt per line), .jsonl, .json, .csv with a column prompt"
 _JSON, _CSV = (".jsonl", ".ndjson", ".jsonlines", ".json"), (".csv", ".tsv", ".tab")
 #: Text of a kind that is never a list of prompts, so that its lines are not taken for some.
 _OTHERS = (".yaml", ".yml", ".toml", ".xml", ".html", ".htm", ".ipynb", ".py", ".rtf")
@@ -72,7 +72,7 @@ def read_prompt_file(path: str | os.PathLike[str]) -> list[PromptEntry]:
 def _entries(path: Path, text: str, name: str) -> Iterator[PromptEntry]:
     suffix = path.suffix.lower()
     if suffix in _OTHERS:
-        raise UsageError(f"{name}: {suffix} is no kind of prompt file; use {KINDS}")
+        raise UsageError(f"{name}: {suffix} is not a supported type of prompt file; use {KINDS}")
     if suffix in _JSON or (suffix not in _CSV and _LOOKS_LIKE_JSON.match(text)):
         yield from _of_json(parse_json_values(text, name), name)
     elif suffix in _CSV:
@@ -104,8 +104,8 @@ def _of_table(text: str, name: str) -> Iterator[PromptEntry]:
     table = parse_table(text, name)
     if "prompt" not in table.columns:
         raise UsageError(
-            f"{name} has no column 'prompt' (columns: {', '.join(table.columns)[:80]}); name the column so in the first "
-            "line, or give a .txt with one prompt a line"
+            f"{name} has no column 'prompt' (columns: {', '.join(table.columns)[:80]}); give it that name in the first "
+            "line, or give a .txt with one prompt per line"
         )
     for number, row in table.rows:
         fields = {column: cell.strip() for column, cell in row.items() if column != "prompt" and cell.strip()}
@@ -130,7 +130,9 @@ def _check(entry: PromptEntry, name: str) -> None:
     try:
         entry.text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UsageError(f"{where}: {entry.text[error.start]!a} is half of a character; write it whole") from None
+        raise UsageError(
+            f"{where}: {entry.text[error.start]!a} is half a character; write the whole character"
+        ) from None
     if "include" not in entry.fields:
         near = nearest("include", [key.lower() for key in entry.fields], 0.8)
         if "tag" in entry.fields and near is not None:

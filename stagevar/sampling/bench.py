@@ -244,8 +244,10 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
             lines.append(f"{row['name']} decided: " + ", ".join(f"{k} {v}" for k, v in row["outcomes"].items()))
     unsettled = sum(not row["warmed"] for row in rows)
     if unsettled:
-        lines.append(f"{unsettled} of {len(rows)} did not settle while warming up: a busy machine, read ratios only")
+        lines.append(
+            f"{unsettled} of {len(rows)} did not settle while warming up: the machine is busy, trust only the ratios"
+        )
     disturbed = dict.fromkeys(why for row in rows for why in row.get("disturbed", ()))
     if disturbed:
-        lines.append(f"the card was disturbed, also when timed again ({', '.join(disturbed)}): read ratios only")
+        lines.append(f"the card was disturbed, even on a repeat ({', '.join(disturbed)}): trust only the ratios")
     return "\n".join(lines)

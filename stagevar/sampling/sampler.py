@@ -179,7 +179,7 @@ class Sampler:
         else:
             missing = [branch for branch in step.branches if branch not in before.branches]
             if missing:
-                raise ValueError(f"scale {step.scale} wants the {missing[0]} branch, which an earlier scale dropped")
+                raise ValueError(f"scale {step.scale} needs the {missing[0]} branch, which an earlier scale dropped")
             if step.fuse_layer:
                 self._check_fusing(step, generation.sampling)
             self._transformer(step.precision)  # made here, lest it be part of a recording

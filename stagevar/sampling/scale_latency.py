@@ -27,7 +27,7 @@ def time_scales(
         ValueError: for fewer than one round.
     """
     if rounds < 1:
-        raise ValueError(f"{rounds} rounds time nothing")
+        raise ValueError(f"rounds {rounds} must be at least 1")
     decided = [name for name, steps in schedules.items() if any(step.decision is not None for step in steps)]
     fixed = {name: steps for name, steps in schedules.items() if name not in decided}
     samples = {name: np.zeros((rounds, len(steps))) for name, steps in fixed.items()}

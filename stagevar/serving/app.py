@@ -72,7 +72,7 @@ class Keys:
         digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
         equal = [hmac.compare_digest(digest, one) for one in self.hashes]  # all of them, so that time tells nothing
         if not any(equal):
-            raise Refusal("the API key is not one of this server's", 401, code="invalid_api_key")
+            raise Refusal("the API key is not valid for this server", 401, code="invalid_api_key")
 
 
 def build_app(desk: Desk, limits: Limits | None = None, keys: Keys | None = None) -> "FastAPI":
@@ -193,7 +193,7 @@ def _add_images(app: "FastAPI", counter: "Counter") -> None:
             status, what = refusal.status, str(refusal)
             response = JSONResponse(refusal.body(), status, refusal.headers())
         except _ClientLeft:
-            status, what, response = CLIENT_LEFT, "the client left", Response(status_code=CLIENT_LEFT)
+            status, what, response = CLIENT_LEFT, "the client disconnected", Response(status_code=CLIENT_LEFT)
         seconds = time.monotonic() - began
         counter.metrics.answered(status, seconds)
         _log(request, status, f"{what} ({seconds * 1e3:.0f} ms)")

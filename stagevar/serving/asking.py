@@ -101,7 +101,7 @@ def read_body(body: bytes) -> Mapping[str, object]:
 
 
 def _no_constant(word: str) -> NoReturn:
-    raise Refusal(f"the body is not JSON: {word} is not a number of JSON", code="bad_json")
+    raise Refusal(f"the body is not JSON: {word} is not a valid JSON number", code="bad_json")
 
 
 def _no_pairs_twice(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
@@ -109,7 +109,7 @@ def _no_pairs_twice(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
     if len(data) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise Refusal(f"the key {shown(twice)} stands twice in the body; leave one out", code="bad_json")
+        raise Refusal(f"the key {shown(twice)} appears twice in the body; remove one", code="bad_json")
     return data
 
 
@@ -224,7 +224,7 @@ def _guidance(given: Mapping[str, object], offer: Offer) -> float | None:
         raise Refusal(f"guidance_scale {shown(value)} must be between {low:g} and {high:g}", param="guidance_scale")
     if offer.guidance is not None and value != offer.guidance:
         raise Refusal(
-            f"guidance_scale {shown(value)} would need graphs of its own; this engine draws with {offer.guidance:g} only",
+            f"guidance_scale {shown(value)} would need its own graphs; this engine supports only {offer.guidance:g}",
             param="guidance_scale",
         )
     return float(value)

@@ -37,7 +37,7 @@ class WaitingLine(Generic[Order]):
 
     def __init__(self, limit: int):
         if limit < 1:
-            raise ValueError(f"a line of {limit} images lets nobody in")
+            raise ValueError(f"a queue limit of {limit} images admits none; use at least 1")
         self.limit = limit
         self._waiting: list[Ticket[Order]] = []
 

@@ -27,7 +27,10 @@ class Metrics:
         self._registry, self._desk = registry, desk
         ProcessCollector(registry=registry)
         self._requests = Counter(
-            "stagevar_requests", "Requests for images by status; 499: the client left.", ["status"], registry=registry
+            "stagevar_requests",
+            "Requests for images by status; 499: the client disconnected.",
+            ["status"],
+            registry=registry,
         )
         self._images = Counter("stagevar_images", "Images drawn.", registry=registry)
         self._phases = Histogram(
@@ -39,7 +42,7 @@ class Metrics:
         )
         self._batches = Histogram("stagevar_batch_images", "Images drawn together.", buckets=BATCHES, registry=registry)
         self._images_per_request = Counter("stagevar_images_asked", "Images asked for.", registry=registry)
-        Gauge("stagevar_queue_images", "Images that wait.", registry=registry).set_function(lambda: desk.waiting)
+        Gauge("stagevar_queue_images", "Images waiting.", registry=registry).set_function(lambda: desk.waiting)
         Gauge("stagevar_ready", "1 while requests are accepted.", registry=registry).set_function(
             lambda: float(desk.state == "ready")
         )

@@ -72,9 +72,7 @@ class Arguments:
             try:
                 values[name] = kinds.get(name, str)(value)
             except (TypeError, ValueError, KeyError):
-                raise UsageError(
-                    f"{name} {shown(value)} is not a value of its kind; see stagevar serve --help"
-                ) from None
+                raise UsageError(f"{name} {shown(value)} has the wrong type; see stagevar serve --help") from None
         arguments = cls(**values)  # type: ignore[arg-type]
         if (arguments.profile is None) == (arguments.model is None):
             raise UsageError("give either profile=FILE or model=NAME")
@@ -154,7 +152,7 @@ def build(args: Mapping[str, object]) -> Any:
     try:
         from ray import serve
     except ImportError:
-        raise extras.MissingExtra("serving on Ray needs its own extra too: pip install 'ray[serve]'") from None
+        raise extras.MissingExtra("serving on Ray also needs Ray Serve: pip install 'ray[serve]'") from None
     arguments = Arguments.read(args)
     Serving(queue=arguments.queue)  # its bounds
     gpus = arguments.gpus if arguments.gpus is not None else float(arguments.device != "cpu")

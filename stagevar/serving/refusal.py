@@ -65,8 +65,8 @@ def busy(waiting: int, limit: int, retry_after_s: int) -> Refusal:
 def not_ready(state: str) -> Refusal:
     """Loading, stopping or broken: another replica, or this one later, will answer."""
     reasons = {
-        "loading": "the model is still loading and warming up; ask /ready when to come back",
+        "loading": "the model is still loading and warming up; poll /ready, then try again",
         "stopping": "the server is stopping; send the request to another one",
-        "broken": "the device is broken and the server is going down; a supervisor starts it again",
+        "broken": "the device is broken and the server is shutting down; a supervisor restarts it",
     }
     return Refusal(reasons[state], 503, code=f"server_{state}", retry_after_s=5)

@@ -53,7 +53,9 @@ class Serving:
         if not 0 <= self.port <= 65535:
             raise UsageError(f"--port {self.port} must be between 0 and 65535")
         if self.queue < MOST_IMAGES:
-            raise UsageError(f"--queue {self.queue} must be at least {MOST_IMAGES}, the most images of one request")
+            raise UsageError(
+                f"--queue {self.queue} must be at least {MOST_IMAGES}, the most images that one request may ask for"
+            )
 
 
 def read_keys(path: Path) -> Keys:
@@ -61,10 +63,10 @@ def read_keys(path: Path) -> Keys:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
-        raise UsageError(f"--api-key-file {path} is not text in UTF-8") from None
+        raise UsageError(f"--api-key-file {path} is not UTF-8 text; save it as UTF-8") from None
     keys = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
     if not keys:
-        raise UsageError(f"--api-key-file {path} holds no key; write one a line")
+        raise UsageError(f"--api-key-file {path} has no key; write one per line")
     return Keys.of(keys)
 
 
@@ -88,7 +90,7 @@ def serve(loading: Loading, serving: Serving, announce: Callable[[str], None]) -
         host, port = listener.getsockname()[:2]
         announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
         if not serving.keys.hashes and host not in ("127.0.0.1", "::1"):
-            logger.warning("listening on %s without API keys: whoever reaches it can draw; see --api-key-file", host)
+            logger.warning("listening on %s without API keys: anyone who reaches it can draw; see --api-key-file", host)
         desk = Desk(lambda: load_and_warm(loading), serving.queue)
         stopped_by = asyncio.run(_run(desk, serving, listener))
         desk.join(5)

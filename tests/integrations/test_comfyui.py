@@ -117,7 +117,7 @@ def test_comparing_gives_both_images_and_both_latencies(nodes, pipeline, nano):
     for image, schedule in ((tuned, paper(nano.grids)), (full, exact(len(nano.grids)))):
         assert image.shape == (1, 64, 64, 3)
         assert np.array_equal((image[0] * 255).round().to(torch.uint8).numpy(), drawn(nano, schedule, 4))
-    assert re.fullmatch(r"tuned \d+ ms, full \d+ ms: [\d.]+x, one run each after one to warm up", line)
+    assert re.fullmatch(r"tuned \d+ ms, full \d+ ms: [\d.]+x, one run each after a warm-up run", line)
 
 
 def test_the_folder_can_be_published():

@@ -148,6 +148,6 @@ def test_a_disturbed_comparison_is_made_again_and_says_so(monkeypatch):
     assert len(made) == 2 * 3 * 2 and len(timing.samples_ms) == len(timing.processor_ms) == 3
     assert timing.disturbed == ("throttled: power cap",)
     row = {"name": "fast", "warmed": True, "disturbed": ["throttled: power cap"]}
-    assert "the card was disturbed, also when timed again (throttled: power cap): read ratios only" in format_table(
+    assert "the card was disturbed, even on a repeat (throttled: power cap): trust only the ratios" in format_table(
         [row]
     )

@@ -86,7 +86,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_part(tmp_path, monkeypatch):
     assert caught.value.filename == str(path)
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["x.txt"]
     line = files.write_error(None, caught.value)
-    assert isinstance(line, InfrastructureError) and "No space left; make room" in str(line)
+    assert isinstance(line, InfrastructureError) and "No space left; free some space" in str(line)
 
 
 def test_links_devices_and_long_names_are_written(tmp_path):

@@ -170,7 +170,7 @@ BROKEN = "raise RuntimeError('no licence found\\nsecond line')"
 def test_a_broken_plug_in_is_one_line_for_who_asks_and_nothing_for_others(installed, caplog):
     installed("acme")
     installed("broken", {group: {"bad": "Anything"} for group in GROUPS}, BROKEN)
-    line = "of broken 1.0 cannot be loaded: RuntimeError: no licence found; mend or uninstall the package"
+    line = "of broken 1.0 cannot be loaded: RuntimeError: no licence found; fix or uninstall the package"
     for ask in (metric_class, plugged, registry.find, find_similarity):
         with pytest.raises(PluginError, match=line) as caught:
             ask("bad")
@@ -249,7 +249,7 @@ def test_the_doctor_lists_what_is_offered(installed):
     ]
     assert [f.text for f in findings if f.state == "warn"] == [
         "plug-in: the metric bad of broken 1.0 cannot be loaded: RuntimeError: no licence found; "
-        "mend or uninstall the package"
+        "fix or uninstall the package"
     ]
 
 

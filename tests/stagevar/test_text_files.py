@@ -229,14 +229,14 @@ REFUSED = {
     "a key twice": (
         "p.jsonl",
         b'{"prompt": "a"}\n{"prompt": "a", "prompt": "b"}\n',
-        "line 2: key 'prompt' is there twice",
+        "line 2: key 'prompt' appears twice",
     ),
     "NaN": ("p.jsonl", b'{"prompt": "NaN", "x": 1}\n{"prompt": "NaN", "x": NaN}\n', "line 2: NaN is not a number"),
-    "half a character": ("p.jsonl", b'{"prompt": "a \\ud83d"}\n', "line 1: .* is half of a character"),
+    "half a character": ("p.jsonl", b'{"prompt": "a \\ud83d"}\n', "line 1: .* is half a character"),
     "no column": ("p.csv", b"a red dog\na blue dog\n", "no column 'prompt' .*\\.txt"),
     "an open quote": ("p.csv", b'prompt\nx\n"a red dog\na blue dog\n', "line 3: not CSV"),
     "too many cells": ("p.csv", b"prompt\na red dog, running\n", "line 2: 2 cells under 1 columns"),
-    "a column twice": ("p.csv", b"prompt,Prompt\na,b\n", "line 1: column 'prompt' is there twice"),
+    "a column twice": ("p.csv", b"prompt,Prompt\na,b\n", "line 1: column 'prompt' appears twice"),
     "yaml": ("p.yaml", b"- a red dog\n", "no kind of prompt file"),
     "bad metadata": (
         "p.jsonl",
@@ -276,7 +276,7 @@ def test_a_key_twice_is_found_at_any_depth(tmp_path):
     path.write_text(
         '{"a": {"b": [1, {"c": "{\\"c\\": 1, \\"c\\": 2}",\n "d": 1}]},\n "e": {"f": 1, "g": {},\n "\\u0066": 2}}'
     )
-    with pytest.raises(UsageError, match="line 4: key 'f' is there twice"):
+    with pytest.raises(UsageError, match="line 4: key 'f' appears twice"):
         read_json(path)
     path.write_text('{"a": {"b": 1}, "c": {"b": "a"}, "d": [{"b": 1}, {"b": 2}]}')
     assert read_json(path)["d"][1] == {"b": 2}

@@ -103,7 +103,7 @@ def _load_pickle(path: Path) -> Any:
         except pickle.UnpicklingError as error:
             if "global" in str(error).lower():
                 raise WeightsError(
-                    f"weights {path} hold Python objects beside tensors and are not loaded; use a plain state dict"
+                    f"weights {path} contain Python objects besides tensors; save a plain state dict instead"
                 ) from None
             raise WeightsError(f"cannot read weights {path}: not a torch file, or corrupt; download it again") from None
         except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, struct.error) as error:

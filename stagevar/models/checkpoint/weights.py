@@ -63,7 +63,7 @@ def looks_like(shapes: Mapping[str, tuple[int, ...]]) -> str:
     if "class_emb.weight" in shapes and "word_embed.weight" in shapes:
         family = "STAR" if "encoder_proj.weight" in shapes else "VAR"
         return f"a {family} transformer of depth {blocks()}, width {shapes['word_embed.weight'][0]}"
-    return "not a model known here"
+    return "not a known model"
 
 
 def check_keys(

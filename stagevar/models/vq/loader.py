@@ -68,7 +68,7 @@ def text_encoder(request: LoadRequest, made: Parts) -> TextEncoder:
     if isinstance(config, VARConfig):
         if request.text is not None:
             raise UsageError(
-                f"{request.spec.name} reads class labels and has no text encoder; drop text {request.text}"
+                f"{request.spec.name} reads class labels and has no text encoder; remove text {request.text}"
             )
         return RandomLabels(config.classes) if request.random else ClassLabels(config.classes)
     assert isinstance(config, STARConfig)

@@ -67,5 +67,5 @@ def test_two_candidates_are_not_guessed_between(downloaded, tmp_path):
     shutil.copy(tokenizer, tmp_path)
     shutil.copy(transformer, tmp_path)
     shutil.copy(transformer, tmp_path / transformer.name.replace(".pth", "_more.pth"))
-    with pytest.raises(WeightsError, match=r"several files that could be meant \(.*_more\.pth.*give the path of one"):
+    with pytest.raises(WeightsError, match=r"several candidate files \(.*_more\.pth.*give the path of one"):
         locate(resolve(name, weights=tmp_path, device="cpu"))

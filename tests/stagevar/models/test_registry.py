@@ -121,7 +121,7 @@ def test_defaults_of_the_released_models(name, guidance, temperature, scales, pi
         ({"resolution": "2M"}, "has no resolution '2M'; it has 0.06M"),
         ({"ratio": 0}, "aspect ratio 0"),
         ({"device": "tpu9"}, "unknown device 'tpu9'"),
-        ({"device": "cuda:99"}, "'cuda:99' is not here"),
+        ({"device": "cuda:99"}, "'cuda:99' does not exist"),
         ({"dtype": "int4"}, "unknown dtype 'int4'"),
         ({"batch": 0}, "batch 0"),
     ],

@@ -205,7 +205,7 @@ def test_fusing_leaves_the_dropped_branch_whole_up_to_there(model):
     assert uncond == (1 + 4 + 9 + 16,) * 2 + (1 + 4 + 9,) * 2
     assert uncond == tuple(step_lengths(FUSED, model.transformer.chunk_layers)["uncond"])
     sampler.rewind(generation, 4)
-    with pytest.raises(ValueError, match="scale 4 wants the uncond branch, which an earlier scale dropped"):
+    with pytest.raises(ValueError, match="scale 4 needs the uncond branch, which an earlier scale dropped"):
         sampler.advance(generation, FULL[4])
     sampler.rewind(generation, 3)
     assert np.array_equal(sampler.finish(generation, FULL), images)
@@ -226,7 +226,7 @@ def test_a_dropped_branch_cannot_come_back(model):
     generation = sampler.begin(PROMPTS, SEEDS)
     for step in STAGED[:4]:
         sampler.advance(generation, step)
-    with pytest.raises(ValueError, match="wants the cond branch"):
+    with pytest.raises(ValueError, match="needs the cond branch"):
         sampler.advance(generation, FULL[4])
 
 

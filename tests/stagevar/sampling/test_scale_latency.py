@@ -49,7 +49,7 @@ def test_schedules_that_decide_have_no_fixed_shares(ran):
 
 
 def test_no_rounds_is_an_error(ran):
-    with pytest.raises(ValueError, match="time nothing"):
+    with pytest.raises(ValueError, match="rounds 0 must be at least 1"):
         time_scales(ran, {}, "a", 0, rounds=0)
 
 

@@ -60,7 +60,7 @@ def test_who_leaves_is_not_drawn():
 
 
 def test_a_line_without_room_is_refused():
-    with pytest.raises(ValueError, match="lets nobody in"):
+    with pytest.raises(ValueError, match="admits none"):
         WaitingLine(0)
 
 

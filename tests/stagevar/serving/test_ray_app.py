@@ -36,7 +36,7 @@ def test_arguments_come_as_text_or_values():
         ({}, "give either profile=FILE or model=NAME"),
         ({"model": "nano", "profile": "p.yaml"}, "give either"),
         ({"model": "nano", "replcas": 2}, "unknown argument 'replcas', did you mean replicas"),
-        ({"model": "nano", "replicas": "many"}, "replicas 'many' is not a value of its kind"),
+        ({"model": "nano", "replicas": "many"}, "replicas 'many' has the wrong type"),
         ({"model": "nano", "compare": "perhaps"}, "compare 'perhaps' is not"),
     ):
         with pytest.raises(UsageError, match=message):

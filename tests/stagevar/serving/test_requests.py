@@ -38,7 +38,7 @@ BAD_BODIES = {
     "invalid UTF-8": (b'{"prompt": "\xff\xfe"}', 400, "not UTF-8: byte 12 is 0xff"),
     "UTF-16": ('{"prompt": "a"}'.encode("utf-16"), 400, "not UTF-8"),
     "a compressed body": (b"\x1f\x8b\x08\x00", 400, "not UTF-8"),
-    "NaN": (b'{"prompt": "a", "seed": NaN}', 400, "NaN is not a number of JSON"),
+    "NaN": (b'{"prompt": "a", "seed": NaN}', 400, "NaN is not a valid JSON number"),
     "infinity": (b'{"prompt": "a", "guidance_scale": -Infinity}', 400, "-Infinity is not a number"),
     "5,000 digits": (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", 400, "too many digits"),
     "nested 30,000 deep": (b"[" * 30_000, 400, "JSON|nested"),

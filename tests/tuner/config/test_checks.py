@@ -56,7 +56,7 @@ def prompt_file(folder: Path, bad: object, at: int = 40, count: int = 90) -> Pat
     ("bad", "reason"),
     [
         ({"prompt": "a photo of a circle"}, "line 40: geneval_nano: prompt"),
-        ({**GOOD, "prompt": "half \ud83d"}, "line 40: .* is half of a character"),
+        ({**GOOD, "prompt": "half \ud83d"}, "line 40: .* is half a character"),
         (
             {**GOOD, "prompt": "x", "include": [{"class": "ring"}]},
             r"line 40: GenEval metadata: include\[0\] has count None",
@@ -88,7 +88,7 @@ def test_good_files_and_blank_lines_pass(tmp_path, capsys):
         (["--threads", "999"], "threads 999 must be between 1 and"),
         (["--device", "tpu"], "unknown device 'tpu'"),
         (["--device", "meta"], "unknown device 'meta'"),
-        (["--device", "cuda:99"], "is not here"),
+        (["--device", "cuda:99"], "does not exist"),
         (["--weights", "/nowhere/w"], "no weights at /nowhere/w: No such file"),
         (["--weights", ""], "is empty"),
         (["--resolution", "9M"], "has no resolution '9M'"),
