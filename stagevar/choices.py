@@ -1,4 +1,4 @@
-"""What options accept, checked without importing what they stand for, so before anything is loaded."""
+"""What options accept, checked before anything is loaded and without importing what they stand for."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check_engine(name: str, device: str) -> None:
 
 
 def processors() -> list[int]:
-    """Numbers of the processors that this process may use, empty where the system does not tell."""
+    """Numbers of the processors that this process may use, empty if the system does not say."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 

@@ -1,4 +1,4 @@
-"""Manners of every command: one line per error, its exit code, silence when the reader leaves, 130 after Ctrl-C."""
+"""How every command behaves: one line per error, its exit code, silence when the reader leaves, 130 after Ctrl-C."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _NO_READER = 1
 
 
 def start(prog: str, module: str) -> int:
-    """Imports the module of a command and runs its `main`; Ctrl-C while it is imported is one line too."""
+    """Imports the module of a command and runs its `main`; Ctrl-C during the import is one line, too."""
     loaded = []
 
     def load() -> int:
@@ -42,7 +42,7 @@ _consoles: list[logs.Console] = []
 
 
 def set_verbosity(verbose: int, quiet: bool) -> None:
-    """What of the messages the command shows, as -v and -q say: warnings; -v what happens too, -vv everything; -q errors."""
+    """Which messages the command shows: warnings by default, -v also what happens, -vv everything, -q errors only."""
     level = logging.ERROR if quiet else {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
     for console in _consoles:
         logs.set_level(console, level)
@@ -93,7 +93,7 @@ def report_errors(prog: str, run: Callable[[], int]) -> int:
 
 
 def _known(error: BaseException) -> StagevarError | None:
-    """An error that is no fault of the program: ours, or what the system says about files and memory."""
+    """An error that is not a bug: this project's own, or the system's about files and memory."""
     if isinstance(error, StagevarError):
         return error
     if isinstance(error, OSError) and error.errno is not None:
@@ -112,7 +112,7 @@ def _about_file(error: OSError) -> str:
 
 
 def say(line: str) -> None:
-    """A line on stderr, whatever it can show, its middle left out where it is too long; nothing where nobody listens."""
+    """Writes what stderr can show of a line, without the middle if it is too long; does nothing if nobody listens."""
     if sys.stderr is None:
         return
     with contextlib.suppress(OSError, ValueError):
@@ -155,7 +155,7 @@ def _interruptible() -> Iterator[threading.Event]:
 
 @contextlib.contextmanager
 def showing_everything() -> Iterator[None]:
-    """Output in whose encoding every text can be shown, with escapes, instead of ending in an error."""
+    """Output that shows every text, with escapes where its encoding would raise an error."""
     before = []
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

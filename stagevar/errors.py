@@ -31,10 +31,10 @@ class UsageError(StagevarError):
 
 
 class InfrastructureError(StagevarError):
-    """What a run stands on gave way: workers, the proposing process, the device, the disk, the database. Exit code 6.
+    """What a run depends on failed: workers, the proposing process, the device, the disk, the database. Exit code 6.
 
-    No schedule is to blame, so none is failed for it; everything measured so far is kept, and once the cause is mended the
-    same command resumes. `except Exception` that turns errors into failed trials must let this class through.
+    No schedule is to blame, so none is marked as failed; everything measured so far is kept, and once the cause is fixed
+    the same command resumes. `except Exception` that turns errors into failed trials must let this class through.
     """
 
     exit_code = 6
@@ -45,7 +45,7 @@ class DeviceBroken(InfrastructureError):
 
 
 class OutOfDeviceMemory(InfrastructureError):
-    """A computation needs more memory than its device has free. With more room, or in smaller parts, it can run."""
+    """A computation needs more memory than its device has free. With more memory, or in smaller parts, it could run."""
 
 
 class WeightsError(UsageError):
@@ -67,13 +67,13 @@ def nearest(word: object, known: Iterable[str], cutoff: float = 0.5) -> str | No
 
 
 def did_you_mean(word: object, known: Iterable[str], cutoff: float = 0.5) -> str:
-    """ ", did you mean NAME?" with the known name nearest to a word, or nothing where none is near."""
+    """ ", did you mean NAME?" with the known name nearest to a word, or nothing if none is near."""
     near = nearest(word, known, cutoff)
     return f", did you mean {near}?" if near is not None else ""
 
 
 def hint(word: object, known: Iterable[str], cutoff: float = 0.5) -> str:
-    """`did_you_mean`, or all known names where none is near."""
+    """`did_you_mean`, or all known names if none is near."""
     names = [*known]
     return did_you_mean(word, names, cutoff) or f"; known: {', '.join(names)}"
 

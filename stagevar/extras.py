@@ -23,17 +23,17 @@ PACKAGES: dict[str, tuple[str, ...]] = {
 
 
 class MissingExtra(UsageError):
-    """A package is not installed; the message names the extra that brings it. Exit code 2."""
+    """A package is not installed; the message names the extra that installs it. Exit code 2."""
 
 
 def extra_of(package: str) -> str | None:
-    """The extra that installs a package, given by the name that imports use; None for one that no extra has."""
+    """The extra that installs a package, given by the name that imports use; None if no extra does."""
     root = package.partition(".")[0]
     return next((extra for extra, packages in PACKAGES.items() if root in packages), None)
 
 
 def install_command(extra: str) -> str:
-    """What to type to add an extra."""
+    """The command that adds an extra."""
     return f"pip install '{DISTRIBUTION}[{extra}]'"
 
 

@@ -1,4 +1,4 @@
-"""Folders of the system as they are: no home, empty variables, read-only places, names that systems hide."""
+"""The system's folders as found in practice: no home, empty variables, read-only places, names that systems hide."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 def cache_dir() -> Path | None:
     """Where prompt embeddings and file hashes are kept: $STAGEVAR_CACHE, else `stagevar` in the user's cache folder.
 
-    An empty variable counts as unset, and so does a relative $XDG_CACHE_HOME (XDG Base Directory Specification). None where
-    the process has no home, as under a user id without a passwd entry: nothing is kept then.
+    An empty variable counts as unset, and so does a relative $XDG_CACHE_HOME (XDG Base Directory Specification). None if
+    the process has no home, as with a user id without a passwd entry; nothing is kept then.
     """
     if own := os.environ.get("STAGEVAR_CACHE"):
         return Path(own)
@@ -31,12 +31,12 @@ def _home_of_user() -> str | None:
         return None
 
 
-#: Folders that archives, network drives and recycle bins leave beside a user's files.
+#: Folders that archives, network drives and recycle bins leave among a user's files.
 _OF_SYSTEMS = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found"}
 
 
 def visible(paths: Iterable[Path]) -> Iterator[Path]:
-    """Paths without those that systems put beside a user's (`.DS_Store`, `._a.png`, `.ipynb_checkpoints`, `__MACOSX`)."""
+    """Paths without those that systems put among a user's (`.DS_Store`, `._a.png`, `.ipynb_checkpoints`, `__MACOSX`)."""
     return (path for path in paths if not path.name.startswith(".") and path.name.lower() not in _OF_SYSTEMS)
 
 

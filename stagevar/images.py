@@ -1,4 +1,4 @@
-"""How like two images are, pixel by pixel: PSNR and SSIM without any package beyond torch.
+"""How similar two images are, pixel by pixel: PSNR and SSIM without any package beyond torch.
 
 Source: Wang et al., "Image quality assessment: from error visibility to structural similarity" (2004): Gaussian window
 of 11 pixels with sigma 1.5, constants 0.01 and 0.03. Windows that would leave the image are not scored.

@@ -1,7 +1,7 @@
 """Where log messages go: to the console of a command, to the file of a run, from a worker to its driver.
 
-Modules log to loggers of their own name, below "stagevar" or "tuner"; a script that configures logging gets them as any
-others. Libraries never print. What was raised with `warnings.warn` is in the file of a run too.
+Modules log to loggers of their own name, below "stagevar" or "tuner"; a script that configures logging gets them like any
+others. Libraries never print. Warnings raised with `warnings.warn` are in a run's file, too.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def set_level(handler: logging.Handler, level: int) -> None:
 
 @contextlib.contextmanager
 def log_file(path: Path, command: str, versions: Mapping[str, str], level: int = logging.INFO) -> Iterator[None]:
-    """Appends the messages and warnings of a run to a file, after a line each for its command and its versions."""
+    """Appends the messages and warnings of a run to a file, after one line for its command and one for its versions."""
     handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setLevel(level)
     handler.setFormatter(logging.Formatter(LINE))

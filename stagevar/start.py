@@ -1,4 +1,4 @@
-"""Entry point of `stagevar`: Ctrl-C is one line from the first moment, also while the command's modules load."""
+"""Entry point of `stagevar`: Ctrl-C is one line from the first moment, even while the command's modules load."""
 
 from stagevar.console import start
 

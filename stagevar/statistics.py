@@ -16,7 +16,7 @@ _KEPT = 1024
 
 
 def resample_indices(count: int, seed: int = 0) -> np.ndarray:
-    """Indices (RESAMPLES, count) of resampled values; few are kept, since studies ask for the same ones again and again."""
+    """Indices (RESAMPLES, count) of resampled values; a few are cached, since studies ask for the same ones again and again."""
     return _kept_indices(count, seed) if count <= _KEPT else _kept_indices.__wrapped__(count, seed)
 
 
@@ -51,7 +51,7 @@ def ratio_bounds(
 
 
 def paired_logs(samples_ms: Sequence[float], baseline_ms: Sequence[float]) -> np.ndarray:
-    """Logarithm (R,) of what each of R rounds took over what the baseline took in it."""
+    """Logarithm (R,) of each round's time over the baseline's time in that round."""
     logs: np.ndarray = np.log(np.asarray(samples_ms, dtype=np.float64)) - np.log(
         np.asarray(baseline_ms, dtype=np.float64)
     )

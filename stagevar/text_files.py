@@ -1,8 +1,8 @@
 """Text files as people have them: the one place that decodes them, splits them into lines and reads JSON and CSV.
 
 Accepted: UTF-8 with or without a byte-order mark, UTF-16 and UTF-32 with one; lines that end in \\n, \\r\\n or \\r and in
-nothing else: U+2028, U+0085 and their like are characters of a line, as JSON and CSV have it. Whatever cannot be placed
-for certain is a UsageError that names the file and the line.
+nothing else: U+2028, U+0085 and their like are characters of a line, as JSON and CSV have it. Anything ambiguous
+is a UsageError that names the file and the line.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def read_text(path: str | os.PathLike[str], what: str = "") -> str:
     """The text of a file, without byte-order marks.
 
     what: what the file is for, as the message calls it ("prompts"). Raises UsageError if it cannot be read, is too large or
-    is no text.
+    is not text.
     """
     name = f"{what} {path}".strip()
     try:
@@ -167,7 +167,7 @@ def read_json_values(path: str | os.PathLike[str], what: str = "") -> list[tuple
 
 
 def parse_json_values(text: str, name: str) -> list[tuple[int, Any]]:
-    """As `read_json_values`, of a text."""
+    """Like `read_json_values`, but from a text."""
     lines = [(number, line) for number, line in enumerate(split_lines(text), start=1) if line.strip()]
     if not lines:
         return []
@@ -234,7 +234,7 @@ def read_table(path: str | os.PathLike[str], what: str = "") -> Table:
 
 
 def parse_table(text: str, name: str) -> Table:
-    """As `read_table`, of a text."""
+    """Like `read_table`, but from a text."""
     lines = _LINE_END.split(text, maxsplit=1)
     told = re.fullmatch(r"sep=(.)\s*", lines[0], re.IGNORECASE)
     skipped = 1 if told else 0

@@ -1,7 +1,7 @@
 """Latency that can be believed: warmed per schedule, interleaved, raw samples kept.
 
-One measurement is the wall time of one whole generation with the device synchronised at both ends; on CUDA the event time
-of the same span is kept beside it. Schedules are never timed one after the other but in turn, so that a drifting clock or a
+One measurement is the wall time of one whole generation with the device synchronized at both ends; on CUDA the event time
+of the same span is kept as well. Schedules are never timed one after the other but in turn, so that a drifting clock or a
 busy neighbor hits all of them, and comparisons are paired by round.
 """
 
@@ -112,7 +112,7 @@ def measure_rounds(
     device: torch.device | str = "cpu",
     warm_up_at_most: int = 12,
 ) -> dict[str, Timing]:
-    """As `measure`, with runs that are told the number of their round, so that each round may have another prompt.
+    """Like `measure`, but each run gets the number of its round, so that each round can use another prompt.
 
     They are warmed up as for round 0.
     """
@@ -174,7 +174,7 @@ def _rounds(
 
 @contextmanager
 def threads_of(count: int | None) -> Iterator[None]:
-    """Runs torch on so many CPU threads, then on as many as before; None changes nothing."""
+    """Runs torch on `count` CPU threads, then on as many as before; None changes nothing."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -188,7 +188,7 @@ def pinned(threads: int = 1) -> Iterator[int]:
     """Runs torch on `threads` threads pinned to as many processors, then restores both. Yields the thread count.
 
     A second busy process makes unpinned multi-threaded timings several times worse; one pinned thread is the default for
-    CPU figures. Where the system has no affinity calls only the thread count is set.
+    CPU figures. If the system has no affinity calls, only the thread count is set.
     """
     check_threads(threads)
     available = processors()

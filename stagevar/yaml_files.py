@@ -1,7 +1,7 @@
-"""YAML files from outside: plain data only, and nothing that reads otherwise than it looks.
+"""YAML files from outside: plain data only, and nothing that means something other than it seems to.
 
-YAML 1.1 takes `no` for false, `016` for fourteen, `1:20` for eighty and `2026-01-02` for a date, and of equal keys PyYAML keeps
-the last. Here each of these is refused with its line. Numbers are decimal; `1e3`, without a point, is text, as PyYAML has it.
+YAML 1.1 takes `no` for false, `016` for fourteen, `1:20` for eighty and `2026-01-02` for a date, and PyYAML keeps the last of
+equal keys. Here each of these is refused with its line. Numbers are decimal; `1e3`, without a point, is text, as PyYAML has it.
 """
 
 from __future__ import annotations

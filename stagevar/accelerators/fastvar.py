@@ -2,7 +2,7 @@
 
 At a pruned scale every self-attention, cross-attention and feed-forward of the pruned layers scores the tokens of its
 own input by their squared distance to the mean token, runs on the `kept` highest, and gives the others its own branch
-output of the cache scale, area-resized. Layers outside the range, the embeddings and the head see all tokens.
+output from the cache scale, area-resized. Layers outside the range, the embeddings and the head see all tokens.
 
 Source: FastVAR (arXiv 2503.23367), csguoh/FastVAR, FastVAR/Infinity (facts). Differs: pruned, skipped and cached
 scales come from the schedule by position, so any aspect ratio works (the reference tests grid widths and a token count

@@ -1,8 +1,8 @@
 """SkipVAR: a look at the partial image decides per image whether to skip the last scales or to drop guidance there.
 
-After the fourth last scale the code sums before and after it are decoded at a small grid. Two numbers, how much the
+After the fourth to last scale the code sums before and after it are decoded at a small grid. Two numbers, how much the
 edges changed and how much of the spectrum is high-frequency, go through a linear classifier: skip the last 0 to 3
-scales; where that says 0, a second one says from which scale on to run the conditional branch alone.
+scales; if that says 0, a second one says for how many last scales to run the conditional branch alone.
 
 Source: SkipVAR (arXiv 2506.08908), fakerone-li/SkipVAR (facts; the published classifiers' numbers are in
 data/skipvar_models.json). Differs: the decision point counts from the end of the schedule, rows of a batch regroup by

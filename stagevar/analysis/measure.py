@@ -3,7 +3,7 @@
 For every scale the partial image is decoded and compared with the final one; the same scale is run once with each branch
 alone (rewinding makes that a fork, not a second generation) to see what dropping guidance would change; and the features
 that enter each chunk of blocks are decomposed into singular values. From these a schedule is proposed by a stated rule,
-and the proposal is checked by ablation: the same acceleration begun at every scale, against the full schedule.
+and the proposal is checked by ablation: the same acceleration started at every scale, against the full schedule.
 
 Source: StageVAR (arXiv 2512.16483) for the idea of the three curves and for rank by kept energy. The plateau rule with
 confidence over prompts, the image effect of dropping a branch and the ablation are ours.
@@ -217,7 +217,7 @@ class _Observer(Accelerator):
         """Keeps the squared singular values of the features, largest first, as shares of their sum: (rows, M)."""
         batch = x_RMC.shape[0] // branches
         rows = [b * batch + i for b in range(branches) for i in range(min(self.watched, batch))]
-        for row in rows:  # one by one: at 4,096 tokens a batch of these would not fit beside the model
+        for row in rows:  # one by one: at 4,096 tokens a batch of these would not fit next to the model
             x_MC = x_RMC[row].double()
             gram = x_MC @ x_MC.T if x_MC.shape[0] <= x_MC.shape[1] else x_MC.T @ x_MC
             energy = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).cpu().numpy()
@@ -255,7 +255,7 @@ class _Probe(Sampler):
         self.tokens: Tensor | None = None
 
     def on_scale(self, step: ScaleStep, logits_BLV: Tensor, tokens: Tensor) -> None:
-        # Vectors never come out alike; they count as drawn otherwise where another code is nearest.
+        # Vectors never come out equal; they count as drawn differently if another code is nearest.
         nearest = getattr(self.model.tokenizer.residual, "nearest", None)
         self.logits, self.tokens = logits_BLV, tokens if nearest is None else nearest(tokens)
 
@@ -349,7 +349,7 @@ def _ablate(
     quality: Mapping[str, Quality],
     scores: dict[str, list[np.ndarray]],
 ) -> None:
-    """One batch: the full schedule, then the acceleration begun at each scale, last first, on the same prefix."""
+    """One batch: the full schedule, then the acceleration started at each scale, last first, on the same prefix."""
     model = probe.model
     generation = probe.begin(prompts, seeds)
     full = exact(len(model.grids)).expand(model.grids, probe.chunks)

@@ -165,7 +165,7 @@ def is_idle(schedule: StageSchedule) -> bool:
 
 
 def begun_at(proposal: StageSchedule, start: int, model: LoadedModel) -> StageSchedule:
-    """The proposal's kind of acceleration begun at another scale; earlier scales get the ratios of its first one.
+    """The proposal's kind of acceleration started at another scale; earlier scales get the ratios of its first one.
 
     A proposal that accelerates nothing is ablated by dropping a branch at once, to show what that would cost.
     """

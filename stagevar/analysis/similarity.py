@@ -18,8 +18,9 @@ SIMILARITIES = "stagevar.similarities"
 class Similarity:
     """How alike two images are, beyond the built-in SSIM and low-frequency match.
 
-    score(images, finals) -> (B,): both uint8 (B, H, W, 3); 1 for identical images (a distance d enters as 1 - d).
-    stage: which boundary it may decide, "semantic" (CLIP, DINO) or "structure" (LPIPS, DISTS).
+    Attributes:
+        score: (images, finals) -> (B,), both uint8 (B, H, W, 3); 1 for identical images (a distance d enters as 1 - d).
+        stage: which boundary it may decide, "semantic" (CLIP, DINO) or "structure" (LPIPS, DISTS).
     """
 
     name: str

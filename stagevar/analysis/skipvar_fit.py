@@ -1,11 +1,11 @@
 """Fits SkipVAR's classifiers to another model: which late scales can be skipped, or run without guidance, per image.
 
 Every training prompt is run in full; at the decision point its two features are taken, and every continuation's image
-is compared with the full one. The label is the largest number of scales that may be skipped (or, where none may, run on
-the conditional branch alone) with the similarity still at the target. Skipped continuations cost nothing, because their
-code sums are on the way of the full run; the others are forks of it.
+is compared with the full one. The label is the largest number of scales that may be skipped (or, if none may, run on
+the conditional branch alone) with the similarity still at the target. Skipped continuations cost nothing, because the
+full run passes through their code sums; the others are forks of it.
 
-Source: SkipVAR (arXiv 2506.08908): standardised features, multinomial logistic regression, labels by target SSIM; its
+Source: SkipVAR (arXiv 2506.08908): standardized features, multinomial logistic regression, labels by target SSIM; its
 training code is not public, the rest is ours.
 """
 
@@ -162,7 +162,7 @@ def _observe(
 
 
 def _fit(features_NF: np.ndarray, labels_N: np.ndarray) -> LinearClassifier:
-    """Standardised logistic regression; a single class is predicted always."""
+    """Standardized logistic regression; a single class is always predicted."""
     extras.require("fitting a skip classifier", "sklearn")
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler

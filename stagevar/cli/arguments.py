@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_verbosity(*parsers: argparse._ActionsContainer) -> None:
-    """How much is said on stderr beside the result (`stagevar.console.set_verbosity`)."""
+    """How much is shown on stderr besides the result (`stagevar.console.set_verbosity`)."""
     for parser in parsers:
         parser.add_argument(
             "-v", "--verbose", action="count", default=0, help="show what happens; repeat it for details"
@@ -79,7 +79,7 @@ def finite_number(text: str) -> float:
 
 
 def between(low: float, high: float, ends: bool = True) -> Callable[[str], float]:
-    """The type of numbers between two, which are among them or not."""
+    """The type of numbers between two bounds, inclusive or not."""
 
     def value_of(text: str) -> float:
         value = finite_number(text)
@@ -104,17 +104,17 @@ def file_value(text: str) -> Path:
 
 
 def existing_path(text: str) -> Path:
-    """The path of a file or folder that is there."""
+    """The path of an existing file or folder."""
     return _existing(path_value(text), "a file or folder")
 
 
 def existing_file(text: str) -> Path:
-    """The path of a file, device or pipe that is there."""
+    """The path of an existing file, device or pipe."""
     return _existing(file_value(text), "a file")
 
 
 def existing_folder(text: str) -> Path:
-    """The path of a folder that is there."""
+    """The path of an existing folder."""
     return _existing(path_value(text), "a folder")
 
 
@@ -133,7 +133,7 @@ def _existing(path: Path, what: str) -> Path:
 
 
 def name_value(text: str) -> str:
-    """Text that is not empty and that the system takes for a name."""
+    """Text that is not empty and that the system accepts as a name."""
     if not text.strip():
         raise argparse.ArgumentTypeError(f"{text!r} is empty")
     if "\0" in text:

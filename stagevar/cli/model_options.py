@@ -69,7 +69,7 @@ def add_prompt_options(parser: argparse.ArgumentParser, count: int) -> None:
 
 
 def model_request(args: argparse.Namespace, profile: Profile | None = None) -> ModelRequest:
-    """What the options ask for; of a profile's model, and with its options where they leave something open."""
+    """The model that the options ask for; a profile's model and options fill in what they leave open."""
     asked = ModelRequest(
         args.model if profile is None else profile.model.name,
         weights=args.weights,
@@ -114,7 +114,7 @@ def check_running(request: ModelRequest, engine: str, threads: int | None) -> No
 
 
 def presets(text: str) -> list[str]:
-    """Names of presets with commas between them, each once. Raises UsageError for an unknown one."""
+    """Comma-separated names of presets, each once. Raises UsageError for an unknown one."""
     from stagevar.schedule import PRESETS
 
     names = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
@@ -126,7 +126,7 @@ def presets(text: str) -> list[str]:
 
 
 def shared(what: str, values: Sequence[Any]) -> Any:
-    """What all profiles agree on, None without any. Raises UsageError where they do not."""
+    """What all profiles agree on; None without any profile. Raises UsageError if they disagree."""
     different = list(dict.fromkeys(values))
     if len(different) > 1:
         raise UsageError(f"the profiles differ in {what} ({', '.join(map(str, different))}); give --{what}")

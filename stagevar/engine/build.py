@@ -12,7 +12,7 @@ from stagevar.errors import UsageError
 
 
 def fell_back_because(engine: Engine) -> str | None:
-    """Why an engine no longer does what its name says, None while it does; figures of one that does not are another's."""
+    """Why an engine no longer does what its name says, None while it does; its figures would be another engine's."""
     why = engine.fallback_reason
     if why is None and engine.compiled:
         from stagevar.models import fused

@@ -7,11 +7,11 @@ output buffers as its inputs, and nothing is copied but text and keys.
 
 Memory. Recordings of steps share a pool: the scratch space of one may become the outputs of another that is recorded
 later, so a replay may destroy the outputs of every later recording. That is sound as long as whatever is still to be read
-was recorded before whatever is still to be replayed. It holds along a walk: one reads outputs of one's ancestors only,
+was recorded before whatever is still to be replayed. It holds along a walk: a step reads only its ancestors' outputs,
 they were recorded before their descendants, and an ancestor is never dropped before them. It does not hold for the
 decoder, which is replayed in the middle of a walk; hence its pool is its own.
 
-Both engines run the same kernels in the same order, but for the masked text rows that the graph engine adds up to a
+Both engines run the same kernels in the same order, except for the masked text rows that the graph engine adds up to a
 bucket.
 """
 

@@ -1,8 +1,8 @@
-"""What runs between a block's matrix products, as Triton kernels, each beside its plain PyTorch twin.
+"""What runs between a block's matrix products, as Triton kernels, each next to its plain PyTorch twin.
 
 A block of Infinity is memory traffic around products. Two kernels carry all of it: `gated_norm` adds a sublayer's gated
 output to the residual stream and gives the next sublayer's normed input, reading the stream once; `heads_into_cache` takes
-the output of the qkv product and writes k and v where the KV cache keeps them, so that only q is a tensor of its own.
+the output of the qkv product and writes k and v where the KV cache keeps them, so that only q is a separate tensor.
 
 The twins are the definition: on a CPU they run, and the kernels are tested against them in Triton's interpreter. Arithmetic
 is float32 whatever the inputs are. Triton comes with torch's builds for CUDA only; without it `triton` is None here and

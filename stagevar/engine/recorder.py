@@ -1,4 +1,4 @@
-"""Recording a computation over fixed buffers: CUDA graphs, behind an interface that tests on a CPU fill in another way."""
+"""Recording a computation over fixed buffers: CUDA graphs, behind an interface that CPU tests implement differently."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Recorder(ABC):
         """
 
     def new_pool(self, separate_pool: bool) -> None:  # noqa: B027  only CUDA graphs have pools
-        """Called before the first of some recordings with this `separate_pool`: none of the earlier ones is left.
+        """Called before the first recording with this `separate_pool`, or the first after all earlier ones were dropped.
 
         An allocator's pool ends with its last graph and cannot be recorded into again.
         """

@@ -1,4 +1,4 @@
-"""What the sampler asks of a next-scale model, a tokenizer and a text encoder. Every family implements exactly this.
+"""What the sampler needs from a next-scale model, a tokenizer and a text encoder. Every family implements exactly this.
 
 Rows: a forward pass works on R rows. While guidance runs, R = 2B with the B conditional rows first and the B
 unconditional rows after them; after the cutoff R = B rows of the branch that was kept.
@@ -38,7 +38,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
 
 
 def apply_guidance(x_RLC: Tensor, guidance: float) -> Tensor:
-    """Both branches' streams as one of the conditional rows: u + s(c - u)."""
+    """Both branches' streams mixed into one for the conditional rows: u + s(c - u)."""
     cond, uncond = x_RLC.chunk(2)
     return torch.lerp(uncond, cond, guidance)
 
@@ -49,7 +49,7 @@ def around_nothing(site: Site, x_RLC: Tensor, positions: Tensor | None, run: Sit
 
 
 def leaves_layers_alone(around: Around) -> bool:
-    """Whether a hook runs every site inside layers as it is and keeps nothing of it, so that sublayers may be chained."""
+    """Whether a hook runs every site inside layers unchanged and keeps nothing from it, so that sublayers may be chained."""
     return around is around_nothing or getattr(around, "leaves_layers_alone", False)
 
 
@@ -66,7 +66,7 @@ class Conditioning(ABC):
         """The same conditioning restricted to these rows (views for a slice; a list of row numbers copies)."""
 
     def padded(self, multiple: int) -> Conditioning:
-        """The same conditioning with masked text rows added up to a multiple, where it has text rows."""
+        """The same conditioning with masked text rows added up to a multiple, if it has text rows."""
         return self
 
     def tensors(self) -> list[Tensor]:
@@ -74,7 +74,7 @@ class Conditioning(ABC):
         return list(_leaves(vars(self)))
 
     def clone(self) -> Conditioning:
-        """A copy with tensors of its own."""
+        """A copy with its own tensors."""
         return dataclasses.replace(self, **_cloned(vars(self)))  # type: ignore[type-var]
 
 
@@ -115,7 +115,7 @@ class Residual(Protocol):
 
 
 class ImageTokenizer(Protocol):
-    """Turns a code sum into pixels and (where it has an encoder) an image into a latent."""
+    """Turns a code sum into pixels and (if it has an encoder) an image into a latent."""
 
     latent_dim: int
 
@@ -198,7 +198,7 @@ class NextScaleModel(nn.Module, ABC, Generic[Conditions]):
         """`draw`, for families whose tokens follow from the logits alone; others override it.
 
         Args:
-            x_RLC: the trunk's output in the rows that the logits were made of, 2B where guidance mixed them.
+            x_RLC: the trunk's output in the rows that the logits were made from, 2B if guidance mixed them.
             residual: the tokenizer's, which takes what this returns.
         """
         return self.draw(logits_BLV, noise, sampling)

@@ -1,4 +1,4 @@
-"""Public files that loading a model fetches, with their sizes as far as they follow from the number of parameters.
+"""Public files that loading a model fetches, with their sizes as far as the number of parameters tells.
 
 Nothing is fetched or asked here. Sizes are those of float32 checkpoints, as the families publish them, so they are estimates.
 """
@@ -15,7 +15,7 @@ from stagevar.models.request import LoadRequest
 
 #: Parameters of text encoders' repositories: flan-t5-xl with its decoder, Stable Diffusion 2.1's text model, Qwen2's of 1.5 B.
 _TEXT_PARAMETERS = {"infinity": 2_849_757_184, "star": 340_387_840, "hart": 1_543_714_304}
-#: Files that are there when a folder of the hub is.
+#: Files that are present if a hub folder is.
 _MARKS = ("model.safetensors.index.json", "pytorch_model.bin.index.json", "config.json", "text_encoder/config.json")
 
 

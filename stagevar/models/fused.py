@@ -69,7 +69,7 @@ def compiler(function: Callable[..., Any], token_axes: Sequence[int | None] | No
     Args:
         token_axes: per argument the axis of its tokens, None where it has none. There the compiled kernels take any size;
             every other size, type and number is fixed in a kernel of its own, so that loads are as wide as the card has
-            them and no function meets the compiler's limit of variants, beyond which it would run plainly unsaid. Without
+            them and no function meets the compiler's limit of variants, beyond which it would silently run uncompiled. Without
             token_axes all sizes are variables of one kernel.
     """
     variants: dict[Any, Callable[..., Any]] = {}
@@ -89,7 +89,7 @@ def compiler(function: Callable[..., Any], token_axes: Sequence[int | None] | No
         try:
             return variants[key](*arguments)
         except RuntimeError as error:
-            from torch._dynamo.exc import TorchDynamoException  # imports a great deal, by now already there
+            from torch._dynamo.exc import TorchDynamoException  # imports a great deal, already loaded by now
 
             if not isinstance(error, TorchDynamoException):
                 raise
@@ -135,7 +135,7 @@ def draws() -> noise.Draws:
 def compiled(transformer: Model, chained: Chained | None = None) -> Model:
     """The transformer with compiled pieces; every tensor is shared with the one given.
 
-    chained: pieces across sublayers besides, for models that have a use for them.
+    chained: also pieces across sublayers, for models that can use them.
     """
     copied = variant(transformer, lambda name, module: None)
     own = pieces() if chained is None else dataclasses.replace(pieces(), chained=chained)

@@ -18,7 +18,7 @@ from stagevar.folders import cache_dir
 
 @dataclass(frozen=True)
 class HubFile:
-    """One file, or with a trailing slash one folder, of a hub repository. `revision` is a commit where one is known."""
+    """One file, or with a trailing slash one folder, of a hub repository. `revision` is a commit if one is known."""
 
     repo: str
     path: str
@@ -86,7 +86,7 @@ def sha256_file(path: Path | str) -> str:
 
 
 def _remembered(book: Path) -> dict[str, str]:
-    """Digests by file; none from a book that is not there or damaged."""
+    """Digests by file; none from a cache file that is missing or damaged."""
     try:
         known = json.loads(book.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -102,6 +102,6 @@ def sha256_files(paths: Iterable[Path | str]) -> dict[str, str]:
 
 
 def sha256_part(paths: Iterable[Path | str]) -> str:
-    """SHA-256 that names the content of a model's part: of its file, or of the digests of its shards; names do not count."""
+    """SHA-256 that names the content of a model's part: of its file, or of the digests of its shards; names are ignored."""
     digests = sorted(sha256_file(path) for path in paths)
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()

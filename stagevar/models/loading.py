@@ -33,7 +33,7 @@ _FILE_NAMES = {
 }
 #: Where a copy of a family's whole repository has its transformer, from its root or from a folder in it, and its tokenizer.
 _IN_COPIES: dict[str, tuple[tuple[str, ...], str]] = {"hart": (("llm/ema_model.bin", "ema_model.bin"), "tokenizer")}
-#: Folders of a family's text encoder as they lie beside local weights, and what such a folder holds.
+#: Folders of a family's text encoder next to local weights, and what such a folder holds.
 _TEXT_FOLDERS = {
     "infinity": (("flan-t5-xl", "flan-t5-xl-official", "text"), "config.json"),
     "star": (("CLIP", "stable-diffusion-2-1", "text"), "text_encoder"),
@@ -78,7 +78,7 @@ def _tokenizer_names(spec: ModelSpec) -> tuple[str, ...]:
     copies = (_IN_COPIES[spec.family][1],) if spec.family in _IN_COPIES else ()
     if spec.tokenizer is None:
         return copies
-    # The reference's notebooks spell the d32 file with one underscore more than the hub does.
+    # The reference's notebooks spell the d32 file with one more underscore than the hub does.
     return (spec.tokenizer.name, spec.tokenizer.name.replace("d32reg", "d32_reg"), *copies)
 
 
@@ -97,7 +97,7 @@ def _named_alike(folder: Path, pattern: str, but: str = "") -> Path | None:
 
 
 def text_beside(request: LoadRequest) -> Path | None:
-    """The folder of the text encoder beside local weights, as a copy of the public files has it; None without one."""
+    """The folder of the text encoder next to local weights, as in a copy of the public files; None without one."""
     if request.weights is None or request.random or request.spec.family not in _TEXT_FOLDERS:
         return None
     names, part = _TEXT_FOLDERS[request.spec.family]
@@ -152,7 +152,7 @@ def locate(request: LoadRequest) -> tuple[Path, Path, dict[str, str]]:
         near = given if given.is_dir() else given.parent
     tokenizer = request.tokenizer
     if tokenizer is None and near is not None:
-        # Shards lie in a folder of their own, so the tokenizer may be beside it.
+        # Shards are in their own folder, so the tokenizer may be next to it.
         for folder in (near, near.parent):
             tokenizer = tokenizer or _converted(folder, "tokenizer") or _first(folder, *_tokenizer_names(spec))
     if tokenizer is None and near is not None and spec.family in _FILE_NAMES:

@@ -63,12 +63,12 @@ class MemoryEstimate:
 
     @property
     def generating(self) -> int:
-        """As `sampling` where the KV cache is freed before decoding."""
+        """Like `sampling`, but with the KV cache freed before decoding."""
         return self.held + max(self.kv_cache + self.activations + self.restoration, self.decoding)
 
     @property
     def held(self) -> int:
-        """What is there all the time."""
+        """What is held all the time."""
         return self.weights + self.tokenizer + self.overhead
 
     @property
@@ -117,7 +117,7 @@ def estimate(parts: Parts, request: LoadRequest) -> MemoryEstimate:
     steps = schedule.expand(parts.grids, len(chunks))
 
     def kept(index: int) -> int:
-        """Outputs of a scale that a later one may be restored from; any may be where the schedule is still searched."""
+        """Outputs of a scale that a later one may be restored from; any may be while the schedule is still being searched."""
         step, later = steps[index], steps[index + 1 :]
         rows = len(step.branches) * batch * step.tokens * width * 4
         if request.schedule is None:

@@ -1,8 +1,8 @@
 """What is alive at once while schedules are tuned and timed, and how many of them a card holds together.
 
 Timed schedules each keep a sampler of their own: the KV cache they are deployed with and, on a graph engine, the memory
-pools of their recordings, which hold a scale's working memory and the decoder's. Whoever runs needs working memory besides,
-which eager samplers share. The cache that quality is walked with is freed before anything is timed.
+pools of their recordings, which hold a scale's working memory and the decoder's. The one that runs also needs working memory,
+which eager samplers share. The cache used for judging quality is freed before anything is timed.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from stagevar.models.base import LoadedModel
     from stagevar.models.request import ModelRequest
 
-#: Share of a card's memory that a study's micro-batch may need; metrics, references and kept scales want the rest.
+#: Share of a card's memory that a study's micro-batch may need; metrics, references and kept scales need the rest.
 CARD_SHARE = 0.8
-#: Images that a study draws at once where there is room.
+#: Images that a study draws at once if there is room.
 STUDY_BATCH = 4
 #: Share of the free memory that is planned with; the rest is for fragmentation and what the estimates leave out.
 USABLE = 0.9

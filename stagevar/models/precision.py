@@ -1,9 +1,9 @@
 """The blocks' matrix products in 8 bits, for the scales whose step asks for it.
 
-Weights are quantized once, a scale per output channel; activations as they come, a scale per token. Products run on
+Weights are quantized once, a scale per output channel; activations on the fly, a scale per token. Products run on
 integer (torch._int_mm) or float8 e4m3 (torch._scaled_mm) units, which have about twice the rate of bfloat16 on cards of
 compute capability 8.9 and later. On a CPU the same functions run, slowly: they check the logic. Norms, attention,
-embeddings and the head stay as they are.
+embeddings and the head are unchanged.
 
 Source: LLM.int8() (arXiv 2208.07339) for scales per row and column; no outlier columns are kept apart here.
 """
@@ -76,13 +76,13 @@ class LowPrecisionLinear(nn.Module):
 
 @cache
 def refused_because(precision: str, device: torch.device) -> str | None:
-    """Why a device cannot multiply in 8 bits, found out by a small product; None where it can."""
+    """Why a device cannot multiply in 8 bits, found by a small test product; None if it can."""
     layer = nn.Linear(64, 32, device=device, dtype=torch.bfloat16)
     x_NK = torch.linspace(-1, 1, 32 * 64, device=device).reshape(32, 64).to(torch.bfloat16)
     try:
         with torch.inference_mode():
             ours, plain = LowPrecisionLinear(layer, precision)(x_NK).float(), layer(x_NK).float()
-    except RuntimeError as error:  # libraries refuse by card and by version, each in words of its own
+    except RuntimeError as error:  # libraries refuse by card and by version, each in its own words
         return reason_of(error)
     if not bool((ours - plain).abs().max() <= 0.1 * plain.abs().max()):
         return "its products are wrong"

@@ -1,4 +1,4 @@
-"""What a model needs on this machine and what of it is missing, without loading or fetching anything."""
+"""What a model needs on this machine and what is missing, without loading or downloading anything."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _text_of(request: LoadRequest) -> list[tuple[str, str]]:
         return [("ok", f"text encoder {beside}")]
     if spec.text is not None:
         return [_hub_state("text encoder", spec.text)]
-    return [] if spec.family == "var" else [("warn", "no text encoder in text/ beside the weights: made-up features")]
+    return [] if spec.family == "var" else [("warn", "no text encoder in text/ next to the weights: made-up features")]
 
 
 def _hub_state(part: str, file: HubFile) -> tuple[str, str]:

@@ -186,7 +186,7 @@ _SPECS = (
     ),
     _hart(
         "hart-tiny", "a few layers of HART on its 256 px scales; random weights only, for trying the tools", 256,
-        # As large as infinity-tiny: beside fewer layers the decoder would take most of the time, and nothing could be saved.
+        # As large as infinity-tiny: with fewer layers the decoder would take most of the time, and nothing could be saved.
         {"depth": 8, "width": 256, "heads": 8, "text_dim": 64, "text_tokens": 32, "head_width": 128, "head_depth": 2},
         settings=_TINY_VQ,
     ),
@@ -254,7 +254,7 @@ def _plugged(plugin: plugins.Plugin) -> ModelSpec:
 
 
 def published(name: str) -> PublishedSettings | None:
-    """The published settings of a model's family; None where there are none, and for models that are not registered."""
+    """The published settings of a model's family; None if there are none, and for models that are not registered."""
     return find(name).published if name in model_names() else None
 
 
@@ -317,7 +317,7 @@ def resolve(model: str | ModelRequest, **options: Any) -> LoadRequest:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """ "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N". Raises UsageError for what is not here."""
+    """ "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N". Raises UsageError for a device that does not exist."""
     import torch
 
     if isinstance(device, torch.device):
@@ -336,7 +336,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def resolve_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
-    """The precision of a name, the device's usual one where none is asked for. Raises UsageError for an unknown name."""
+    """The precision of a name, the device's usual one if none is asked for. Raises UsageError for an unknown name."""
     import torch
 
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -372,7 +372,7 @@ def load_model(model: str | ModelRequest, **options: Any) -> LoadedModel:
 
 
 def model_parts(request: LoadRequest) -> Any:
-    """The model's modules on the meta device (stagevar.models.loading.Parts). Raises UsageError where it has none."""
+    """The model's modules on the meta device (stagevar.models.loading.Parts). Raises UsageError if it has none."""
     if not request.spec.parts:
         raise UsageError(f"{request.spec.name} ships in the package: there are no weight files to convert or measure")
     return pkgutil.resolve_name(request.spec.parts)(request)

@@ -37,7 +37,7 @@ class ModelRequest:
         temperature: as guidance.
         batch: images per pass, for the memory check.
         kv_cache: "model", keys and values in the blocks' precision, or "int8", about half of bfloat16; None for "model".
-        schedule: the only one that will run, for the memory check too; None for any.
+        schedule: the only one that will run, also for the memory check; None for any.
     """
 
     name: str
@@ -56,7 +56,7 @@ class ModelRequest:
     schedule: StageSchedule | None = None
 
     def over(self, other: ModelRequest) -> ModelRequest:
-        """This request where it states something, the other one where it does not."""
+        """What this request states, and what the other one states for the rest."""
         stated = {
             field.name: value
             for field in dataclasses.fields(self)

@@ -1,4 +1,4 @@
-"""The same model carried out differently: a copy of the module tree that shares every tensor, some parts exchanged."""
+"""The same model carried out differently: a copy of the module tree that shares every tensor, with some parts exchanged."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What a card can do, found out by doing it once in small: recorded graphs, compiled pieces, kernels, 16 and 8 bits, attention.
+"""What a card can do, found out by a small trial of each: recorded graphs, compiled pieces, kernels, 16 and 8 bits, attention.
 
-Every check compares with what eager gives on the same card, so a driver or compiler that computes wrongly shows too.
+Every check compares with what eager gives on the same card, so a driver or compiler that computes wrongly shows up, too.
 """
 
 from __future__ import annotations

@@ -151,7 +151,7 @@ class EngineTrials:
         _free(self.model)
 
     def _images(self, sampler: Sampler) -> list[np.ndarray]:
-        # One image a pass, as they are timed; copies, because an engine may draw into one buffer.
+        # One image per pass, as they are timed; copies, because an engine may draw into one buffer.
         pairs = zip(self.prompts, self.seeds, strict=True)
         return [sampler.generate([prompt], [seed], self.steps)[0].copy() for prompt, seed in pairs]
 

@@ -1,6 +1,6 @@
 """JSON Schemas (draft 2020-12) of what the runtime reads, made from the same annotations that its readers check against.
 
-Editors complete and check YAML by them. A schema says types, keys and choices; what depends on a model, such as how many
+Editors complete and check YAML with them. A schema says types, keys and choices; what depends on a model, such as how many
 scales it has, is checked when the file is loaded.
 """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 
-#: What detectors and data sets (COCO, Pascal VOC, Objects365) call the classes that GenEval names otherwise.
+#: What detectors and data sets (COCO, Pascal VOC, Objects365) call the classes that GenEval names differently.
 ALIASES = {
     "mouse": "computer mouse",
     "remote": "tv remote",
@@ -34,7 +34,7 @@ ALIASES = {
 
 @functools.lru_cache(maxsize=4096)
 def class_name(label: str) -> str:
-    """GenEval's wording of a class: small letters, single spaces, known aliases replaced; a stranger keeps its words."""
+    """GenEval's wording of a class: small letters, single spaces, known aliases replaced; an unknown name keeps its words."""
     words = _words(label)
     return ALIASES.get(words, words)
 

@@ -54,7 +54,7 @@ class Metadata(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Detection:
-    """One detected object. `box_xyxy` is (x0, y0, x1, y1) in pixels, y grows downwards; `color` and `texture` are what
+    """One detected object. `box_xyxy` is (x0, y0, x1, y1) in pixels, y grows downward; `color` and `texture` are what
     a classifier calls this object, None if nothing classified it (then it matches no wanted color)."""
 
     class_name: str

@@ -2,13 +2,13 @@
 
 Kinds, by content first and suffix second, in any case:
 
-* JSON lines (.jsonl, .ndjson): GenEval metadata, objects with a text under "prompt", or bare strings, one a line;
+* JSON lines (.jsonl, .ndjson): GenEval metadata, objects with a text under "prompt", or bare strings, one per line;
 * JSON (.json): a list of the same, alone or under "prompts";
 * CSV (.csv, .tsv): a header with a column `prompt`; other columns stay with the prompt;
-* text (.txt, and whatever has no other kind): one prompt a line;
-* a folder of .txt files: one prompt a file, its "item_id" the file's name (DPG-Bench).
+* text (.txt, and whatever has no other kind): one prompt per line;
+* a folder of .txt files: one prompt per file, the file's name as its "item_id" (DPG-Bench).
 
-Space around a prompt is dropped; what is inside of it stays as it is.
+Space around a prompt is dropped; the text itself is unchanged.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ KINDS = ".txt (one prompt per line), .jsonl, .json, .csv with a column prompt"
 _JSON, _CSV = (".jsonl", ".ndjson", ".jsonlines", ".json"), (".csv", ".tsv", ".tab")
 #: Text of a kind that is never a list of prompts, so that its lines are not taken for some.
 _OTHERS = (".yaml", ".yml", ".toml", ".xml", ".html", ".htm", ".ipynb", ".py", ".rtf")
-#: Text that begins like JSON which somebody meant: an object, or a list of objects or strings on its first lines.
+#: Text that begins like intended JSON: an object, or a list of objects or strings on its first lines.
 _LOOKS_LIKE_JSON = re.compile(r'\s*(?:\{\s*"|\[\s*(?:\{\s*"|"(?:[^"\\]|\\.)*"\s*[,\]]))')
 
 

@@ -1,8 +1,8 @@
 """Schedules side by side in one run: latency ratios, tokens, memory, and quality against the full schedule.
 
 Every schedule makes the same images from the same prompts and seeds. They are timed in turn, so a drifting clock hits
-all of them, and a ratio pairs the same prompt in the same round. A schedule with a decision takes its own way with each
-batch, so its latency is a mixture over prompts: read its mean and p90, and make the batch 1.
+all of them, and a ratio pairs the same prompt in the same round. A schedule with a decision takes its own path with each
+batch, so its latency is a mixture over prompts: look at its mean and p90, at batch 1.
 """
 
 from __future__ import annotations
@@ -66,12 +66,9 @@ def compare(
     Returns:
         Rows with the columns engine (the one that really ran), tokens (per image, both branches), latency_ms (median),
         mean_ms, p90_ms, samples_ms, disturbed (why the samples may be wrong, on a card), the ratio to the full schedule
-            with
-        its interval, memory_mib (CUDA: peak allocated above the weights; CPU: KV cache), outcomes (how often a decision
-            went
-        each way), and, unless the weights are random, psnr_db, ssim (means) and `scores`. On a CPU also cpu_ratio, the
-            same
-        ratio in processor time, which other processes on the machine hardly change.
+        with its interval, memory_mib (CUDA: peak allocated above the weights; CPU: KV cache), outcomes (how often a
+        decision went each way), and, unless the weights are random, psnr_db, ssim (means) and `scores`. On a CPU also
+        cpu_ratio, the same ratio in processor time, which other processes on the machine hardly change.
     """
     sampler, samplers = Sampler(model), samplers or {}
     plans = {
@@ -186,7 +183,7 @@ def time_in_turn(
 ) -> dict[str, Timing]:
     """Times every plan on the same (prompts, seeds) in turn, another batch in each round.
 
-    Each has a sampler of its own, so that none pays for another one's cache.
+    Each has its own sampler, so that none pays for another's cache.
     """
 
     def draw(name: str, index: int) -> np.ndarray:

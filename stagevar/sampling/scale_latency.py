@@ -1,6 +1,6 @@
 """Where the time of one image goes: the share of every scale, for schedules timed in turn.
 
-Synchronising after each scale keeps a GPU from running ahead, so the shares add up to a little more than the latency of a
+Synchronizing after each scale keeps a GPU from running ahead, so the shares add up to a little more than the latency of a
 whole image: they explain a figure, they do not replace it.
 """
 

@@ -45,8 +45,9 @@ def released(grids: Sequence[Grid], published: PublishedSettings | None = None) 
 def fastvar(grids: Sequence[Grid], published: PublishedSettings | None = None) -> StageSchedule:
     """FastVAR's released setting: as published for the family, else Infinity's by position.
 
-    That is 60 %, then 50 % of the tokens on the two scales before the skipped ones. Skipped are the last two of 13 scales,
-    one of fewer than ten. On Infinity's square 1M grids these are the sides 32, 40 and 48, 64, with the cache at side 24.
+    That is 60 %, then 50 % of the tokens on the two scales before the skipped ones. The last two of 13 scales are
+    skipped, or one of fewer than ten. On Infinity's square 1M grids these are the sides 32, 40 and 48, 64, with the
+    cache at side 24.
     """
     scales = len(grids)
     if published is not None and published.fastvar is not None and scales == published.scales:
@@ -61,7 +62,7 @@ def fastvar(grids: Sequence[Grid], published: PublishedSettings | None = None) -
 
 
 def skipvar(grids: Sequence[Grid], decision: str = "ssim-0.84") -> StageSchedule:
-    """SkipVAR: everything in full up to the fourth last scale, then one of seven continuations per image."""
+    """SkipVAR: everything in full up to the fourth to last scale, then one of seven continuations per image."""
     return StageSchedule(structure_end=len(grids), decision=decision)
 
 
@@ -71,12 +72,12 @@ def conditional(grids: Sequence[Grid]) -> StageSchedule:
 
 
 def focusvar(grids: Sequence[Grid]) -> StageSchedule:
-    """FocusVAR's setting on HART, by position: fused at the third last scale after five layers, then conditional only."""
+    """FocusVAR's setting on HART, by position: fused at the third to last scale after five layers, then conditional only."""
     return StageSchedule(structure_end=max(1, len(grids) - 3), cfg_delay=0, branch="cond", fuse_layer=5)
 
 
 def skip_inner(grids: Sequence[Grid], conditional: int = 1) -> StageSchedule:
-    """The last scale but one is not run; the conditional branch runs alone over the last `conditional` scales."""
+    """The second to last scale is not run; the conditional branch runs alone over the last `conditional` scales."""
     scales = len(grids)
     return StageSchedule(structure_end=max(1, scales - conditional), cfg_delay=0, branch="cond", skip=(scales - 2,))
 
@@ -93,7 +94,7 @@ def structure_boundary(grids: Sequence[Grid]) -> int:
     return next(s for s, (h, w) in enumerate(grids) if 4 * h * w > final)
 
 
-#: Named schedules carried to any scales: what `bench --compare` and a study's first trials take. `preset` knows besides what
+#: Named schedules carried to any scales: what `bench --compare` and a study's first trials take. `preset` also knows what
 #: was published for a model's family.
 PRESETS: dict[str, Callable[[Sequence[Grid]], StageSchedule]] = {
     "exact": lambda grids: exact(len(grids)),

@@ -1,1 +1,1 @@
-"""Serves a profile over HTTP as OpenAI's images endpoint is spoken; needs the extra [serve]. See docs/serving.md."""
+"""Serves a profile over HTTP with OpenAI's images API; needs the extra [serve]. See docs/serving.md."""

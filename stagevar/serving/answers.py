@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def png_text(pixels_HWC: np.ndarray) -> str:
-    """An image as PNG in base64; packed lightly: half the time, a sixth more bytes (of a megapixel)."""
+    """An image as PNG in base64; lightly compressed: half the time, a sixth more bytes (for a megapixel)."""
     from PIL import Image
 
     file = io.BytesIO()
@@ -27,7 +27,7 @@ def png_text(pixels_HWC: np.ndarray) -> str:
 
 
 def models_data(artist: ModelArtist) -> dict[str, dict[str, object]]:
-    """The served ids as OpenAI lists models, with what is known of each."""
+    """The served ids as OpenAI lists models, with what is known about each."""
     return {
         one.id: {
             "id": one.id,
@@ -53,7 +53,7 @@ def models_data(artist: ModelArtist) -> dict[str, dict[str, object]]:
 def answer_data(
     artist: ModelArtist, asked: Asked, drawn: Sequence[Drawn], images: Sequence[str], times_ms: Mapping[str, float]
 ) -> dict[str, object]:
-    """What OpenAI's clients read, and under "stagevar" what they do not know of."""
+    """What OpenAI's clients read and, under "stagevar", what they do not know about."""
     served = next(one for one in artist.served if one.id == asked.model)
     changed = []
     if asked.guidance not in (None, artist.guidance):

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("stagevar.serving")
 #: Bytes of a body that are read, and that are thrown away so that the client gets to read why it was refused.
 LARGEST_BODY, LARGEST_THROWN_AWAY = 64 * 1024, 32 * 1024 * 1024
-#: Status in log and metrics where the client closed the connection, as nginx writes it; nobody receives it.
+#: Status in log and metrics if the client closed the connection, as in nginx; nobody receives it.
 CLIENT_LEFT = 499
-#: The page brings everything along and talks to its own server alone.
+#: The page contains everything it needs and talks only to its own server.
 PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; connect-src 'self'"
 )
@@ -70,7 +70,9 @@ class Keys:
         if scheme.lower() != "bearer" or not key.strip():
             raise Refusal("no API key was sent; use the header Authorization: Bearer KEY", 401, code="missing_api_key")
         digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
-        equal = [hmac.compare_digest(digest, one) for one in self.hashes]  # all of them, so that time tells nothing
+        equal = [
+            hmac.compare_digest(digest, one) for one in self.hashes
+        ]  # all of them, so that the time reveals nothing
         if not any(equal):
             raise Refusal("the API key is not valid for this server", 401, code="invalid_api_key")
 
@@ -202,7 +204,7 @@ def _add_images(app: "FastAPI", counter: "Counter") -> None:
 
 @dataclass(frozen=True)
 class Counter:
-    """Where a request for images is taken in, and its images are handed out."""
+    """Takes requests for images and hands out their images."""
 
     desk: Desk
     metrics: Metrics
@@ -210,7 +212,7 @@ class Counter:
     keys: Keys
 
     async def serve(self, request: "Request") -> tuple[dict[str, object], str]:
-        """The answer, and a line about it. Raises Refusal, and _ClientLeft where nobody waits any more."""
+        """The answer, and a line about it. Raises Refusal, and _ClientLeft if the client no longer waits."""
         began = time.monotonic()
         self.keys.check(request.headers.get("authorization"))
         try:
@@ -253,11 +255,11 @@ class Counter:
 
 
 class _ClientLeft(Exception):
-    """Nobody waits for the answer any more."""
+    """The client no longer waits for the answer."""
 
 
 def _log(request: "Request", status: int, what: str) -> None:
-    """One line per request, whatever it holds; prompts are not among it."""
+    """One line per request, whatever it holds, but never its prompts."""
     path = request.url.path if len(request.url.path) <= 60 else f"{request.url.path[:57]}..."
     line = " ".join(f"{request.method} {path} {status} {what}".split())
     logger.log(

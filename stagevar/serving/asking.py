@@ -1,8 +1,8 @@
 """What a client asks for: the JSON body of POST /v1/images/generations, checked field by field. No HTTP here.
 
-Fields of OpenAI's API that are not honored are refused, or accepted and listed in the answer; none is passed over in silence.
+Fields of OpenAI's API that are not honored are refused, or accepted and listed in the answer; none is silently ignored.
 Source: field names and ranges are those of OpenAI's API reference; seed, negative_prompt and guidance_scale at the top level
-are what other servers of image models accept beside them (facts).
+are what other servers of image models accept as well (facts).
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def size_text(size: tuple[int, int]) -> str:
 
 
 def read_body(body: bytes) -> Mapping[str, object]:
-    """A JSON object. Raises Refusal for what is none: bytes that are no UTF-8, numbers without end, keys that stand twice."""
+    """A JSON object. Raises Refusal for anything else: bytes that are not UTF-8, endless numbers, duplicate keys."""
     try:
         data = json.loads(body.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_no_pairs_twice)
     except Refusal:

@@ -149,12 +149,12 @@ class Desk:
         return len(self._line)
 
     def drawing_for_s(self) -> float:
-        """Seconds since the present batch was begun, 0 between batches."""
+        """Seconds since the current batch was started, 0 between batches."""
         since = self._drawing_since
         return 0.0 if since is None else time.monotonic() - since
 
     def hand_in(self, orders: Sequence[Order]) -> Job:
-        """Puts the images of one request in the line. Raises Refusal where it is full or the desk is not open."""
+        """Puts the images of one request in the line. Raises Refusal if it is full or the desk is not open."""
         with self._change:
             if self._state != "ready":
                 raise not_ready(self._state)
@@ -169,7 +169,7 @@ class Desk:
         return job
 
     def withdraw(self, job: Job) -> None:
-        """Forgets a request whose client left or waits no longer; what is being drawn of it is thrown away."""
+        """Forgets a request whose client disconnected or stopped waiting; images being drawn for it are thrown away."""
         with self._change:
             self._line.leave(job.tickets)
             self._forget(job)
@@ -195,7 +195,7 @@ class Desk:
                 self._change.wait()
 
     def join(self, timeout_s: float) -> bool:
-        """Waits for the thread; whether it ended."""
+        """Waits for the thread; returns whether it ended."""
         if self._thread.is_alive():
             self._thread.join(timeout_s)
         return not self._thread.is_alive()

@@ -32,7 +32,7 @@ from stagevar.serving.asking import Offer
 from stagevar.serving.desk import Drawn, Order
 from stagevar.timing import threads_of
 
-#: Sizes whose caches and recordings are kept at once; the one used longest ago is freed for another.
+#: Sizes whose caches and recordings are kept at once; the least recently used one is freed for another.
 SIZES_KEPT = 2
 #: Lengths of text, in multiples of TEXT_BUCKET tokens, that graphs are recorded for before the server is ready.
 WARM_BUCKETS = 4
@@ -95,7 +95,7 @@ class TimedSampler(Sampler):
         return event
 
     def spent_ms(self) -> tuple[float, tuple[float, ...], float]:
-        """Milliseconds of the text, of every scale (0 where skipped), and of decoding; asked after the images were decoded.
+        """Milliseconds of the text, of every scale (0 where skipped), and of decoding; call it after the images are decoded.
 
         Where a schedule decides on the way, a later figure is the sum over the parts that the batch fell into.
         """
@@ -139,7 +139,7 @@ class ModelArtist:
 
     @property
     def guidance(self) -> float:
-        """The model's own guidance scale, where it is the highest."""
+        """The model's own guidance scale, at its highest."""
         return max(self.model.sampling.guidance)
 
     @property
@@ -175,7 +175,7 @@ class ModelArtist:
         return [Drawn(image.copy(), text_ms, scale_ms, decode_ms, len(orders)) for image in images[: len(orders)]]
 
     def _sampler(self, model_id: str, size: tuple[int, int]) -> tuple[TimedSampler, Steps]:
-        """The sampler of an id at a size and the steps that it runs; one that was not used for long makes room."""
+        """The sampler of an id at a size and the steps that it runs; the least recently used one makes room."""
         key = (model_id, size)
         if key not in self._samplers:
             while len(self._samplers) >= SIZES_KEPT * len(self.served):
@@ -202,7 +202,7 @@ class ModelArtist:
                 warm_sampler(sampler, steps, lengths, sorted({1, self.batch}))
 
     def release(self) -> None:
-        """Frees caches and recordings; the next images make them anew."""
+        """Frees caches and recordings; the next images make them again."""
         for sampler, _ in self._samplers.values():
             sampler.release()
         free_unused(self.model.device)
@@ -227,7 +227,7 @@ class Loading:
     Args:
         request: the model, with the profile's options where there is a profile.
         profile: whose schedule is served; None serves the full one.
-        compare: serve the full schedule beside the profile's.
+        compare: also serve the full schedule.
         engine: instead of the profile's, which "auto" takes.
         batch: images per run instead of the profile's; 0 takes it.
         threads: CPU threads instead of the profile's.

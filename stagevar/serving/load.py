@@ -1,7 +1,7 @@
 """Measures a server that speaks OpenAI's images endpoint, ours or another: `stagevar bench --serve URL`. Standard library only.
 
-Every client sends its next request when the last one was answered (a closed loop), so at most `concurrency` are under way. The
-levels are measured one after the other, each after a request per client that does not count.
+Every client sends its next request once the last one is answered (a closed loop), so at most `concurrency` are under way. The
+levels are measured one after the other, each after one uncounted request per client.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MOST_CLIENTS = 1000
 
 @dataclass(frozen=True)
 class Answer:
-    """One request: HTTP status (0 where the connection broke), milliseconds, images received."""
+    """One request: HTTP status (0 if the connection broke), milliseconds, images received."""
 
     status: int
     ms: float

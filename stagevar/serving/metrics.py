@@ -17,7 +17,7 @@ class Metrics:
     """The measurements of one server, in a registry of their own.
 
     Args:
-        desk: where depth of the queue and state are read when a scrape comes.
+        desk: its queue depth and state are read at every scrape.
     """
 
     def __init__(self, desk: Desk):

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from stagevar.serving.drawing import Loading
 
 Message = MutableMapping[str, object]
-#: Seconds between Ray's questions whether a replica is healthy.
+#: Seconds between Ray's health checks of a replica.
 HEALTH_PERIOD_S = 2.0
 _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
@@ -59,7 +59,7 @@ class Arguments:
 
     @classmethod
     def read(cls, given: Mapping[str, object]) -> Arguments:
-        """Checked. Raises UsageError for an unknown argument, or a value that is not of its kind."""
+        """The arguments, checked. Raises UsageError for an unknown one or a value of the wrong type."""
         kinds: dict[str, Callable[[Any], object]] = {
             "compare": _truth,
             **dict.fromkeys(("batch", "threads", "queue", "replicas"), int),
@@ -96,9 +96,9 @@ def _truth(value: object) -> bool:
 
 
 class ReplicaApp:
-    """An ASGI application that makes its model where it starts: it travels to a replica as its arguments alone.
+    """An ASGI application that makes its model where it starts: only its arguments are sent to a replica.
 
-    Its start is over when the model is warm, so Ray sends no request before.
+    It has started once the model is warm; Ray sends no request before that.
     """
 
     def __init__(self, arguments: Arguments):

@@ -1,4 +1,4 @@
-"""Answers that are no images: a status, and the error object that clients of OpenAI's API read.
+"""Answers that are not images: a status, and the error object that clients of OpenAI's API read.
 
 Source: the shape {"error": {message, type, param, code}} and the types are those of OpenAI's API reference (facts).
 """

@@ -59,7 +59,7 @@ class Serving:
 
 
 def read_keys(path: Path) -> Keys:
-    """API keys from a file, one a line; empty lines and those that begin with # do not count. Raises UsageError."""
+    """API keys from a file, one per line; empty lines and lines that begin with # are ignored. Raises UsageError."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
@@ -78,7 +78,8 @@ def require_packages() -> None:
 def serve(loading: Loading, serving: Serving, announce: Callable[[str], None]) -> None:
     """Serves until SIGTERM or Ctrl-C, then finishes what was accepted.
 
-    announce: gets the address once it listens; /ready says when the model is warm.
+    Args:
+        announce: called with the address once it listens; /ready says when the model is warm.
 
     Raises:
         UsageError: an address that cannot be used, or what loading the model refuses.
@@ -128,7 +129,7 @@ def _listen(serving: Serving) -> socket.socket:
 
 
 async def _run(desk: Desk, serving: Serving, listener: socket.socket) -> int | None:
-    """Serves until a signal comes, which is returned, or the desk ends by itself."""
+    """Serves until a signal, which is returned, or until the desk ends by itself."""
     import uvicorn
 
     loop = asyncio.get_running_loop()
@@ -166,7 +167,7 @@ async def _run(desk: Desk, serving: Serving, listener: socket.socket) -> int | N
 
 
 def _quiet_server(config: uvicorn.Config) -> uvicorn.Server:
-    """uvicorn's server, without its own handlers of signals: it would end the process by the signal once more."""
+    """uvicorn's server, without its own signal handlers, which would end the process by the signal once more."""
     import uvicorn
 
     class Quiet(uvicorn.Server):
@@ -179,7 +180,7 @@ def _quiet_server(config: uvicorn.Config) -> uvicorn.Server:
 
 @contextlib.contextmanager
 def _log_on_stderr() -> Iterator[None]:
-    """Our lines, and uvicorn's about requests that are no HTTP, one each on stderr."""
+    """Our lines, and uvicorn's about requests that are not HTTP, one line each on stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     levels = {logger: logging.INFO, logging.getLogger("uvicorn.error"): logging.WARNING}

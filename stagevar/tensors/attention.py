@@ -2,7 +2,7 @@
 
 Flash attention refuses any mask, so a library that tries cuDNN next gives it every masked call, and cuDNN builds a plan of
 0.2 to 0.5 s for each new shape: cross-attention has one per scale and text bucket. Therefore masked calls never go there.
-Unmasked calls of many queries may, where that was timed to win: their shapes are few, because all layers have one capacity.
+Unmasked calls with many queries may, if timings favor it: their shapes are few, because all layers have one capacity.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _KERNELS = {
 }
 #: Queries above which an unmasked call may go to cuDNN: below, a plan saves less than a launch takes.
 MANY_QUERIES = 256
-#: Tried in this order by small and by masked calls; the first that can is taken.
+#: Tried in this order by small and by masked calls; the first that can run is taken.
 _ORDER = ("flash", "efficient", "math")
 _preferred = "flash"
 
@@ -42,14 +42,14 @@ def prefer_attention(name: str) -> None:
 
 
 def order_of(masked: bool, queries: int) -> list[str]:
-    """The kernels that a call may take, the first that can is taken."""
+    """The kernels that a call may take; the first that can run is taken."""
     large = not masked and queries > MANY_QUERIES
     first = [_preferred] if _preferred != "cudnn" or large else []
     return list(dict.fromkeys([*first, *_ORDER]))
 
 
 def attention_kernels(device: torch.device) -> AbstractContextManager[object]:
-    """Fixes the order in which a card's attention kernels are tried, instead of the library's of the day."""
+    """Fixes the order in which a card's attention kernels are tried, instead of the library's current order."""
     if device.type != "cuda":
         return nullcontext()
     return sdpa_kernel([_KERNELS[name] for name in order_of(masked=True, queries=1)], set_priority=True)

@@ -230,7 +230,7 @@ class KVCache:
                 largest = x.abs().amax(-1, keepdim=True).clamp_min(1e-12)
                 store[index, :, :, start:stop] = (x * (127 / largest)).round()
                 scales[index, :, :, start:stop] = largest / 127
-            # Written as it is multiplied: a float32 product beside it would be the largest tensor of all.
+            # Written as it is multiplied: a float32 product next to it would be the largest tensor of all.
             wide = store.new_empty((*store.shape[:3], stop, store.shape[4]), dtype=self.dtype)
             keys, values = torch.mul(store[..., :stop, :], scales[..., :stop, :], out=wide)
         return attention.attend(q.to(self.dtype), keys, values, scale=scale)

@@ -65,7 +65,7 @@ INFINITY_RULES = KeyRules(
     dropped=_MASKS,
     adapt={"cfg_uncond": fit_null_text},
 )
-#: Quantizer entries hold no weight that decoding from bits reads, so any of them may be there or not.
+#: Quantizer entries hold no weight that decoding from bits reads, so any of them may be missing.
 BSQVAE_RULES = KeyRules(
     nested=(("vae",), ("trainer", "vae"), ("ema",)),
     dropped=("quantizer.*", "quantize.*"),

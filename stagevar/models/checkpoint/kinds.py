@@ -6,7 +6,7 @@ import re
 
 from torch import Tensor, dtype, strided
 
-#: Numbers in a safetensors file by the letters before the number of bits; what is not listed is no weight.
+#: Numbers in a safetensors file by the letters before the number of bits; what is not listed is not a weight.
 _SAFETENSORS = {"F": "floating point", "BF": "floating point", "I": "whole numbers", "U": "whole numbers"}
 
 

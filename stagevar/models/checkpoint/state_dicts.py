@@ -1,4 +1,4 @@
-"""The state dict inside what a trainer saved: beside counters and arguments, under any usual key, nested or not."""
+"""The state dict inside what a trainer saved: next to counters and arguments, under any usual key, nested or not."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stagevar.models.checkpoint.names import bare_names, without_wrappers
 
-#: Where state dicts usually sit, the preferred first: a raw model before its averages.
+#: Where state dicts usually are, the preferred first: a raw model before its averages.
 _USUAL: tuple[str, ...] = (
     "state_dict", "model", "model_state_dict", "module", "net", "network", "generator", "transformer", "weights",
     "params", "params_ema", "model_ema", "ema", "ema_state_dict", "ema_model",

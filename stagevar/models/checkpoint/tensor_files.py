@@ -33,7 +33,7 @@ class TensorFile(ABC):
     """The tensors of one checkpoint, possibly sharded: shapes first, values one at a time.
 
     Args:
-        shapes, kinds: by the name in the file; a kind is as `checkpoint.kinds` says it.
+        shapes, kinds: by the name in the file; kinds are those of `checkpoint.kinds`.
     """
 
     def __init__(self, files: Iterable[Path], shapes: dict[str, tuple[int, ...]], kinds: Mapping[str, str]):
@@ -90,8 +90,8 @@ def read_error(error: BaseException) -> str:
 
 
 def _load_pickle(path: Path) -> Any:
-    """torch.load with weights_only, memory-mapped where the file's format allows."""
-    # Trainers store their arguments beside the weights; a Namespace holds attributes and runs nothing.
+    """torch.load with weights_only, memory-mapped if the file's format allows."""
+    # Trainers store their arguments next to the weights; a Namespace holds attributes and runs nothing.
     with torch.serialization.safe_globals([argparse.Namespace]):
         try:
             try:

@@ -1,4 +1,4 @@
-"""Strict loading of public and converted weights, straight to the target device and precision.
+"""Strict loading of public and converted weights, directly to the target device and precision.
 
 A module is built on the meta device, so it has names and shapes but no memory. Each tensor of the file is then read
 once (memory-mapped), cast on the target device and assigned. Every key must be known, present and of the right shape;

@@ -1,6 +1,6 @@
 """HART's diffusion head: the continuous part of the last scale's tokens, drawn by a small denoiser per token.
 
-What the codebook cannot say of a token is drawn in eight steps from noise, given the transformer's output for that token and
+What the codebook cannot express about a token is drawn in eight steps from noise, given the transformer's output for that token and
 the code that was drawn for it. Steps, sizes and draws are fixed, so the head can be recorded with its scale.
 
 Source: mit-han-lab/hart, hart/modules/diffusion (facts): a cosine schedule of 1000 steps cut to eight, learned variances,
@@ -28,7 +28,7 @@ from stagevar.models.layers import linear
 STEPS = 8
 #: Steps of the schedule that they are taken from.
 _TRAINED_STEPS = 1000
-#: Residuals are this times what the denoiser works on.
+#: Residuals are what the denoiser works on times this.
 _SPREAD = 0.6
 #: Numbers that a time is spread to before it is embedded.
 _WAVES = 256
@@ -54,7 +54,7 @@ class DenoisingStep:
 
 @cache
 def denoising_steps(steps: int = STEPS) -> tuple[DenoisingStep, ...]:
-    """The steps in the order in which they run, noisiest first; two at least."""
+    """The steps in the order in which they run, noisiest first; at least two."""
 
     def remaining(time: float) -> float:
         return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -160,7 +160,7 @@ class DiffusionHead(nn.Module):
         Args:
             condition_RLC: what each token's residual depends on; R is B, or 2B with the conditional rows first.
             noise_BSLd: standard normal draws, the start and then one per step but the last (S = STEPS).
-            guidance: s of u + s(c - u), applied to the predicted noise where there are 2B rows.
+            guidance: s of u + s(c - u), applied to the predicted noise if there are 2B rows.
         """
         condition_RLw = linear(condition_RLC, self.net.cond_embed)
         x_BLd = noise_BSLd[:, 0]

@@ -1,7 +1,7 @@
 """Builds HART models: modules on the meta device, then weights and prompts, then a LoadedModel.
 
 Source: mit-han-lab/hart-0.7b-1024px as its code reads it (facts): `llm/` holds the transformer, of which `ema_model.bin` is
-the copy that its scripts use, and `tokenizer/` the autoencoder beside a discriminator, which nothing reads.
+the copy that its scripts use, and `tokenizer/` the autoencoder and a discriminator, which nothing reads.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _parts(request: LoadRequest, weights: Path | None) -> Parts:
 
 
 def _shown(weights: Path) -> dict[str, bool]:
-    """Settings that show in the names of a file's weights; none where it is not a HART transformer's."""
+    """Settings that show in the names of a file's weights; none if it is not a HART transformer's."""
     shapes = open_weights(weights).shapes
     keys = bare_names(shapes, ("word_embed.weight", "decoder_norm.weight", "head.weight")).values()
     if "decoder_norm.weight" not in keys:
@@ -118,7 +118,7 @@ def build(request: LoadRequest) -> LoadedModel:
 
 
 def text_encoder(request: LoadRequest, made: Parts) -> TextEncoder:
-    """What encodes prompts for a model of the family, from files given, found beside the weights or on the hub."""
+    """What encodes prompts for a model of the family, from files given, found next to the weights, or on the hub."""
     config = made.transformer.module.config
     assert isinstance(config, HARTConfig)
     source: HubFile | Path | None = request.text or text_beside(request)

@@ -1,6 +1,6 @@
-"""Where HART's tokens are: rotary tables of text tokens by their number, of image tokens by row and column behind the text.
+"""Where HART's tokens are: rotary tables of text tokens by their number, of image tokens by row and column after the text.
 
-Every scale's coordinates run from 0 towards the side of the last one, and begin where the row's own text ends. Numbers i and
+Every scale's coordinates run from 0 toward the side of the last one, and begin where the row's own text ends. Numbers i and
 i + c/2 of a head turn together; of image tokens the first takes the angle of y and the second that of x, which is no rotation
 (a quirk that the weights were trained with), so lengths have to be made equal before and not after.
 

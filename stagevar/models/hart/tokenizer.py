@@ -1,9 +1,9 @@
-"""HART's hybrid tokenizer: VAR's autoencoder, read scale by scale as codes, with what the codebook cannot say at the end.
+"""HART's hybrid tokenizer: VAR's autoencoder, read scale by scale as codes, with what the codebook cannot express at the end.
 
-A token is a vector: an entry of the codebook, or a blend of entries, and at the last scale the continuous residual besides.
+A token is a vector: an entry of the codebook, or a blend of entries, and at the last scale also the continuous residual.
 
 Source: mit-han-lab/hart, hart/modules/models/autoencoder (facts only); names and shapes are those of
-stagevar.models.vq.tokenizer. Differs from VAR's in that the last scale is added as it is, without smoothing.
+stagevar.models.vq.tokenizer. Differs from VAR's in that the last scale is added as is, without smoothing.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ padding. The unconditional row's features are zeros.
 
 Tokens are hybrid. A token is a codebook entry or, as all of the released scripts draw it, a blend of entries
 (`HARTConfig.smooth`); to those of the last scale the diffusion head adds a continuous residual, which it draws given the
-transformer's output and a hard draw of the token's code. So `scale_tokens` takes the place of `draw` alone.
+transformer's output and a hard draw of the token's code. So `scale_tokens` takes the place of plain `draw`.
 
 Quirks of the reference that are kept, since the weights were used with them: the last scale has the guidance and the
 smoothness of the one before; attention logits have a quarter of the usual scale; see also stagevar.models.hart.rotary.
@@ -225,7 +225,7 @@ class HARTConditioning(Conditioning):
 class HART(NextScaleModel[HARTConditioning]):
     """The transformer. Build it, load weights, call `set_grids`, then hand it to the sampler.
 
-    Every block is a chunk of its own, as in StageVAR's released code for this model.
+    Every block is its own chunk, as in StageVAR's released code for this model.
     """
 
     def __init__(self, config: HARTConfig):
@@ -336,7 +336,7 @@ class HART(NextScaleModel[HARTConditioning]):
         sampling: Sampling,
         residual: Residual,
     ) -> Tensor:
-        """Vectors (B, L, d), float32: codes, blended where the model is smooth, and at the last scale their residuals."""
+        """Vectors (B, L, d), float32: codes, blended if the model is smooth, and at the last scale their residuals."""
         assert isinstance(residual, HybridResidual)  # HART's tokenizer has it
         last = scale == len(self.grids) - 1
         if scale >= _WIDE_SCALES:

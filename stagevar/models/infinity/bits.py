@@ -6,7 +6,7 @@ turns the code sum into pixels. With `patchify` one transformer token covers a 2
 token_bits = 4 * latent_dim.
 
 Source: Infinity (FoundationVision/Infinity), models/infinity.py `autoregressive_infer_cfg` and models/bsq_vae; facts in our
-own words, behaviour checked against reference outputs in tests/golden.
+own words, behavior checked against reference outputs in tests/golden.
 """
 
 from __future__ import annotations

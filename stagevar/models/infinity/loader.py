@@ -90,7 +90,7 @@ def at_ratio(model: LoadedModel, resolution: str, ratio: float) -> LoadedModel:
 
 
 def text_encoder(request: LoadRequest, made: Parts) -> TextEncoder:
-    """What encodes prompts for a model of the family, from files given, found beside the weights or on the hub."""
+    """What encodes prompts for a model of the family, from files given, found next to the weights, or on the hub."""
     config = made.transformer.module.config
     assert isinstance(config, InfinityConfig)
     if request.text is not None:

@@ -142,7 +142,7 @@ class LazyEncoder(ABC):
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Any:
-        """Features of the prompts, from the cache where they are there."""
+        """Features of the prompts, from the cache if possible."""
 
     def prepare(self, prompts: Sequence[str]) -> None:
         """Encodes prompts into the cache and frees the encoder; later `encode` calls for them load nothing."""

@@ -170,8 +170,6 @@ class _Quantizer(nn.Module):
 class BSQVAE(nn.Module):
     """The tokenizer of the Infinity family.
 
-    Attributes: memory_format, of the decoder's maps.
-
     Args:
         latent_dim: channels d of the latent, one bit each (one of LATENT_DIMS in the public files).
         patchify: stride 8 and 2x2 latent patches per token (Infinity-8B) instead of stride 16.
@@ -232,7 +230,7 @@ class BSQVAE(nn.Module):
         above that is decoded in overlapping tiles with linear blending, which is close to but not the same as one pass,
         since group norms then see a tile instead of the image.
         """
-        # Channels last is what the reference's tensors happen to be in; besides speed it decides which group norm kernel
+        # Channels last is what the reference's tensors happen to be in; apart from speed it decides which group norm kernel
         # runs, and on the CPU the two kernels differ by more than the rest of the decoder put together.
         dtype = self.decoder.conv_in.conv.weight.dtype
         latent_BdHW = code_sum_BdHW.to(dtype, memory_format=self.memory_format)

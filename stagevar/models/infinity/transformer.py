@@ -1,6 +1,6 @@
 """The Infinity transformer: bitwise next-scale prediction with text cross-attention.
 
-State-dict names and shapes are the official ones, so public checkpoints load as they are; the forward is our own. The same
+State-dict names and shapes are the official ones, so public checkpoints load unchanged; the forward is our own. The same
 class serves the public sizes and `nano` (a small preset of it).
 
 Source: FoundationVision/Infinity, models/infinity.py and models/basic.py (facts only), following the `fused_norm=True`
@@ -100,7 +100,7 @@ class Infinity(NextScaleModel[InfinityConditioning]):
         return [block for chunk in cast(list[Chunk], list(self.block_chunks)) for block in chunk.layers()]
 
     def init_weights(self) -> None:
-        """Initialization for training from scratch: small linears, gates open half-way, near-zero modulation and head."""
+        """Initialization for training from scratch: small linears, gates half open, near-zero modulation and head."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -245,7 +245,7 @@ class Infinity(NextScaleModel[InfinityConditioning]):
     def features_train(
         self, text_BTD: Tensor, mask_B11T: Tensor | None, inputs: Sequence[Tensor], null_B: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The trunk's features (B, L_total, C) beside the logits; arguments as for `forward_train`."""
+        """The trunk's features (B, L_total, C) and the logits; arguments as for `forward_train`."""
         # On CPU the fused attention kernel's backward costs several times the plain matrix products at these sizes.
         with sdpa_kernel(_CPU_SDPA if text_BTD.device.type == "cpu" else _ANY_SDPA):
             return self._features_train(text_BTD, mask_B11T, inputs, null_B)

@@ -107,7 +107,7 @@ def detect(image_3HW: np.ndarray) -> list[Detection]:
         region = labels == index
         if region.sum() < _MIN_AREA * size * size:
             continue
-        # Soft coverage: how far each pixel has left the background towards the region's own brightness.
+        # Soft coverage: how far each pixel has left the background toward the region's own brightness.
         near = ndimage.binary_dilation(region, structure=np.ones((3, 3)))
         level = float(np.median(brightness[region]))
         cover = np.where(near, np.clip((brightness - background) / max(level - background, 1e-3), 0.0, 1.0), 0.0)

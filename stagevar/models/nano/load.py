@@ -1,4 +1,4 @@
-"""Loads nano: the shipped weights of the package, or another training's folder.
+"""Loads nano: the shipped weights of the package, or a folder of other trained weights.
 
 A folder holds tokenizer.safetensors, transformer.safetensors, text_encoder.safetensors and nano.json, which names the
 preset that the shapes come from.
@@ -31,7 +31,7 @@ def shipped_folder() -> Path:
 
 
 def read_preset(folder: Path) -> NanoPreset:
-    """The preset that a folder of weights was trained with. Raises WeightsError where it does not say."""
+    """The preset that a folder of weights was trained with. Raises WeightsError if it does not say."""
     try:
         return preset(json.loads((folder / "nano.json").read_text())["preset"])
     except (OSError, ValueError, KeyError, TypeError):

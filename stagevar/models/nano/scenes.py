@@ -98,7 +98,7 @@ def _article(words: str) -> str:
 
 
 def clause(shape: str, count: int = 1, color: str | None = None, texture: str | None = None) -> Clause:
-    """What a caption asks for: so many of a shape, and their color or texture where these count."""
+    """What a caption asks for: so many of a shape, and their color or texture if these matter."""
     item: Clause = {"class": shape, "count": count}
     if color is not None:
         item["color"] = color

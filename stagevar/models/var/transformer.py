@@ -1,6 +1,6 @@
 """VAR: class-conditional next-scale prediction over a codebook (d16 to d36).
 
-State-dict names and shapes are the official ones, so public checkpoints load as they are (their mask buffers are
+State-dict names and shapes are the official ones, so public checkpoints load unchanged (their mask buffers are
 dropped); the forward is our own. What VAR shares with STAR (the guidance ramp, the draw from a codebook, the order of
 sites) is here too.
 
@@ -181,8 +181,8 @@ class VARConditioning(Conditioning):
 class VAR(NextScaleModel[VARConditioning]):
     """The transformer. Build it, load weights, then hand it to the sampler.
 
-    Positions are learned and already part of the trunk's input, so a reduced site's tokens bring theirs along and the
-    `positions` of a site are not needed. Every block is a chunk of its own.
+    Positions are learned and already part of the trunk's input, so a reduced site's tokens carry theirs and the
+    `positions` of a site are not needed. Every block is its own chunk.
     """
 
     def __init__(self, config: VARConfig):
@@ -298,7 +298,7 @@ class ClassLabels:
         self.classes = classes
 
     def encode(self, prompts: Sequence[str | int]) -> list[int]:
-        """Class indices. Raises UsageError for a prompt that is no index in range and no class name."""
+        """Class indices. Raises UsageError for a prompt that is neither an index in range nor a class name."""
         return [self._label(str(prompt)) for prompt in prompts]
 
     def _label(self, prompt: str) -> int:
@@ -320,7 +320,7 @@ class ClassLabels:
 
 
 class RandomLabels:
-    """For `--weights random`: an index as it is, any other prompt as a class of its own choosing; no meaning."""
+    """For `--weights random`: an index as is, any other prompt as an arbitrary class; no meaning."""
 
     def __init__(self, classes: int = 1000):
         self.labels = ClassLabels(classes)

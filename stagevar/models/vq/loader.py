@@ -63,7 +63,7 @@ def build(request: LoadRequest) -> LoadedModel:
 
 
 def text_encoder(request: LoadRequest, made: Parts) -> TextEncoder:
-    """What encodes prompts for a model of the family, from files given, found beside the weights or on the hub."""
+    """What encodes prompts for a model of the family, from files given, found next to the weights, or on the hub."""
     config = made.transformer.module.config
     if isinstance(config, VARConfig):
         if request.text is not None:

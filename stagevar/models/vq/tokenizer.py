@@ -179,7 +179,7 @@ class Quantizer(nn.Module):
 def phi_index(scale: int, scales: int, count: int = 4) -> int:
     """Which of the phi convolutions a scale uses: the nearest of `count` ticks spread over the relative depth.
 
-    Of ten scales, two lie half-way between ticks, so rounding decides: the expression must stay the reference's.
+    Of ten scales, two lie halfway between ticks, so rounding decides: the expression must stay the reference's.
     """
     edge = 1 / 3 / count
     return int(np.argmin(np.abs(np.linspace(edge, 1 - edge, count) - scale / max(scales - 1, 1))))
