@@ -1,4 +1,4 @@
-"""Draws with a profile in a process that serves: load once, warm up, then answer.
+"""Draws with a profile in a serving process: load once, warm up, then answer.
 
 python examples/deploy.py outputs/demo/profile.yaml "a photo of a red circle" circle.png
 """

@@ -61,7 +61,7 @@ NANO_WARM = dataclasses.replace(
 
 
 def palette(device: str = "cpu") -> Similarity:
-    """Overlap of the two images' color histograms, 8 levels a channel."""
+    """Overlap of the two images' color histograms, 8 levels per channel."""
 
     def histogram_B(images_BHW3):
         cells_BN = (images_BHW3 // 32).astype(np.int64).reshape(len(images_BHW3), -1, 3) @ np.array([64, 8, 1])

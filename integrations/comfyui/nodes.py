@@ -58,7 +58,7 @@ class StageVarLoadProfile(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, profile: str) -> bool | str:
-        """The profile is read before anything runs; what is wrong with it stands at the node."""
+        """The profile is read before anything runs; its errors are shown at the node."""
         from stagevar.errors import StagevarError
         from stagevar.profile import Profile
 
@@ -161,12 +161,12 @@ def _timed(draw) -> tuple[list, float]:
 
 
 class StageVarExtension(ComfyExtension):
-    """What ComfyUI asks for the nodes."""
+    """What ComfyUI gets the nodes from."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [StageVarLoadProfile, StageVarGenerate, StageVarCompare]
 
 
 async def comfy_entrypoint() -> StageVarExtension:
-    """ComfyUI's way into a folder of custom nodes."""
+    """Where ComfyUI enters a folder of custom nodes."""
     return StageVarExtension()

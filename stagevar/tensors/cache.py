@@ -10,7 +10,7 @@ one, so that guided scales write and attend once instead of per branch.
 
 With 8 bits an entry is a row of int8 per token and head with a float32 scale of its own: half of bfloat16 for 1/32 more at
 a head dimension of 128. Everything is read back from it, the current scale's entries too, so that a rewound generation
-goes on as it did; one layer at a time is widened for its attention.
+continues identically; one layer at a time is widened for its attention.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class KVCache:
         return all(have >= need for b in BOTH for have, need in zip(self.capacity[b], capacity[b], strict=True))
 
     def select(self, rows: Sequence[int]) -> KVCache:
-        """A cache of its own that holds a copy of these images' entries, with the same capacity and lengths."""
+        """A separate cache that holds a copy of these images' entries, with the same capacity and lengths."""
         first = self._store[BOTH[0]][0]
         _, _, heads, _, head_dim = first.shape
         capacity = {branch: list(entries) for branch, entries in self.capacity.items()}
@@ -145,7 +145,7 @@ class KVCache:
         self.rewind(last)
 
     def storage(self, branch: Branch, layer: int) -> Tensor:
-        """The filled part (2, B, H, length, c) of one branch and layer as it is stored, a view."""
+        """The filled part (2, B, H, length, c) of one branch and layer as stored, a view."""
         return self._store[branch][layer][..., : self._length[branch][layer], :]
 
     def attend(

@@ -122,7 +122,7 @@ def normal(
 
 @dataclass(frozen=True)
 class Draws:
-    """Who draws: the functions above, or a card's kernels that give the same (stagevar.engine.kernels)."""
+    """What draws: the functions above, or a card's kernels that give the same (stagevar.engine.kernels)."""
 
     uniform: Callable[..., Tensor] = uniform
     normal: Callable[..., Tensor] = normal

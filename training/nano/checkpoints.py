@@ -43,7 +43,7 @@ def save_checkpoint(folder: Path, tensors: dict[str, Tensor], state: dict[str, A
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and state of a checkpoint. Raises WeightsError where it is missing or torn."""
+    """Tensors and state of a checkpoint. Raises WeightsError if it is missing or torn."""
     if not (folder / "state.json").exists() and folder.with_name(folder.name + ".old").exists():
         folder = folder.with_name(folder.name + ".old")  # killed between the two renames
     try:

@@ -1,6 +1,6 @@
 """A small CLIP for nano's scenes, trained here with torch alone and loaded elsewhere through open_clip.
 
-`NanoClip` names its weights as open_clip's CLIP class does and computes the same features (tested), so a training
+`NanoClip` names its weights like open_clip's CLIP class and computes the same features (tested), so a training
 machine needs no open_clip. Only the BPE tokens that scene captions use have trained rows; the published embedding has
 all of open_clip's 49,408 rows, the others zero.
 
@@ -161,7 +161,7 @@ def config_json() -> str:
 
 
 class ClipJob(Job):
-    """Contrastive training on fresh scenes and their captions, at 64 pixels whatever the preset draws."""
+    """Contrastive training on fresh scenes and their captions, at 64 pixels whatever size the preset draws."""
 
     name = "clip"
 

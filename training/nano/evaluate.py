@@ -40,7 +40,7 @@ from training.nano.train import RECIPES, Recipe
 BATCH = 32
 # Steps and seed of the shipped transformer's last piece of training, whose scenes can be drawn again (docs/nano.md).
 SHIPPED_RECIPE = replace(RECIPES["transformer"], steps=1800, seed=32)
-# The step at which the present weights of the tasks came in; scenes of earlier ones cannot be drawn again.
+# The step at which the current task weights were introduced; scenes of earlier ones cannot be drawn again.
 SHIPPED_FROM = 517
 
 
@@ -243,7 +243,7 @@ def save_pictures(evaluation: Evaluation, folder: Path, samples: int, training_i
 
 
 def evaluate(evaluation: Evaluation, count: int, unseen: int, clip_images: int, checker_scenes: int) -> dict[str, Any]:
-    """All figures but the pictures'."""
+    """All figures except the pictures'."""
     model = evaluation.model
     report: dict[str, Any] = {
         "preset": evaluation.config.name,

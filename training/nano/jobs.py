@@ -1,4 +1,4 @@
-"""What can be trained of nano: losses over fresh batches of scenes, and the files that each part publishes.
+"""The parts of nano that can be trained: losses over fresh batches of scenes, and the files that each part publishes.
 
 The tokenizer is trained coarse to fine. Half of a batch stops at an early scale and is decoded from that partial sum;
 the gradient reaches the encoder through the low-pass of the latent that the partial sum approximates, so that what
@@ -6,7 +6,7 @@ decides a scene moves to coarse scales. (Straight through the latent itself woul
 
 The transformer learns what to draw from the coarse scales: most steps see only those. Two linear heads that are thrown away
 afterwards tie words to places sooner than bits alone do: one names the object that covers each cell, the other reads from a
-word's features at which side of another its object shall stand.
+word's features on which side of another its object must be.
 
 Source: bit flips as self-correction and caption dropping after Infinity (Han et al. 2024); the low-pass straight-through
 estimator and the heads are our own.
@@ -138,16 +138,16 @@ class TokenizerJob(Job):
 
 
 class TransformerJob(Job):
-    """Bitwise next-scale prediction, teacher forced over all scales at once; the text encoder learns along.
+    """Bitwise next-scale prediction, teacher forced over all scales at once; the text encoder is trained along with it.
 
-    A batch sees the layout scales only, or (a third as large, with a share that rises over the steps) every scale. Bits
+    A batch sees only the layout scales, or (a third as large, with a share that rises over the steps) every scale. Bits
     get flipped after they were taken as targets; a tenth of the captions are dropped. A token's weight falls with the
     square root of its scale's size, so that the layout is not drowned.
     """
 
     name = "transformer"
     # Shares of bits flipped at most, at the layout scales and after them. Infinity's recipe has 0.3 at every scale; on so
-    # few steps that hides the layout, while later scales learn to mend each other's mistakes.
+    # few steps that hides the layout, while later scales learn to fix each other's mistakes.
     max_flip, max_late_flip = 0.15, 0.3
     caption_drop, placing_weight = 0.1, 0.3
     # Weight of the naming loss by side. Who stands where is drawn at sides 2 and 3, in a few tokens of a few prompts:
@@ -170,7 +170,7 @@ class TransformerJob(Job):
         naming = nn.Linear(config.width, sum(scenes.NAMES))
         placing = nn.Linear(config.text_dim, 1 + len(scenes.RELATIONS))
         for head in (naming, placing):
-            # From zero a head is silent at first, so it does not push a warm start about.
+            # From zero a head is silent at first, so it does not disturb a warm start.
             nn.init.zeros_(head.weight)
         parts = {"transformer": transformer, "text": NanoTextEncoder(config), "naming": naming, "placing": placing}
         self.model = nn.ModuleDict(parts).to(device)
@@ -229,10 +229,10 @@ class TransformerJob(Job):
         return loss, figures
 
     def _placing_loss(self, text_BTD: Tensor, world: scenes.SceneBatch) -> Tensor:
-        """Entropy of the side at which a word's object shall stand, read from the word's features.
+        """Entropy of the side on which a word's object must be, read from the word's features.
 
-        Whether "left of" puts a word's object to the left depends on the words before it: nothing that bits teach soon, so
-        that without this loss the order of two objects stays a coin flip.
+        Whether "left of" puts a word's object to the left depends on the words before it: bits teach that too slowly, so
+        without this loss the order of two objects stays a coin flip.
         """
         side_BT = torch.zeros(text_BTD.shape[:2], dtype=torch.long)
         for row_T, caption in zip(side_BT, world.captions, strict=True):
@@ -264,7 +264,7 @@ class TransformerJob(Job):
 
 
 def sides_of(words: Sequence[str]) -> list[int]:
-    """Per word of a caption where its object shall stand: 0 anywhere, else 1 + the index in `scenes.RELATIONS`.
+    """Per word of a caption, where its object must be: 0 anywhere, else 1 + the index in `scenes.RELATIONS`.
 
     Words before the relation belong to what stands there, words after it to what stands opposite.
     """
@@ -282,7 +282,7 @@ def draw_images(world: scenes.SceneBatch, config: NanoPreset, device: torch.devi
 
 
 def read_weights(path: Path, remedy: str) -> dict[str, Tensor]:
-    """A safetensors file as float32. Raises WeightsError where it is missing."""
+    """A safetensors file as float32. Raises WeightsError if it is missing."""
     if not path.exists():
         raise WeightsError(f"no {path.name} in {path.parent}; {remedy}")
     return {name: tensor.float() for name, tensor in load_file(path).items()}

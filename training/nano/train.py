@@ -1,12 +1,12 @@
 """Trains nano: `python -m training.nano.train {tokenizer,transformer,clip,all} --preset 64px --out DIR`.
 
 Torch only. Every step draws its own scenes and random numbers from (seed, step), so a run stopped and resumed at any
-step takes the same path as one that never stopped, and no scene is ever seen twice. `--minutes` ends a piece early and
-leaves a checkpoint; the same command with `--resume` goes on. `--steps` fixes the learning-rate schedule (constant,
+step takes the same path as one that never stopped, and no scene is ever seen twice. `--minutes` ends a run early and
+leaves a checkpoint; the same command with `--resume` continues. `--steps` fixes the learning-rate schedule (constant,
 then linear to zero over the last part) and may be raised on resume while the rate is still constant.
 
-Matrices inside the networks are trained by Muon, everything else by AdamW. Products run in bfloat16 where the machine
-multiplies faster in it (timed at the start), weights stay float32; published weights are the running average (EMA).
+Matrices inside the networks are trained by Muon, everything else by AdamW. Products run in bfloat16 if the machine
+multiplies faster in it (timed at the start); weights stay float32; published weights are the running average (EMA).
 
 Source: bit flips as self-correction and caption dropping after Infinity (Han et al. 2024); Muon as in torch.optim.
 """
@@ -104,7 +104,7 @@ class Trainer:
         self.forget_average()
 
     def forget_average(self) -> None:
-        """Starts the running average at the present weights, as after loading some."""
+        """Starts the running average at the current weights, as after loading some."""
         self.average = {n: p.detach().clone() for n, p in self.job.model.state_dict().items()}
 
     def _factor(self) -> float:
@@ -160,7 +160,7 @@ class Trainer:
             temporary.rename(self.out / name)
 
     def restore(self) -> None:
-        """Takes up the checkpoint in the output folder."""
+        """Resumes from the checkpoint in the output folder."""
         tensors, state = load_checkpoint(self.folder)
         self.step = state["step"]
         device = next(iter(self.parameters.values())).device

@@ -1,7 +1,8 @@
 """HART's diffusion head: the continuous part of the last scale's tokens, drawn by a small denoiser per token.
 
-What the codebook cannot express about a token is drawn in eight steps from noise, given the transformer's output for that token and
-the code that was drawn for it. Steps, sizes and draws are fixed, so the head can be recorded with its scale.
+What the codebook cannot express about a token is drawn in eight steps from noise, given the transformer's output for
+that token and the code that was drawn for it. Steps, sizes and draws are fixed, so the head can be recorded with its
+scale.
 
 Source: mit-han-lab/hart, hart/modules/diffusion (facts): a cosine schedule of 1000 steps cut to eight, learned variances,
 predictions of the clean residual clamped to [-1, 1], residuals stored at 1 / 0.6. Differs in that the noise is an argument,

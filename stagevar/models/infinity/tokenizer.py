@@ -175,6 +175,9 @@ class BSQVAE(nn.Module):
         patchify: stride 8 and 2x2 latent patches per token (Infinity-8B) instead of stride 16.
         grids: transformer grid (h, w) per scale; 16 pixels per grid step in both shapes.
         base_ch: channels at full resolution, a multiple of 32 (128 in every public file).
+
+    Attributes:
+        memory_format: of the decoder's maps.
     """
 
     memory_format = torch.channels_last

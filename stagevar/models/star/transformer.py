@@ -5,11 +5,12 @@ State-dict names and shapes are the official ones; the forward is our own.
 Cross-attention. The reference indexes the cross-attention's output with [0]: the output of batch row 0 is added to
 every row. With one prompt this means that the unconditional row receives the conditional row's cross-attention, queries
 included, so that guidance comes through the first token alone; the released weights were always run that way. This
-implementation makes it the rule for every prompt of a batch: its unconditional row receives what its own conditional row computed, token
-by token. Where the two rows hold different tokens (a reduced site that draws per row) they are matched by position, and
-an unconditional token whose position its conditional row does not hold queries the prompt's text itself. After the
-cutoff whichever branch stays does the same: its own queries, the prompt's text. `STARConfig.literal_cross_rows` gives
-the reference's literal behavior, where the prompts of a batch all receive the first one's output, for parity only.
+implementation makes it the rule for every prompt of a batch: its unconditional row receives what its own conditional
+row computed, token by token. Where the two rows hold different tokens (a reduced site that draws per row) they are
+matched by position, and an unconditional token whose position its conditional row does not hold queries the prompt's
+text itself. After the cutoff whichever branch stays does the same: its own queries, the prompt's text.
+`STARConfig.literal_cross_rows` gives the reference's literal behavior, where the prompts of a batch all receive the
+first one's output, for parity only.
 
 Source: Davinci-XLab/STAR-T2I, models/var_drop.py and models/basic_var.py (facts only). Differs, besides the above, in
 that text K/V are projected once per prompt, and that q and k are normalized before they are rotated (the same, since a

@@ -58,7 +58,7 @@ def test_weights_without_a_text_encoder_say_so(downloaded, tmp_path):
         with pytest.warns(UserWarning, match="made-up text features.*text/ with a T5 encoder"):
             assert isinstance(load_model(name, weights=tmp_path, device="cpu").text, RandomText)
         found = readiness.check_model(ModelRequest(name, weights=str(tmp_path), device="cpu"))
-        assert ("warn", "no text encoder in text/ beside the weights: made-up features") in found
+        assert ("warn", "no text encoder in text/ next to the weights: made-up features") in found
 
 
 def test_two_candidates_are_not_guessed_between(downloaded, tmp_path):
