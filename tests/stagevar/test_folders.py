@@ -106,8 +106,8 @@ def test_links_devices_and_long_names_are_written(tmp_path):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("", "no name of a file"),
-        ("a\0b", "no name of a file"),
+        ("", "not a valid file name"),
+        ("a\0b", "not a valid file name"),
         ("folder", "is a folder"),
         ("new/", "is a folder"),
         ("missing/a.json", "does not exist or cannot be written"),

@@ -37,7 +37,7 @@ def test_arguments_come_as_text_or_values():
         ({"model": "nano", "profile": "p.yaml"}, "give either"),
         ({"model": "nano", "replcas": 2}, "unknown argument 'replcas', did you mean replicas"),
         ({"model": "nano", "replicas": "many"}, "replicas 'many' has the wrong type"),
-        ({"model": "nano", "compare": "perhaps"}, "compare 'perhaps' is not"),
+        ({"model": "nano", "compare": "perhaps"}, "compare 'perhaps' has the wrong type"),
     ):
         with pytest.raises(UsageError, match=message):
             Arguments.read(given)

@@ -39,10 +39,10 @@ BAD_BODIES = {
     "UTF-16": ('{"prompt": "a"}'.encode("utf-16"), 400, "not UTF-8"),
     "a compressed body": (b"\x1f\x8b\x08\x00", 400, "not UTF-8"),
     "NaN": (b'{"prompt": "a", "seed": NaN}', 400, "NaN is not a valid JSON number"),
-    "infinity": (b'{"prompt": "a", "guidance_scale": -Infinity}', 400, "-Infinity is not a number"),
+    "infinity": (b'{"prompt": "a", "guidance_scale": -Infinity}', 400, "-Infinity is not a valid JSON number"),
     "5,000 digits": (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", 400, "too many digits"),
     "nested 30,000 deep": (b"[" * 30_000, 400, "JSON|nested"),
-    "a key twice": (b'{"prompt": "a", "prompt": "b"}', 400, "key 'prompt' stands twice"),
+    "a key twice": (b'{"prompt": "a", "prompt": "b"}', 400, "key 'prompt' appears twice"),
     "no prompt": ({}, 400, "prompt is missing"),
     "prompt null": ({"prompt": None}, 400, "prompt is missing"),
     "prompt empty": ({"prompt": ""}, 400, "prompt is empty"),
@@ -274,7 +274,7 @@ def test_seeds_that_nobody_gave_differ():
 def test_a_model_that_cannot_be_guided_or_negated_says_so():
     fixed = Offer(("a",), ((64, 64),), guidance=3.0, negative=False)
     assert read_request(with_(guidance_scale=3), fixed).guidance == 3.0
-    with pytest.raises(Refusal, match="draws with 3 only"):
+    with pytest.raises(Refusal, match="supports only 3"):
         read_request(with_(guidance_scale=4), fixed)
     with pytest.raises(Refusal, match="negative_prompt is not supported by this model"):
         read_request(with_(negative_prompt="x"), fixed)
