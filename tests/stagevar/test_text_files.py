@@ -231,7 +231,11 @@ REFUSED = {
         b'{"prompt": "a"}\n{"prompt": "a", "prompt": "b"}\n',
         "line 2: key 'prompt' appears twice",
     ),
-    "NaN": ("p.jsonl", b'{"prompt": "NaN", "x": 1}\n{"prompt": "NaN", "x": NaN}\n', "line 2: NaN is not a valid JSON number"),
+    "NaN": (
+        "p.jsonl",
+        b'{"prompt": "NaN", "x": 1}\n{"prompt": "NaN", "x": NaN}\n',
+        "line 2: NaN is not a valid JSON number",
+    ),
     "half a character": ("p.jsonl", b'{"prompt": "a \\ud83d"}\n', "line 1: .* is half a character"),
     "no column": ("p.csv", b"a red dog\na blue dog\n", "no column 'prompt' .*\\.txt"),
     "an open quote": ("p.csv", b'prompt\nx\n"a red dog\na blue dog\n', "line 3: not CSV"),
