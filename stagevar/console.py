@@ -20,7 +20,7 @@ from stagevar.files import gave_way, write_error
 
 #: Exit code after Ctrl-C.
 STOPPED = 130
-#: The longest line on stderr; whatever would be longer repeats a value of any length.
+#: The longest line on stderr; a longer one would repeat a value of any length.
 LONGEST_LINE = 600
 #: Exit code when the reader of the output went away.
 _NO_READER = 1

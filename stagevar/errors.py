@@ -1,4 +1,4 @@
-"""Errors that a user can cause or must read. Each message is one line: the value at fault and the fix."""
+"""Errors that a user can cause or needs to read. Each message is one line: the value at fault and the fix."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EXIT_CODES = {
 
 
 class StagevarError(Exception):
-    """Base of every error raised on purpose by this project; command lines print it without a traceback."""
+    """Base of every error that this project raises on purpose; commands print it without a traceback."""
 
     exit_code = 1
 

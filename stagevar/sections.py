@@ -152,7 +152,7 @@ def shortened(error: Exception | str) -> str:
 
 
 def section_data(section: Any) -> dict[str, object]:
-    """A dataclass as a mapping, without fields that hold nothing (None, or empty where that is the default)."""
+    """A dataclass as a mapping, without fields that hold nothing (None, or empty if that is the default)."""
     data = {}
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)

@@ -37,8 +37,11 @@ _JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],:]', re.DOTALL)
 def read_text(path: str | os.PathLike[str], what: str = "") -> str:
     """The text of a file, without byte-order marks.
 
-    what: what the file is for, as the message calls it ("prompts"). Raises UsageError if it cannot be read, is too large or
-    is not text.
+    Args:
+        what: what the file is for, as messages call it ("prompts").
+
+    Raises:
+        UsageError: if it cannot be read, is too large, or is not text.
     """
     name = f"{what} {path}".strip()
     try:

@@ -2,7 +2,7 @@
 
 An accelerator acts at four places only: run or skip a scale, drop a branch (both are in the ScaleStep and belong to the
 sampler), reduce the tokens before a site, restore them after it (here). Its state is a mapping from site to tensor that is
-never changed in place: the sampler keeps one per scale, so rewinding is forgetting.
+never changed in place: the sampler keeps one per scale, so rewinding means forgetting.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class ScaleContext:
 
 
 class Accelerator(ABC):
-    """Builds the `around` hook of one scale and, where the method has one, takes the schedule's decision."""
+    """Builds the `around` hook of one scale and, if the method has one, takes the schedule's decision."""
 
     name: ClassVar[str]
 

@@ -23,13 +23,20 @@ from stagevar.statistics import resample_indices
 class Rules:
     """How curves become a schedule. Every limit is checked at an upper `confidence` bound, bootstrapped over prompts.
 
-    The initial gap of a similarity m is what it lacks at scale 0, mean(1 - m). Its plateau is the first scale from which on
-    it lacks at most `semantic` or `structure` of its initial gap. semantic_end is the scale after the slowest semantic
-    curve's plateau, structure_end the one after the slowest structure curve's; where that leaves no scale, only the last one
-    is accelerated. cfg_cutoff is the first scale from structure_end on after which one branch alone, at any single scale,
-    moves the image by at most `guidance` of SSIM's initial gap; the branch that allows the earlier cutoff is kept. Ranks hold
-    the smallest tabulated energy at which the whole acceleration costs at most `ranks` of the SSIM that leaving out every
-    scale from structure_end on would cost: a share of SSIM's whole initial gap would let the last scales be left out as well.
+    The initial gap of a similarity m is its distance from 1 at scale 0, mean(1 - m). Its plateau is the first scale
+    from which on it lacks at most a given share of its initial gap.
+
+    Attributes:
+        semantic: that share for semantic curves; semantic_end is the scale after the slowest curve's plateau.
+        structure: that share for structure curves; structure_end is the scale after the slowest curve's plateau. If
+            that leaves no scale, only the last one is accelerated.
+        guidance: cfg_cutoff is the first scale from structure_end on after which one branch alone, at any single scale,
+            moves the image by at most this share of SSIM's initial gap; the branch that allows the earlier cutoff is
+            kept.
+        ranks: ranks hold the smallest tabulated energy at which the whole acceleration costs at most this share of the
+            SSIM that leaving out every scale from structure_end on would cost. A share of SSIM's whole initial gap
+            would let the last scales be left out as well.
+        confidence: of the bounds.
     """
 
     semantic: float = 0.15

@@ -43,7 +43,7 @@ def build_engine(name: str, device: torch.device, recorder: Recorder | None = No
 
 
 def _with_kernels(engine: GraphEngine) -> GraphEngine:
-    """The engine with Triton kernels. Raises UsageError where they cannot run."""
+    """The engine with Triton kernels. Raises UsageError if they cannot run."""
     from stagevar.engine import decoder_kernels, kernels
 
     why = kernels.available()

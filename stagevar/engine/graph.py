@@ -104,7 +104,7 @@ class GraphEngine(Engine):
     def _record(
         self, run: Callable[[], Any], reset: Callable[[], None], separate_pool: bool = False
     ) -> tuple[Callable[[], None], Any] | None:
-        """(replay, outputs), or None where recording failed, now or earlier."""
+        """(replay, outputs), or None if recording failed, now or earlier."""
         if self.fallback_reason is not None:
             return None
         started = time.perf_counter()

@@ -41,7 +41,7 @@ _HEADS_AT_ONCE = 4
 
 
 def available() -> str | None:
-    """Why the kernels cannot run in this process, None where they can."""
+    """Why the kernels cannot run in this process, None if they can."""
     if triton is None:
         return "Triton is not installed; torch's builds for CUDA bring it"
     return None if torch.cuda.is_available() else "there is no CUDA device"

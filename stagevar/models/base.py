@@ -172,10 +172,12 @@ class NextScaleModel(nn.Module, ABC, Generic[Conditions]):
         inner_guidance: dict[int, float] | None = None,
         fuse: tuple[int, float] | None = None,
     ) -> Tensor:
-        """All blocks, in order. `inner_guidance[layer] = s` mixes the branches after that layer: u + s(c - u).
+        """All blocks, in order.
 
-        fuse (layer, s): mixes them in the same way before that layer and runs it and all later ones on the B conditional
-        rows alone, so that the result has B rows; not inside a site that reduces tokens.
+        Args:
+            inner_guidance: layer -> s; mixes the branches after that layer: u + s(c - u).
+            fuse: (layer, s); mixes them in the same way before that layer, and runs it and all later ones on the B
+                conditional rows alone, so that the result has B rows. Not inside a site that reduces tokens.
         """
 
     @abstractmethod
@@ -263,7 +265,8 @@ class Provenance(TypedDict, total=False):
 class LoadedModel:
     """Everything needed to make images: what `registry.load_model` returns and the Sampler takes.
 
-    kv_cache: one of stagevar.tensors.cache.KV_CACHES.
+    Attributes:
+        kv_cache: one of stagevar.tensors.cache.KV_CACHES.
     """
 
     name: str

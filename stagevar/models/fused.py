@@ -67,7 +67,7 @@ def compiler(function: Callable[..., Any], token_axes: Sequence[int | None] | No
     """The function, compiled when first met; the plain one, with a warning, once compiling it has failed.
 
     Args:
-        token_axes: per argument the axis of its tokens, None where it has none. There the compiled kernels take any size;
+        token_axes: per argument the axis of its tokens, None if it has none. There the compiled kernels take any size;
             every other size, type and number is fixed in a kernel of its own, so that loads are as wide as the card has
             them and no function meets the compiler's limit of variants, beyond which it would silently run uncompiled. Without
             token_axes all sizes are variables of one kernel.
@@ -133,9 +133,10 @@ def draws() -> noise.Draws:
 
 
 def compiled(transformer: Model, chained: Chained | None = None) -> Model:
-    """The transformer with compiled pieces; every tensor is shared with the one given.
+    """The transformer with compiled pieces; every tensor is shared with the given one.
 
-    chained: also pieces across sublayers, for models that can use them.
+    Args:
+        chained: also pieces across sublayers, for models that can use them.
     """
     copied = variant(transformer, lambda name, module: None)
     own = pieces() if chained is None else dataclasses.replace(pieces(), chained=chained)

@@ -55,9 +55,10 @@ def default_sampling(request: LoadRequest, scales: int) -> Sampling:
 
 
 def ramped_sampling(request: LoadRequest, scales: int, ramp: Callable[[float, int], tuple[float, ...]]) -> Sampling:
-    """The defaults; one guidance number is that of the ramp's end, as the references' cfg plus 1.
+    """The defaults; a single guidance number is the value at the end of the ramp, the references' cfg plus 1.
 
-    ramp: (cfg, scales) -> guidance per scale.
+    Args:
+        ramp: (cfg, scales) -> guidance per scale.
     """
     sampling = default_sampling(request, scales)
     asked = request.spec.guidance if request.guidance is None else request.guidance

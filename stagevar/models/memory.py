@@ -227,7 +227,7 @@ def _decoder_channels(tokenizer: nn.Module) -> int:
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Free memory of a device now, what torch's allocator keeps for reuse included; None where the system does not tell."""
+    """Free memory of a device now, including what torch's allocator keeps for reuse; None if the system does not say."""
     if device.type == "cuda":
         import torch
 
@@ -237,7 +237,7 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 def total_bytes(device: torch.device) -> int | None:
-    """All memory of a device, the same whatever runs there; None where the system does not tell."""
+    """All memory of a device, the same whatever runs there; None if the system does not say."""
     if device.type == "cuda":
         import torch
 

@@ -261,7 +261,8 @@ def published(name: str) -> PublishedSettings | None:
 def scale_grids(name: str, resolution: str | int | None = None) -> tuple[Grid, ...]:
     """Token grids of a model at a resolution (default: its first); loads nothing.
 
-    Raises UsageError for an unknown model or resolution, and if only the loaded model knows its scales.
+    Raises:
+        UsageError: for an unknown model or resolution, and if only the loaded model knows its scales.
     """
     spec = find(name)
     if spec.scales is None:

@@ -100,7 +100,7 @@ class _Images:
         self._eager: np.ndarray | None = None
 
     def fault(self, name: str) -> str | None:
-        """Why an engine's image is not eager's, None where it is."""
+        """Why an engine's image is not eager's, None if it is."""
         from stagevar.engine import fell_back_because
 
         if self._eager is None:

@@ -1,6 +1,6 @@
 """The sections of a deployment profile, each a frozen dataclass that knows its fields' types.
 
-A field that may be absent has a default. Figures are None where a measurement gave none.
+A field that may be absent has a default. Figures are None if a measurement gave none.
 """
 
 from __future__ import annotations

@@ -182,7 +182,7 @@ class Sampler:
                 raise ValueError(f"scale {step.scale} needs the {missing[0]} branch, which an earlier scale dropped")
             if step.fuse_layer:
                 self._check_fusing(step, generation.sampling)
-            self._transformer(step.precision)  # made here, lest it be part of a recording
+            self._transformer(step.precision)  # made here so that it is not part of a recording
             steps = (*generation.steps, step)
             cache = generation.cache  # recordings outlive the generation that made them
             with attention_kernels(self.model.device):
@@ -284,7 +284,7 @@ class Sampler:
         self.on_scale(step, logits, tokens)
         code_sum = residual.add(before.code_sum_BdHW, tokens, scale)
         state = {site: cached for site, cached in before.state.items() if updates.wanted(site)}
-        # Behind a fusing layer the dropped branch has no entries of this scale, so it cannot come back at a later one.
+        # After a fusing layer the dropped branch has no entries of this scale, so it cannot come back at a later one.
         branches = step.rest.branches if step.fuse_layer else step.branches
         return SavedScale(code_sum, {**state, **updates}, cache.lengths, branches)
 

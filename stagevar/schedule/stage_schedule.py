@@ -1,4 +1,4 @@
-"""Schedules are data: a few human parameters that expand to one fully decided step per scale. No torch here.
+"""Schedules are data: a few parameters that people set, which expand to one fully decided step per scale. No torch here.
 
 A *scale* is one resolution step of the model; a *stage* groups scales. Only scales from `structure_end` on are
 accelerated.
@@ -11,7 +11,7 @@ Source: StageVAR (arXiv 2512.16483) for the stages, the branch cutoff and the ra
 decides where the paper is silent; FastVAR (arXiv 2503.23367, csguoh/FastVAR) and SkipVAR (arXiv 2506.08908,
 fakerone-li/SkipVAR) for their settings, carried here by position in the schedule instead of by grid width; FocusVAR
 (aden9460/focusvar, no paper) for fusing the branches at an inner layer. Row selection (drawn or by norm), the trunk site,
-the conditional branch and mixing the methods are knobs of ours.
+the conditional branch and mixing the methods are our own knobs.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ class ScaleStep:
 
     @property
     def rest(self) -> ScaleStep:
-        """The step as it is behind its fusing layer: the conditional branch alone."""
+        """The step after its fusing layer: the conditional branch alone."""
         return dataclasses.replace(self, branches=BOTH[:1], fuse_layer=0)
 
     def branches_at(self, layer: int) -> tuple[Branch, ...]:
@@ -114,7 +114,7 @@ class ScaleStep:
         return self.rest.branches if 0 < self.fuse_layer <= layer else self.branches
 
     def processed_tokens(self, chunks: int = 1) -> float:
-        """Token rows that enter the trunk, averaged over chunks: the cost proxy when nothing was measured."""
+        """Token rows that enter the trunk, averaged over chunks: the cost proxy if nothing was measured."""
         if self.skipped:
             return 0.0
         tokens: float = self.tokens

@@ -145,7 +145,11 @@ class ReplicaApp:
 def build(args: Mapping[str, object]) -> Any:
     """The Ray Serve application, for `serve run` and configuration files: a `ray.serve.Application`.
 
-    args: see `Arguments`. Raises UsageError before anything is started.
+    Args:
+        args: see `Arguments`.
+
+    Raises:
+        UsageError: before anything is started.
     """
     require_packages()
     extras.require("stagevar.serving.ray_app", "ray")

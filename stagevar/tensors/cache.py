@@ -5,7 +5,7 @@ one only stops reading and writing it: rewinding to before the cutoff finds it w
 the dropped branch only the room it needs until then. Lengths are per branch and layer, because kept tokens may differ per
 chunk. Whatever lies beyond a length is stale and never read.
 
-Where both branches may grow alike (the full schedule, and the cache that tuning allocates) their tensors are two halves of
+If both branches can grow equally (the full schedule, and the cache that tuning allocates) their tensors are two halves of
 one, so that guided scales write and attend once instead of per branch.
 
 With 8 bits an entry is a row of int8 per token and head with a float32 scale of its own: half of bfloat16 for 1/32 more at
@@ -34,7 +34,8 @@ Lengths = tuple[tuple[int, ...], ...]
 def step_lengths(steps: Steps, chunk_layers: Sequence[range], prefix_tokens: int = 0) -> dict[Branch, list[int]]:
     """Cache entries per branch and layer after all these steps ran: the smallest capacity that holds the schedule.
 
-    prefix_tokens: what the first scale caches besides its grid's tokens.
+    Args:
+        prefix_tokens: what the first scale caches in addition to its grid's tokens.
     """
     depth = sum(len(layers) for layers in chunk_layers)
     needed: dict[Branch, list[int]] = {branch: [prefix_tokens] * depth for branch in BOTH}
@@ -54,9 +55,10 @@ def step_lengths(steps: Steps, chunk_layers: Sequence[range], prefix_tokens: int
 
 
 def even(lengths: dict[Branch, list[int]]) -> dict[Branch, list[int]]:
-    """The smallest capacity of these entries that all layers and both branches have alike.
+    """The smallest capacity for these entries that is the same in all layers and both branches.
 
-    Both branches then lie in one tensor, so a guided scale writes and attends once, and all layers have the same strides.
+    Both branches then share one tensor, so a guided scale writes and attends once, and all layers have the same
+    strides.
     """
     most = max(map(max, lengths.values()))
     return {branch: [most] * len(entries) for branch, entries in lengths.items()}
@@ -196,7 +198,7 @@ class KVCache:
         return out[0] if len(out) == 1 else torch.cat(out)
 
     def _extend(self, branches: Sequence[Branch], layer: int, tokens: int) -> int:
-        """Books entries of a layer; returns where they begin."""
+        """Reserves entries of a layer; returns where they begin."""
         start = self._length[branches[0]][layer]
         stop = start + tokens
         for branch in branches:
@@ -215,7 +217,7 @@ class KVCache:
     def _attend(
         self, branches: tuple[Branch, ...], layer: int, start: int, q: Tensor, k: Tensor, v: Tensor, scale: float
     ) -> Tensor:
-        """Writes at `start`, then attends over everything up to there, for rows that lie in one tensor."""
+        """Writes at `start`, then attends over everything up to there, for rows in one tensor."""
         stop = start + k.shape[2]
         rows = branches[0] if len(branches) == 1 else branches
         store = self._store[rows][layer]

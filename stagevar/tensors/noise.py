@@ -112,7 +112,7 @@ def uniform(
 def normal(
     key_R2: Tensor, count: int, draw: tuple[int, int], word_R1: Tensor | int = 0, philox: Philox = philox4x32
 ) -> Tensor:
-    """Standard normal draws, float32, shape (R, count), by Box-Muller on pairs of uniforms; arguments as `uniform`."""
+    """Standard normal draws, float32, shape (R, count), by Box-Muller on pairs of uniforms; arguments as in `uniform`."""
     pairs = -(-count // 2)
     u_R2N = uniform(key_R2, 2 * pairs, draw, word_R1, philox)
     radius = torch.sqrt(-2.0 * torch.log(u_R2N[:, :pairs]))

@@ -143,9 +143,10 @@ def open_weights(
 
 
 def weights_in(folder: Path) -> Path:
-    """The weights of a folder: an index of shards or a file under a usual name, else the only weights file there is.
+    """The weights of a folder: an index of shards or a file under a usual name, otherwise the only weights file in it.
 
-    Raises WeightsError.
+    Raises:
+        WeightsError: for an unreadable folder, and one without weights or with several candidates.
     """
     indices = [f"{stem}.{suffix}.index.json" for stem in _STEMS for suffix in ("safetensors", "bin")]
     singles = [f"{stem}.{suffix}" for suffix in ("safetensors", "bin") for stem in _STEMS]

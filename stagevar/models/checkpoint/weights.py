@@ -149,8 +149,13 @@ class Fit:
     def load(self, precision: Precision | None = None) -> tuple[Path, ...]:
         """Gives the module its weights, and returns the files that were read.
 
-        precision: dtype per key for floating-point weights; None keeps the file's. On the CPU a weight that keeps its
-        precision is a view of the mapped file. Raises WeightsError for a file that cannot be read after all.
+        On the CPU a weight that keeps its precision is a view of the mapped file.
+
+        Args:
+            precision: dtype per key for floating-point weights; None keeps the file's.
+
+        Raises:
+            WeightsError: for a file that turns out to be unreadable.
         """
         loaded: dict[str, Tensor] = {}
         for key, value in self.module.state_dict().items():
@@ -181,7 +186,11 @@ def fit(
 ) -> Fit:
     """Opens a file and checks it against a module (usually built on the meta device); reads no weights yet.
 
-    what: the model's name, for messages. Raises WeightsError, see `open_weights` and `check_keys`.
+    Args:
+        what: the model's name, for messages.
+
+    Raises:
+        WeightsError: see `open_weights` and `check_keys`.
     """
     rules, device = rules or KeyRules(), torch.device(device)
     state = module.state_dict()

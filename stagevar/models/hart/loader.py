@@ -54,10 +54,11 @@ TOKENIZER_RULES = KeyRules(
 def parts(request: LoadRequest) -> Parts:
     """The modules on the meta device; what the published settings leave open follows from local weights.
 
-    The codebook stays float32, since the code sum adds up in it, and so does the diffusion head: its first step multiplies
-    a difference of nearly equal numbers by 20,000, which 16 bits would decide by rounding.
+    The codebook stays float32, since the code sum adds up in it, and so does the diffusion head: its first step
+    multiplies a difference of nearly equal numbers by 20,000, which 16 bits would decide by rounding.
 
-    Raises UsageError for an aspect ratio: the family is square.
+    Raises:
+        UsageError: for an aspect ratio: the family is square.
     """
     if request.weights is None or request.random:
         return _parts(request, None)

@@ -73,7 +73,8 @@ def pixels_at(resolution: str, ratio: float) -> tuple[int, int]:
 def at_ratio(model: LoadedModel, resolution: str, ratio: float) -> LoadedModel:
     """The same loaded model at another height / width of its resolution: new tables of positions, every weight shared.
 
-    Raises UsageError for an unknown pixel budget.
+    Raises:
+        UsageError: for an unknown pixel budget.
     """
     grids, finest = infinity_grids(resolution, ratio)
     transformer = variant(model.transformer, lambda name, module: None)

@@ -12,10 +12,15 @@ from stagevar.models.infinity.config import InfinityConfig
 class NanoPreset:
     """Everything that fixes nano's shapes.
 
-    Attributes: `image_size` pixels per side; `patch` pixels per latent cell; `scales` grid sides, coarse to fine;
-    `layout_scales` how many of them decide what is drawn where (most training steps see only these); `latent_dim` bits
-    per token; `tokenizer_width` channels; transformer `depth`, `width`, `heads`, `chunks`, `ffn_hidden`; `text_dim`
-    channels and `text_maxlen` tokens of the text features.
+    Attributes:
+        image_size: pixels per side.
+        patch: pixels per side of a latent cell.
+        scales: grid sides, coarse to fine.
+        layout_scales: how many of them decide what is drawn where; most training steps see only these.
+        latent_dim: bits per token.
+        tokenizer_width: channels.
+        depth, width, heads, chunks, ffn_hidden: of the transformer.
+        text_dim, text_maxlen: channels and tokens of the text features.
     """
 
     name: str

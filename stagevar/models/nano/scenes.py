@@ -68,9 +68,12 @@ _PROPOSALS = 48
 class SceneBatch:
     """B scenes as numbers; `draw` turns them into pixels.
 
-    Attributes: `count_B` objects; `shape_BK`, `color_BK`, `texture_BK` indices into the tables above; `center_BK2`
-    (x, y) and `radius_BK` as shares of the image side; `background_B6` (top tone, tint, slope x, slope y, ...);
-    `metadata` one GenEval dict per scene, its caption under "prompt".
+    Attributes:
+        count_B: objects per scene.
+        shape_BK, color_BK, texture_BK: indices into the tables above.
+        center_BK2, radius_BK: (x, y) and radius, as shares of the image side.
+        background_B6: top tone, tint, slope x, slope y, ...
+        metadata: one GenEval dict per scene, its caption under "prompt".
     """
 
     count_B: np.ndarray

@@ -47,7 +47,9 @@ class _Mix(nn.Module):
 class NanoTokenizer(nn.Module):
     """Images of patch-sized cells to a latent on the final grid and back.
 
-    Attributes: `residual` the bit residual loop; `latent_dim` channels d of the latent (bits per cell).
+    Attributes:
+        residual: the bit residual loop.
+        latent_dim: channels d of the latent (bits per cell).
     """
 
     def __init__(self, config: NanoPreset):

@@ -26,7 +26,8 @@ _PIXEL_SIDE = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 def parts(request: LoadRequest) -> Parts:
     """The modules on the meta device. Codebook and smoothing convolutions stay float32: the code sum adds up in it.
 
-    Raises UsageError for an aspect ratio: these families are square.
+    Raises:
+        UsageError: for an aspect ratio: these families are square.
     """
     settings, star = request.spec.settings, request.spec.family == "star"
     if request.ratio != 1:
