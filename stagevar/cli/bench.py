@@ -48,7 +48,9 @@ def add_server_measuring(bench: argparse.ArgumentParser) -> None:
     bench.add_argument(
         "--concurrency", default="1,2,4,8", help="with --serve: numbers of concurrent clients (default: 1,2,4,8)"
     )
-    bench.add_argument("--requests", type=positive_int, default=64, help="with --serve: per level (default: 64)")
+    bench.add_argument(
+        "--requests", type=positive_int, default=64, help="with --serve: requests per level (default: 64)"
+    )
     bench.add_argument("--api-key-file", type=existing_file, help="with --serve: file whose first line is the key")
 
 

@@ -27,7 +27,7 @@ def add(verbs: Verbs) -> None:
     parser.add_argument("--compare", default="exact,stagevar-paper", help="comma-separated presets")
     parser.add_argument("--batch", type=positive_int, default=1, help="images per run (default: 1)")
     parser.add_argument(
-        "--card", type=finite_number, metavar="GIB", help="memory of a card; the table then says what fits"
+        "--card", type=finite_number, metavar="GIB", help="memory of a card in GiB; the table then says what fits"
     )
     parser.set_defaults(run=run)
 

@@ -53,7 +53,7 @@ def add_running_options(parser: argparse.ArgumentParser, batch: str, threads: st
         "--engine",
         choices=ENGINE_OPTIONS,
         default="auto",
-        help="default: auto, the profile's, else the fastest that draws the same images",
+        help="default: auto, the profile's, or else the fastest that draws the same images",
     )
     parser.add_argument("--batch", type=positive_int, help=f"images per run (default: {batch})")
     parser.add_argument("--threads", type=positive_int, help=f"CPU threads (default: {threads})")

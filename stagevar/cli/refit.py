@@ -26,7 +26,10 @@ def add(verbs: Verbs) -> None:
     add_model_options(parser)
     add_prompt_options(parser, 256)
     parser.add_argument(
-        "--target", type=finite_number, default=0.84, help="SSIM to the full schedule's image to keep (default: 0.84)"
+        "--target",
+        type=finite_number,
+        default=0.84,
+        help="SSIM with the full schedule's image to keep (default: 0.84)",
     )
     parser.add_argument("--out", type=path_value, required=True, help="JSON file that a schedule's decision may name")
     parser.set_defaults(run=run)

@@ -32,7 +32,9 @@ def add(verbs: Verbs) -> None:
     parser.add_argument(
         "--host", type=name_value, default="127.0.0.1", help="address to listen on (default: 127.0.0.1)"
     )
-    parser.add_argument("--port", type=whole_number, default=8000, help="0 takes a free one (default: 8000)")
+    parser.add_argument(
+        "--port", type=whole_number, default=8000, help="port to listen on; 0 takes a free one (default: 8000)"
+    )
     parser.add_argument(
         "--api-key-file", type=existing_file, help="file of API keys, one per line; requests need one of them"
     )
@@ -40,10 +42,10 @@ def add(verbs: Verbs) -> None:
     seconds = between(0.1, 86400)
     parser.add_argument("--timeout", type=seconds, default=60, help="seconds until a request times out (default: 60)")
     parser.add_argument(
-        "--grace", type=seconds, default=30, help="seconds for accepted requests after SIGTERM (default: 30)"
+        "--grace", type=seconds, default=30, help="seconds to finish accepted requests after SIGTERM (default: 30)"
     )
     parser.add_argument(
-        "--stuck", type=seconds, default=300, help="seconds of one batch after which /health fails (default: 300)"
+        "--stuck", type=seconds, default=300, help="seconds that one batch may take before /health fails (default: 300)"
     )
     parser.set_defaults(run=run)
 

@@ -36,8 +36,8 @@ class Download:
 
     @property
     def line(self) -> str:
-        size = "size not known" if self.about_bytes is None else f"about {self.about_bytes / 1e9:.1f} GB"
-        state = {True: "here already", False: "will be fetched", None: "not known whether it is here"}[self.cached]
+        size = "size unknown" if self.about_bytes is None else f"about {self.about_bytes / 1e9:.1f} GB"
+        state = {True: "already here", False: "to be downloaded", None: "unknown whether it is here"}[self.cached]
         return f"{self.part}: {self.source}, {size}, {state}"
 
 

@@ -267,13 +267,13 @@ def require(needed: MemoryEstimate, device: torch.device, name: str) -> None:
     least = max(needed.generating, needed.encoding)
     if free is not None and least > free:
         raise UsageError(
-            f"{name} needs about {least / MIB:,.0f} MiB on {device}, {free / MIB:,.0f} MiB are free; "
+            f"{name} needs about {least / MIB:,.0f} MiB on {device}, but only {free / MIB:,.0f} MiB are free; "
             "use a larger device, a smaller --resolution or batch, --kv-cache int8, or a smaller model"
         )
 
 
 def estimate_model(model: ModelRequest) -> MemoryEstimate:
-    """The estimate for a model as it is asked for. Loads nothing."""
+    """The estimate for a requested model. Loads nothing."""
     from stagevar.models.registry import model_parts, resolve
 
     request = resolve(model)

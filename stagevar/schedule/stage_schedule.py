@@ -215,7 +215,7 @@ class StageSchedule:
         """The same steps, the one before the last three choosing between all continuations."""
         point = len(steps) - 1 - UNDECIDED_SCALES
         if point < 1:
-            raise ScheduleError(f"a decision needs at least {UNDECIDED_SCALES + 2} scales, the model has {len(steps)}")
+            raise ScheduleError(f"a decision needs at least {UNDECIDED_SCALES + 2} scales; the model has {len(steps)}")
         if steps[point].skipped:
             raise ScheduleError(f"skipped scale {point} is where the decision looks at the image; run it")
         late = tuple(steps[point + 1 :])

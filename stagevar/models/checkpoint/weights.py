@@ -116,7 +116,7 @@ def check_keys(
             ("missing", missing),
             ("unknown", unknown),
             ("mis-shaped", misshaped),
-            ("of another kind", unusable),
+            ("of the wrong kind", unusable),
             ("there twice", twice),
         )
         if keys

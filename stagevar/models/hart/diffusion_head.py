@@ -177,4 +177,4 @@ class DiffusionHead(nn.Module):
             share_BLd = (place_BLd + 1) / 2
             log_variance = share_BLd * step.log_high + (1 - share_BLd) * step.log_low
             x_BLd = x_BLd_mean + torch.exp(0.5 * log_variance) * noise_BSLd[:, index + 1]
-        raise AssertionError("one step is the last")
+        raise AssertionError("no step is the last")

@@ -111,7 +111,7 @@ def test_a_linear_classifier_by_hand():
         ({"scale": [0.0, 1.0]}, "not positive"),
         ({"classes": [0, 1, 2, 4]}, "within 0 to 3"),
         ({"coefficients": [[1, 2]]}, "one row per class"),
-        ({"intercepts": [0, 0, 0, math.nan]}, "NaN is not a number"),
+        ({"intercepts": [0, 0, 0, math.nan]}, "NaN is not a valid JSON number"),
         ({"intercepts": [0, 0, 0, "x"]}, "malformed"),
     ],
     ids=str,
@@ -178,7 +178,7 @@ def test_a_decision_keeps_what_the_schedule_says_elsewhere():
     [
         ({"cfg_delay": 0}, SQUARE, "both drop a branch"),
         ({"skip": (9,)}, SQUARE, "skipped scale 9 is where the decision looks"),
-        ({}, SQUARE[:4], "at least 5 scales, the model has 4"),
+        ({}, SQUARE[:4], "at least 5 scales; the model has 4"),
         ({"decision": 3}, SQUARE, "decision 3 must be"),
     ],
 )

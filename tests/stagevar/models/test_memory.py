@@ -117,7 +117,7 @@ def test_the_text_encoder_counts_where_it_is_the_most():
 
 def test_what_does_not_fit_is_refused_with_figures(monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda device: 300 * MIB)
-    with pytest.raises(UsageError, match=r"infinity-tiny needs about \d+ MiB on cpu, 300 MiB are free"):
+    with pytest.raises(UsageError, match=r"infinity-tiny needs about \d+ MiB on cpu, but only 300 MiB are free"):
         load_model("infinity-tiny", weights="random", device="cpu")
 
 

@@ -18,7 +18,7 @@ from stagevar.serving import drawing
 from stagevar.serving.desk import Order, Shape
 from stagevar.serving.drawing import Loading, guided, load_artist
 
-pytestmark = pytest.mark.filterwarnings("ignore:infinity-tiny reads made-up text")
+pytestmark = pytest.mark.filterwarnings("ignore:infinity-tiny uses made-up text")
 PROMPT = "a photo of two blue stars"
 
 

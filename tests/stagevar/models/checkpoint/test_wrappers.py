@@ -116,12 +116,12 @@ def test_tensors_that_cannot_be_weights_are_refused_in_one_line(state, tmp_path)
     }
     for word, value in kinds.items():
         torch.save({**state, "head.weight": value}, tmp_path / "w.pth")
-        with pytest.raises(WeightsError, match=rf"of another kind .head\.weight is {word}, not floating") as caught:
+        with pytest.raises(WeightsError, match=rf"of the wrong kind .head\.weight is {word}, not floating") as caught:
             weights.load_into(on_meta(), tmp_path / "w.pth", what="tiny", rules=INFINITY_RULES)
         assert "\n" not in str(caught.value)
         if word != "sparse":
             save_file({k: v.clone() for k, v in {**state, "head.weight": value}.items()}, tmp_path / "w.safetensors")
-            with pytest.raises(WeightsError, match=r"of another kind .head\.weight is "):
+            with pytest.raises(WeightsError, match=r"of the wrong kind .head\.weight is "):
                 weights.load_into(on_meta(), tmp_path / "w.safetensors", what="tiny", rules=INFINITY_RULES)
 
 
