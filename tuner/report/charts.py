@@ -1,7 +1,7 @@
 """The report's bars and strips, as SVG (`tuner.report.svg`).
 
-Every function takes the width in CSS pixels and draws text at its real size; the report draws each chart twice (wide
-and narrow) and lets the stylesheet choose, because a scaled-down chart has unreadable labels.
+Every function takes the width in CSS pixels and draws text at its real size. The report draws each chart twice (wide and
+narrow) and lets the stylesheet choose, because labels of a scaled-down chart are unreadable.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def paired_bars(
     unit: str,
     notes: Sequence[str] = (),
 ) -> str:
-    """Horizontal bars, one group per name. series: (legend, CSS class, values). `notes` stand after the last bar."""
+    """Horizontal bars, one group per name; `series` are (legend, CSS class, values), `notes` follow the last bar."""
     bar, gap = 11, 12
     group = bar * len(series) + gap
     left = max(len(n) for n in names) * CHARACTER + 14
@@ -64,7 +64,7 @@ def bars(width: float, rows: Sequence[tuple[str, float, str, str]], *, label: st
 
 @dataclass(frozen=True)
 class StripCell:
-    """One scale of a strip. kept: share of the tokens that are run, 0 to 1. branches: names of those that run."""
+    """One scale of a strip; `kept` is the share of tokens that are run, 0 to 1, `branches` names those that run."""
 
     side: str
     stage: str
@@ -77,7 +77,7 @@ class StripCell:
 def strip(width: float, cells: Sequence[StripCell], weights: Sequence[float], label: str) -> str:
     """A schedule as a row of cells: width grows with the scale's tokens, the filled part with the tokens kept.
 
-    The upper half is the conditional branch, the lower half the unconditional one: what is not filled is work saved.
+    The upper half is the conditional branch, the lower half the unconditional one; the unfilled part is work saved.
     """
     gap, height = 3.0, 46.0
     least = 15.0 if width < 500 else 24.0

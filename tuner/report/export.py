@@ -39,17 +39,17 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PROFILE_FILE, PARETO_FILE, TRIALS_FILE = "profile.yaml", "pareto.yaml", "trials.csv"
-#: The JSON Schema of profile.yaml, laid beside it so that editors find it wherever the directory goes.
+#: The JSON Schema of profile.yaml, stored beside it so that editors find it wherever the directory goes.
 JSON_SCHEMA_FILE = "profile.schema.json"
 PARETO_SCHEMA = "stagevar-pareto/1"
 
 
 def export(result: StudyResult, run_dir: Path | str) -> list[Path]:
-    """Writes what the result allows and returns the paths: pareto.yaml and trials.csv always, profile.yaml for a pick,
-    with its JSON Schema beside it.
+    """Writes the files that the result allows and returns their paths: pareto.yaml and trials.csv always, and for a pick
+    profile.yaml with its JSON Schema.
 
     A profile.yaml of an earlier, different outcome is removed: a run directory never offers a schedule that its own
-    study did not pick. Raises UsageError when the folder cannot be written.
+    study did not pick. Raises UsageError if the folder cannot be written.
     """
     run_dir = Path(run_dir)
     profile_path = run_dir / PROFILE_FILE
@@ -130,7 +130,7 @@ def _envelope(result: StudyResult, latency: LatencyStats) -> Envelope:
         device=str(device.get("name")) if gpu else str(device.get("kind", "cpu")),
         dtype=str(device.get("dtype", "float32")),
         batch=1,
-        engine=cast(Any, result.engine),  # checked like every field of an envelope
+        engine=cast(Any, result.engine),  # checked, like every field of an envelope
         threads=threads if isinstance(threads := device.get("threads"), int) and not gpu else None,
         torch=str(result.versions.get("torch", "unknown")),
         card=card_section(states[-1]) if states else None,
@@ -196,7 +196,7 @@ def _quality(result: StudyResult, candidate: Candidate) -> dict[str, object]:
 
 
 def _metric(limit: MetricLimit, candidate: Candidate) -> dict[str, object]:
-    """One metric's declaration, limit, and, where it was verified, the bound that decided."""
+    """One metric's declaration, limit, and, if verified, the bound that decided."""
     data: dict[str, object] = {"unit": limit.unit, "kind": limit.kind, "weight": _round(limit.weight)}
     if limit.max_drop is not None:
         data["max_drop"] = _round(limit.max_drop)
@@ -241,7 +241,7 @@ def _interval(interval: Interval) -> dict[str, object]:
 
 
 def _round(value: float) -> float:
-    """Six significant digits: more than any measurement here carries, few enough to read."""
+    """Six significant digits: more than any measurement here has, few enough to read."""
     return float(f"{value:.6g}")
 
 
@@ -249,7 +249,7 @@ def _round(value: float) -> float:
 
 
 def write_pareto(result: StudyResult, path: Path) -> Path:
-    """The front, fastest first, each member with all that a deployment needs, and the named picks by key."""
+    """The front, fastest first, each member with everything a deployment needs, and the named picks by key."""
     members: dict[str, object] = {}
     for key in dict.fromkeys([*result.front, *result.picks.values()]):
         candidate = result.candidate(key)
@@ -296,7 +296,7 @@ def to_csv(rows: Sequence[Mapping[str, object]]) -> str:
     import pandas as pd
 
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    # As objects: a column with a gap must not turn its whole numbers into floats.
+    # As objects, so that a gap does not turn a column's whole numbers into floats.
     return pd.DataFrame(list(rows), columns=columns, dtype=object).to_csv(index=False, lineterminator="\n")
 
 
@@ -317,7 +317,7 @@ def _trial_rows(result: StudyResult) -> list[dict[str, object]]:
     """One row per distinct schedule, the full one first, then failures that left no schedule; columns are grouped.
 
     Columns: identity, outcome, latency_*, quality and metrics with low and high, verified_*, param.*, schedule.*.
-    Sequences are JSON in their cell; what does not apply is empty.
+    Sequences are JSON in their cell; cells that do not apply are empty.
     """
     candidates = (result.baseline, *result.candidates)
     rows = [_row(result, c) for c in candidates]

@@ -1,7 +1,7 @@
 """The last lines of a study, in plain words: what was proved, where the files are, what to do next.
 
-Commands are ready to paste into the shell that the study ran in. Pure: a result, its directory and the command line in, text
-out.
+Commands can be pasted into the shell that the study ran in. Pure: takes a result, its directory and the command line, and
+returns text.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from tuner.config.quality import COMPOSITE, MetricLimit, limited
 from tuner.results.candidate import Finalist, Verdict
 from tuner.results.result import StudyResult
 
-#: What one more attempt at a budget leaves for timings to scatter.
+#: Margin for the scatter of timings when a new budget is suggested.
 _ROOM = 1.03
-#: A larger drop is worth a word up to so many times the allowed one.
+#: A larger drop is suggested up to this many times the allowed one.
 _MOST_ALLOWANCES = 3
 _REGRESSION = "3%"
 
 
 @dataclass(frozen=True)
 class NextSteps:
-    """lines: all of the text. commands: of it, what can be pasted."""
+    """What to print: all `lines`, and the `commands` among them that can be pasted."""
 
     lines: tuple[str, ...]
     commands: tuple[str, ...]
 
 
 def next_steps(result: StudyResult, run_dir: Path, words: Sequence[str]) -> NextSteps:
-    """What to say after a verdict. words: the command line that reproduces the study, with or without its program."""
+    """What to say after a verdict; `words` is the command line that reproduces the study, with or without its program."""
     words = list(words[1:] if words and not words[0].startswith("-") else words)
     tellers = {
         "verified": _verified,
@@ -66,25 +66,25 @@ def _verified(result: StudyResult, run_dir: Path, words: Sequence[str]) -> _Told
     parts = [_speed(pick)]
     parts += [_kept(m, v) for m in limited(result.limits) for v in pick.verification.verdicts if v.name == m.name]
     floors = [v for v in pick.verification.verdicts if v.name.startswith("floor:")]
-    parts += [f"{v.name.partition(':')[2]} stays at {v.bound:.3g} at least" for v in floors]
+    parts += [f"{v.name.partition(':')[2]} stays at or above {v.bound:.3g}" for v in floors]
     told = [f"proved: on {pick.verification.prompts} prompts that the search never saw, {_joined(parts)}"]
     if len(result.judged_on) > 1:
         told.append(
             f"        (judged {len(result.judged_on)} times, on {_joined([str(n) for n in result.judged_on])} prompts; "
-            "all judgements together err in 5 % of studies at most)"
+            "all judgments together err in at most 5 % of studies)"
         )
     return told, _deploying(result, run_dir)
 
 
 def _nothing_to_gain(result: StudyResult, run_dir: Path, words: Sequence[str]) -> _Told:
     full_ms = result.full_ms
-    told = [f"proved: the full schedule takes {full_ms:.1f} ms, within {result.budget}; nothing has to be left out"]
+    told = [f"proved: the full schedule takes {full_ms:.1f} ms, within {result.budget}; no acceleration is needed"]
     faster = _verified_schedules(result)
     if faster:
-        told.append(f"        {_schedules(result)} verified too, see pareto.yaml")
+        told.append(f"        {_schedules(result)} verified, too: see pareto.yaml")
     steps = _deploying(result, run_dir)
     budget = _below(result.budget, full_ms)
-    steps.append((f"where it should be faster, ask for less: {budget}", _other_study(result, run_dir, words, budget)))
+    steps.append((f"to go faster, lower the budget to {budget}", _other_study(result, run_dir, words, budget)))
     return told, steps
 
 
@@ -124,7 +124,7 @@ def _infeasible(result: StudyResult, run_dir: Path, words: Sequence[str]) -> _To
                 f"not proved: no schedule meets {result.budget}; {fastest} takes "
                 f"{result.smallest_budget_ms:.1f} ms, the full one {full_ms:.1f} ms"
             ]
-            what = f"ask for what can be reached, {budget}"
+            what = f"raise the budget to {budget}, which can be reached"
             return told, [(what, _other_study(result, run_dir, words, budget))]
         told = [f"not proved: no schedule meets {result.budget}, and none is much faster than the full one"]
         return told, []
@@ -133,20 +133,18 @@ def _infeasible(result: StudyResult, run_dir: Path, words: Sequence[str]) -> _To
     share = (result.budget_ms / full_ms + 1) / 2
     if share < 1:
         budget = _budget(result, share * full_ms)
-        steps.append((f"give it more time, {budget}", _other_study(result, run_dir, words, budget)))
+        steps.append((f"raise the budget to {budget}", _other_study(result, run_dir, words, budget)))
     limit = next(iter(limited(result.limits)), None)
     if limit is None or nearest is None:
         return told, steps
     change = nearest.final_differences.get(limit.metric)
     if change is None or change.mean >= 0:
         return told, steps
-    told.append(
-        f"            the nearest one loses {limit.amount(-change.mean)} by {limit.metric}, where {_allowed(limit)}"
-    )
+    told.append(f"            the nearest one loses {limit.amount(-change.mean)} on {limit.metric} ({_allowed(limit)})")
     if limit.allowed < -change.low <= _MOST_ALLOWANCES * limit.allowed:
         drop = _max_drop(limit, -change.low)
         again = [*_kept_limits(words, limit.metric), "--max-drop", drop]
-        steps.append((f"or allow a larger drop, {drop}", _line(_with(again, "--out", f"{run_dir}-drop"))))
+        steps.append((f"or allow a larger drop of {drop}", _line(_with(again, "--out", f"{run_dir}-drop"))))
     return told, steps
 
 
@@ -159,7 +157,7 @@ def _inconclusive(result: StudyResult, run_dir: Path, words: Sequence[str]) -> _
     if best.verification.times_open:
         return told, [
             (
-                "let the machine be quiet and measure again; what was drawn and judged is kept",
+                "measure again on a quiet machine; what was drawn and judged is kept",
                 _line(["resume", str(run_dir)]),
             )
         ]
@@ -167,21 +165,21 @@ def _inconclusive(result: StudyResult, run_dir: Path, words: Sequence[str]) -> _
         told.append(f"             {result.reason.rpartition('; ')[2]}")
         return told, []
     more = sum(int(part) for part in result.settle_heldout.split("+"))
-    what = f"decide it on {more} held-out prompts; this continues the run, what was drawn and judged is kept"
+    what = f"decide it on {more} held-out prompts; this continues the run and keeps what was drawn and judged"
     again = _with(_with(words, "--heldout", result.settle_heldout), "--out", str(run_dir))
     return told, [(what, _line(again))]
 
 
 def _partial(result: StudyResult, run_dir: Path, words: Sequence[str]) -> _Told:
     told = [f"stopped: {len(result.candidates)} schedules were measured and nothing is proved yet"]
-    return told, [("go on from here", _line(["resume", str(run_dir)]))]
+    return told, [("continue the run", _line(["resume", str(run_dir)]))]
 
 
 def _failed(result: StudyResult, run_dir: Path, words: Sequence[str]) -> _Told:
     told = ["failed: nothing was measured; the first line has the error"]
     doctor = _line(["doctor", "--model", result.model])
     again = _line([*_with(words, "--out", str(run_dir)), "--fresh"])
-    return told, [("see what the model needs and what this machine has", doctor), ("then start anew", again)]
+    return told, [("see what the model needs and what this machine has", doctor), ("then start over", again)]
 
 
 # ------------------------------------------------------------------------------------------------ words
@@ -209,32 +207,32 @@ def _open(result: StudyResult, candidate: Finalist, verdict: Verdict) -> str:
     """An undecided limit in words."""
     if verdict.name == "latency":
         allowed, value, bound = (f"{x:.1f} ms" for x in (verdict.limit, verdict.value, verdict.bound))
-        return f"one image takes {value}, perhaps {bound}, and {allowed} are allowed"
+        return f"one image takes {value}, perhaps {bound} ({allowed} allowed)"
     if verdict.name == "gain":
-        return f"the gain is too small to tell: {verdict.value:.3f} of the full schedule's time, perhaps {verdict.bound:.3f}"
+        return f"the gain is too small to be sure: {verdict.value:.3f} of the full schedule's time, perhaps {verdict.bound:.3f}"
     prompts = candidate.verification.prompts
     kind, _, metric = verdict.name.partition(":")
     if kind == "floor":
         return (
-            f"on {prompts} held-out prompts the mean of {metric} is {verdict.value:.3g} and may be {verdict.bound:.3g}, "
-            f"where {verdict.limit:g} is the least allowed"
+            f"on {prompts} held-out prompts the mean of {metric} is {verdict.value:.3g} and may be {verdict.bound:.3g} "
+            f"(at least {verdict.limit:g} required)"
         )
     limit = next(m for m in limited(result.limits) if m.name == verdict.name)
     told = "unknown" if math.isinf(verdict.bound) else limit.amount(verdict.bound)
     if told == limit.amount(limit.allowed):
         told = f"just above {told}"
     return (
-        f"on {prompts} held-out prompts the loss of {metric} is {limit.amount(verdict.value)} and may be {told}, "
-        f"where {_allowed(limit)}"
+        f"on {prompts} held-out prompts the drop of {metric} is {limit.amount(verdict.value)} and may be {told} "
+        f"({_allowed(limit)})"
     )
 
 
 def _allowed(limit: MetricLimit) -> str:
-    return f"{limit.amount(limit.allowed)} are allowed"
+    return f"{limit.amount(limit.allowed)} allowed"
 
 
 def _files(result: StudyResult, run_dir: Path) -> str:
-    report = f"{_path(run_dir / 'report.html')} shows all that was found"
+    report = f"{_path(run_dir / 'report.html')} shows all results"
     if result.pick is None:
         return f"files: {report}"
     unproved = result.random_weights or result.verdict == "unverified"
@@ -247,7 +245,7 @@ def _joined(parts: Sequence[str]) -> str:
 
 
 def _up(value: float) -> str:
-    """Two digits, never less than it is."""
+    """The value to two significant digits, rounded up."""
     digits = max(0, 1 - math.floor(math.log10(value)))
     return f"{math.ceil(value * 10**digits - 1e-9) / 10**digits:.{digits}f}"
 
@@ -260,11 +258,11 @@ def _deploying(result: StudyResult, run_dir: Path) -> list[tuple[str, str]]:
     prompt = result.search_prompts[0] if result.search_prompts else "PROMPT"
     draw = shlex.join(["stagevar", "generate", "--profile", profile, prompt, "-o", "image.png"])
     check = _line(["verify", profile, "--max-regression", _REGRESSION])
-    return [("draw with it", draw), ("measure it again, on this machine or the one that it will run on", check)]
+    return [("draw with it", draw), ("measure it again, on this machine or where it will run", check)]
 
 
 def _other_study(result: StudyResult, run_dir: Path, words: Sequence[str], budget: str) -> str:
-    """The same question with another budget, which is another study and wants another folder."""
+    """The same question with another budget: another study, which needs another folder."""
     again = _with(_without(words, "--latency-budget"), "--budget", budget)
     if _has(words, "--out"):
         again = _with(again, "--out", f"{run_dir}-{budget.replace('%', 'pct')}")
@@ -272,7 +270,7 @@ def _other_study(result: StudyResult, run_dir: Path, words: Sequence[str], budge
 
 
 def _budget(result: StudyResult, least_ms: float) -> str:
-    """A budget of at least so many milliseconds, spelled as the study's was: a share or a time."""
+    """A budget of at least `least_ms`, spelled like the study's: a share or a time."""
     if result.budget.endswith("%"):
         return f"{math.ceil(100 * least_ms / result.full_ms)}%"
     return f"{math.ceil(least_ms)}ms"
@@ -290,7 +288,7 @@ def _max_drop(limit: MetricLimit, drop: float) -> str:
 
 
 def _kept_limits(words: Sequence[str], metric: str) -> list[str]:
-    """The words without the limit of one metric; a limit without a name is the primary metric's, and so is `metric`."""
+    """The words without the limit of `metric`, the primary one; a limit without a name is also the primary metric's."""
     kept, index = [], 0
     while index < len(words):
         option, equals, value = words[index].partition("=")
@@ -323,7 +321,7 @@ def _without(words: Sequence[str], option: str) -> list[str]:
 
 
 def _with(words: Sequence[str], option: str, value: str) -> list[str]:
-    """The words with an option set to a value, at its end if it was not there."""
+    """The words with an option set to a value, appended if it was missing."""
     place = next((i for i, word in enumerate(words) if word.partition("=")[0] == option), len(words))
     kept = _without(words, option)
     return [*kept[:place], option, value, *kept[place:]]

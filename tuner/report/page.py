@@ -1,8 +1,8 @@
 """report.html: did tuning help, which schedule, how much to trust it. One file, rebuilt from a run directory alone.
 
 Everything comes from study.json and the images beside it. Drawings are inline SVG, images are embedded, styles are
-inline; there is no script and nothing is fetched, so the file can be mailed and opened anywhere. Whatever a user typed
-(prompts, commands, error texts) is escaped.
+inline; there is no script and nothing is fetched, so the file can be mailed and opened anywhere. Everything that a user
+typed (prompts, commands, error texts) is escaped.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _BADGES = {
 def write_report(result: StudyResult, run_dir: Path | str) -> Path:
     """Writes report.html into the run directory and returns its path.
 
-    Raises UsageError when the folder cannot be written. Images that are missing or unreadable are left out and counted.
+    Raises UsageError if the folder cannot be written. Missing or unreadable images are left out and counted.
     """
     path = Path(run_dir) / REPORT_FILE
     try:
@@ -118,27 +118,25 @@ def _answer(result: StudyResult) -> str:
     full_ms = full.median_ms if full else None
     model, budget = result.model, budget_text(result)
     if result.verdict == "dry_run":
-        return f"Nothing was run: this is the plan of a study of {model} under {result.budget}."
+        return f"Nothing was run: this is the plan for a study of {model} under {result.budget}."
     if result.verdict == "failed":
         return f"No answer: none of the {result.trials} trials of {model} could be evaluated; see the failures below."
     if result.verdict == "baseline_meets_budget":
         shown = f" at {ms(full_ms)}" if full_ms is not None else ""
-        return (
-            f"No tuning is needed: the full schedule of {model} meets the budget of {budget}{shown}, so it is the pick."
-        )
+        return f"No tuning needed: the full schedule of {model} meets the budget of {budget}{shown}, so it is the pick."
     if result.verdict == "infeasible" or pick is None or (latency := latency_of(result, pick)) is None:
         quality = f" within {limits_text(result)}" if has_quality(result) else ""
         if result.smallest_budget_ms is not None:
             count = len(result.measured)
             tried = f"none of {count} measured schedules of {model} meets"
             if count == 1:
-                tried = f"the one schedule of {model} that was measured does not meet"
+                tried = f"the only measured schedule of {model} does not meet"
             share = f" ({result.smallest_budget_ms / full_ms:.0%} of the full schedule)" if full_ms else ""
             return (
                 f"No: {tried} {budget}{quality}; "
-                f"the smallest budget that can be kept is {ms(result.smallest_budget_ms)}{share}."
+                f"the smallest reachable budget is {ms(result.smallest_budget_ms)}{share}."
             )
-        return f"No schedule of {model} was found that meets {budget}{quality}: {result.reason}."
+        return f"No schedule found for {model} that meets {budget}{quality}: {result.reason}."
     speed = speedup(latency)
     faster = (
         f"{speed[0]:.2f}× faster (95 % interval {speed[1]:.2f} to {speed[2]:.2f})"
@@ -233,8 +231,8 @@ def _trust(result: StudyResult) -> str:
             lines.append(
                 (
                     "no",
-                    "This study is of an earlier version, whose bound of the quality drop took the range seen for the "
-                    "range possible: on few prompts it proves less than it says. Run the command again, or verify.",
+                    "This study is from an earlier version, whose bound on the quality drop took the observed range for "
+                    "the possible one: on few prompts it proves less than it says. Run the command again, or verify.",
                 )
             )
         if check and check.values and pick.key != result.baseline.key:
@@ -244,7 +242,7 @@ def _trust(result: StudyResult) -> str:
             lines.append(
                 (
                     "no",
-                    "Quality was judged on the search prompts only, where the winner looks better than it is.",
+                    "Quality was judged only on the search prompts, which make the winner look better than it is.",
                 )
             )
         lines.append(_timing_line(latency))
@@ -252,7 +250,7 @@ def _trust(result: StudyResult) -> str:
         if pick.skipped_scales:
             count = f"{pick.skipped_scales} scale{'s' if pick.skipped_scales > 1 else ''}"
             look = "" if result.random_weights else " Look at the images."
-            lost = "fine detail is lost, which prompt-following scores hardly see"
+            lost = "fine detail is lost, which prompt-following scores hardly notice"
             lines.append(("no", f"This schedule does not run {count}: {lost}.{look}"))
     device = [str(result.device.get(key, "?")) for key in ("name", "dtype")]
     where = escape(", ".join([*device, f"{result.engine} engine"]))
@@ -266,14 +264,14 @@ def _trust(result: StudyResult) -> str:
 
 
 def _timing_line(latency: LatencyStats) -> tuple[str, str]:
-    """How the latency came about."""
+    """How the latency was obtained."""
     if latency.predicted:
         return "no", "Latency is predicted from the measured costs of its steps; the schedule was not timed end to end."
     beside = " interleaved with the full schedule" if latency.ratio else ""
     spread = latency.p90_ms / latency.median_ms - 1 if latency.median_ms and latency.p90_ms else 0.0
     settled = "" if latency.settled else "; warm-up never settled within 2 %"
     if latency.disturbed:
-        settled += f"; the card was disturbed, also when timed again ({', '.join(latency.disturbed)})"
+        settled += f"; the card was disturbed, even when timed again ({', '.join(latency.disturbed)})"
     return (
         "yes" if latency.settled and not latency.disturbed and spread < 0.15 else "no",
         f"Latency is the median of {len(latency.samples_ms)} runs{beside}, p90 {spread:.0%} above it{settled}.",
@@ -281,7 +279,7 @@ def _timing_line(latency: LatencyStats) -> tuple[str, str]:
 
 
 def _drift(result: StudyResult) -> list[tuple[str, str]]:
-    """A warning where the full schedule's own latency moved between its two measurements."""
+    """A warning if the full schedule's own latency changed between its two measurements."""
     full = result.baseline
     if not isinstance(full, Finalist) or not full.latency.median_ms:
         return []
@@ -290,7 +288,7 @@ def _drift(result: StudyResult) -> list[tuple[str, str]]:
         return []
     moved = f"{abs(change):.0%} {'slower' if change > 0 else 'faster'}"
     return [("no", f"The full schedule itself was {moved} when it was verified: the machine was not quiet. "
-                   "Ratios are interleaved and stand; milliseconds are less sure.")]  # fmt: skip
+                   "Interleaved ratios still hold; milliseconds are less certain.")]  # fmt: skip
 
 
 def _verdict_line(verdict: Verdict, proved: bool) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Points with intervals between two axes: trade-off and history of the report. Width and text as in `tuner.report.charts`."""
+"""Points with intervals on two axes, for the report's trade-off and history. Width and text as in `tuner.report.charts`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def place_labels(
 ) -> list[tuple[float, float] | None]:
     """Left-baseline positions near their anchors (x, y, label, needed), clear of each other, of `avoid` and the frame.
 
-    Where there is no room a needed label is put down all the same, another is left out (its mark has a tooltip).
+    If there is no room, a needed label is placed anyway and any other is left out (its mark has a tooltip).
     """
     taken: list[Box] = list(avoid)
     placed: list[tuple[float, float] | None] = []
@@ -75,7 +75,7 @@ def _clamp(value: float, low: float, high: float) -> float:
 
 @dataclass(frozen=True)
 class _Axes:
-    """Where the values of a scatter plot lie. frame: of the plot, in pixels."""
+    """Where the values of a scatter plot are, in a `frame` in pixels."""
 
     frame: Box
     x_range: tuple[float, float]
@@ -94,7 +94,7 @@ class _Axes:
         return self.y_range[0] <= point.y <= self.y_range[1] and self.x_range[0] <= point.x <= self.x_range[1]
 
     def at_edge(self, x: float, y: float) -> tuple[float, float]:
-        """Pixels of values, on the frame's edge where they are beyond it."""
+        """Pixels of values; those beyond the frame are on its edge."""
         left, top, right, bottom = self.frame
         return _clamp(self.px(x), left, right), _clamp(self.py(y), top, bottom)
 
@@ -115,7 +115,7 @@ class _Axes:
         return areas
 
     def scales(self, x_title: str, y_title: str, top: tuple[str, Sequence[tuple[float, str]]] | None) -> list[str]:
-        """Grid, ticks and titles of the axes. top: see `scatter`."""
+        """Grid, ticks and titles of the axes; for `top` see `scatter`."""
         left, above, right, below = self.frame
         out = []
         for value in ticks(*self.y_range, 5 if self.narrow else 6):
@@ -142,7 +142,7 @@ class _Axes:
         return out
 
     def rules(self, x_rule: Rule | None, y_rule: Rule | None) -> tuple[list[str], list[Box]]:
-        """Rules with their texts, and the boxes that labels shall keep clear of."""
+        """Rules with their texts, and the boxes that labels must avoid."""
         left, top, right, bottom = self.frame
         out, taken = [], []
         if x_rule and self.x_range[0] <= x_rule.value <= self.x_range[1]:
@@ -159,7 +159,7 @@ class _Axes:
         return out, taken
 
     def front(self, path: Sequence[tuple[float, float]], steps: Sequence[tuple[float, float]]) -> list[str]:
-        """The lines of a front and of a staircase, where there are any."""
+        """The lines of a front and of a staircase, if any."""
         out = []
         if len(path) > 1:
             places = (f"{self.px(x):.1f} {self.py(_clamp(y, *self.y_range)):.1f}" for x, y in path)
@@ -182,7 +182,7 @@ class _Axes:
         return out
 
     def mark(self, point: Point) -> str:
-        """The point's marker, or an arrow at the edge of the frame where it lies beyond."""
+        """The point's marker, or an arrow at the edge of the frame if it is beyond."""
         x, y = self.at_edge(point.x, point.y)
         if self.inside(point):
             return marker(point.shape, x, y, f"mark {point.kind}", title=point.title)
@@ -190,7 +190,7 @@ class _Axes:
         return f'<path d="M{x - 5:.1f} {y - 7:.1f}h10l-5 7Z" class="mark {point.kind}"><title>{tip}</title></path>'
 
     def labels(self, points: Sequence[Point], avoid: Sequence[Box]) -> list[str]:
-        """Labels of the points that have one, with a leader where a label is far from its point."""
+        """Labels of the points that have one, with a leader if a label is far from its point."""
         needed = ("pick", "baseline")
         labelled = sorted((p for p in points if p.label), key=lambda p: p.kind not in needed)
         anchors = [(self.px(p.x), self.py(_clamp(p.y, *self.y_range)), p.label, p.kind in needed) for p in labelled]
@@ -207,7 +207,7 @@ class _Axes:
         return out
 
     def gutter(self, y: float, title: str, tips: Sequence[str]) -> list[str]:
-        """A title and a row of crosses, as many as there is room for."""
+        """A title and a row of crosses, as many as fit."""
         left, _, right, _ = self.frame
         start = left + len(title) * CHARACTER + 14
         places = (start + 13 * index for index in range(len(tips)))
@@ -236,8 +236,9 @@ def scatter(
 ) -> str:
     """Points with intervals, rules, an optional front (`path`) or staircase, a top axis and a gutter of crosses below.
 
-    `top`: title and labelled places of a second x axis, dearest first: what would collide is left out. `gutter`: title
-    and tooltips of points that have no position (failures). Points outside the ranges are drawn cut off at the edge.
+    `top` is the title and labeled places of a second x axis, most important first; labels that would collide are left out.
+    `gutter` is the title and tooltips of points without a position (failures). Points outside the ranges are drawn at the
+    edge.
     """
     narrow = width < 500
     left, right, above = (56 if narrow else 64), (10 if narrow else 18), (40 if top else 16)

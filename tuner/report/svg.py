@@ -1,4 +1,4 @@
-"""Pieces of the report's drawings: plain SVG text with CSS classes, so that one stylesheet serves light and dark.
+"""Pieces of the report's drawings: plain SVG with CSS classes, so that one stylesheet serves light and dark mode.
 
 Coordinates are pixels.
 """

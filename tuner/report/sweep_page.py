@@ -17,8 +17,8 @@ Row = Mapping[str, object]
 
 
 def summary(result: StudyResult) -> dict[str, object]:
-    """The columns that a study fills: times in ms of one image, quality as the
-    paired difference of the primary metric to the full schedule."""
+    """The columns that a study fills: times in ms per image, quality as the primary metric's paired difference from the
+    full schedule."""
     pick, full = result.pick, result.baseline.final_latency
     row: dict[str, object] = {
         "verdict": result.verdict,
@@ -41,7 +41,7 @@ def summary(result: StudyResult) -> dict[str, object]:
 
 
 def write_table(rows: Sequence[Row], axes: Iterable[str], out: Path) -> list[Path]:
-    """sweep.csv and sweep.html of the rows; returns their paths. axes: what tells cells apart, by name."""
+    """Writes sweep.csv and sweep.html; returns their paths. `axes` names the columns that distinguish cells."""
     table, report = out / TABLE_FILE, out / REPORT_FILE
     write_text_atomically(table, to_csv(rows))
     write_text_atomically(report, render(rows, axes))
@@ -49,7 +49,7 @@ def write_table(rows: Sequence[Row], axes: Iterable[str], out: Path) -> list[Pat
 
 
 def render(rows: Sequence[Row], axes: Iterable[str]) -> str:
-    """One page: what each cell reached, then what failed and why. Everything typed by users is escaped."""
+    """One page: what each cell reached, then what failed and why. Everything that users typed is escaped."""
     axes = [axis for axis in axes if any(axis in row for row in rows)]
     head = [*axes, "verdict", "full schedule", "pick", "speed-up", "quality change", "files"]
     body = "".join(
@@ -65,7 +65,7 @@ def render(rows: Sequence[Row], axes: Iterable[str]) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>Sweep of {len(rows)} studies: stagevar-tune</title><style>{style}</style></head><body><main>"
-        f"<h1>{len(rows) - len(failed)} of {len(rows)} studies ended</h1>"
+        f"<h1>{len(rows) - len(failed)} of {len(rows)} studies finished</h1>"
         f"<table><thead><tr>{''.join(f'<th>{name}</th>' for name in head)}</tr></thead><tbody>{body}</tbody></table>"
         + (f"<h2>Failed</h2><ul>{listed}</ul>" if failed else "")
         + "</main></body></html>\n"

@@ -1,4 +1,4 @@
-"""Words and numbers shared by the report and the exported files: names, units, intervals, what a schedule does."""
+"""Words and numbers that the report and the exported files share: names, units, intervals, what a schedule does."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ PICK_ORDER = ("pick", "fastest", "balanced", "best_quality", "no_skip")
 
 
 def ms(value: float) -> str:
-    """Milliseconds with a unit that a line break cannot tear off."""
+    """Milliseconds with a nonbreaking space before the unit."""
     return f"{value:,.0f}\u00a0ms" if value >= 100 else f"{value:.1f}\u00a0ms"
 
 
 def budget_text(result: StudyResult) -> str:
-    """The budget as a time; as typed where a share could not be resolved because nothing was measured."""
+    """The budget as a time; as typed if it is a share and nothing was measured."""
     return ms(result.budget_ms) if math.isfinite(result.budget_ms) else f"{result.budget} of the full schedule"
 
 
@@ -40,7 +40,7 @@ def interval_text(interval: Interval) -> str:
 
 
 def speedup(latency: LatencyStats) -> tuple[float, float, float] | None:
-    """Times faster than the full schedule, with its interval (the ratio inverted, so its ends change places)."""
+    """Speed-up over the full schedule with its interval (the ratio is inverted, so its ends swap)."""
     gain = latency.speedup
     return None if gain is None or not math.isfinite(gain.high) else (gain.mean, gain.low, gain.high)
 
@@ -54,8 +54,8 @@ def latency_span_ms(latency: LatencyStats) -> tuple[float, float]:
 
 
 def latency_of(result: StudyResult, candidate: Candidate) -> LatencyStats | None:
-    """The figure to show. Of the full schedule it is the study's reference, which every other one is a ratio of: its
-    later measurement may have drifted, and a schedule must not look slower or faster for that.
+    """The figure to show. For the full schedule this is the study's reference, which all ratios refer to: a later
+    measurement may have drifted, and a schedule must not look slower or faster because of that.
     """
     if candidate.key == result.baseline.key:
         return result.baseline.latency
@@ -63,7 +63,7 @@ def latency_of(result: StudyResult, candidate: Candidate) -> LatencyStats | None
 
 
 def shown_ms(result: StudyResult, candidate: Candidate) -> float:
-    """Milliseconds of `latency_of`, infinite where nothing was measured."""
+    """Milliseconds of `latency_of`, infinite if nothing was measured."""
     latency = latency_of(result, candidate)
     return math.inf if latency is None else latency.drift_corrected_ms
 
@@ -73,9 +73,9 @@ def quality_change(candidate: Candidate) -> Interval | None:
 
 
 def limits_text(result: StudyResult) -> str:
-    """ "a drop of geneval of at most 2 % of prompts and of clip_score of at most 0.3 CLIP points" """
-    parts = [f"of {m.metric} of at most {m.amount(m.allowed)}" for m in limited(result.limits)]
-    return f"a drop {' and '.join(parts)}" if parts else "no limit of quality"
+    """ "a geneval drop of at most 2 % of prompts and a clip_score drop of at most 0.3 CLIP points" """
+    parts = [f"a {m.metric} drop of at most {m.amount(m.allowed)}" for m in limited(result.limits)]
+    return " and ".join(parts) if parts else "no quality limit"
 
 
 def has_quality(result: StudyResult) -> bool:
@@ -107,7 +107,7 @@ def describe(steps: Sequence[StepData]) -> str:
         parts.append(f"guidance ends inside side {side(fused)}, its branches fused before layer {fused['fuse_layer']}")
     alone = next((s for s in steps if not s.get("skipped") and len(s.get("branches", ())) == 1), None)
     if alone is not None:
-        branch = "conditional" if alone["branches"][0] == "cond" else "null-prompt"
+        branch = "conditional" if alone["branches"][0] == "cond" else "unconditional"
         parts.append(f"only the {branch} branch from side {side(alone)} on")
     reduced = [s for s in steps if s.get("reduction")]
     if reduced:
@@ -122,7 +122,7 @@ def describe(steps: Sequence[StepData]) -> str:
         parts.append(f"{sides(skipped)} not run")
     decided = next((s for s in steps if s.get("decision")), None)
     if decided is not None:
-        parts.append(f"each image decides after side {side(decided)} what follows ({decided['decision']['rule']})")
+        parts.append(f"each image decides after side {side(decided)} how to continue ({decided['decision']['rule']})")
     return "; ".join(parts) or "guidance and every token at every scale"
 
 

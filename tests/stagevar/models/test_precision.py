@@ -153,7 +153,7 @@ def test_the_knob_is_part_of_the_schedule():
     steps = schedule.expand(GRIDS, 2)
     data = steps_to_data(steps)
     assert [step.get("precision") for step in data] == [None, None, None, "fp8", None]
-    assert describe(data) == "only the null-prompt branch from side 4 on; products in fp8 at side 4; side 6 not run"
+    assert describe(data) == "only the unconditional branch from side 4 on; products in fp8 at side 4; side 6 not run"
     assert hash(steps) != hash(dataclasses.replace(schedule, precision="int8").expand(GRIDS, 2))
     late = StageSchedule(len(GRIDS), precision="int8")
     assert late.expand(GRIDS, 2) == StageSchedule(len(GRIDS)).expand(GRIDS, 2), "no fidelity stage, nothing to change"

@@ -131,7 +131,7 @@ def test_table_and_report_list_failures_and_escape_what_users_typed(tmp_path):
     assert [row["cell"] for row in rows] == ["a", "b"]
     assert rows[0]["seed"] == "0" and rows[0]["speedup"] == "2.0" and rows[1]["speedup"] == ""
     page = report.read_text()
-    assert "1 of 2 studies ended" in page and "2.00x" in page and 'href="cells/a/profile.yaml"' in page
+    assert "1 of 2 studies finished" in page and "2.00x" in page and 'href="cells/a/profile.yaml"' in page
     assert "no &lt;weights&gt;" in page and "<b>x" not in page
     assert "http" not in page.replace("http-equiv", "")
 
@@ -153,7 +153,7 @@ def test_a_sweep_that_is_killed_once_and_restored_ends_complete(ray_cluster, tmp
     assert "no such weights" in rows[4]["reason"] and rows[4]["cell"] == "broken-60pct-0"
     assert all((out / row["profile"]).is_file() and (out / row["report"]).is_file() for row in rows[:4])
     assert restored.stdout == ""  # Ray Tune's words are in a file
-    assert "4 of 5 studies ended" in (out / "sweep.html").read_text()
+    assert "4 of 5 studies finished" in (out / "sweep.html").read_text()
     # What had ended was not run again; the cell that was cut off went on from its own journal.
     for name, written in done.items():
         assert (out / "cells" / name / CELL_FILE).stat().st_mtime_ns == written

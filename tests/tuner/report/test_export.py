@@ -81,7 +81,7 @@ def test_what_the_card_did_is_in_the_record_the_envelope_and_the_report(runs):
     assert profile.envelope.card == CardSection("580.1", 700.0, False, 1980, 2619, 61)
     assert profile.latency.disturbed == ("throttled: power cap",)
     mark, line = _timing_line(stats)
-    assert mark == "no" and "disturbed, also when timed again (throttled: power cap)" in line
+    assert mark == "no" and "disturbed, even when timed again (throttled: power cap)" in line
     assert profile_of(result, result.pick).envelope.card is None
 
 

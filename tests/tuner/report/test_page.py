@@ -108,7 +108,7 @@ def test_one_file_without_scripts_or_remote_assets(runs, pages, kind):
         ("infeasible", "No: none of 29 measured schedules of nano meets 42.6\u00a0ms"),
         ("latency_only", "nano runs "),
         ("all_failed", "No answer: none of the 5 trials"),
-        ("baseline_meets_budget", "No tuning is needed: "),
+        ("baseline_meets_budget", "No tuning needed: "),
     ],
 )
 def test_the_first_sentence_answers(runs, kind, start):
@@ -304,9 +304,9 @@ def test_describe_names_what_a_schedule_saves():
     assert describe(steps[:1]) == "guidance and every token at every scale"
     decision = {"rule": "some-rule", "outcomes": ["full", "skip1"]}
     deciding = [{"scale": 5, "grid": [24, 24], "branches": both, "decision": decision}]
-    assert describe(deciding) == "each image decides after side 24 what follows (some-rule)"
+    assert describe(deciding) == "each image decides after side 24 how to continue (some-rule)"
     assert describe(steps) == (
-        "only the null-prompt branch from side 4×2 on; 25% to 38% of the tokens at sides 4×2, 8; side 9 not run"
+        "only the unconditional branch from side 4×2 on; 25% to 38% of the tokens at sides 4×2, 8; side 9 not run"
     )
 
 

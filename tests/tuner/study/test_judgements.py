@@ -270,7 +270,7 @@ def pasted(lines, nth=0):
 def test_the_command_that_is_printed_settles_the_study(command, tmp_path):
     code, lines = command([*WORDS, "--heldout", "72", "--out", "a run"])
     assert code == 5
-    assert any(line.startswith("not decided: on 72 held-out prompts the loss of geneval_nano") for line in lines)
+    assert any(line.startswith("not decided: on 72 held-out prompts the drop of geneval_nano") for line in lines)
     code, lines = command(pasted(lines))
     result = StudyResult.load(tmp_path / "a run")
     assert code == 0 and result.judged_on == (72, len(result.heldout_prompts)), result.reason

@@ -1,1 +1,1 @@
-"""The sections of the report below its headline, a file each: functions from a StudyResult to HTML (empty: left out)."""
+"""The report's sections below its headline, a file each: functions from a StudyResult to HTML, empty for no section."""

@@ -24,7 +24,7 @@ def history_section(result: StudyResult) -> str:
     told = f"{result.trials} trials, {result.sampled} distinct schedules beyond the enqueued ones"
     stop = f"{told}. Ended: {escape(result.stop_reason)}.{_savings(result)}"
     if len(done) < 2:
-        return f'<p class="note">{stop} One measured trial makes no history to draw.</p>'
+        return f'<p class="note">{stop} There is no history to draw with a single measured trial.</p>'
     points, staircase, best = [], [], math.inf
     for candidate in done:
         kind, shape = mark_of(result, candidate)
@@ -44,7 +44,7 @@ def history_section(result: StudyResult) -> str:
         lambda width: scatter(
             width,
             points,
-            label="Latency of each trial in the order they were tried",
+            label="Latency of the trials in the order they were tried",
             x_title="trial",
             y_title="latency, ms",
             x_range=(-0.5, last + 0.5),
@@ -62,16 +62,16 @@ def history_section(result: StudyResult) -> str:
 
 
 def _savings(result: StudyResult) -> str:
-    """What the search did not do, in sentences."""
+    """What the search saved, in sentences."""
     facts, found = result.search, []
     if facts.get("stopped_early"):
-        found.append(f"{facts['stopped_early']} were stopped after a part of the search prompts, being clearly worse.")
+        found.append(f"{facts['stopped_early']} were clearly worse and stopped after some of the search prompts.")
     if facts.get("dropped"):
-        found.append(f"{facts['dropped']} further proposals were predicted to be over the budget and not tried.")
+        found.append(f"{facts['dropped']} more proposals were predicted to be over the budget and not tried.")
     if facts.get("predicted"):
         line = f"Latency of {facts['predicted']} was predicted from the costs of their steps"
         error = facts.get("table_error")
-        if error is not None:  # a study that went on only to verify timed no steps again
+        if error is not None:  # a study that resumed only to verify did not time steps again
             line += f", with an error of {100 * error:.1f} % over {facts['table_checks']} that were timed"
         found.append(f"{line}.")
     foretold = facts.get("prediction")
@@ -80,8 +80,8 @@ def _savings(result: StudyResult) -> str:
             ceiling = "" if one["ceiling"] is None else f" (noise allows {one['ceiling']:.2f})"
             found.append(
                 f"Sensitivities ranked {one['schedules']} schedules by {metric} with a correlation of "
-                f"{one['rank_correlation']:.2f}{ceiling}; {100 * one['coverage']:.0f} % lay within their intervals."
+                f"{one['rank_correlation']:.2f}{ceiling}; {100 * one['coverage']:.0f} % were within their intervals."
             )
     if facts.get("ask_seconds"):
-        found.append(f"An ask took {np.median(facts['ask_seconds']):.2f} s in the median.")
+        found.append(f"The median time of an ask was {np.median(facts['ask_seconds']):.2f} s.")
     return " " + " ".join(found) if found else ""

@@ -75,8 +75,8 @@ def images_section(result: StudyResult, run_dir: Path, pixels: int, rows: int) -
         roles = ", ".join(roles_of(result, other)) or (nearest_word(result) if other in result.nearest else "")
         name = name_of(result, candidate) if candidate else other
         who = (
-            f"Left the full schedule, middle {escape(name)}{f' ({escape(roles)})' if roles else ''}, right their "
-            f"difference, {DIFFERENCE_GAIN} times amplified around grey. Same prompt, same seed."
+            f"Left: the full schedule; middle: {escape(name)}{f' ({escape(roles)})' if roles else ''}; right: their "
+            f"difference, amplified {DIFFERENCE_GAIN} times around gray. Same prompt, same seed."
         )
     else:
         who = "Images of the full schedule; there is no other schedule to compare with."
@@ -85,7 +85,7 @@ def images_section(result: StudyResult, run_dir: Path, pixels: int, rows: int) -
 
 
 def _open(run_dir: Path, name: str) -> np.ndarray | None:
-    """uint8 (H, W, 3) of a file inside the run directory; None when it is elsewhere, missing or no image."""
+    """Pixels (H, W, 3) uint8 of a file inside the run directory; None if it is elsewhere, missing or not an image."""
     path = (run_dir / name).resolve()
     if not path.is_relative_to(run_dir.resolve()):
         return None
@@ -97,7 +97,7 @@ def _open(run_dir: Path, name: str) -> np.ndarray | None:
 
 
 def _embed(pixels_HW3: np.ndarray, side: int) -> str:
-    """A data URI: small images exactly (PNG), large ones reduced to `side` (JPEG)."""
+    """A data URI: small images exact (PNG), large ones reduced to `side` (JPEG)."""
     image = Image.fromarray(pixels_HW3)
     exact = max(image.size) <= min(side, 128)
     if not exact:

@@ -21,8 +21,8 @@ def importances_section(result: StudyResult) -> str:
         return ""
     if len(done) < LEAST:
         return (
-            f'<p class="note">Only {len(done)} measured trial{"s" if len(done) != 1 else ""} carry search parameters; '
-            f"importance is not estimated below {LEAST}.</p>"
+            f'<p class="note">Only {len(done)} measured {"trials have" if len(done) != 1 else "trial has"} search '
+            f"parameters; importance needs at least {LEAST}.</p>"
         )
     names = sorted({name for c in done for name in c.params})
     outcomes: list[tuple[str, Callable[[Measured], float | None]]] = [
@@ -54,7 +54,7 @@ def importances_section(result: StudyResult) -> str:
         return ""
     return (
         "".join(charts)
-        + '<p class="note">Share of the rank variance of the outcome that one parameter explains by itself, above what '
-        "random grouping gives; pale bars are within chance (p ≥ 0.05). Interactions are not seen, and a search that "
-        "settles on one value early leaves little to see.</p>"
+        + '<p class="note">Share of the outcome\'s rank variance that one parameter explains by itself, above what '
+        "random grouping gives; pale bars are within chance (p ≥ 0.05). Interactions are not visible, and a search that "
+        "settles early on one value leaves little to see.</p>"
     )

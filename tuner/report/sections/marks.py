@@ -36,7 +36,7 @@ def legend_of(*entries: tuple[str, str]) -> str:
 
 
 def table_rows(header: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> str:
-    """A table in a scrolling box; cells are HTML already, numeric columns are right-aligned."""
+    """A table in a scrolling box; cells are already HTML, numeric columns are right-aligned."""
     align = [' class="n"' if i in numeric else "" for i in range(len(header))]
     head = "".join(f"<th{a}>{h}</th>" for a, h in zip(align, header, strict=True))
     body = "".join(

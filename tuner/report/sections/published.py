@@ -33,10 +33,10 @@ def published_section(result: StudyResult) -> str:
         name = '<b>this run\'s pick</b><span class="tag">measured here</span>'
         seconds = f"{latency.drift_corrected_ms / 1e3:.2f}"
         table.append([name, "", seconds, f"{speed[0]:.2f}×", "", ""])
-    # A family that the paper lists among the generators has its row above.
+    # A family that the paper lists among the generators already has its row above.
     table += [cells(row, False) for row in published.GENERATORS if row.name not in rows[0].name]
     return table_rows(["Method", "Parameters", "Latency, s", "Speed-up", "GenEval", "DPG"], table, [1, 2, 3, 4, 5]) + (
         f'<p class="note">Rows of {escape(published.SOURCE)}, except those that name another source and the one measured '
         "here. The paper does not name its GPU, so only speed-ups compare across rows; its other generators are listed "
-        "for orientation. Whether its 3.4× skipped the last two scales, as the released code does, is not stated.</p>"
+        "for reference. It does not say whether its 3.4× skipped the last two scales, as the released code does.</p>"
     )

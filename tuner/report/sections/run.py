@@ -1,4 +1,4 @@
-"""The run itself: what failed, and on what it was measured."""
+"""The run itself: what failed, and what it was measured on."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def run_section(result: StudyResult) -> str:
         ("prompts", f"{len(result.search_prompts)} in the search, {len(result.heldout_prompts)} held out, "
                     f"{result.micro_batch} images per batch"),
         ("scales", ", ".join(str(h) if h == w else f"{h}×{w}" for h, w in result.grids)
-                   + f" tokens a side; {result.chunks} chunks; {result.pixels[0]}×{result.pixels[1]} pixels"),
+                   + f" tokens per side; {result.chunks} chunks; {result.pixels[0]}×{result.pixels[1]} pixels"),
         *((f"device {k}", v) for k, v in result.device.items()),
         *((f"version {k}", v) for k, v in result.versions.items()),
         *((f"model {k}", v) for k, v in result.provenance.items()),
@@ -60,7 +60,7 @@ def run_section(result: StudyResult) -> str:
 
 
 def _engine_facts(result: StudyResult) -> list[tuple[str, str]]:
-    """Which engine, why, and what was found of the others."""
+    """Which engine, why, and what was found out about the others."""
     choice = result.engine_choice
     drawn = [] if result.heldout_engine is None else [("held-out images drawn by", f"engine {result.heldout_engine}")]
     if choice is None:

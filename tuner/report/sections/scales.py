@@ -34,13 +34,11 @@ def scales_section(result: StudyResult) -> str:
     series: list[tuple[str, str, Sequence[float]]]
     if timed:
         series = [(name, css, lat.scale_ms) for (name, css, _), lat in zip(shown, latencies, strict=True) if lat]
-        unit, note = "ms", "Median time of each scale, by its side in tokens; text encoding and decoding come on top."
+        unit, note = "ms", "Median time of each scale, by its side in tokens; text encoding and decoding are extra."
     else:
         series = [(name, css, [_token_table_rows(step) for step in c.steps]) for name, css, c in shown]
         unit = "token rows"
-        note = (
-            "Scales were not timed one by one: these are the token rows that run through the model, over both branches."
-        )
+        note = "Scales were not timed one by one: these are the token rows that run through the model in both branches."
     saved = [""] * len(names)
     if len(series) == 2:
         for i, (before, after) in enumerate(zip(series[0][2], series[1][2], strict=True)):
@@ -56,7 +54,7 @@ def scales_section(result: StudyResult) -> str:
 
 
 def _timed_by_scale(candidate: Candidate) -> LatencyStats | None:
-    """The measurement that has times per scale, the latest one first; without any, the latest."""
+    """The latest measurement with times per scale; if none has them, the latest."""
     both = [candidate.final_latency, candidate.latency if isinstance(candidate, Measured) else None]
     return next((lat for lat in both if lat is not None and lat.scale_ms), candidate.final_latency)
 

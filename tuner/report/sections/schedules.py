@@ -41,7 +41,7 @@ def schedules_section(result: StudyResult) -> str:
         return ""
     out = []
     shown = _shown_schedules(result)
-    # The full schedule has no stages of its own: it is colored by those of the schedule it is compared with.
+    # The full schedule has no stages of its own: it gets the colors of the schedule that it is compared with.
     stages = [step.get("stage") for step in shown[-1 if len(shown) == 1 else 1][1].steps]
     for title, candidate in shown:
         steps = candidate.steps
@@ -60,8 +60,8 @@ def schedules_section(result: StudyResult) -> str:
         )
     legend = legend_of(("semantic", "semantic stage"), ("structure", "structure stage"), ("fidelity", "fidelity stage"))
     note = (
-        '<p class="note">One cell per scale, labelled with its side in tokens. The upper half is the '
-        "conditional branch, the lower half the null-prompt branch; color is work done, pale is "
+        '<p class="note">One cell per scale, labeled with its side in tokens. The upper half is the '
+        "conditional branch, the lower half the unconditional branch; color is work done, pale is "
         "work saved, a slash is a scale that is not run.</p>"
     )
     return legend + "".join(out) + note

@@ -11,19 +11,19 @@ from tuner.results.result import StudyResult
 
 
 def space_section(result: StudyResult) -> str:
-    """Empty for results of earlier versions, which did not count."""
+    """The section; empty for results of earlier versions, which did not count this."""
     if "space" not in result.search:
         return ""
     found: SpaceCoverage = build(SpaceCoverage, result.search["space"])
     size = "A continuous space" if found.settings is None else f"{found.settings:,} settings"
     sentences = [
-        f"{size}; {found.draws:,} that were drawn expand to {found.distinct:,} distinct schedules"
+        f"{size}; {found.draws:,} random ones expand to {found.distinct:,} distinct schedules"
         + (f", {found.unfit:,} to none" if found.unfit else "")
         + f". {found.evaluated:,} were evaluated."
     ]
     if found.excluded_share is not None:
         sentences.append(
-            f"The budget excludes {found.excluded_share:.0%} of the schedules, by the latency predicted from their steps."
+            f"By the latency predicted from their steps, the budget excludes {found.excluded_share:.0%} of the schedules."
         )
     never = [p.name for p in found.parameters if sum(count > 0 for _, count in p.tried) < 2 <= len(p.tried)]
     if never:
@@ -36,7 +36,7 @@ def space_section(result: StudyResult) -> str:
         ]
         for p in found.parameters
     ]
-    note = '<p class="note">Presets are counted at the values nearest to them.</p>'
+    note = '<p class="note">Presets are counted at their nearest values.</p>'
     return (
         f"<p>{' '.join(sentences)}</p>"
         + table_rows(["Parameter", "Tried (value × schedules)", "Untried"], rows, [])

@@ -72,18 +72,20 @@ def table_section(result: StudyResult) -> str:
         rows.append(row)
     others = len(result.measured) + 1 - len(chosen)
     note = (
-        f"{others} more schedules are in trials.csv." if others > 0 else "These are all schedules that were measured."
+        f"{others} more schedules are in trials.csv."
+        if others > 0
+        else "These are all the schedules that were measured."
     )
     numeric = range(1, len(header) - 2)
     intro = (
-        '<p class="note">Differences are against the full schedule on the same prompts and seeds; above zero is '
-        f"better, whatever the metric's own direction. Intervals: 95 %. ≈: predicted from its steps, not timed. {note}</p>"
+        '<p class="note">Differences are from the full schedule on the same prompts and seeds; above zero is '
+        f"better, whatever the metric's own direction. Intervals: 95 %. ≈: predicted from steps, not timed. {note}</p>"
     )
     return table_rows(header, rows, list(numeric)) + intro
 
 
 def _search_status(candidate: Candidate) -> str:
-    """What the search knows of a schedule that was not verified."""
+    """What the search knows about a schedule that was not verified."""
     if not isinstance(candidate, Pruned):
         return "search only"
     prompts = len(next(iter(candidate.values.values()), ()))

@@ -43,7 +43,7 @@ _SPEEDS = (
     6,
     8,
     10,
-)  # labels of the upper axis, dearest first
+)  # labels of the upper axis, most important first
 
 
 def _label(result: StudyResult, candidate: Candidate) -> str:
@@ -76,7 +76,7 @@ def _points(result: StudyResult) -> list[Point]:
 
 
 def _finite(span: tuple[float, float]) -> tuple[float, float] | None:
-    """A span that can be drawn: one sample has none."""
+    """The span if it can be drawn; a single sample has none."""
     return span if all(map(math.isfinite, span)) else None
 
 
@@ -92,7 +92,7 @@ def tradeoff_section(result: StudyResult) -> str:
     xs = [v for p in points for v in (p.x_span or (p.x, p.x))] + [result.budget_ms, *speeds]
     x_pad = 0.06 * (max(xs) - min(xs) or full_ms)
     x_range = (max(0.0, min(xs) - x_pad), max(xs) + x_pad)
-    # The picture is about the trade-off near the limit: one terrible schedule must not flatten everything else.
+    # The chart is about the trade-off near the limit: one terrible schedule must not flatten everything else.
     core = [v for p in points if p.kind != "infeasible" or p.label for v in (p.y_span or (p.y, p.y))]
     core += [1.6 * result.composite_floor, -0.25 * result.composite_floor]
     spread = max(core) - min(core)
@@ -100,7 +100,7 @@ def tradeoff_section(result: StudyResult) -> str:
     y_pad = 0.05 * spread
     y_range = (min(core + rest) - y_pad, max(core + rest) + y_pad)
     on_front = [c for key in result.front if (c := find(result, key)) is not None and latency_of(result, c) is not None]
-    # Finalists are drawn at their held-out figures, where a point of the search's front may turn out dominated.
+    # Finalists are drawn at their held-out figures, so a point of the search's front may turn out to be dominated.
     path: list[tuple[float, float]] = []
     for candidate in sorted(on_front, key=lambda c: shown_ms(result, c)):
         difference = quality_change(candidate)
@@ -118,9 +118,7 @@ def tradeoff_section(result: StudyResult) -> str:
         if row.speedup is None or row.geneval is None or reference[0].geneval is None:
             continue
         height = (row.geneval - reference[0].geneval) * unit if comparable else lane
-        title = (
-            f"{row.name} as published: {row.speedup:g}×, GenEval {row.geneval:.2f} against {reference[0].geneval:.2f}"
-        )
+        title = f"{row.name} as published: {row.speedup:g}×, GenEval {row.geneval:.2f} vs. {reference[0].geneval:.2f}"
         points.append(
             Point(full_ms / row.speedup, height, "published", "diamond", label=f"{row.name}, paper", title=title)
         )
@@ -128,9 +126,9 @@ def tradeoff_section(result: StudyResult) -> str:
         lambda width: scatter(
             width,
             points,
-            label="Quality change against latency of every schedule tried",
+            label="Quality change over latency of every schedule tried",
             x_title="latency of one image, ms",
-            y_title="quality change against the full schedule, in allowed drops",
+            y_title="quality change from the full schedule, in allowed drops",
             x_range=x_range,
             y_range=y_range,
             x_rule=Rule(result.budget_ms, "budget", "right"),
@@ -140,7 +138,7 @@ def tradeoff_section(result: StudyResult) -> str:
             gutter=(f"{len(failed)} failed", failed) if failed else None,
         ),
         f"Each mark is one distinct schedule: mean paired difference on {_prompt_words(result)}, with 95 % intervals. "
-        "The line joins schedules that nothing beats on both axes. Shaded: outside the limits. Hover to read a mark.",
+        "The line connects schedules that none beats on both axes. Shaded: outside the limits. Hover over a mark to read it.",
     )
     words = {
         "pick": "pick",
@@ -149,7 +147,7 @@ def tradeoff_section(result: StudyResult) -> str:
         "infeasible": "outside a limit",
         "published": "published: GenEval and speed-up"
         if comparable
-        else "published speed-up, placed at the top: its quality is on another scale",
+        else "published speed-up, shown at the top: its quality is on another scale",
         "failed": "failed",
     }
     kinds = {p.kind for p in points} | ({"failed"} if failed else set())
