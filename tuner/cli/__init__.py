@@ -1,4 +1,4 @@
-"""`stagevar-tune`: one file per verb. No torch, optuna or open_clip is imported before all input was checked."""
+"""`stagevar-tune`: one file per verb. No torch, optuna or open_clip is imported before all input is checked."""
 
 from tuner.cli.command import main
 

@@ -1,4 +1,4 @@
-"""`python -m tuner.cli` is `stagevar-tune`, where a checkout is run that is not installed."""
+"""`python -m tuner.cli` is `stagevar-tune`, for a checkout that is not installed."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The command line of `stagevar-tune`: tuning needs no verb, every other verb is a file of this folder."""
+"""The command line of `stagevar-tune`: tuning needs no verb, every other verb is a file in this folder."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tuner.cli import tune
 from tuner.cli.options import PROG, add_output_options
 
 VERBS = ("resume", "report", "verify", "sweep", "doctor")
-#: What every command but doctor needs beyond the base installation; metrics name what they need themselves.
+#: What every command except doctor needs beyond the base installation; metrics name their own needs.
 NEEDED = ("optuna", "scipy", "pandas", "rich")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Exit codes as in --help; 130 when stopped at once by a second Ctrl-C."""
+    """Entry point. Exit codes as in --help; 130 if stopped immediately by a second Ctrl-C."""
     return report_errors(PROG, lambda: _main(list(sys.argv[1:] if argv is None else argv)))
 
 

@@ -1,4 +1,4 @@
-"""What a study prints when it ends: its verdict, what it means, what to do next, and the files that it wrote."""
+"""What a study prints at the end: its verdict, what it means, what to do next, and the files that it wrote."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 
 class MetricRow(TypedDict):
-    """What is printed of one metric. change: paired, [estimate, low, high]. drop_upper, status: where it was verified."""
+    """What is printed about one metric.
+
+    "change" is paired, [estimate, low, high]; "drop_upper" and "status" are those of its verification, if any.
+    """
 
     metric: str
     unit: str
@@ -30,7 +33,7 @@ class MetricRow(TypedDict):
 
 
 def write_derived(result: StudyResult, run_dir: Path) -> list[Path]:
-    """Everything that is derived from study.json."""
+    """Writes everything that is derived from study.json; returns the paths."""
     from tuner.report.export import export
     from tuner.report.page import write_report
 
@@ -66,7 +69,7 @@ def announce(result: StudyResult, run_dir: Path, written: Sequence[Path], args: 
         return result.exit_code
     print(f"{result.verdict.replace('_', ' ')}: {result.reason}")
     if result.baseline.latency:
-        full_ms = result.baseline.latency.median_ms  # the one that a budget in per cent is a share of, and the report's
+        full_ms = result.baseline.latency.median_ms  # what a budget in percent refers to, and what the report shows
         budget = f"budget {result.budget} = {result.budget_ms:.1f} ms"
         print(f"full schedule    {full_ms:.1f} ms, {budget} ({result.engine} engine)")
     if result.engine_choice is not None and result.engine_choice.tried:
@@ -102,7 +105,7 @@ def announce(result: StudyResult, run_dir: Path, written: Sequence[Path], args: 
 
 
 def _bounds(candidate: Candidate, what: str) -> list[float] | None:
-    """[estimate, low, high] of the speed-up or of the quality change; None for the full schedule itself."""
+    """[estimate, low, high] of the speed-up or the quality change; None for the full schedule itself."""
     latency, change = candidate.final_latency, candidate.final_differences.get("quality")
     if what == "speedup":
         change = latency.speedup if latency is not None else None
@@ -114,7 +117,7 @@ def _speedup(candidate: Candidate) -> str:
 
 
 def _metrics(result: StudyResult, candidate: Candidate) -> list[MetricRow]:
-    """Per metric: unit, paired change [estimate, low, high], bound of the drop where it was verified, and limit."""
+    """Per metric: unit, paired change [estimate, low, high], bound of the drop if it was verified, and limit."""
     verdicts = {v.name: v for v in candidate.final_verdicts} if isinstance(candidate, Finalist) else {}
     rows: list[MetricRow] = []
     for limit in result.limits:

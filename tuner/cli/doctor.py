@@ -1,4 +1,4 @@
-"""`stagevar-tune doctor`: is this machine fit to tune on, and how much can its timings be trusted."""
+"""`stagevar-tune doctor`: whether this machine is fit for tuning, and how far its timings can be trusted."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ _OPTIONAL = {
     "torchmetrics": "LPIPS, DISTS, PSNR, SSIM",
     "huggingface_hub": "fetching public weights",
 }
-#: Spread of timings (p90 over median) above which a comparison needs many rounds.
+#: Spread of timings (p90 over median) above which comparisons need many rounds.
 NOISY = 1.15
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One check. state: "ok", "warn" (works, with a cost) or "fail" (a study cannot run)."""
+    """One check; its `state` is "ok", "warn" (works, at a cost) or "fail" (a study cannot run)."""
 
     state: str
     text: str
@@ -50,7 +50,7 @@ def run_checks(out: Path, model: ModelRequest | None = None) -> list[Finding]:
 
     Args:
         out: where runs would be written.
-        model: also what this model needs here and what of it is missing.
+        model: if given, also checks what this model needs here and what is missing.
     """
     findings = [*_python(), *_packages(), *check_device(), _timings(), _disk(out), *_models(), *check_plugins()]
     if model is not None:
@@ -94,7 +94,7 @@ def _packages() -> list[Finding]:
 
 
 def check_device() -> list[Finding]:
-    """Processors, their load, and every card with what it can do."""
+    """Processors, their load, and every card with its abilities."""
     import torch
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -103,7 +103,7 @@ def check_device() -> list[Finding]:
         load = os.getloadavg()[0]
         state = "warn" if load > 0.5 * usable else "ok"
         findings.append(
-            Finding(state, f"load {load:.1f}" + (": other work will disturb timings" if state == "warn" else ""))
+            Finding(state, f"load {load:.1f}" + (": other processes will disturb timings" if state == "warn" else ""))
         )
     if not torch.cuda.is_available():
         return [*findings, Finding("ok", "no CUDA device: figures are for one pinned CPU thread")]
@@ -115,7 +115,7 @@ def check_device() -> list[Finding]:
 
 
 def _card_state(index: int) -> Finding:
-    """Clocks, power and who else is on the card; a tuner's milliseconds are worth what these are."""
+    """Clocks, power and other processes on the card; milliseconds are only as good as these."""
     from stagevar.card_state import disturbed_by, read_card
 
     state = read_card(f"cuda:{index}")
@@ -142,7 +142,7 @@ def _selftest(device: torch.device) -> list[Finding]:
 
 
 def _timings() -> Finding:
-    """How much a fixed computation's time varies on one pinned thread."""
+    """How much the time of a fixed computation varies on one pinned thread."""
     import torch
 
     from stagevar.timing import pinned
@@ -177,7 +177,7 @@ def _disk(out: Path) -> Finding:
 
 
 def check_metrics(model: str) -> list[Finding]:
-    """Packages that the model's default quality lacks."""
+    """Packages that are missing for the metrics of the model's default space."""
     from tuner.config.space_file import load_space
     from tuner.metrics.registry import check_packages
 
@@ -206,12 +206,12 @@ def _models() -> list[Finding]:
         model = load_model("nano", device="cpu")
         findings.append(Finding("ok", f"nano loads: {len(model.grids)} scales, {model.pixels[0]} pixels"))
     except StagevarError as error:
-        findings.append(Finding("fail", f"nano does not load: {error}"))
+        findings.append(Finding("fail", f"cannot load nano: {error}"))
     return findings
 
 
 def check_plugins() -> list[Finding]:
-    """What other packages offer by entry point: each loads, or one line says why not."""
+    """Plug-ins that other packages offer by entry point: each loads, or one line says why not."""
     from stagevar.accelerators.plugged import plugged
     from stagevar.analysis import SIMILARITIES
     from stagevar.models.registry import MODELS, SPECS, find
@@ -239,17 +239,17 @@ def check_plugins() -> list[Finding]:
 
 
 def add_options(parser: Parser) -> None:
-    """Where runs would go, and a model to check for."""
+    """Where runs would go, and a model to check."""
     parser.add_argument(
         "--out", type=path_value, default=Path("outputs"), help="where runs would go (default: outputs)"
     )
-    parser.add_argument("--model", type=name_value, help="also the memory and files that this model needs")
+    parser.add_argument("--model", type=name_value, help="also check the memory and files that this model needs")
     parser.add_argument("--weights", type=name_value, help="with --model: path, or 'random'")
     parser.add_argument("--device", default="auto", help="with --model: auto, cpu, cuda, cuda:N (default: auto)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints one line per check; exit code 1 when a study cannot run here."""
+    """Prints one line per check; exit code 1 if a study cannot run here."""
     model = None if args.model is None else ModelRequest(args.model, weights=args.weights, device=args.device)
     findings = run_checks(args.out, model)
     if args.json:

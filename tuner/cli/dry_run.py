@@ -1,4 +1,4 @@
-"""`--dry-run`: the plan of a study, in words or as JSON."""
+"""`--dry-run`: a study's plan, in words or as JSON."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def print_plan(checked: Plan) -> int:
             if key == "memory":
                 value = memory.line if memory else "fits anywhere"
             if key in ("settings", "images_at_most"):
-                value = "no end: a parameter is continuous" if value is None else f"{value:,}"
+                value = "infinitely many: a parameter is continuous" if value is None else f"{value:,}"
             if isinstance(value, dict):
                 value = [f"{name} {entry}" for name, entry in value.items()]
             text = ", ".join(map(str, value)) if isinstance(value, list) else value

@@ -14,7 +14,7 @@ PROG = "stagevar-tune"
 
 
 def heldout_numbers(text: str) -> tuple[int, ...]:
-    """Numbers of held-out prompts: those that a study began with, then those that were added, as "512+640"."""
+    """Numbers of held-out prompts: the original ones, then added ones, such as "512+640"."""
     return tuple(positive_int(part) for part in text.split("+"))
 
 
@@ -30,34 +30,34 @@ class Groups:
 
     @classmethod
     def of(cls, parser: Parser, what: str) -> Groups:
-        """Adds the sections in order; those that stay empty are not printed. what: the first one's title."""
+        """Adds the sections in order, `what` being the first one's title; empty ones are not printed."""
         titles = (what, "limits", "search", "where it runs", "output")
         return cls(*(parser.add_argument_group(title) for title in titles))
 
 
 def add_study_options(groups: Groups, required: bool) -> None:
-    """Options that decide what is measured against what."""
+    """Options that determine what is measured, and under which limits."""
     profiles = "the profile's"
     what, limits, place = groups.what, groups.limits, groups.place
     models = ", ".join(registry.model_names())
     what.add_argument("--model", type=name_value, required=required, help=f"one of {models}")
     what.add_argument("--weights", type=name_value, help="path, or 'random' for seeded random weights (latency only)")
-    what.add_argument("--resolution", help="pixel budget (0.25M, 1M ...) or image side, where a model has several")
+    what.add_argument("--resolution", help="pixel budget (0.25M, 1M ...) or image side, if a model has several")
     what.add_argument(
-        "--space", type=path_value, metavar="FILE", help="search space, or what of it differs from the model's default"
+        "--space", type=path_value, metavar="FILE", help="search space, or its differences from the model's default"
     )
     sources = ", ".join(PROMPT_SOURCES)
     what.add_argument(
         "--prompts",
         metavar="N|SOURCE[:N]|FILE",
-        help=f"search prompts: how many, {sources} (geneval:64), a file (.txt, .jsonl, .json, .csv), or a folder of .txt",
+        help=f"search prompts: a number, {sources} (geneval:64), a file (.txt, .jsonl, .json, .csv), or a folder of .txt",
     )
     what.add_argument(
         "--heldout",
         type=heldout_numbers,
         metavar="N[+N]",
-        help="maximum number of held-out prompts for verification; more of them continue a run (with geneval as 512+640: "
-        "640 added)",
+        help="maximum number of held-out prompts for verification; a larger number continues a run (geneval: 512+640 adds "
+        "640)",
     )
     what.add_argument("--seed", type=whole_number, default=0, help="of prompts, noise and sampler (default: 0)")
     budget_help = "latency of one image: 2s, 800ms, or 60%% of the measured full schedule"
@@ -74,19 +74,19 @@ def add_study_options(groups: Groups, required: bool) -> None:
         "--threads",
         type=positive_int,
         default=1 if required else None,
-        help=f"CPU threads of a latency, pinned while timing (default: {'1' if required else profiles})",
+        help=f"CPU threads to time with, pinned while timing (default: {'1' if required else profiles})",
     )
     place.add_argument(
         "--engine",
         choices=ENGINE_OPTIONS,
         default="auto" if required else None,
-        help="execution engine to time, recorded in the profile (default: auto, the fastest that draws the same images)"
+        help="engine to time, recorded in the profile (default: auto, the fastest that draws the same images)"
         if required
-        else "execution engine to time (default: the profile's)",
+        else "engine to time (default: the profile's)",
     )
 
 
 def add_output_options(parser: Parser | argparse._ArgumentGroup) -> None:
-    """What is printed."""
+    """Options that determine what is printed."""
     add_verbosity(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")

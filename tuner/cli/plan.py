@@ -25,7 +25,7 @@ from tuner.config.space_file import load_space
 from tuner.results.run_dir import check_strangers
 from tuner.study.options import FULL_TRIALS, QUICK_TRIALS
 
-#: Options that change what is printed or what becomes of an earlier run, and no figure.
+#: Options that change what is printed or what happens to an earlier run, but no figure.
 _NOT_OF_THE_STUDY = ("--fresh", "--quiet", "--verbose", "--json")
 
 
@@ -34,11 +34,11 @@ class Plan:
     """A checked command line.
 
     Args:
-        args: its options, budget and limits parsed.
-        model: the model that is tuned.
+        args: its options, with budget and limits parsed.
+        model: the model to tune.
         space: what is searched.
         run_dir: where the run is kept.
-        command: the same command for any working directory.
+        command: the same command, valid in any working directory.
     """
 
     args: argparse.Namespace
@@ -83,7 +83,7 @@ def model_request(args: argparse.Namespace) -> ModelRequest:
 
 
 def checked_findings(args: argparse.Namespace) -> Findings | None:
-    """What --analysis found, where it is of the model, resolution and weights that are tuned. Raises UsageError."""
+    """What --analysis found. Raises UsageError if it is of another model, resolution or weights."""
     if args.analysis is None:
         return None
     findings = read_analysis(args.analysis)
@@ -101,7 +101,7 @@ def checked_space(
     resolution: str | int | None = None,
     findings: Findings | None = None,
 ) -> SearchSpace:
-    """The space of a file (the model's for None) with the prompts asked for, all checked. Raises UsageError."""
+    """The space in a file (the model's for None) with the requested prompts, all checked. Raises UsageError."""
     space = load_space(model, file, resolution, findings)
     folders = [Path.cwd()] if file is None else [file.absolute().parent, Path.cwd()]
     space = checks.with_absolute_source(space, folders)
@@ -112,7 +112,7 @@ def checked_space(
 
 
 def with_earlier(space: SearchSpace, earlier: Path | None, resolution: str | int | None) -> SearchSpace:
-    """The space with what --from found proposed before everything else. Raises UsageError."""
+    """The space with the schedules of --from proposed before everything else. Raises UsageError."""
     if earlier is None:
         return space
     from tuner.results.earlier import earlier_schedules
@@ -128,7 +128,7 @@ def with_earlier(space: SearchSpace, earlier: Path | None, resolution: str | int
 
 
 def store_folder(asked: Path | None) -> Path | None:
-    """The folder of `--store`, else of STAGEVAR_STORE, else none. Raises UsageError for one that cannot be written."""
+    """The folder of `--store`, else of STAGEVAR_STORE, else None. Raises UsageError if it cannot be written."""
     named = asked or Path(os.environ.get("STAGEVAR_STORE") or "")
     if named == Path(""):
         return None
@@ -142,13 +142,13 @@ def check_searchable(space: SearchSpace) -> None:
     for metric in (*space.quality, *space.floors):
         if declaration_of(metric).verification_only:
             raise UsageError(
-                f"metric {metric} is for verification alone: leave it out of what is searched; stagevar-tune verify PROFILE "
-                f"--space SPACE.yaml and stagevar-eval --metric {metric} take it"
+                f"metric {metric} is for verification only: remove it from the search space; use it with stagevar-tune verify "
+                f"PROFILE --space SPACE.yaml or stagevar-eval --metric {metric}"
             )
 
 
 def check_provable(space: SearchSpace, max_drop: Mapping[str, float], weights: str | None) -> None:
-    """What the verdict needs: the metrics' packages, and prompts that prove the limits at least where no image changes.
+    """Checks what the verdict needs: the metrics' packages, and enough prompts to prove the limits if no image changes.
 
     Raises UsageError.
     """
@@ -168,10 +168,10 @@ def check_provable(space: SearchSpace, max_drop: Mapping[str, float], weights: s
 
 
 def check_effort(args: argparse.Namespace) -> None:
-    """Fills in how many schedules are evaluated, and at most. Raises UsageError for options that contradict each other."""
+    """Fills in how many schedules are evaluated, and the most. Raises UsageError for contradictory options."""
     if args.exhaustive:
         if args.effort == "instant":
-            raise UsageError("--exhaustive judges every schedule and --effort instant none; leave out one of them")
+            raise UsageError("--exhaustive judges every schedule, --effort instant none; leave out one of them")
         args.effort = "full"
     few = args.trials is None and args.effort == "quick" and args.weights != "random"
     if args.trials is None:
@@ -195,7 +195,7 @@ def check_placement(args: argparse.Namespace, run_dir: Path) -> None:
 
 
 def with_prompts(space: SearchSpace, prompts: str | None, heldout: Sequence[int] | None) -> SearchSpace:
-    """The space with the prompts that the command line asks for: a number, a source or a file, and how many to hold out."""
+    """The space with the prompts that the command line asks for: a number, source or file, and how many to hold out."""
     source = space.prompts
     if prompts is not None:
         source = _asked_prompts(source, prompts)
@@ -205,7 +205,7 @@ def with_prompts(space: SearchSpace, prompts: str | None, heldout: Sequence[int]
 
 
 def _asked_prompts(source: PromptSource, text: str) -> PromptSource:
-    """The source with what `--prompts` says: "64", "geneval", "geneval:128" or a file. Raises UsageError."""
+    """The source as changed by `--prompts`: "64", "geneval", "geneval:128" or a file. Raises UsageError."""
     name, colon, count = text.partition(":")
     number = count if name in PROMPT_SOURCES and colon else text
     if number.isdecimal() and number.isascii():
@@ -216,7 +216,7 @@ def _asked_prompts(source: PromptSource, text: str) -> PromptSource:
         if colon:
             raise UsageError(f"prompts {text!r}: {count!r} must be a number of at least 1, such as {name}:64")
         return dataclasses.replace(source, source=name)
-    if not (os.path.isfile(text) or os.path.isdir(text)):  # a pipe could be read only once
+    if not (os.path.isfile(text) or os.path.isdir(text)):  # a pipe can be read only once
         sources = ", ".join(PROMPT_SOURCES)
         raise UsageError(
             f"prompts {text!r:.200} is neither a number nor a file or folder that exists, nor one of {sources} (as in "

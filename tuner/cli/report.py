@@ -1,4 +1,4 @@
-"""`stagevar-tune report RUN`: everything that is derived from study.json, once more."""
+"""`stagevar-tune report RUN`: writes everything that is derived from study.json again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`stagevar-tune resume RUN`: the command that a run directory was started with, once more."""
+"""`stagevar-tune resume RUN`: runs the command that a run directory was started with again."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         words = shlex.split(json.loads(path.read_text())["command"])[1:]
     except (OSError, ValueError, KeyError, TypeError):
-        raise UsageError(f"{args.run_dir} holds no run that could be resumed (no readable config.json)") from None
-    # Runs of before have relative paths, from a working directory that is not known: often that of the run itself.
+        raise UsageError(f"{args.run_dir} holds no run to resume (no readable config.json)") from None
+    # Older runs have relative paths from an unknown working directory: often the run's own.
     words = checks.with_absolute_paths(words, [Path.cwd(), *args.run_dir.absolute().parents])
     parsed = tune.build_parser().parse(words)
     parsed.out, parsed.quiet, parsed.json = args.run_dir, args.quiet, args.json

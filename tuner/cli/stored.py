@@ -1,4 +1,4 @@
-"""`--store`: a study that asks the store first, and what is said of it."""
+"""`--store`: a study that asks the store first, and what it reports about that."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def with_store(
     executor: Executor | None,
     progress: Any,
 ) -> tuple[StoredExecutor, StoredCosts]:
-    """Executor and evaluator that ask the store first; says what it holds for this study."""
+    """Executor and evaluator that ask the store first; reports what it has for this study."""
     from tuner.evaluation.local import LocalExecutor
     from tuner.evaluation.store import Store, StoredCosts, StoredExecutor
 
@@ -37,10 +37,10 @@ def with_store(
 
 
 def say_reuse(study: Study, progress: Any) -> None:
-    """How much of a study came out of its store, where it has one."""
+    """Reports how much of a study came from its store, if it has one."""
     counts = getattr(study.executor, "counts", None)
     if counts is not None and counts.reused + counts.made:
         share = counts.made / (counts.reused + counts.made)
         progress.say(
-            f"store: {counts.made:,} of {counts.reused + counts.made:,} images drawn ({share:.0%}), others reused"
+            f"store: {counts.made:,} of {counts.reused + counts.made:,} images drawn ({share:.0%}), the others reused"
         )

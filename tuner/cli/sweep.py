@@ -37,7 +37,7 @@ def add_options(parser: Parser) -> None:
         "--ray-address",
         type=name_value,
         metavar="ADDRESS",
-        help="cluster to join, such as auto (default: one here)",
+        help="cluster to join, such as auto (default: start one here)",
     )
 
 
@@ -47,7 +47,7 @@ def check(argv: Sequence[str]) -> Plan:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs or continues a sweep; exit code 4 when every cell failed, 6 when one lost what it ran on."""
+    """Runs or continues a sweep; exit code 4 if every cell failed, 6 if one lost its infrastructure."""
     from tuner.cluster import sweep
 
     cells = sweep.load_sweep(args.sweep).cells()
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def run_cell(argv: Sequence[str], run_dir: Path) -> dict[str, object]:
-    """Runs one study as the command line does; its words go to `<run_dir>.log`."""
+    """Runs one study as the command line does; its output goes to `<run_dir>.log`."""
     from tuner.cli.command import main
 
     words = [*argv, f"--out={run_dir}", "--quiet"]

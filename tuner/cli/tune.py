@@ -47,13 +47,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EFFORTS = ("instant", "quick", "full")
-#: CPU threads that draw images for quality at most: the products of a small model are too small to share among many.
+#: Most CPU threads that draw images for quality: a small model's products are too small to divide among many.
 MOST_DRAWING_THREADS = 4
 
 _CODES = "\n".join(f"  {code:<4} {meaning}" for code, meaning in EXIT_CODES.items())
 _EPILOG = f"""\
 verbs:
-  stagevar-tune resume RUN           continue a run to its original target (the same command does it too)
+  stagevar-tune resume RUN           continue a run to its original target (so does the same command)
   stagevar-tune report RUN           write report.html, pareto.yaml and trials.csv again from study.json
   stagevar-tune verify PROFILE       measure a profile again on this machine (--max-regression 3% as a CI gate)
   stagevar-tune sweep SWEEP.yaml     one study per model, budget, seed ... on a Ray cluster, one table
@@ -70,7 +70,7 @@ def build_parser() -> Parser:
     parser = Parser(
         prog=PROG,
         allow_abbrev=False,
-        description="Find, prove and write down the schedule with the best quality within a latency budget.",
+        description="Find, prove and export the schedule with the best quality within a latency budget.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -87,7 +87,7 @@ def build_parser() -> Parser:
     what.add_argument(
         "--kv-cache", choices=("model", "int8"), default="model", help="8 bits halve the cache (default: the model's)"
     )
-    limits.add_argument("--time-budget", metavar="TIME", help="tuning time, such as 10m; verification included")
+    limits.add_argument("--time-budget", metavar="TIME", help="tuning time, such as 10m, including verification")
     _add_search_options(search)
     place.add_argument("--executor", choices=("local", "ray"), default="local", help="where it runs (default: local)")
     place.add_argument(
@@ -96,7 +96,7 @@ def build_parser() -> Parser:
         metavar="ADDRESS",
         help="cluster to join, such as auto (default: start one here)",
     )
-    place.add_argument("--gpu-kind", metavar="NAME", help="the GPUs to use where a Ray cluster has several kinds")
+    place.add_argument("--gpu-kind", metavar="NAME", help="which GPUs to use if a Ray cluster has several kinds")
     place.add_argument(
         "--task-timeout",
         default="30m",
@@ -113,21 +113,21 @@ def build_parser() -> Parser:
 
 
 def _add_search_options(search: argparse._ArgumentGroup) -> None:
-    """How it is searched, and what earlier studies bring."""
+    """Options for the search, and for reusing earlier studies."""
     search.add_argument(
         "--from",
         "--start-from",
         dest="start_from",
         type=path_value,
         metavar="RUN",
-        help="try first what an earlier run, or a profile.yaml, found; everything is measured anew",
+        help="first try what an earlier run or a profile.yaml found; everything is measured again",
     )
     search.add_argument(
         "--effort",
         choices=EFFORTS,
         default="quick",
-        help="instant: step costs and what is known, nothing verified; quick: sensitivities, few schedules, verification; "
-        "full: then the sampler too (default: quick)",
+        help="instant: step costs and prior knowledge, nothing verified; quick: sensitivities, few schedules, verification; "
+        "full: also the sampler (default: quick)",
     )
     search.add_argument(
         "--trials", type=positive_int, help="distinct schedules to evaluate (default: 12 if quick, else 30)"
@@ -143,24 +143,24 @@ def _add_search_options(search: argparse._ArgumentGroup) -> None:
         "--storage",
         type=name_value,
         metavar="URL",
-        help="database for the trials, as postgresql://HOST/DB (default: a file)",
+        help="database for the trials, such as postgresql://HOST/DB (default: a file)",
     )
     search.add_argument(
         "--store",
         type=path_value,
         metavar="DIR",
-        help="take quality and step costs from this folder where they fit, and add to it (default: STAGEVAR_STORE)",
+        help="reuse matching quality and step costs from this folder, and add new ones (default: STAGEVAR_STORE)",
     )
 
 
 class Interrupts:
-    """Ctrl-C once asks the study to finish its round and write everything; twice stops now."""
+    """Ctrl-C once asks the study to finish its round and write everything; twice stops immediately."""
 
     def __init__(self, say: Callable[[str], None]):
         self.asked, self._say = False, say
 
     def __enter__(self) -> Interrupts:
-        self._catches = threading.current_thread() is threading.main_thread()  # others may not set handlers
+        self._catches = threading.current_thread() is threading.main_thread()  # other threads may not set handlers
         if self._catches:
             self._before = signal.signal(signal.SIGINT, self._handle)
         return self
@@ -173,17 +173,17 @@ class Interrupts:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        self._say("finishing this round and writing everything; Ctrl-C again stops now")
+        self._say("finishing this round and writing everything; press Ctrl-C again to stop now")
 
     def __call__(self) -> bool:
         return self.asked
 
 
 def run(args: argparse.Namespace, argv: Sequence[str], again: bool = False) -> int:
-    """Runs or continues a study and prints its verdict. again: where timings did not decide, they are taken anew."""
+    """Runs or continues a study and prints its verdict; with `again`, undecided timings are repeated."""
     if args.threads == 1:
-        # Before the checks of the plan load torch, which reads it once: drawing threads that wait asleep, not spinning, lose
-        # little beside a busy process. Timings on several threads are left as a deployment has them.
+        # Set before the plan's checks load torch, which reads it once: drawing threads that sleep while waiting, instead of
+        # spinning, lose little beside a busy process. Timings on several threads stay as in a deployment.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     set_verbosity(args.verbose, args.quiet)
     checked = plan(args, argv)
@@ -198,9 +198,9 @@ def run(args: argparse.Namespace, argv: Sequence[str], again: bool = False) -> i
 
 
 def carry_out(checked: Plan, again: bool = False) -> tuple[StudyResult, list[Path]]:
-    """Runs or continues a study in its directory: its result, and the files that were derived from it.
+    """Runs or continues a study in its directory; returns its result and the files that were derived from it.
 
-    Raises KeyboardInterrupt when a second Ctrl-C stops it at once, and the errors of `stagevar.errors`.
+    Raises KeyboardInterrupt if a second Ctrl-C stops it immediately, and the errors of `stagevar.errors`.
     """
     prepare(checked.run_dir)
     with driver_lock(checked.run_dir):
@@ -213,7 +213,7 @@ def carry_out(checked: Plan, again: bool = False) -> tuple[StudyResult, list[Pat
 
 
 def _finished(checked: Plan, again: bool) -> StudyResult | None:
-    """The stored result when this very command already ran to its end; the caller has compared the identities."""
+    """The stored result if this very command already ran to its end; the caller has compared the identities."""
     from tuner.results.result import StudyResult
 
     if not (checked.run_dir / STUDY_FILE).exists():
@@ -225,7 +225,7 @@ def _finished(checked: Plan, again: bool) -> StudyResult | None:
 
 
 def _times_undecided(result: StudyResult) -> bool:
-    """Whether the timings left a study open, so that measuring again may end it."""
+    """Whether timings left a study open, so that measuring again may settle it."""
     if result.verdict != "inconclusive" or not result.nearest:
         return False
     nearest = result.candidate(result.nearest[0])
@@ -273,7 +273,9 @@ def build_study(checked: Plan, progress: Any, stop: Callable[[], bool]) -> Study
     if args.executor == "local":
         size = fitting_micro_batch(checked.model, space.prompts.micro_batch, space.quality)
         if size < space.prompts.micro_batch:
-            progress.say(f"micro-batches of {size} instead of {space.prompts.micro_batch} images fit the memory here")
+            progress.say(
+                f"using micro-batches of {size} instead of {space.prompts.micro_batch} images to fit the memory"
+            )
             space = dataclasses.replace(space, prompts=dataclasses.replace(space.prompts, micro_batch=size))
     prompts = load_prompts(space.prompts, args.seed)
     say_downloads(checked.model, space, progress)
@@ -312,7 +314,7 @@ def build_study(checked: Plan, progress: Any, stop: Callable[[], bool]) -> Study
 
 
 def say_downloads(model: ModelRequest, space: SearchSpace, progress: Any) -> None:
-    """Names what model and metrics are about to fetch, with sizes, while nothing has been fetched yet."""
+    """Names what model and metrics will fetch, with sizes, before anything is fetched."""
     from tuner.config.costs import downloads_of
 
     for download in downloads_of(model, space.quality):
@@ -321,9 +323,9 @@ def say_downloads(model: ModelRequest, space: SearchSpace, progress: Any) -> Non
 
 
 def kept_engine(run_dir: Path, asked: str) -> Any:
-    """The choice that this run made for the same `--engine` when it began; else what is asked for.
+    """The choice that this run made for the same `--engine` when it started; else what is requested.
 
-    Comparing engines again could end otherwise, and a study has one engine.
+    Comparing engines again could give another result, and a study has one engine.
     """
     try:
         kept = json.loads((run_dir / CONFIG_FILE).read_text())["engine_choice"]
@@ -363,7 +365,7 @@ def plugged_versions(space: SearchSpace) -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides the figures, and the commit when run from a checkout."""
+    """Versions of what determines the figures, and the commit if run from a checkout."""
     found = {"python": platform.python_version(), "stagevar": __version__}
     for name in ("torch", "numpy", "optuna", "open_clip_torch"):
         try:

@@ -26,15 +26,17 @@ if TYPE_CHECKING:
 
 
 def add_options(parser: Parser) -> None:
-    """The profile, how much slower it may be, and what it is measured against."""
+    """The profile, how much slower it may be, and what to measure."""
     parser.add_argument("profile", type=path_value, help="profile.yaml of a run")
-    parser.add_argument("--max-regression", metavar="SHARE", help="fail when this much slower than recorded, as 3%%")
+    parser.add_argument(
+        "--max-regression", metavar="SHARE", help="fail if slower than recorded by more than this, such as 3%%"
+    )
     add_study_options(Groups.of(parser, "what to measure"), required=False)
     parser.set_defaults(seed=None)
 
 
 def kept_max_drops(profile: Profile, given: argparse.Namespace | None, space: SearchSpace) -> dict[str, float]:
-    """The limits that a profile was made under, of the metrics that the space has; old profiles say them in their command."""
+    """The limits that a profile was made under, for the space's metrics; old profiles have them in their command."""
     stated = profile.constraints.max_drop
     if isinstance(stated, Mapping):
         return {metric: value for metric, value in stated.items() if metric in space.quality}
@@ -63,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     budget = parse_budget(args.budget)
     named = ModelRequest(args.model, weights=args.weights, device=args.device)
     checks.check_running(named, threads=args.threads, engine=args.engine)
-    # The resolution is checked with the profile's options, before loading too.
+    # The resolution is also checked with the profile's options before loading.
     request = dataclasses.replace(named, resolution=args.resolution).over(profile.model.request)
     request = dataclasses.replace(request, name=profile.model.name)
     made_at = profile.model.load.resolution if args.model == profile.model.name else None

@@ -1,1 +1,1 @@
-"""What stagevar-eval alone needs: folders of images, user studies."""
+"""What only stagevar-eval needs: folders of images, user studies."""

@@ -1,6 +1,6 @@
-"""`stagevar-eval`: score image folders, apply the benchmarks' rules to outside detections and answers, user studies.
+"""`stagevar-eval`: scores image folders, applies benchmarks' rules to given detections and answers, runs user studies.
 
-Model libraries load when a verb needs them: --help is quick.
+Model libraries load only when a verb needs them, so --help is quick.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="stagevar-eval",
         description="Image quality for next-scale models: benchmarks, metrics, user studies.",
-        epilog="Without a verb, `images` is meant: stagevar-eval --images DIR --metric NAME.",
+        epilog="The default verb is `images`: stagevar-eval --images DIR --metric NAME.",
     )
     parser.add_argument("--version", action="version", version=f"stagevar-tune {version_of('stagevar-tune')}")
     verbs = parser.add_subparsers(dest="verb", metavar="{" + ",".join(VERBS) + "}")

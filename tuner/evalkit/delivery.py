@@ -1,4 +1,4 @@
-"""What the verbs of `stagevar-eval` share: a verb's options, the files that it may write, its table and its JSON."""
+"""What the verbs of `stagevar-eval` share: common options, the files that they may write, tables and JSON."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from stagevar.files import check_output, write_text_atomically, writing
 from stagevar.folders import visible_files
 from stagevar.prompts.prompt_files import natural_key
 
-#: What argparse gives for adding verbs; it has no public name.
+#: What argparse returns for adding verbs; the type has no public name.
 Verbs: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 
 def add_verb(verbs: Verbs, name: str, summary: str, epilog: str = "") -> Parser:
-    """A verb with the options that all have."""
+    """A verb with the options common to all."""
     verb = verbs.add_parser(
         name,
         help=summary,
@@ -42,7 +42,7 @@ def add_verb(verbs: Verbs, name: str, summary: str, epilog: str = "") -> Parser:
 
 
 def check_outputs(options: argparse.Namespace) -> None:
-    """Raises UsageError, before anything is computed, for a file that cannot be written or that is read or written twice."""
+    """Raises UsageError, before computing anything, for an output that cannot be written or that another option names."""
     if options.verb == "pairs" and options.key is None:
         options.key = options.page.with_suffix(".key.json")
     taken = {os.path.realpath(path): f"--{_spelled(name)}" for name, path in _read_by(options) if path.is_file()}
@@ -55,7 +55,7 @@ def check_outputs(options: argparse.Namespace) -> None:
             continue  # a device or a pipe takes several
         place = os.path.realpath(path)
         if place in taken:
-            raise UsageError(f"--{name} {path!s:.200} is the file of {taken[place]} too; choose another")
+            raise UsageError(f"--{name} {path!s:.200} is also the file of {taken[place]}; choose another")
         taken[place] = f"--{name}"
 
 
@@ -79,7 +79,7 @@ def deliver(
     written: Sequence[Path] = (),
     packages: Sequence[str] = (),
 ) -> int:
-    """Print the table (or JSON) and write `--out`; the JSON states versions and the hashes of what was read and written."""
+    """Prints the table (or JSON) and writes `--out`; the JSON has versions and hashes of what was read and written."""
     document = {
         "schema": "stagevar-eval/1",
         "command": options.verb,
@@ -100,7 +100,7 @@ def deliver(
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinities: null stands for them."""
+    """The value with null for NaN and infinities, which JSON lacks."""
     if isinstance(value, dict):
         return {key: _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Scores folders of images with any metrics, row by row into a file, so that a broken run goes on where it stopped."""
+"""Scores folders of images with any metrics, row by row into a file, so that an interrupted run continues."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tuner.metrics.base import Metric, Prompt, SetMetric
 from tuner.metrics.prompt_sets import read_prompts
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-#: Pictures that are not read; a folder that holds some beside others would be scored in part.
+#: Picture files that are not read; a folder that has some of them would be scored only in part.
 _OTHER_SUFFIXES = (".tif", ".tiff", ".gif", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".jpe", ".jfif", ".ppm", ".tga")
 #: Keys under which an entry of a prompt file names its image.
 _NAME_KEYS = ("file", "file_name", "item_id")
@@ -30,25 +30,25 @@ _NAME_KEYS = ("file", "file_name", "item_id")
 
 @dataclass(frozen=True)
 class FolderImage:
-    """One image file; `name` is its path inside the folder, `prompt` "" if the folder says nothing."""
+    """One image file; `name` is its path inside the folder, `prompt` is "" if the folder has none."""
 
     name: str
     path: Path
     prompt: Prompt
 
     def pixels(self) -> np.ndarray:
-        """uint8 (H, W, 3), upright. Raises UsageError if the file is no image, or of a kind without a certain conversion."""
+        """Pixels (H, W, 3) uint8, upright. Raises UsageError if the file is not an image or has no unambiguous conversion."""
         return read_picture(self.path)
 
 
 def read_folder(folder: str | Path, prompts: str | Path | None = None) -> list[FolderImage]:
     """Images of a folder with their prompts, in natural order of name: x-2 before x-10.
 
-    GenEval's layout: 00000/metadata.jsonl and 00000/samples/0000.png. Otherwise every image in the folder or below, without
-    hidden files and folders; its prompt comes from `prompts` (see `prompt_sets.read_prompts`): an entry whose "file" or
-    "item_id" is the image's path or stem, else the entries in order if there is one per image, else "".
-    Warns of prompts without an image and of images that are left out.
-    Raises UsageError if there are no images, or if which prompt belongs to which image is not certain.
+    GenEval's layout is 00000/metadata.jsonl and 00000/samples/0000.png. In any other folder, all images in it or below
+    count, except hidden files and folders. Their prompts come from `prompts` (see `prompt_sets.read_prompts`): an entry
+    whose "file" or "item_id" is the image's path or stem, else the entries in order if there is one per image, else "".
+    Warns about prompts without an image and images that are left out.
+    Raises UsageError if there are no images, or if it is unclear which prompt belongs to which image.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -59,7 +59,7 @@ def read_folder(folder: str | Path, prompts: str | Path | None = None) -> list[F
     )
     if any((path / "metadata.jsonl").is_file() for path in numbered):
         if prompts is not None:
-            warnings.warn(f"--prompts {prompts} is not read: {folder} has GenEval's layout, which carries its prompts")
+            warnings.warn(f"ignoring --prompts {prompts}: {folder} has GenEval's layout, which includes prompts")
         found = _geneval_images(folder, numbered)
     else:
         paths = _images(folder)
@@ -69,7 +69,7 @@ def read_folder(folder: str | Path, prompts: str | Path | None = None) -> list[F
             for path, prompt in zip(paths, _assign(folder, paths, known), strict=True)
         ]
     if not found:
-        raise UsageError(f"--images {folder}: no images in it ({', '.join(_SUFFIXES)})")
+        raise UsageError(f"--images {folder} has no images ({', '.join(_SUFFIXES)})")
     return found
 
 
@@ -81,10 +81,18 @@ def evaluate_folder(
     progress: Path | None = None,
     batch_size: int = 16,
 ) -> dict[str, dict[str, object]]:
-    """Per metric: its summary, the number of images, its description and one row per image.
+    """Scores images with metrics.
 
-    references: image path by name, for metrics that compare. progress: a JSON lines file; rows found in it are not
-    computed again if metric, description and the image's and reference's bytes are the same. Set metrics are one value.
+    Args:
+        images: to score.
+        metrics: by name.
+        references: image path by name, for metrics that compare.
+        progress: a JSON lines file; its rows are not computed again if metric, description and the bytes of image and
+            reference are the same.
+        batch_size: images at once.
+
+    Returns:
+        Per metric: its summary, the number of images, its description and one row per image; one value for a set metric.
     """
     finished = _Progress(progress)
     results = {}
@@ -113,7 +121,7 @@ def evaluate_folder(
 
 
 def match_references(images: Sequence[FolderImage], folder: str | Path) -> dict[str, Path]:
-    """The reference of every image: the file of the same path in `folder`. Raises UsageError naming the first missing."""
+    """The reference of every image: the file with the same path in `folder`. Raises UsageError naming the first missing."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UsageError(f"--reference {folder}: not a folder")
@@ -122,13 +130,13 @@ def match_references(images: Sequence[FolderImage], folder: str | Path) -> dict[
         candidates = [folder / image.name, *((folder / image.name).with_suffix(suffix) for suffix in _SUFFIXES)]
         existing = [path for path in candidates if path.is_file()]
         if not existing:
-            raise UsageError(f"--reference {folder}: nothing for {image.name}")
+            raise UsageError(f"--reference {folder}: no reference for {image.name}; add one with the same name")
         matched[image.name] = existing[0]
     return matched
 
 
 def reference_set(folder: str | Path) -> dict[str, Path]:
-    """All images of a folder by name, for set metrics, which need no pairs."""
+    """All images of a folder by name, for set metrics, which do not need pairs."""
     return {image.name: image.path for image in read_folder(folder)}
 
 
@@ -223,7 +231,7 @@ def _set_summary(
     references: Mapping[str, Path] | None,
     batch_size: int,
 ) -> dict[str, float]:
-    """The value of a set, with its interval where every image has a reference of its own name and the metric knows one."""
+    """The value of a set, with its interval if every image has a reference of the same name and the metric has one."""
 
     def stream(files: Sequence[FolderImage]) -> Iterator[np.ndarray]:
         for batch in _batches(files, range(len(files)), batch_size):
@@ -248,7 +256,7 @@ def _name_in(folder: Path, path: Path) -> str:
 
 
 def _images(folder: Path) -> list[Path]:
-    """Visible images of a folder and below, in natural order. Warns of pictures of a kind that is not read."""
+    """Visible images of a folder and below, in natural order. Warns about pictures of a kind that is not read."""
     paths, others = [], []
     for path in visible_files(folder):
         suffix = path.suffix.lower()
@@ -312,7 +320,7 @@ def _by_name(folder: Path, paths: Sequence[Path], prompts: Sequence[Mapping[str,
     for prompt in prompts:
         names = {str(prompt[key]).removeprefix("./") for key in _NAME_KEYS if key in prompt}
         if not names:
-            raise UsageError(f"--prompts: {prompt['prompt']!r:.60} names no file, other prompts do; name one for each")
+            raise UsageError(f"--prompts: {prompt['prompt']!r:.60} names no file, but others do; name one for each")
         for name in names:
             if entries.setdefault(name, prompt) != prompt:
                 raise UsageError(f"--prompts: two different prompts for {name}; name each image once")
@@ -333,7 +341,7 @@ def _by_name(folder: Path, paths: Sequence[Path], prompts: Sequence[Mapping[str,
 
 
 def _warn_of_gaps(folder: Path, paths: Sequence[Path]) -> None:
-    """Prompts go to images in order, which is wrong where an image of a numbered series is gone and another was added."""
+    """Warns about gaps in numbered images: prompts go to images in order, which is wrong if one was replaced."""
     matches = [re.fullmatch(r"(.*?)([0-9]+)", str(path.relative_to(folder).with_suffix(""))) for path in paths]
     if not all(matches) or len({match[1] for match in matches if match}) != 1:
         return
@@ -341,6 +349,6 @@ def _warn_of_gaps(folder: Path, paths: Sequence[Path]) -> None:
     gap = next((a for a, b in itertools.pairwise(numbers) if b != a + 1), None)
     if gap is not None:
         warnings.warn(
-            f"the images' numbers are not consecutive after {gap}: prompts are given to them in order of number; name the "
-            "image of each prompt under 'file' if that is wrong"
+            f"the images' numbers are not consecutive after {gap}: prompts are assigned in order of number; if that is wrong, "
+            "name the image of each prompt under 'file'"
         )

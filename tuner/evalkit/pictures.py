@@ -1,7 +1,7 @@
-"""Picture files of any usual kind as the 8-bit RGB that metrics read; a kind that has no certain conversion is refused.
+"""Reads common picture files as the 8-bit RGB that metrics need; rejects those without an unambiguous conversion.
 
-What Pillow's `convert("RGB")` does to them differs: it clips 16-bit gray to white, shows the hidden colors under transparent
-pixels, and takes a CMYK file's inks for those of no press in particular.
+Pillow's `convert("RGB")` differs: it clips 16-bit gray to white, shows the hidden colors under transparent pixels, and
+ignores a CMYK file's ink profile.
 """
 
 from __future__ import annotations
@@ -14,29 +14,29 @@ from PIL import Image, ImageOps
 
 from stagevar.errors import UsageError
 
-#: Modes that are 8-bit RGB or gray already, or become it without a choice.
+#: Modes that are already 8-bit RGB or gray, or have only one conversion to it.
 _PLAIN = {"1", "L", "RGB", "RGBX", "YCbCr"}
 _WITH_ALPHA = {"LA", "La", "PA", "RGBA", "RGBa"}
 
 
 def read_picture(path: Path) -> np.ndarray:
-    """Pixels uint8 (H, W, 3), RGB, upright by the file's EXIF orientation.
+    """RGB pixels (H, W, 3) uint8, upright by the file's EXIF orientation.
 
-    16-bit gray keeps its high byte, as Pillow reads 16-bit color. Transparent pixels lie on white. CMYK is converted by its
-    embedded profile, without one by the plain formula. Profiles of RGB files are not applied: metrics and their published
-    figures take the numbers as they are.
-    Raises UsageError for a file that cannot be read, moves, or has pixels without a known white (32-bit, Lab).
+    16-bit gray keeps its high byte, as when Pillow reads 16-bit color. Transparent pixels are put on white. CMYK is converted
+    by its embedded profile, or by the plain formula without one. Profiles of RGB files are not applied: metrics and their
+    published figures use the numbers as they are.
+    Raises UsageError for a file that is unreadable, animated, or has pixels without a known white (32-bit, Lab).
     """
     try:
         with Image.open(path) as image:
             count = getattr(image, "n_frames", 1)
             if count > 1:
-                raise UsageError(f"{path}: {count} pictures in one file; save the one that is meant")
+                raise UsageError(f"{path}: {count} pictures in one file; save the one to score")
             image.load()
             return np.asarray(_rgb(ImageOps.exif_transpose(image), path))
     except UsageError:
         raise
-    except Exception as error:  # decoders of damaged files raise whatever their code met
+    except Exception as error:  # decoders raise all kinds of errors on damaged files
         reason = type(error).__name__ if isinstance(error, Image.UnidentifiedImageError) else str(error) or repr(error)
         raise UsageError(f"{path}: not a readable image ({' '.join(reason.split()):.120})") from None
 
@@ -90,5 +90,5 @@ def _of_inks(image: Image.Image, path: Path) -> Image.Image:
             f"{path}: its CMYK profile cannot be applied ({' '.join(str(error).split()):.80}); save it as RGB"
         ) from None
     if converted is None:
-        raise AssertionError("profileToProfile made no picture")
+        raise AssertionError("profileToProfile returned no picture")
     return converted

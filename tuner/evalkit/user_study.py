@@ -1,7 +1,7 @@
-"""A blind A/B study: a page to vote on, a key kept apart from it, and what the votes say.
+"""A blind A/B study: a voting page, a key kept apart from it, and what the votes say.
 
-The page is one HTML file without remote assets. It knows pairs by opaque ids and images as "left" and "right"; which
-side is A is only in the key file. Both images are re-encoded as PNG, so neither format nor metadata gives a side away.
+The page is one HTML file without remote assets. It knows pairs by opaque ids and images as "left" and "right"; only the
+key file says which side is A. Both images are re-encoded as PNG, so neither format nor metadata gives a side away.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class PairKey(TypedDict):
 
 
 class StudyKey(TypedDict):
-    """What turns answers into votes: the study's id, the seed, and the pairs by id."""
+    """What is needed to turn answers into votes: the study's id, the seed, and the pairs by id."""
 
     study: str
     seed: int
@@ -51,13 +51,18 @@ class Study:
 
 @dataclass(frozen=True)
 class Preference:
-    """What the votes say about A against B.
+    """What the votes say about A versus B.
 
-    Votes are averaged per pair (A 1, tie 1/2, B 0), and pairs are the observations: several people on one pair do not
-    make it several. win_rate: their mean; low, high: its two-sided interval at `level`. p_preference: two-sided test of
-    win_rate 1/2. p_equivalence: two one-sided tests against 1/2 -+ margin. verdict: "A preferred", "B preferred",
-    "no preference" (supported by the equivalence test) or "undecided"; pairs_needed: about how many pairs would support
-    "no preference" with 80 % power if there is none.
+    Votes are averaged per pair (A 1, tie 1/2, B 0), and pairs are the observations: several voters on one pair still count
+    as one.
+
+    Attributes:
+        win_rate: mean over pairs.
+        low, high: its two-sided interval at `level`.
+        p_preference: two-sided test of win_rate 1/2.
+        p_equivalence: two one-sided tests against 1/2 -+ margin.
+        verdict: "A preferred", "B preferred", "no preference" (supported by the equivalence test) or "undecided".
+        pairs_needed: about how many pairs would support "no preference" with 80 % power if there is none.
     """
 
     win_rate: float
@@ -82,9 +87,17 @@ def build_study(
     seed: int = 0,
     question: str = "Which image is better?",
 ) -> Study:
-    """Page and key for `count` pairs (all by default), drawn, ordered and sided by `seed`.
+    """Page and key for a study.
 
-    images_a: images of A with prompts; images_b: B's file by the same names. Raises UsageError for unreadable images.
+    Args:
+        images_a: images of A with prompts.
+        images_b: B's files by the same names.
+        count: number of pairs, all by default.
+        seed: of the choice of pairs, their order and their sides.
+        question: heading of the page.
+
+    Raises:
+        UsageError: for unreadable images.
     """
     rng = random.Random(f"user study {seed}")
     chosen = list(images_a)
@@ -103,7 +116,7 @@ def build_study(
         left, right = (sides["A"], sides["B"]) if a_side == "left" else (sides["B"], sides["A"])
         pairs.append({"id": identity, "prompt": prompt_text(image.prompt), "left": left, "right": right})
     study_id = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    # Inside <script>, "<!--" and "<script" of a prompt would keep the element from ending: no "<" is left as it is.
+    # Inside <script>, a prompt's "<!--" or "<script" would keep the element from ending, so every "<" is escaped.
     data = json.dumps({"study": study_id, "pairs": pairs}).replace("<", "\\u003c")
     before, between, after = _PAGE.replace("@QUESTION@", "@DATA@").split("@DATA@")
     page = before + html.escape(question) + between + data + after
@@ -111,12 +124,12 @@ def build_study(
 
 
 def read_votes(key: StudyKey, paths: Sequence[str | Path]) -> list[tuple[str, str, str]]:
-    """(voter, pair name, "A" | "B" | "tie") of answers files. Raises UsageError for foreign or broken ones."""
+    """(voter, pair name, "A" | "B" | "tie") from answers files. Raises UsageError for foreign or damaged ones."""
     if not isinstance(key, Mapping) or not isinstance(key.get("pairs"), Mapping) or "study" not in key:
         raise UsageError("--key: not a key file of `stagevar-eval pairs`")
     for identity, pair in key["pairs"].items():
         if not isinstance(pair, Mapping) or pair.get("a") not in CHOICES[:2] or not isinstance(pair.get("name"), str):
-            raise UsageError(f"--key: pair {shown(identity)} has no name, or no side that A is on; make the page again")
+            raise UsageError(f"--key: pair {shown(identity)} lacks its name or the side of A; make the page again")
     votes: dict[tuple[str, str], str] = {}
     for path in paths:
         content = read_json(path)
@@ -125,7 +138,7 @@ def read_votes(key: StudyKey, paths: Sequence[str | Path]) -> list[tuple[str, st
             raise UsageError(f"{path}: not an answers file of the study page")
         if content.get("study") != key["study"]:
             raise UsageError(
-                f"{path}: answers study {shown(content.get('study'))}, the key is of {shown(key['study'])}"
+                f"{path} is of study {shown(content.get('study'))}, but the key is of {shown(key['study'])}"
             )
         voter = str(content.get("voter") or path)
         for answer in answers:
@@ -135,16 +148,16 @@ def read_votes(key: StudyKey, paths: Sequence[str | Path]) -> list[tuple[str, st
             choice = answer["choice"]
             said = "tie" if choice == "tie" else "A" if choice == asked["a"] else "B"
             if votes.setdefault((voter, asked["name"]), said) != said:
-                raise UsageError(f"{path}: voter {shown(voter)} answers {asked['name']} twice, differently")
+                raise UsageError(f"{path}: voter {shown(voter)} has two different answers for {asked['name']}")
     return [(voter, name, said) for (voter, name), said in votes.items()]
 
 
 def judge_preference(votes: Sequence[tuple[str, str, str]], *, margin: float = 0.1, level: float = 0.95) -> Preference:
     """Win rate of A with its interval, and whether "no preference" is supported.
 
-    The interval is Wilson's for a proportion of pairs, both tests are the score tests that it inverts; ties and several
-    voters per pair only make them cautious. Equivalence is claimed at the same error rate as preference (1 - level).
-    Raises UsageError without votes or for a margin or level that makes no sense.
+    The interval is Wilson's for a proportion of pairs, and both tests are the score tests that it inverts; ties and several
+    voters per pair only make them more cautious. Equivalence is claimed at the same error rate as preference (1 - level).
+    Raises UsageError without votes or for a margin or level out of range.
     """
     from scipy.stats import norm
 
@@ -167,7 +180,7 @@ def judge_preference(votes: Sequence[tuple[str, str, str]], *, margin: float = 0
         max(norm.sf((rate - (0.5 - margin)) / edge_deviation), norm.sf(((0.5 + margin) - rate) / edge_deviation))
     )
     if p_equivalence < 1 - level:
-        verdict = "no preference"  # also when a difference is certain but too small to matter
+        verdict = "no preference"  # even if a difference is certain but too small to matter
     elif p_preference < 1 - level:
         verdict = "A preferred" if rate > 0.5 else "B preferred"
     else:

@@ -294,7 +294,7 @@ def test_wrong_input_is_one_line_and_exit_2(capsys, detections, answers, folder,
                 "--key",
                 "{folder}/k",
             ],
-            "--key .* is the file of --page too",
+            "--key .* is also the file of --page",
         ),
         (
             ["--images", "{folder}/images", "--metric", "psnr", "--out", "{folder}/" + "x" * 250],

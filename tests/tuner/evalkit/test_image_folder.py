@@ -148,7 +148,7 @@ def test_references_are_matched_by_name_and_any_suffix(geneval_folder, tmp_path)
     unpaired = evaluate_folder(images, {"set_mean": SetMean()}, references=reference_set(other))["set_mean"]
     assert set(unpaired["summary"]) == {"set_mean"}, "x.jpg is not x.png: two sets without pairs"
     (other / images[3].name).with_suffix(".jpg").unlink()
-    with pytest.raises(UsageError, match=r"nothing for 00001/samples/0001\.png"):
+    with pytest.raises(UsageError, match=r"no reference for 00001/samples/0001\.png"):
         match_references(images, other)
 
 

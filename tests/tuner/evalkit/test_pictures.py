@@ -192,7 +192,7 @@ def test_a_gap_in_the_numbers_and_prompts_that_are_not_read_are_said(tmp_path):
         read_folder(tmp_path / "images", tmp_path / "p.txt")
     save(tmp_path / "geneval/00000/samples/0.png")
     (tmp_path / "geneval/00000/metadata.jsonl").write_text('{"prompt": "own"}')
-    with pytest.warns(UserWarning, match="is not read"):
+    with pytest.warns(UserWarning, match="ignoring --prompts .*p.txt: "):
         images = read_folder(tmp_path / "geneval", tmp_path / "p.txt")
     assert images[0].prompt["prompt"] == "own"
 

@@ -108,7 +108,7 @@ def test_votes_are_mapped_back_to_a_and_b(study, tmp_path):
         ({"study": study.key["study"], "answers": [{"pair": answers[0]["pair"], "choice": "both"}]}, "no choice"),
         (
             {"study": study.key["study"], "answers": [answers[0] | {"choice": choice} for choice in ("left", "right")]},
-            "twice, differently",
+            "has two different answers for",
         ),
         ([], "not an answers file"),
     ):

@@ -88,4 +88,4 @@ def test_a_search_refuses_it(tmp_path, capsys):
     words = ["--model", "infinity-tiny", "--budget", "80%", "--space", str(space), "--dry-run", "--device", "cpu"]
     assert main(words) == 2
     err = capsys.readouterr().err
-    assert "metric hpsv3 is for verification alone" in err and "stagevar-eval --metric hpsv3" in err
+    assert "metric hpsv3 is for verification only" in err and "stagevar-eval --metric hpsv3" in err

@@ -172,11 +172,7 @@ def test_undecided_quality_asks_for_more_prompts_of_the_same_run(verified):
     slow = dataclasses.replace(check, verdicts=late)
     candidates = tuple(dataclasses.replace(c, verification=slow) if c.key == key else c for c in verified.candidates)
     text, [again] = told(dataclasses.replace(result, candidates=candidates))
-    assert (
-        again == ["stagevar-tune", "resume", str(RUN)]
-        and "on a quiet machine" in text
-        and "one image takes" in text
-    )
+    assert again == ["stagevar-tune", "resume", str(RUN)] and "on a quiet machine" in text and "one image takes" in text
 
 
 def test_a_stopped_study_resumes_and_a_failed_one_starts_anew(tmp_path):

@@ -12,10 +12,10 @@ _HELP = """\
 answers file: as for `dpg`, one line per question and image (docs/metrics.md):
   item_id,proposition_id,skill,tile,answer
   0,1,count,0,0.83
-geneval2: answers are probabilities of the right answer; the script's score_lists.json (.json) is read too, then
+geneval2: answers are probabilities of the right answer; with the script's score_lists.json (.json) instead,
   --questions geneval2_data.jsonl is needed
 compbench: answers are probabilities of yes, one question per noun phrase (BLIP-VQA: color, shape, texture)
-oneig: answers are yes or no, "dependency" lists parents (alignment)"""
+oneig: answers are yes or no; "dependency" lists parents (alignment)"""
 
 
 def add(verbs: Verbs) -> None:

@@ -14,10 +14,10 @@ answers file: CSV with a header, one line per question and tile:
   item_id,proposition_id,dependency,tuple,tile,answer
   partiprompts97,1,0,entity - whole (cat),0,yes
   partiprompts97,2,"1","attribute - color (cat, black)",0,no
-"dependency" lists parent propositions of the item ("1,2", 0 or empty for none). Without "tile", the k-th line of a
-question is tile k; instead of tile and answer there may be columns answer_0 ... answer_3. Only the exact answer "yes"
-counts; a column of 0/1 is taken as scores. Questions keep the file's order, which the dependency walk follows.
-docs/metrics.md has all spellings."""
+"dependency" lists parent propositions of the item ("1,2"; 0 or empty for none). Without "tile", the k-th line of a
+question is tile k; columns answer_0 ... answer_3 may replace tile and answer. Only the exact answer "yes" counts; a
+column of 0/1 is read as scores. Questions keep the file's order, which the dependency walk follows.
+docs/metrics.md lists all spellings."""
 
 
 def add(verbs: Verbs) -> None:
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
         except UsageError as error:
             if options.mode != "both" or mode == "published":
                 raise
-            # A file that only the corrected rules refuse still has its published score.
+            # A file that only the corrected rules reject still has its published score.
             results[mode] = {"refused": str(error)}
             lines.append(f"DPG-Bench {mode:<10} refused: {error}")
             continue

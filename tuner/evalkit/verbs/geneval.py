@@ -14,10 +14,10 @@ detections file: JSON (a list, or an object of images by name) or JSON lines, on
    "metadata": {"tag": "counting", "include": [{"class": "dog", "count": 2}],
                 "exclude": [{"class": "dog", "count": 3}], "prompt": "a photo of two dogs"},
    "detections": [{"class": "dog", "score": 0.97, "box": [x0, y0, x1, y1], "color": "red"}, ...]}
-Boxes are corners in pixels (box_xywh: corner and size). "color" is the classifier's answer; "color_scores", ten
-numbers in GenEval's order, are decided by argmax, the first of equals. List every detection: the thresholds, the limit
-of 16 per class and the order by score are applied here. The results.jsonl of the GenEval script is read too.
-docs/metrics.md has all spellings."""
+Boxes are corners in pixels (box_xywh: corner and size). "color" is the classifier's answer; "color_scores" are ten
+numbers in GenEval's order, whose largest (the first, if tied) decides. List every detection: thresholds, the limit of
+16 per class and the order by score are applied here. The GenEval script's results.jsonl can be read as well.
+docs/metrics.md lists all spellings."""
 
 
 def add(verbs: Verbs) -> None:
@@ -27,7 +27,7 @@ def add(verbs: Verbs) -> None:
         "--detections", type=existing_file, required=True, metavar="FILE.json", help="what a detector found, per image"
     )
     verb.add_argument(
-        "--metadata", type=existing_file, metavar="FILE.jsonl", help="evaluation_metadata.jsonl, if entries carry none"
+        "--metadata", type=existing_file, metavar="FILE.jsonl", help="evaluation_metadata.jsonl, if entries have none"
     )
     verb.add_argument(
         "--threshold", type=between(0, 1), default=0.3, help="scores must be above it (default %(default)s)"

@@ -15,9 +15,9 @@ from tuner.evalkit.delivery import Verbs, add_verb, deliver, files_digest
 
 _HELP = """\
 layouts: GenEval's (DIR/00000/metadata.jsonl, DIR/00000/samples/0000.png), or images anywhere below DIR with --prompts:
-a .jsonl of {"file": "a.png", "prompt": "..."} or GenEval metadata in order of name, a .txt with one prompt a line, or a
-folder of item_id.txt (DPG). With --out RESULT.json every finished row is kept in RESULT.json.rows.jsonl; the same
-command goes on from there. metrics and their options: docs/metrics.md."""
+a .jsonl of {"file": "a.png", "prompt": "..."} or GenEval metadata in order of name, a .txt with one prompt per line, or
+a folder of item_id.txt (DPG). With --out RESULT.json every finished row is kept in RESULT.json.rows.jsonl, and the same
+command resumes from there. metrics and their options: docs/metrics.md."""
 
 
 def add(verbs: Verbs) -> None:
@@ -36,7 +36,7 @@ def add(verbs: Verbs) -> None:
         "--reference",
         type=existing_folder,
         metavar="DIR",
-        help="images to compare with, same names (metrics of sets: any)",
+        help="images to compare with, with the same names (set metrics: any names)",
     )
     verb.add_argument("--prompts", type=existing_path, metavar="FILE", help="prompts, if the folder has none")
     verb.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default %(default)s)")
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
         check_name(name)
     given = _metric_options(options.option, options.metric)
     images = read_folder(options.images, options.prompts)
-    classes = {name: metric_class(name) for name in options.metric}  # imports torch: after all cheap refusals
+    classes = {name: metric_class(name) for name in options.metric}  # imports torch: after all cheap checks
     for name in classes:
         check_options(name, given[name])
     paired = any(cls.needs_reference for name, cls in classes.items() if not issubclass(cls, SetMetric))

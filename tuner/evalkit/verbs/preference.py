@@ -22,7 +22,7 @@ def add(verbs: Verbs) -> None:
         "--margin",
         type=between(0, 0.5, ends=False),
         default=0.1,
-        help="win rates within 0.5 -+ this count as no preference (default %(default)s)",
+        help="win rates within this distance of 0.5 count as no preference (default %(default)s)",
     )
     verb.add_argument(
         "--level", type=between(0.5, 1, ends=False), default=0.95, help="confidence (default %(default)s)"
@@ -46,5 +46,5 @@ def run(options: argparse.Namespace) -> int:
         f"verdict: {result.verdict}",
     ]
     if result.verdict == "undecided":
-        lines.append(f"about {result.pairs_needed} pairs would support no preference, if there is none")
+        lines.append(f"about {result.pairs_needed} pairs would support no preference if there is none")
     return deliver(options, dataclasses.asdict(result), lines)

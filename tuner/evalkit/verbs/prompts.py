@@ -15,9 +15,9 @@ from stagevar.sections import shown
 from tuner.evalkit.delivery import Verbs, add_verb, deliver
 
 _HELP = """\
-Without --from: COCO classes, GenEval's six tasks, the same for the same seed. With --from: every tag keeps its share.
+Without --from: COCO classes, GenEval's six tasks, always the same for a seed. With --from: every tag keeps its share.
 --check RESULT.json ... (three or more systems on the prompts of --from, one image each) says how well subsets of
---count prompts rank the systems as all prompts do (Spearman)."""
+--count prompts reproduce the ranking by all prompts (Spearman)."""
 
 
 def add(verbs: Verbs) -> None:
@@ -61,10 +61,12 @@ def run(options: argparse.Namespace) -> int:
         prompts = generate(options.count, options.seed, **({"tags": options.tags} if options.tags else {}))
     else:
         if options.tags:
-            raise UsageError("--tags says which prompts to make; with --from they are those of the file: leave one out")
+            raise UsageError(
+                "--tags says which prompts to make, but --from takes those of a file: leave one of them out"
+            )
         whole = read_prompts(options.source)
         if options.check and options.count is None:
-            raise UsageError("--check needs --count N: how many prompts the subsets have that it judges")
+            raise UsageError("--check needs --count N: how many prompts its subsets have")
         indices = stratified_subset(whole, len(whole) if options.count is None else options.count, options.seed)
         prompts = [whole[index] for index in indices]
         results["indices"] = indices
@@ -93,7 +95,7 @@ def _tags(text: str) -> list[str]:
     unknown = [tag for tag in tags if tag not in TAGS]
     if unknown or not tags:
         named = shown(unknown[0] if unknown else text)
-        raise argparse.ArgumentTypeError(f"{named} is no task; give some of {', '.join(TAGS)} with commas between them")
+        raise argparse.ArgumentTypeError(f"{named} is not a task; use {', '.join(TAGS)}, separated by commas")
     return tags
 
 
@@ -106,9 +108,9 @@ def _values_of(paths: Sequence[Path], metric: str, count: int) -> np.ndarray:
         try:
             values = [float(row["value"]) for row in read_json(path)["results"]["metrics"][metric]["rows"]]
         except (KeyError, TypeError, ValueError, OverflowError):
-            raise UsageError(f"{path}: no rows of {shown(metric)} in it; make it with stagevar-eval images") from None
+            raise UsageError(f"{path} has no rows of {shown(metric)}; make it with stagevar-eval images") from None
         if not all(map(math.isfinite, values)):
-            raise UsageError(f"{path}: a value of {shown(metric)} is beyond floating point")
+            raise UsageError(f"{path}: a value of {shown(metric)} is too large for floating point")
         if len(values) != count:
             raise UsageError(
                 f"{path}: {len(values)} rows of {shown(metric)} for {count} prompts; one image per prompt needed"
