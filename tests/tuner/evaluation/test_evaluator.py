@@ -162,7 +162,7 @@ def test_step_times_cover_every_prefix_once_a_round(model, steps, prompts):
     found = evaluator.step_ms(steps[:5], 3)
     assert set(found) == {s[:depth] for s in steps[:5] for depth in range(len(s) + 1)}
     assert all(len(values) == 3 and all(v >= 0 for v in values) for values in found.values())
-    with pytest.raises(ValueError, match="decides"):
+    with pytest.raises(ValueError, match="decision point"):
         evaluator.step_ms([skipvar(GRIDS, "ssim-0.84").expand(GRIDS, 2)], 1)
 
 
