@@ -274,14 +274,17 @@ def test_wrong_input_is_one_line_and_exit_2(capsys, detections, answers, folder,
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["geneval", "--detections", "{detections}", "--out", "{detections}"], "the file of --detections too"),
-        (["geneval", "--detections", "{detections}", "--out", "{folder}/./found.json"], "the file of --detections too"),
+        (["geneval", "--detections", "{detections}", "--out", "{detections}"], "also the file of --detections"),
+        (
+            ["geneval", "--detections", "{detections}", "--out", "{folder}/./found.json"],
+            "also the file of --detections",
+        ),
         (["geneval", "--detections", "{detections}", "--out", "{folder}/none/x.json"], "folder .* does not exist"),
         (["geneval", "--detections", "{detections}", "--out", "{folder}"], "is a folder; name a file in it"),
         (["geneval", "--detections", "{detections}", "--out", "{folder}/" + "x" * 300], "File name too long"),
         (["dpg", "--answers", "{answers}", "--out", "/proc/x.json"], "cannot be written"),
-        (["prompts", "--count", "3", "--to", "{folder}/p", "--out", "{folder}/p"], "the file of --to too"),
-        (["prompts", "--from", "{folder}/p", "--to", "{folder}/p"], "the file of --from too"),
+        (["prompts", "--count", "3", "--to", "{folder}/p", "--out", "{folder}/p"], "also the file of --to"),
+        (["prompts", "--from", "{folder}/p", "--to", "{folder}/p"], "also the file of --from"),
         (
             [
                 "pairs",

@@ -164,7 +164,7 @@ def test_undecided_quality_asks_for_more_prompts_of_the_same_run(verified):
         dataclasses.replace(c, verification=dataclasses.replace(check, verdicts=hair)) if c.key == key else c
         for c in verified.candidates
     )
-    assert "may be just above 5 % of prompts, where 5 %" in told(dataclasses.replace(result, candidates=candidates))[0]
+    assert "may be just above 5 % of prompts (5 %" in told(dataclasses.replace(result, candidates=candidates))[0]
     text, _ = told(dataclasses.replace(result, settle_heldout="256+896"))
     assert "decide it on 1152 held-out prompts" in text
     # Where timings did not decide either, prompts are not what is missing.
