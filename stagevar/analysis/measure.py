@@ -147,7 +147,7 @@ def analyze(
 
 
 def _stages_read(similarities: Sequence[Similarity]) -> dict[str, str]:
-    """The stage that each similarity tells: the low frequencies stand in where nothing reads the meaning."""
+    """The stage that each similarity decides; the low frequencies stand in if no similarity reads the meaning."""
     reads_meaning = any(similarity.stage == "semantic" for similarity in similarities)
     own = {"low_frequency": "none" if reads_meaning else "semantic", "ssim": "structure", "psnr_db": "none"}
     return own | {similarity.name: similarity.stage for similarity in similarities}

@@ -134,7 +134,7 @@ class Block(nn.Module):
         attend: Any,
         chained: Chained,
     ) -> Stream:
-        """`forward` in pieces across sublayers; the last sublayer's output is added by whoever comes next."""
+        """`forward` in pieces across sublayers; the last sublayer's output is added by the next block or the head."""
         gamma1, gamma2, scale1, scale2, shift1, shift2 = conditioning.modulation[layer]
         text_k, text_v = conditioning.text_kv[layer]
         constants, dtype = conditioning.constants[layer], text_k.dtype

@@ -21,7 +21,7 @@ from stagevar.errors import UsageError
 from stagevar.models.infinity.bits import BitResidual, Grid
 from stagevar.models.variants import variant
 
-#: pixels decoded in one pass; more images are decoded in turns, a larger image in tiles.
+#: pixels decoded in one pass; more images are decoded in several, a larger image in tiles.
 MAX_DECODE_PIXELS = 2 * 2**20
 #: latent channels of the public tokenizers (`vae_type` of the reference).
 LATENT_DIMS = (14, 16, 18, 20, 24, 32, 64)

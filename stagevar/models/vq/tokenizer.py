@@ -26,7 +26,7 @@ from stagevar.schedule.grids import Grid
 VQVAE_RULES = KeyRules(dropped=("quantize.ema_vocab_hit_SV",))
 #: Channels of the public tokenizer at each resolution, as multiples of its base.
 CHANNEL_MULTIPLES = (1, 1, 2, 2, 4)
-#: Pixels decoded in one pass; more images are decoded in turns.
+#: Pixels decoded in one pass; more images are decoded in several.
 MAX_DECODE_PIXELS = 2 * 2**20
 
 
