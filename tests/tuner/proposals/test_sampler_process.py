@@ -78,6 +78,7 @@ made.close()
 """
 
 
+@pytest.mark.process
 def test_a_script_without_a_guard_is_not_run_again(tmp_path):
     (tmp_path / "five_lines.py").write_text(SCRIPT)
     done = subprocess.run(
@@ -92,6 +93,7 @@ def test_a_script_without_a_guard_is_not_run_again(tmp_path):
     assert began == "began" and asked.startswith("0 ")
 
 
+@pytest.mark.process
 def test_it_ends_with_a_parent_that_is_killed(tmp_path):
     (tmp_path / "waits.py").write_text(SCRIPT)
     script = [sys.executable, "waits.py", str(tmp_path), "wait"]
