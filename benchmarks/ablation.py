@@ -1,4 +1,4 @@
-"""What each part of the acceleration methods is worth, one row each, on one model in one interleaved run.
+"""What each part of the acceleration methods contributes, one row each, on one model in one interleaved run.
 
     python -m benchmarks.ablation --model nano --prompts 120 --rounds 40 --output ablation.json
 
@@ -45,8 +45,10 @@ FASTVAR_RATIOS = (0.75, 0.5, 0.25, 0.1)
 class Alternative(StageVAR):
     """StageVAR with another projection or restoration at the chunks.
 
-    projection: "gaussian", "rows" or "svd" (the r leading left singular vectors of the tokens). restoration: "rtr" (the
-    method's own) or "least squares" (the token map of smallest norm that projects to the r outputs).
+    Args:
+        projection: "gaussian", "rows" or "svd" (the r leading left singular vectors of the tokens).
+        restoration: "rtr" (the method's own) or "least squares" (the token map of smallest norm that projects to the r
+            outputs).
     """
 
     def __init__(self, projection: str, restoration: str):
@@ -72,7 +74,7 @@ class Alternative(StageVAR):
 
 
 class Growth(StageVAR):
-    """StageVAR that also notes how much the root-mean-square norm of tokens grows by Gaussian projection."""
+    """StageVAR that also records how much Gaussian projection increases the root-mean-square norm of tokens."""
 
     def __init__(self) -> None:
         self.factors: list[float] = []
@@ -93,7 +95,7 @@ class Growth(StageVAR):
 
 
 def rows(model: LoadedModel, ratio: float) -> tuple[dict[str, StageSchedule], dict[str, Accelerator]]:
-    """Schedules by row name, and accelerators of the rows that are not run by the default one."""
+    """Schedules by row name, and accelerators of the rows that do not use the default one."""
     start = structure_boundary(model.grids)
     depth = model.transformer.depth
 
@@ -135,7 +137,7 @@ def norm_growth(model: LoadedModel, steps: Steps, prompts: Sequence[str]) -> dic
 
 
 def speed(row: Mapping[str, Any]) -> float:
-    """Cost as a share of the full schedule's: processor time on a CPU, where other processes disturb latency."""
+    """Cost as a share of the full schedule's: processor time on a CPU, since other processes disturb latency there."""
     return row.get("cpu_ratio", row["ratio"])
 
 
@@ -184,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rounds=args.rounds,
             prompts=prompts,
             threads=args.threads,
-            warm_up_at_most=3,  # dozens of rows; processor time needs little warmth
+            warm_up_at_most=3,  # dozens of rows; processor time needs little warm-up
             scores=nano_verdicts(prompts) if model.name == "nano" and not model.random_weights else None,
         )
         growth = norm_growth(model, schedules["projection alone"].expand(model.grids, chunks), prompts[:4])

@@ -2,11 +2,11 @@
 
     python -m benchmarks.cluster_scaling --output scaling.json
 
-Measured first, each on one thread in processor seconds (neighbors on the machine do not count): scales of the walk by
-tokens, decoding and judging a batch, loading a worker, a round trip to a worker, asking the sampler, booking a round.
-Then studies are played out event by event: asking and booking occupy the driver, timing as many GPUs as the plan says,
-micro-batches go to whoever is free, trees are cut where there are fewer micro-batches than GPUs (as RayExecutor does),
-which repeats shared scales. Efficiency is the speed-up over one GPU, over the number of GPUs.
+First measures, each on one thread in processor seconds (so that other processes do not count): scales of the walk by tokens,
+decoding and judging a batch, loading a worker, a round trip to a worker, asking the sampler, recording a round. Then
+simulates studies event by event: asking and recording occupy the driver, timing occupies as many GPUs as the plan says,
+micro-batches go to any free GPU, and trees are cut if there are fewer micro-batches than GPUs (as RayExecutor does), which
+repeats shared scales. Efficiency is the speed-up over one GPU, divided by the number of GPUs.
 """
 
 from __future__ import annotations
@@ -48,10 +48,13 @@ TREE = 5
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds. A scale of a batch costs scale_s + batch x processed tokens x token_s. leaf_s: decode and judge one image.
+    """Seconds. A scale of a batch costs scale_s + batch x processed tokens x token_s.
 
-    gp_s: (trials told, seconds of one ask of the Gaussian process) pairs; tpe_s: the same of TPE.
-    book_s: evidence and tell of one schedule.
+    Attributes:
+        leaf_s: decoding and judging one image.
+        gp_s: (trials told, seconds of one ask of the Gaussian process) pairs.
+        tpe_s: the same for TPE.
+        book_s: evidence and tell of one schedule.
     """
 
     scale_s: float
@@ -81,10 +84,12 @@ class Times:
 class Plan:
     """What a study does.
 
-    table: step costs are timed once, in walks over the first round and TABLE_SCHEDULES others, and predict the latency of
-    later rounds but for one schedule in every CHECK_EVERY; else every schedule is timed as a whole. spread: timing is dealt
-    out to all GPUs, each with the full schedule as its sentinel. overlap: the next round is asked for while one is
-    evaluated. studies: how many run at once, each on its share of the GPUs.
+    Attributes:
+        table: step costs are timed once, in walks over the first round and TABLE_SCHEDULES others, and predict the latency
+            of later rounds, except for one schedule in every CHECK_EVERY; otherwise every schedule is timed as a whole.
+        spread: timing is distributed over all GPUs, each with the full schedule as its sentinel.
+        overlap: the next round is asked for while one is evaluated.
+        studies: how many run at once, each on its share of the GPUs.
     """
 
     name: str
@@ -104,7 +109,7 @@ class Plan:
 
 
 def cpu_seconds(run: Callable[[], object], repeats: int = 3) -> float:
-    """The least of several runs, in processor seconds of this process."""
+    """The fastest of several runs, in processor seconds of this process."""
     found = []
     for _ in range(repeats):
         start = time.process_time()
@@ -155,7 +160,7 @@ def measure(model_name: str, space: SearchSpace, schedules: Sequence[Steps]) -> 
 
 
 def measure_asking(space: SearchSpace, sampler: str, counts: Sequence[int]) -> tuple[tuple[int, float], ...]:
-    """Seconds of one ask of a sampler ("gp", "tpe") after so many told trials."""
+    """Seconds of one ask of a sampler ("gp", "tpe") after each of these numbers of told trials."""
     found = []
     rng = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -177,7 +182,7 @@ def measure_asking(space: SearchSpace, sampler: str, counts: Sequence[int]) -> t
 
 
 def measure_booking() -> float:
-    """Seconds of evidence, judging and telling per schedule: a study on the tests' fake, asking left out."""
+    """Seconds of evidence, judging and telling per schedule: a study on the tests' fake, without asking."""
     from tests.fakes import studies as fakes
 
     with tempfile.TemporaryDirectory() as folder:
@@ -203,7 +208,7 @@ def measure_ray(model_name: str, space: SearchSpace) -> dict[str, float]:
 
 
 def measured(model_name: str, space: SearchSpace, schedules: Sequence[Steps]) -> tuple[Times, dict[str, float]]:
-    """All task times, and the check of the walk's."""
+    """All task times, and how well they predict the walk."""
     times, check = measure(model_name, space, schedules[:TREE])
     ray = measure_ray(model_name, space)
     asking = {f"{name}_s": measure_asking(space, name, (10, 50, 100, 200)) for name in ("gp", "tpe")}
@@ -212,7 +217,7 @@ def measured(model_name: str, space: SearchSpace, schedules: Sequence[Steps]) ->
 
 
 def read_times(path: Path) -> tuple[Times, dict[str, float]]:
-    """What `measured` gave when it wrote this file."""
+    """What `measured` returned when it wrote this file."""
     data = json.loads(path.read_text())
     asking = {name: tuple((int(n), float(s)) for n, s in data["times"][name]) for name in ("gp_s", "tpe_s")}
     return Times(**{**data["times"], **asking}), data["tree"]
@@ -222,7 +227,7 @@ def read_times(path: Path) -> tuple[Times, dict[str, float]]:
 
 
 def judge_s(jobs: Sequence[float], gpus: int, round_trip_s: float) -> float:
-    """Until all jobs are done: the driver hands them out one after the other, each to the first free GPU."""
+    """Seconds until all jobs are done: the driver hands them out one after another, each to the first free GPU."""
     free = [0.0] * gpus
     heapq.heapify(free)
     driver = end = 0.0
@@ -236,7 +241,7 @@ def judge_s(jobs: Sequence[float], gpus: int, round_trip_s: float) -> float:
 def play(
     plan: Plan, gpus: int, times: Times, rounds: Sequence[Sequence[Steps]], full: Steps, chunks: int
 ) -> dict[str, float]:
-    """Seconds of a whole study on so many GPUs, by what they went on."""
+    """Seconds of a whole study on this many GPUs, by what they were spent on."""
     spent = dict.fromkeys(("load", "asking", "timing", "judging", "booking", "verification"), 0.0)
     image_s = lambda steps: sum(times.step(s, 1, chunks) for s in steps) + times.leaf_s  # noqa: E731
 
@@ -279,7 +284,7 @@ def play(
 
 
 def schedules_of(space: SearchSpace, count: int, grids: Any, chunks: int) -> list[Steps]:
-    """Distinct random schedules of the space: their trees are real ones."""
+    """Distinct random schedules of the space, so that their trees are realistic."""
     found: dict[Steps, None] = {}
     with tempfile.TemporaryDirectory() as folder:
         trial_sampler = TrialSampler(Path(folder), space, 0, ("latency",), "random")
@@ -306,9 +311,9 @@ PLANS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="nano")
-    parser.add_argument("--times", type=Path, help="JSON of an earlier run, whose measured times are used again")
+    parser.add_argument("--times", type=Path, help="JSON of an earlier run, to reuse its measured times")
     parser.add_argument(
-        "--slower", type=float, default=1, help="what if a walk took so many times longer (a large model)"
+        "--slower", type=float, default=1, help="simulate walks that take this many times longer (a large model)"
     )
     parser.add_argument("--output", type=Path, help="JSON of all figures")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What 8 bits cost in quality on nano: products of the fidelity stage, products throughout, keys and values.
+"""What 8 bits cost in quality on nano: products in the fidelity stage, products throughout, keys and values.
 
     python -m benchmarks.eight_bit --prompts 480
 
@@ -31,7 +31,7 @@ BATCH = 16
 
 
 def draw(model: LoadedModel, schedule: StageSchedule, prompts: Sequence[str]) -> np.ndarray:
-    """uint8 images (N, H, W, 3), seeds counted from 0."""
+    """Images (N, H, W, 3) uint8, with seeds from 0 on."""
     sampler = Sampler(model)
     steps = schedule.expand(model.grids, sampler.chunks)
     starts = range(0, len(prompts), BATCH)

@@ -1,17 +1,17 @@
-"""Where the time of one image goes: per scale against the roofline, engines side by side, the decoder apart.
+"""Where the time of one image goes: per scale against the roofline, engines side by side, the decoder separately.
 
     python -m benchmarks.engine --model infinity-2b --weights random --engines eager,graph --output engine.json
 
-Needs `stagevar` only (no optuna, ray, pandas or open_clip). Everything that is compared runs in turn in one interleaved
-run, so ratios hold on a noisy machine. FLOPs are counted by torch's FlopCounterMode while a scale runs; bytes are the block
-weights, once per scale, and the cache that its attention reads. The roofline uses the peaks measured here unless given.
+Needs only `stagevar` (no optuna, ray, pandas or open_clip). Everything that is compared runs in turn in one interleaved
+run, so ratios hold even on a noisy machine. FLOPs are counted by torch's FlopCounterMode while a scale runs; bytes are the
+block weights, once per scale, and the cache that its attention reads. The roofline uses peaks measured here unless given.
 
 A schedule is a preset, or preset+int8 or preset+fp8 for products in 8 bits from its structure_end on. Engines are those of
 stagevar.engine, and "growing", the eager one over a cache that grows by concatenation.
 
 `--reference FILE` times other code in the same rounds: a Python file, kept outside the repository, with
-`build(model: str, pixels: tuple[int, int], device: str, dtype: str) -> Callable[[], None]`; what it returns makes one image
-from text features made beforehand, decoding included, each time that it is called.
+`build(model: str, pixels: tuple[int, int], device: str, dtype: str) -> Callable[[], None]`. Each call of what it returns draws
+one image from precomputed text features, including decoding.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def peaks(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
 
 
 def block_bytes(transformer: nn.Module, eight_bit: bool) -> int:
-    """Bytes of the weights that a scale reads."""
+    """Bytes of weights that a scale reads."""
     products = {f"{name}.weight" for name, module in transformer.named_modules() if is_quantizable(name, module)}
     return sum(
         p.numel() * (1 if eight_bit and name in products else p.element_size())
@@ -78,7 +78,7 @@ def block_bytes(transformer: nn.Module, eight_bit: bool) -> int:
 
 
 def parse_schedule(text: str, model: LoadedModel) -> StageSchedule:
-    """A preset's schedule, with its precision where one is added. Raises ScheduleError for unknown names."""
+    """A preset's schedule, with a precision if one is appended. Raises ScheduleError for unknown names."""
     name, _, precision = text.partition("+")
     return dataclasses.replace(preset(name, model.grids, published(model.name)), precision=precision or "model")
 
@@ -92,7 +92,7 @@ def sampler_on(model: LoadedModel, engine: str) -> Sampler:
 
 
 def let_go(sampler: Sampler) -> None:
-    """Frees what a sampler holds, before another one is made."""
+    """Frees what a sampler holds before another one is created."""
     sampler.release()
     free_unused(sampler.model.device)
 
@@ -100,7 +100,7 @@ def let_go(sampler: Sampler) -> None:
 def cost(sampler: Sampler, step: ScaleStep, generation: Any) -> dict[str, Any]:
     """Runs the next scale: its FLOPs, bytes read, tokens, branches, and the cache's length after it."""
     with FlopCounterMode(display=False) as counter:
-        # 8-bit products are as many, but not all of their kernels are known to the counter.
+        # 8-bit products have the same FLOPs, but the counter does not know all of their kernels.
         sampler.advance(generation, dataclasses.replace(step, precision="model"))
     model, lengths = sampler.model, generation.cache.lengths
     transformer, batch = model.transformer, generation.batch
@@ -122,7 +122,7 @@ def cost(sampler: Sampler, step: ScaleStep, generation: Any) -> dict[str, Any]:
 
 @torch.inference_mode()
 def per_scale(model: LoadedModel, engines: list[str], steps: Steps, rounds: int, batch: int) -> list[dict[str, Any]]:
-    """One row per scale: its cost, and median milliseconds of its own per engine ("ms"). One sampler is alive at a time."""
+    """One row per scale: its cost, and its median milliseconds per engine ("ms"). One sampler is alive at a time."""
     device = model.device
     prompts, seeds = prompts_for(model, batch), list(range(batch))
     plain = Sampler(model)
@@ -145,7 +145,7 @@ def per_scale(model: LoadedModel, engines: list[str], steps: Steps, rounds: int,
 
 
 def add_roofline(rows: list[dict[str, Any]], flops_per_s: float, bytes_per_s: float) -> None:
-    """Adds the shortest possible time of each row and the share of each engine's time that this is."""
+    """Adds each row's shortest possible time, and what share of each engine's time that is."""
     for row in rows:
         row["floor_ms"] = 1e3 * max(row["tflop"] * 1e12 / flops_per_s, row["gib"] * 2**30 / bytes_per_s)
         row["of_roofline"] = {name: row["floor_ms"] / ms if row["tflop"] else None for name, ms in row["ms"].items()}
@@ -194,7 +194,7 @@ def decoders(model: LoadedModel, code_sum_BdHW: Tensor) -> dict[str, Run]:
 
 
 def reference_run(path: Path, model: LoadedModel) -> Run:
-    """What a file outside the repository makes an image with. Raises UsageError where it has no `build`."""
+    """The function that draws an image, from a file outside the repository. Raises UsageError if it has no `build`."""
     if not path.is_file():
         raise UsageError(f"--reference {path} is not a file")
     found = runpy.run_path(str(path))
@@ -205,7 +205,7 @@ def reference_run(path: Path, model: LoadedModel) -> Run:
 
 @torch.inference_mode()
 def check(model: LoadedModel, expanded: Mapping[str, Steps], engines: list[str]) -> dict[str, bool]:
-    """Whether graphs give what the same kernels give when launched one by one: code sums and pixels, three batches."""
+    """Whether graphs equal the same kernels launched one by one: code sums and pixels, three batches."""
     found = {}
     for engine in (name for name in engines if name.startswith("graph")):
         replayed = Sampler(model, engine=engine)
@@ -230,7 +230,7 @@ def check(model: LoadedModel, expanded: Mapping[str, Steps], engines: list[str])
 
 
 def end_to_end(timings: Mapping[str, Timing], images: Mapping[str, int]) -> dict[str, Any]:
-    """Prints and returns medians, ratios to the first row, and images per second where a run makes images."""
+    """Prints and returns medians, ratios to the first row, and images per second for runs that draw images."""
     baseline, found = next(iter(timings.values())), {}
     for name, timing in timings.items():
         ratio, low, high = ratio_bounds(baseline.samples_ms, timing.samples_ms)
@@ -296,7 +296,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         args.model, weights=args.weights, device=args.device, resolution=args.resolution, kv_cache=args.kv_cache
     )
     device = model.device
-    if device.type == "cuda":  # the launching thread shares its processor with the driver's if it is pinned
+    if device.type == "cuda":  # a pinned launching thread would share its processor with the driver's
         return _measured(args, model)
     with pinned(args.threads):
         return _measured(args, model)
@@ -343,17 +343,17 @@ def _measured(args: argparse.Namespace, model: LoadedModel) -> dict[str, Any]:
 
 
 def save(args: argparse.Namespace, figures: dict[str, Any]) -> None:
-    """Writes what there is so far: whoever is out of time keeps it."""
+    """Writes what there is so far, so that it survives if time runs out."""
     write_json(args.output, {**figures, "complete": False})
 
 
 def _end_to_end(
     args: argparse.Namespace, model: LoadedModel, expanded: Mapping[str, Steps], figures: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """Whole images, each schedule and engine beside the first one, so that two samplers are alive at a time.
+    """Times whole images, each schedule and engine in turn with the first one, so that two samplers are alive at a time.
 
-    Samples are scaled by what the first took beside each (tuner.evaluation.timed_groups). Where the memory plan has no room
-    for two, one is alive at a time and a row says "alone": its ratio is not paired. Returns the table and images per run.
+    Samples are scaled by the first one's time beside each (tuner.evaluation.timed_groups). If the memory plan has no room for
+    two, one is alive at a time and the row says "alone": its ratio is not paired. Returns the table and images per run.
     """
     device = model.device
     wanted = [(batch, name, engine) for batch in args.batches for name in expanded for engine in args.engines]
@@ -361,7 +361,7 @@ def _end_to_end(
     first = next(iter(images))
 
     def made(batch: int, name: str, engine: str) -> tuple[Sampler, Run]:
-        # Text features are made beforehand: the figures are of the transformer and the decoder.
+        # Text features are computed beforehand: the figures cover the transformer and the decoder.
         prompts, seeds, sampler = prompts_for(model, batch), list(range(batch)), sampler_on(model, engine)
         encoded, steps = model.text.encode(prompts), expanded[name]
         return sampler, lambda: sampler.generate(prompts, seeds, steps, encoded=encoded)
@@ -397,7 +397,7 @@ def _end_to_end(
             timed.append(measure({first: baseline_run, key: run}, args.rounds, device))
             baseline.release()
         else:
-            print(f"  {key}: timed alone, there is no room beside {first}")
+            print(f"  {key}: timed alone, no room for {first} beside it")
             alone |= measure({key: run}, args.rounds, device)
         let_go(sampler)
     let_go(baseline)

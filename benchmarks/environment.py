@@ -1,4 +1,4 @@
-"""What every benchmark writes beside its figures: date, commit, device, versions."""
+"""What every benchmark writes with its figures: date, commit, device, versions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Plain data; the commit carries a plus sign when the tree has changes."""
+    """Plain data; the commit has a plus sign if the tree has changes."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -35,7 +35,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
 
 
 def write_json(path: Path, figures: dict[str, Any]) -> None:
-    """Writes figures readably and says where."""
+    """Writes figures as indented JSON and prints the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(figures, indent=1) + "\n")
     print(f"written: {path}")

@@ -1,12 +1,12 @@
-"""Pareto fronts of all methods on one model, from one study in which the method is a search dimension: who wins where.
+"""Pareto fronts of all methods on one model, from one study in which the method is a search dimension: which wins where.
 
     stagevar-tune --model nano --budget 99% --max-drop 1 --space benchmarks/fronts_nano.yaml --sampler random \\
         --trials 120 --out RUN
     python -m benchmarks.fronts RUN --output fronts.json --figure fronts.png
 
-Every schedule of the study is filed under the method that it uses. A point is on its method's front when none of the same
+Every schedule of the study is assigned to the method that it uses. A point is on its method's front if none of the same
 method is both faster and better. Time is the ratio to the full schedule's. A study times a schedule in a few runs, which
-other work on the machine disturbs; `--retime 15` times all of its schedules again, in turn, in processor time on a CPU.
+other processes disturb; `--retime 15` times all of its schedules again, in turn, in processor time on a CPU.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tuner.results.candidate import Interval, Measured
 from tuner.results.pareto import front
 from tuner.results.result import StudyResult
 
-#: Method -> color (Okabe and Ito's, told apart by the color-blind; the last one is grey) and marker, in the order of
+#: Method -> color (Okabe and Ito's, distinguishable when color-blind; the last one is gray) and marker, in the order of
 #: the legend.
 METHODS = {
     "conditional branch": ("#0072B2", "o"),
@@ -51,7 +51,7 @@ PANELS = {
 
 
 def method(steps: Iterable[Mapping[str, Any]]) -> str:
-    """Key of METHODS for expanded steps (`stagevar.profile` spelling): how tokens are reduced, else what else is done."""
+    """Key of METHODS for expanded steps (`stagevar.profile` spelling): how tokens are reduced, or what is done otherwise."""
     steps = list(steps)
     reductions = [step["reduction"] for step in steps if step.get("reduction")]
     if any("kept" in reduction for reduction in reductions):
@@ -94,9 +94,9 @@ def setting(steps: Iterable[Mapping[str, Any]]) -> str:
 
 
 def rows(result: StudyResult) -> list[dict[str, Any]]:
-    """Plain data, fastest first: name, method, setting, time with its interval, and every panel's metric with its own.
+    """Plain data, fastest first: name, method, setting, and time and every panel's metric with intervals.
 
-    Quality is the paired difference to the full schedule; a metric that compares with its image is the mean itself.
+    Quality is the paired difference from the full schedule; a metric that compares with its image is the mean itself.
     Raises UsageError for a study without measured quality.
     """
     found = []
@@ -121,13 +121,13 @@ def rows(result: StudyResult) -> list[dict[str, Any]]:
 
 
 def retime(result: StudyResult, found: Sequence[dict[str, Any]], rounds: int) -> None:
-    """Gives every row the time of `rounds` fresh runs of all schedules in turn, as a ratio to the full schedule's.
+    """Gives every row the time of `rounds` new runs of all schedules in turn, as a ratio to the full schedule's.
 
-    Raises UsageError where the study's model has other weights than the one that loads here.
+    Raises UsageError if the study's model has different weights from the one that loads here.
     """
     model = load_model(result.model)
     if model.provenance.get("weights") != result.provenance.get("weights"):
-        raise UsageError(f"the study was made with other weights of {result.model} than those that load here")
+        raise UsageError(f"the study used other weights of {result.model} than those that load here")
     chunks = Sampler(model).chunks
     plans = {"exact": exact(len(model.grids)).expand(model.grids, chunks)}
     for row in found:
@@ -145,8 +145,8 @@ def retime(result: StudyResult, found: Sequence[dict[str, Any]], rounds: int) ->
 
 
 def _mean(candidate: Measured, result: StudyResult, metric: str) -> Interval:
-    """The paired difference of a metric, moved by the full schedule's own mean (the same for every prompt: its image is
-    equal to itself)."""
+    """The paired difference of a metric, shifted by the full schedule's own mean (the same for every prompt, since its image
+    equals itself)."""
     difference = candidate.differences[metric]
     values = result.baseline.values[metric][: difference.n]
     own = sum(values) / len(values)
@@ -163,7 +163,7 @@ def best(rows: Sequence[Mapping[str, Any]], metric: str) -> list[Mapping[str, An
 
 
 def table(rows: Sequence[Mapping[str, Any]], panels: Sequence[str]) -> str:
-    """Markdown: every method's front by any panel's metric, and which of the points are on the common front."""
+    """Markdown: every method's front by each panel's metric, and which points are on the common front."""
     common = {panel: best(rows, panel) for panel in panels}
     shown = []
     for name in METHODS:
@@ -184,7 +184,7 @@ def _cell(value: Mapping[str, float], sign: str = "") -> str:
 
 
 def draw(rows: Sequence[Mapping[str, Any]], panels: Sequence[str], path: Path) -> None:
-    """One panel per metric: all points faintly, every method's front with both intervals, one legend below."""
+    """One panel per metric: all points faint, every method's front with both intervals, one legend below."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""The plain KV cache, one concatenation per layer, branch and scale: what the static one must equal and must not trail."""
+"""The plain KV cache, one concatenation per layer, branch and scale: the static one must equal it and be no slower."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stagevar.tensors.cache import KVCache, Lengths
 
 
 class GrowingCache(KVCache):
-    """Grows by torch.cat, as published sampling code does. batch, depth: images and layers."""
+    """Grows by torch.cat, as in published sampling code; `batch` images, `depth` layers."""
 
     def __init__(self, batch: int, depth: int):
         nothing = {branch: [0] * depth for branch in BOTH}

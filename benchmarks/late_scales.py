@@ -1,12 +1,12 @@
-"""What to do about the last scales, besides reducing their tokens: which further method lengthens the front?
+"""What to do about the last scales, besides reducing their tokens: which other method extends the front?
 
     python -m benchmarks.late_scales --prompts 512 --rounds 20 --output late_scales.json
 
 Candidates, in one interleaved run: guidance dropped at a scale; fused at an inner layer of it (FocusVAR); several scales
 decoded in one forward (LazyVAR); a scale before the last one not run at all.
 
-Source: LazyVAR (no public code) decodes its last four scales together, behind a cut of their tokens, which is not done
-here. In one forward no scale of the group knows what the others drew, so all of them read the code sum before the first.
+Source: LazyVAR (no public code) decodes its last four scales together and also prunes their tokens, which is not done here.
+In one forward no scale of the group knows what the others drew, so all of them read the code sum before the first.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tuner.results.pareto import front
 class Together(Sampler):
     """Decodes the scales of `group` in one forward. Infinity only, steps without reduction and all of one kind.
 
-    Attention stays what it was trained as: each scale's tokens see their own scale and earlier ones, the group's included.
+    Attention stays as trained: each scale's tokens see their own scale and earlier ones, including those of the group.
     """
 
     def __init__(self, model: LoadedModel, group: Sequence[int]):
@@ -84,7 +84,7 @@ class Together(Sampler):
 
 
 def candidates(model: LoadedModel) -> tuple[dict[str, StageSchedule], dict[str, Callable[[LoadedModel], Sampler]]]:
-    """Schedules by row name, and how to make the samplers of the rows that need one of their own."""
+    """Schedules by row name, and how to build samplers for the rows that need their own."""
     scales, depth = len(model.grids), model.transformer.depth
     schedules: dict[str, StageSchedule] = {}
     samplers: dict[str, Callable[[LoadedModel], Sampler]] = {}
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             samplers=samplers,
             rounds=args.rounds,
             prompts=prompts,
-            warm_up_at_most=3,  # dozens of rows; processor time needs little warmth
+            warm_up_at_most=3,  # dozens of rows; processor time needs little warm-up
             scores=nano_verdicts(prompts),
         )
     except UsageError as error:

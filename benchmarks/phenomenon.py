@@ -2,12 +2,12 @@
 
     python -m benchmarks.phenomenon --prompts 1000 --output phenomenon.json
 
-Every row draws the same held-out prompts with the same seeds as the full schedule. Printed per row: the paired change of
+Every row draws the same held-out prompts with the same seeds as the full schedule. It prints per row: the paired change of
 the share of right images with its 95 % interval, PSNR and SSIM to the full schedule's image, and processor time as a share
-of the full schedule's, at batch 16 and at batch 1. Rows take turns on every batch, so what slows the machine slows all of
-them; processor time does not count what other processes take.
+of the full schedule's, at batch 16 and at batch 1. Rows take turns on every batch, so whatever slows the machine slows all
+of them; processor time excludes other processes.
 
-Source: the rows are what StageVAR (arXiv 2512.16483) argues for, FastVAR's reduction, and scales left out.
+Source: the rows are what StageVAR (arXiv 2512.16483) argues for, FastVAR's reduction, and skipped scales.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from tuner.statistics.bounds import mean_interval
 
 BATCH = 16
 FULL = "full schedule"
-#: Prompts that are drawn one at a time for the column at batch 1.
+#: Prompts that are drawn one at a time for the batch-1 column.
 SINGLES = 32
 
 
@@ -167,7 +167,7 @@ def _interval(difference_N: np.ndarray) -> list[float]:
 
 
 def _share(own: Sequence[float], full: Sequence[float]) -> float:
-    """Median over rounds of the time as a share of the full schedule's in the same round."""
+    """The time as a share of the full schedule's in the same round, median over rounds."""
     return float(np.median(np.array(own) / np.array(full))) if full else float("nan")
 
 
@@ -191,8 +191,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m benchmarks.phenomenon", description=__doc__.splitlines()[0])
     p.add_argument("--weights", help="folder of nano's weights (default: the shipped ones)")
     p.add_argument("--prompts", type=int, default=1000, help="held-out prompts")
-    p.add_argument("--first-seed", type=int, default=0, help="seed of the first prompt's image; they are counted up")
-    p.add_argument("--rows", default="", metavar="REGEX", help="rows to draw beside the full schedule (default: all)")
+    p.add_argument("--first-seed", type=int, default=0, help="seed of the first prompt's image; later ones count up")
+    p.add_argument(
+        "--rows", default="", metavar="REGEX", help="rows to draw in addition to the full schedule (default: all)"
+    )
     p.add_argument("--output", type=Path, help="file for the figures, as JSON")
     args = p.parse_args(argv)
     try:
@@ -203,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             chosen = re.compile(args.rows)
         except re.error as error:
-            raise UsageError(f"--rows {args.rows!r} is no regular expression: {error}") from None
+            raise UsageError(f"--rows {args.rows!r} is not a regular expression: {error}") from None
         found = measure(args.weights, args.prompts, chosen, first_seed=args.first_seed)
     except StagevarError as error:
         print(f"error: {error}", file=sys.stderr)

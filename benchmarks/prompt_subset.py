@@ -1,10 +1,10 @@
-"""How well a small stratified set of prompts ranks schedules as a large one does, on nano.
+"""How well a small stratified set of prompts reproduces a large set's ranking of schedules, on nano.
 
     python -m benchmarks.prompt_subset --prompts 280 --output prompt_subset.json
 
-Every schedule draws every prompt once (same seeds); the ranking by all prompts is the truth, and 200 stratified subsets of
-each size are compared with it (Spearman). One table per metric: GenEval's verdict, the composite of the search space, and
-PSNR against the full schedule as the metric that hardly needs prompts.
+Every schedule draws every prompt once (same seeds). The ranking by all prompts is taken as the truth, and 200 stratified
+subsets of each size are compared with it (Spearman). One table per metric: GenEval's verdict, the composite of the search
+space, and PSNR from the full schedule as a metric that hardly needs prompts.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def schedules(grids: tuple[tuple[int, int], ...]) -> dict[str, StageSchedule]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=280, help="prompts in all (default %(default)s)")
+    parser.add_argument("--prompts", type=int, default=280, help="total number of prompts (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()

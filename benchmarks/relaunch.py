@@ -29,7 +29,7 @@ def with_tensors(value: Any, tensors: Iterator[Tensor]) -> Any:
 
 
 class RelaunchRecorder(Recorder):
-    """What a recorded graph must equal bit for bit: padded text, fixed buffers and all, but launched eagerly."""
+    """What a recorded graph must equal bit for bit, including padded text and fixed buffers, but launched eagerly."""
 
     def record(
         self, run: Callable[[], Any], reset: Callable[[], None], apart: bool = False

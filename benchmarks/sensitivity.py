@@ -1,14 +1,14 @@
-"""How well a table of lasting changes predicts whole schedules: rank correlation against what noise allows, and coverage.
+"""How well a table of lasting changes predicts whole schedules: rank correlation relative to what noise allows, and coverage.
 
     python -m benchmarks.sensitivity --schedules 100 --table 16 --prompts 64 --store outputs/store --output sensitivity.json
 
 The table holds every lasting change that some drawn schedule makes (kept shares at two levels, one kind per accelerator), on
-its own prompts. Then whole schedules, drawn uniformly from the space, are evaluated on other prompts. Printed per metric:
+its own prompts. Then whole schedules, drawn uniformly from the space, are evaluated on other prompts. It prints per metric:
 Spearman's rank correlation of predicted and measured mean difference, its ceiling (what a perfect prediction would reach, from
-halves of the prompts), the same among the better half of the schedules, how often the difference of the two lies within 1.96
-of its standard errors, the bias, and what both cost in scales run. Other rules of combination are compared on the same
-evaluations: changes of one kind summed, only the first share counted. --store keeps raw evaluations, so that a rule can be
-tried without drawing again.
+halves of the prompts), the same among the better half of the schedules, how often the difference of the two is within 1.96 of
+its standard errors, the bias, and what both cost in scales run. Other rules of combination are compared on the same
+evaluations: kinds of change summed, only the first share counted. --store keeps raw evaluations, so that a rule can be tried
+without drawing again.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def measure(
 
 
 def named(change: Change) -> str:
-    """A change as a row of the table calls it."""
+    """A change's name in a row of the table."""
     if isinstance(change, GuidanceEnds):
         fused = f", fused at layer {change.fuse_layer}" if change.fuse_layer else ""
         return f"{change.branch} from {change.scale}{fused}"
@@ -84,7 +84,7 @@ def named(change: Change) -> str:
 
 
 def summed(model: Sensitivities, steps: Steps) -> np.ndarray:
-    """Kinds of change added, instead of the worst per prompt."""
+    """The rule that adds kinds of change, instead of taking the worst per prompt."""
     total_MN = np.zeros((len(model.metrics), model.prompts))
     changes = changes_of(steps)
     tokens = [change for change in changes if isinstance(change, FewerTokens)]
@@ -97,7 +97,7 @@ def summed(model: Sensitivities, steps: Steps) -> np.ndarray:
 
 
 def first_share(model: Sensitivities, steps: Steps) -> np.ndarray:
-    """The worst kind per prompt, of kept shares the first as if it lasted."""
+    """The rule that takes the worst kind per prompt, and the first kept share as if it lasted."""
     changes = changes_of(steps)
     tokens = [change for change in changes if isinstance(change, FewerTokens)]
     kinds = [change for change in changes if not isinstance(change, FewerTokens)] + tokens[:1]
@@ -113,7 +113,7 @@ RULES: dict[str, Callable[[Sensitivities, Steps], Any]] = {
 
 
 def rank_correlation(one: np.ndarray, other: np.ndarray) -> float | None:
-    """Spearman's; None where one of them does not vary."""
+    """Spearman's correlation; None if one of them does not vary."""
     return float(stats.spearmanr(one, other).statistic) if np.ptp(one) and np.ptp(other) else None
 
 

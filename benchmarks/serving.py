@@ -2,8 +2,8 @@
 
     python -m benchmarks.serving --requests 1000 --out outputs/serving.json
 
-Starts `stagevar serve` on the loopback with a profile of nano (or --profile FILE), as its own process. Overhead: a request and
-a local call of the same prompt and seed in turn, one thread each. Soak: seeded requests at a concurrency; every answer is
+Starts `stagevar serve` on the loopback with a profile of nano (or --profile FILE), as a separate process. Overhead: a request
+and a local call with the same prompt and seed in turn, one thread each. Soak: concurrent seeded requests; every response is
 compared with the image of `Pipeline.generate`, and the server's memory is read after a tenth of the requests and at the end.
 """
 
@@ -43,7 +43,7 @@ PAIRS = 250
 
 
 def made_profile(folder: Path, batch: int) -> Path:
-    """A profile of nano with StageVAR's published schedule, for batches of a size; nothing of it is verified."""
+    """A profile of nano with StageVAR's published schedule for a batch size; not verified."""
     model = load_model("nano", device="cpu")
     schedule = preset("stagevar-paper", model.grids)
     steps = schedule.expand(model.grids, len(model.transformer.chunk_layers))
@@ -62,7 +62,7 @@ def made_profile(folder: Path, batch: int) -> Path:
 
 @contextlib.contextmanager
 def running(profile: Path, log: Path) -> Iterator[str]:
-    """The address of a server that is ready; stopped gracefully at the end."""
+    """The address of a ready server, which is stopped gracefully at the end."""
     command = [sys.executable, "-m", "stagevar.cli.command", "serve", "--profile", str(profile), "--port", "0"]
     with log.open("w") as errors:
         process = subprocess.Popen([*command, "--threads", "1"], stdout=subprocess.PIPE, stderr=errors, text=True)
@@ -82,7 +82,7 @@ def running(profile: Path, log: Path) -> Iterator[str]:
 
 
 def ask(url: str, prompt: str, seed: int) -> tuple[int, np.ndarray | None, float]:
-    """Status and pixels of one request, and the milliseconds that drawing took of it."""
+    """Status and pixels of one request, and how many of its milliseconds were drawing."""
     body = json.dumps({"prompt": prompt, "seed": seed}).encode()
     request = urllib.request.Request(f"{url}/v1/images/generations", body, {"content-type": "application/json"})
     try:
@@ -110,9 +110,9 @@ def resident_mib(url: str) -> float:
 def overhead(url: str, pipeline: Pipeline, prompts: list[str], rounds: int) -> dict[str, float]:
     """Medians in milliseconds of a local call, of a request, and of their difference round by round.
 
-    outside_ms: of a request, what is not text, scales or decoding: HTTP, the queue, threads, PNG, base64, on both sides. It
-    does not suffer from other processes as the difference does. local_cpu_ms, served_cpu_ms: mean processor time of this
-    process in a local call, of the server in a request; other processes hardly change it.
+    "outside_ms" is the part of a request that is not text, scales or decoding: HTTP, the queue, threads, PNG, base64, on both
+    sides; other processes disturb it less than the difference. "local_cpu_ms" and "served_cpu_ms" are mean processor times, of
+    this process in a local call and of the server in a request; other processes hardly change them.
     """
     local_ms, served_ms, outside_ms, local_cpu_s, server_cpu_s = [], [], [], 0.0, 0.0
     for index in range(-3, rounds):
@@ -150,7 +150,7 @@ def overhead(url: str, pipeline: Pipeline, prompts: list[str], rounds: int) -> d
 
 
 def soak(url: str, pipeline: Pipeline, prompts: list[str], requests: int, clients: int) -> dict[str, object]:
-    """Seeded requests by clients at once; statuses, differing images, memory, latency."""
+    """Seeded requests by concurrent clients: statuses, differing images, memory, latency."""
     pairs = [(prompts[number % len(prompts)], number) for number in range(min(PAIRS, requests))]
     numbers, lock = iter(range(requests)), threading.Lock()
     latency_ms: list[float] = []
