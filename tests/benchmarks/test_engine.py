@@ -77,7 +77,7 @@ def test_two_samplers_are_alive_only_where_the_memory_plan_has_room(tmp_path, mo
     figures = json.loads(output.read_text())
     assert figures["complete"] and figures["alone"] == ["skip-2 eager"] and max(most) == 1
     assert figures["end_to_end"]["skip-2 eager"]["speed_up"][0] > 0
-    assert "skip-2 eager: timed alone, there is no room beside exact eager" in capsys.readouterr().out
+    assert "skip-2 eager: timed alone, no room for exact eager beside it" in capsys.readouterr().out
 
 
 def test_who_runs_out_of_time_keeps_what_was_measured(tmp_path, monkeypatch):
