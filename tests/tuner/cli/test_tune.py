@@ -133,7 +133,7 @@ def test_a_dry_run_measures_and_writes_nothing(tmp_path, capsys):
         (["--heldout", "8"], "it takes 112"),
         (["--heldout", "1", "--max-drop", "1"], "on 1 held-out prompt (they prove nothing; it takes 16)"),
         (["--max-drop", "0.1%"], "cannot be proved on 1536 held-out prompts"),
-        (["--max-drop", "clip_score=0.001"], "clip_score of at most 0.001 CLIP points"),
+        (["--max-drop", "clip_score=0.001"], "clip_score drop of at most 0.001 CLIP points"),
         (["--max-drop", "1e-9"], "no number of prompts would do"),
     ],
 )
