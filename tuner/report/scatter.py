@@ -192,11 +192,11 @@ class _Axes:
     def labels(self, points: Sequence[Point], avoid: Sequence[Box]) -> list[str]:
         """Labels of the points that have one, with a leader if a label is far from its point."""
         needed = ("pick", "baseline")
-        labelled = sorted((p for p in points if p.label), key=lambda p: p.kind not in needed)
-        anchors = [(self.px(p.x), self.py(_clamp(p.y, *self.y_range)), p.label, p.kind in needed) for p in labelled]
+        labeled = sorted((p for p in points if p.label), key=lambda p: p.kind not in needed)
+        anchors = [(self.px(p.x), self.py(_clamp(p.y, *self.y_range)), p.label, p.kind in needed) for p in labeled]
         places = place_labels(anchors, avoid, self.frame)
         out = []
-        for place, (at_x, at_y, name, _), point in zip(places, anchors, labelled, strict=True):
+        for place, (at_x, at_y, name, _), point in zip(places, anchors, labeled, strict=True):
             if place is None:
                 continue
             x, y = place
