@@ -98,7 +98,7 @@ def test_a_result_of_schema_1_still_loads_and_draws(tmp_path):
     assert [v.name for v in old.pick.verification.verdicts] == ["latency", "gain", "drop:quality"]
     export(old, tmp_path)
     page = write_report(old, tmp_path).read_text()
-    assert "Allowed drop of quality" in page and "of an earlier version" in page
+    assert "Allowed drop of quality" in page and "from an earlier version" in page
     assert Profile.load(tmp_path / "profile.yaml").constraints.max_drop == {"quality": 0.05}
 
 
