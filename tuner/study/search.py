@@ -138,9 +138,7 @@ class Search:
                 unfit.append(f"{name}: {error}")
         for line in unfit:
             self.progress.say(f"skipping preset {line}")
-        # Presets alone are timed anyway; whatever else is tried, and every forecast, is priced by what steps cost.
-        to_price = self.trials if self.front is not None else self.trials - len(presets)
-        if self.shortcuts.table and self.trials > ledger.evaluated and to_price > 0:
+        if self.shortcuts.table and self.trials > max(len(presets), ledger.evaluated):
             with self.progress.part("timing"):
                 self.latency.fill_table(self.trials, self.seed)
         if self.front is not None:

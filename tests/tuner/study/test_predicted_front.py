@@ -60,14 +60,6 @@ def test_what_the_space_proposes_is_tried_whatever_is_predicted_of_its_quality(t
     assert not tried & {"enqueued: skip-1", "enqueued: slow"}, "a preset with that drop; a proposal beyond the budget"
 
 
-def test_steps_are_priced_even_if_the_space_names_as_many_schedules_as_trials(tmp_path):
-    one = study(tmp_path, {"drop": drop, "noise": 0.0}, SPACE, trials=2, max_drop=0.3, shortcuts=FEW)
-    timed, inner = [], one.evaluator.step_ms
-    one.evaluator.step_ms = lambda schedules, rounds: (timed.extend(schedules), inner(schedules, rounds))[1]
-    one.run()
-    assert len(one.ledger.space.known) == 2 and timed
-
-
 def test_the_table_is_measured_once_and_kept_for_other_studies(tmp_path):
     run(tmp_path, trials=4)
     [record] = [r for r in EvidenceLog(tmp_path).read() if r["kind"] == "sensitivity"]
