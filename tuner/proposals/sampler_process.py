@@ -15,7 +15,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Mapping, Sequence
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from stagevar.errors import InfrastructureError, reason_of
 from tuner.config.parameters import Value
@@ -47,6 +47,8 @@ class SamplerProcess:
         self._process = subprocess.Popen(
             [sys.executable, "-c", _MAIN], stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0
         )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._input, self._output = self._process.stdin, self._process.stdout
         self.pid = self._process.pid
         self._turn = threading.Lock()
         self._built, self._refused = False, None
@@ -98,16 +100,6 @@ class SamplerProcess:
             self._input.close()
         self._process.wait()
         self._output.close()
-
-    @property
-    def _input(self) -> IO[bytes]:
-        assert self._process.stdin is not None
-        return self._process.stdin
-
-    @property
-    def _output(self) -> IO[bytes]:
-        assert self._process.stdout is not None
-        return self._process.stdout
 
     def _send(self, message: Any) -> None:
         pickle.dump(message, self._input)

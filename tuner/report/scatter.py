@@ -106,12 +106,8 @@ class _Axes:
             areas.append(rect(at, top, right - at, bottom - top, "bad"))
         if y_rule and y_rule.bad:
             at = _clamp(self.py(y_rule.value), top, bottom)
-            low = y_rule.bad == "below"
-            areas.append(
-                rect(left, at, right - left, bottom - at, "bad")
-                if low
-                else rect(left, top, right - left, at - top, "bad")
-            )
+            first, last = (at, bottom) if y_rule.bad == "below" else (top, at)
+            areas.append(rect(left, first, right - left, last - first, "bad"))
         return areas
 
     def scales(self, x_title: str, y_title: str, top: tuple[str, Sequence[tuple[float, str]]] | None) -> list[str]:
@@ -210,10 +206,8 @@ class _Axes:
         """A title and a row of crosses, as many as fit."""
         left, _, right, _ = self.frame
         start = left + len(title) * CHARACTER + 14
-        places = (start + 13 * index for index in range(len(tips)))
-        crosses = [
-            marker("cross", x, y, "mark failed", title=tip) for x, tip in zip(places, tips, strict=True) if x <= right
-        ]
+        places = ((start + 13 * index, tip) for index, tip in enumerate(tips))
+        crosses = [marker("cross", x, y, "mark failed", title=tip) for x, tip in places if x <= right]
         return [text(left, y + 4, title, "tick"), *crosses]
 
 
@@ -246,8 +240,7 @@ def scatter(
     height = height or (360 if narrow else 440)
     axes = _Axes((left, above, width - right, height - below), x_range, y_range, narrow)
     rules, avoid = axes.rules(x_rule, y_rule)
-    at = [axes.at_edge(point.x, point.y) for point in points]
-    avoid += [(x - 6, y - 6, x + 6, y + 6) for x, y in at]
+    avoid += [(x - 6, y - 6, x + 6, y + 6) for x, y in (axes.at_edge(point.x, point.y) for point in points)]
     drawn = [
         *axes.bad_areas(x_rule, y_rule),
         *axes.scales(x_title, y_title, top),

@@ -279,10 +279,6 @@ class STAR(NextScaleModel[STARConditioning]):
         h, w = self.grids[scale]
         return self._rope[:, start : start + h * w]
 
-    def layers(self) -> list[Block]:
-        """All blocks in order."""
-        return cast(list[Block], list(self.blocks))
-
     def condition(
         self, prompts: Sequence[PromptText], negative: Sequence[PromptText] | None = None
     ) -> STARConditioning:
@@ -295,7 +291,8 @@ class STAR(NextScaleModel[STARConditioning]):
         pooled_RD = torch.stack([*(text.pooled_D for text in prompts), *null]).to(device, torch.float32)
         text_BTD = torch.stack([text.features_TD for text in prompts]).to(device, torch.float32)
         mask_B11T = torch.stack([text.mask_T for text in prompts]).bool().to(device)[:, None, None]
-        kv = [block.cross_attn.text_kv(text_BTD) for block in self.layers()]
+        blocks = cast(list[Block], list(self.blocks))
+        kv = [block.cross_attn.text_kv(text_BTD) for block in blocks]
         return STARConditioning(linear(pooled_RD, self.encoder_proj).float(), kv, mask_B11T)
 
     def embed(self, features_BLt: Tensor | None, scale: int, conditioning: STARConditioning) -> Tensor:
@@ -317,7 +314,7 @@ class STAR(NextScaleModel[STARConditioning]):
         fuse: tuple[int, float] | None = None,
     ) -> Tensor:
         conditioning_of = by_layer(conditioning, fuse)
-        rotation = Rotation(self._scale_rope(scale), self.layers()[0].attn.pieces.table)
+        rotation = Rotation(self._scale_rope(scale), cast(Block, self.blocks[0]).attn.pieces.table)
 
         def run_layer(layer: int, x: Tensor, positions: Tensor | None) -> Tensor:
             return self.blocks[layer](x, layer, rotation, positions, conditioning_of(layer), attend, around)
