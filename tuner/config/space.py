@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
-from stagevar.errors import ScheduleError, StagevarError, UsageError
+from stagevar.errors import ScheduleError, UsageError
 from stagevar.models import registry
 from stagevar.schedule import (
     PRESETS,
@@ -264,12 +264,3 @@ def steps_key(steps: Steps) -> str:
     """Short name of an expansion; the same for all schedules with the same steps, whatever their parameters."""
     text = repr([dataclasses.replace(step, stage="") for step in steps])
     return hashlib.blake2b(text.encode(), digest_size=5).hexdigest()
-
-
-def expand(schedule: StageSchedule, grids: Sequence[Grid], chunks: int) -> tuple[Steps, str]:
-    """The steps of a schedule and their key."""
-    try:
-        steps = schedule.expand(grids, chunks)
-    except StagevarError as error:
-        raise UsageError(f"search space: {error}") from None
-    return steps, steps_key(steps)
