@@ -251,14 +251,15 @@ class ModelEvaluator(Evaluator):
                 self.sampler.release()
                 self._serving = self.timer.new_sampler()
             return self._serving
-        if self._serving is not None:
-            self._serving.release()
-            self._serving = None
+        self._end_serving()
         return self.sampler
 
     def _release(self) -> None:
         """Frees the caches used for drawing; they are created again when needed."""
         self.sampler.release()
+        self._end_serving()
+
+    def _end_serving(self) -> None:
         if self._serving is not None:
             self._serving.release()
             self._serving = None
