@@ -253,14 +253,15 @@ class PredictedFront:
     def judge(self, trials: int) -> int:
         """Compares predictions with what was measured since; returns how many schedules the search evaluates in total.
 
-        That is `trials`, unless predictions fail: then few trials become a full search, which is reported once.
+        That is `trials`, unless predictions fail, which is reported once, and nothing measured so far keeps the limits: then
+        few trials become a full search.
         """
         why = "" if not self.trusted else self._broken_promises() or self._wrong_order()
-        if not why:
-            return trials
-        self.trusted = False
-        self.progress.say(f"predictions are no longer trusted: {why}")
-        return max(trials, FULL_TRIALS) if self.few else trials
+        if why:
+            self.trusted = False
+            self.progress.say(f"predictions are no longer trusted: {why}")
+        helpless = not self.trusted and not any(c.feasible for c in self.ledger.candidates.values())
+        return max(trials, FULL_TRIALS) if self.few and helpless else trials
 
     def _broken_promises(self) -> str:
         """Why proposals are worse than predicted: most clearly break a limit that they were predicted to keep."""
