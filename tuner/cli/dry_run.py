@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from tuner.cli.plan import Plan
+from tuner.cli.plan import Plan, error_share_of
 from tuner.config.quality import quality_limits
 
 
@@ -20,6 +20,7 @@ def print_plan(checked: Plan) -> int:
     limits = () if args.weights == "random" else quality_limits(space.quality, args.max_drop)
     judged = args.weights != "random" and args.effort != "instant"
     (search, heldout), micro_batch = set_sizes(space.prompts), space.prompts.micro_batch
+    share = error_share_of(args.effort)
     downloads, memory = costs.downloads_of(checked.model, space.quality), costs.memory_plan(checked.model, micro_batch)
     plan_data = {
         "model": args.model,
@@ -27,7 +28,7 @@ def print_plan(checked: Plan) -> int:
         "engine": args.engine,
         "space": {"source": str(args.space or "default"), **space.to_data()},
         "prompts": {"source": space.prompts.source, "search": search, "heldout": heldout},
-        "limits": limits_table(limits, heldout, micro_batch),
+        "limits": limits_table(limits, heldout, micro_batch, share),
         "without_limit": [m.metric for m in limits if m.max_drop is None],
         "run_directory": str(checked.run_dir),
         "schedules": args.trials,
@@ -44,7 +45,9 @@ def print_plan(checked: Plan) -> int:
     else:
         for key, value in plan_data.items():
             if key == "limits":
-                for line in limit_lines(limits, heldout, micro_batch) or ["none: random weights have no quality"]:
+                for line in limit_lines(limits, heldout, micro_batch, share) or [
+                    "none: random weights have no quality"
+                ]:
                     print(f"{'limit':<16} {line}")
                 continue
             if key in ("without_limit", "searched"):

@@ -64,7 +64,7 @@ def plan(args: argparse.Namespace, argv: Sequence[str]) -> Plan:
     check_searchable(space)
     args.store = store_folder(args.store)
     args.max_drop = parse_max_drops(args.max_drop or (), space.quality)
-    check_provable(space, args.max_drop, args.weights)
+    check_provable(space, args.max_drop, args.weights, error_share_of(args.effort))
     from tuner.config.prompts import warn_of_short_files
 
     warn_of_short_files(space.prompts)
@@ -147,7 +147,16 @@ def check_searchable(space: SearchSpace) -> None:
             )
 
 
-def check_provable(space: SearchSpace, max_drop: Mapping[str, float], weights: str | None) -> None:
+def error_share_of(effort: str) -> float:
+    """The share of a judgment's error that claims about the first finalist may make."""
+    from tuner.statistics.looks import TURN_SHARE
+
+    return TURN_SHARE if effort == "quick" else 1.0
+
+
+def check_provable(
+    space: SearchSpace, max_drop: Mapping[str, float], weights: str | None, error_share: float = 1.0
+) -> None:
     """Checks what the verdict needs: the metrics' packages, and enough prompts to prove the limits if no image changes.
 
     Raises UsageError.
@@ -162,7 +171,7 @@ def check_provable(space: SearchSpace, max_drop: Mapping[str, float], weights: s
         check_packages(metric)
     limits = quality_limits(space.quality, max_drop)
     size = set_sizes(space.prompts)[1], space.prompts.micro_batch
-    missing = [*shortfalls(limits, *size), *floor_shortfalls(space.floors, *size)]
+    missing = [*shortfalls(limits, *size, error_share), *floor_shortfalls(space.floors, *size, error_share)]
     if missing:
         raise UsageError(f"{'; '.join(missing)}; raise --heldout (and add prompts to a file), or loosen --max-drop")
 

@@ -306,6 +306,7 @@ def build_study(checked: Plan, progress: Any, stop: Callable[[], bool]) -> Study
         if args.exhaustive
         else SearchShortcuts(sensitivity=True, few=args.most_trials > args.trials),
         earlier=None if args.start_from is None else load_table(args.start_from, args.model),
+        one_by_one=args.effort == "quick",
     )
     if args.store is not None and not evaluator.facts.random_weights:
         executor, evaluator = with_store(args, space, evaluator, prompts, executor, progress)

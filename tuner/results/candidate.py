@@ -136,6 +136,8 @@ class Verification:
         latency_upper_ms: one-sided 95 % upper bound.
         verdicts: one per constraint.
         status: "verified", "broken" or "open"; "baseline" for the full schedule itself.
+        error_share: the share of the judgment's error that claims about this finalist may make, if finalists are judged one
+            after another; None if they are judged together.
     """
 
     prompts: int
@@ -146,6 +148,7 @@ class Verification:
     latency_upper_ms: float
     verdicts: tuple[Verdict, ...]
     status: str
+    error_share: float | None = None
 
     @property
     def times_open(self) -> bool:

@@ -14,6 +14,8 @@ FIRST_CLAIM = 256
 EARLY_ALPHA = 0.005
 #: Error of the first judgment of a study, all its looks together. The rest of the 5 % is for later ones.
 FIRST_ALPHA = 0.04
+#: Share of what is left of a judgment's error that goes to the next finalist when they are judged one after another.
+TURN_SHARE = 0.8
 
 
 def looks(count: int, micro_batch: int) -> list[int]:
@@ -25,6 +27,16 @@ def looks(count: int, micro_batch: int) -> list[int]:
 def judgement_alpha(extensions: int) -> float:
     """Error of the judgment after `extensions` earlier ones: 4 % for the first, then half of what is left each time."""
     return FIRST_ALPHA if extensions == 0 else (ALPHA - FIRST_ALPHA) / 2**extensions
+
+
+def turn_shares(count: int) -> list[float]:
+    """The share of a judgment's error of each of `count` finalists that are judged one after another until one is verified.
+
+    They add up to 1 (weighted Bonferroni), so that the judgment errs no more often than if all were judged together. The first
+    one, which is mostly the last one too, has most.
+    """
+    shares = [TURN_SHARE * (1 - TURN_SHARE) ** turn for turn in range(count)]
+    return [*shares[:-1], 1 - sum(shares[:-1])] if shares else []
 
 
 def claims(count: int, micro_batch: int, extensions: int = 0) -> dict[int, float]:

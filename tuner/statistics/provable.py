@@ -26,13 +26,16 @@ MOST_PROMPTS = 1 << 17
 DECIDING = 0.8
 
 
-def provable_drop(limit: MetricLimit, prompts: int, micro_batch: int, discordant: float = 0.0) -> float:
+def provable_drop(
+    limit: MetricLimit, prompts: int, micro_batch: int, discordant: float = 0.0, error_share: float = 1.0
+) -> float:
     """The smallest max_drop that this many held-out prompts can prove for a schedule that changes nothing on average.
 
-    `discordant` is the share of prompts that differ, half of them by +change and half by -change. Infinite if the prompts
-    prove nothing.
+    `discordant` is the share of prompts that differ, half of them by +change and half by -change. `error_share` is the share
+    of the judgment's error that the schedule's claims may make. Infinite if the prompts prove nothing.
     """
-    bounds = (_bound(limit, n, alpha, discordant) for n, alpha in claims(prompts, micro_batch).items())
+    looks = claims(prompts, micro_batch).items()
+    bounds = (_bound(limit, n, error_share * alpha, discordant) for n, alpha in looks)
     return min(bounds, default=math.inf)
 
 
@@ -103,27 +106,29 @@ def prompts_to_decide(
     return None
 
 
-def prompts_needed(limit: MetricLimit, micro_batch: int, discordant: float = 0.0) -> int | None:
+def prompts_needed(
+    limit: MetricLimit, micro_batch: int, discordant: float = 0.0, error_share: float = 1.0
+) -> int | None:
     """Least number of held-out prompts, in whole micro-batches, that proves the limit; None if 131,072 do not.
 
     More prompts do not always prove more, since an additional look takes its error from the last one; hence the search.
     """
     prompts = micro_batch
     while prompts <= MOST_PROMPTS:
-        proved = provable_drop(limit, prompts, micro_batch, discordant)
+        proved = provable_drop(limit, prompts, micro_batch, discordant, error_share)
         if proved <= limit.allowed and math.isfinite(proved):
             return prompts
         prompts += micro_batch * max(1, prompts // (256 * micro_batch))
     return None
 
 
-def shortfalls(limits: Sequence[MetricLimit], prompts: int, micro_batch: int) -> list[str]:
+def shortfalls(limits: Sequence[MetricLimit], prompts: int, micro_batch: int, error_share: float = 1.0) -> list[str]:
     """One phrase per limit that this many held-out prompts could not prove even if no image changed."""
     found = []
     for limit in limited(limits):
-        least = provable_drop(limit, prompts, micro_batch)
+        least = provable_drop(limit, prompts, micro_batch, error_share=error_share)
         if least > limit.allowed:
-            needed = prompts_needed(limit, micro_batch)
+            needed = prompts_needed(limit, micro_batch, error_share=error_share)
             would = "no number of prompts would do" if needed is None else f"it takes {needed}"
             proves = "they prove nothing" if math.isinf(least) else f"the least they prove is {limit.amount(least)}"
             found.append(
@@ -133,21 +138,26 @@ def shortfalls(limits: Sequence[MetricLimit], prompts: int, micro_batch: int) ->
     return found
 
 
-def floor_shortfalls(floors: Mapping[str, float], prompts: int, micro_batch: int) -> list[str]:
+def floor_shortfalls(
+    floors: Mapping[str, float], prompts: int, micro_batch: int, error_share: float = 1.0
+) -> list[str]:
     """One phrase per floor that this many held-out prompts could not prove even if every image were perfect."""
     found = []
     for metric, floor in floors.items():
         declared = declaration_of(metric)
         room = math.inf if declared.kind == "continuous" else declared.change - floor
         limit = MetricLimit(metric, 1.0, room, declared.kind, declared.unit, declared.change)
-        if provable_drop(limit, prompts, micro_batch) > room or math.isinf(provable_drop(limit, prompts, micro_batch)):
-            needed = prompts_needed(limit, micro_batch)
+        least = provable_drop(limit, prompts, micro_batch, error_share=error_share)
+        if least > room or math.isinf(least):
+            needed = prompts_needed(limit, micro_batch, error_share=error_share)
             would = "no number of prompts would do" if needed is None else f"it takes {needed}"
             found.append(f"a {metric} floor of {floor:g} cannot be proved on {prompts} held-out prompts ({would})")
     return found
 
 
-def limits_table(limits: Sequence[MetricLimit], prompts: int, micro_batch: int) -> list[dict[str, Any]]:
+def limits_table(
+    limits: Sequence[MetricLimit], prompts: int, micro_batch: int, error_share: float = 1.0
+) -> list[dict[str, Any]]:
     """Per metric, what is allowed and what this many held-out prompts can prove, as plain data for `--dry-run`.
 
     "provable_drop" is what they prove when nothing changes, "provable_drop_discordant" when 5 % of prompts differ.
@@ -158,16 +168,16 @@ def limits_table(limits: Sequence[MetricLimit], prompts: int, micro_batch: int) 
     for limit in limited(limits):
         row = dataclasses.asdict(limit)
         for suffix, discordant in (("", 0.0), ("_discordant", DISCORDANT)):
-            drop = provable_drop(limit, prompts, micro_batch, discordant)
+            drop = provable_drop(limit, prompts, micro_batch, discordant, error_share)
             row[f"provable_drop{suffix}"] = None if math.isinf(drop) else float(f"{drop:.4g}")
-            row[f"prompts_needed{suffix}"] = prompts_needed(limit, micro_batch, discordant)
+            row[f"prompts_needed{suffix}"] = prompts_needed(limit, micro_batch, discordant, error_share)
         rows.append(row)
     return rows
 
 
-def limit_lines(limits: Sequence[MetricLimit], prompts: int, micro_batch: int) -> list[str]:
+def limit_lines(limits: Sequence[MetricLimit], prompts: int, micro_batch: int, error_share: float = 1.0) -> list[str]:
     """The same in words, a line per metric, those without a limit included."""
-    rows = {row["metric"]: row for row in limits_table(limits, prompts, micro_batch)}
+    rows = {row["metric"]: row for row in limits_table(limits, prompts, micro_batch, error_share)}
     lines = []
     for limit in limits:
         if limit.max_drop is None:

@@ -60,6 +60,7 @@ class Options:
         patience: the search ends after this many schedules without a larger feasible hypervolume; None never ends it.
         shortcuts: how the search costs less than measuring everything.
         earlier: sensitivities that another study of the model measured.
+        one_by_one: finalists are judged one after another until one is verified, instead of all together.
     """
 
     budget: Budget
@@ -75,6 +76,7 @@ class Options:
     patience: int | None = None
     shortcuts: SearchShortcuts = field(default_factory=SearchShortcuts)
     earlier: Sensitivities | None = None
+    one_by_one: bool = False
 
     @property
     def most_trials(self) -> int:

@@ -34,7 +34,7 @@ from tuner.study.ledger import Ledger
 from tuner.study.options import Options
 from tuner.study.progress import Progress
 from tuner.study.search import Search
-from tuner.study.verdict import Conclusion, Heldout, choose_finalists, conclude
+from tuner.study.verdict import Conclusion, Heldout, choose_finalists, conclude, in_turn
 from tuner.study.verification import Verifier
 
 BASELINE_ROUNDS = 15
@@ -199,9 +199,14 @@ class Study:
     # ------------------------------------------------------------------------------------------------ verdict
 
     def finalists(self) -> list[Measured]:
-        """The schedules to verify."""
+        """The schedules to verify, in the order in which they are judged if that is one by one."""
         ledger = self.ledger
-        return choose_finalists(list(ledger.candidates.values()), ledger.limits, ledger.violation)
+        found = choose_finalists(list(ledger.candidates.values()), ledger.limits, ledger.violation)
+        return in_turn(found) if self._one_by_one else found
+
+    @property
+    def _one_by_one(self) -> bool:
+        return self.options.one_by_one and self.quality
 
     def _conclude(self, records: Sequence[EvidenceRecord]) -> StudyResult:
         ledger = self.ledger
@@ -240,6 +245,7 @@ class Study:
             earlier,
             extensions=len(self.judged_on),
             processed_tokens={c.key: c.processed_tokens for c in finalists},
+            one_by_one=self._one_by_one,
         )
         verifications = verifier.run()
         own = verifications[BASELINE]

@@ -149,6 +149,21 @@ def choose_finalists(
     return [candidate for kind in kinds for candidate in kind[:FINALISTS_PER_KIND]]
 
 
+def in_turn(finalists: Sequence[Measured]) -> list[Measured]:
+    """The order in which to judge finalists if the first verified one is picked: each next one is what would be picked from
+    those left if held-out prompts said what the search prompts did."""
+    left, order = list(finalists), list[Measured]()
+    while left:
+        key = least_accelerated(
+            {c.key: c.values["quality"] for c in left},
+            {c.key: c.differences["quality"].mean for c in left},
+            {c.key: c.processed_tokens for c in left},
+        )
+        order += [c for c in left if c.key == key]
+        left = [c for c in left if c.key != key]
+    return order
+
+
 def named_picks(verified: Sequence[Finalist], quality: bool) -> dict[str, str]:
     """Named picks among the verified finalists.
 
@@ -326,8 +341,9 @@ def _infeasible(
 def needed_prompts(candidate: Finalist, baseline: Finalist, limits: Limits, heldout: Heldout) -> int | None:
     """Held-out prompts on which the next judgment would decide everything open about a finalist's quality."""
     check = candidate.verification
-    seen = claims(heldout.count, heldout.micro_batch, heldout.judgements).get(check.prompts, ALPHA)
-    alphas = seen, judgement_alpha(heldout.judgements + 1)
+    share = check.error_share or 1.0
+    seen = claims(heldout.count, heldout.micro_batch, heldout.judgements).get(check.prompts)
+    alphas = ALPHA if seen is None else share * seen, share * judgement_alpha(heldout.judgements + 1)
     counts: list[int | None] = []
     for verdict in check.verdicts:
         if verdict.status == "open" and verdict.name not in OF_TIME and check.prompts:

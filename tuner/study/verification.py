@@ -9,6 +9,9 @@ early on a bad one costs nothing; claims are made only at a few looks, which sha
 The pick is settled once one is verified that no undecided finalist would replace: more images would cost as much again and
 change nothing that is exported under that name. Finalists whose time stayed open cannot be verified by any number of prompts;
 their images are drawn only if nothing else is verified, to distinguish undecided from infeasible.
+
+In a quick study finalists are judged one after another, the most promising first, and the first verified one is picked. They
+share the error of the judgment by turn instead of by joint bounds; those behind the verified one are not judged.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from tuner.statistics.bounds import (
     drop_bounds,
     mean_interval,
 )
-from tuner.statistics.looks import claims, looks
+from tuner.statistics.looks import claims, looks, turn_shares
 from tuner.study.finalist_times import BASELINE, FinalistTimes
 from tuner.study.verdict import Limits, decide, is_settled, status_of
 
@@ -68,6 +71,7 @@ class Verifier:
         earlier: verifications of an earlier part of the same study by key, the full schedule's under BASELINE; their values
             per held-out prompt are not measured again.
         extensions: earlier judgments of the study.
+        one_by_one: judge finalists in their order, on all prompts each, until one is verified.
 
     Attributes:
         errors: of finalists that could not run.
@@ -88,7 +92,9 @@ class Verifier:
         earlier: Mapping[str, Verification] | None = None,
         extensions: int = 0,
         processed_tokens: Mapping[str, float] | None = None,
+        one_by_one: bool = False,
     ):
+        self.error_shares = dict(zip(finalists, turn_shares(len(finalists)), strict=True)) if one_by_one else {}
         self.processed_tokens = processed_tokens or dict.fromkeys(finalists, 0.0)
         self.evaluator, self.executor, self.finalists, self.full = evaluator, executor, dict(finalists), full
         self.limits, self.note, self.stop = limits, note, stop
@@ -117,14 +123,18 @@ class Verifier:
     def _looks(self) -> list[int]:
         return looks(len(self.heldout), self.heldout.micro_batch)
 
-    def _alpha(self, count: int) -> float | None:
-        """Error that a claim at this look may make; None if this look makes none."""
-        return claims(len(self.heldout), self.heldout.micro_batch, self.extensions).get(count)
+    def _alpha(self, name: str, count: int) -> float | None:
+        """Error that a claim about a finalist may make at this look; None if this look makes none."""
+        alpha = claims(len(self.heldout), self.heldout.micro_batch, self.extensions).get(count)
+        return None if alpha is None else alpha * self.error_shares.get(name, 1.0)
 
     def _judge(self) -> None:
-        self._judge_these([n for n in self.finalists if self.times.status(n) == "met"])
-        if not self.cut_short and not self._verified():
-            self._judge_these([n for n in self.finalists if self.times.status(n) == "open"])
+        for status in ("met", "open"):
+            names = [n for n in self.finalists if self.times.status(n) == status]
+            for group in [[name] for name in names] if self.error_shares else [names]:
+                if self.cut_short or self._verified():
+                    return
+                self._judge_these(group)
 
     def _judge_these(self, running: Sequence[str]) -> None:
         """Draws and scores held-out prompts for the full schedule and these finalists until they are decided."""
@@ -209,7 +219,7 @@ class Verifier:
         count = len(self.values[name].get("quality", []))
         if not count:
             return []
-        alpha = self._alpha(count)
+        alpha = self._alpha(name, count)
         verdicts = [self._drop_verdict(name, limit, count, alpha) for limit in limited(self.limits.metrics)]
         floors = self.limits.floors.items()
         return [*verdicts, *(self._floor_verdict(name, metric, floor, count, alpha) for metric, floor in floors)]
@@ -217,7 +227,7 @@ class Verifier:
     def _drop_verdict(self, name: str, limit: MetricLimit, count: int, alpha: float | None) -> Verdict:
         """One metric of one finalist after `count` prompts."""
         base = np.asarray(self.values[BASELINE][limit.metric][:count])
-        peers, values_KN = self._with_peers(limit.metric, count)
+        peers, values_KN = self._with_peers(name, limit.metric, count)
         differences_KN = (values_KN - base) * limit.sign
         bounds = continuous_drop_bounds if limit.kind == "continuous" else drop_bounds
         key = (limit.name, count, alpha, peers)
@@ -230,7 +240,7 @@ class Verifier:
     def _floor_verdict(self, name: str, metric: str, floor: float, count: int, alpha: float | None) -> Verdict:
         """Whether a metric's mean, not its difference, stays at or above a floor, as a drop from the top of its range."""
         declared = declaration_of(metric)
-        peers, values_KN = self._with_peers(metric, count)
+        peers, values_KN = self._with_peers(name, metric, count)
         top = 0.0 if declared.kind == "continuous" else declared.change
         bounds = continuous_drop_bounds if declared.kind == "continuous" else drop_bounds
         key = (f"floor:{metric}", count, alpha, peers)
@@ -240,12 +250,13 @@ class Verifier:
         status = _claimed(decide(-floor, -high, -low), alpha)
         return Verdict(f"floor:{metric}", floor, metric, float(values_KN[own].mean()), low, status)
 
-    def _with_peers(self, metric: str, count: int) -> tuple[tuple[str, ...], np.ndarray]:
-        """All finalists that reached this number of prompts, and their values (K, count).
+    def _with_peers(self, name: str, metric: str, count: int) -> tuple[tuple[str, ...], np.ndarray]:
+        """The finalists whose bounds hold together with this one's, and their values (K, count).
 
-        Finalists decided at this look are included: the bounds hold for all of them together.
+        Those are all that reached this number of prompts, decided at this look or not; one by one, it is this one alone.
         """
-        peers = tuple(k for k in self.finalists if len(self.values[k].get(metric, [])) >= count)
+        reached = tuple(k for k in self.finalists if len(self.values[k].get(metric, [])) >= count)
+        peers = (name,) if self.error_shares else reached
         return peers, np.stack([np.asarray(self.values[k][metric][:count]) for k in peers])
 
     def _together(
@@ -254,8 +265,8 @@ class Verifier:
         """Bounds (upper, lower), each (K,), computed once for all finalists, since values are only ever added."""
         if key not in self._bounds:
             upper_K, lower_K = bounds(differences_KN, change, alpha or ALPHA)
-            if alpha is not None and self.extensions:
-                # The small error of a later judgment is for claims, not for giving up.
+            if alpha is not None and (self.extensions or self.error_shares):
+                # The small error of a later judgment, or of a turn, is for claims, not for giving up.
                 _, lower_K = bounds(differences_KN, change, ALPHA)
             self._bounds[key] = upper_K, lower_K
         return self._bounds[key]
@@ -283,5 +294,5 @@ class Verifier:
             status = "open"  # stopped before any held-out prompt
         return Verification(
             count, values, differences, drop_upper, latency, upper_ms, tuple(verdicts),
-            "verified" if status == "met" else status,
+            "verified" if status == "met" else status, self.error_shares.get(name),
         )  # fmt: skip

@@ -16,7 +16,7 @@ from tuner.config.space_file import load_space
 from tuner.evaluation.local import LocalExecutor
 from tuner.metrics.quality_spec import read_quality
 from tuner.statistics.bounds import continuous_drop_bounds, drop_bounds
-from tuner.statistics.looks import claims, judgement_alpha, looks
+from tuner.statistics.looks import claims, judgement_alpha, looks, turn_shares
 from tuner.statistics.provable import (
     floor_shortfalls,
     limit_lines,
@@ -59,6 +59,20 @@ def test_identical_images_prove_exactly_what_was_said(limit, prompts):
     bounds = continuous_drop_bounds if limit.kind == "continuous" else drop_bounds
     shown = [bounds(np.zeros((3, n)), limit.change, alpha)[0].max() for n, alpha in claims(prompts, 16).items()]
     assert provable_drop(limit, prompts, 16) == pytest.approx(min(shown), rel=1e-9)
+
+
+@pytest.mark.parametrize("limit", [YES_NO, POINTS], ids=lambda limit: limit.metric)
+@pytest.mark.parametrize("error_share", turn_shares(3))
+def test_a_share_of_the_error_proves_what_was_said(limit, error_share):
+    bounds = continuous_drop_bounds if limit.kind == "continuous" else drop_bounds
+    shown = [bounds(np.zeros((1, n)), limit.change, error_share * a)[0][0] for n, a in claims(512, 16).items()]
+    proved = provable_drop(limit, 512, 16, error_share=error_share)
+    assert proved == pytest.approx(min(shown), rel=1e-9) and proved > provable_drop(limit, 512, 16)
+    tight = dataclasses.replace(limit, max_drop=proved * 0.999)
+    needed = prompts_needed(tight, 16, error_share=error_share)
+    assert f"it takes {needed}" in shortfalls([tight], 512, 16, error_share)[0] and needed > 512
+    assert limits_table([tight], 512, 16, error_share)[0]["prompts_needed"] == needed
+    assert f"{needed} are enough" in limit_lines([tight], 512, 16, error_share)[0]
 
 
 @pytest.mark.parametrize("limit", [YES_NO, POINTS], ids=lambda limit: limit.metric)

@@ -15,7 +15,7 @@ from tuner.results.candidate import Finalist
 from tuner.results.codec import build, record_of
 from tuner.results.result import StudyResult
 from tuner.statistics.bounds import ratio_interval
-from tuner.study.verdict import LEAST_GAIN, is_settled
+from tuner.study.verdict import LEAST_GAIN, in_turn, is_settled
 
 BIG = {"prompts": {"source": "nano", "search": 24, "heldout": 320, "micro_batch": 16}}
 
@@ -120,6 +120,26 @@ def test_the_pick_is_settled_where_nobody_left_would_replace_it():
     assert not is_settled(["few"], ["many"], qualities, good, tokens), "as good and less accelerated"
     assert not is_settled(["bad"], ["few"], qualities, good, tokens), "better"
     assert not is_settled([], ["few"], qualities, good, tokens)
+
+
+def test_one_by_one_the_pick_is_the_least_accelerated_of_those_that_seem_as_good(tmp_path):
+    together = study(tmp_path / "together", {"drop": lambda steps: 0.0}, BIG, trials=12).run()
+    result = study(tmp_path / "turns", {"drop": lambda steps: 0.0}, BIG, trials=12, one_by_one=True).run()
+    finalists = [c for c in result.candidates if isinstance(c, Finalist)]
+    assert result.verdict == "verified" and result.pick.key == together.pick.key
+    assert verified(result) == [result.pick] and set(result.picks.values()) == {result.pick.key}
+    assert result.pick.processed_tokens == max(c.processed_tokens for c in finalists) and len(finalists) > 2
+    assert StudyResult.load(tmp_path / "turns") == result
+    assert export(result, tmp_path / "turns") and write_report(result, tmp_path / "turns").exists()
+
+
+def test_the_order_of_turns_puts_what_loses_clearly_behind(tmp_path):
+    drop = lambda steps: 0.6 if any(step.skipped for step in steps) else 0.0  # noqa: E731
+    work = study(tmp_path, {"drop": drop}, BIG, trials=12, max_drop=0.9, one_by_one=True)
+    result = work.run()
+    order = in_turn(work.finalists())
+    lossy = [c.skipped_scales > 0 for c in order]
+    assert lossy == sorted(lossy) and len(set(lossy)) == 2 and result.pick.key == order[0].key
 
 
 def test_verification_ends_when_the_pick_is_settled(tmp_path):

@@ -12,8 +12,8 @@ from tuner.config.prompts import load_prompts
 from tuner.config.quality import quality_limits
 from tuner.config.space_file import parse_space
 from tuner.evaluation.local import LocalExecutor
-from tuner.statistics.bounds import ratio_interval
-from tuner.statistics.looks import FIRST_ALPHA
+from tuner.statistics.bounds import drop_bounds, ratio_interval
+from tuner.statistics.looks import FIRST_ALPHA, TURN_SHARE, claims, turn_shares
 from tuner.study.finalist_times import BASELINE, ROUNDS
 from tuner.study.verdict import Limits
 from tuner.study.verification import Verifier
@@ -50,11 +50,9 @@ class Counting(FakeEvaluator):
         return super().quality(schedules, split, batch)
 
 
-def verified(evaluator, finalists):
-    verifier = Verifier(
-        evaluator, LocalExecutor(evaluator), finalists, FULL, evaluator.prompts["heldout"], evaluator.limits
-    )
-    return verifier.run()
+def verified(evaluator, finalists, **options):
+    heldout = evaluator.prompts["heldout"]
+    return Verifier(evaluator, LocalExecutor(evaluator), finalists, FULL, heldout, evaluator.limits, **options).run()
 
 
 def test_a_decided_finalist_is_timed_no_more_and_an_undecided_one_until_the_last_look_decides():
@@ -95,3 +93,40 @@ def test_all_looks_at_all_finalists_share_the_error_of_a_judgement():
         beside = found[BASELINE].latency.samples_ms[: len(own)]
         interval = ratio_interval(own, beside, 1 - 2 * FIRST_ALPHA / len(ROUNDS) / 2)
         assert found[name].verdicts[0].bound == pytest.approx(100 * interval.high)
+
+
+# ------------------------------------------------------------------------------------------------ one after another
+
+
+def test_one_by_one_nothing_is_drawn_of_those_behind_the_verified_one():
+    evaluator = Counting({FAST: 0.3, EDGE: 0.5}, drop=lambda steps: 0.0)
+    found = verified(evaluator, {"edge": EDGE, "fast": FAST}, one_by_one=True)
+    assert found["edge"].status == "verified" and not evaluator.drawn[FAST]
+    assert (found["fast"].status, found["fast"].prompts, found["fast"].times_open) == ("open", 0, False)
+    assert [found[name].error_share for name in ("edge", "fast")] == pytest.approx([TURN_SHARE, 1 - TURN_SHARE])
+    assert found[BASELINE].error_share is None and found[BASELINE].prompts == found["edge"].prompts
+
+
+def test_one_by_one_the_next_is_judged_where_one_is_broken_and_the_full_schedule_is_drawn_once():
+    evaluator = Counting({FAST: 0.3, EDGE: 0.5}, drop=lambda steps: 0.5 * (steps == EDGE), discordance=0.01)
+    found = verified(evaluator, {"edge": EDGE, "fast": FAST}, one_by_one=True)
+    assert found["edge"].status == "broken" and found["edge"].prompts < found["fast"].prompts
+    assert found["fast"].status == "verified"
+    assert evaluator.drawn[FULL] == max(evaluator.drawn[FAST], evaluator.drawn[EDGE]), "each batch once"
+    own = found["fast"]
+    differences = np.subtract(own.values["geneval_nano"], found[BASELINE].values["geneval_nano"][: own.prompts])
+    alpha = claims(320, 16)[own.prompts] * (1 - TURN_SHARE)
+    [verdict] = [v for v in own.verdicts if v.name == "drop:geneval_nano"]
+    assert verdict.bound == drop_bounds(differences[None], 1.0, alpha)[0][0]
+
+
+@pytest.mark.parametrize("finalists", [1, 2, 6])
+def test_one_by_one_finalists_that_lose_just_too_much_are_claimed_in_one_study_of_twenty_at_most(finalists):
+    rng, studies, wrong = np.random.default_rng(4), 400, 0
+    shares = turn_shares(finalists)
+    assert sum(shares) == pytest.approx(1) and shares == sorted(shares, reverse=True)
+    for _ in range(studies):
+        for share in shares:
+            lost_N = rng.random(512) < 0.0501
+            wrong += drop_bounds(-lost_N[None].astype(float), 1.0, FIRST_ALPHA * share)[0][0] <= 0.05
+    assert wrong / studies <= FIRST_ALPHA + 3 * (FIRST_ALPHA / studies) ** 0.5
