@@ -1,4 +1,4 @@
-"""`--store`: a study that asks the store first, and what it reports about that."""
+"""`--store` and `--from`: what a study takes over instead of measuring it, and what it reports about that."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tuner.config.prompts import PromptSet
     from tuner.evaluation.executor import Executor
     from tuner.evaluation.store import StoredCosts, StoredExecutor
+    from tuner.study.earlier_verifications import EarlierStudy
     from tuner.study.study import Study
 
 
@@ -34,6 +35,22 @@ def with_store(
     for line in stored.reasons():
         progress.say(f"store: {line}")
     return stored, StoredCosts(evaluator, store)
+
+
+def earlier_study(
+    args: argparse.Namespace, space: SearchSpace, evaluator: Any, prompts: Mapping[str, PromptSet], progress: Any
+) -> EarlierStudy:
+    """What the study of --from proved on the same held-out prompts; reports it, or why nothing is reused."""
+    from tuner.evaluation.store import quality_context
+    from tuner.study.earlier_verifications import EarlierStudy, read_earlier_study
+
+    if args.start_from is None or args.effort == "instant" or evaluator.facts.random_weights:
+        return EarlierStudy()
+    context, limits = quality_context(evaluator.facts, space, "heldout"), quality_limits(space.quality, args.max_drop)
+    found, line = read_earlier_study(args.start_from, context, prompts["heldout"], limits, space.floors)
+    if line:
+        progress.say(line)
+    return found
 
 
 def say_reuse(study: Study, progress: Any) -> None:

@@ -30,7 +30,7 @@ from tuner.cli.console import announce, write_derived
 from tuner.cli.dry_run import print_plan
 from tuner.cli.options import PROG, Groups, add_output_options, add_study_options
 from tuner.cli.plan import Plan, plan
-from tuner.cli.stored import say_reuse, with_store
+from tuner.cli.stored import earlier_study, say_reuse, with_store
 from tuner.config.quality import composite_specs, quality_limits
 from tuner.config.space import SearchSpace
 from tuner.metrics.registry import METRIC_NAMES, METRICS
@@ -306,6 +306,7 @@ def build_study(checked: Plan, progress: Any, stop: Callable[[], bool]) -> Study
         if args.exhaustive
         else SearchShortcuts(sensitivity=True, few=args.most_trials > args.trials),
         earlier=None if args.start_from is None else load_table(args.start_from, args.model),
+        earlier_study=earlier_study(args, space, evaluator, prompts, progress),
         one_by_one=args.effort == "quick",
     )
     if args.store is not None and not evaluator.facts.random_weights:

@@ -68,6 +68,10 @@ def _verified(result: StudyResult, run_dir: Path, words: Sequence[str]) -> _Told
     floors = [v for v in pick.verification.verdicts if v.name.startswith("floor:")]
     parts += [f"{v.name.partition(':')[2]} stays at or above {v.bound:.3g}" for v in floors]
     told = [f"proved: on {pick.verification.prompts} prompts that the search never saw, {_joined(parts)}"]
+    if pick.verification.proved_by:
+        told.append(
+            f"        (quality: by the study in {pick.verification.proved_by}; only the latency was measured anew)"
+        )
     if len(result.judged_on) > 1:
         told.append(
             f"        (judged {len(result.judged_on)} times, on {_joined([str(n) for n in result.judged_on])} prompts; "

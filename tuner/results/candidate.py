@@ -138,6 +138,7 @@ class Verification:
         status: "verified", "broken" or "open"; "baseline" for the full schedule itself.
         error_share: the share of the judgment's error that claims about this finalist may make, if finalists are judged one
             after another; None if they are judged together.
+        proved_by: the run whose proof of the quality stands; None if this study judged it.
     """
 
     prompts: int
@@ -149,6 +150,7 @@ class Verification:
     verdicts: tuple[Verdict, ...]
     status: str
     error_share: float | None = None
+    proved_by: str | None = None
 
     @property
     def times_open(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from tuner.results.candidate import Candidate, Failed, Finalist, Measured, Pruned, Unmeasured
 
 #: Fields that older results do not have: left out when empty.
-_LATER = ("heldout_engine", "card", "error_share")
+_LATER = ("heldout_engine", "card", "error_share", "proved_by")
 #: Fields of a candidate on disk, whatever its class, with the value to write if the class lacks the field.
 _OF_CANDIDATE: dict[str, object] = {
     "key": None,

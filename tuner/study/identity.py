@@ -15,6 +15,7 @@ from tuner.config.prompts import PromptSet
 from tuner.config.quality import MetricLimit
 from tuner.config.space import PromptSource, SearchSpace
 from tuner.evaluation.evaluator import EvaluationInfo
+from tuner.evaluation.store import Context
 from tuner.results.run_dir import CONFIG_FILE, EvidenceLog
 from tuner.study.options import Options
 
@@ -62,17 +63,25 @@ class RunConfig:
         self.judged_on: tuple[int, ...] = ()
 
     def claim(
-        self, identity: Identity, asked: PromptSource, heldout: PromptSet, engine_choice: EngineSection | None
+        self,
+        identity: Identity,
+        asked: PromptSource,
+        heldout: PromptSet,
+        engine_choice: EngineSection | None,
+        context: Context,
     ) -> bool:
         """Writes the identity of a new run or compares that of an old one; returns whether the run is an old one.
 
-        An old run may continue with more held-out prompts, if its own are the first of them; that becomes its identity.
+        `context`, what held-out results depend on, is kept for studies that start from this one. An old run may continue with
+        more held-out prompts, if its own are the first of them; that becomes its identity.
         Raises UsageError that says what differs.
         """
         mine: Identity = json.loads(json.dumps(identity))
         if not self.path.exists():
             # Kept with the identity, so that a resumed run keeps its engine instead of comparing engines again.
-            kept = {} if engine_choice is None else {"engine_choice": dataclasses.asdict(engine_choice)}
+            kept: dict[str, object] = {"quality_context": context}
+            if engine_choice is not None:
+                kept["engine_choice"] = dataclasses.asdict(engine_choice)
             self._write({"identity": mine, "command": self.command, "judged_on": [], **kept})
             return False
         config, had = self._read()

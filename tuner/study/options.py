@@ -10,6 +10,7 @@ from tuner.config.limits import Budget
 
 if TYPE_CHECKING:
     from tuner.proposals.sensitivity import Sensitivities
+    from tuner.study.earlier_verifications import EarlierStudy
 
 #: Number of schedules that are proposed and walked together.
 ROUND = 5
@@ -60,6 +61,7 @@ class Options:
         patience: the search ends after this many schedules without a larger feasible hypervolume; None never ends it.
         shortcuts: how the search costs less than measuring everything.
         earlier: sensitivities that another study of the model measured.
+        earlier_study: what that study proved on these held-out prompts.
         one_by_one: finalists are judged one after another until one is verified, instead of all together.
     """
 
@@ -76,6 +78,7 @@ class Options:
     patience: int | None = None
     shortcuts: SearchShortcuts = field(default_factory=SearchShortcuts)
     earlier: Sensitivities | None = None
+    earlier_study: EarlierStudy | None = None
     one_by_one: bool = False
 
     @property

@@ -22,12 +22,14 @@ from tuner.config.space import SearchSpace
 from tuner.evaluation.evaluator import Evaluator
 from tuner.evaluation.executor import Executor, Failed, NotMeasured, QualityTask
 from tuner.evaluation.local import LocalExecutor
+from tuner.evaluation.store import quality_context
 from tuner.proposals.trial_sampler import Proposal
-from tuner.results.candidate import Candidate, Failure, Finalist, Measured, Sample, Verification
+from tuner.results.candidate import Candidate, Failure, Finalist, Measured, Sample
 from tuner.results.candidate import Failed as FailedCandidate
 from tuner.results.codec import build
 from tuner.results.result import EXIT_CODES, SearchFacts, StudyResult
 from tuner.results.run_dir import EvidenceRecord, write_pictures
+from tuner.study.earlier_verifications import EarlierStudy, earlier_parts
 from tuner.study.finalist_times import BASELINE, timed_stats
 from tuner.study.identity import Identity, RunConfig, identity_of
 from tuner.study.ledger import Ledger
@@ -74,6 +76,7 @@ class Study:
         self.metrics = quality_limits(self.space.quality, options.max_drop)
         self.config = RunConfig(run_dir, options.command)
         self.ledger = Ledger(run_dir, self.space, self.facts, options.budget, self.metrics)
+        self.known = options.earlier_study or EarlierStudy()
         self.judged_on: list[int] = []
         self.told = 0
         self.stop_reason = ""
@@ -89,7 +92,8 @@ class Study:
     def check_identity(self) -> bool:
         """Claims the run directory for this study; returns whether it already held this study. See `RunConfig.claim`."""
         heldout = self.prompts["heldout"]
-        known = self.config.claim(self.identity(), self.space.prompts, heldout, self.facts.engine_choice)
+        context = quality_context(self.facts, self.space, "heldout")
+        known = self.config.claim(self.identity(), self.space.prompts, heldout, self.facts.engine_choice, context)
         self.judged_on = list(self.config.judged_on)
         return known
 
@@ -202,7 +206,9 @@ class Study:
         """The schedules to verify, in the order in which they are judged if that is one by one."""
         ledger = self.ledger
         found = choose_finalists(list(ledger.candidates.values()), ledger.limits, ledger.violation)
-        return in_turn(found) if self._one_by_one else found
+        found = in_turn(found) if self._one_by_one else found
+        proved = self.known.proved_among(ledger.candidates, ledger.budget_ratio)
+        return [*proved, *(c for c in found if c not in proved)]
 
     @property
     def _one_by_one(self) -> bool:
@@ -221,29 +227,34 @@ class Study:
             return self._result(
                 Conclusion("failed", f"all {len(ledger.failures)} trials failed, the first with {first}")
             )
-        earlier = self._earlier(records)
+        earlier = earlier_parts(records, ledger.full_key)
         # An earlier claim stands, whatever is judged after it.
         claimed = {key for key, check in earlier.items() if check.status == "verified" and key in ledger.candidates}
-        finalists = [c for c in self.finalists() if c.key not in claimed]
+        # One by one, a claim also settles what was behind it.
+        settled = {key for key in earlier if key in ledger.candidates} if claimed and self._one_by_one else claimed
+        finalists = [c for c in self.finalists() if c.key not in settled]
         if self.stop():
             return self._result(
                 Conclusion("partial", f"{self.stop_reason} before verification; the same command resumes")
             )
-        proved = [ledger.finalist(key, earlier[key]) for key in claimed]
+        proved = [ledger.finalist(key, earlier[key]) for key in settled]
         if claimed and not finalists:
             return self._judged(proved, ledger.finalist(ledger.full_key, earlier[BASELINE]))
         self.progress.phase("verification", 100)
+        keys = [c.key for c in finalists]
         verifier = Verifier(
             self.evaluator,
             self.executor,
-            {c.key: ledger.steps[c.key] for c in finalists},
+            {key: ledger.steps[key] for key in keys},
             ledger.full,
             self.prompts["heldout"] if self.quality else None,
             ledger.limits,
             lambda line, share: self.progress.update(100 * share, line),
             self.stop,
-            earlier,
+            self.known.with_parts(earlier),
             extensions=len(self.judged_on),
+            judgments=self.known.judgments_of(keys),
+            proved={key: self.known.proved[key] for key in keys if key in self.known.proved},
             processed_tokens={c.key: c.processed_tokens for c in finalists},
             one_by_one=self._one_by_one,
         )
@@ -265,19 +276,6 @@ class Study:
         if verifier.cut_short and not any(c.verification.status == "verified" for c in chosen):
             return self._result(Conclusion("partial", "stopped during verification; the same command resumes"))
         return self._judged(chosen, baseline, new=len(verifier.unmeasured) < len(finalists))
-
-    def _earlier(self, records: Sequence[EvidenceRecord]) -> dict[str, Verification]:
-        """Earlier held-out results of this study by key: the verified one, else the one with most prompts."""
-        found: dict[str, Verification] = {}
-        for record in records:
-            if record["kind"] != "verification":
-                continue
-            candidate: Finalist = build(Candidate, record["candidate"])
-            key = BASELINE if candidate.key == self.ledger.full_key else candidate.key
-            check, before = candidate.verification, found.get(key)
-            if before is None or (before.status != "verified" and check.prompts >= before.prompts):
-                found[key] = check
-        return found if BASELINE in found else {}  # older runs have no full-schedule values to pair with
 
     def _judged(self, finalists: Sequence[Finalist], baseline: Finalist, new: bool = False) -> StudyResult:
         """The verdict on verified or undecided finalists; `new` if this judgment was not made before."""

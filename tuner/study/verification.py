@@ -71,6 +71,8 @@ class Verifier:
         earlier: verifications of an earlier part of the same study by key, the full schedule's under BASELINE; their values
             per held-out prompt are not measured again.
         extensions: earlier judgments of the study.
+        judgments: those by another study of some of these finalists on these prompts.
+        proved: finalists of which another study proved that they keep the limits, with its values and these verdicts.
         one_by_one: judge finalists in their order, on all prompts each, until one is verified.
 
     Attributes:
@@ -92,16 +94,24 @@ class Verifier:
         earlier: Mapping[str, Verification] | None = None,
         extensions: int = 0,
         processed_tokens: Mapping[str, float] | None = None,
+        judgments: int = 0,
+        proved: Mapping[str, Verification] | None = None,
         one_by_one: bool = False,
     ):
-        self.error_shares = dict(zip(finalists, turn_shares(len(finalists)), strict=True)) if one_by_one else {}
+        self.proved = dict(proved or {})
+        unproved = [key for key in finalists if key not in self.proved]
+        self.error_shares = dict(zip(unproved, turn_shares(len(unproved)), strict=True)) if one_by_one else {}
+        self.one_by_one = one_by_one
         self.processed_tokens = processed_tokens or dict.fromkeys(finalists, 0.0)
         self.evaluator, self.executor, self.finalists, self.full = evaluator, executor, dict(finalists), full
         self.limits, self.note, self.stop = limits, note, stop
         self.heldout = PromptSet((), (), 1) if heldout is None else heldout
-        self.earlier, self.extensions, self.cut_short = dict(earlier or {}), extensions, False
+        self.earlier, self.extensions, self.cut_short = dict(earlier or {}), extensions + judgments, False
         self.times = FinalistTimes(evaluator, self.finalists, full, limits, note, stop, extensions)
         self.values: dict[str, dict[str, list[float]]] = {name: {} for name in (BASELINE, *finalists)}
+        for name in (BASELINE, *self.proved) if self.proved else ():
+            check = self.earlier[BASELINE] if name == BASELINE else self.proved[name]
+            self.values[name] = {metric: list(values) for metric, values in check.values.items()}
         self.errors: dict[str, str] = {}
         self._bounds: dict[Any, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -130,9 +140,9 @@ class Verifier:
 
     def _judge(self) -> None:
         for status in ("met", "open"):
-            names = [n for n in self.finalists if self.times.status(n) == status]
-            for group in [[name] for name in names] if self.error_shares else [names]:
-                if self.cut_short or self._verified():
+            names = [n for n in self.finalists if n not in self.proved and self.times.status(n) == status]
+            for group in [[name] for name in names] if self.one_by_one else [names]:
+                if self.cut_short or (self._verified() and (self.one_by_one or status == "open")):
                     return
                 self._judge_these(group)
 
@@ -216,6 +226,8 @@ class Verifier:
         return {metric: values[start:end] for metric, values in self.earlier[key].values.items()}
 
     def _quality_verdicts(self, name: str) -> list[Verdict]:
+        if name in self.proved:
+            return list(self.proved[name].verdicts)
         count = len(self.values[name].get("quality", []))
         if not count:
             return []
@@ -256,7 +268,7 @@ class Verifier:
         Those are all that reached this number of prompts, decided at this look or not; one by one, it is this one alone.
         """
         reached = tuple(k for k in self.finalists if len(self.values[k].get(metric, [])) >= count)
-        peers = (name,) if self.error_shares else reached
+        peers = (name,) if self.one_by_one else reached
         return peers, np.stack([np.asarray(self.values[k][metric][:count]) for k in peers])
 
     def _together(
@@ -265,7 +277,7 @@ class Verifier:
         """Bounds (upper, lower), each (K,), computed once for all finalists, since values are only ever added."""
         if key not in self._bounds:
             upper_K, lower_K = bounds(differences_KN, change, alpha or ALPHA)
-            if alpha is not None and (self.extensions or self.error_shares):
+            if alpha is not None and (self.extensions or self.one_by_one):
                 # The small error of a later judgment, or of a turn, is for claims, not for giving up.
                 _, lower_K = bounds(differences_KN, change, ALPHA)
             self._bounds[key] = upper_K, lower_K
@@ -295,4 +307,5 @@ class Verifier:
         return Verification(
             count, values, differences, drop_upper, latency, upper_ms, tuple(verdicts),
             "verified" if status == "met" else status, self.error_shares.get(name),
+            self.proved[name].proved_by if name in self.proved else None,
         )  # fmt: skip
