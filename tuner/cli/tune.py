@@ -120,14 +120,15 @@ def _add_search_options(search: argparse._ArgumentGroup) -> None:
         dest="start_from",
         type=path_value,
         metavar="RUN",
-        help="first try what an earlier run or a profile.yaml found; everything is measured again",
+        help="first try what an earlier run or a profile.yaml found; what the run proved on the same held-out prompts stays "
+        "proved, latency is measured again",
     )
     search.add_argument(
         "--effort",
         choices=EFFORTS,
         default="quick",
-        help="instant: step costs and prior knowledge, nothing verified; quick: sensitivities, few schedules, verification; "
-        "full: also the sampler (default: quick)",
+        help="instant: step costs and prior knowledge, nothing verified; quick: sensitivities, few schedules, one of them "
+        "verified; full: also the sampler, all finalists verified (default: quick)",
     )
     search.add_argument(
         "--trials", type=positive_int, help="distinct schedules to evaluate (default: 12 if quick, else 30)"

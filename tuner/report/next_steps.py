@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tuner.config.quality import COMPOSITE, MetricLimit, limited
-from tuner.results.candidate import Finalist, Verdict
+from tuner.results.candidate import Finalist, Verdict, verification_of
 from tuner.results.result import StudyResult
 
 #: Margin for the scatter of timings when a new budget is suggested.
@@ -77,7 +77,12 @@ def _verified(result: StudyResult, run_dir: Path, words: Sequence[str]) -> _Told
             f"        (judged {len(result.judged_on)} times, on {_joined([str(n) for n in result.judged_on])} prompts; "
             "all judgments together err in at most 5 % of studies)"
         )
-    return told, _deploying(result, run_dir)
+    steps = _deploying(result, run_dir)
+    left = sum(check.passed_over for c in result.candidates if (check := verification_of(c)) is not None)
+    if left:
+        finalists = "the finalist that was" if left == 1 else f"the {left} finalists that were"
+        steps.append((f"search on, and judge {finalists} left, too", _line(_with(words, "--effort", "full"))))
+    return told, steps
 
 
 def _nothing_to_gain(result: StudyResult, run_dir: Path, words: Sequence[str]) -> _Told:

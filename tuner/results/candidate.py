@@ -153,6 +153,11 @@ class Verification:
     proved_by: str | None = None
 
     @property
+    def passed_over(self) -> bool:
+        """Whether it was not judged because another finalist was verified before its turn."""
+        return self.error_share is not None and self.status == "open" and not self.prompts and not self.times_open
+
+    @property
     def times_open(self) -> bool:
         """Whether the timings were inconclusive, in which case more prompts would not help."""
         return any(v.status == "open" for v in self.verdicts if v.name in OF_TIME)

@@ -1,7 +1,7 @@
 """What an earlier study or profile found, as the first proposals of a new one: at another budget, on another card.
 
-Only schedules are carried over. Their latency and quality are measured again, so nothing that was true elsewhere is claimed
-here.
+Only schedules are carried over here; tuner.study.earlier_verifications says when a proof of their quality is, too. Latency is
+always measured again.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from tests.fakes.studies import FULL_TOKENS, study, tokens
 from tuner.cli.command import VERBS, verb_parser
 from tuner.cli.tune import build_parser
 from tuner.report.next_steps import next_steps
-from tuner.results.candidate import Interval, Measured
+from tuner.results.candidate import Finalist, Interval, Measured
 from tuner.results.result import EXIT_CODES
 
 RUN = Path("outputs/my run")
@@ -65,6 +65,14 @@ def test_a_verified_study_says_what_was_proved_and_how_to_draw(verified):
         "image.png",
     ]
     assert check == ["stagevar-tune", "verify", f"{RUN}/profile.yaml", "--max-regression", "3%"]
+
+
+def test_finalists_that_were_left_are_counted_with_the_command_that_judges_them(tmp_path):
+    result = study(tmp_path, HARMLESS, BIG, trials=5, one_by_one=True).run()
+    left = [c for c in result.candidates if isinstance(c, Finalist) and c.verification.passed_over]
+    text, (_, _, on) = told(result)
+    assert len(left) > 1 and f"next: search on, and judge the {len(left)} finalists that were left, too" in text
+    assert on[-2:] == ["--effort", "full"] and not any(c.verification.prompts for c in left)
 
 
 def test_a_prompt_with_quotes_survives_the_shell(verified):

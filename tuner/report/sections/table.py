@@ -21,7 +21,7 @@ from tuner.report.words import (
     signed,
     speedup,
 )
-from tuner.results.candidate import Candidate, Pruned, Verdict, verification_of
+from tuner.results.candidate import Candidate, Pruned, Verdict, Verification, verification_of
 from tuner.results.result import StudyResult
 
 
@@ -68,7 +68,7 @@ def table_section(result: StudyResult) -> str:
                 )
         check, verdicts = verification_of(candidate), candidate.final_verdicts
         row.append(" ".join(f'<span class="dot {_dot(v)}">{escape(v.name)}</span>' for v in verdicts))
-        row.append(escape(check.status) if check else _search_status(candidate))
+        row.append(_verified_status(check) if check else _search_status(candidate))
         rows.append(row)
     others = len(result.measured) + 1 - len(chosen)
     note = (
@@ -82,6 +82,13 @@ def table_section(result: StudyResult) -> str:
         f"better, whatever the metric's own direction. Intervals: 95 %. ≈: predicted from steps, not timed. {note}</p>"
     )
     return table_rows(header, rows, list(numeric)) + intro
+
+
+def _verified_status(check: Verification) -> str:
+    if check.passed_over:
+        return "not judged<small>another one was verified first</small>"
+    by = f"<small>quality: {escape(check.proved_by)}</small>" if check.proved_by else ""
+    return f"{escape(check.status)}{by}"
 
 
 def _search_status(candidate: Candidate) -> str:
