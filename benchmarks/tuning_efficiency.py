@@ -569,7 +569,8 @@ def efforts(name: str) -> dict[str, Any]:
     """What a study of a large model draws and times at each effort, in full generations, and the hours of one GPU.
 
     Schedules of the search are judged on all search prompts (rungs save some of that); FINALISTS of the cost of a drawn
-    schedule are verified on all held-out prompts, one image at a time, beside the full schedule. Metrics are not counted.
+    schedule, one of them if quick, are verified on all held-out prompts, one image at a time, beside the full schedule.
+    Metrics are not counted.
     """
     model = Modelled(name)
     source = model.space.prompts
@@ -583,11 +584,12 @@ def efforts(name: str) -> dict[str, Any]:
 
         finalist = model.cost(model.drawn(100), how)[1] / 100
         timing = BASELINE_ROUNDS + (TABLE_ROUNDS + 1) * tree(TABLE_SCHEDULES) + SEARCH_ROUNDS * (1 + 3 * finalist)
-        verifying = (source.heldout + VERIFY_ROUNDS) * (1 + FINALISTS * finalist)
+        rounds = VERIFY_ROUNDS * (1 + FINALISTS * finalist)
         table = TABLE_PROMPTS * model.cost(lasting, how)[0]
         rows = {"instant": {"timing": timing}}
-        for effort, count in (("quick", QUICK_TRIALS), ("full", FULL_TRIALS)):
+        for effort, count, judged in (("quick", QUICK_TRIALS, 1), ("full", FULL_TRIALS, FINALISTS)):
             search = source.search * (1 + tree(count))
+            verifying = source.heldout * (1 + judged * finalist) + rounds
             rows[effort] = {"timing": timing, "table": table, "search": search, "verification": verifying}
         found[how] = {
             effort: {

@@ -212,10 +212,17 @@ class Verifier:
             found[task.batch] |= zip(missing[task.batch], outcomes, strict=True)
             done += 1
             self.note(
-                f"verifying {len(keys) - 1} finalists on held-out prompts",
+                f"verifying {self._said(keys)} on held-out prompts",
                 (batches[0] + done) * self.heldout.micro_batch / len(self.heldout),
             )
         return found
+
+    def _said(self, keys: Sequence[str]) -> str:
+        """The finalists among these keys in words."""
+        names = [key for key in keys if key != BASELINE]
+        if len(names) > 1:
+            return f"{len(names)} finalists"
+        return f"finalist {list(self.finalists).index(names[0]) + 1} of {len(self.finalists)}"
 
     def _kept(self, key: str, batch: int) -> dict[str, Sequence[float]] | None:
         """Values of a whole micro-batch from an earlier part of the study, or None."""
