@@ -144,6 +144,7 @@ class Search:
         if self.front is not None:
             with self.progress.part("sensitivity"):
                 self.front.fill(records)
+            self.trials = self.front.judge(self.trials)
             presets = self.front.worth_trying(presets)
         for proposal in self.trial_sampler.recover(known):
             self._give_up(proposal)

@@ -205,8 +205,8 @@ class Study:
     def finalists(self) -> list[Measured]:
         """The schedules to verify, in the order in which they are judged if that is one by one."""
         ledger = self.ledger
-        found = choose_finalists(list(ledger.candidates.values()), ledger.limits, ledger.violation)
-        found = in_turn(found) if self._one_by_one else found
+        choose = in_turn if self._one_by_one else choose_finalists
+        found = choose(list(ledger.candidates.values()), ledger.limits, ledger.violation)
         proved = self.known.proved_among(ledger.candidates, ledger.budget_ratio)
         return [*proved, *(c for c in found if c not in proved)]
 

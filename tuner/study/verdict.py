@@ -149,10 +149,19 @@ def choose_finalists(
     return [candidate for kind in kinds for candidate in kind[:FINALISTS_PER_KIND]]
 
 
-def in_turn(finalists: Sequence[Measured]) -> list[Measured]:
-    """The order in which to judge finalists if the first verified one is picked: each next one is what would be picked from
-    those left if held-out prompts said what the search prompts did."""
-    left, order = list(finalists), list[Measured]()
+def in_turn(candidates: Sequence[Measured], limits: Limits, violation: Callable[[Measured], float]) -> list[Measured]:
+    """What to verify one after another until one is verified, in this order. Arguments as for `choose_finalists`.
+
+    Each next one is what would be picked from those left if held-out prompts said what the search prompts did. Places left
+    go to those that only may be within the limits: timing them costs little, and images are drawn only on their turn.
+    """
+    left = choose_finalists(candidates, limits, violation)
+    spare = sorted((c for c in candidates if may_be_feasible(c, limits) and c not in left), key=violation)
+    spare = spare[: max(0, 2 * FINALISTS_PER_KIND - len(left))]
+    # Borderline in time alone, which is about to be measured better.
+    left += [c for c in spare if all(v.status == "met" for v in c.verdicts if v.name not in OF_TIME)]
+    spare = [c for c in spare if c not in left]
+    order: list[Measured] = []
     while left:
         key = least_accelerated(
             {c.key: c.values["quality"] for c in left},
@@ -161,7 +170,7 @@ def in_turn(finalists: Sequence[Measured]) -> list[Measured]:
         )
         order += [c for c in left if c.key == key]
         left = [c for c in left if c.key != key]
-    return order
+    return [*order, *spare]
 
 
 def named_picks(verified: Sequence[Finalist], quality: bool) -> dict[str, str]:

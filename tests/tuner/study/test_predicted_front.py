@@ -11,7 +11,7 @@ from tuner.proposals.sensitivity import Sensitivities
 from tuner.proposals.trial_sampler import TrialSampler
 from tuner.results.run_dir import SENSITIVITY_FILE, EvidenceLog
 from tuner.study.options import FULL_TRIALS, SearchShortcuts
-from tuner.study.predicted_front import Forecast, PredictedFront, layers, load_table
+from tuner.study.predicted_front import LEAST_FEASIBLE, Forecast, PredictedFront, layers, load_table
 
 FRONT = SearchShortcuts(overlap=False, sensitivity=True)
 FEW = SearchShortcuts(overlap=False, sensitivity=True, few=True)
@@ -104,8 +104,8 @@ def test_an_earlier_table_is_taken_over_where_it_has_the_metrics(tmp_path):
 
 @pytest.mark.parametrize(("lost", "tried"), [(0.0, 12), (0.35, FULL_TRIALS)])
 def test_predictions_that_do_not_hold_are_said_and_followed_no_further(tmp_path, lost, tried):
-    """A table that has it the wrong way round: what it calls harmless is what costs. Few trials stay few if something else
-    keeps the limits, and become a whole search if nothing does."""
+    """A table that has it the wrong way round: what it calls harmless is what costs. Few trials stay few if others keep the
+    limits, and become a whole search if next to none does."""
     run(tmp_path / "a", trials=4)
     right = load_table(tmp_path / "a", "fake")
     wrong = Sensitivities(
@@ -115,7 +115,8 @@ def test_predictions_that_do_not_hold_are_said_and_followed_no_further(tmp_path,
     options = {"trials": 12, "max_drop": 0.3, "shortcuts": FEW, "earlier": wrong, "budget": "95%"}
     result = study(tmp_path / "b", made, SPACE, **options).run()
     assert result.search["prediction"]["trusted"] is False
-    assert any(c.feasible for c in result.candidates) == (not lost) and len(result.candidates) == tried
+    assert (sum(c.feasible for c in result.candidates) >= LEAST_FEASIBLE) == (not lost)
+    assert len(result.candidates) == tried
     assert any(c.source == "sampler" for c in result.candidates)
 
 

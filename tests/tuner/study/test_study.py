@@ -9,13 +9,17 @@ import pytest
 from stagevar.errors import UsageError
 from stagevar.profile import Profile
 from tests.fakes.studies import FULL_TOKENS, SPACE, FakeEvaluator, study, tokens
+from tuner.config.costs import FINALISTS_PER_KIND
+from tuner.config.limits import parse_budget
+from tuner.config.quality import quality_limits
+from tuner.config.space_file import parse_space
 from tuner.report.export import export
 from tuner.report.page import write_report
-from tuner.results.candidate import Finalist
+from tuner.results.candidate import Finalist, Interval, LatencyStats, Measured, Verdict
 from tuner.results.codec import build, record_of
 from tuner.results.result import StudyResult
 from tuner.statistics.bounds import ratio_interval
-from tuner.study.verdict import LEAST_GAIN, in_turn, is_settled
+from tuner.study.verdict import LEAST_GAIN, Limits, choose_finalists, in_turn, is_settled
 
 BIG = {"prompts": {"source": "nano", "search": 24, "heldout": 320, "micro_batch": 16}}
 
@@ -137,9 +141,38 @@ def test_the_order_of_turns_puts_what_loses_clearly_behind(tmp_path):
     drop = lambda steps: 0.6 if any(step.skipped for step in steps) else 0.0  # noqa: E731
     work = study(tmp_path, {"drop": drop}, BIG, trials=12, max_drop=0.9, one_by_one=True)
     result = work.run()
-    order = in_turn(work.finalists())
+    order = work.finalists()
     lossy = [c.skipped_scales > 0 for c in order]
     assert lossy == sorted(lossy) and len(set(lossy)) == 2 and result.pick.key == order[0].key
+
+
+def test_places_left_go_to_what_is_borderline_in_time_then_to_what_may_be_good_enough():
+    def candidate(key, ratio, lost, tokens=1.0, spread=0.02):
+        limit = -lost - spread, -lost + spread
+        mean = Interval(-lost, *limit, 64)
+        verdicts = (
+            Verdict("latency", 60.0, "ms", 100 * ratio, 100 * (ratio + 0.03), "met" if ratio <= 0.6 else "broken"),
+            Verdict("drop:geneval_nano", 0.05, "", lost, lost + spread, "met" if lost <= 0.05 else "broken"),
+        )
+        return Measured(
+            key, {}, {}, (), "", "sampler", 1, 0, tokens,
+            latency=LatencyStats((), 100 * ratio, None, 0.0, 0.0, 100 * ratio, Interval(ratio, ratio - 0.03, ratio + 0.03, 0)),
+            values={"quality": (0.0,) * 64}, differences={"geneval_nano": mean, "quality": mean},
+            verdicts=verdicts, feasible=all(v.status == "met" for v in verdicts),
+        )  # fmt: skip
+
+    limits = Limits(parse_budget("60%"), 100.0, quality_limits(parse_space(SPACE).quality, {"geneval_nano": 0.05}))
+    slow, bad, good = candidate("slow", 0.62, 0.0, 2.0), candidate("bad", 0.4, 0.06, 3.0), candidate("good", 0.5, 0.0)
+    hopeless = [candidate("late", 0.7, 0.0), candidate("worse", 0.3, 0.2)]
+    far = {"slow": 0.03, "bad": 0.2, "late": 1.0, "worse": 1.0, "good": 0.0}
+    pool = [*hopeless, bad, slow, good]
+    assert [c.key for c in choose_finalists(pool, limits, lambda c: far[c.key])] == ["good"]
+    assert [c.key for c in in_turn(pool, limits, lambda c: far[c.key])] == ["slow", "good", "bad"]
+    many = [candidate(f"g{n}", 0.5, 0.0, 1.1 + n / 10) for n in range(5)]
+    found = in_turn([*pool, *many], limits, lambda c: far.get(c.key, 0.0))
+    assert [c.key for c in found] == ["g4", "g3", "g2", "g1", "g0", "good"], "none that only may be, where enough are"
+    spares = [candidate(f"s{n}", 0.61 + n / 1000, 0.0) for n in range(9)]
+    assert len(in_turn([*pool, *spares], limits, lambda c: far.get(c.key, 0.5))) == 2 * FINALISTS_PER_KIND
 
 
 def test_verification_ends_when_the_pick_is_settled(tmp_path):
