@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.stagevar.engine.launches import DEPTH, launches_per_scale
+from tests.stagevar.engine.launches import DEPTH, launches_of_begin, launches_per_scale
 
 #: (engine, schedule) -> at most so many kernels of an image, and of the block of a guided scale; text rows are padded as in a
 #: recorded graph. Before constants were made once per prompt graph-compiled had 12,151 and 28 in full, and 14,814 and 32 with
@@ -22,3 +22,7 @@ def test_an_image_launches_no_more_kernels_than_it_did(engine, schedule):
     assert sum(counts) <= image
     guided = counts[1]
     assert guided // DEPTH <= block, f"{guided} launches in a guided scale"
+
+
+def test_beginning_an_image_launches_no_more_kernels_than_it_did():
+    assert launches_of_begin() <= 696
