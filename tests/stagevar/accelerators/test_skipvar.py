@@ -26,7 +26,7 @@ from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import BOTH, StageSchedule, skipvar
 from stagevar.schedule.grids import infinity_grids, square
 from stagevar.testing.tiny import tiny_infinity
-from tests.stagevar.engine.test_graph import TapeRecorder
+from tests.stagevar.engine.tape import TapeRecorder
 
 SQUARE, _ = infinity_grids("1M")
 GRIDS = square((1, 2, 3, 4, 5, 6))

@@ -12,7 +12,7 @@ from stagevar.errors import ProfileError, UsageError
 from stagevar.models import registry
 from stagevar.profile import Profile
 from stagevar.sampling import bench as compare
-from tests.stagevar.engine.test_graph import TapeRecorder
+from tests.stagevar.engine.tape import TapeRecorder
 from tests.stagevar.profile.test_profile import MODEL, make
 from tuner import cli as tuner_cli
 from tuner.study import verify_profile as recheck_module

@@ -235,7 +235,7 @@ def test_an_engine_that_cannot_run_here_is_refused_at_once(model, prompts):
 def test_heldout_images_are_those_that_deployment_serves(model, steps, prompts, tmp_path, monkeypatch):
     """A verdict is about the images of the deployed engine, one at a time; a search may draw others, faster."""
     from stagevar.engine import GraphEngine
-    from tests.stagevar.engine.test_graph import TapeRecorder
+    from tests.stagevar.engine.tape import TapeRecorder
 
     class Brighter(GraphEngine):
         """A recorded decoder whose kernels round otherwise."""
