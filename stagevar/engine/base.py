@@ -14,7 +14,7 @@ from stagevar.tensors.noise import Draws, NoiseSource
 
 if TYPE_CHECKING:
     from stagevar.engine.recorder import StaticBuffers
-    from stagevar.models.base import Conditioning
+    from stagevar.models.base import Conditioning, NextScaleModel
     from stagevar.models.infinity.tokenizer import Swished
     from stagevar.models.layers import Chained
     from stagevar.tensors.cache import KVCache
@@ -55,6 +55,15 @@ class Engine(ABC):
     def that_ran(self) -> str:
         """The name of the engine that figures are of: eager's where this one fell back."""
         return "eager" if self.fallback_reason else self.name
+
+    def condition(
+        self, transformer: NextScaleModel[Any], prompts: Any, negative: Any | None, noise: NoiseSource
+    ) -> Conditioning:
+        """The conditioning that a generation with this noise starts from; arguments as for `NextScaleModel.condition`.
+
+        It may overwrite that of the generation before, which must have ended.
+        """
+        return transformer.condition(prompts, negative)
 
     @abstractmethod
     def start(self, wanted: Start, cache: KVCache, fixed: object) -> Start:

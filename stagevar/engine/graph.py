@@ -3,13 +3,22 @@
 With static schedules every scale of a profile has fixed shapes, and the sampler's randomness depends on nothing but keys
 in one small tensor. So the graph engine records each distinct prefix of steps once, over buffers that stay where they are
 (conditioning, keys, KV cache, code sum), and replays it for every later image. A node of that tree takes its parent's
-output buffers as its inputs, and nothing is copied but text and keys.
+output buffers as its inputs. Where a family divides its text conditioning (`NextScaleModel.text_inputs`), its second half
+is a recording too, one per shape of the text, and the root of the trees of all batches and schedules with that shape: its
+outputs are the conditioning that they read. So nothing is copied but padded text, its mask and keys.
 
-Memory. Recordings of steps share a pool: the scratch space of one may become the outputs of another that is recorded
-later, so a replay may destroy the outputs of every later recording. That is sound as long as whatever is still to be read
-was recorded before whatever is still to be replayed. It holds along a walk: a step reads only its ancestors' outputs,
-they were recorded before their descendants, and an ancestor is never dropped before them. It does not hold for the
-decoder, which is replayed in the middle of a walk; hence its pool is its own.
+Memory. Recordings of text and steps share a pool: the scratch space of one may become the outputs of another that is
+recorded later, so a replay may destroy the outputs of every later recording. That is sound as long as whatever is still to
+be read was recorded before whatever is still to be replayed. It holds from the beginning of a generation to its end:
+
+* Its text is replayed first, when nothing is left to be read: beginning a generation ends the one before, of whatever
+  shape, and what was split off that one has copies.
+* Then steps are replayed, which read outputs of their text and their ancestors. These were recorded before them: a text
+  before any step over it, and neither text nor ancestor is dropped, and recorded again, before what reads it.
+* No other text is replayed meanwhile, nor steps over one.
+
+It does not hold for the decoder, which is replayed in the middle of a walk, though it may have been recorded before the text
+and the steps of that walk; hence its pool is its own.
 
 Both engines run the same kernels in the same order, except for the masked text rows that the graph engine adds up to a
 bucket.
@@ -19,21 +28,35 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from stagevar.engine.base import Engine, Start
 from stagevar.engine.recorder import Recorder, Recording, RecordingFailed, StaticBuffers
 from stagevar.schedule import ScaleStep
-from stagevar.tensors.noise import PromptNoise
+from stagevar.tensors.noise import NoiseSource, PromptNoise
 
 if TYPE_CHECKING:
+    from stagevar.models.base import Conditioning, NextScaleModel, TextInputs
     from stagevar.tensors.cache import KVCache
 
 #: Text rows are padded to a multiple of this, so that prompts of different lengths replay the same graphs.
 TEXT_BUCKET = 32
+
+
+@dataclass
+class RecordedText(Recording):
+    """The recording that makes a conditioning of padded text, and the buffers that it reads."""
+
+    inputs: tuple[Tensor, ...]
+
+
+def _shapes(tensors: Iterable[Tensor]) -> tuple[tuple[torch.Size, torch.dtype], ...]:
+    return tuple((tensor.shape, tensor.dtype) for tensor in tensors)
 
 
 class GraphEngine(Engine):
@@ -48,7 +71,7 @@ class GraphEngine(Engine):
             when needed.
 
     Attributes:
-        recorded, replayed: how often each happened.
+        recorded, replayed: how often each happened to a step.
         recording_s: seconds spent on recording, including warm-up.
         fallback_reason: why nothing more is recorded.
     """
@@ -61,23 +84,53 @@ class GraphEngine(Engine):
         self.recorded = self.replayed = 0
         self.recording_s = 0.0
         self.fallback_reason = None
+        self._texts: dict[Any, RecordedText] = {}
         self._residents: dict[Any, StaticBuffers] = {}
         self._decoders: dict[tuple[int, ...], tuple[Tensor, Callable[[], None], Tensor]] = {}
+
+    def condition(
+        self, transformer: NextScaleModel[Any], prompts: Any, negative: Any | None, noise: NoiseSource
+    ) -> Conditioning:
+        text = None
+        if isinstance(noise, PromptNoise):
+            inputs = transformer.text_inputs(prompts, negative, TEXT_BUCKET)
+            text = None if inputs is None else self._recorded_text(inputs, noise.keys_B2.device)
+        if text is None:
+            return transformer.condition(prompts, negative)
+        text.replay()
+        return text.outputs
+
+    def _recorded_text(self, inputs: TextInputs[Any], device: torch.device) -> RecordedText | None:
+        """The recording for these inputs, which they were copied into; None if it failed, now or earlier."""
+        key = _shapes(inputs.tensors)
+        text = self._texts.get(key)
+        if text is not None:
+            for mine, theirs in zip(text.inputs, inputs.tensors, strict=True):
+                mine.copy_(theirs)
+        elif self.fallback_reason is None:
+            held, compute = tuple(tensor.to(device, copy=True) for tensor in inputs.tensors), inputs.conditioner()
+            recorded = self._record(lambda: compute(*held), lambda: None)
+            if recorded is not None:
+                text = self._texts[key] = RecordedText(*recorded, held)
+        return text
 
     def start(self, wanted: Start, cache: KVCache, fixed: object) -> Start:
         if not isinstance(wanted.noise, PromptNoise):
             return wanted  # injected randomness cannot be replayed
-        conditioning = wanted.conditioning.padded(TEXT_BUCKET)
-        leaves = conditioning.tensors()
-        key = (id(cache), fixed, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+        conditioning, noise = wanted.conditioning, wanted.noise
+        recorded = any(text.outputs is conditioning for text in self._texts.values())
+        key = (id(cache), fixed, recorded, _shapes(conditioning.tensors()))
         resident = self._residents.get(key)
-        if resident is None:
-            resident = StaticBuffers(conditioning.clone(), wanted.noise, wanted.code_sum_BdHW.clone(), cache)
-            self._residents[key] = resident
+        if resident is not None:
+            if not recorded:
+                for mine, theirs in zip(resident.conditioning.tensors(), conditioning.tensors(), strict=True):
+                    mine.copy_(theirs)
+            resident.noise.refresh(noise)
+        elif self.fallback_reason is not None:
+            return wanted  # nothing will be recorded over it
         else:
-            for mine, theirs in zip(resident.conditioning.tensors(), leaves, strict=True):
-                mine.copy_(theirs)
-            resident.noise.refresh(wanted.noise)
+            held = conditioning if recorded else conditioning.clone()
+            resident = self._residents[key] = StaticBuffers(held, noise, wanted.code_sum_BdHW.clone(), cache)
         return Start(resident.conditioning, resident.noise, resident.code_sum_BdHW, resident)
 
     def run(
@@ -108,7 +161,7 @@ class GraphEngine(Engine):
         if self.fallback_reason is not None:
             return None
         started = time.perf_counter()
-        if not (self._decoders if separate_pool else any(r.nodes for r in self._residents.values())):
+        if not (self._decoders if separate_pool else self._texts or any(r.nodes for r in self._residents.values())):
             self.recorder.new_pool(separate_pool)
         try:
             recorded = self.recorder.record(run, reset, separate_pool)
@@ -156,7 +209,10 @@ class GraphEngine(Engine):
 
     def forget(self, cache: KVCache) -> None:
         self._residents = {key: r for key, r in self._residents.items() if r.cache is not cache}
+        read = {id(resident.conditioning) for resident in self._residents.values()}
+        self._texts = {key: text for key, text in self._texts.items() if id(text.outputs) in read}
 
     def release(self) -> None:
+        self._texts.clear()
         self._residents.clear()
         self._decoders.clear()

@@ -65,10 +65,6 @@ class Conditioning(ABC):
     def select(self, rows: slice | list[int]) -> Conditioning:
         """The same conditioning restricted to these rows (views for a slice; a list of row numbers copies)."""
 
-    def padded(self, multiple: int) -> Conditioning:
-        """The same conditioning with masked text rows added up to a multiple, if it has text rows."""
-        return self
-
     def tensors(self) -> list[Tensor]:
         """Every tensor of the conditioning, in a fixed order."""
         return list(_leaves(vars(self)))
@@ -136,6 +132,20 @@ class TextEncoder(Protocol):
 Conditions = TypeVar("Conditions", bound=Conditioning)
 
 
+@dataclass(frozen=True)
+class TextInputs(Generic[Conditions]):
+    """The text of a batch as tensors of few different shapes, and what makes its conditioning of them.
+
+    Attributes:
+        tensors: on any device.
+        conditioner: makes the function from these tensors, on the model's device, to the conditioning. The function can be
+            recorded: it waits for nothing, and what no prompt changes was made with it, so its results may outlive it.
+    """
+
+    tensors: tuple[Tensor, ...]
+    conditioner: Callable[[], Callable[..., Conditions]]
+
+
 class NextScaleModel(nn.Module, ABC, Generic[Conditions]):
     """A transformer that predicts one whole scale at a time; generic over its conditioning.
 
@@ -156,6 +166,18 @@ class NextScaleModel(nn.Module, ABC, Generic[Conditions]):
     @abstractmethod
     def condition(self, prompts: Any, negative: Any | None = None) -> Conditions:
         """Conditioning of 2B rows (conditional rows first) from a text encoder's output."""
+
+    def text_inputs(
+        self, prompts: Any, negative: Any | None = None, multiple: int = 1
+    ) -> TextInputs[Conditions] | None:
+        """What `condition` computes, in two halves: padded inputs, and the rest; None for families that do not divide it.
+
+        Args:
+            prompts, negative: as for `condition`.
+            multiple: text is padded to a multiple of so many rows, which are masked. So the conditioning differs from
+                `condition`'s by these rows and by rounding.
+        """
+        return None
 
     @abstractmethod
     def embed(self, features_BLt: Tensor | None, scale: int, conditioning: Conditions) -> Tensor:

@@ -108,11 +108,12 @@ class Sampler:
             encoded = model.text.encode(prompts)
         if encoded_negative is None and negative is not None:
             encoded_negative = model.text.encode(negative)
-        conditioning = model.transformer.condition(encoded, encoded_negative)
         self._end_current()  # it would hold a cache that `_allocate` is about to free
         cache = self._allocate(batch, steps or self._full)
-        code_sum = model.tokenizer.residual.zeros(batch, model.device)
         noise = noise or PromptNoise(prompts, seeds, model.device, self._draws)
+        with attention_kernels(model.device):
+            conditioning = self.engine.condition(model.transformer, encoded, encoded_negative, noise)
+        code_sum = model.tokenizer.residual.zeros(batch, model.device)
         sampling = sampling or model.sampling
         plans = tuple(among) if among else None if steps is None else (steps,)
         start = self.engine.start(Start(conditioning, noise, code_sum), cache, (sampling, plans))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -249,12 +247,3 @@ class InfinityConditioning(Conditioning):
             (self.head_modulation[0][rows], self.head_modulation[1][rows]),
             self.constants,
         )
-
-    def padded(self, multiple: int) -> InfinityConditioning:
-        k_RHTc = self.text_kv[0][0]
-        extra = -k_RHTc.shape[2] % multiple
-        bias = self.bias_R11T
-        if bias is None:
-            bias = k_RHTc.new_zeros(self.rows, 1, 1, k_RHTc.shape[2])
-        text_kv = [(F.pad(k, (0, 0, 0, extra)), F.pad(v, (0, 0, 0, extra))) for k, v in self.text_kv]
-        return dataclasses.replace(self, text_kv=text_kv, bias_R11T=F.pad(bias, (0, extra), value=-math.inf))

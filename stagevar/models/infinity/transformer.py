@@ -11,8 +11,9 @@ loop lives in stagevar.sampling.sampler.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -26,6 +27,7 @@ from stagevar.models.base import (
     Grid,
     NextScaleModel,
     Sampling,
+    TextInputs,
     around_nothing,
     by_layer,
     leaves_layers_alone,
@@ -149,8 +151,35 @@ class Infinity(NextScaleModel[InfinityConditioning]):
         text_RTD, mask = pad_text([*prompts, *null])
         return self.condition_padded(text_RTD, mask)
 
-    def condition_padded(self, text_RTD: Tensor, mask_R11T: Tensor | None) -> InfinityConditioning:
-        """Conditioning of as many rows as given: padded raw text features and their mask."""
+    def text_inputs(
+        self, prompts: Sequence[Tensor], negative: Sequence[Tensor] | None = None, multiple: int = 1
+    ) -> TextInputs[InfinityConditioning]:
+        """Padded raw text (2B, T, text_dim), float32, and its mask (2B, 1, 1, T), which hides no row's first text row.
+
+        Few operations, since they are launched for every image: prompts are padded where they are, and the rows of
+        `cfg_uncond` that a prompt does not reach are masked instead of left out.
+        """
+        given = [rows.to(prompts[0].device, torch.float32) for rows in (*prompts, *(negative or ()))]
+        lengths = [int(rows.shape[0]) for rows in given]
+        longest, null_TD = max(lengths), self.cfg_uncond
+        if negative is None:
+            lengths += [min(length, len(null_TD)) for length in lengths]
+        total = -(-longest // multiple) * multiple
+        text_RTD = torch.zeros(len(lengths), total, null_TD.shape[1], device=self.pos_start.device)
+        padded = nn.utils.rnn.pad_sequence(given, batch_first=True)
+        text_RTD[: len(given)] = F.pad(padded, (0, 0, 0, total - longest))
+        if negative is None:
+            text_RTD[len(given) :, : len(null_TD)] = null_TD[:total]
+        mask_RT = torch.arange(total) < torch.tensor(lengths)[:, None]
+        return TextInputs((text_RTD, mask_RT[:, None, None]), self._conditioner)
+
+    def _conditioner(self) -> Callable[[Tensor, Tensor], InfinityConditioning]:
+        return functools.partial(self.condition_padded, constants=self.constants())
+
+    def condition_padded(
+        self, text_RTD: Tensor, mask_R11T: Tensor | None, constants: tuple[LayerConstants, ...] | None = None
+    ) -> InfinityConditioning:
+        """Conditioning of as many rows as given: padded raw text features and their mask; with `constants()`, made earlier."""
         normed = self.text_norm(text_RTD)
         pooled_RC = self.text_proj_for_sos.ca(normed, mask_R11T)
         text_RTC = self.text_proj_for_ca(normed)
@@ -163,7 +192,8 @@ class Infinity(NextScaleModel[InfinityConditioning]):
         bias = (
             None if mask_R11T is None else text_kv[0][0].new_zeros(mask_R11T.shape).masked_fill(~mask_R11T, -math.inf)
         )
-        return InfinityConditioning(pooled_RC, modulation, text_kv, bias, (head_scale, head_shift), self.constants())
+        constants = self.constants() if constants is None else constants
+        return InfinityConditioning(pooled_RC, modulation, text_kv, bias, (head_scale, head_shift), constants)
 
     def constants(self) -> tuple[LayerConstants, ...]:
         """What the blocks make of their weights alone, as they are now."""

@@ -144,8 +144,8 @@ def _launches(schedule: str, engine: str, depth: int, chunks: int) -> list[int]:
     with fake_mode(), torch.inference_mode():
         model, noise = _model(counter, engine, depth, chunks)
         transformer = model.transformer
-        text = torch.empty(25, transformer.config.text_dim, device=CUDA)
-        conditioning = transformer.condition([text]).padded(TEXT_BUCKET)
+        inputs = transformer.text_inputs([torch.empty(25, transformer.config.text_dim)], None, TEXT_BUCKET)
+        conditioning = inputs.conditioner()(*(tensor.to(CUDA) for tensor in inputs.tensors))
         transformer.condition = lambda prompts, negative=None: conditioning
         sampler = Sampler(model)
         steps = preset(schedule, model.grids, published(model.name)).expand(model.grids, sampler.chunks)

@@ -65,22 +65,6 @@ def test_replayed_is_eager(model, name, planned):
     assert engine.replayed == 3 * run
 
 
-def test_padded_text_changes_logits_by_rounding_only(model):
-    """Buckets against exact length: masked text rows add nothing."""
-    encoded = model.text.encode(["a red ring", "a blue cross"])
-    exact_length = model.transformer.condition(encoded)
-    padded = exact_length.padded(32)
-    assert padded.text_kv[0][0].shape[2] == 32 and padded.bias_R11T.shape[-1] == 32
-    x = torch.randn(4, 5, 32, generator=torch.Generator().manual_seed(0))
-    attention = model.transformer.layers()[0].ca
-    for row in (exact_length, padded):
-        assert row.text_kv[0][0].shape[0] == 4
-    with torch.inference_mode():
-        one = attention(x, *exact_length.text_kv[0], exact_length.bias_R11T)
-        other = attention(x, *padded.text_kv[0], padded.bias_R11T)
-    assert (one - other).abs().max() < 1e-6
-
-
 def test_a_walk_over_a_tree_shares_recordings(model):
     """Depth-first with rewinds, as the tuner walks: every distinct prefix is one recording."""
     from tuner.evaluation.prefix_tree import walk
@@ -183,7 +167,7 @@ class Refusing(TapeRecorder):
         return super().record(run, reset, separate_pool)
 
 
-@pytest.mark.parametrize("accepts", [0, 2, 3])
+@pytest.mark.parametrize("accepts", [0, 1, 3, 4])
 def test_what_cannot_be_recorded_runs_eagerly_and_says_why(model, accepts):
     engine = GraphEngine(Refusing(accepts))
     sampler, eager = Sampler(model, engine=engine), Sampler(model)
@@ -193,7 +177,8 @@ def test_what_cannot_be_recorded_runs_eagerly_and_says_why(model, accepts):
             assert np.array_equal(images(sampler, SCHEDULES["skip"], prompts, seeds, True), expected)
     assert len([w for w in warned if "falls back to eager" in str(w.message)]) == 1
     assert engine.fallback_reason == "operation not permitted when stream is capturing"
-    assert engine.recorded == accepts and engine.recording_s > 0
+    assert engine.recorded == max(0, accepts - 1), "the first recording is the text's"
+    assert engine.recording_s > 0
 
 
 def test_errors_of_a_scale_itself_are_not_taken_for_failed_recordings(model):

@@ -25,4 +25,5 @@ def test_an_image_launches_no_more_kernels_than_it_did(engine, schedule):
 
 
 def test_beginning_an_image_launches_no_more_kernels_than_it_did():
-    assert launches_of_begin() <= 696
+    """Outside the recording of its text: 696 before there was one."""
+    assert launches_of_begin() <= 9
