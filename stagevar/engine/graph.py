@@ -73,6 +73,7 @@ class GraphEngine(Engine):
     Attributes:
         recorded, replayed: how often each happened to a step.
         recording_s: seconds spent on recording, including warm-up.
+        texts: recordings that make a conditioning, by shapes of the padded text.
         fallback_reason: why nothing more is recorded.
     """
 
@@ -83,8 +84,8 @@ class GraphEngine(Engine):
         self.name = "graph-compiled" if compiled else "graph"
         self.recorded = self.replayed = 0
         self.recording_s = 0.0
+        self.texts: dict[Any, RecordedText] = {}
         self.fallback_reason = None
-        self._texts: dict[Any, RecordedText] = {}
         self._residents: dict[Any, StaticBuffers] = {}
         self._decoders: dict[tuple[int, ...], tuple[Tensor, Callable[[], None], Tensor]] = {}
 
@@ -103,7 +104,7 @@ class GraphEngine(Engine):
     def _recorded_text(self, inputs: TextInputs[Any], device: torch.device) -> RecordedText | None:
         """The recording for these inputs, which they were copied into; None if it failed, now or earlier."""
         key = _shapes(inputs.tensors)
-        text = self._texts.get(key)
+        text = self.texts.get(key)
         if text is not None:
             for mine, theirs in zip(text.inputs, inputs.tensors, strict=True):
                 mine.copy_(theirs)
@@ -111,14 +112,14 @@ class GraphEngine(Engine):
             held, compute = tuple(tensor.to(device, copy=True) for tensor in inputs.tensors), inputs.conditioner()
             recorded = self._record(lambda: compute(*held), lambda: None)
             if recorded is not None:
-                text = self._texts[key] = RecordedText(*recorded, held)
+                text = self.texts[key] = RecordedText(*recorded, held)
         return text
 
     def start(self, wanted: Start, cache: KVCache, fixed: object) -> Start:
         if not isinstance(wanted.noise, PromptNoise):
             return wanted  # injected randomness cannot be replayed
         conditioning, noise = wanted.conditioning, wanted.noise
-        recorded = any(text.outputs is conditioning for text in self._texts.values())
+        recorded = any(text.outputs is conditioning for text in self.texts.values())
         key = (id(cache), fixed, id(conditioning) if recorded else _shapes(conditioning.tensors()))
         resident = self._residents.get(key)
         if resident is not None:
@@ -161,7 +162,7 @@ class GraphEngine(Engine):
         if self.fallback_reason is not None:
             return None
         started = time.perf_counter()
-        if not (self._decoders if separate_pool else self._texts or any(r.nodes for r in self._residents.values())):
+        if not (self._decoders if separate_pool else self.texts or any(r.nodes for r in self._residents.values())):
             self.recorder.new_pool(separate_pool)
         try:
             recorded = self.recorder.record(run, reset, separate_pool)
@@ -210,9 +211,9 @@ class GraphEngine(Engine):
     def forget(self, cache: KVCache) -> None:
         self._residents = {key: r for key, r in self._residents.items() if r.cache is not cache}
         read = {id(resident.conditioning) for resident in self._residents.values()}
-        self._texts = {key: text for key, text in self._texts.items() if id(text.outputs) in read}
+        self.texts = {key: text for key, text in self.texts.items() if id(text.outputs) in read}
 
     def release(self) -> None:
-        self._texts.clear()
+        self.texts.clear()
         self._residents.clear()
         self._decoders.clear()
