@@ -48,7 +48,7 @@ MOST_FORECASTS = 100
 LEAST_JUDGED, LEAST_UNSEEN = 6, 8
 #: Proposals to measure before they are judged, and the share of them that must not clearly break a limit.
 LEAST_PROPOSED, LEAST_HELD = 4, 0.5
-#: Schedules within the limits that few trials need if predictions fail, so that verification has more than one to try.
+#: Schedules within the limits that few trials should find, so that verification has more than one to try.
 LEAST_FEASIBLE = 3
 #: Predictions propose nothing more once their rank correlation, as a share of its noise ceiling, is below this by more than
 #: its standard error; and the least ceiling that can be distinguished from noise.
@@ -255,16 +255,19 @@ class PredictedFront:
     def judge(self, trials: int) -> int:
         """Compares predictions with what was measured since; returns how many schedules the search evaluates in total.
 
-        That is `trials`, unless predictions fail, which is reported once, and after these trials next to nothing keeps the
-        limits: then few trials become a full search.
+        That is `trials`, unless next to nothing keeps the limits after them: then few trials become a full search. Both that
+        and failing predictions are reported once.
         """
         why = "" if not self.trusted else self._broken_promises() or self._wrong_order()
         if why:
             self.trusted = False
             self.progress.say(f"predictions are no longer trusted: {why}")
         feasible = sum(c.feasible for c in self.ledger.candidates.values())
-        helpless = feasible < LEAST_FEASIBLE and self.ledger.evaluated >= trials
-        return max(trials, FULL_TRIALS) if self.few and not self.trusted and helpless else trials
+        if not self.few or trials >= FULL_TRIALS or self.ledger.evaluated < trials or feasible >= LEAST_FEASIBLE:
+            return trials
+        kept = "none" if not feasible else f"only {feasible}"
+        self.progress.say(f"{kept} of {trials} schedules within the limits so far: searching on, up to {FULL_TRIALS}")
+        return FULL_TRIALS
 
     def _broken_promises(self) -> str:
         """Why proposals are worse than predicted: most clearly break a limit that they were predicted to keep."""

@@ -105,7 +105,9 @@ class PromptRungs:
             points = [(latencies[p.key].share, float(np.mean(values[p.key]["quality"]))) for p in left]
             points += [(ratio, float(np.mean(theirs[:seen]))) for ratio, theirs in rivals.values()]
             best = set(top_by_rank(points))
+            # A rank on few prompts is no reason to give up what somebody chose for the space.
+            chosen = {name for name, _ in ledger.space.proposals}
             for index, p in enumerate(left):
-                if index not in best:
+                if index not in best and p.proposal.preset not in chosen:
                     reasons[p.key] = f"in the last quarter by non-dominated rank on {seen} prompts"
         return reasons

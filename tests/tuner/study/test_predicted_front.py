@@ -120,6 +120,20 @@ def test_predictions_that_do_not_hold_are_said_and_followed_no_further(tmp_path,
     assert any(c.source == "sampler" for c in result.candidates)
 
 
+@pytest.mark.parametrize(("lost", "tried", "said"), [(0.0, 12, ""), (0.35, FULL_TRIALS, "none of 12 schedules within")])
+def test_few_trials_become_a_whole_search_where_next_to_none_keeps_the_limits(tmp_path, lost, tried, said):
+    """Whether predictions hold or not: here they are right to expect nothing."""
+    made = {"drop": lambda steps: lost * (tokens(steps) < FULL_TOKENS) + drop(steps), "noise": 0.0}
+    one = study(tmp_path, made, SPACE, trials=12, max_drop=0.3, shortcuts=FEW)
+    lines = []
+    one.progress.say = lines.append
+    result = one.run()
+    assert result.search["prediction"]["trusted"] and len(result.candidates) == tried
+    assert [line for line in lines if "searching on" in line] == (
+        [f"{said} the limits so far: searching on, up to {FULL_TRIALS}"] if said else []
+    )
+
+
 def test_an_order_is_wrong_only_beyond_what_noise_and_its_own_error_explain(tmp_path, monkeypatch):
     front = PredictedFront.__new__(PredictedFront)
     rng = np.random.default_rng(0)
