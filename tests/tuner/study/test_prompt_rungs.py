@@ -1,0 +1,40 @@
+"""Which schedules of a round go on to further prompts."""
+
+import types
+
+import pytest
+
+from stagevar.schedule import exact
+from tests.fakes.studies import CHUNKS, GRIDS
+from tuner.config.quality import quality_limits
+from tuner.metrics.quality_spec import QualitySpec
+from tuner.proposals.trial_sampler import STARTUP_TRIALS, Proposal
+from tuner.results.candidate import Interval, LatencyStats
+from tuner.study.ask_ahead import Asked, Fate
+from tuner.study.options import SearchShortcuts
+from tuner.study.prompt_rungs import PromptRungs
+
+FULL = exact(len(GRIDS))
+STEPS = FULL.expand(GRIDS, CHUNKS)
+RIGHT, WRONG_ONCE = (1.0,) * 16, (1.0,) * 15 + (0.0,)
+
+
+def asked(key, preset=None):
+    return Asked(Proposal(1, {}, preset), FULL, STEPS, key, Fate.NEW)
+
+
+@pytest.mark.parametrize(("preset", "given_up"), [(None, True), ("stagevar-paper", True), ("own", False)])
+def test_a_rank_on_few_prompts_gives_up_what_nobody_chose_for_the_space(preset, given_up):
+    """One prompt of 16 fails: no limit is surely broken, but as slow as it is, every rival dominates the schedule."""
+    rivals = {f"r{n}": (0.4, RIGHT * 4) for n in range(STARTUP_TRIALS)}
+    ledger = types.SimpleNamespace(
+        rivals=lambda: rivals,
+        measured_baseline=types.SimpleNamespace(values={"geneval_nano": RIGHT * 4, "quality": RIGHT * 4}),
+        metrics=quality_limits({"geneval_nano": QualitySpec(max_drop=0.05)}),
+        space=types.SimpleNamespace(proposals=(("own", FULL),)),
+    )
+    prompt_rungs = PromptRungs(ledger, None, None, SearchShortcuts())
+    latency = LatencyStats((), 50.0, None, 49.0, 51.0, 50.0, Interval(0.5, 0.49, 0.51, 0))
+    values = {"a": {"geneval_nano": WRONG_ONCE, "quality": WRONG_ONCE}}
+    pruned = prompt_rungs._prune([asked("a", preset)], values, {"a": latency})
+    assert pruned == ({"a": "in the last quarter by non-dominated rank on 16 prompts"} if given_up else {})
