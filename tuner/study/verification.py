@@ -11,7 +11,8 @@ change nothing that is exported under that name. Finalists whose time stayed ope
 their images are drawn only if nothing else is verified, to distinguish undecided from infeasible.
 
 In a quick study finalists are judged one after another, the most promising first, and the first verified one is picked. They
-share the error of the judgment by turn instead of by joint bounds; those behind the verified one are not judged.
+share the error of the judgment by turn instead of by joint bounds; those behind the verified one are not judged. One that all
+prompts would not decide if its estimates hold waits until the others had their turn.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from tuner.statistics.bounds import (
     drop_bounds,
     mean_interval,
 )
-from tuner.statistics.looks import claims, looks, turn_shares
+from tuner.statistics.looks import FIRST_CLAIM, claims, looks, turn_shares
 from tuner.study.finalist_times import BASELINE, FinalistTimes
 from tuner.study.verdict import Limits, decide, is_settled, status_of
 
@@ -141,13 +142,15 @@ class Verifier:
     def _judge(self) -> None:
         for status in ("met", "open"):
             names = [n for n in self.finalists if n not in self.proved and self.times.status(n) == status]
-            for group in [[name] for name in names] if self.one_by_one else [names]:
+            turns = [([name], patient) for patient in (False, True) for name in names]
+            for group, patient in turns if self.one_by_one else [(names, True)]:
                 if self.cut_short or (self._verified() and (self.one_by_one or status == "open")):
                     return
-                self._judge_these(group)
+                self._judge_these(group, patient)
 
-    def _judge_these(self, running: Sequence[str]) -> None:
-        """Draws and scores held-out prompts for the full schedule and these finalists until they are decided."""
+    def _judge_these(self, running: Sequence[str], patient: bool) -> None:
+        """Draws and scores held-out prompts for the full schedule and these finalists until they are decided; unless
+        `patient`, until the last look does not seem to verify them."""
         done = 0
         for count in self._looks():
             if not running:
@@ -173,11 +176,26 @@ class Verifier:
             running = [k for k in running if k not in self.errors and k in self.finalists]
             # A decided finalist needs no more prompts.
             running = [k for k in running if status_of(self._quality_verdicts(k)) == "open"]
-            if self._pick_is_settled(running):
+            if self._pick_is_settled(running) or not (patient or all(map(self._promising, running))):
                 break
             if self.stop():
                 self.cut_short |= bool(running) and done < len(self.heldout)
                 break
+
+    def _promising(self, name: str) -> bool:
+        """Whether the last look would verify a finalist if its estimates hold, as far as can be told."""
+        count, last = len(self.values[name]["quality"]), len(self.heldout)
+        alpha = self._alpha(name, last)
+        if count < FIRST_CLAIM or alpha is None:
+            return True
+        for limit in limited(self.limits.metrics):
+            own, base = (np.asarray(self.values[n][limit.metric][:count]) for n in (name, BASELINE))
+            differences_1N = (own - base)[None] * limit.sign
+            bounds = continuous_drop_bounds if limit.kind == "continuous" else drop_bounds
+            drop, bound = -float(differences_1N.mean()), float(bounds(differences_1N, limit.change, alpha)[0][0])
+            if drop + (bound - drop) * (count / last) ** 0.5 > limit.allowed:
+                return False
+        return True
 
     def _pick_is_settled(self, undecided: Sequence[str]) -> bool:
         verified = self._verified()
