@@ -86,6 +86,9 @@ class RunConfig:
             return False
         config, had = self._read()
         theirs = config["identity"]
+        if config.get("quality_context", context) != context:  # what was judged from here on is not what was before
+            config["quality_context"] = {**context, "code": "several versions"}
+            self._write(config)
         new = json.loads(json.dumps(mine))
         for compared in (theirs, mine):
             # Where the prompts are and how they were requested does not matter: their contents are compared.

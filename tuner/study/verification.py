@@ -213,9 +213,13 @@ class Verifier:
         found: dict[int, dict[str, Judged]] = {batch: {} for batch in batches}
         missing: dict[int, list[str]] = {}
         for batch in batches:
+            start = batch * self.heldout.micro_batch
             for key in keys:
-                if len(self.values[key].get("quality", ())) > batch * self.heldout.micro_batch:
-                    continue  # the full schedule, drawn with finalists that were judged before
+                there = len(self.values[key].get("quality", ()))
+                if there >= min(start + self.heldout.micro_batch, len(self.heldout)):
+                    continue  # judged before, as the full schedule is with every finalist
+                if there > start:  # another study's prompts ended here; micro-batches are drawn whole
+                    self.values[key] = {metric: values[:start] for metric, values in self.values[key].items()}
                 kept = self._kept(key, batch)
                 if kept is None:
                     missing.setdefault(batch, []).append(key)

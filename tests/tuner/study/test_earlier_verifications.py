@@ -172,3 +172,25 @@ def test_killed_after_its_claim_a_quick_study_judges_nobody_else(first, tmp_path
     assert [c.key for c in result.candidates if isinstance(c, Finalist)] == [
         c.key for c in before.candidates if isinstance(c, Finalist)
     ]
+
+
+def test_a_floor_is_proved_where_its_bound_keeps_it(tmp_path):
+    floors = {**PROMPTS, "constraints": {"floors": {"geneval_nano": 0.5}}}
+    made(tmp_path / "a", space=floors)[0].run()
+    for floor, proved in ((0.5, True), (0.4, True), (0.75, False)):
+        space = {**PROMPTS, "constraints": {"floors": {"geneval_nano": floor}}}
+        found, _ = taken(made(tmp_path / "b", space=space)[0], tmp_path / "a")
+        assert bool(found.proved) == proved and found.checks
+        assert all(v.limit == floor for c in found.proved.values() for v in c.verdicts if v.name.startswith("floor"))
+
+
+def test_a_run_that_other_code_went_on_with_proves_nothing_to_others(tmp_path, monkeypatch):
+    made(tmp_path / "a")[0].run()
+    one, _ = made(tmp_path / "b")
+    assert taken(one, tmp_path / "a")[0].proved
+    monkeypatch.setattr("tuner.evaluation.store.code_digest", lambda: "other")
+    assert "another code" in taken(one, tmp_path / "a")[1]
+    made(tmp_path / "a", trials=9)[0].run()
+    assert "another code" in taken(one, tmp_path / "a")[1]
+    monkeypatch.undo()
+    assert "another code" in taken(one, tmp_path / "a")[1]

@@ -1,5 +1,6 @@
 """The verifier itself on fakes: who is timed on, and of whom held-out images are drawn."""
 
+import dataclasses
 from collections import Counter
 
 import numpy as np
@@ -50,7 +51,8 @@ class Counting(FakeEvaluator):
         return super().quality(schedules, split, batch)
 
 
-def verified(evaluator, finalists, **options):
+def verified(evaluator, finalists, tokens=None, **options):
+    options["processed_tokens"] = tokens
     heldout = evaluator.prompts["heldout"]
     return Verifier(evaluator, LocalExecutor(evaluator), finalists, FULL, heldout, evaluator.limits, **options).run()
 
@@ -148,3 +150,26 @@ def test_one_by_one_a_close_one_waits_for_its_next_and_is_judged_to_the_end_if_t
 
 def steps_of(name):
     return EDGE if name == "edge" else FAST
+
+
+def test_another_studys_prompts_that_end_within_a_micro_batch_are_drawn_whole():
+    """72 prompts are four micro-batches of 16 and a half; the least accelerated one is not proved, so drawing goes on."""
+    evaluator = Counting({FAST: 0.3, EDGE: 0.5}, drop=lambda steps: 0.0)
+    evaluator.limits = dataclasses.replace(
+        evaluator.limits, metrics=quality_limits(parse_space(SPACE).quality, {"geneval_nano": 0.1})
+    )
+    whole = evaluator.prompts["heldout"]
+    evaluator.prompts = {**evaluator.prompts, "heldout": whole.first(72)}
+    there = verified(evaluator, {"fast": FAST})
+    assert there["fast"].status == "verified" and there["fast"].prompts == there[BASELINE].prompts == 72
+    evaluator.prompts = {**evaluator.prompts, "heldout": whole}
+    evaluator.drawn.clear()
+    proof = [v for v in there["fast"].verdicts if v.name.startswith("drop:")]
+    proved = {"fast": dataclasses.replace(there["fast"], verdicts=tuple(proof))}
+    found = verified(
+        evaluator, {"fast": FAST, "edge": EDGE}, earlier=there, proved=proved, tokens={"edge": 2.0, "fast": 1.0}
+    )
+    assert (found["fast"].prompts, found["edge"].prompts, found[BASELINE].prompts) == (72, 256, 256)
+    assert evaluator.drawn == {EDGE: 16, FULL: 16 - 4}
+    alone = [evaluator.quality([FULL], "heldout", batch)[0]["geneval_nano"] for batch in range(16)]
+    assert found[BASELINE].values["geneval_nano"] == tuple(np.concatenate(alone))
