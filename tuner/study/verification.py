@@ -100,8 +100,7 @@ class Verifier:
         one_by_one: bool = False,
     ):
         self.proved = dict(proved or {})
-        unproved = [key for key in finalists if key not in self.proved]
-        self.error_shares = dict(zip(unproved, turn_shares(len(unproved)), strict=True)) if one_by_one else {}
+        self.error_shares: dict[str, float] = {}
         self.one_by_one = one_by_one
         self.processed_tokens = processed_tokens or dict.fromkeys(finalists, 0.0)
         self.evaluator, self.executor, self.finalists, self.full = evaluator, executor, dict(finalists), full
@@ -125,6 +124,10 @@ class Verifier:
         """Verifications by key, the full schedule's under BASELINE."""
         self.times.take()
         self.cut_short = self.times.cut_short
+        if self.one_by_one:
+            # Timings say nothing about quality, so they may decide whose turn it is.
+            turns = [*self._to_judge("met"), *self._to_judge("open")]
+            self.error_shares = dict(zip(turns, turn_shares(len(turns)), strict=True))
         if self.limits.quality and len(self.heldout):
             self._judge()
         return {name: self.verification(name) for name in (BASELINE, *self.finalists)}
@@ -141,12 +144,16 @@ class Verifier:
 
     def _judge(self) -> None:
         for status in ("met", "open"):
-            names = [n for n in self.finalists if n not in self.proved and self.times.status(n) == status]
+            names = self._to_judge(status)
             turns = [([name], patient) for patient in (False, True) for name in names]
             for group, patient in turns if self.one_by_one else [(names, True)]:
                 if self.cut_short or (self._verified() and (self.one_by_one or status == "open")):
                     return
                 self._judge_these(group, patient)
+
+    def _to_judge(self, times: str) -> list[str]:
+        """Finalists that are not proved yet, with this status of their timings."""
+        return [n for n in self.finalists if n not in self.proved and self.times.status(n) == times]
 
     def _judge_these(self, running: Sequence[str], patient: bool) -> None:
         """Draws and scores held-out prompts for the full schedule and these finalists until they are decided; unless

@@ -109,6 +109,16 @@ def test_one_by_one_nothing_is_drawn_of_those_behind_the_verified_one():
     assert found[BASELINE].error_share is None and found[BASELINE].prompts == found["edge"].prompts
 
 
+def test_one_by_one_those_within_the_budget_come_first_and_have_most_of_the_error():
+    evaluator = Counting({FAST: 0.3, EDGE: 0.5999}, spread=0.2, drop=lambda steps: 0.0)
+    found = verified(evaluator, {"edge": EDGE, "fast": FAST}, one_by_one=True)
+    assert found["edge"].times_open and not evaluator.drawn[EDGE] and found["fast"].status == "verified"
+    assert [found[name].error_share for name in ("fast", "edge")] == pytest.approx([TURN_SHARE, 1 - TURN_SHARE])
+    evaluator = Counting({FAST: 0.3, EDGE: 0.9}, drop=lambda steps: 0.0)
+    found = verified(evaluator, {"edge": EDGE, "fast": FAST}, one_by_one=True)
+    assert (found["fast"].error_share, found["edge"].error_share, found["edge"].status) == (1.0, None, "broken")
+
+
 def test_one_by_one_the_next_is_judged_where_one_is_broken_and_the_full_schedule_is_drawn_once():
     evaluator = Counting({FAST: 0.3, EDGE: 0.5}, drop=lambda steps: 0.5 * (steps == EDGE), discordance=0.01)
     found = verified(evaluator, {"edge": EDGE, "fast": FAST}, one_by_one=True)
