@@ -2,11 +2,14 @@
 
 import types
 
+import numpy as np
 import pytest
 
 from stagevar.schedule import exact
 from tests.fakes.studies import CHUNKS, GRIDS
+from tuner.config.prompts import PromptSet
 from tuner.config.quality import quality_limits
+from tuner.evaluation.executor import Executor
 from tuner.metrics.quality_spec import QualitySpec
 from tuner.proposals.trial_sampler import STARTUP_TRIALS, Proposal
 from tuner.results.candidate import Interval, LatencyStats
@@ -17,6 +20,17 @@ from tuner.study.prompt_rungs import PromptRungs
 FULL = exact(len(GRIDS))
 STEPS = FULL.expand(GRIDS, CHUNKS)
 RIGHT, WRONG_ONCE = (1.0,) * 16, (1.0,) * 15 + (0.0,)
+
+
+class Once(Executor):
+    """One image is wrong, in the first micro-batch."""
+
+    name = "once"
+
+    def run(self, tasks):
+        for task in tasks:
+            row = np.array(RIGHT if task.batch else WRONG_ONCE)
+            yield task, [{"geneval_nano": row, "quality": row} for _ in task.schedules]
 
 
 def asked(key, preset=None):
@@ -33,8 +47,9 @@ def test_a_rank_on_few_prompts_gives_up_what_nobody_chose_for_the_space(preset, 
         metrics=quality_limits({"geneval_nano": QualitySpec(max_drop=0.05)}),
         space=types.SimpleNamespace(proposals=(("own", FULL),)),
     )
-    prompt_rungs = PromptRungs(ledger, None, None, SearchShortcuts())
+    prompts = PromptSet(("a photo",) * 64, tuple(range(64)), 16)
+    prompt_rungs = PromptRungs(ledger, Once(), prompts, SearchShortcuts())
     latency = LatencyStats((), 50.0, None, 49.0, 51.0, 50.0, Interval(0.5, 0.49, 0.51, 0))
-    values = {"a": {"geneval_nano": WRONG_ONCE, "quality": WRONG_ONCE}}
-    pruned = prompt_rungs._prune([asked("a", preset)], values, {"a": latency})
-    assert pruned == ({"a": "in the last quarter by non-dominated rank on 16 prompts"} if given_up else {})
+    found = prompt_rungs.evaluate([asked("a", preset)], {"a": latency})
+    assert found.pruned == ({"a": "in the last quarter by non-dominated rank on 16 prompts"} if given_up else {})
+    assert len(found.values["a"]["quality"]) == (16 if given_up else 64) == prompt_rungs.prompts_run
