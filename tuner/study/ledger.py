@@ -54,6 +54,7 @@ class Ledger:
         failures: failed and unmeasured ones, in order.
         dropped: keys that were not judged, with their predicted ratios.
         foreseen: keys that the predicted front proposed.
+        proved: keys of which another study proved that they keep the limits on quality.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Ledger:
         self.failures: list[Failure] = []
         self.dropped: dict[str, float] = {}
         self.foreseen: set[str] = set()
+        self.proved: frozenset[str] = frozenset()
         self.baseline: Measured | Failed | None = None
         schedule = exact(len(facts.grids))
         self.full = schedule.expand(facts.grids, facts.chunks)
@@ -142,6 +144,11 @@ class Ledger:
     def evaluated(self) -> int:
         """Number of schedules that trials were spent on."""
         return len(self.candidates) + len(self.failures)
+
+    @property
+    def proved_in_time(self) -> bool:
+        """Whether another study proved the quality of a schedule that is within the budget here."""
+        return any(c.key in self.proved and c.latency.share <= self.budget_ratio for c in self.candidates.values())
 
     # ------------------------------------------------------------------------------------------------ limits
 

@@ -255,15 +255,16 @@ class PredictedFront:
     def judge(self, trials: int) -> int:
         """Compares predictions with what was measured since; returns how many schedules the search evaluates in total.
 
-        That is `trials`, unless next to nothing keeps the limits after them: then few trials become a full search. Both that
-        and failing predictions are reported once.
+        That is `trials`, unless next to nothing keeps the limits after them, nor did another study prove that: then few
+        trials become a full search. Both that and failing predictions are reported once.
         """
         why = "" if not self.trusted else self._broken_promises() or self._wrong_order()
         if why:
             self.trusted = False
             self.progress.say(f"predictions are no longer trusted: {why}")
         feasible = sum(c.feasible for c in self.ledger.candidates.values())
-        if not self.few or trials >= FULL_TRIALS or self.ledger.evaluated < trials or feasible >= LEAST_FEASIBLE:
+        enough = feasible >= LEAST_FEASIBLE or self.ledger.proved_in_time
+        if not self.few or enough or trials >= FULL_TRIALS or self.ledger.evaluated < trials:
             return trials
         kept = "none" if not feasible else f"only {feasible}"
         self.progress.say(f"{kept} of {trials} schedules within the limits so far: searching on, up to {FULL_TRIALS}")

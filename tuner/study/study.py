@@ -77,6 +77,7 @@ class Study:
         self.config = RunConfig(run_dir, options.command)
         self.ledger = Ledger(run_dir, self.space, self.facts, options.budget, self.metrics)
         self.known = options.earlier_study or EarlierStudy()
+        self.ledger.proved = frozenset(self.known.proved)
         self.judged_on: list[int] = []
         self.told = 0
         self.stop_reason = ""

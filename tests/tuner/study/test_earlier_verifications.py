@@ -7,6 +7,7 @@ import pytest
 
 from tests.fakes.studies import FULL_TOKENS, study, tokens
 from tuner.config.quality import quality_limits
+from tuner.config.space import steps_key
 from tuner.evaluation.store import quality_context
 from tuner.report.next_steps import next_steps
 from tuner.results.candidate import Finalist
@@ -15,6 +16,7 @@ from tuner.results.run_dir import CONFIG_FILE
 from tuner.statistics.bounds import drop_bounds
 from tuner.statistics.looks import TURN_SHARE, judgement_alpha
 from tuner.study.earlier_verifications import read_earlier_study
+from tuner.study.options import FULL_TRIALS, SearchShortcuts
 
 PROMPTS = {"prompts": {"source": "nano", "search": 24, "heldout": 320, "micro_batch": 16}}
 LIMIT = 0.1
@@ -33,9 +35,11 @@ def made(run_dir, earlier=None, space=PROMPTS, drop=lost, **options):
         found = [result.candidate(key).schedule for key in keys if key != result.baseline.key]
         proposals = {f"from-{number}": schedule for number, schedule in enumerate(found, 1)}
     options = {"trials": 8, "max_drop": LIMIT, "one_by_one": True, **options}
-    one = study(run_dir, {"drop": drop}, {**space, "proposals": proposals}, **options)
+    space = {**space, "proposals": proposals}
+    one = study(run_dir, {"drop": drop}, space, **options)
     if earlier is not None:
-        one.known = taken(one, earlier)[0]
+        found, _ = taken(one, earlier)
+        one = study(run_dir, {"drop": drop}, space, earlier_study=found, **options)
     drawn, whole = [], one.evaluator.quality
     one.evaluator.quality = lambda s, split, b: (drawn.extend([split] * len(s)), whole(s, split, b))[1]
     return one, drawn
@@ -194,3 +198,18 @@ def test_a_run_that_other_code_went_on_with_proves_nothing_to_others(tmp_path, m
     assert "another code" in taken(one, tmp_path / "a")[1]
     monkeypatch.undo()
     assert "another code" in taken(one, tmp_path / "a")[1]
+
+
+def test_what_is_proved_within_the_budget_is_enough_for_few_trials(first, tmp_path):
+    """Everything else loses half of the images, so that without the proof the search would go on to 30 schedules."""
+    folder, before = first
+    pick = before.pick.key
+
+    def drop(steps):
+        return 0.0 if tokens(steps) == FULL_TOKENS or steps_key(steps) == pick else 0.5
+
+    few = {"shortcuts": SearchShortcuts(overlap=False, sensitivity=True, few=True), "budget": "70%"}
+    one, _ = made(tmp_path / "b", folder, drop=drop, **few)
+    assert len(one.run().candidates) == 8
+    alone, _ = made(tmp_path / "c", drop=drop, **few)
+    assert len(alone.run().candidates) == FULL_TRIALS
