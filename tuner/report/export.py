@@ -24,7 +24,6 @@ from tuner.report.words import PICK_ORDER, describe, latency_of, name_of
 from tuner.results.candidate import (
     Candidate,
     Failed,
-    Finalist,
     Interval,
     LatencyStats,
     Measured,
@@ -215,9 +214,10 @@ def _constraints(result: StudyResult, candidate: Candidate) -> dict[str, object]
         data["max_drop"] = limits
     if result.floors:
         data["floors"] = dict(result.floors)
-    return plain(
-        {**data, "proved": isinstance(candidate, Finalist), "verdicts": [_verdict(v) for v in candidate.final_verdicts]}
-    )
+    check, full = verification_of(candidate), candidate.key == result.baseline.key
+    # A finalist that was only timed proves nothing about quality.
+    proved = check is not None and (full or result.random_weights or check.prompts > 0)
+    return plain({**data, "proved": proved, "verdicts": [_verdict(v) for v in candidate.final_verdicts]})
 
 
 def _verdict(verdict: Verdict) -> dict[str, object]:

@@ -117,8 +117,10 @@ def preference(candidate: Measured) -> tuple[float, float]:
 
 def keeps_quality(candidate: Measured) -> bool:
     """Whether no limit except latency's is broken, as far as is known."""
-    verdicts = candidate.final_verdicts
-    return candidate.fully_evaluated and all(v.status != "broken" for v in verdicts if v.name not in OF_TIME)
+    found = [v for v in candidate.final_verdicts if v.name not in OF_TIME]
+    # A finalist that was only timed is known from the search.
+    found = found or [v for v in candidate.verdicts if v.name not in OF_TIME]
+    return candidate.fully_evaluated and all(v.status != "broken" for v in found)
 
 
 def may_be_feasible(candidate: Measured, limits: Limits) -> bool:

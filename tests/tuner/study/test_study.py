@@ -13,13 +13,13 @@ from tuner.config.costs import FINALISTS_PER_KIND
 from tuner.config.limits import parse_budget
 from tuner.config.quality import quality_limits
 from tuner.config.space_file import parse_space
-from tuner.report.export import export
+from tuner.report.export import export, profile_of
 from tuner.report.page import write_report
 from tuner.results.candidate import Finalist, Interval, LatencyStats, Measured, Verdict
 from tuner.results.codec import build, record_of
 from tuner.results.result import StudyResult
 from tuner.statistics.bounds import ratio_interval
-from tuner.study.verdict import LEAST_GAIN, Limits, choose_finalists, in_turn, is_settled
+from tuner.study.verdict import LEAST_GAIN, Limits, choose_finalists, in_turn, is_settled, keeps_quality
 
 BIG = {"prompts": {"source": "nano", "search": 24, "heldout": 320, "micro_batch": 16}}
 
@@ -135,6 +135,16 @@ def test_one_by_one_the_pick_is_the_least_accelerated_of_those_that_seem_as_good
     assert result.pick.processed_tokens == max(c.processed_tokens for c in finalists) and len(finalists) > 2
     assert StudyResult.load(tmp_path / "turns") == result
     assert export(result, tmp_path / "turns") and write_report(result, tmp_path / "turns").exists()
+
+
+def test_a_finalist_that_was_only_timed_is_known_from_the_search_and_proves_nothing_about_quality(tmp_path):
+    result = study(tmp_path, {"drop": lambda steps: 0.0}, BIG, trials=12, one_by_one=True).run()
+    unjudged = [c for c in result.candidates if isinstance(c, Finalist) and not c.verification.prompts]
+    assert unjudged and profile_of(result, result.pick).constraints.proved
+    for candidate in unjudged:
+        assert keeps_quality(candidate) and not profile_of(result, candidate).constraints.proved
+        worse = [dataclasses.replace(v, status="broken") for v in candidate.verdicts if v.name.startswith("drop:")]
+        assert not keeps_quality(dataclasses.replace(candidate, verdicts=tuple(worse)))
 
 
 def test_the_order_of_turns_puts_what_loses_clearly_behind(tmp_path):

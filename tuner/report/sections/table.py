@@ -86,9 +86,10 @@ def table_section(result: StudyResult) -> str:
 
 def _verified_status(check: Verification) -> str:
     if check.passed_over:
-        return "not judged<small>another one was verified first</small>"
-    by = f"<small>quality: {escape(check.proved_by)}</small>" if check.proved_by else ""
-    return f"{escape(check.status)}{by}"
+        return '<span title="another one was verified first">not judged</span>'
+    if check.proved_by:
+        return f'<span title="quality: by the study in {escape(check.proved_by)}">{escape(check.status)}</span>'
+    return escape(check.status)
 
 
 def _search_status(candidate: Candidate) -> str:
