@@ -15,10 +15,12 @@ from PIL import Image
 
 from stagevar.errors import UsageError
 from tests.fakes.sample_study import KINDS, make
+from tests.fakes.studies import study
 from tuner.config.quality import MetricLimit, quality_limits
 from tuner.metrics.quality_spec import QualitySpec
 from tuner.report.page import MAX_BYTES, render, write_report
 from tuner.report.scatter import place_labels
+from tuner.report.sections.marks import mark_of
 from tuner.report.svg import ticks
 from tuner.report.words import describe, signed
 from tuner.results.candidate import Failed, Failure, Finalist, Measured, Sample
@@ -397,3 +399,11 @@ if BROWSER:  # without one the structural tests above stand alone
     def test_a_real_browser_follows_dark_mode(runs, tmp_path):
         found = browse(runs, ("full",), tmp_path, "--blink-settings=preferredColorScheme=0")
         assert {seen["page"] for seen in found.values()} == {"rgb(18, 20, 24)"}
+
+
+def test_a_finalist_that_broke_a_limit_is_marked_as_outside_though_the_search_had_it_within(tmp_path):
+    result = study(tmp_path, {"drop": lambda steps: 0.0}, trials=6).run()
+    finalist = next(c for c in result.candidates if isinstance(c, Finalist) and c.key not in result.picks.values())
+    assert finalist.feasible and mark_of(result, finalist)[0] == "feasible"
+    check = dataclasses.replace(finalist.verification, status="broken")
+    assert mark_of(result, dataclasses.replace(finalist, verification=check))[0] == "infeasible"

@@ -15,7 +15,7 @@ from tuner.report.words import (
     shown_ms,
     signed,
 )
-from tuner.results.candidate import Candidate, Measured
+from tuner.results.candidate import Candidate, Measured, verification_of
 from tuner.results.result import StudyResult
 
 WIDE, NARROW = 960, 358
@@ -53,7 +53,10 @@ def mark_of(result: StudyResult, candidate: Candidate) -> tuple[str, str]:
     """Marker class and shape."""
     if candidate.key == result.baseline.key:
         return "baseline", "square"
-    kind = "feasible" if isinstance(candidate, Measured) and candidate.feasible else "infeasible"
+    check = verification_of(candidate)
+    broken = check is not None and check.status == "broken"
+    within = isinstance(candidate, Measured) and candidate.feasible and not broken
+    kind = "feasible" if within else "infeasible"
     if candidate.key == result.picks.get("pick"):
         return "pick", "star"
     return kind, "diamond" if candidate.source.startswith("enqueued") else "circle"
