@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from stagevar.errors import UsageError, hint
 from tuner.metrics.declarations import DECLARATIONS, Declaration
 from tuner.metrics.quality_spec import QualitySpec
@@ -124,6 +126,14 @@ def factors(limits: Sequence[MetricLimit]) -> dict[str, float]:
     A metric without a limit counts by its weight per unit, in allowances of the primary metric.
     """
     return {m.metric: m.weight / (limits[0].allowed if m.max_drop is None else m.max_drop) for m in limits}
+
+
+def composite(values: Mapping[str, Sequence[float] | np.ndarray], limits: Sequence[MetricLimit]) -> np.ndarray:
+    """The composite (N,) of N values per metric, in allowances of these limits."""
+    per_unit = factors(limits)
+    rows = [m.sign * per_unit[m.metric] * np.asarray(values[m.metric], dtype=np.float64) for m in limits]
+    total_N: np.ndarray = np.sum(rows, axis=0)
+    return total_N
 
 
 def composite_change(limits: Sequence[MetricLimit]) -> float:

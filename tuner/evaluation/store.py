@@ -33,7 +33,7 @@ from stagevar.files import write_text_atomically, writing
 from stagevar.profile.engine_choice import TOLERANCE
 from stagevar.schedule import Steps, exact
 from tuner.config.prompts import PromptSet
-from tuner.config.quality import MetricLimit, factors
+from tuner.config.quality import MetricLimit, composite
 from tuner.config.space import SearchSpace, steps_key
 from tuner.evaluation.evaluator import EvaluationInfo, Evaluator, Values
 from tuner.evaluation.executor import Executor, Failed, Outcome, QualityTask
@@ -110,6 +110,16 @@ def _plain(data: Context) -> Context:
     return plain
 
 
+def differing(other: Context, context: Context) -> list[str]:
+    """What differs between two contexts, by name."""
+    return [name for name in (*context, *(other.keys() - context)) if other.get(name) != context.get(name)]
+
+
+def named(context: Context) -> str:
+    """What a context is about, in words."""
+    return ", ".join(name for name in context if name != "layout")
+
+
 def _digest(data: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
@@ -157,7 +167,7 @@ class Store:
                 continue
             if not isinstance(other, dict) or other == context or other.get("model") != context["model"]:
                 continue
-            names = [name for name in (*context, *(other.keys() - context)) if other.get(name) != context.get(name)]
+            names = differing(other, context)
             count = sum(1 for one in path.parent.rglob("*.json") if one != path)
             found.append((len(names), count, f"another {' and '.join(names)}"))
         return [(count, why) for _, count, why in sorted(found) if count]
@@ -194,7 +204,7 @@ class StoredExecutor(Executor):
     ):
         self.executor, self.store, self.prompts = executor, store, prompts
         self._contexts = {split: quality_context(facts, space, split) for split in prompts}
-        self._weights = {m.metric: m.sign * factors(limits)[m.metric] for m in limits}
+        self._limits = limits
         self.counts = StoreCounts()
 
     def reasons(self) -> list[str]:
@@ -204,7 +214,7 @@ class StoredExecutor(Executor):
         held = sum(1 for path in folder.rglob("*.json") if path.name != "context.json")
         lines = []
         if held:
-            same = ", ".join(name for name in context if name != "layout")
+            same = named(context)
             lines.append(f"{held:,} results have the same {same}: reused")
         lines += [f"{count:,} results have {why}: not reused" for count, why in self.store.unlike("quality", context)]
         return lines or [f"no results of {context['model']} yet"]
@@ -247,7 +257,7 @@ class StoredExecutor(Executor):
 
     def _with_composite(self, values: Mapping[str, Sequence[float]]) -> Outcome:
         rows = {metric: np.asarray(row, dtype=np.float64) for metric, row in values.items()}
-        return {**rows, "quality": np.sum([weight * rows[metric] for metric, weight in self._weights.items()], axis=0)}
+        return {**rows, "quality": composite(rows, self._limits)}
 
     def _path(self, steps: Steps, split: str, batch: int) -> Path:
         folder = self.store.open("quality", self._contexts[split])

@@ -13,11 +13,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from tuner.config.prompts import PromptSet
-from tuner.config.quality import MetricLimit, factors, limited
-from tuner.evaluation.store import Context
+from tuner.config.quality import MetricLimit, composite, limited
+from tuner.evaluation.store import Context, differing, named
 from tuner.results.candidate import OF_TIME, Candidate, Finalist, Measured, Verdict, Verification, verification_of
 from tuner.results.codec import build
 from tuner.results.result import StudyResult
@@ -52,7 +50,7 @@ class EarlierStudy:
 
     def judgments_of(self, finalists: Collection[str]) -> int:
         """How often any of these were judged there: 0 if none of them was."""
-        return self.judgments if any(self.checks[key].prompts for key in finalists if key in self.checks) else 0
+        return self.judgments if any(key in self.checks for key in finalists) else 0
 
 
 def read_earlier_study(
@@ -79,7 +77,7 @@ def read_earlier_study(
         return EarlierStudy(), f"{run} judged no schedule on held-out prompts"
     checks = {key: _with_composite(check, limits) for key, check in {BASELINE: full, **judged}.items()}
     proved = {key: kept for key in judged if (kept := _proof(run, checks[key], limits, floors)) is not None}
-    same = f"the same held-out prompts, {', '.join(name for name in context if name != 'layout')}"
+    same = f"the same held-out prompts, {named(context)}"
     line = f"held-out results of {run} are reused ({same}): {_what_is_proved(len(proved))}"
     return EarlierStudy(checks, proved, len(result.judged_on)), line
 
@@ -99,9 +97,9 @@ def _unlike(run: Path, result: StudyResult, context: Context, heldout: PromptSet
         theirs = dict(json.loads((run / CONFIG_FILE).read_text(encoding="utf-8"))["quality_context"])
     except (OSError, ValueError, KeyError, TypeError):
         return "an older version wrote them, without what they depend on"
-    differing = [name for name in (*context, *(theirs.keys() - context)) if theirs.get(name) != context.get(name)]
-    if differing:
-        return f"another {' and '.join(differing)}"
+    names = differing(theirs, context)
+    if names:
+        return f"another {' and '.join(names)}"
     count = len(result.heldout_prompts)
     if len(heldout) < count:
         return f"{count} prompts were held out there, {len(heldout)} here"
@@ -110,9 +108,8 @@ def _unlike(run: Path, result: StudyResult, context: Context, heldout: PromptSet
 
 def _with_composite(check: Verification, limits: Sequence[MetricLimit]) -> Verification:
     """A verification whose composite counts in these limits' allowances."""
-    per_unit = factors(limits)
-    rows = [m.sign * per_unit[m.metric] * np.asarray(check.values[m.metric]) for m in limits]
-    return dataclasses.replace(check, values={**check.values, "quality": tuple(map(float, np.sum(rows, axis=0)))})
+    quality = tuple(map(float, composite(check.values, limits)))
+    return dataclasses.replace(check, values={**check.values, "quality": quality})
 
 
 def _proof(
