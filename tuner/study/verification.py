@@ -109,8 +109,8 @@ class Verifier:
         self.earlier, self.extensions, self.cut_short = dict(earlier or {}), extensions + judgments, False
         self.times = FinalistTimes(evaluator, self.finalists, full, limits, note, stop, extensions)
         self.values: dict[str, dict[str, list[float]]] = {name: {} for name in (BASELINE, *finalists)}
-        for name in (BASELINE, *self.proved) if self.proved else ():
-            check = self.earlier[BASELINE] if name == BASELINE else self.proved[name]
+        known = {BASELINE: self.earlier[BASELINE], **self.proved} if self.proved else {}
+        for name, check in known.items():
             self.values[name] = {metric: list(values) for metric, values in check.values.items()}
         self.errors: dict[str, str] = {}
         self._bounds: dict[Any, tuple[np.ndarray, np.ndarray]] = {}
@@ -192,17 +192,11 @@ class Verifier:
     def _promising(self, name: str) -> bool:
         """Whether the last look would verify a finalist if its estimates hold, as far as can be told."""
         count, last = len(self.values[name]["quality"]), len(self.heldout)
-        alpha = self._alpha(name, last)
-        if count < FIRST_CLAIM or alpha is None:
+        if count < FIRST_CLAIM:
             return True
-        for limit in limited(self.limits.metrics):
-            own, base = (np.asarray(self.values[n][limit.metric][:count]) for n in (name, BASELINE))
-            differences_1N = (own - base)[None] * limit.sign
-            bounds = continuous_drop_bounds if limit.kind == "continuous" else drop_bounds
-            drop, bound = -float(differences_1N.mean()), float(bounds(differences_1N, limit.change, alpha)[0][0])
-            if drop + (bound - drop) * (count / last) ** 0.5 > limit.allowed:
-                return False
-        return True
+        alpha, shrinks = self._alpha(name, last), (count / last) ** 0.5
+        drops = [self._drop_verdict(name, limit, count, alpha) for limit in limited(self.limits.metrics)]
+        return all(drop.value + (drop.bound - drop.value) * shrinks <= drop.limit for drop in drops)
 
     def _pick_is_settled(self, undecided: Sequence[str]) -> bool:
         verified = self._verified()
