@@ -63,32 +63,21 @@ class RunConfig:
         self.judged_on: tuple[int, ...] = ()
 
     def claim(
-        self,
-        identity: Identity,
-        asked: PromptSource,
-        heldout: PromptSet,
-        engine_choice: EngineSection | None,
-        context: Context,
+        self, identity: Identity, asked: PromptSource, heldout: PromptSet, engine_choice: EngineSection | None
     ) -> bool:
         """Writes the identity of a new run or compares that of an old one; returns whether the run is an old one.
 
-        `context`, what held-out results depend on, is kept for studies that start from this one. An old run may continue with
-        more held-out prompts, if its own are the first of them; that becomes its identity.
+        An old run may continue with more held-out prompts, if its own are the first of them; that becomes its identity.
         Raises UsageError that says what differs.
         """
         mine: Identity = json.loads(json.dumps(identity))
         if not self.path.exists():
             # Kept with the identity, so that a resumed run keeps its engine instead of comparing engines again.
-            kept: dict[str, object] = {"quality_context": context}
-            if engine_choice is not None:
-                kept["engine_choice"] = dataclasses.asdict(engine_choice)
+            kept = {} if engine_choice is None else {"engine_choice": dataclasses.asdict(engine_choice)}
             self._write({"identity": mine, "command": self.command, "judged_on": [], **kept})
             return False
         config, had = self._read()
         theirs = config["identity"]
-        if config.get("quality_context", context) != context:  # what was judged from here on is not what was before
-            config["quality_context"] = {**context, "code": "several versions"}
-            self._write(config)
         new = json.loads(json.dumps(mine))
         for compared in (theirs, mine):
             # Where the prompts are and how they were requested does not matter: their contents are compared.
@@ -111,6 +100,17 @@ class RunConfig:
                 f"write --heldout {had}+{asked.heldout - had} to add to them"
             )
         raise UsageError(f"{run_dir} holds another study: {'; '.join(differing[:3])}; choose another --out, or --fresh")
+
+    def note_context(self, context: Context, first: bool) -> None:
+        """Writes what held-out results depend on, before they are judged, for studies that start from this one.
+
+        If this is not the run's `first` verification and the earlier ones depend on something else, no code made them all.
+        """
+        config = json.loads(self.path.read_text())
+        kept = config.get("quality_context", context if first else None)
+        noted = context if kept == context else {**context, "code": "several versions"}
+        if noted != config.get("quality_context"):
+            self._write({**config, "quality_context": noted})
 
     def note_judged(self, judged_on: Sequence[int]) -> None:
         """Writes how many prompts each judgment of the run used; only then is the verdict reported."""

@@ -93,8 +93,7 @@ class Study:
     def check_identity(self) -> bool:
         """Claims the run directory for this study; returns whether it already held this study. See `RunConfig.claim`."""
         heldout = self.prompts["heldout"]
-        context = quality_context(self.facts, self.space, "heldout")
-        known = self.config.claim(self.identity(), self.space.prompts, heldout, self.facts.engine_choice, context)
+        known = self.config.claim(self.identity(), self.space.prompts, heldout, self.facts.engine_choice)
         self.judged_on = list(self.config.judged_on)
         return known
 
@@ -259,6 +258,7 @@ class Study:
             processed_tokens={c.key: c.processed_tokens for c in finalists},
             one_by_one=self._one_by_one,
         )
+        self.config.note_context(quality_context(self.facts, self.space, "heldout"), first=not earlier)
         verifications = verifier.run()
         own = verifications[BASELINE]
         if BASELINE in earlier and earlier[BASELINE].prompts > own.prompts:

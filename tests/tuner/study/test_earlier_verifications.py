@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from stagevar.errors import UsageError
 from tests.fakes.studies import FULL_TOKENS, study, tokens
 from tuner.config.quality import quality_limits
 from tuner.config.space import steps_key
@@ -194,7 +195,14 @@ def test_a_run_that_other_code_went_on_with_proves_nothing_to_others(tmp_path, m
     assert taken(one, tmp_path / "a")[0].proved
     monkeypatch.setattr("tuner.evaluation.store.code_digest", lambda: "other")
     assert "another code" in taken(one, tmp_path / "a")[1]
-    made(tmp_path / "a", trials=9)[0].run()
+    shown = made(tmp_path / "a")[0].run()
+    with pytest.raises(UsageError, match="another study"):
+        made(tmp_path / "a", budget="40%")[0].run()
+    monkeypatch.undo()
+    assert taken(one, tmp_path / "a")[0].proved, "neither judged anything"
+    monkeypatch.setattr("tuner.evaluation.store.code_digest", lambda: "other")
+    judged = made(tmp_path / "a", trials=30)[0].run()
+    assert len(judged.judged_on) > len(shown.judged_on)
     assert "another code" in taken(one, tmp_path / "a")[1]
     monkeypatch.undo()
     assert "another code" in taken(one, tmp_path / "a")[1]
