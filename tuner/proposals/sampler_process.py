@@ -135,6 +135,7 @@ def serve() -> None:
     calls, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # library output must not mix with the replies
     from tuner.proposals.trial_sampler import TrialSampler
+    from tuner.results.run_dir import proposing_lock
 
     made: list[TrialSampler] = []
 
@@ -157,9 +158,11 @@ def serve() -> None:
         replies.flush()
 
     with contextlib.suppress(EOFError, BrokenPipeError):
-        answer(build, pickle.load(calls))
-        while True:
-            answer(call, pickle.load(calls))
+        arguments = pickle.load(calls)
+        with proposing_lock(arguments[0]):
+            answer(build, arguments)
+            while True:
+                answer(call, pickle.load(calls))
 
 
 def _portable(error: Exception) -> Exception:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 JOURNAL_FILE = "journal.log"
 EVIDENCE_FILE = "trials.jsonl"
 LOCK_FILE = "driver.lock"
+PROPOSING_FILE = ".proposing.lock"
 #: Time-stamped messages of the driver and its workers, appended by every process that drives the run.
 LOG_FILE = "run.log"
 CONFIG_FILE = "config.json"
@@ -44,7 +45,10 @@ RUN_FILES = (
 
 @contextlib.contextmanager
 def driver_lock(run_dir: Path) -> Iterator[None]:
-    """Holds the run directory. Raises UsageError naming the process that already holds it."""
+    """Holds the run directory. Raises UsageError naming the process that already holds it.
+
+    Waits for the proposing process of a driver that was killed: it writes the journal until its last proposal is made.
+    """
     with open(run_dir / LOCK_FILE, "a+", encoding="utf-8") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -63,6 +67,16 @@ def driver_lock(run_dir: Path) -> Iterator[None]:
         handle.truncate()
         handle.write(f"process {os.getpid()} on {socket.gethostname()}")
         handle.flush()
+        with proposing_lock(run_dir):
+            pass
+        yield
+
+
+@contextlib.contextmanager
+def proposing_lock(run_dir: Path) -> Iterator[None]:
+    """Held by a driver's proposing process as long as it may write the journal; waits for another one to end."""
+    with open(run_dir / PROPOSING_FILE, "a", encoding="utf-8") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -12,6 +13,7 @@ from stagevar.errors import StagevarError
 from tests.fakes.studies import study
 from tuner.proposals.sampler_process import SamplerLost, SamplerProcess
 from tuner.proposals.trial_sampler import TrialOutcome
+from tuner.results.run_dir import driver_lock
 
 
 @pytest.fixture
@@ -91,6 +93,23 @@ def test_a_script_without_a_guard_is_not_run_again(tmp_path):
     assert done.returncode == 0, done.stderr
     began, asked = done.stdout.splitlines()
     assert began == "began" and asked.startswith("0 ")
+
+
+def test_the_next_driver_waits_until_a_dead_ones_process_writes_no_more(tmp_path, trial_sampler):
+    """Both would write the journal, and the newer one removes the lock that the older one holds on it."""
+    trial_sampler.completed()  # it has been built, and holds the directory until it ends
+    held = threading.Event()
+
+    def drive():
+        with driver_lock(tmp_path):
+            held.set()
+
+    thread = threading.Thread(target=drive)
+    thread.start()
+    assert not held.wait(0.5)
+    trial_sampler.close()
+    thread.join()
+    assert held.is_set()
 
 
 @pytest.mark.process
