@@ -45,7 +45,7 @@ from tuner.evaluation.model_evaluator import ModelEvaluator
 from tuner.evaluation.prefix_tree import walk
 from tuner.evaluation.step_costs import StepCosts
 from tuner.metrics.quality_spec import QualitySpec
-from tuner.proposals.sensitivity import alone, changes_to_measure
+from tuner.proposals.sensitivity import Sensitivities, alone, changes_to_measure
 from tuner.proposals.trial_sampler import Proposal
 from tuner.results import pareto
 from tuner.results.candidate import Failed, Measured, Unmeasured
@@ -82,9 +82,12 @@ VARIANTS: dict[str, tuple[str, SearchShortcuts]] = {
     "sensitivity alone": ("tpe", dataclasses.replace(PLAIN, batch=5, tree=True, table=True, sensitivity=True)),
     "all, sensitivity": ("auto", SearchShortcuts(sensitivity=True)),
     "all, sensitivity, few": ("auto", SearchShortcuts(sensitivity=True, few=True)),
+    "all, sensitivity known": ("auto", SearchShortcuts(sensitivity=True, few=True)),
     "all, 2 at a time": ("auto", SearchShortcuts(batch=2)),
     "all, 10 at a time": ("auto", SearchShortcuts(batch=10)),
 }
+#: Variants that start with the table of an earlier study, as `--from` gives it.
+WARM = ("all, sensitivity known",)
 #: Compared at equal wall time, with more seeds.
 PLOTTED = ("all", "plain, TPE", "plain, random")
 
@@ -96,7 +99,7 @@ class Bench:
         self.model = load_model(model)
         space = load_space(model)
         source = dataclasses.replace(space.prompts, search=prompts, heldout=heldout, micro_batch=micro_batch)
-        self.space = dataclasses.replace(space, prompts=source, quality=quality, enqueue=PUBLISHED)
+        self.space = dataclasses.replace(space, prompts=source, quality=quality, enqueue=PUBLISHED, proposals=())
         self.limits, self.metric = quality_limits(quality, MAX_DROP), next(iter(quality))
         self.prompts = load_prompts(source, 0)
         self.facts = self.evaluator().facts
@@ -105,6 +108,17 @@ class Bench:
     def evaluator(self, keep_bytes: int | None = None) -> ModelEvaluator:
         quality = composite_specs(self.space.quality, self.limits)
         return ModelEvaluator(self.model, self.prompts, quality, keep_bytes=keep_bytes)
+
+    def earlier_table(self) -> Sensitivities:
+        """The sensitivities that a study with another seed measures, on prompts of its own."""
+        prompts = load_prompts(self.space.prompts, 1)
+        evaluator = ModelEvaluator(self.model, prompts, composite_specs(self.space.quality, self.limits))
+        grids, chunks = self.facts.grids, self.facts.chunks
+        changes = changes_to_measure(draws(self.space, grids, chunks, 1, CHANGE_DRAWS))
+        schedules = (evaluator.full, *(alone(change, evaluator.full) for change in changes))
+        full, *rows = evaluator.quality(schedules, "search", 0)
+        differences = {c: [row[self.metric] - full[self.metric]] for c, row in zip(changes, rows, strict=True)}
+        return Sensitivities((self.metric,), differences)
 
     def drawn(self, count: int, seed: int = 0, first: int = 0) -> list[Steps]:
         """Distinct schedules: the presets, then uniform draws from the space; all accelerated from scale `first` on only."""
@@ -280,10 +294,17 @@ class Watched(Ledger):
 
 
 def searched(
-    bench: Bench, baseline: Measured, sampler: str, shortcuts: SearchShortcuts, seed: int, trials: int, limit_s: float
+    bench: Bench,
+    baseline: Measured,
+    sampler: str,
+    shortcuts: SearchShortcuts,
+    seed: int,
+    trials: int,
+    limit_s: float,
+    earlier: Sensitivities | None = None,
 ) -> tuple[Watched, dict[str, Any]]:
-    """One search from nothing but the full schedule: its figures are given, its images and what is kept of it are made
-    before the clock starts, as a study measures it before it searches."""
+    """One search from nothing but the full schedule and `earlier`: its figures are given, its images and what is kept of it
+    are made before the clock starts, as a study measures it before it searches."""
     evaluator = bench.evaluator(None if shortcuts.tree else 0)
     for batch in range(bench.prompts["search"].batches):
         evaluator.quality([evaluator.full], "search", batch)
@@ -302,6 +323,7 @@ def searched(
             seed=seed,
             sampler=sampler,
             shortcuts=shortcuts,
+            earlier=earlier,
             out_of_time=lambda: "time" if time.perf_counter() - began > limit_s else "",
         )
         search.trial_sampler.completed()  # started before the clock, as a study starts it while the full schedule is measured
@@ -379,6 +401,7 @@ def compare(
 ) -> dict[str, Any]:
     """All variants, seed by seed in turn; those of the plot with seeds of their own."""
     baseline = measured_baseline(bench)
+    table = bench.earlier_table() if set(names) & set(WARM) else None
     runs: list[dict[str, Any]] = []
     schedules: dict[str, Steps] = {}
     grids, chunks = bench.facts.grids, bench.facts.chunks
@@ -391,7 +414,8 @@ def compare(
         for name in due if seed % 2 == 0 else reversed(due):
             sampler, shortcuts = VARIANTS[name]
             count = trials if shortcuts.batch == 1 else 4 * trials
-            ledger, facts = searched(bench, baseline, sampler, shortcuts, seed, count, limit_s)
+            earlier = table if name in WARM else None
+            ledger, facts = searched(bench, baseline, sampler, shortcuts, seed, count, limit_s, earlier)
             schedules |= {key: ledger.steps[key] for _, keys in ledger.line for key in keys}
             runs.append({"variant": name, "seed": seed, "line": ledger.line, **facts})
             print(

@@ -2,7 +2,19 @@
 
 import pytest
 
-from benchmarks.tuning_efficiency import Bench, efforts, growth, modelled, reached, replay, summarize
+from benchmarks.tuning_efficiency import (
+    VARIANTS,
+    Bench,
+    efforts,
+    growth,
+    measured_baseline,
+    modelled,
+    reached,
+    replay,
+    searched,
+    summarize,
+)
+from tuner.config.prompts import load_prompts
 from tuner.metrics.quality_spec import QualitySpec
 
 
@@ -63,3 +75,13 @@ def test_runs_are_compared_by_medians_and_misses_are_counted():
     assert found["plain, TPE"]["gain"] == pytest.approx(0.9)
     assert found["all"]["to the gain of plain, TPE"] == {"seconds": 2.0, "images": 200.0, "missed": 1}
     assert found["plain, TPE"]["to the gain of plain, TPE"]["seconds"] == 8.0
+
+
+def test_the_table_of_an_earlier_study_is_of_other_prompts_and_proposes_the_first_round(bench):
+    table = bench.earlier_table()
+    assert table.metrics == ("ssim",) and table.prompts == 2 and len(table.rows) > 10
+    assert load_prompts(bench.space.prompts, 1)["search"].texts != bench.prompts["search"].texts
+    sampler, shortcuts = VARIANTS["all, sensitivity known"]
+    ledger, facts = searched(bench, measured_baseline(bench), sampler, shortcuts, 0, 8, 600.0, table)
+    assert facts["prediction"]["proposed"] > 0 and not facts["prediction"]["measured"]
+    assert any(candidate.source == "predicted" for candidate in ledger.candidates.values())
