@@ -35,7 +35,7 @@ def print_plan(checked: Plan) -> int:
         "enqueued": ["the full schedule", *space.known],
         "searched": [p.name for p in space.parameters],
         "micro_batch": micro_batch,
-        "settings": costs.settings_of(space),
+        "settings": space.settings,
         "images_at_most": costs.images_at_most(args.most_trials, search, heldout) if judged else 0,
         "downloads": [dataclasses.asdict(download) for download in downloads],
         "memory": None if memory is None else dataclasses.asdict(memory),

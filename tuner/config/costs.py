@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from stagevar.models.downloads import Download, model_downloads
 from stagevar.models.request import ModelRequest
-from tuner.config.parameters import Parameter
-from tuner.config.space import SearchSpace
 from tuner.metrics.downloads import metric_downloads
 from tuner.metrics.quality_spec import QualitySpec
 
 #: The most schedules that are verified: the best ones with skipped scales, and as many without.
 FINALISTS_PER_KIND = 3
-
-
-def settings_of(space: SearchSpace) -> int | None:
-    """How many settings the space holds; several may expand to one schedule. None where a parameter is continuous."""
-    counts = [_values(parameter) for parameter in space.parameters]
-    return None if None in counts else math.prod(count for count in counts if count is not None)
-
-
-def _values(parameter: Parameter) -> int | None:
-    if parameter.values:
-        return len(parameter.values)
-    return int(parameter.high) - int(parameter.low) + 1 if parameter.kind == "int" else None
 
 
 def images_at_most(trials: int, search: int, heldout: int) -> int:

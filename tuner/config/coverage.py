@@ -1,7 +1,7 @@
 """How much of its space a search has seen: size, schedules, what was tried of each parameter, what the budget excludes.
 
-Pure. Schedules are counted on random draws: many settings of a space expand to the same schedule, and enumerating half a
-million settings is not worth the time.
+Pure. Schedules are counted on all settings of a small space, on random draws from a larger one: many settings expand to the
+same schedule, and enumerating half a million is not worth the time.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from dataclasses import dataclass
 
 from stagevar.schedule import Steps
 from stagevar.schedule.grids import Grid
-from tuner.config.costs import settings_of
 from tuner.config.parameters import Parameter, Value
-from tuner.config.space import SearchSpace, drawn_settings, steps_key
+from tuner.config.space import SearchSpace, all_or_drawn_settings, expanded, steps_key
 
-#: Settings drawn to count schedules and what the budget excludes.
+#: Settings on which schedules and what the budget excludes are counted; all of them if the space holds no more.
 DRAWS = 1000
 #: Bins of a continuous parameter.
 BINS = 5
@@ -42,8 +41,8 @@ class SpaceCoverage:
 
     Attributes:
         settings: how many the space holds, None if a parameter is continuous.
-        draws: settings drawn to count on.
-        unfit: how many of the draws have no schedule.
+        draws: settings drawn to count on, or all of them.
+        unfit: how many of these have no schedule.
         distinct: distinct schedules among the others.
         priced: how many of these have a predicted latency.
         excluded: how many of the priced ones are over the budget.
@@ -85,16 +84,17 @@ def coverage(
         seed: of the draws.
     """
     found: dict[str, Steps] = {}
-    unfit = 0
-    for _, steps in drawn_settings(space, grids, chunks, seed, DRAWS):
+    counted = unfit = 0
+    for _, steps in expanded(space, grids, chunks, all_or_drawn_settings(space, seed, DRAWS)):
+        counted += 1
         if steps is None:
             unfit += 1
         else:
             found.setdefault(steps_key(steps), steps)
     ratios = [value for value in map(ratio, found.values()) if value is not None]
     return SpaceCoverage(
-        settings=settings_of(space),
-        draws=DRAWS,
+        settings=space.settings,
+        draws=counted,
         unfit=unfit,
         distinct=len(found),
         priced=len(ratios),

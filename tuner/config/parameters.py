@@ -75,6 +75,13 @@ class Parameter:
     log: bool = False
     values: tuple[Value, ...] = ()
 
+    @property
+    def choices(self) -> tuple[Value, ...] | None:
+        """Every value that it may take, in order; None if it is continuous."""
+        if self.values:
+            return self.values
+        return tuple(range(int(self.low), int(self.high) + 1)) if self.kind == "int" else None
+
     def encode(self, value: Value) -> Value:
         """A value as the sampler sees it; the nearest possible one if it lies outside."""
         if self.kind == "choice":

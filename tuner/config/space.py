@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -83,6 +83,12 @@ class SearchSpace:
     def known_schedule(self, name: str, grids: Sequence[Grid]) -> StageSchedule:
         """The schedule of one of `known` for these scales. Raises ScheduleError for a preset that they cannot hold."""
         return dict(self.proposals).get(name) or preset(name, grids, registry.published(self.model))
+
+    @property
+    def settings(self) -> int | None:
+        """How many settings it holds; several may expand to one schedule. None if a parameter is continuous."""
+        counts = [len(parameter.choices or ()) for parameter in self.parameters]
+        return math.prod(counts) if all(counts) else None
 
     @property
     def digest(self) -> str:
@@ -238,16 +244,27 @@ def draw(space: SearchSpace, rng: random.Random) -> dict[str, Value]:
     return values
 
 
-def drawn_settings(
-    space: SearchSpace, grids: Sequence[Grid], chunks: int, seed: int, at_most: int | None = None
-) -> Iterator[tuple[dict[str, Value], Steps | None]]:
-    """Values drawn uniformly from the space, repeats included, each with its expansion, None if it has none.
-
-    At most `at_most` draws; None never ends.
-    """
+def drawn_settings(space: SearchSpace, seed: int, at_most: int | None = None) -> Iterator[dict[str, Value]]:
+    """Values drawn uniformly from the space, repeats included; None never ends."""
     rng = random.Random(seed)
-    for _ in itertools.count() if at_most is None else range(at_most):
-        values, steps = draw(space, rng), None
+    return (draw(space, rng) for _ in (itertools.count() if at_most is None else range(at_most)))
+
+
+def all_or_drawn_settings(space: SearchSpace, seed: int, at_most: int) -> Iterator[dict[str, Value]]:
+    """Every setting of a space that holds at most so many, otherwise so many drawn ones."""
+    if space.settings is None or space.settings > at_most:
+        return drawn_settings(space, seed, at_most)
+    names = [parameter.name for parameter in space.parameters]
+    every = itertools.product(*(parameter.choices or () for parameter in space.parameters))
+    return (dict(zip(names, values, strict=True)) for values in every)
+
+
+def expanded(
+    space: SearchSpace, grids: Sequence[Grid], chunks: int, found: Iterable[dict[str, Value]]
+) -> Iterator[tuple[dict[str, Value], Steps | None]]:
+    """Each setting with its expansion, None if it has none."""
+    for values in found:
+        steps = None
         with contextlib.suppress(ScheduleError):
             steps = space.schedule(values, grids).expand(grids, chunks)
         yield values, steps
@@ -256,8 +273,8 @@ def drawn_settings(
 def draws(
     space: SearchSpace, grids: Sequence[Grid], chunks: int, seed: int, at_most: int | None = None
 ) -> Iterator[Steps]:
-    """The expansions among `drawn_settings`; `at_most` counts draws, not schedules."""
-    return (steps for _, steps in drawn_settings(space, grids, chunks, seed, at_most) if steps is not None)
+    """The expansions of `drawn_settings`; `at_most` counts draws, not schedules."""
+    return (s for _, s in expanded(space, grids, chunks, drawn_settings(space, seed, at_most)) if s is not None)
 
 
 def steps_key(steps: Steps) -> str:

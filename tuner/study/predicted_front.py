@@ -16,7 +16,7 @@ from stagevar.schedule import Steps
 from tuner.config.parameters import Value
 from tuner.config.prompts import PromptSet
 from tuner.config.quality import factors, limited
-from tuner.config.space import drawn_settings, draws, steps_key
+from tuner.config.space import drawn_settings, draws, expanded, steps_key
 from tuner.evaluation.executor import Executor, Failed, QualityTask
 from tuner.proposals.sampler_process import SamplerProcess
 from tuner.proposals.sensitivity import (
@@ -216,7 +216,8 @@ class PredictedFront:
         """Drawn schedules within budget and limits, best fronts first."""
         ledger, facts = self.ledger, self.ledger.facts
         found: dict[str, Forecast] = {}
-        for values, steps in drawn_settings(ledger.space, facts.grids, facts.chunks, self.seed, FRONT_DRAWS):
+        drawn = drawn_settings(ledger.space, self.seed, FRONT_DRAWS)
+        for values, steps in expanded(ledger.space, facts.grids, facts.chunks, drawn):
             if steps is None:
                 continue
             key = steps_key(steps)

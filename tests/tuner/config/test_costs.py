@@ -10,22 +10,14 @@ from stagevar.models.downloads import model_downloads
 from stagevar.models.registry import resolve
 from stagevar.models.request import ModelRequest
 from tuner.cli import main
-from tuner.config.costs import images_at_most, memory_plan, settings_of
-from tuner.config.space_file import load_space, parse_space
+from tuner.config.costs import images_at_most, memory_plan
+from tuner.config.space_file import load_space
 from tuner.metrics.downloads import metric_downloads
 from tuner.metrics.quality_spec import read_quality
 
 
 def files(quality):
     return {download.source: download for download in metric_downloads(quality)}
-
-
-def test_settings_are_the_product_of_the_values():
-    data = load_space("infinity-tiny").to_data()
-    data["parameters"] = {"structure_end": {"low": 3, "high": 6}, "rank_ratio": [0.1, 0.5, 1], "branch": ["cond"]}
-    assert settings_of(parse_space(data)) == 4 * 3
-    data["parameters"]["rank_ratio"] = {"low": 0.1, "high": 1}
-    assert settings_of(parse_space(data)) is None
 
 
 def test_images_count_every_schedule_and_finalist_once():

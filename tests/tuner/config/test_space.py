@@ -13,7 +13,7 @@ from stagevar.schedule import PRESETS, StageSchedule
 from stagevar.schedule.grids import square
 from tests.fakes.studies import CHUNKS, GRIDS, SPACE
 from tuner.config.parameters import NEVER
-from tuner.config.space import steps_key
+from tuner.config.space import all_or_drawn_settings, draws, expanded, steps_key
 from tuner.config.space_file import load_space, parse_space, space_names
 
 
@@ -126,6 +126,42 @@ def test_nearest_values_recover_a_point_of_the_space():
               "projection": "rows", "rope": "index", "site": "trunk", "skip_last": 0, "skip_inner": 1, "fuse_layer": 0,
               "accelerator": "fastvar"}  # fmt: skip
     assert NANO.nearest_values(NANO.schedule(values, GRIDS), GRIDS) == values
+
+
+@pytest.fixture
+def small():
+    """A space of 12 settings; `rank_ratio` is its last parameter."""
+    data = load_space("infinity-tiny").to_data()
+    data["parameters"] = {"structure_end": {"low": 3, "high": 6}, "branch": ["cond"], "rank_ratio": [0.1, 0.5, 1]}
+    return data
+
+
+def test_settings_are_the_product_of_the_values(small):
+    assert parse_space(small).settings == 4 * 3
+    small["parameters"]["rank_ratio"] = {"low": 0.1, "high": 1}
+    assert parse_space(small).settings is None
+
+
+def test_a_small_space_is_enumerated_and_a_larger_one_drawn_from(small):
+    space = parse_space(small)
+    every = list(all_or_drawn_settings(space, seed=0, at_most=12))
+    assert len({tuple(values.values()) for values in every}) == len(every) == 12
+    assert all(space.schedule(values, GRIDS).structure_end == values["structure_end"] for values in every)
+    drawn = list(all_or_drawn_settings(space, seed=0, at_most=11))
+    assert len(drawn) == 11 and drawn == list(all_or_drawn_settings(space, 0, 11)) != list(
+        all_or_drawn_settings(space, 1, 11)
+    )
+    assert all(values in every for values in drawn)
+    small["parameters"]["rank_ratio"] = {"low": 0.1, "high": 1}
+    assert len(list(all_or_drawn_settings(parse_space(small), seed=0, at_most=50))) == 50, "no end of settings to list"
+
+
+def test_draws_of_a_small_space_come_to_the_schedules_of_all_its_settings(small):
+    space = parse_space(small)
+    every = {
+        steps_key(s) for _, s in expanded(space, GRIDS, CHUNKS, all_or_drawn_settings(space, 0, 12)) if s is not None
+    }
+    assert {steps_key(s) for s in draws(space, GRIDS, CHUNKS, 0, 400)} == every and len(every) > 6
 
 
 def test_stage_labels_do_not_make_schedules_differ():

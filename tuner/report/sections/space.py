@@ -16,8 +16,9 @@ def space_section(result: StudyResult) -> str:
         return ""
     found: SpaceCoverage = build(SpaceCoverage, result.search["space"])
     size = "A continuous space" if found.settings is None else f"{found.settings:,} settings"
+    counted = "they" if found.draws == found.settings else f"{found.draws:,} random ones"
     sentences = [
-        f"{size}; {found.draws:,} random ones expand to {found.distinct:,} distinct schedules"
+        f"{size}; {counted} expand to {found.distinct:,} distinct schedules"
         + (f", {found.unfit:,} to none" if found.unfit else "")
         + f". {found.evaluated:,} were evaluated."
     ]
