@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from tuner.config.prompts import PromptSet
 from tuner.config.quality import factors, limited
 from tuner.config.space import drawn_settings, draws, expanded, steps_key
 from tuner.evaluation.executor import Executor, Failed, QualityTask
+from tuner.proposals.forecast import Forecast, layers
 from tuner.proposals.sampler_process import SamplerProcess
 from tuner.proposals.sensitivity import (
     Change,
@@ -29,7 +29,6 @@ from tuner.proposals.sensitivity import (
     predicted,
 )
 from tuner.proposals.trial_sampler import Proposal, TrialSampler
-from tuner.results import pareto
 from tuner.results.result import Agreement, PredictionFacts
 from tuner.results.run_dir import SENSITIVITY_FILE, EvidenceRecord
 from tuner.study.latency_source import LatencySource
@@ -42,8 +41,6 @@ SCHEMA = "stagevar-sensitivity/1"
 TABLE_PROMPTS = 16
 #: Number of schedules drawn to find the space's lasting changes, and of settings drawn for the predicted front.
 CHANGE_DRAWS, FRONT_DRAWS = 300, 2000
-#: Number of schedules of the predicted fronts to keep, best fronts first.
-MOST_FORECASTS = 100
 #: Schedules to measure before predictions are judged by them, and prompts that each needs outside the table.
 LEAST_JUDGED, LEAST_UNSEEN = 6, 8
 #: Proposals to measure before they are judged, and the share of them that must not clearly break a limit.
@@ -55,24 +52,6 @@ LEAST_FEASIBLE = 3
 TRUST, LEAST_CEILING = 0.5, 0.5
 #: A preset counts as over the budget only if its predicted ratio exceeds it by more than this.
 _SLACK = 1.1
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """A schedule of the space before it was measured.
-
-    Attributes:
-        values: of the parameters.
-        ratio: predicted latency over the full schedule's.
-        quality: predicted composite, in allowances.
-        kept: whether every limit may be kept, within one standard error.
-    """
-
-    values: dict[str, Value]
-    key: str
-    ratio: float
-    quality: float
-    kept: bool
 
 
 class PredictedFront:
@@ -345,30 +324,6 @@ def _ceiling(expected: Sequence[np.ndarray], measured: Sequence[np.ndarray]) -> 
     fewest = min(row.size for row in measured)
     one, other = noise_ceiling(expected), noise_ceiling([row[:fewest] for row in measured])
     return None if one is None or other is None else one * other
-
-
-def layers(forecasts: Iterable[Forecast]) -> list[Forecast]:
-    """Forecasts by non-dominated fronts of predicted ratio and quality, each ordered to spread over latency."""
-    left, ordered = list(forecasts), list[Forecast]()
-    while left and len(ordered) < MOST_FORECASTS:
-        front = pareto.front([(one.ratio, one.quality) for one in left])
-        ordered += [left[index] for index in _spread(sorted(front, key=lambda index: left[index].ratio))]
-        members = set(front)
-        left = [one for index, one in enumerate(left) if index not in members]
-    return ordered
-
-
-def _spread(items: Sequence[int]) -> list[int]:
-    """The last, the first, the middle, the middles of the halves, and so on: any prefix is spread over all."""
-    ends = dict.fromkeys([*items[-1:], *items[:1]])
-    spans = [(0, len(items) - 1)]
-    while spans:
-        low, high = spans.pop(0)
-        middle = (low + high) // 2
-        if low < middle < high:
-            ends[items[middle]] = None
-            spans += [(low, middle), (middle, high)]
-    return [*ends, *(item for item in items if item not in ends)]
 
 
 # ---------------------------------------------------------------------------------------------------- in the run directory

@@ -11,7 +11,7 @@ from tuner.proposals.sensitivity import Sensitivities
 from tuner.proposals.trial_sampler import TrialSampler
 from tuner.results.run_dir import SENSITIVITY_FILE, EvidenceLog
 from tuner.study.options import FULL_TRIALS, SearchShortcuts
-from tuner.study.predicted_front import LEAST_FEASIBLE, Forecast, PredictedFront, layers, load_table
+from tuner.study.predicted_front import LEAST_FEASIBLE, PredictedFront, load_table
 
 FRONT = SearchShortcuts(overlap=False, sensitivity=True)
 FEW = SearchShortcuts(overlap=False, sensitivity=True, few=True)
@@ -156,14 +156,6 @@ def test_without_a_metric_there_is_no_table(tmp_path):
     one = study(tmp_path, {"random_weights": True}, trials=4, shortcuts=FRONT)
     result = one.run()
     assert "prediction" not in result.search and not (tmp_path / SENSITIVITY_FILE).exists()
-
-
-def test_a_front_is_proposed_from_its_ends_inwards_and_the_next_front_after_it():
-    first = [Forecast({}, f"a{n}", 0.1 * n, float(n), True) for n in range(1, 6)]
-    second = [Forecast({}, f"b{n}", 0.1 * n + 0.05, float(n) - 0.5, True) for n in range(1, 6)]
-    keys = [forecast.key for forecast in layers([*second, *first])]
-    assert keys == ["a5", "a1", "a3", "a2", "a4", "b5", "b1", "b3", "b2", "b4"]
-    assert layers([]) == [] and [f.key for f in layers(first[:1])] == ["a1"]
 
 
 def test_a_table_of_another_model_or_a_damaged_one_is_refused(tmp_path):
