@@ -15,7 +15,7 @@ from stagevar.schedule import Steps
 from tuner.config.parameters import Value
 from tuner.config.prompts import PromptSet
 from tuner.config.quality import factors, limited
-from tuner.config.space import drawn_settings, draws, expanded, steps_key
+from tuner.config.space import all_or_drawn_settings, draws, expanded, steps_key
 from tuner.evaluation.executor import Executor, Failed, QualityTask
 from tuner.proposals.forecast import Forecast, layers
 from tuner.proposals.sampler_process import SamplerProcess
@@ -39,8 +39,10 @@ from tuner.study.progress import Progress
 SCHEMA = "stagevar-sensitivity/1"
 #: Prompts of the table; the search set is ordered so that its first prompts have every task in its share.
 TABLE_PROMPTS = 16
-#: Number of schedules drawn to find the space's lasting changes, and of settings drawn for the predicted front.
-CHANGE_DRAWS, FRONT_DRAWS = 300, 2000
+#: Number of schedules drawn to find the space's lasting changes.
+CHANGE_DRAWS = 300
+#: Number of settings among which the predicted front is found: all of a space that holds no more, otherwise drawn ones.
+FRONT_SETTINGS = 10_000
 #: Schedules to measure before predictions are judged by them, and prompts that each needs outside the table.
 LEAST_JUDGED, LEAST_UNSEEN = 6, 8
 #: Proposals to measure before they are judged, and the share of them that must not clearly break a limit.
@@ -192,20 +194,15 @@ class PredictedFront:
         return len(chosen)
 
     def _front(self) -> list[Forecast]:
-        """Drawn schedules within budget and limits, best fronts first."""
+        """Schedules within budget and limits, best fronts first."""
         ledger, facts = self.ledger, self.ledger.facts
-        found: dict[str, Forecast] = {}
-        drawn = drawn_settings(ledger.space, self.seed, FRONT_DRAWS)
-        for values, steps in expanded(ledger.space, facts.grids, facts.chunks, drawn):
-            if steps is None:
-                continue
-            key = steps_key(steps)
-            if key in found or key == ledger.full_key:
-                continue
-            forecast = self.forecast(values, steps, key)
-            if forecast is not None and forecast.kept and forecast.ratio <= ledger.budget_ratio:
-                found[key] = forecast
-        return layers(list(found.values()))
+        found: dict[str, Forecast | None] = {ledger.full_key: None}
+        settings = all_or_drawn_settings(ledger.space, self.seed, FRONT_SETTINGS)
+        for values, steps in expanded(ledger.space, facts.grids, facts.chunks, settings):
+            if steps is not None and (key := steps_key(steps)) not in found:
+                found[key] = self.forecast(values, steps, key)
+        within = [one for one in found.values() if one is not None and one.kept and one.ratio <= ledger.budget_ratio]
+        return layers(within)
 
     def forecast(self, values: dict[str, Value], steps: Steps, key: str = "") -> Forecast | None:
         """The forecast for a schedule; None if the table has none."""

@@ -10,6 +10,7 @@ from tests.fakes.studies import FULL_TOKENS, study, tokens
 from tuner.proposals.sensitivity import Sensitivities
 from tuner.proposals.trial_sampler import TrialSampler
 from tuner.results.run_dir import SENSITIVITY_FILE, EvidenceLog
+from tuner.study.latency_source import LatencySource
 from tuner.study.options import FULL_TRIALS, SearchShortcuts
 from tuner.study.predicted_front import LEAST_FEASIBLE, PredictedFront, load_table
 
@@ -42,6 +43,22 @@ def test_the_predicted_front_is_tried_first_and_what_it_said_is_compared(tmp_pat
     assert facts["measured"] and facts["trusted"] and facts["proposed"] == len(predicted) and facts["prompts"] == 16
     assert facts["metrics"]["geneval_nano"]["rank_correlation"] > 0.5
     assert result.sampled == len(result.candidates) - len(presets)
+
+
+def test_the_front_of_a_space_that_can_be_listed_is_no_matter_of_chance(tmp_path, monkeypatch):
+    _, one = run(tmp_path, trials=1)
+    latency = LatencySource(one.ledger, one.evaluator, one.progress)
+    parts = tmp_path, one.ledger, one.executor, one.prompts["search"], latency, one.progress
+
+    def front(seed):
+        found = PredictedFront(*parts, seed, earlier=load_table(tmp_path, "fake"))
+        assert found.take_earlier()
+        return [forecast.key for forecast in found.forecasts]
+
+    monkeypatch.setattr("tuner.study.predicted_front.FRONT_SETTINGS", 512)
+    assert front(1) == front(2) and len(front(1)) > 10
+    monkeypatch.setattr("tuner.study.predicted_front.FRONT_SETTINGS", 511)
+    assert front(1) != front(2), "drawn"
 
 
 def test_few_trials_pass_presets_over_that_are_predicted_to_break_a_limit(tmp_path):
