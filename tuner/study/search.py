@@ -138,7 +138,9 @@ class Search:
                 unfit.append(f"{name}: {error}")
         for line in unfit:
             self.progress.say(f"skipping preset {line}")
-        if self.shortcuts.table and self.trials > max(len(presets), ledger.evaluated):
+        # Known settings are timed end to end; steps price what follows them, and whatever sensitivities predict.
+        priced = self.front is not None or self.trials > len(presets)
+        if self.shortcuts.table and priced and self.trials > ledger.evaluated:
             with self.progress.part("timing"):
                 self.latency.fill_table(self.trials, self.seed)
         if self.front is not None:
