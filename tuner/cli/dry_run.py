@@ -32,6 +32,7 @@ def print_plan(checked: Plan) -> int:
         "without_limit": [m.metric for m in limits if m.max_drop is None],
         "run_directory": str(checked.run_dir),
         "schedules": args.trials,
+        "schedules_at_most": args.most_trials,
         "enqueued": ["the full schedule", *space.known],
         "searched": [p.name for p in space.parameters],
         "micro_batch": micro_batch,
@@ -50,8 +51,10 @@ def print_plan(checked: Plan) -> int:
                 ]:
                     print(f"{'limit':<16} {line}")
                 continue
-            if key in ("without_limit", "searched"):
+            if key in ("without_limit", "searched", "schedules_at_most"):
                 continue
+            if key == "schedules" and args.most_trials > value:
+                value = f"{value}, up to {args.most_trials} if few keep the limits"
             if key == "space":
                 for line in _space_lines(value):
                     print(line)

@@ -20,9 +20,11 @@ from tuner.statistics.looks import claims
 
 #: Share of prompts on which a harmless schedule usually differs from the full one, half of them in either direction.
 DISCORDANT = 0.05
+_WHEN_SOME_DIFFER = f"four times out of five when {DISCORDANT:.0%} of prompts differ"
 #: The most prompts that are considered.
 MOST_PROMPTS = 1 << 17
-#: Chance with which a further judgment should decide, if the results so far are representative.
+#: Chance of a proof that counts as enough: for a harmless schedule, and for a further judgment if the results so far are
+#: representative.
 DECIDING = 0.8
 
 
@@ -31,7 +33,8 @@ def provable_drop(
 ) -> float:
     """The smallest max_drop that this many held-out prompts can prove for a schedule that changes nothing on average.
 
-    `discordant` is the share of prompts that differ, half of them by +change and half by -change. `error_share` is the share
+    `discordant` is the share of prompts that differ, half of them by +change and half by -change; by chance more of them may
+    lose than gain, so the drop is one that is proved with a chance of DECIDING. `error_share` is the share
     of the judgment's error that the schedule's claims may make. Infinite if the prompts prove nothing.
     """
     looks = claims(prompts, micro_batch).items()
@@ -40,9 +43,11 @@ def provable_drop(
 
 
 def _bound(limit: MetricLimit, prompts: int, alpha: float, discordant: float) -> float:
-    """The bound of `drop_bounds` or `continuous_drop_bounds` for one finalist that loses nothing on average."""
-    change = limit.change
-    return _expected_bound(limit, prompts, alpha, 0.0, discordant * change**2, change if discordant else 0.0)
+    """What the bound of `drop_bounds` or `continuous_drop_bounds` stays below with a chance of DECIDING, for one finalist
+    that loses nothing on average."""
+    change, variance = limit.change, discordant * limit.change**2
+    luck = float(special.ndtri(DECIDING)) * math.sqrt(variance / prompts)
+    return luck + _expected_bound(limit, prompts, alpha, 0.0, variance, change if discordant else 0.0)
 
 
 def _expected_bound(
@@ -109,7 +114,8 @@ def prompts_to_decide(
 def prompts_needed(
     limit: MetricLimit, micro_batch: int, discordant: float = 0.0, error_share: float = 1.0
 ) -> int | None:
-    """Least number of held-out prompts, in whole micro-batches, that proves the limit; None if 131,072 do not.
+    """Least number of held-out prompts, in whole micro-batches, that proves the limit (`provable_drop`); None if 131,072 do
+    not.
 
     More prompts do not always prove more, since an additional look takes its error from the last one; hence the search.
     """
@@ -160,7 +166,8 @@ def limits_table(
 ) -> list[dict[str, Any]]:
     """Per metric, what is allowed and what this many held-out prompts can prove, as plain data for `--dry-run`.
 
-    "provable_drop" is what they prove when nothing changes, "provable_drop_discordant" when 5 % of prompts differ.
+    "provable_drop" is what they prove when nothing changes, "provable_drop_discordant" four times out of five when 5 % of
+    prompts differ.
     "prompts_needed" and "prompts_needed_discordant" prove the limit. None means that nothing is proved, or that no number is
     enough. Metrics without a limit are left out.
     """
@@ -184,7 +191,7 @@ def limit_lines(limits: Sequence[MetricLimit], prompts: int, micro_batch: int, e
             lines.append(f"{limit.metric}: none, it {'only ranks' if limit.weight else 'is only reported'}")
             continue
         row, words = rows[limit.metric], []
-        for suffix, when in (("", "when nothing changes"), ("_discordant", f"when {DISCORDANT:.0%} of prompts differ")):
+        for suffix, when in (("", "when nothing changes"), ("_discordant", _WHEN_SOME_DIFFER)):
             drop, needed = row[f"provable_drop{suffix}"], row[f"prompts_needed{suffix}"]
             proved = "nothing" if drop is None else limit.amount(drop)
             words.append(f"{proved} {when} ({'no number is enough' if needed is None else f'{needed} are enough'})")

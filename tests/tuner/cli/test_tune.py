@@ -167,7 +167,8 @@ def test_a_dry_run_says_what_the_heldout_prompts_can_prove(effort, proves, capsy
     assert data["prompts"]["heldout"] == 256
     limit = data["limits"][0]
     assert (limit["metric"], limit["unit"], limit["max_drop"]) == ("geneval_nano", "share of prompts", 0.03)
-    assert limit["provable_drop"] == pytest.approx(proves, abs=1e-4) and limit["provable_drop_discordant"] < 0.03
+    assert limit["provable_drop"] == pytest.approx(proves, abs=1e-4)
+    assert 0.03 < limit["provable_drop_discordant"] < 0.04 and limit["prompts_needed_discordant"] > 256
     assert main([*GOOD, "--dry-run", "--weights", "random"]) == 0
     assert "random weights have no quality" in capsys.readouterr().out
 

@@ -1,6 +1,7 @@
 """What a study takes, as a dry run says it: settings, images, files with sizes, memory."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -70,11 +71,30 @@ def test_a_dry_run_says_it(weights, capsys):
     assert main([*words, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["settings"] > 10_000 and plan["memory"]["device"] == "cpu"
-    assert (plan["images_at_most"], plan["downloads"] == []) == ((0, True) if weights else (31 * 64 + 7 * 512, False))
+    assert (plan["images_at_most"], plan["downloads"] == []) == ((0, True) if weights else (31 * 64 + 7 * 1536, False))
     assert main(words) == 0
     shown = capsys.readouterr().out
     assert "images at most" in shown and "GiB for one image" in shown
     assert ("mask2former" in shown) != bool(weights)
+
+
+def test_the_walkthrough_of_infinity_8b_states_what_its_dry_run_prints(capsys):
+    assert main(["--model", "infinity-8b", "--budget", "2s", "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    page = (Path(__file__).parents[3] / "docs" / "infinity_8b.md").read_text(encoding="utf-8")
+    geneval, clip = plan["limits"]
+    for said in (
+        f"{plan['prompts']['search']} GenEval-style captions",
+        f"up to {plan['prompts']['heldout']:,} others",
+        f"GenEval {100 * geneval['max_drop']:g} % of the prompts ({100 * geneval['provable_drop']:.3g} % when no image",
+        f"{100 * geneval['provable_drop_discordant']:.3g} % four times out of five",
+        f"CLIP score {clip['max_drop']:g} points",
+        f"{plan['settings']:,} settings are possible; {plan['schedules']} schedules",
+        f"up to {plan['schedules_at_most']} if few keep the limits",
+        f"| {plan['images_at_most']:,}, if",
+        f"{plan['images_at_most']:,} images would be {plan['images_at_most'] * 2.5 / 3600:.1f} hours",
+    ):
+        assert said in page, said
 
 
 def test_a_dry_run_counts_no_images_where_none_is_judged_and_the_schedules_that_were_asked_for(capsys):
