@@ -102,13 +102,14 @@ def _presets(grids: Sequence[Grid], spec: ModelSpec) -> list[str]:
 
 
 def completed(given: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
-    """A space's data with what it leaves out taken from another: section by section, the prompts key by key.
+    """A space's data with what it leaves out taken from another: section by section, prompts and objectives key by key.
 
     Given parameters replace all others; without a given semantic_end, it is lowered to where these parameters start.
     """
     found = {**base, **{section: value for section, value in given.items() if value is not None}}
-    if isinstance(given.get("prompts"), dict):
-        found["prompts"] = {**base.get("prompts", {}), **given["prompts"]}
+    for section in ("prompts", "objectives"):
+        if isinstance(given.get(section), dict):
+            found[section] = {**base.get(section, {}), **given[section]}
     if given.get("parameters") is not None and given.get("semantic_end") is None:
         start = _first(given["parameters"])
         if start is not None:

@@ -154,7 +154,10 @@ def _warn(message: str, name: str, others: Iterable[str]) -> None:
 def geneval_metadata(metric: str, prompt: Prompt) -> Metadata:
     """A prompt as GenEval metadata. Raises UsageError if it is a bare caption."""
     if not isinstance(prompt, Mapping) or "include" not in prompt:
-        raise UsageError(f"{metric}: prompt {prompt!r:.60} has no GenEval metadata (tag, include)")
+        raise UsageError(
+            f"{metric}: prompt {prompt!r:.60} has no GenEval metadata (tag, include); give JSONL with it, or judge by "
+            "metrics that read captions, such as clip_score (docs/metrics.md)"
+        )
     return cast(Metadata, prompt)
 
 

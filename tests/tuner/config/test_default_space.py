@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -70,6 +71,22 @@ def test_a_file_states_only_what_differs(tmp_path):
     default = load_space("infinity-8b")
     given = load_space("infinity-8b", write(tmp_path, model="infinity-8b", prompts={"heldout": 1024}))
     assert given == dataclasses.replace(default, prompts=dataclasses.replace(default.prompts, heldout=1024))
+
+
+def test_the_advice_to_tune_on_ones_own_prompts_can_be_followed(tmp_path, capsys):
+    """Without its comment signs, the block in infinity-8b.yaml is a space that needs nothing but the file of prompts."""
+    shipped = (Path(__file__).parents[3] / "search_spaces" / "infinity-8b.yaml").read_text(encoding="utf-8")
+    start = shipped.index("# prompts:\n")
+    block = "\n".join(line.removeprefix("# ") for line in shipped[start : shipped.index("\n\n", start)].splitlines())
+    (tmp_path / "prompts.txt").write_text("\n".join(f"a photo of car number {n}" for n in range(400)))
+    advice = yaml.safe_load(block.replace("prompts.txt", str(tmp_path / "prompts.txt")))
+    path = write(tmp_path, model="infinity-8b", **advice)
+    assert load_space("infinity-8b", path).to_data()["objectives"]["latency"] == "ms"
+    words = ["--model", "infinity-8b", "--budget", "2s", "--dry-run"]
+    assert main([*words, "--space", str(path)]) == 0
+    capsys.readouterr()
+    assert main([*words, "--prompts", str(tmp_path / "prompts.txt")]) == 2
+    assert "no GenEval metadata (tag, include); give JSONL with it, or judge by metrics" in capsys.readouterr().err
 
 
 def test_given_parameters_replace_the_defaults_and_bring_the_boundary_down(tmp_path):
