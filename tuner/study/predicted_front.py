@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +93,17 @@ class PredictedFront:
 
     # ------------------------------------------------------------------------------------------------ the table
 
-    def fill(self, records: Sequence[EvidenceRecord]) -> None:
-        """Reuses the table that this study or an earlier one measured, or measures it; keeps it in the run directory."""
+    def fill(self, records: Sequence[EvidenceRecord], stop: Callable[[], bool] = lambda: False) -> None:
+        """Reuses the table that this study or an earlier one measured, or measures it; keeps it in the run directory.
+
+        `stop` is asked between micro-batches whether to give up measuring; then there is no table.
+        """
         known = next((record["table"] for record in records if record["kind"] == "sensitivity"), None)
         metrics = [limit.metric for limit in self.ledger.metrics]
         if known is not None:
             self.table = Sensitivities.from_data(known)
         elif not self.take_earlier():
-            self._measure(metrics)
+            self._measure(metrics, stop)
         if self.table is not None:
             if known is None:
                 self.ledger.evidence.append({"kind": "sensitivity", "table": self.table.to_data()})
@@ -122,7 +125,7 @@ class PredictedFront:
         save_table(self.path, self.ledger.facts.model, self.ledger.facts.grids, self.table)
         self.forecasts = self._front()
 
-    def _measure(self, metrics: Sequence[str]) -> None:
+    def _measure(self, metrics: Sequence[str], stop: Callable[[], bool]) -> None:
         ledger = self.ledger
         facts = ledger.facts
         drawn = draws(ledger.space, facts.grids, facts.chunks, self.seed, CHANGE_DRAWS)
@@ -135,6 +138,8 @@ class PredictedFront:
         for task, outcomes in self.executor.run([QualityTask(schedules, "search", batch) for batch in batches]):
             gathered[task.batch] = outcomes
             self.progress.update(ledger.evaluated, f"sensitivity of {len(changes)} changes")
+            if len(gathered) < len(batches) and stop():
+                return
         rows: dict[Change, np.ndarray] = {}
         for index, change in enumerate(changes):
             parts = [gathered[batch][index] for batch in batches]

@@ -140,14 +140,16 @@ class Search:
             self.progress.say(f"skipping preset {line}")
         # Known settings are timed end to end; steps price what follows them, and whatever sensitivities predict.
         priced = self.front is not None or self.trials > len(presets)
-        if self.shortcuts.table and priced and self.trials > ledger.evaluated:
+        if self.shortcuts.table and priced and self.trials > ledger.evaluated and not self.stop():
             with self.progress.part("timing"):
                 self.latency.fill_table(self.trials, self.seed)
-        if self.front is not None:
+        if self.front is not None and not self.stop():
             with self.progress.part("sensitivity"):
-                self.front.fill(records)
+                self.front.fill(records, self.stop)
             self.trials = self.front.judge(self.trials)
             presets = self.front.worth_trying(presets)
+        if self.stop():
+            return  # before anything is enqueued: a resume measures what is missing, and may pass presets over
         for proposal in self.trial_sampler.recover(known):
             self._give_up(proposal)
         self.trial_sampler.enqueue(presets)

@@ -118,6 +118,36 @@ def test_killed_around_its_proposals_a_study_reaches_its_target_with_one_table(t
     assert len([r for r in EvidenceLog(tmp_path).read() if r["kind"] == "sensitivity"]) == 1
 
 
+@pytest.mark.parametrize(("asks", "timed", "judged"), [(0, False, 0), (1, True, 0), (2, True, 1), (3, True, 2)])
+def test_a_stop_ends_before_the_next_part_and_a_resume_goes_on_as_if_nothing_had_happened(
+    tmp_path, asks, timed, judged
+):
+    """Asked before steps are timed, before sensitivities, and between the table's two micro-batches."""
+    options = {"trials": 6, "max_drop": 0.3, "shortcuts": FEW}
+    made = {"drop": drop, "noise": 0.0}
+    left = iter([False] * asks)
+    one = study(tmp_path / "a", made, SPACE, stop=lambda: next(left, True), **options)
+    found = {"timed": False, "judged": 0}
+    step_ms, run_tasks = one.evaluator.step_ms, one.executor.run
+
+    def timing(*arguments):
+        found["timed"] = True
+        return step_ms(*arguments)
+
+    def judging(tasks):
+        for task, outcomes in run_tasks(tasks):
+            found["judged"] += len(task.schedules) > 1
+            yield task, outcomes
+
+    one.evaluator.step_ms, one.executor.run = timing, judging
+    result = one.run()
+    assert result.verdict == "partial" and not result.candidates and result.stop_reason == "stopped by the user"
+    assert found == {"timed": timed, "judged": judged}
+    whole = study(tmp_path / "b", made, SPACE, **options).run()
+    resumed = study(tmp_path / "a", made, SPACE, **options).run()
+    assert [(c.key, c.source) for c in resumed.candidates] == [(c.key, c.source) for c in whole.candidates]
+
+
 def test_an_earlier_table_is_taken_over_where_it_has_the_metrics(tmp_path):
     run(tmp_path / "a", trials=4)
     earlier = load_table(tmp_path / "a", "fake")
