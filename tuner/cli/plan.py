@@ -70,6 +70,10 @@ def plan(args: argparse.Namespace, argv: Sequence[str]) -> Plan:
     warn_of_short_files(space.prompts)
     check_output_folder(run_dir)
     check_strangers(run_dir)
+    if not args.fresh:
+        from tuner.study.identity import check_asked
+
+        check_asked(run_dir, args.seed, args.budget.text)
     words = [a for a in argv if a not in _NOT_OF_THE_STUDY and not re.fullmatch("-[vq]+", a)]
     command = shlex.join([PROG, *checks.with_absolute_paths(words, [Path.cwd()])])
     return Plan(args, model, space, run_dir, command)

@@ -19,6 +19,7 @@ from tuner.evaluation.store import Context
 from tuner.results.run_dir import CONFIG_FILE, EvidenceLog
 from tuner.study.options import Options
 
+_SEARCH_PROMPTS, _HELDOUT_PROMPTS = "search prompts", "held-out prompts"
 #: Plain data by name, as written to config.json.
 Identity: TypeAlias = dict[str, Any]
 
@@ -32,6 +33,9 @@ def identity_of(
 ) -> Identity:
     """What must not change between the parts of one study; a resume compares it."""
     return {
+        "seed": options.seed,
+        "budget": options.budget.text,
+        "max_drop": {m.metric: m.max_drop for m in metrics},
         "model": facts.model,
         "weights": facts.provenance.get("weights", "random" if facts.random_weights else None),
         "pixels": facts.pixels,
@@ -41,11 +45,8 @@ def identity_of(
         **({} if facts.heldout_engine == "eager" else {"held-out engine": facts.heldout_engine}),
         "sampling": facts.sampling,
         "space": {k: v for k, v in space.contents.items() if k != "proposals" or v},
-        "search prompts": prompts["search"].digest,
-        "held-out prompts": prompts["heldout"].digest,
-        "budget": options.budget.text,
-        "max_drop": {m.metric: m.max_drop for m in metrics},
-        "seed": options.seed,
+        _SEARCH_PROMPTS: prompts["search"].digest,
+        _HELDOUT_PROMPTS: prompts["heldout"].digest,
         "storage": options.storage,
         "savings": {name: getattr(options.shortcuts, name) for name in ("table", "rungs")},
     }
@@ -86,8 +87,8 @@ class RunConfig:
         differing = difference(theirs, mine)
         if not differing:
             return True
-        if len(heldout) > had and heldout.first(had).digest == theirs.get("held-out prompts"):
-            theirs["held-out prompts"] = mine["held-out prompts"]
+        if len(heldout) > had and heldout.first(had).digest == theirs.get(_HELDOUT_PROMPTS):
+            theirs[_HELDOUT_PROMPTS] = mine[_HELDOUT_PROMPTS]
             theirs["space"]["prompts"]["heldout"] = mine["space"]["prompts"]["heldout"]
             differing = difference(theirs, mine)
             if not differing:
@@ -99,7 +100,7 @@ class RunConfig:
                 f"{run_dir} has {had} held-out prompts, whose order depends on their number; "
                 f"write --heldout {had}+{asked.heldout - had} to add to them"
             )
-        raise UsageError(f"{run_dir} holds another study: {'; '.join(differing[:3])}; choose another --out, or --fresh")
+        raise UsageError(_another(run_dir, differing))
 
     def note_context(self, context: Context, first: bool) -> None:
         """Writes what held-out results depend on, before they are judged, for studies that start from this one.
@@ -135,6 +136,24 @@ class RunConfig:
         write_text_atomically(self.path, json.dumps(config, indent=1) + "\n")
 
 
+def check_asked(run_dir: Path, seed: int, budget: str) -> None:
+    """Raises UsageError if `run_dir` holds a study with another seed or budget: what is known before a model is loaded.
+
+    A damaged file is left to `RunConfig.claim`.
+    """
+    try:
+        theirs = json.loads((run_dir / CONFIG_FILE).read_text())["identity"]
+        differing = difference({name: theirs[name] for name in ("seed", "budget")}, {"seed": seed, "budget": budget})
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if differing:
+        raise UsageError(_another(run_dir, differing))
+
+
+def _another(run_dir: Path, differing: Sequence[str]) -> str:
+    return f"{run_dir} holds another study: {'; '.join(differing[:3])}; choose another --out, or --fresh"
+
+
 def difference(old: Any, new: Any, path: str = "") -> list[str]:
     """What differs between two trees of plain data: one shortened phrase per leaf."""
     if isinstance(old, dict) and isinstance(new, dict):
@@ -144,9 +163,11 @@ def difference(old: Any, new: Any, path: str = "") -> list[str]:
         return []
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         return [d for i, (a, b) in enumerate(zip(old, new, strict=True)) for d in difference(a, b, f"{path}[{i}]")]
+    if path in (_SEARCH_PROMPTS, _HELDOUT_PROMPTS):
+        return [f"{path} differ"]
     return [f"{path} was {_short(old)} and is {_short(new)}"]
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value)
+    text = "not given" if value is None else value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -157,6 +157,24 @@ def test_a_file_that_leaves_one_prompt_to_verify_on_is_refused(tmp_path, capsys)
     assert main([*GOOD, "--space", str(tmp_path / "space.yaml"), "--weights", "random", "--dry-run"]) == 0
 
 
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        (["--seed", "1"], "seed was 0 and is 1;"),
+        (["--budget", "70%"], "budget was 60% and is 70%;"),
+        (["--budget", "70%", "--fresh"], ""),
+        ([], ""),
+    ],
+)
+def test_a_folder_of_a_study_with_another_seed_or_budget_is_refused_before_anything_loads(
+    tmp_path, asked, says, capsys
+):
+    (tmp_path / "config.json").write_text(json.dumps({"identity": {"seed": 0, "budget": "60%"}}))
+    (tmp_path / "trials.jsonl").touch()
+    code = main(["--model", "nano", "--budget", "60%", "--out", str(tmp_path), "--dry-run", *asked])
+    assert code == (2 if says else 0) and says in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("effort", "proves"), [("full", 0.0125), ("quick", 0.01336)])
 def test_a_dry_run_says_what_the_heldout_prompts_can_prove(effort, proves, capsys):
     """In a quick study the first finalist has four fifths of the error."""

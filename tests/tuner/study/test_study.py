@@ -383,7 +383,7 @@ def test_search_figures_are_paired_and_corrected_for_drift(tmp_path):
 
 
 def test_a_wish_to_stop_writes_everything_and_the_same_command_goes_on(tmp_path):
-    asked = iter([False, False, *[True] * 50])
+    asked = iter([False] * 4 + [True] * 50)
     partial = study(tmp_path, {"drop": lambda s: 0.0}, BIG, trials=15, stop=lambda: next(asked)).run()
     assert partial.verdict == "partial" and 0 < len(partial.candidates) < 15 and "stopped" in partial.reason
     whole = study(tmp_path, {"drop": lambda s: 0.0}, BIG, trials=15).run()
@@ -394,14 +394,14 @@ def test_a_wish_to_stop_writes_everything_and_the_same_command_goes_on(tmp_path)
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"max_drop": 0.01}, "max_drop was 0.05 and is 0.01"),
-        ({"budget": "50%"}, 'budget was "60%" and is "50%"'),
-        ({"seed": 3}, "seed was 0 and is 3"),
+        ({"max_drop": 0.01}, "max_drop.geneval_nano was 0.05 and is 0.01"),
+        ({"budget": "50%"}, "budget was 60% and is 50%"),
+        ({"seed": 3}, "another study: seed was 0 and is 3; search prompts differ; held-out prompts differ;"),
         ({"space": {"semantic_end": 1}}, "space.semantic_end was 0 and is 1"),
-        ({"space": {"constraints": {"floors": {"psnr": 1.0}}}}, "space.floors.psnr was null and is 1.0"),
+        ({"space": {"constraints": {"floors": {"psnr": 1.0}}}}, "space.floors.psnr was not given and is 1.0"),
         (
             {"space": {"prompts": {"source": "nano", "search": 8, "heldout": 64, "micro_batch": 8}}},
-            "search prompts was",
+            "search prompts differ",
         ),
     ],
 )
@@ -411,8 +411,7 @@ def test_another_study_is_not_resumed(tmp_path, change, says):
     with pytest.raises(UsageError) as caught:
         study(tmp_path, trials=3, **change).run()
     assert "another study" in str(caught.value) and "\n" not in str(caught.value)
-    whole = str(caught.value)
-    assert says in whole or says.split(" was")[0].split(".")[0] in whole
+    assert says in str(caught.value)
     assert (tmp_path / "trials.jsonl").read_bytes() == before
 
 
@@ -420,7 +419,7 @@ def test_another_model_is_not_resumed(tmp_path):
     study(tmp_path, trials=3).run()
     other = study(tmp_path, trials=3)
     other.facts = dataclasses.replace(other.facts, provenance={"weights": {"w": "ff"}})
-    with pytest.raises(UsageError, match=r'weights\.w was "00" and is "ff"'):
+    with pytest.raises(UsageError, match=r"weights\.w was 00 and is ff"):
         other.run()
 
 
