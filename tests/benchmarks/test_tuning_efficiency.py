@@ -56,6 +56,7 @@ def test_less_effort_draws_less_and_an_instant_one_nothing_for_quality():
         assert instant.keys() == {"timing", "full_generations", "hours"} and instant["hours"] <= quick["hours"]
         assert instant["full_generations"] < quick["full_generations"] < full["full_generations"]
         assert quick["table"] == full["table"] and quick["search"] < full["search"]
+        assert quick["verification"] < found[engine]["quick, at most"]["verification"]
 
 
 def test_a_target_is_reached_when_the_run_stays_there():
