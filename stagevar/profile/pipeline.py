@@ -104,7 +104,7 @@ class Pipeline:
         return images
 
     def warm(self, lengths: Sequence[int] = (32,), batches: Sequence[int] = ()) -> float:
-        """Draws one batch per text length, so that no later image of that length waits for compiling or recording.
+        """Draws one batch per text length, so that no later image of that length waits for loading, compiling or recording.
 
         Args:
             lengths: of texts, in tokens; a recorded graph serves all lengths up to the next multiple of 32
@@ -181,10 +181,13 @@ class Pipeline:
 
 
 def warm_sampler(sampler: Sampler, steps: Steps, lengths: Sequence[int], batches: Sequence[int]) -> None:
-    """Draws one batch for every size and text length; see `Pipeline.warm`."""
+    """Loads the text encoder and draws one batch for every size and text length; see `Pipeline.warm`."""
+    from stagevar.models.infinity.text import LazyEncoder
     from stagevar.sampling.bench import bench_prompts
 
     model = sampler.model
+    if isinstance(model.text, LazyEncoder):
+        model.text.load()  # encoding does not if the prompts' features are cached
     for batch in batches:
         prompts = bench_prompts(model, 1) * batch
         features = model.text.encode(prompts)

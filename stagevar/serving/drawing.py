@@ -18,6 +18,7 @@ from stagevar.device_faults import free_unused, told_apart
 from stagevar.engine import TEXT_BUCKET
 from stagevar.errors import OutOfDeviceMemory
 from stagevar.models.base import LoadedModel, Sampling
+from stagevar.models.infinity.text import LazyEncoder
 from stagevar.models.registry import find, load_model, resolution_of
 from stagevar.models.request import ModelRequest
 from stagevar.profile import Profile, present_envelope, steps_to_data
@@ -36,6 +37,8 @@ from stagevar.timing import threads_of
 SIZES_KEPT = 2
 #: Lengths of text, in multiples of TEXT_BUCKET tokens, that graphs are recorded for before the server is ready.
 WARM_BUCKETS = 4
+#: Texts whose features are kept, in memory: at most 4 MB each for T5's longest, usually a tenth of a megabyte.
+TEXTS_KEPT = 64
 
 
 @dataclass(frozen=True)
@@ -276,6 +279,8 @@ def load_artist(loading: Loading) -> ModelArtist:
         ]
         if loading.compare:
             served.append(full_schedule(model))
+    if isinstance(model.text, LazyEncoder):
+        model.text.keep_recent(TEXTS_KEPT)  # users' prompts have no end, and the disk cache forgets none
     sizes = {size_of(model): lambda: model, **_templates(model, loading.request.resolution)}
     return ModelArtist(model, tuple(served), sizes, batch, threads, engine)
 

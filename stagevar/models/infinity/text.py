@@ -18,6 +18,7 @@ import os
 import warnings
 import zlib
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -81,6 +82,31 @@ class FeatureCache:
                 partial.unlink(missing_ok=True)
 
 
+class RecentFeatures:
+    """Named tensors of the texts that were used last, in memory.
+
+    Args:
+        most: texts that are kept.
+    """
+
+    def __init__(self, most: int):
+        self._most = most
+        self._kept: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+
+    def get(self, text: str) -> dict[str, Tensor] | None:
+        """The features of a text, None when they are not kept."""
+        if text in self._kept:
+            self._kept.move_to_end(text)
+        return self._kept.get(text)
+
+    def put(self, text: str, features: dict[str, Tensor]) -> None:
+        """Keeps features; those of the text that was not used for longest make room."""
+        # Copies, since a row may be a view of its whole batch.
+        self._kept[text] = {name: value.clone() for name, value in features.items()}
+        while len(self._kept) > self._most:
+            self._kept.popitem(last=False)
+
+
 class LazyEncoder(ABC):
     """A text encoder that is loaded when a prompt needs it and can be freed.
 
@@ -99,13 +125,25 @@ class LazyEncoder(ABC):
         self.source = source if isinstance(source, HubFile) else Path(source)
         self.device = torch.device(device)
         self._cache_folder = cache_folder
-        self._cache: FeatureCache | None = None
+        self._cache: FeatureCache | RecentFeatures | None = None
         self._loaded: tuple[Any, Any] | None = None
 
     @property
     def loaded(self) -> bool:
         """Whether the encoder is in memory."""
         return self._loaded is not None
+
+    @abstractmethod
+    def _load(self) -> tuple[Any, Any]:
+        """Tokenizer and model, loaded unless they are in memory. Raises WeightsError if they are unavailable."""
+
+    def load(self) -> None:
+        """Loads the encoder now, whatever is cached. Raises WeightsError if it is unavailable."""
+        self._load()
+
+    def keep_recent(self, most: int) -> None:
+        """From now on keeps features in memory alone, of the `most` texts that were used last: for texts without end."""
+        self._cache = RecentFeatures(most)
 
     def provenance(self) -> dict[str, object]:
         """What profiles record: repository and revision, or the hashes of the local files."""

@@ -13,6 +13,7 @@ from stagevar.errors import UsageError
 from stagevar.profile.pipeline import Pipeline
 from stagevar.prompts.requests import check_seeds
 from stagevar.sampling.sampler import Sampler
+from tests.fakes.late_text import LateText
 from tests.stagevar.profile.test_profile import MODEL, make
 
 TEXT = "a photo of a red circle"
@@ -191,6 +192,15 @@ def test_after_warming_no_image_waits_for_a_recording():
     assert same(image, Pipeline(make(), Sampler(MODEL, engine=GraphEngine(RelaunchRecorder()))).generate(TEXT, 1)) == [
         True
     ]
+
+
+def test_warming_loads_the_text_encoder_even_if_its_prompts_are_cached(tmp_path):
+    """At the second start on one machine, when every prompt of the warm-up is on disk."""
+    (rows_TC,) = MODEL.text.encode([TEXT])
+    for _ in range(2):
+        text = LateText(rows_TC.shape[1], tmp_path)
+        Pipeline(make(), Sampler(dataclasses.replace(MODEL, text=text))).warm()
+        assert text.loaded
 
 
 @pytest.mark.parametrize(("options", "says"), [

@@ -1,5 +1,7 @@
 """The model behind the desk: Infinity's ratio templates over one set of weights, graphs' fixed batches, guidance, memory."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,7 @@ from stagevar.schedule import paper
 from stagevar.serving import drawing
 from stagevar.serving.desk import Order, Shape
 from stagevar.serving.drawing import Loading, guided, load_artist
+from tests.fakes.late_text import LateText
 
 pytestmark = pytest.mark.filterwarnings("ignore:infinity-tiny uses made-up text")
 PROMPT = "a photo of two blue stars"
@@ -149,3 +152,18 @@ def test_a_broken_device_is_told_apart(nano, monkeypatch):
     monkeypatch.setattr(Sampler, "generate", break_down)
     with pytest.raises(DeviceBroken, match="is broken"):
         nano.draw(orders(nano, (64, 64), 1))
+
+
+def test_prompts_of_users_are_not_kept_on_disk_and_only_few_in_memory(weights, tmp_path, monkeypatch):
+    model = load(weights)
+    text = LateText(model.text.dim, tmp_path)
+    monkeypatch.setattr(drawing, "load_model", lambda request, **options: dataclasses.replace(model, text=text))
+    monkeypatch.setattr(drawing, "TEXTS_KEPT", 2)
+    artist = load_artist(Loading(ModelRequest(model.name, device="cpu", **weights)))
+    artist.warm()
+    before = sorted(tmp_path.rglob("*"))
+    shape = Shape((256, 256), artist.served[0].id)
+    for prompt in ("one", "two", "three", "three", "one"):
+        artist.draw([Order(prompt, 1, shape)])
+    assert sorted(tmp_path.rglob("*")) == before
+    assert text.encoded[-4:] == ["one", "two", "three", "one"], "the last two were kept"
