@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stagevar.models.hub import HubFile
-from stagevar.models.loading import text_beside
+from stagevar.models.loading import local_files, text_beside
 from stagevar.models.parts import Part
 from stagevar.models.registry import model_parts
 from stagevar.models.request import LoadRequest
@@ -42,15 +42,23 @@ class Download:
 
 
 def model_downloads(request: LoadRequest) -> list[Download]:
-    """What a request fetches from the hub: nothing for random weights, at most the text encoder for local ones."""
+    """What a request fetches from the hub: nothing for random weights; for local ones, what is not beside them.
+
+    Raises:
+        WeightsError: for local weights that are not there.
+    """
     spec, found = request.spec, []
     if request.random or not spec.parts:
         return []
-    if request.weights is None and spec.weights is not None:
+    tokenizer = request.tokenizer if request.weights is None else local_files(request)[1]
+    fetched = {
+        "transformer": spec.weights if request.weights is None else None,
+        "tokenizer": spec.tokenizer if tokenizer is None and (request.weights or spec.weights) else None,
+    }
+    if any(fetched.values()):
         parts = model_parts(request)
-        found.append(_of("transformer", spec.weights, _float32_bytes(parts.transformer)))
-        if request.tokenizer is None and spec.tokenizer is not None:
-            found.append(_of("tokenizer", spec.tokenizer, _float32_bytes(parts.tokenizer)))
+        sizes = {"transformer": _float32_bytes(parts.transformer), "tokenizer": _float32_bytes(parts.tokenizer)}
+        found += [_of(part, file, sizes[part]) for part, file in fetched.items() if file is not None]
     if spec.text is not None and request.text is None and text_beside(request) is None:
         found.append(_of("text encoder", spec.text, 4 * _TEXT_PARAMETERS[spec.family]))
     return found

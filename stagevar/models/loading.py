@@ -16,6 +16,7 @@ from stagevar.errors import UsageError, WeightsError
 from stagevar.models import hub, memory
 from stagevar.models.base import ImageTokenizer, LoadedModel, NextScaleModel, Provenance, Sampling, TextEncoder
 from stagevar.models.checkpoint.random_weights import randomize
+from stagevar.models.checkpoint.tensor_files import weights_files, weights_in
 from stagevar.models.checkpoint.weights import fit
 from stagevar.models.hub import HubFile
 from stagevar.models.parts import Parts
@@ -121,7 +122,7 @@ def local_transformer(request: LoadRequest) -> Path:
     """Where the transformer's weights are, or should be, for a request that gives a path; fetches nothing.
 
     Raises:
-        WeightsError: if there is nothing at the path.
+        WeightsError: if there is nothing at the path, or a folder without a transformer.
     """
     spec, given = request.spec, Path(request.weights or "")
     if not given.exists():
@@ -132,7 +133,55 @@ def local_transformer(request: LoadRequest) -> Path:
         found = _converted(given, "transformer") or (spec.weights and _first(given, spec.weights.name))
         found = found or _first(given, *_IN_COPIES.get(spec.family, ((), ""))[0])
         found = found or _named_alike(given, *_FILE_NAMES.get(spec.family, ("transformer",)))
-    return found or given
+    place = found or given
+    if place.is_dir() and spec.family in _FILE_NAMES:
+        if all(_is_tokenizer(file, spec) for file in weights_files(place)):
+            raise WeightsError(
+                f"folder {place} holds no transformer of {spec.name}: none of {', '.join(_transformer_names(spec))}, nor "
+                "shards with their index; give a file or folder that does"
+            )
+        weights_in(place)  # refuses several candidates
+    return place
+
+
+def _transformer_names(spec: ModelSpec) -> list[str]:
+    """Names under which a folder may hold a model's transformer, for messages."""
+    public = [] if spec.weights is None else [spec.weights.name + "/" * spec.weights.path.endswith("/")]
+    copies = _IN_COPIES.get(spec.family, ((), ""))[0]
+    return list(dict.fromkeys([*public, *copies, f"{_FILE_NAMES[spec.family][0]}.pth", "transformer.safetensors"]))
+
+
+def _is_tokenizer(file: Path, spec: ModelSpec) -> bool:
+    """Whether a weights file is named as a family's tokenizer is."""
+    return file.name in _tokenizer_names(spec) or any(
+        file.match(pattern + ".*") for pattern in ("tokenizer", _FILE_NAMES[spec.family][1])
+    )
+
+
+def local_files(request: LoadRequest) -> tuple[Path, Path | None]:
+    """Transformer and tokenizer of a request that gives a path, None for a tokenizer to fetch; fetches nothing.
+
+    Raises:
+        WeightsError: as `local_transformer`, and for a tokenizer that is neither here nor public.
+    """
+    spec, given = request.spec, Path(request.weights or "")
+    transformer = local_transformer(request)
+    if request.tokenizer is not None:
+        return transformer, Path(request.tokenizer)
+    near = given if given.is_dir() else given.parent
+    tokenizer = None
+    # Shards are in their own folder, so the tokenizer may be next to it.
+    for folder in (near, near.parent):
+        tokenizer = tokenizer or _converted(folder, "tokenizer") or _first(folder, *_tokenizer_names(spec))
+    if tokenizer is None and spec.family in _FILE_NAMES:
+        pattern = _FILE_NAMES[spec.family][1]
+        tokenizer = _named_alike(near, pattern)
+        if tokenizer is None and spec.tokenizer is None:
+            raise WeightsError(
+                f"no tokenizer next to weights {given}, and {spec.name} has no public one; put its file there as "
+                f"{pattern}.pth or tokenizer.safetensors"
+            )
+    return transformer, tokenizer
 
 
 def locate(request: LoadRequest) -> tuple[Path, Path, dict[str, str]]:
@@ -147,20 +196,12 @@ def locate(request: LoadRequest) -> tuple[Path, Path, dict[str, str]]:
         return path
 
     if request.weights is None:
-        transformer, near = public("weights", spec.weights), None
+        transformer, tokenizer = public("weights", spec.weights), request.tokenizer
     else:
-        transformer, given = local_transformer(request), Path(request.weights)
-        near = given if given.is_dir() else given.parent
-    tokenizer = request.tokenizer
-    if tokenizer is None and near is not None:
-        # Shards are in their own folder, so the tokenizer may be next to it.
-        for folder in (near, near.parent):
-            tokenizer = tokenizer or _converted(folder, "tokenizer") or _first(folder, *_tokenizer_names(spec))
-    if tokenizer is None and near is not None and spec.family in _FILE_NAMES:
-        tokenizer = _named_alike(near, _FILE_NAMES[spec.family][1])
+        transformer, tokenizer = local_files(request)
     if tokenizer is None:
         tokenizer = public("tokenizer", spec.tokenizer)
-    return Path(transformer), Path(tokenizer), sources
+    return transformer, tokenizer, sources
 
 
 def _check_mark(folder: Path, name: str) -> None:

@@ -9,7 +9,7 @@ from stagevar.errors import StagevarError, UsageError
 from stagevar.models import memory
 from stagevar.models.downloads import is_cached
 from stagevar.models.hub import HubFile
-from stagevar.models.loading import locate, text_beside
+from stagevar.models.loading import local_files, text_beside
 from stagevar.models.registry import model_parts, resolve
 from stagevar.models.request import LoadRequest, ModelRequest
 
@@ -31,6 +31,13 @@ def check_model(model: ModelRequest) -> list[tuple[str, str]]:
         return [("ok", f"{model.name} ships in the package")]
     parts = model_parts(request)
     return [*_memory(request, parts), *_packages(request), *_files(request)]
+
+
+def check_local(model: ModelRequest) -> None:
+    """Raises WeightsError if the path of local weights lacks files that cannot be fetched; opens none."""
+    request = resolve(model)
+    if request.spec.parts and request.weights is not None and not request.random:
+        local_files(request)
 
 
 def _memory(request: LoadRequest, parts: Parts) -> list[tuple[str, str]]:
@@ -66,9 +73,13 @@ def _files(request: LoadRequest) -> list[tuple[str, str]]:
         return [("fail", f"{spec.name} has no public weights; give --weights PATH, or --weights random")]
     if request.weights is not None:
         try:
-            return [*(("ok", f"weights {path}") for path in locate(request)[:2]), *_text_of(request)]
+            transformer, tokenizer = local_files(request)
         except StagevarError as error:
             return [("fail", str(error))]
+        found = [("ok", f"weights {path}") for path in (transformer, tokenizer) if path is not None]
+        if tokenizer is None and spec.tokenizer is not None:
+            found.append(_hub_state("tokenizer", spec.tokenizer))
+        return [*found, *_text_of(request)]
     wanted = {"weights": spec.weights, "tokenizer": spec.tokenizer, "text encoder": spec.text}
     return [_hub_state(part, file) for part, file in wanted.items() if file is not None]
 

@@ -35,7 +35,7 @@ _LONG_SEED = 24
 
 
 def check_running(model: ModelRequest, *, threads: int | None, engine: str | None) -> None:
-    """Model, device, threads, engine, resolution and the presence of weights."""
+    """Model, device, threads, engine, resolution, and that local weights hold the model's files."""
     registry.find(model.name)
     check_weights(model.weights)
     registry.resolution_of(model.name, model.resolution)
@@ -50,6 +50,10 @@ def check_running(model: ModelRequest, *, threads: int | None, engine: str | Non
             check_engine(engine, kind)
         if threads is not None:
             check_threads(threads, kind)
+    if model.weights not in (None, "random"):
+        from stagevar.models.readiness import check_local
+
+        check_local(model)
 
 
 def check_prompts_of(space: SearchSpace, seed: int) -> None:

@@ -26,6 +26,8 @@ from stagevar.models.checkpoint.state_dicts import find_state_dict
 SHARD_BYTES = 4 * 2**30
 #: File names of transformers and diffusers, the preferred first.
 _STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
+_INDICES = tuple(f"{stem}.{suffix}.index.json" for stem in _STEMS for suffix in ("safetensors", "bin"))
+_SINGLES = tuple(f"{stem}.{suffix}" for suffix in ("safetensors", "bin") for stem in _STEMS)
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 
 
@@ -142,28 +144,33 @@ def open_weights(
     return opened
 
 
+def weights_files(folder: Path) -> list[Path]:
+    """An index of shards or a file under a usual name, otherwise all weights files in a folder; none without any.
+
+    Raises:
+        WeightsError: for an unreadable folder.
+    """
+    for name in (*_INDICES, *_SINGLES):
+        if (folder / name).is_file():
+            return [folder / name]
+    try:
+        return [path for path in sorted(folder.iterdir()) if path.suffix.lower() in _SUFFIXES and path.name[0] != "."]
+    except OSError as error:
+        raise WeightsError(f"folder {folder} cannot be read: {error.strerror or error}") from None
+
+
 def weights_in(folder: Path) -> Path:
     """The weights of a folder: an index of shards or a file under a usual name, otherwise the only weights file in it.
 
     Raises:
         WeightsError: for an unreadable folder, and one without weights or with several candidates.
     """
-    indices = [f"{stem}.{suffix}.index.json" for stem in _STEMS for suffix in ("safetensors", "bin")]
-    singles = [f"{stem}.{suffix}" for suffix in ("safetensors", "bin") for stem in _STEMS]
-    for name in (*indices, *singles):
-        if (folder / name).is_file():
-            return folder / name
-    try:
-        others = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in _SUFFIXES and path.name[0] != "."]
-    except OSError as error:
-        raise WeightsError(f"folder {folder} cannot be read: {error.strerror or error}") from None
-    if len(others) == 1:
-        return others[0]
-    if others:
-        raise WeightsError(
-            f"folder {folder} holds {len(others)} weights files ({others[0].name}, ...); name one of them"
-        )
-    raise WeightsError(f"folder {folder} holds no weights ({', '.join(singles[:4])} or *.pth); name a file")
+    found = weights_files(folder)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise WeightsError(f"folder {folder} holds {len(found)} weights files ({found[0].name}, ...); name one of them")
+    raise WeightsError(f"folder {folder} holds no weights ({', '.join(_SINGLES[:4])} or *.pth); name a file")
 
 
 def _shards(index: Path) -> tuple[list[Path], set[str]]:

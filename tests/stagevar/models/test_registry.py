@@ -187,6 +187,7 @@ def test_the_tokenizer_is_found_beside_the_weights(tmp_path):
         assert found == (tmp_path / "infinity_2b_reg.pth", tmp_path / "infinity_vae_d32_reg.pth", {})
     shards = tmp_path / "infinity_8b_weights"
     shards.mkdir()
+    (shards / "model.safetensors.index.json").touch()
     (tmp_path / "infinity_vae_d56_f8_14_patchify.pth").touch()
     for given in (tmp_path, shards):
         found = loading.locate(resolve("infinity-8b", weights=given, device="cpu"))

@@ -220,6 +220,15 @@ def test_a_plan_stores_absolute_paths(tmp_path, monkeypatch):
     assert f"{tmp_path}/space/s.yaml" in shlex.split(plan.command)
 
 
+@pytest.mark.parametrize("options", [[], ["--dry-run"]], ids=["run", "dry-run"])
+def test_a_folder_without_a_transformer_is_refused_before_anything_is_fetched(options, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("stagevar.models.hub.fetch", lambda file: pytest.fail(f"{file} was asked for"))
+    (tmp_path / "infinity_vae_d56_f8_14_patchify.pth").touch()
+    words = ["--model", "infinity-8b", "--budget", "2s", "--weights", str(tmp_path), "--out", str(tmp_path / "run")]
+    assert "holds no transformer of infinity-8b: none of infinity_8b_weights/" in line(capsys, [*words, *options])
+    assert not (tmp_path / "run").exists()
+
+
 # ---------------------------------------------------------------------------------------------------- manners
 
 
