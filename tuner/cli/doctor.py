@@ -176,17 +176,23 @@ def _disk(out: Path) -> Finding:
     return Finding("warn" if each_ms > 50 else "ok", f"{folder} is writable, {each_ms:.1f} ms per durable line")
 
 
-def check_metrics(model: str) -> list[Finding]:
-    """Packages that are missing for the metrics of the model's default space."""
-    from tuner.config.space_file import load_space
+def check_metrics(model: str, file: Path | None = None, resolution: str | int | None = None) -> list[Finding]:
+    """Packages and local files that are missing for the metrics of a space, the model's default one for None."""
+    from tuner.cli.plan import checked_space
+    from tuner.metrics.downloads import missing_files
     from tuner.metrics.registry import check_packages
 
     findings = []
-    for metric in load_space(model).quality:
+    try:
+        space = checked_space(model, file, None, None, 0, resolution)
+    except StagevarError as error:
+        return [Finding("fail", str(error))]
+    for metric, spec in space.quality.items():
         try:
             check_packages(metric)
         except StagevarError as error:
             findings.append(Finding("fail", str(error)))
+        findings += [Finding("fail", line) for line in missing_files(metric, spec.options)]
     return findings
 
 

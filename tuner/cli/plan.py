@@ -111,7 +111,8 @@ def checked_space(
     space = checks.with_absolute_source(space, folders)
     space = checks.with_absolute_source(with_prompts(space, prompts, heldout), [Path.cwd()])
     checks.check_prompts_of(space, seed)
-    checks.check_metric_options(space)
+    if file is not None:  # the shipped ones are tested, and a metric's module takes seconds to import
+        checks.check_metric_options(space)
     return space
 
 
@@ -161,18 +162,21 @@ def error_share_of(effort: str) -> float:
 def check_provable(
     space: SearchSpace, max_drop: Mapping[str, float], weights: str | None, error_share: float = 1.0
 ) -> None:
-    """Checks what the verdict needs: the metrics' packages, and enough prompts to prove the limits if no image changes.
+    """Checks what the verdict needs: packages and files of metrics, and enough prompts to prove the limits if no image changes.
 
     Raises UsageError.
     """
     if weights == "random":  # only latency is judged
         return
     from tuner.config.prompts import set_sizes
+    from tuner.metrics.downloads import check_files
     from tuner.metrics.registry import check_packages
     from tuner.statistics.provable import floor_shortfalls, shortfalls
 
     for metric in (*space.quality, *space.floors):
         check_packages(metric)
+    for metric, spec in space.quality.items():
+        check_files(metric, spec.options)
     limits = quality_limits(space.quality, max_drop)
     size = set_sizes(space.prompts)[1], space.prompts.micro_batch
     missing = [*shortfalls(limits, *size, error_share), *floor_shortfalls(space.floors, *size, error_share)]

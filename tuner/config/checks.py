@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -94,17 +94,12 @@ def _check_class(model: str, prompt: Prompt) -> None:
 
 
 def check_metric_options(space: SearchSpace) -> None:
-    """Checks the options of the space's metrics; imports the modules of those that have any."""
-    from tuner.metrics.registry import check_options
+    """Checks the options of the space's metrics; imports the modules of those that have any and can be imported."""
+    from tuner.metrics.registry import check_options, missing_packages
 
-    for name, value in space.quality.items():
-        options = (
-            {key: one for key, one in value.items() if key not in ("weight", "max_drop")}
-            if isinstance(value, Mapping)
-            else {}
-        )
-        if options:
-            check_options(name, options)
+    for name, spec in space.quality.items():
+        if spec.options and not missing_packages(name):
+            check_options(name, spec.options)
 
 
 def run_name(model: str, budget: str, seed: int) -> str:

@@ -1,13 +1,17 @@
-"""Weights that metrics fetch when they are built, by metric and options. Nothing is imported or fetched here, no host asked.
+"""Files of metrics, by metric and options: what is fetched when they are built, and local files that are not there.
+
+Nothing is imported or fetched here, no host asked.
 
 Sizes are estimates: published numbers of parameters in float32, or the sizes of published files.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
+from stagevar.errors import UsageError
 from stagevar.models.downloads import Download
 from stagevar.models.hub import HubFile
 from tuner.metrics.quality_spec import QualitySpec
@@ -54,6 +58,37 @@ _CLIP = {
 }
 _DEFAULT_CLIP = {"cmmd": "ViT-L-14-336"}
 
+#: How paths begin, and how files of weights and of questions end; names on a hub, tags and architectures do neither.
+_PATH_STARTS = ("/", "./", "../", "~")
+_FILE_ENDS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".json", ".jsonl", ".csv", ".tsv", ".txt")
+_LOCAL_DIR = "local-dir:"
+
+
+def missing_files(metric: str, options: Mapping[str, object]) -> list[str]:
+    """A line for each path among a metric's options, also one of a plug-in, where there is neither file nor folder."""
+    paths = {name: path for name, value in options.items() if (path := _path_of(value)) is not None}
+    return [
+        f"metric {metric}: {name} {path:.200} does not exist; give a file or folder that does, or leave out the option"
+        for name, path in paths.items()
+        if not os.path.exists(path)
+    ]
+
+
+def check_files(metric: str, options: Mapping[str, object]) -> None:
+    """Raises UsageError for the first path among a metric's options that does not exist."""
+    for line in missing_files(metric, options):
+        raise UsageError(line)
+
+
+def _path_of(value: object) -> str | None:
+    """The path that an option names, None for anything else; so for `hub:` and `hf-hub:`."""
+    if not isinstance(value, str):
+        return None
+    if value.startswith(_LOCAL_DIR):
+        return value.removeprefix(_LOCAL_DIR)
+    scheme = value.partition("/")[0]
+    return value if ":" not in scheme and (value.startswith(_PATH_STARTS) or value.endswith(_FILE_ENDS)) else None
+
 
 def metric_downloads(quality: Mapping[str, QualitySpec]) -> list[Download]:
     """What the metrics of a space fetch, each once; local files and folders are left out."""
@@ -74,7 +109,7 @@ def _of(metric: str, options: Mapping[str, Any]) -> list[Download]:
     if metric in _CLIP:
         model, tag = (options.get(name) for name in _CLIP[metric])
         model, tag = model or _DEFAULT_CLIP.get(metric, "ViT-L-14"), tag or "openai"
-        if model != "nano" and not model.startswith("local-dir:") and "/" not in tag:
+        if model != "nano" and not model.startswith(_LOCAL_DIR) and "/" not in tag:
             found.append(
                 Download("CLIP model of the metrics", f"open_clip {model} {tag}", _CLIP_BYTES.get(model), None)
             )
