@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from stagevar import extras, plugins
 from stagevar.cli.arguments import Parser, name_value, path_value
-from stagevar.errors import StagevarError
+from stagevar.errors import StagevarError, UsageError
 from stagevar.models.request import ModelRequest
 
 if TYPE_CHECKING:
@@ -45,19 +45,20 @@ class Finding:
     text: str
 
 
-def run_checks(out: Path, model: ModelRequest | None = None) -> list[Finding]:
+def run_checks(out: Path, model: ModelRequest | None = None, space: Path | None = None) -> list[Finding]:
     """All checks, in the order a user wants to read them.
 
     Args:
         out: where runs would be written.
         model: if given, also checks what this model needs here and what is missing.
+        space: file of the search space whose metrics are checked; None for the model's.
     """
     findings = [*_python(), *_packages(), *check_device(), _timings(), _disk(out), *_models(), *check_plugins()]
     if model is not None:
         from stagevar.models import readiness
 
         findings += [Finding(*found) for found in readiness.check_model(model)]
-        findings += [] if model.weights == "random" else check_metrics(model.name)
+        findings += [] if model.weights == "random" else check_metrics(model.name, space, model.resolution)
     return findings
 
 
@@ -252,12 +253,26 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--model", type=name_value, help="also check the memory and files that this model needs")
     parser.add_argument("--weights", type=name_value, help="with --model: path, or 'random'")
     parser.add_argument("--device", default="auto", help="with --model: auto, cpu, cuda, cuda:N (default: auto)")
+    parser.add_argument("--resolution", help="with --model: pixel budget (0.25M, 1M ...) or image side")
+    parser.add_argument(
+        "--kv-cache", choices=("model", "int8"), help="with --model: 8 bits halve the cache (default: the model's)"
+    )
+    parser.add_argument(
+        "--space", type=path_value, metavar="FILE", help="with --model: search space whose metrics are checked"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints one line per check; exit code 1 if a study cannot run here."""
-    model = None if args.model is None else ModelRequest(args.model, weights=args.weights, device=args.device)
-    findings = run_checks(args.out, model)
+    model = None
+    if args.model is not None:
+        model = ModelRequest(
+            args.model, weights=args.weights, resolution=args.resolution, device=args.device, kv_cache=args.kv_cache
+        )
+    for option in ("resolution", "kv_cache", "space"):
+        if model is None and getattr(args, option) is not None:
+            raise UsageError(f"--{option.replace('_', '-')} needs the model that it is for; give --model NAME")
+    findings = run_checks(args.out, model, args.space)
     if args.json:
         print(json.dumps([dataclasses.asdict(f) for f in findings], indent=2))
     else:
