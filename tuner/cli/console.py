@@ -72,6 +72,7 @@ def announce(result: StudyResult, run_dir: Path, written: Sequence[Path], args: 
         full_ms = result.baseline.latency.median_ms  # what a budget in percent refers to, and what the report shows
         budget = f"budget {result.budget} = {result.budget_ms:.1f} ms"
         print(f"full schedule    {full_ms:.1f} ms, {budget} ({result.engine} engine)")
+        print(f"latency covers   {result.includes}")
     if result.engine_choice is not None and result.engine_choice.tried:
         print(f"engine           {result.engine}: {result.engine_choice.reason}")
     if pick is not None and pick is not result.baseline:

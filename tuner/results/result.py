@@ -1,8 +1,9 @@
 """What a study found, as plain data: written to `study.json` in the run directory, read by export, `report` and `verify`.
 
-No torch, no optuna here. Times are milliseconds for one image (batch 1) and include text encoding, all scales and decoding,
-unless a name says otherwise. Every difference is candidate minus full schedule on the same prompts and seeds, signed so
-that positive is better for the candidate, whatever the metric's direction; a *drop* is minus that.
+No torch, no optuna here. Times are milliseconds for one image (batch 1), unless a name says otherwise; they include all
+scales and decoding, and text encoding only where `includes` says so: features of T5, CLIP and Qwen2 are made beforehand.
+Every difference is candidate minus full schedule on the same prompts and seeds, signed so that positive is better for the
+candidate, whatever the metric's direction; a *drop* is minus that.
 """
 
 from __future__ import annotations
