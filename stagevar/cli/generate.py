@@ -60,19 +60,20 @@ def run(args: argparse.Namespace) -> int:
     prompts = check_prompts([prompt for prompt in args.prompts for _ in range(args.images)])
     seeds = [args.seed + i for _ in args.prompts for i in range(args.images)]
     check_negatives(args.negative, count)
-    if args.weights == "random":
-        raise UsageError("--weights random draws noise, not images; it is for latency work only")
     if args.profile is not None:
         from stagevar.profile import Profile
 
         profile = Profile.load(args.profile)
         request = model_request(args, profile)
+        profile.check_drawing(request)
         check_running(request, args.engine, args.threads)
         pipeline = profile.pipeline_of(request, engine=args.engine, batch=args.batch or 0, threads=args.threads)
         parts = (slice(first, first + pipeline.batch) for first in range(0, count, pipeline.batch))
         images: Iterator[Image] = (
             image for part in parts for image in pipeline.generate(prompts[part], seeds[part], args.negative)
         )
+    elif args.weights == "random":
+        raise UsageError("--weights random draws noise, not images; it is for latency work only")
     else:
         check_running(model_request(args), args.engine, args.threads)
         images = draw_full(args, prompts, seeds)

@@ -222,14 +222,26 @@ class Profile:
         from stagevar.profile.pipeline import Pipeline
         from stagevar.sampling.sampler import Sampler
 
+        self.check_drawing(request)
         model = load_model(request if request.schedule else dataclasses.replace(request, schedule=self.schedule))
-        if model.random_weights:
-            raise ProfileError(
-                f"the profile of {model.name} was made on random weights, which draw noise; load trained weights instead"
-            )
         if engine != "auto":
             return Pipeline(self, Sampler(model, engine=engine), batch, threads)
         return Pipeline(self, Sampler(model, engine=self.engine_here(model.device.type)), batch, threads)
+
+    def check_drawing(self, request: ModelRequest) -> None:
+        """Raises ProfileError, before anything is loaded, if the requested weights would be random ones."""
+        from stagevar.models.registry import find
+
+        if self.model.random_weights:
+            spec = find(request.name)
+            only_given = bool(spec.parts) and spec.weights is None  # neither shipped nor public
+            if request.weights == "random" or (request.weights is None and only_given):
+                raise ProfileError(
+                    f"the profile was measured on random weights of {request.name}, which draw no images; for images, give "
+                    "--weights PATH of real weights"
+                )
+        elif request.weights == "random":
+            raise ProfileError("random weights draw noise, not images; they are for latency work only")
 
     def engine_here(self, device: str) -> str:
         """The profile's engine, or "eager" with a warning on a kind of device that cannot run it."""

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from stagevar.cli.command import main
@@ -53,6 +54,23 @@ def test_generate_with_a_profile(profile_path, tmp_path, capsys):
     assert first.shape == (64, 64, 3)
     assert main(["generate", "--profile", str(profile_path), "a photo of a red circle", "-o", str(target)]) == 0
     assert np.array_equal(first, np.asarray(Image.open(target))), "same prompt and seed, same image"
+
+
+@pytest.mark.parametrize("verb", ["generate", "serve"])
+@pytest.mark.parametrize("weights", [[], ["--weights", "random"]])
+def test_a_profile_of_random_weights_asks_for_real_ones_at_once(verb, weights, profile_path, tmp_path, capsys):
+    data = yaml.safe_load(profile_path.read_text())
+    data["model"] = {"name": "infinity-tiny", "random_weights": True}
+    path = tmp_path / "random.yaml"
+    path.write_text(yaml.safe_dump(data))
+    line = fails(capsys, verb, "--profile", path, *weights, *(["a"] if verb == "generate" else []))
+    assert "measured on random weights of infinity-tiny, which draw no images" in line
+    assert "give --weights PATH of real weights" in line and "or --weights random" not in line
+
+
+def test_a_profile_of_trained_weights_is_not_drawn_with_random_ones(profile_path, capsys):
+    line = fails(capsys, "generate", "--profile", profile_path, "--weights", "random", "a")
+    assert "random weights draw noise, not images" in line and "measured on" not in line
 
 
 def test_generate_counts_seeds_and_files(tmp_path, capsys):
