@@ -45,6 +45,11 @@ def run(args: argparse.Namespace) -> int:
     if args.card is not None and not args.card > 0:
         raise UsageError(f"--card {args.card:g} must be a number of GiB above 0")
     request = model_request(args).over(ModelRequest(args.model, batch=args.batch, dtype="bfloat16"))
+    if args.card is not None:
+        import torch
+
+        # The card is a GPU whatever this machine has: a GPU loads the text encoder in half precision.
+        request = dataclasses.replace(request, device=torch.device("cuda"))
     grids = model_parts(resolve(request)).grids
     caches = KV_CACHES if request.kv_cache is None else [request.kv_cache]
     columns = {
@@ -61,16 +66,17 @@ def run(args: argparse.Namespace) -> int:
         rows[f"sampling fits {args.card:g} GiB"] = fits
         for name, values in _study_rows(request, columns, args.card).items():
             rows[f"{name}, {args.card:g} GiB"] = values
+    width = max(40, *(len(name) + 1 for name in rows))
     print(f"{args.model}, batch {args.batch}, MiB")
-    print(f"{'':<40}" + "".join(f"{name:>28}" for name in columns))
+    print(f"{'':<{width}}" + "".join(f"{name:>28}" for name in columns))
     for name, values in rows.items():
-        print(f"{name:<40}" + "".join(f"{value:>28}" for value in values))
+        print(f"{name:<{width}}" + "".join(f"{value:>28}" for value in values))
     return 0
 
 
 def _study_rows(request: ModelRequest, columns: Iterable[str], card_gib: float) -> dict[str, list[str]]:
     """What a study on the card draws and times at once, per schedule and KV cache: labels to values."""
-    from stagevar.models.memory import MIB, largest_batch
+    from stagevar.models.memory import MIB, estimate_model, largest_batch
     from stagevar.models.memory_plan import CARD_SHARE, STUDY_BATCH, timed_beside_full
 
     card_bytes = int(card_gib * 1024 * MIB)
@@ -79,8 +85,9 @@ def _study_rows(request: ModelRequest, columns: Iterable[str], card_gib: float) 
     for column in columns:
         name, cache = column.rsplit(", ", 1)
         one = dataclasses.replace(request, kv_cache=cache, batch=1)
-        drawn.append(str(largest_batch(one, STUDY_BATCH, int(CARD_SHARE * card_bytes))))
+        fits = estimate_model(one).least <= card_bytes
+        drawn.append(str(largest_batch(one, STUDY_BATCH, int(CARD_SHARE * card_bytes))) if fits else "none")
         for engine, values in timed.items():
-            values.append(str(timed_beside_full(one, name, engine, card_bytes)))
-    label = "timed in turn with the full schedule"
+            values.append(str(timed_beside_full(one, name, engine, card_bytes) or "none"))
+    label = "have room beside the full schedule"
     return {"images a study draws at once": drawn, **{f"{label}, {e}": values for e, values in timed.items()}}

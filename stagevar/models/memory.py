@@ -77,6 +77,11 @@ class MemoryEstimate:
         return self.weights + self.tokenizer + self.text_encoder + self.overhead
 
     @property
+    def least(self) -> int:
+        """Below this much a model is refused."""
+        return max(self.generating, self.encoding)
+
+    @property
     def peak(self) -> int:
         """The most that is needed at once."""
         return max(self.sampling, self.encoding)
@@ -264,10 +269,9 @@ def largest_batch(model: ModelRequest, at_most: int, room_bytes: int) -> int:
 def require(needed: MemoryEstimate, device: torch.device, name: str) -> None:
     """Raises UsageError if a model cannot fit into the device's free memory."""
     free = available_bytes(device)
-    least = max(needed.generating, needed.encoding)
-    if free is not None and least > free:
+    if free is not None and needed.least > free:
         raise UsageError(
-            f"{name} needs about {least / MIB:,.0f} MiB on {device}, but only {free / MIB:,.0f} MiB are free; "
+            f"{name} needs about {needed.least / MIB:,.0f} MiB on {device}, but only {free / MIB:,.0f} MiB are free; "
             "use a larger device, a smaller --resolution or batch, --kv-cache int8, or a smaller model"
         )
 

@@ -148,8 +148,25 @@ def test_memory_says_what_fits(capsys):
     ]
     (fits,) = (line for line in lines if line.startswith("sampling fits 24 GiB"))
     assert fits.split()[-4:] == ["no", "yes", "yes", "yes"]
+    (encoder,) = (line for line in lines if line.startswith("text encoder"))
+    assert set(encoder.split()[-4:]) == {"2,814"}, "what a GPU loads, though this machine may have none"
+    assert len({len(line) for line in lines[1:]}) == 1, "columns are aligned"
     assert main(["memory", "--model", "infinity-tiny", "--compare", "skip-1", "--kv-cache", "int8"]) == 0
     assert capsys.readouterr().out.splitlines()[1].split() == ["skip-1,", "int8"]
+
+
+@pytest.mark.parametrize(
+    "card, drawn, beside", [(24, ["none", "none"], ["none", "none"]), (40, ["1", "1"], ["none", "2"])]
+)
+def test_memory_says_none_where_a_study_has_no_room(card, drawn, beside, capsys):
+    assert main(["memory", "--model", "infinity-8b", "--compare", "exact", "--card", str(card)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for start, values in (
+        ("images a study draws at once", drawn),
+        ("have room beside the full schedule, eager", beside),
+    ):
+        (line,) = (line for line in lines if line.startswith(start))
+        assert line.split()[-2:] == values
 
 
 def test_an_unknown_kv_cache_is_refused(capsys):
