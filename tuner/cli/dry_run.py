@@ -21,6 +21,11 @@ def print_plan(checked: Plan) -> int:
     judged = args.weights != "random" and args.effort != "instant"
     (search, heldout), micro_batch = set_sizes(space.prompts), space.prompts.micro_batch
     share = error_share_of(args.effort)
+    schedules, most = args.trials, args.most_trials
+    if args.effort == "instant":
+        from tuner.study.instant import TIMED
+
+        schedules = most = TIMED
     downloads, memory = costs.downloads_of(checked.model, space.quality), costs.memory_plan(checked.model, micro_batch)
     plan_data = {
         "model": args.model,
@@ -31,8 +36,8 @@ def print_plan(checked: Plan) -> int:
         "limits": limits_table(limits, heldout, micro_batch, share),
         "without_limit": [m.metric for m in limits if m.max_drop is None],
         "run_directory": str(checked.run_dir),
-        "schedules": args.trials,
-        "schedules_at_most": args.most_trials,
+        "schedules": schedules,
+        "schedules_at_most": most,
         "enqueued": ["the full schedule", *space.known],
         "searched": [p.name for p in space.parameters],
         "micro_batch": micro_batch,
@@ -46,15 +51,15 @@ def print_plan(checked: Plan) -> int:
     else:
         for key, value in plan_data.items():
             if key == "limits":
-                for line in limit_lines(limits, heldout, micro_batch, share) or [
+                for line in limit_lines(limits, heldout, micro_batch, share, judged) or [
                     "none: random weights have no quality"
                 ]:
                     print(f"{'limit':<16} {line}")
                 continue
             if key in ("without_limit", "searched", "schedules_at_most"):
                 continue
-            if key == "schedules" and args.most_trials > value:
-                value = f"{value}, up to {args.most_trials} if few keep the limits"
+            if key == "schedules" and most > value:
+                value = f"{value}, up to {most} if few keep the limits"
             if key == "space":
                 for line in _space_lines(value):
                     print(line)
@@ -67,6 +72,8 @@ def print_plan(checked: Plan) -> int:
                 value = memory.line if memory else "fits anywhere"
             if key in ("settings", "images_at_most"):
                 value = "infinitely many: a parameter is continuous" if value is None else f"{value:,}"
+            if key == "images_at_most" and not judged:
+                value = "none, no image is judged"
             if isinstance(value, dict):
                 value = [f"{name} {entry}" for name, entry in value.items()]
             text = ", ".join(map(str, value)) if isinstance(value, list) else value

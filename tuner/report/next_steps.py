@@ -111,15 +111,21 @@ def _latency_only(result: StudyResult, run_dir: Path, words: Sequence[str]) -> _
     told = [
         f"measured: {_speed(result.pick)}; the weights are random, so nothing is known about quality",
     ]
+    return told, [_with_trained_weights(run_dir, words)]
+
+
+def _with_trained_weights(run_dir: Path, words: Sequence[str]) -> tuple[str, str]:
     again = _with(_without(words, "--weights"), "--out", f"{run_dir}-weights")
-    steps = [("tune with trained weights, which also judges the images", _line(again))]
-    return told, steps
+    return "tune with trained weights, which also judges the images", _line(again)
 
 
 def _unverified(result: StudyResult, run_dir: Path, words: Sequence[str]) -> _Told:
     told = [f"not proved: {result.reason}"]
-    again = _with(_with(words, "--effort", "quick"), "--out", f"{run_dir}-quick")
-    return told, [("judge images and verify", _line(again))]
+    quick = _with(words, "--effort", "quick")
+    again = _line(_with(quick, "--out", f"{run_dir}-quick"))
+    if not result.random_weights:
+        return told, [("judge images and verify", again)]
+    return told, [("verify the latency; random weights have no quality", again), _with_trained_weights(run_dir, quick)]
 
 
 def _infeasible(result: StudyResult, run_dir: Path, words: Sequence[str]) -> _Told:

@@ -182,13 +182,18 @@ def limits_table(
     return rows
 
 
-def limit_lines(limits: Sequence[MetricLimit], prompts: int, micro_batch: int, error_share: float = 1.0) -> list[str]:
-    """The same in words, a line per metric, those without a limit included."""
+def limit_lines(
+    limits: Sequence[MetricLimit], prompts: int, micro_batch: int, error_share: float = 1.0, judged: bool = True
+) -> list[str]:
+    """The same in words, a line per metric, those without a limit included; no proofs if no image is `judged`."""
     rows = {row["metric"]: row for row in limits_table(limits, prompts, micro_batch, error_share)}
     lines = []
     for limit in limits:
         if limit.max_drop is None:
             lines.append(f"{limit.metric}: none, it {'only ranks' if limit.weight else 'is only reported'}")
+            continue
+        if not judged:
+            lines.append(f"{limit.metric}: at most {limit.amount(limit.allowed)}; not judged")
             continue
         row, words = rows[limit.metric], []
         for suffix, when in (("", "when nothing changes"), ("_discordant", _WHEN_SOME_DIFFER)):

@@ -43,7 +43,7 @@ class InstantStudy(Study):
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
-        self.quality = self.ledger.quality = False
+        self.quality = self.ledger.quality = self.progress.judged = False
 
     def run(self) -> StudyResult:
         """Full schedule, step costs, a few timings and a pick; returns the result, which is also in study.json."""

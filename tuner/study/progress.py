@@ -22,7 +22,14 @@ _BEGINNINGS = {
     "search": "proposing schedules, timing them and judging them on the search prompts",
     "verification": "timing the finalists and the full schedule in turn, then judging them on held-out prompts",
     "images": "drawing images of the full schedule and the picks for the report",
+    "timing": "timing steps, then a few schedules end to end",
     "report": "writing profile, table and report",
+}
+#: The same of phases that otherwise judge images, where none is judged.
+_UNJUDGED = {
+    "baseline": "timing the full schedule",
+    "search": "proposing schedules and timing them",
+    "verification": "timing the finalists and the full schedule in turn",
 }
 
 
@@ -32,12 +39,14 @@ class Progress:
     Attributes:
         seconds: per phase, in order.
         parts: seconds of the named parts of phases.
+        judged: whether images are judged; only words depend on it.
     """
 
     def __init__(self, quiet: bool = False, stream: Any = None):
         self.quiet, self.stream = quiet, stream or sys.stderr
         self.seconds: dict[str, float] = {}
         self.parts: dict[str, float] = {}
+        self.judged = True
         self._phase: str | None = None
         self._total, self._tenth, self._began = 1, 0, 0.0
         self._last = ""
@@ -65,7 +74,8 @@ class Progress:
         self._phase, self._total, self._tenth, self._began = name, max(1, total), 0, time.perf_counter()
         if self._bar is not None:
             self._task = self._bar.add_task(name, total=total, line="")
-        self._note(f"{name}: {_BEGINNINGS.get(name, 'begins')}")
+        beginnings = _BEGINNINGS if self.judged else _BEGINNINGS | _UNJUDGED
+        self._note(f"{name}: {beginnings.get(name, 'begins')}")
 
     def update(self, done: float, line: str = "") -> None:
         """Shows the units done so far and a line of text; without a bar, once per tenth."""

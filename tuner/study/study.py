@@ -67,7 +67,7 @@ class Study:
         self.progress = progress or Progress(quiet=True)
         self.stop = stop
         self.facts = evaluator.facts
-        self.quality = not self.facts.random_weights
+        self.quality = self.progress.judged = not self.facts.random_weights
         self.space = space.runnable(self.facts.refused)
         if self.space is not space:
             for name, why in self.facts.refused.items():

@@ -106,6 +106,14 @@ def test_a_dry_run_counts_no_images_where_none_is_judged_and_the_schedules_that_
         assert json.loads(capsys.readouterr().out)["images_at_most"] == images
 
 
+def test_a_dry_run_of_an_instant_study_promises_no_judgment(capsys):
+    words = ["--model", "nano", "--budget", "80%", "--dry-run", "--effort", "instant"]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "held-out prompts prove" not in shown and "geneval_nano: at most 3 % of prompts; not judged" in shown
+    assert "images at most   none, no image is judged" in shown and "\nschedules        3\n" in shown
+
+
 def test_a_run_names_the_files_to_fetch_before_it_loads_anything(monkeypatch, capsys, tmp_path):
     said = []
 

@@ -1,5 +1,9 @@
 """--effort instant: a schedule from step costs and from what is known, nothing judged and nothing claimed."""
 
+import dataclasses
+import io
+import shlex
+
 import pytest
 import yaml
 
@@ -13,6 +17,7 @@ from tuner.results.candidate import Finalist
 from tuner.study.instant import InstantStudy
 from tuner.study.options import SearchShortcuts
 from tuner.study.predicted_front import load_table
+from tuner.study.progress import Progress
 from tuner.study.study import Options
 
 
@@ -30,7 +35,7 @@ class NoImages(FakeEvaluator):
         raise AssertionError("an image was drawn")
 
 
-def instant(path, space=(), **options):
+def instant(path, space=(), progress=None, **options):
     """An instant study on a fake that would not judge anything."""
     one = study(path / "unused")
     options = {
@@ -40,7 +45,9 @@ def instant(path, space=(), **options):
     }
     path.mkdir(exist_ok=True)
     checked = parse_space({**SPACE, **dict(space)})
-    return InstantStudy(path, checked, Options(**options), NoImages(one.prompts, drop, noise=0.0), one.prompts)
+    return InstantStudy(
+        path, checked, Options(**options), NoImages(one.prompts, drop, noise=0.0), one.prompts, progress=progress
+    )
 
 
 def test_without_an_earlier_study_published_settings_are_timed_and_the_least_accelerated_is_picked(tmp_path):
@@ -91,6 +98,24 @@ def test_profile_report_and_last_lines_say_that_nothing_was_verified(tmp_path):
     said = next_steps(result, tmp_path, result.command.split())
     assert said.lines[0].startswith("not proved: ") and "--effort quick" in said.commands[0]
     assert "deploy" not in said.lines[1]
+
+
+def test_progress_says_nothing_of_judging(tmp_path):
+    stream = io.StringIO()
+    instant(tmp_path, progress=Progress(stream=stream)).run()
+    lines = stream.getvalue().splitlines()
+    assert "baseline: timing the full schedule" in lines and "judging" not in stream.getvalue()
+    assert "timing: timing steps, then a few schedules end to end" in lines
+
+
+def test_random_weights_are_not_advised_to_judge_images(tmp_path):
+    result = dataclasses.replace(instant(tmp_path).run(), random_weights=True)
+    words = ["--model", "fake", "--budget", "60%", "--effort", "instant", "--weights", "random"]
+    said = next_steps(result, tmp_path, words)
+    assert "next: judge images and verify" not in said.lines
+    latency, trained = map(shlex.split, said.commands)
+    assert "random" in latency and "quick" in latency
+    assert "--weights" not in trained and "quick" in trained
 
 
 @pytest.mark.parametrize("times", [1, 2])
