@@ -15,6 +15,8 @@ from stagevar.sections import shortened, shown
 
 #: The largest count that an option takes; more would fill the memory before anything runs.
 MOST = 1_000_000
+#: How alike an unknown option and a suggested one are at least, from 0 to 1.
+CLOSE = 0.72
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,12 +27,36 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(shortened(f"{message} (see {self.prog} --help)"))
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """The arguments; an unknown option is named with the nearest known one. Raises UsageError."""
-        args, rest = self.parse_known_args(argv)
+        """The arguments; an unknown option is named with a known one that is close to it. Raises UsageError."""
+        try:
+            args, rest = self.parse_known_args(argv)
+        except UsageError:
+            rest = self._unknown(argv)  # a required option may be missing because its name is misspelled
+            if not (rest and self._close_to(rest[0])):
+                raise
         if rest:
-            known = [option for action in self._actions for option in action.option_strings]
-            self.error(f"unknown option {rest[0]!r}{did_you_mean(rest[0].split('=')[0], known, cutoff=0.4)}")
+            self.error(f"unknown option {rest[0]!r}{self._close_to(rest[0])}")
         return args
+
+    def _unknown(self, argv: Sequence[str]) -> list[str]:
+        """What no option takes, whatever is missing; nothing if a value is wrong, which is to be said first."""
+        required = [action for action in self._actions if action.required]
+        for action in required:
+            action.required = False
+        try:
+            return self.parse_known_args(argv)[1]
+        except UsageError:
+            return []
+        finally:
+            for action in required:
+                action.required = True
+
+    def _close_to(self, word: str) -> str:
+        """ ", did you mean --OPTION?" if one begins with the word or is spelled much like it."""
+        name = word.partition("=")[0]
+        known = [option for action in self._actions for option in action.option_strings]
+        longer = [option for option in known if len(name) > 3 and option.startswith(name)]
+        return did_you_mean(name, longer, 0.0) or did_you_mean(name, known, CLOSE)
 
 
 def add_verbosity(*parsers: argparse._ActionsContainer) -> None:
