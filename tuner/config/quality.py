@@ -191,7 +191,8 @@ def check_max_drop(metric: str, value: Any, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise UsageError(f"{what} must be a number above 0, in {declared.unit}")
     if declared.kind != "continuous" and value > declared.change:
-        raise UsageError(f"{what} allows {metric} to fall by more than it can ({declared.change:g} {declared.unit})")
+        most = "1; write a share, such as 0.02 for 2 %" if declared.is_share else f"{declared.change:g} {declared.unit}"
+        raise UsageError(f"{what} allows {metric} to fall by more than it can: at most {most}")
     return float(value)
 
 

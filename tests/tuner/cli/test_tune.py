@@ -70,7 +70,7 @@ def bad(argv, capsys):
         ([*GOOD, "--trials", "many"], "'many'"),
         ([*GOOD, "--seed", "x"], "--seed"),
         ([*GOOD, "--time-budget", "soon"], "write 90s, 10m or 1h30m"),
-        ([*GOOD, "--max-drop", "5"], "max-drop '5'"),
+        ([*GOOD, "--max-drop", "5"], "can: at most 1; write a share, such as 0.02 for 2 %"),
         ([*GOOD, "--prompts", "0"], "prompts '0'"),
         ([*GOOD, "--prompts", "absent.txt"], "neither a number nor a file"),
         ([*GOOD, "--space", "absent.yaml"], "cannot be read"),
