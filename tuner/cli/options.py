@@ -36,7 +36,7 @@ class Groups:
 
 
 def add_study_options(groups: Groups, required: bool) -> None:
-    """Options that determine what is measured, and under which limits."""
+    """Options that determine what is measured, and under which limits; where not `required`, a profile has the defaults."""
     profiles = "the profile's"
     what, limits, place = groups.what, groups.limits, groups.place
     models = ", ".join(registry.model_names())
@@ -57,9 +57,18 @@ def add_study_options(groups: Groups, required: bool) -> None:
         type=heldout_numbers,
         metavar="N[+N]",
         help="maximum number of held-out prompts for verification; a larger number continues a run (geneval: 512+640 adds "
-        "640)",
+        "640)"
+        if required
+        else f"maximum number of held-out prompts (default: {profiles})",
     )
-    what.add_argument("--seed", type=whole_number, default=0, help="of prompts, noise and sampler (default: 0)")
+    what.add_argument(
+        "--seed",
+        type=whole_number,
+        default=0 if required else None,
+        help="of prompts, noise and sampler (default: 0)"
+        if required
+        else f"of prompts and noise (default: {profiles})",
+    )
     budget_help = "latency of one image: 2s, 800ms, or 60%% of the measured full schedule"
     limits.add_argument("--budget", "--latency-budget", required=required, metavar="LATENCY", help=budget_help)
     limits.add_argument(
@@ -67,7 +76,7 @@ def add_study_options(groups: Groups, required: bool) -> None:
         action="append",
         metavar="[METRIC=]DROP",
         help="largest drop: 2%% for the first metric of the space, clip_score=0.3 for another; may be repeated "
-        "(default: the space's)",
+        f"(default: {'the space' if required else 'the profile'}'s)",
     )
     place.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
     place.add_argument(

@@ -32,7 +32,6 @@ def add_options(parser: Parser) -> None:
         "--max-regression", metavar="SHARE", help="fail if slower than recorded by more than this, such as 3%%"
     )
     add_study_options(Groups.of(parser, "what to measure"), required=False)
-    parser.set_defaults(seed=None)
 
 
 def kept_max_drops(profile: Profile, given: argparse.Namespace | None, space: SearchSpace) -> dict[str, float]:

@@ -14,6 +14,7 @@ from stagevar.profile import Profile
 from tests.fakes.studies import SPACE
 from tuner import tune
 from tuner.cli import main
+from tuner.cli.command import verb_parser
 from tuner.cli.plan import plan
 from tuner.cli.tune import Interrupts
 from tuner.results.candidate import Interval, verification_of
@@ -324,3 +325,10 @@ def test_engines_and_caches_on_offer_are_those_that_exist():
 
     offered = {action.dest: action.choices for action in build_parser()._actions}
     assert offered["engine"] == ("auto", *ENGINES) and offered["kv_cache"] == KV_CACHES
+
+
+def test_the_help_of_verify_names_the_profiles_values():
+    shown = " ".join(verb_parser("verify").format_help().split())
+    assert "continues a run" not in shown and "(default: 0)" not in shown and "the space's" not in shown
+    assert "of prompts and noise (default: the profile's)" in shown
+    assert verb_parser("verify").parse(["profile.yaml"]).seed is None
