@@ -18,6 +18,14 @@ from tuner.study.verdict import Limits, decide
 from tuner.study.verification import Verifier
 
 _STATES = {"met": "kept", "broken": "BROKEN", "open": "undecided"}
+#: What a verdict is about, and what its figures are.
+_SUBJECTS = {
+    "latency": ("latency within the budget", "ms"),
+    "gain": ("faster than the full schedule", "of its time"),
+    "regression": ("no regression beyond the allowed one", "of the full schedule's time"),
+    "drop": ("allowed drop of {metric}", "{unit}"),
+    "floor": ("floor of {metric}", ""),
+}
 
 
 @dataclass(frozen=True)
@@ -52,11 +60,7 @@ class Recheck:
                 lines.append(
                     f"{metric} changed by {change.signed_text} on {change.n} held-out prompts drawn by the {self.engine} engine"
                 )
-        for v in self.verdicts:
-            lines.append(
-                f"{_STATES[v.status]}: {v.name} {v.value:.4g} (bound {v.bound:.4g}, limit {v.limit:.4g} {v.unit})"
-            )
-        return lines
+        return [*lines, *map(_in_words, self.verdicts)]
 
     def to_dict(self) -> dict[str, object]:
         """Plain data for --json."""
@@ -68,6 +72,14 @@ class Recheck:
             "engine": self.engine,
             "warnings": list(self.warnings),
         }
+
+
+def _in_words(verdict: Verdict) -> str:
+    """A line that says what was kept or not, by which figures."""
+    kind, _, metric = verdict.name.partition(":")
+    what, unit = (text.format(metric=metric, unit=verdict.unit) for text in _SUBJECTS[kind])
+    value = f"{verdict.value:.4g} {unit}".rstrip()
+    return f"{_STATES[verdict.status]}: {what}: {value} (bound {verdict.bound:.4g}, limit {verdict.limit:.4g})"
 
 
 def regression_verdict(recorded_ratio: float, verification: Verification, allowed: float) -> Verdict:

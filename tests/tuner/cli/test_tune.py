@@ -17,7 +17,7 @@ from tuner.cli import main
 from tuner.cli.command import verb_parser
 from tuner.cli.plan import plan
 from tuner.cli.tune import Interrupts
-from tuner.results.candidate import Interval, verification_of
+from tuner.results.candidate import Interval, Verdict, verification_of
 from tuner.results.result import StudyResult
 from tuner.study.finalist_times import latency_stats
 from tuner.study.verify_profile import Recheck, regression_verdict
@@ -300,7 +300,10 @@ def test_a_regression_is_judged_by_the_ratio_to_the_full_schedule(now_ms, status
     assert verdict.status == status
     recheck = Recheck((verdict,), verification, ("outside the measured envelope",), "graph")
     assert recheck.lines[1].endswith("ms, graph engine") and recheck.to_dict()["engine"] == "graph"
-    assert recheck.exit_code == code and any("regression" in line for line in recheck.lines)
+    assert recheck.exit_code == code
+    word = {"met": "kept", "broken": "BROKEN"}[status]
+    figures = f"{now_ms / 100:g} of the full schedule's time (bound {now_ms / 100:g}, limit 0.618)"
+    assert recheck.lines[-1] == f"{word}: no regression beyond the allowed one: {figures}"
     assert json.dumps(recheck.to_dict())
 
 
@@ -325,6 +328,22 @@ def test_engines_and_caches_on_offer_are_those_that_exist():
 
     offered = {action.dest: action.choices for action in build_parser()._actions}
     assert offered["engine"] == ("auto", *ENGINES) and offered["kv_cache"] == KV_CACHES
+
+
+def test_verify_says_in_words_what_was_kept():
+    verdicts = [
+        Verdict("latency", 80.0, "ms", 60.0, 61.0, "met"),
+        Verdict("gain", 0.98, "ratio", 0.6, 0.61, "met"),
+        Verdict("drop:geneval", 0.02, "share of prompts", 0.01, 0.03, "open"),
+        Verdict("floor:clip_score", 20.0, "clip_score", 25.0, 24.0, "met"),
+    ]
+    verification = _Verification(latency_stats([60.0] * 9, [100.0] * 9, 100.0))
+    assert Recheck(tuple(verdicts), verification, ()).lines[1:] == [
+        "kept: latency within the budget: 60 ms (bound 61, limit 80)",
+        "kept: faster than the full schedule: 0.6 of its time (bound 0.61, limit 0.98)",
+        "undecided: allowed drop of geneval: 0.01 share of prompts (bound 0.03, limit 0.02)",
+        "kept: floor of clip_score: 25 (bound 24, limit 20)",
+    ]
 
 
 def test_the_help_of_verify_names_the_profiles_values():
