@@ -65,7 +65,7 @@ def bad(argv, capsys):
         ([*GOOD, "--latency", "60%"], "did you mean --latency-budget?"),
         (["--model", "nano", "--compare", "exact"], "required: --budget"),
         (["--model", "nano", "--budgt", "60%", "--trials", "many"], "'many'"),
-        (["doctor", "--kv-cache", "int8"], "unknown option '--kv-cache' (see"),
+        (["doctor", "--budget", "2s"], "unknown option '--budget' (see"),
         (["sweep", "sweep.yaml", "--dry-run"], "unknown option '--dry-run' (see"),
         ([*GOOD, "--trials", "0"], "'0'"),
         ([*GOOD, "--trials", "many"], "'many'"),
