@@ -9,6 +9,7 @@ import pytest
 from stagevar.profile import Profile
 from tests import frozen
 from tests.fakes.studies import study
+from tuner.cli import main
 from tuner.results.candidate import Finalist, Measured
 from tuner.results.result import StudyResult
 
@@ -41,6 +42,13 @@ def test_a_frozen_study_is_written_as_it_was_read():
     assert StudyResult.from_json(text) == result
     old, new = json.loads((frozen.SAMPLE / "study.json").read_text(encoding="utf-8")), json.loads(text)
     assert list(old) == list(new) and old == new
+
+
+def test_the_report_command_tells_of_a_study_without_a_bound_of_its_gain(tmp_path, capsys):
+    for path in frozen.SAMPLE.iterdir():
+        shutil.copy(path, tmp_path)
+    assert main(["report", str(tmp_path)]) == 0
+    assert "images come out 1.88x [1.85, 1.91] as fast" in capsys.readouterr().out
 
 
 def test_a_frozen_profile_is_loaded_and_written_as_it_was(tmp_path):
