@@ -83,19 +83,13 @@ def coverage(
         budget_ratio: the budget as such a share.
         seed: of the draws.
     """
-    found: dict[str, Steps] = {}
-    counted = unfit = 0
-    for _, steps in expanded(space, grids, chunks, all_or_drawn_settings(space, seed, DRAWS)):
-        counted += 1
-        if steps is None:
-            unfit += 1
-        else:
-            found.setdefault(steps_key(steps), steps)
+    counted = [steps for _, steps in expanded(space, grids, chunks, all_or_drawn_settings(space, seed, DRAWS))]
+    found = {steps_key(steps): steps for steps in counted if steps is not None}
     ratios = [value for value in map(ratio, found.values()) if value is not None]
     return SpaceCoverage(
         settings=space.settings,
-        draws=counted,
-        unfit=unfit,
+        draws=len(counted),
+        unfit=counted.count(None),
         distinct=len(found),
         priced=len(ratios),
         excluded=sum(value > budget_ratio for value in ratios),
