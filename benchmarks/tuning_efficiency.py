@@ -107,14 +107,14 @@ class Bench:
         self.facts = self.evaluator().facts
         self.space.fit(self.facts.grids)
 
-    def evaluator(self, keep_bytes: int | None = None) -> ModelEvaluator:
+    def evaluator(self, keep_bytes: int | None = None, seed: int = 0) -> ModelEvaluator:
         quality = composite_specs(self.space.quality, self.limits)
-        return ModelEvaluator(self.model, self.prompts, quality, keep_bytes=keep_bytes)
+        prompts = load_prompts(self.space.prompts, seed) if seed else self.prompts
+        return ModelEvaluator(self.model, prompts, quality, keep_bytes=keep_bytes)
 
     def earlier_table(self) -> Sensitivities:
         """The sensitivities that a study with another seed measures, on prompts of its own."""
-        prompts = load_prompts(self.space.prompts, 1)
-        evaluator = ModelEvaluator(self.model, prompts, composite_specs(self.space.quality, self.limits))
+        evaluator = self.evaluator(seed=1)
         grids, chunks = self.facts.grids, self.facts.chunks
         changes = changes_to_measure(draws(self.space, grids, chunks, 1, CHANGE_DRAWS))
         schedules = (evaluator.full, *(alone(change, evaluator.full) for change in changes))
