@@ -18,8 +18,7 @@ from stagevar.cli.model_options import (
     Verbs,
     add_model_options,
     add_running_options,
-    check_running,
-    model_request,
+    drawing_request,
 )
 from stagevar.errors import UsageError
 from stagevar.files import check_output, write_atomically, writing
@@ -28,6 +27,8 @@ from stagevar.sections import shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from stagevar.models.request import ModelRequest
 
 
 def add(verbs: Verbs) -> None:
@@ -64,19 +65,14 @@ def run(args: argparse.Namespace) -> int:
         from stagevar.profile import Profile
 
         profile = Profile.load(args.profile)
-        request = model_request(args, profile)
-        profile.check_drawing(request)
-        check_running(request, args.engine, args.threads)
+        request = drawing_request(args, profile)
         pipeline = profile.pipeline_of(request, engine=args.engine, batch=args.batch or 0, threads=args.threads)
         parts = (slice(first, first + pipeline.batch) for first in range(0, count, pipeline.batch))
         images: Iterator[Image] = (
             image for part in parts for image in pipeline.generate(prompts[part], seeds[part], args.negative)
         )
-    elif args.weights == "random":
-        raise UsageError("--weights random draws noise, not images; it is for latency work only")
     else:
-        check_running(model_request(args), args.engine, args.threads)
-        images = draw_full(args, prompts, seeds)
+        images = draw_full(args, drawing_request(args), prompts, seeds)
     for image, path in zip(images, outputs, strict=True):
         save_image(image, path)
         print(path)
@@ -92,7 +88,9 @@ def save_image(image: Image, path: Path) -> None:
         write_atomically(path, lambda file: image.save(file, kind))
 
 
-def draw_full(args: argparse.Namespace, prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[Image]:
+def draw_full(
+    args: argparse.Namespace, request: ModelRequest, prompts: Sequence[str], seeds: Sequence[int]
+) -> Iterator[Image]:
     """PIL images of a model's full schedule, drawn batch by batch."""
     from PIL import Image as pillow
 
@@ -102,7 +100,7 @@ def draw_full(args: argparse.Namespace, prompts: Sequence[str], seeds: Sequence[
     from stagevar.schedule import exact
     from stagevar.timing import threads_of
 
-    model = load_model(model_request(args))
+    model = load_model(request)
     batch, negatives = args.batch or 1, check_negatives(args.negative, len(prompts))
     steps = exact(len(model.grids)).expand(model.grids, len(model.transformer.chunk_layers))
     with threads_of(args.threads):

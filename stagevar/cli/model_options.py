@@ -84,6 +84,20 @@ def model_request(args: argparse.Namespace, profile: Profile | None = None) -> M
     return asked if profile is None else asked.over(profile.model.request)
 
 
+def drawing_request(args: argparse.Namespace, profile: Profile | None = None) -> ModelRequest:
+    """`model_request` of a command that draws images, checked before anything is loaded.
+
+    Raises UsageError for what `check_running` refuses, and for weights that would be random.
+    """
+    request = model_request(args, profile)
+    if profile is not None:
+        profile.check_drawing(request)
+    elif request.weights == "random":
+        raise UsageError("--weights random draws noise, not images; it is for latency work only")
+    check_running(request, args.engine, args.threads)
+    return request
+
+
 def prompts_of_file(args: argparse.Namespace) -> list[str] | None:
     """The prompts of --prompts-file, None without one. Raises UsageError."""
     if args.prompts_file is None:

@@ -16,8 +16,7 @@ from stagevar.cli.model_options import (
     Verbs,
     add_model_options,
     add_running_options,
-    check_running,
-    model_request,
+    drawing_request,
 )
 from stagevar.errors import UsageError
 
@@ -61,16 +60,11 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("give either --profile FILE or --model NAME")
     if args.compare and args.profile is None:
         raise UsageError("--compare needs --profile: a model alone is served with its full schedule")
-    if args.weights == "random" and args.profile is None:
-        raise UsageError("--weights random draws noise, not images; it is for latency work only")
     keys = Keys() if args.api_key_file is None else read_keys(args.api_key_file)
     limits = Limits(timeout_s=args.timeout, stuck_s=args.stuck)
     serving = Serving(args.host, args.port, args.queue, args.grace, limits, keys)
     profile = None if args.profile is None else Profile.load(args.profile)
-    request = model_request(args, profile)
-    if profile is not None:
-        profile.check_drawing(request)
-    check_running(request, args.engine, args.threads)
+    request = drawing_request(args, profile)
     from stagevar.serving.drawing import Loading
 
     loading = Loading(request, profile, args.compare, args.engine, args.batch or 0, args.threads)
