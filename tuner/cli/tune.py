@@ -27,7 +27,6 @@ from stagevar.profile.sections import EngineSection
 from stagevar.schedule import ACCELERATORS, PLUGGED_ACCELERATORS
 from stagevar.sections import read_section
 from tuner.cli.console import announce, write_derived
-from tuner.cli.dry_run import print_plan
 from tuner.cli.options import PROG, Groups, add_output_options, add_study_options
 from tuner.cli.plan import Plan, plan
 from tuner.cli.stored import earlier_study, say_reuse, with_store
@@ -189,6 +188,8 @@ def run(args: argparse.Namespace, argv: Sequence[str], again: bool = False) -> i
     set_verbosity(args.verbose, args.quiet)
     checked = plan(args, argv)
     if args.dry_run:
+        from tuner.cli.dry_run import print_plan
+
         return print_plan(checked)
     try:
         result, written = carry_out(checked, again)

@@ -20,7 +20,7 @@ from tuner.statistics.looks import claims
 
 #: Share of prompts on which a harmless schedule usually differs from the full one, half of them in either direction.
 DISCORDANT = 0.05
-_WHEN_SOME_DIFFER = f"four times out of five when {DISCORDANT:.0%} of prompts differ"
+_WHEN_SOME_DIFFER = f"four times out of five when {100 * DISCORDANT:.0f} % of prompts differ"
 #: The most prompts that are considered.
 MOST_PROMPTS = 1 << 17
 #: Chance of a proof that counts as enough: for a harmless schedule, and for a further judgment if the results so far are
