@@ -182,7 +182,7 @@ class Pipeline:
 
 def warm_sampler(sampler: Sampler, steps: Steps, lengths: Sequence[int], batches: Sequence[int]) -> None:
     """Loads the text encoder and draws one batch for every size and text length; see `Pipeline.warm`."""
-    from stagevar.models.infinity.text import LazyEncoder
+    from stagevar.models.text_encoder import LazyEncoder
     from stagevar.sampling.bench import bench_prompts
 
     model = sampler.model

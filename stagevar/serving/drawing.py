@@ -18,9 +18,9 @@ from stagevar.device_faults import free_unused, told_apart
 from stagevar.engine import TEXT_BUCKET
 from stagevar.errors import OutOfDeviceMemory
 from stagevar.models.base import LoadedModel, Sampling
-from stagevar.models.infinity.text import LazyEncoder
 from stagevar.models.registry import find, load_model, resolution_of
 from stagevar.models.request import ModelRequest
+from stagevar.models.text_encoder import LazyEncoder
 from stagevar.profile import Profile, present_envelope, steps_to_data
 from stagevar.profile.engine_choice import engine_for
 from stagevar.profile.pipeline import warm_sampler

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from stagevar.models.infinity.text import LazyEncoder, RandomText
+from stagevar.models.infinity.text import RandomText
+from stagevar.models.text_encoder import LazyEncoder
 
 
 class LateText(LazyEncoder):

@@ -11,7 +11,7 @@ import torch
 from stagevar import files, folders
 from stagevar.errors import InfrastructureError, ProfileError, UsageError
 from stagevar.models import hub
-from stagevar.models.infinity.text import FeatureCache
+from stagevar.models.text_encoder import FeatureCache
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from stagevar.errors import WeightsError, reason_of
 from stagevar.models.hub import HubFile
-from stagevar.models.infinity.text import LazyEncoder
+from stagevar.models.text_encoder import LazyEncoder
 
 #: Rows of every prompt, padding included.
 TEXT_LENGTH = 300

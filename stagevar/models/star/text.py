@@ -22,7 +22,7 @@ from torch import Tensor
 from stagevar.errors import WeightsError, reason_of
 from stagevar.folders import visible
 from stagevar.models.hub import HubFile, fetch
-from stagevar.models.infinity.text import LazyEncoder
+from stagevar.models.text_encoder import LazyEncoder
 
 #: Text rows of every prompt, padding included.
 TEXT_LENGTH = 77

@@ -8,7 +8,8 @@ import torch
 
 from stagevar.errors import WeightsError
 from stagevar.models.hub import HubFile
-from stagevar.models.infinity.text import FeatureCache, RandomText, T5Text
+from stagevar.models.infinity.text import RandomText, T5Text
+from stagevar.models.text_encoder import FeatureCache
 
 WORDS = ["a", "red", "blue", "circle", "square", "left", "of", "on", "the", "and", "two"]
 PROMPTS = ["a red circle", "two blue square left of the red circle", ""]
