@@ -63,9 +63,10 @@ def load_evaluator(
     Takes the arguments of `ModelEvaluator`, its options by keyword.
     """
     from stagevar.models import registry
+    from stagevar.models.text_encoder import LazyEncoder
 
     loaded = registry.load_model(model)
-    if hasattr(loaded.text, "prepare"):
+    if isinstance(loaded.text, LazyEncoder):
         # A large text encoder is loaded once; its features stay on disk, and it is freed before the model needs memory.
         loaded.text.prepare([text for part in prompts.values() for text in part.texts])
     return ModelEvaluator(loaded, prompts, quality, floors, **options)
@@ -119,6 +120,7 @@ class ModelEvaluator(Evaluator):
         import torch
 
         from stagevar.engine import build_engine
+        from stagevar.models.text_encoder import LazyEncoder
         from stagevar.sampling.sampler import Sampler
 
         if isinstance(engine, str) and engine != "auto":
@@ -169,7 +171,7 @@ class ModelEvaluator(Evaluator):
             engine=self.engine,
             heldout_engine=self.engine,
             engine_choice=choice,
-            includes=WITHOUT_TEXT if hasattr(model.text, "prepare") else WITH_TEXT,
+            includes=WITHOUT_TEXT if isinstance(model.text, LazyEncoder) else WITH_TEXT,
             random_weights=model.random_weights,
             sampling={
                 "guidance": list(model.sampling.guidance),
