@@ -30,7 +30,7 @@ def published_section(result: StudyResult) -> str:
     latency = latency_of(result, pick) if pick is not None else None
     speed = speedup(latency) if latency else None
     if speed and latency:
-        name = '<b>this run\'s pick</b><span class="tag">measured here</span>'
+        name = '<b>this run\'s pick</b> <span class="tag">measured here</span>'
         seconds = f"{latency.drift_corrected_ms / 1e3:.2f}"
         table.append([name, "", seconds, f"{speed[0]:.2f}×", "", ""])
     # A family that the paper lists among the generators already has its row above.

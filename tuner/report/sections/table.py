@@ -50,7 +50,7 @@ def table_section(result: StudyResult) -> str:
         assert latency is not None
         low, high = latency_span_ms(latency)
         speed = speedup(latency)
-        roles = "".join(f'<span class="tag">{role}</span>' for role in roles_of(result, candidate.key))
+        roles = "".join(f' <span class="tag">{role}</span>' for role in roles_of(result, candidate.key))
         row = [
             f"<b>{escape(name_of(result, candidate))}</b>{roles}<small>{escape(describe(candidate.steps))}</small>",
             f"{'≈ ' if latency.predicted else ''}{ms(latency.drift_corrected_ms)}<small>{ms_span(low, high)}</small>",
