@@ -407,3 +407,17 @@ def test_a_finalist_that_broke_a_limit_is_marked_as_outside_though_the_search_ha
     assert finalist.feasible and mark_of(result, finalist)[0] == "feasible"
     check = dataclasses.replace(finalist.verification, status="broken")
     assert mark_of(result, dataclasses.replace(finalist, verification=check))[0] == "infeasible"
+
+
+@pytest.mark.parametrize(
+    ("count", "pruned", "dropped"),
+    [
+        (1, "1 was clearly worse", "1 more proposal was predicted"),
+        (2, "2 were clearly worse", "2 more proposals were predicted"),
+    ],
+)
+def test_counts_agree_with_their_verbs(runs, count, pruned, dropped):
+    result, directory = runs["full"]
+    facts = {**result.search, "stopped_early": count, "dropped": count}
+    text = Page(render(dataclasses.replace(result, search=facts), directory)).text
+    assert pruned in text and dropped in text

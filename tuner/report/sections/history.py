@@ -21,7 +21,8 @@ def history_section(result: StudyResult) -> str:
     if not done or latency_of(result, result.baseline) is None:
         return ""
     done.sort(key=lambda c: c.trial_number)
-    told = f"{result.trials} trials, {result.sampled} distinct schedules beyond the enqueued ones"
+    sampled = _counted(result.sampled, "distinct schedule", "distinct schedules")
+    told = f"{_counted(result.trials, 'trial', 'trials')}, {sampled} beyond the enqueued ones"
     stop = f"{told}. Ended: {escape(result.stop_reason)}.{_savings(result)}"
     if len(done) < 2:
         return f'<p class="note">{stop} There is no history to draw with a single measured trial.</p>'
@@ -65,9 +66,12 @@ def _savings(result: StudyResult) -> str:
     """What the search saved, in sentences."""
     facts, found = result.search, []
     if facts.get("stopped_early"):
-        found.append(f"{facts['stopped_early']} were clearly worse and stopped after some of the search prompts.")
+        found.append(
+            f"{_counted(facts['stopped_early'], 'was', 'were')} clearly worse and stopped after some of the search prompts."
+        )
     if facts.get("dropped"):
-        found.append(f"{facts['dropped']} more proposals were predicted to be over the budget and not tried.")
+        proposals = _counted(facts["dropped"], "more proposal was", "more proposals were")
+        found.append(f"{proposals} predicted to be over the budget and not tried.")
     if facts.get("predicted"):
         line = f"Latency of {facts['predicted']} was predicted from the costs of their steps"
         error = facts.get("table_error")
@@ -79,9 +83,13 @@ def _savings(result: StudyResult) -> str:
         if one["rank_correlation"] is not None:
             ceiling = "" if one["ceiling"] is None else f" (noise allows {one['ceiling']:.2f})"
             found.append(
-                f"Sensitivities ranked {one['schedules']} schedules by {metric} with a correlation of "
+                f"Sensitivities ranked {_counted(one['schedules'], 'schedule', 'schedules')} by {metric} with a correlation of "
                 f"{one['rank_correlation']:.2f}{ceiling}; {100 * one['coverage']:.0f} % were within their intervals."
             )
     if facts.get("ask_seconds"):
         found.append(f"The median time of an ask was {np.median(facts['ask_seconds']):.2f} s.")
     return " " + " ".join(found) if found else ""
+
+
+def _counted(count: int, one: str, more: str) -> str:
+    return f"{count} {one if count == 1 else more}"
