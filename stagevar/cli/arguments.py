@@ -8,9 +8,9 @@ import os
 import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from stagevar.errors import UsageError, did_you_mean
+from stagevar.errors import UsageError, did_you_mean, hint
 from stagevar.sections import shortened, shown
 
 #: The largest count that an option takes; more would fill the memory before anything runs.
@@ -20,14 +20,31 @@ CLOSE = 0.72
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line with exit code 2, for `report_errors` to print."""
+    """argparse whose errors are one line with exit code 2, for `report_errors` to print. Options are not abbreviated."""
+
+    _verbs: Any = None
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **{"allow_abbrev": False, **options})
+
+    def add_subparsers(self, **options: Any) -> Any:
+        """As argparse's; `parse` has each verb parse its own arguments."""
+        self._verbs = super().add_subparsers(**options)
+        return self._verbs
 
     def error(self, message: str) -> NoReturn:
         """Raises UsageError with the message, instead of exiting."""
         raise UsageError(shortened(f"{message} (see {self.prog} --help)"))
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """The arguments; an unknown option is named with a known one that is close to it. Raises UsageError."""
+        """The arguments; an unknown verb or option is named with a known one that is close to it. Raises UsageError."""
+        if self._verbs is not None and argv and not argv[0].startswith("-"):
+            verb, known = argv[0], self._verbs.choices
+            if verb not in known:
+                self.error(f"unknown verb {shown(verb)}{hint(verb, known)}")
+            args = known[verb].parse(argv[1:])
+            setattr(args, self._verbs.dest, verb)
+            return args
         try:
             args, rest = self.parse_known_args(argv)
         except UsageError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
@@ -15,7 +14,7 @@ from stagevar.console import report_errors, set_verbosity
 VERBS = (generate, bench, serve, memory, analyze, refit, convert)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The whole command line."""
     parser = Parser(prog="stagevar", description="Run next-scale image models with stage-aware schedules.")
     parser.add_argument("--version", action="version", version=f"stagevar {__version__}")
@@ -30,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `stagevar`. Exit codes as in stagevar.errors."""
 
     def run() -> int:
-        args = build_parser().parse_args(argv)
+        args = build_parser().parse(sys.argv[1:] if argv is None else argv)
         set_verbosity(args.verbose, args.quiet)
         return args.run(args)
 

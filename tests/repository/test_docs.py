@@ -89,7 +89,7 @@ def test_shell_blocks_parse(words, monkeypatch):
         arguments = words[1:]
         if words[0] == "stagevar-eval" and arguments[0] not in eval_cli.VERBS:
             arguments = ["images", *arguments]  # the verb that need not be said
-        parsers[words[0]]().parse_args(arguments)
+        parsers[words[0]]().parse(arguments)
     elif words[1].startswith("-"):
         build_parser().parse(words[1:])
     else:

@@ -40,7 +40,7 @@ def _main(argv: list[str]) -> int:
 
 def verb_parser(verb: str) -> Parser:
     """The options of a verb."""
-    parser = Parser(prog=f"{PROG} {verb}", allow_abbrev=False)
+    parser = Parser(prog=f"{PROG} {verb}")
     importlib.import_module(f"tuner.cli.{verb}").add_options(parser)
     add_output_options(parser)
     return parser

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from tuner.cli.plan import Plan, error_share_of
@@ -77,7 +78,7 @@ def print_plan(checked: Plan) -> int:
 
 def _parameter_rows(space: SearchSpace) -> list[tuple[str, str]]:
     """Every searched parameter with its values, and the floors of metrics."""
-    data = space.to_data()
+    data: Mapping[str, Any] = space.to_data()
     rows = []
     for name, values in data["parameters"].items():
         text = ", ".join(map(str, values)) if isinstance(values, list) else f"{values['low']} to {values['high']}"

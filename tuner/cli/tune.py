@@ -68,7 +68,6 @@ def build_parser() -> Parser:
     """The options of a study."""
     parser = Parser(
         prog=PROG,
-        allow_abbrev=False,
         description="Find, prove and export the schedule with the best quality within a latency budget.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -20,11 +20,11 @@ VERBS = ("images", "geneval", "dpg", "answers", "prompts", "pairs", "preference"
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Exit codes: 0 done, 2 unusable input (one line on stderr)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0] not in (*VERBS, "-h", "--help", "--version"):
+    if arguments and arguments[0].startswith("-") and arguments[0] not in ("-h", "--help", "--version"):
         arguments.insert(0, "images")  # `stagevar-eval --images DIR --metric NAME` needs no verb
 
     def run() -> int:
-        options = build_parser().parse_args(arguments)
+        options = build_parser().parse(arguments)
         if "out" in options:  # a verb was given
             set_verbosity(options.verbose, options.quiet)
             check_outputs(options)
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return report_errors("stagevar-eval", run)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The whole command line."""
     parser = Parser(
         prog="stagevar-eval",

@@ -88,8 +88,10 @@ def test_generate_counts_seeds_and_files(tmp_path, capsys):
 def test_unusable_input(profile_path, tmp_path, capsys):
     assert "unknown model 'nanoo', did you mean nano?" in fails(capsys, "generate", "--model", "nanoo", "x")
     assert "--profile FILE or --model NAME" in fails(capsys, "generate", "x")
-    assert "unrecognized arguments: --sede" in fails(capsys, "generate", "--model", "nano", "x", "--sede", "1")
-    assert "invalid choice: 'draw'" in fails(capsys, "draw")
+    line = fails(capsys, "generate", "--model", "nano", "x", "--sede", "1")
+    assert "unknown option '--sede', did you mean --seed? (see stagevar generate --help)" in line
+    assert "did you mean --profile?" in fails(capsys, "bench", "--profil", "p.yaml"), "options are not abbreviated"
+    assert "unknown verb 'generat', did you mean generate? (see stagevar --help)" in fails(capsys, "generat")
     assert "folder" in fails(capsys, "generate", "--model", "nano", "x", "-o", tmp_path / "no" / "x.png")
     assert "unknown image type '.gif'" in fails(capsys, "generate", "--model", "nano", "x", "-o", tmp_path / "x.gif")
     assert "draws noise" in fails(capsys, "generate", "--model", "nano", "--weights", "random", "x")
