@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from tuner.evaluation.evaluator import Evaluator
     from tuner.evaluation.executor import Executor
     from tuner.results.result import StudyResult
+    from tuner.study.progress import Progress
     from tuner.study.study import Study
 
 log = logging.getLogger(__name__)
@@ -213,13 +214,17 @@ def carry_out(checked: Plan, again: bool = False) -> tuple[StudyResult, list[Pat
         return result, written
 
 
-def _finished(checked: Plan, again: bool) -> StudyResult | None:
+def _finished(checked: Plan, again: bool, progress: Progress) -> StudyResult | None:
     """The stored result if this very command already ran to its end; the caller has compared the identities."""
-    from tuner.results.result import StudyResult
+    from tuner.results.result import DamagedResult, StudyResult
 
     if not (checked.run_dir / STUDY_FILE).exists():
         return None
-    result = StudyResult.load(checked.run_dir)
+    try:
+        result = StudyResult.load(checked.run_dir)
+    except DamagedResult:
+        progress.say(f"{STUDY_FILE} is damaged; writing it again from the evidence")
+        return None
     if result.command != checked.command or result.verdict == "partial" or (again and _times_undecided(result)):
         return None
     return result
@@ -245,7 +250,7 @@ def _drive(checked: Plan, again: bool) -> tuple[StudyResult, list[Path]]:
             study = build_study(checked, progress, interrupts)
             try:
                 study.check_identity()
-                result = _finished(checked, again)
+                result = _finished(checked, again, progress)
                 if result is not None:
                     return result, write_derived(result, checked.run_dir)
                 result = study.run()

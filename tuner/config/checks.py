@@ -31,6 +31,8 @@ _WITH_METADATA = ("geneval", "geneval_nano")
 #: Seconds until a database that does not answer is considered absent, and the default ports that URLs leave out.
 _ANSWER_S = 15
 _PORTS = {"postgresql": 5432, "postgres": 5432, "mysql": 3306, "mariadb": 3306, "mssql": 1433, "oracle": 1521}
+#: How every SQLite file begins.
+_SQLITE = b"SQLite format 3\0"
 _LONG_SEED = 24
 
 
@@ -133,6 +135,7 @@ def check_storage(url: str, run_dir: Path) -> None:
         file = sqlite_file(url)
         if file is not None:
             check_output(file, "storage")
+            _check_sqlite(file)
         return
     if not parts.hostname or kind not in _PORTS:
         return  # a socket, or a kind of database whose default port we do not know
@@ -179,6 +182,19 @@ def _check_driver(url: str) -> None:
         raise UsageError(
             f"--storage {shown(url)} cannot be opened: {reason_of(error)}; example: sqlite:////data/studies.db"
         ) from None
+
+
+def _check_sqlite(file: str) -> None:
+    """Raises UsageError if a file that exists is no SQLite database; an empty one becomes one."""
+    try:
+        with open(file, "rb") as stored:
+            begins = stored.read(len(_SQLITE))
+    except FileNotFoundError:
+        return
+    if begins not in (b"", _SQLITE):
+        raise UsageError(
+            f"storage {file} is not an SQLite database; name a new file, or the database of an earlier run"
+        )
 
 
 def sqlite_file(url: str) -> str | None:

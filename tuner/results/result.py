@@ -94,6 +94,10 @@ class SearchFacts(TypedDict, total=False):
     space: dict[str, Any]
 
 
+class DamagedResult(UsageError):
+    """A stored result that cannot be read; the evidence beside it may be whole."""
+
+
 @dataclass(frozen=True)
 class StudyResult:
     """A finished or partial study.
@@ -228,11 +232,11 @@ class StudyResult:
 
     @classmethod
     def from_json(cls, text: str) -> StudyResult:
-        """The inverse of `to_json`. Raises UsageError for any other text."""
+        """The inverse of `to_json`. Raises DamagedResult for any other text, UsageError for another schema."""
         try:
             data = json.loads(text)
         except ValueError as error:
-            raise UsageError(f"not a study result: {error}") from None
+            raise DamagedResult(f"not JSON: {error}") from None
         schema = data.get("schema") if isinstance(data, dict) else None
         if schema not in (1, SCHEMA):
             raise UsageError(f"study result has schema {schema!r}; this version reads 1 and {SCHEMA}: rerun the study")
@@ -240,7 +244,7 @@ class StudyResult:
             result: StudyResult = build(cls, _from_schema_1(data) if schema == 1 else data)
             return result
         except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise UsageError(f"study result is damaged: {error}") from None
+            raise DamagedResult(f"not a study result: {error}") from None
 
     def save(self, run_dir: Path | str) -> Path:
         """Writes study.json atomically; returns its path."""
@@ -252,14 +256,17 @@ class StudyResult:
 
     @classmethod
     def load(cls, run_dir: Path | str) -> StudyResult:
-        """Reads study.json of a run directory. Raises UsageError if it is missing or damaged."""
+        """Reads study.json of a run directory. Raises UsageError if it is missing, DamagedResult if it is damaged."""
         path = Path(run_dir) / STUDY_FILE
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not UTF-8"
             raise UsageError(f"{path} cannot be read ({reason}); give the directory of a run") from None
-        return cls.from_json(text)
+        try:
+            return cls.from_json(text)
+        except DamagedResult as error:
+            raise DamagedResult(f"{path} is damaged ({error}); the study's command writes it again") from None
 
 
 def _from_schema_1(data: dict[str, Any]) -> dict[str, object]:

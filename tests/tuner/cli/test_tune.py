@@ -254,6 +254,13 @@ def test_a_study_on_nano_ends_with_a_profile_that_loads_and_verifies(tmp_path, s
     assert (out / "report.html").exists()
     capsys.readouterr()
 
+    whole = (out / "study.json").read_bytes()
+    (out / "study.json").write_bytes(whole[:300])
+    assert f"{out / 'study.json'} is damaged (not JSON: " in bad(["report", str(out)], capsys)
+    assert main(argv) == code, "the evidence is whole"
+    assert "study.json is damaged; writing it again from the evidence" in capsys.readouterr().err
+    assert StudyResult.load(out).picks == result.picks
+
     assert "seed was 0 and is 1" in bad([*argv, "--seed", "1", "--quiet"], capsys)
     assert (out / "trials.jsonl").read_bytes() == before
     if "pick" in result.picks:

@@ -166,6 +166,18 @@ def test_a_database_that_was_used_before_and_is_away_is_infrastructure(tmp_path,
         checks.check_storage(url, tmp_path)
 
 
+def test_a_file_that_is_no_database_is_refused_before_a_model_is_loaded(tmp_path):
+    file = tmp_path / "t.db"
+    url = f"sqlite:///{file}"
+    checks.check_storage(url, tmp_path)
+    for begins in (b"", b"SQLite format 3\0 and more"):
+        file.write_bytes(begins)
+        checks.check_storage(url, tmp_path)
+    file.write_bytes(b"trial,latency\n")
+    with pytest.raises(UsageError, match=r"t\.db is not an SQLite database; name a new file"):
+        checks.check_storage(url, tmp_path)
+
+
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, code):
     def refuse(*arguments):
