@@ -55,9 +55,11 @@ def answer_data(
 ) -> dict[str, object]:
     """What OpenAI's clients read and, under "stagevar", what they do not know about."""
     served = next(one for one in artist.served if one.id == asked.model)
-    changed = []
+    changed = list(served.differences)
     if asked.guidance not in (None, artist.guidance):
         changed.append(f"guidance_scale {asked.guidance:g} instead of {artist.guidance:g}")
+    if asked.negative is not None:
+        changed.append("negative_prompt instead of the model's null text")
     if asked.size != next(iter(artist.sizes)):
         changed.append(f"size {size_text(asked.size)} instead of {size_text(next(iter(artist.sizes)))}")
     return {

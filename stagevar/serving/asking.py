@@ -62,6 +62,7 @@ class Asked:
     Attributes:
         size: (width, height) in pixels.
         seeds: one per image.
+        negative: None for the model's null text.
         ignored: fields without effect.
     """
 
@@ -208,7 +209,9 @@ def _seeds(given: Mapping[str, object], draw_seed: Callable[[], int]) -> tuple[i
 
 def _negative(given: Mapping[str, object], offer: Offer) -> str | None:
     value = _text(given, "negative_prompt")
-    if value is not None and not offer.negative:
+    if value is None or not value.strip():  # many clients always send the field
+        return None
+    if not offer.negative:
         raise Refusal("negative_prompt is not supported by this model; leave it out", param="negative_prompt")
     return value
 

@@ -257,7 +257,7 @@ def test_defaults_and_everything_that_is_honored():
               response_format="b64_json", output_format="png", background="auto", partial_images=0, output_compression=100),
         OFFER,
     )  # fmt: skip
-    assert full.seeds == (2**53 - 1, 2**53, 2**53 + 1) and full.size == (32, 96) and full.negative == ""
+    assert full.seeds == (2**53 - 1, 2**53, 2**53 + 1) and full.size == (32, 96) and full.negative is None
     assert full.guidance == 2.0 and full.ignored == ()
 
 
@@ -278,6 +278,23 @@ def test_a_model_that_cannot_be_guided_or_negated_says_so():
         read_request(with_(guidance_scale=4), fixed)
     with pytest.raises(Refusal, match="negative_prompt is not supported by this model"):
         read_request(with_(negative_prompt="x"), fixed)
+    assert read_request(with_(negative_prompt=" "), fixed).negative is None, "clients send it empty"
+
+
+def test_an_answer_is_verified_only_where_the_verdict_covers_the_image():
+    artist = FakeArtist()
+    with in_thread(Desk(lambda: artist, 10)) as address:
+        for fields, outside in (
+            ({"negative_prompt": ""}, []),
+            ({"negative_prompt": "blurred"}, ["negative_prompt instead of the model's null text"]),
+            ({"guidance_scale": 2}, ["guidance_scale 2 instead of 3"]),
+            ({"size": "32x96"}, ["size 32x96 instead of 64x64"]),
+        ):
+            told = post(*address, with_(**fields))[1]["stagevar"]
+            assert told["outside_profile"] == outside and told["verified"] is not bool(outside)
+        artist.served[0].differences = ("batch 4 instead of 1",)
+        told = post(*address, GOOD)[1]["stagevar"]
+        assert told["outside_profile"] == ["batch 4 instead of 1"] and not told["verified"]
 
 
 def test_every_field_of_the_description_is_one_that_is_read(server):

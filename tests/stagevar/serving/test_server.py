@@ -96,7 +96,9 @@ def test_one_image_is_the_one_that_generate_draws(client, drawn, profile, tmp_pa
     assert main(["generate", "--profile", str(profile), PROMPT, "--seed", "7", "-o", str(target), "--batch", "1"]) == 0
     assert np.array_equal(np.asarray(Image.open(target)), image)
     said = outside(answer)
-    assert said["verified"] and said["verdict"] == "verified: made by a test" and said["ignored"] == []
+    assert said["verdict"] == "verified: made by a test" and said["ignored"] == []
+    [difference] = said["outside_profile"]
+    assert difference.startswith("torch") and "'1.0'" in difference and not said["verified"]
     assert answer.data[0].model_extra["seed"] == 7 and answer.size == "64x64"
     spent = answer.data[0].model_extra
     assert len(spent["scale_ms"]) == 8 and min(sum(spent["scale_ms"]), spent["text_ms"], spent["decode_ms"]) > 0
@@ -134,12 +136,16 @@ def test_guidance_and_a_negative_prompt_change_the_image_and_leave_the_profile(c
     extra = {"seed": 5, "guidance_scale": 1.5, "model": None}
     answer = client.images.generate(model="", prompt=PROMPT, extra_body=extra)
     assert np.array_equal(pixels(answer.data[0]), drawn("profile", [5], sampling=guided(nano.sampling, 1.5))[0])
-    assert outside(answer)["outside_profile"] == ["guidance_scale 1.5 instead of 3"] and not outside(answer)["verified"]
+    assert outside(answer)["outside_profile"][1:] == ["guidance_scale 1.5 instead of 3"]
     negative = "a photo of a red circle"
     extra = {"seed": 5, "negative_prompt": negative, "model": None}
     answer = client.images.generate(model="", prompt=PROMPT, user="u", quality="high", extra_body=extra)
     assert np.array_equal(pixels(answer.data[0]), drawn("profile", [5], negative=[negative])[0])
     assert outside(answer)["ignored"] == ["quality", "user"]
+    assert outside(answer)["outside_profile"][1:] == ["negative_prompt instead of the model's null text"]
+    extra = {"seed": 5, "negative_prompt": "", "model": None}
+    answer = client.images.generate(model="", prompt=PROMPT, extra_body=extra)
+    assert np.array_equal(pixels(answer.data[0]), drawn("profile", [5])[0]), "an empty one is none"
 
 
 def test_a_bad_size_names_the_sizes(client):
