@@ -44,6 +44,7 @@ def models_data(artist: ModelArtist) -> dict[str, dict[str, object]]:
                 "sizes": [size_text(size) for size in artist.sizes],
                 "batch": artist.batch,
                 "engine": artist.engine,
+                "engine_fell_back": artist.fell_back,
             },
         }
         for one in artist.served

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from stagevar.device_faults import free_unused, told_apart
-from stagevar.engine import TEXT_BUCKET
+from stagevar.engine import TEXT_BUCKET, fell_back_because
 from stagevar.errors import OutOfDeviceMemory
 from stagevar.models.base import LoadedModel, Sampling
 from stagevar.models.registry import find, load_model, resolution_of
@@ -29,10 +30,12 @@ from stagevar.sampling.generation import Generation
 from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import ScaleStep, StageSchedule, Steps, exact
 from stagevar.schedule.grids import INFINITY_GRIDS
+from stagevar.sections import shortened
 from stagevar.serving.asking import Offer
 from stagevar.serving.desk import Drawn, Order
 from stagevar.timing import threads_of
 
+logger = logging.getLogger("stagevar.serving")
 #: Sizes whose caches and recordings are kept at once; the least recently used one is freed for another.
 SIZES_KEPT = 2
 #: Lengths of text, in multiples of TEXT_BUCKET tokens, that graphs are recorded for before the server is ready.
@@ -122,6 +125,7 @@ class ModelArtist:
         batch: most images at once.
         threads: CPU threads while drawing.
         engine: its name.
+        fell_back: why the engine no longer does what its name says; None while it does.
     """
 
     model: LoadedModel
@@ -130,6 +134,7 @@ class ModelArtist:
     batch: int
     threads: int | None
     engine: str
+    fell_back: str | None = None
     _models: dict[tuple[int, int], LoadedModel] = field(default_factory=dict, repr=False)
     _samplers: dict[tuple[str, tuple[int, int]], tuple[TimedSampler, Steps]] = field(default_factory=dict, repr=False)
 
@@ -173,6 +178,7 @@ class ModelArtist:
         with threads_of(self.threads if self.model.device.type == "cpu" else None):
             prompts, seeds = [order.prompt for order in rows], [order.seed for order in rows]
             images = sampler.generate(prompts, seeds, steps, negative=negative, sampling=sampling)
+        self._watch(sampler, shape.size)
         text_ms, scale_ms, decode_ms = sampler.spent_ms()
         # Copies, because an engine may draw into one buffer.
         return [Drawn(image.copy(), text_ms, scale_ms, decode_ms, len(orders)) for image in images[: len(orders)]]
@@ -203,6 +209,20 @@ class ModelArtist:
                 threads_of(self.threads if self.model.device.type == "cpu" else None),
             ):
                 warm_sampler(sampler, steps, lengths, sorted({1, self.batch}))
+            self._watch(sampler, size)
+
+    def _watch(self, sampler: Sampler, size: tuple[int, int]) -> None:
+        """Says once, in the log and in what is served, that the engine fell back.
+
+        Only at the first size: the others are outside of any profile, and each records graphs of its own.
+        """
+        why = None if self.fell_back or size != next(iter(self.sizes)) else fell_back_because(sampler.engine)
+        if why is None:
+            return
+        self.fell_back = shortened(why)
+        difference = f"engine {self.engine} fell back: {self.fell_back}"
+        logger.warning("%s; no verdict covers what it draws: mend the cause or choose another --engine", difference)
+        self.served = tuple(dataclasses.replace(one, differences=(*one.differences, difference)) for one in self.served)
 
     def release(self) -> None:
         """Frees caches and recordings; the next images make them again."""

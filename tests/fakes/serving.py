@@ -65,6 +65,7 @@ class FakeArtist:
     batches: list[list[int]] = field(default_factory=list)
     began: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     engine: str = "eager"
+    fell_back: str | None = None
     guidance: float = 3.0
     offer: Offer = field(default_factory=lambda: Offer(("fake-1", "fake-full"), SIZES))
     sizes: tuple[tuple[int, int], ...] = SIZES

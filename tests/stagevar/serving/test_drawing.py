@@ -9,7 +9,9 @@ from safetensors.torch import save_file
 
 from benchmarks.relaunch import RelaunchRecorder
 from stagevar.engine import GraphEngine
+from stagevar.engine.recorder import RecordingFailed
 from stagevar.errors import DeviceBroken, OutOfDeviceMemory
+from stagevar.models import fused
 from stagevar.models.base import Sampling
 from stagevar.models.registry import load_model
 from stagevar.models.request import ModelRequest
@@ -17,6 +19,7 @@ from stagevar.profile import Profile, present_envelope, steps_to_data
 from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import paper
 from stagevar.serving import drawing
+from stagevar.serving.answers import models_data
 from stagevar.serving.desk import Order, Shape
 from stagevar.serving.drawing import Loading, guided, load_artist
 from tests.fakes.late_text import LateText
@@ -120,6 +123,44 @@ def test_recorded_graphs_are_of_one_image_or_the_whole_batch(nano, monkeypatch):
             assert np.abs(one.pixels.astype(int) - expected.astype(int)).max() <= 2
     assert Recording.made == [1, 4, 4, 4]
     assert nano.offer.guidance == 3.0, "another guidance would need recordings of its own"
+
+
+class Refusing(RelaunchRecorder):
+    """A card that records nothing."""
+
+    def record(self, run, reset, separate_pool=False):
+        raise RecordingFailed("operation not permitted")
+
+
+class NotRecording(Recording):
+    def __init__(self, model, engine):
+        super().__init__(model, engine)
+        self.engine = GraphEngine(Refusing())
+
+
+@pytest.mark.filterwarnings("ignore:CUDA graph capture failed")
+def test_recording_that_fails_while_warming_up_is_told_once(nano, monkeypatch, caplog):
+    monkeypatch.setattr(Recording, "made", [], raising=False)
+    monkeypatch.setattr(drawing, "TimedSampler", NotRecording)
+    nano.engine = "graph"
+    with caplog.at_level("WARNING", "stagevar.serving"):
+        nano.warm()
+        nano.draw(orders(nano, (64, 64), 1))
+    assert sum("engine graph fell back: operation not permitted" in line for line in caplog.messages) == 1
+    [told] = [one["stagevar"] for one in models_data(nano).values()]
+    assert told["engine_fell_back"] == "operation not permitted" and not told["inside_envelope"]
+    assert told["outside_envelope"] == ["engine graph fell back: operation not permitted"]
+
+
+def test_pieces_that_do_not_compile_are_told(nano, monkeypatch):
+    nano.warm()
+    assert nano.fell_back is None and nano.served[0].differences == ()
+    monkeypatch.setattr(fused, "_plain_because", {"modulated_norm": "no C++ compiler"})
+    for sampler, _ in nano._samplers.values():
+        sampler.engine.compiled = True
+    nano.draw(orders(nano, (64, 64), 1))
+    assert nano.fell_back == "modulated_norm is not compiled: no C++ compiler"
+    assert nano.served[0].differences == ("engine eager fell back: modulated_norm is not compiled: no C++ compiler",)
 
 
 def test_guidance_is_stretched_over_the_scales():
