@@ -192,7 +192,7 @@ def _add_images(app: "FastAPI", counter: "Counter") -> None:
             status = 200
             response: Response = JSONResponse(answer)
         except Refusal as refusal:
-            status, what = refusal.status, str(refusal)
+            status, what = refusal.status, refusal.logged
             response = JSONResponse(refusal.body(), status, refusal.headers())
         except _ClientLeft:
             status, what, response = CLIENT_LEFT, "the client disconnected", Response(status_code=CLIENT_LEFT)

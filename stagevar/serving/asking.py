@@ -96,9 +96,19 @@ def read_body(body: bytes) -> Mapping[str, object]:
         reason = f"{error}" if isinstance(error, json.JSONDecodeError) else "a number has too many digits"
         raise Refusal(f"the body is not JSON: {reason}", code="bad_json") from None
     if not isinstance(data, dict):
-        kind = {list: "an array", str: "text", bool: "true or false", type(None): "null"}.get(type(data), "a number")
-        raise Refusal(f"the body must be a JSON object, not {kind}", code="bad_json")
+        raise Refusal(f"the body must be a JSON object, not {_json_kind(data)}", code="bad_json")
     return data
+
+
+def _json_kind(value: object) -> str:
+    kinds: dict[type, str] = {
+        dict: "an object",
+        list: "an array",
+        str: "text",
+        bool: "true or false",
+        type(None): "null",
+    }
+    return kinds.get(type(value), "a number")
 
 
 def _no_constant(word: str) -> NoReturn:
@@ -151,17 +161,20 @@ def read_request(data: Mapping[str, object], offer: Offer, draw_seed: Callable[[
 
 
 def _text(given: Mapping[str, object], name: str) -> str | None:
+    """A prompt. Messages say where it is wrong without quoting it, since they are logged."""
     value = given.get(name)
     if value is None:
         return None
     if not isinstance(value, str):
-        raise Refusal(f"{name} {shown(value)} must be text", code="invalid_type", param=name)
+        raise Refusal(f"{name} must be text, not {_json_kind(value)}", code="invalid_type", param=name)
     if len(value) > LONGEST_PROMPT:
         raise Refusal(f"{name} has {len(value)} characters; at most {LONGEST_PROMPT}", code="too_long", param=name)
-    if any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise Refusal(f"{name} {shown(value)} holds half a character (a lone surrogate)", param=name)
+    half = next((place for place, letter in enumerate(value, 1) if "\ud800" <= letter <= "\udfff"), None)
+    if half is not None:
+        raise Refusal(f"{name} holds half a character (a lone surrogate) at place {half}; remove it", param=name)
     if "\0" in value:
-        raise Refusal(f"{name} {shown(value)} holds a null character", param=name)
+        place = value.index("\0") + 1
+        raise Refusal(f"{name} holds a null character at place {place}; remove it", param=name)
     return value
 
 

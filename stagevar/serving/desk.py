@@ -245,7 +245,8 @@ class Desk:
         except Exception as error:
             refusal = None if len(tickets) > 1 else _refusal(error)
             if refusal is None:
-                logger.warning("a batch of %d failed (%s); drawing it one by one", len(tickets), first_line(error))
+                why = "the model refuses a prompt" if isinstance(error, UsageError) else first_line(error)
+                logger.warning("a batch of %d failed (%s); drawing it one by one", len(tickets), why)
         else:
             self.on_batch(drawn)
             for ticket, image in zip(tickets, drawn, strict=True):

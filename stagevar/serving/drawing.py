@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -175,7 +176,10 @@ class ModelArtist:
         sampling = None
         if shape.guidance is not None and shape.guidance != self.guidance:
             sampling = guided(sampler.model.sampling, shape.guidance)
-        with threads_of(self.threads if self.model.device.type == "cpu" else None):
+        with (
+            threads_of(self.threads if self.model.device.type == "cpu" else None),
+            warnings.catch_warnings(action="ignore", category=UserWarning),  # text encoders quote the prompt
+        ):
             prompts, seeds = [order.prompt for order in rows], [order.seed for order in rows]
             images = sampler.generate(prompts, seeds, steps, negative=negative, sampling=sampling)
         self._watch(sampler, shape.size)

@@ -44,6 +44,11 @@ class Refusal(StagevarError):
             return "rate_limit_error"
         return "server_error" if self.status >= 500 else "invalid_request_error"
 
+    @property
+    def logged(self) -> str:
+        """What the log says of it: a model's own words may quote the prompt."""
+        return "the model refuses the prompt" if self.code == "not_drawable" else str(self)
+
     def body(self) -> dict[str, dict[str, str | None]]:
         """What is sent."""
         return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}

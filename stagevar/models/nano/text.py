@@ -16,11 +16,14 @@ from torch import Tensor, nn
 
 from stagevar.models.nano.presets import NanoPreset
 from stagevar.models.nano.scenes import COLORS, NUMBERS, PLURALS, SHAPES, TEXTURES
+from stagevar.sections import shown
 
 PAD, END, UNKNOWN = 0, 1, 2
 _GRAMMAR = ("a", "an", "photo", "of", "and", "left", "right", "above", "below")
 VOCABULARY = ("<pad>", "<end>", "<unk>", *_GRAMMAR, *NUMBERS.values(), *COLORS, *TEXTURES, *SHAPES, *PLURALS)
 _WINDOW = 9  # words that the first layer mixes: far enough for "left of a red star" to reach "star"
+#: Unknown words that one encoder names; it reads prompts for as long as its process lives.
+MOST_NAMED = 100
 _INDEX = {word: index for index, word in enumerate(VOCABULARY)}
 
 
@@ -58,15 +61,18 @@ class NanoTextEncoder(nn.Module):
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Word ids (B, T) padded with 0, and lengths (B,) that count the end token.
 
-        Words outside the vocabulary become <unk>, warned of once per word; prompts too long are cut.
+        Words outside the vocabulary become <unk>, warned of once per word, up to MOST_NAMED; prompts too long are cut.
         """
         rows = []
         for prompt in prompts:
             ids = []
             for word in prompt.lower().replace(",", " ").replace(".", " ").split():
-                if word not in _INDEX and word not in self._warned:
-                    self._warned.add(word)
-                    warnings.warn(f"nano does not know the word {word!r}; it reads it as <unk>", stacklevel=3)
+                if word not in _INDEX and len(self._warned) < MOST_NAMED and shown(word) not in self._warned:
+                    self._warned.add(shown(word))
+                    last = "; further unknown words are not named" if len(self._warned) == MOST_NAMED else ""
+                    warnings.warn(
+                        f"nano does not know the word {shown(word)}; it reads it as <unk>{last}", stacklevel=3
+                    )
                 ids.append(_INDEX.get(word, UNKNOWN))
             rows.append([*ids[: self.maxlen - 1], END])
         lengths_B = torch.tensor([len(row) for row in rows])

@@ -5,7 +5,7 @@ import torch
 
 from stagevar.models.nano import scenes
 from stagevar.models.nano.presets import preset
-from stagevar.models.nano.text import END, PAD, UNKNOWN, NanoTextEncoder
+from stagevar.models.nano.text import END, MOST_NAMED, PAD, UNKNOWN, NanoTextEncoder
 
 
 def test_every_caption_is_in_the_vocabulary():
@@ -23,6 +23,15 @@ def test_unknown_words_are_named_once():
         ids, _ = encoder.tokenize(["a photo of a dragon", "a dragon"])
     assert ids[0, 4] == UNKNOWN
     assert [str(one.message) for one in warned] == ["nano does not know the word 'dragon'; it reads it as <unk>"]
+
+
+def test_unknown_words_are_shortened_and_only_so_many_are_named_and_kept():
+    encoder = NanoTextEncoder(preset("micro"))
+    with pytest.warns(UserWarning) as warned:
+        encoder.tokenize(["x" * 4000, *(f"word{number}" for number in range(MOST_NAMED + 20))])
+    lines = [str(one.message) for one in warned]
+    assert len(lines) == len(encoder._warned) == MOST_NAMED and max(map(len, lines)) < 200
+    assert lines[-1].endswith("; further unknown words are not named") and not lines[-2].endswith("named")
 
 
 def test_padding_changes_nothing():
