@@ -51,7 +51,11 @@ def add_server_measuring(bench: argparse.ArgumentParser) -> None:
     bench.add_argument(
         "--requests", type=positive_int, default=64, help="with --serve: requests per level (default: 64)"
     )
-    bench.add_argument("--api-key-file", type=existing_file, help="with --serve: file whose first line is the key")
+    bench.add_argument(
+        "--api-key-file",
+        type=existing_file,
+        help="with --serve: file of API keys, one per line; the first is sent",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -113,14 +117,13 @@ def bench_server(args: argparse.Namespace) -> int:
     """Prints one row per number of clients at once: latency, images per second, statuses."""
     from stagevar.models.nano.scenes import prompts
     from stagevar.serving.load import format_levels, measure_server
+    from stagevar.serving.server import keys_of
 
     try:
         levels = [positive_int(word) for word in args.concurrency.split(",")]
     except argparse.ArgumentTypeError as error:
         raise UsageError(f"--concurrency: {error}") from None
-    key = None
-    if args.api_key_file is not None:
-        key = next(iter(args.api_key_file.read_text(encoding="utf-8").split()), None)
+    key = None if args.api_key_file is None else keys_of(args.api_key_file)[0]
     texts = [metadata["prompt"] for metadata in prompts("heldout", args.prompts)]
     rows = [level.row() for level in measure_server(args.serve, levels, args.requests, texts, key)]
     print(json.dumps(rows, indent=2) if args.json else format_levels(rows))

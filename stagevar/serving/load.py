@@ -12,7 +12,7 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import SplitResult, urlsplit
 
@@ -20,6 +20,7 @@ import numpy as np
 
 from stagevar.errors import InfrastructureError, UsageError
 from stagevar.sections import shown
+from stagevar.serving.refusal import RETRYABLE
 
 #: Seconds that a client waits for an answer.
 PATIENCE_S = 600.0
@@ -51,10 +52,13 @@ class Level:
         for share in (50, 90, 99):
             row[f"p{share}_ms"] = round(float(np.percentile(good_ms, share)), 2) if good_ms else math.nan
         row["images_per_s"] = round(sum(answer.images for answer in self.answers) / self.seconds, 3)
-        row["statuses"] = {
-            str(status): count for status, count in sorted(Counter(a.status for a in self.answers).items())
-        }
+        row["statuses"] = counted(answer.status for answer in self.answers)
         return row
+
+
+def counted(statuses: Iterable[int]) -> dict[str, int]:
+    """How many answers had each status, in the order of the statuses."""
+    return {str(status): count for status, count in sorted(Counter(statuses).items())}
 
 
 def measure_server(
@@ -75,7 +79,7 @@ def measure_server(
         body: further fields of every request.
 
     Raises:
-        UsageError: for an unsupported URL or too many clients.
+        UsageError: for an unsupported URL, too many clients, or a server that refuses every request.
         InfrastructureError: if nothing answers there, or nothing is drawn.
     """
     address = _address(url)
@@ -86,10 +90,21 @@ def measure_server(
         _run(address, clients, clients, prompts, key, body or {})
         level = _run(address, clients, requests, prompts, key, body or {})
         if not any(answer.images for answer in level.answers):
-            statuses = level.row()["statuses"]
-            raise InfrastructureError(f"{url:.100} drew nothing: statuses {statuses}; see its log")
+            raise _nothing_drawn(url, [answer.status for answer in level.answers])
         levels.append(level)
     return levels
+
+
+def _nothing_drawn(url: str, statuses: Sequence[int]) -> UsageError | InfrastructureError:
+    """The error of a level without images: the user's if sending the same again cannot help, else the server's."""
+    said = f"{url:.100} drew nothing: statuses {counted(statuses)}"
+    if not all(400 <= status < 500 and status not in RETRYABLE for status in statuses):
+        return InfrastructureError(f"{said}; see its log")
+    if set(statuses) <= {401, 403}:
+        return UsageError(f"{said}; give a key that the server accepts with --api-key-file")
+    if set(statuses) <= {404, 405}:
+        return UsageError(f"{said}; check --serve: POST /v1/images/generations is not offered there")
+    return UsageError(f"{said}; the server refuses such requests, its log has the reason")
 
 
 def _address(url: str) -> SplitResult:

@@ -58,7 +58,7 @@ class Serving:
             )
 
 
-def read_keys(path: Path) -> Keys:
+def keys_of(path: Path) -> list[str]:
     """API keys from a file, one per line; empty lines and lines that begin with # are ignored. Raises UsageError."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -67,7 +67,15 @@ def read_keys(path: Path) -> Keys:
     keys = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
     if not keys:
         raise UsageError(f"--api-key-file {path} has no key; write one per line")
-    return Keys.of(keys)
+    for number, key in enumerate(keys, 1):
+        if not key.isprintable() or max(key) > "\xff":
+            raise UsageError(f"--api-key-file {path}: key {number} holds a character that no header can; use ASCII")
+    return keys
+
+
+def read_keys(path: Path) -> Keys:
+    """What a server accepts of a file of API keys. Raises UsageError."""
+    return Keys.of(keys_of(path))
 
 
 def require_packages() -> None:

@@ -14,13 +14,16 @@ import pytest
 from PIL import Image
 
 from stagevar.cli.command import main
+from stagevar.errors import OutOfDeviceMemory
+from stagevar.models.nano.scenes import prompts
 from stagevar.models.registry import load_model
 from stagevar.sampling.sampler import Sampler
 from stagevar.schedule import exact, paper
 from stagevar.serving.app import Limits
 from stagevar.serving.desk import Desk
 from stagevar.serving.drawing import schedule_hash
-from tests.fakes.serving import FakeArtist, as_process, get, in_thread, post, save_profile, wait_until
+from stagevar.serving.server import read_keys
+from tests.fakes.serving import FakeArtist, as_process, get, in_thread, post, refusing, save_profile, wait_until
 
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
@@ -421,6 +424,34 @@ def test_bench_measures_a_server(capsys):
             assert 0 < row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"] and row["images_per_s"] > 0
         assert main(["bench", "--serve", url, "--concurrency", "2", "--requests", "4"]) == 0
         assert "images per s" in capsys.readouterr().out
+
+
+def test_bench_sends_the_first_key_of_the_servers_own_file(tmp_path, capsys):
+    keys, other = tmp_path / "keys.txt", tmp_path / "other.txt"
+    keys.write_text(f"# production key\n\n{KEY}\n")
+    other.write_text("guessed\n")
+    with in_thread(Desk(FakeArtist, 64), keys=read_keys(keys)) as (host, port):
+        words = ["bench", "--serve", f"http://{host}:{port}", "--concurrency", "2", "--requests", "4", "--api-key-file"]
+        assert main([*words, str(keys)]) == 0
+        assert "4 x 200" in capsys.readouterr().out
+        assert main([*words, str(other)]) == 2
+        err = capsys.readouterr().err
+        assert "statuses {'401': 4}; give a key that the server accepts with --api-key-file" in err
+        assert err.count("\n") == 1
+    keys.write_text("20\u20ac\n", encoding="utf-8")
+    assert main([*words, str(keys)]) == 2
+    assert "key 1 holds a character that no header can; use ASCII" in capsys.readouterr().err
+
+
+def test_bench_tells_a_refusal_from_a_server_that_may_recover(capsys):
+    artist = FakeArtist()
+    for error, code in ((refusing("no such class"), 2), (OutOfDeviceMemory("no memory"), 6)):
+        artist.fails = {metadata["prompt"]: error for metadata in prompts("heldout", 8)}
+        with in_thread(Desk(lambda: artist, 64)) as (host, port):
+            words = ["--serve", f"http://{host}:{port}", "--concurrency", "1", "--requests", "2", "--prompts", "8"]
+            assert main(["bench", *words]) == code
+            err = capsys.readouterr().err
+            assert f"drew nothing: statuses {{'{400 if code == 2 else 503}': 2}}" in err
 
 
 @pytest.mark.parametrize(
