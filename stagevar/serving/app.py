@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("stagevar.serving")
 #: Bytes of a body that are read, and that are thrown away so that the client gets to read why it was refused.
 LARGEST_BODY, LARGEST_THROWN_AWAY = 64 * 1024, 32 * 1024 * 1024
+#: Seconds until a request whose body is still on its way is refused because the server stops.
+STOP_SEEN_S = 0.25
 #: Status in log and metrics if the client closed the connection, as in nginx; nobody receives it.
 CLIENT_LEFT = 499
 #: The page contains everything it needs and talks only to its own server.
@@ -215,11 +217,7 @@ class Counter:
         """The answer, and a line about it. Raises Refusal, and _ClientLeft if the client no longer waits."""
         began = time.monotonic()
         self.keys.check(request.headers.get("authorization"))
-        try:
-            body = await asyncio.wait_for(_body(request), self.limits.body_s)
-        except TimeoutError:
-            message = f"the request did not arrive within {self.limits.body_s:g} s"
-            raise Refusal(message, 408, code="slow_request", close=True) from None
+        body = await self._whole_body(request)
         if self.desk.state != "ready":
             raise not_ready(self.desk.state)
         asked = read_request(read_body(body), _artist(self.desk).offer)
@@ -232,6 +230,21 @@ class Counter:
         times_ms = {"queue_ms": round(waited_s * 1e3, 2), "total_ms": round((time.monotonic() - began) * 1e3, 2)}
         answer = answer_data(_artist(self.desk), asked, drawn, images, times_ms)
         return answer, f"n={len(images)} size={size_text(asked.size)} seed={asked.seeds[0]} model={asked.model}"
+
+    async def _whole_body(self, request: "Request") -> bytes:
+        """The body. Raises Refusal if it is not acceptable, late, or still on its way when the server stops."""
+        reading = asyncio.ensure_future(_body(request))
+        late_s = time.monotonic() + self.limits.body_s
+        try:
+            while not (await asyncio.wait({reading}, timeout=min(self.limits.body_s, STOP_SEEN_S)))[0]:
+                if self.desk.state not in ("loading", "ready"):
+                    raise not_ready(self.desk.state, close=True)
+                if time.monotonic() >= late_s:
+                    message = f"the request did not arrive within {self.limits.body_s:g} s"
+                    raise Refusal(message, 408, code="slow_request", close=True)
+            return reading.result()
+        finally:
+            reading.cancel()
 
     async def _drawn(self, request: "Request", asked: Asked) -> tuple[list[Drawn], float]:
         """The images, and the seconds that they waited."""

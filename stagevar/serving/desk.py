@@ -136,8 +136,9 @@ class Desk:
         self._thread = threading.Thread(target=self._work, name="stagevar-desk", daemon=True)
 
     def start(self) -> None:
-        """Begins to load."""
-        self._thread.start()
+        """Begins to load, unless it was stopped before."""
+        if self._state == "loading":
+            self._thread.start()
 
     @property
     def state(self) -> State:

@@ -67,11 +67,11 @@ def busy(waiting: int, limit: int, retry_after_s: int) -> Refusal:
     return Refusal(message, 429, code="queue_full", retry_after_s=retry_after_s)
 
 
-def not_ready(state: str) -> Refusal:
-    """Loading, stopping or broken: another replica, or this one later, will answer."""
+def not_ready(state: str, close: bool = False) -> Refusal:
+    """Loading, stopping or broken: another replica, or this one later, will answer. close: see `Refusal`."""
     reasons = {
         "loading": "the model is still loading and warming up; poll /ready, then try again",
         "stopping": "the server is stopping; send the request to another one",
         "broken": "the device is broken and the server is shutting down; a supervisor restarts it",
     }
-    return Refusal(reasons[state], 503, code=f"server_{state}", retry_after_s=5)
+    return Refusal(reasons[state], 503, code=f"server_{state}", retry_after_s=5, close=close)

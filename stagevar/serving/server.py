@@ -96,12 +96,8 @@ def serve(loading: Loading, serving: Serving, announce: Callable[[str], None]) -
     """
     require_packages()
     with _log_on_stderr(), contextlib.closing(_listen(serving)) as listener:
-        host, port = listener.getsockname()[:2]
-        announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-        if not serving.keys.hashes and host not in ("127.0.0.1", "::1"):
-            logger.warning("listening on %s without API keys: anyone who reaches it can draw; see --api-key-file", host)
         desk = Desk(lambda: load_and_warm(loading), serving.queue)
-        stopped_by = asyncio.run(_run(desk, serving, listener))
+        stopped_by = asyncio.run(_run(desk, serving, listener, announce))
         desk.join(5)
     if desk.error is not None:
         raise desk.error
@@ -136,7 +132,7 @@ def _listen(serving: Serving) -> socket.socket:
         raise UsageError(message) from None
 
 
-async def _run(desk: Desk, serving: Serving, listener: socket.socket) -> int | None:
+async def _run(desk: Desk, serving: Serving, listener: socket.socket, announce: Callable[[str], None]) -> int | None:
     """Serves until a signal, which is returned, or until the desk ends by itself."""
     import uvicorn
 
@@ -170,6 +166,11 @@ async def _run(desk: Desk, serving: Serving, listener: socket.socket) -> int | N
     desk.on_end = end
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, number)
+    host, port = listener.getsockname()[:2]
+    # Only now: whoever has read the address may send a signal.
+    announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+    if not serving.keys.hashes and host not in ("127.0.0.1", "::1"):
+        logger.warning("listening on %s without API keys: anyone who reaches it can draw; see --api-key-file", host)
     await server.serve(sockets=[listener])
     return signals[0] if signals else None
 

@@ -249,6 +249,37 @@ def test_sigterm_finishes_what_runs_and_refuses_what_is_new(profile):
     assert "Traceback" not in "".join(process.log)
 
 
+STOPPING_AT_ONCE = """
+import builtins, os, signal
+say = print
+def say_and_stop(*words, **options):
+    say(*words, **options)
+    os.kill(os.getpid(), signal.SIGTERM)
+builtins.print = say_and_stop
+"""
+
+
+def test_sigterm_as_soon_as_the_address_is_known_ends_with_0():
+    with as_process("--model", "nano", code=STOPPING_AT_ONCE, wait=False) as (process, _, _):
+        assert process.wait(180) == 0
+    assert any("SIGTERM: finishing" in line for line in process.log) and "Traceback" not in "".join(process.log)
+
+
+def test_half_a_request_is_refused_when_the_server_stops(profile):
+    with as_process("--profile", str(profile), "--grace", "0.1") as (process, host, port):
+        with socket.create_connection((host, port), timeout=180) as connection:
+            head = "POST /v1/images/generations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            connection.sendall(f'{head}content-length: 90\r\n\r\n{{"pr'.encode())
+            assert get(host, port, "/ready")[0] == 200  # by now the server has met the first connection, too
+            process.send_signal(signal.SIGTERM)
+            answer = b"".join(iter(lambda: connection.recv(65536), b""))
+        assert process.wait(180) == 0
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 503") and b"connection: close" in head.lower()
+    assert json.loads(body)["error"]["code"] == "server_stopping"
+    assert "Traceback" not in "".join(process.log)
+
+
 def test_ctrl_c_stops_with_130(profile):
     with as_process("--profile", str(profile)) as (process, _, _):
         process.send_signal(signal.SIGINT)
