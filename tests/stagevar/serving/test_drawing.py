@@ -152,12 +152,20 @@ def test_recording_that_fails_while_warming_up_is_told_once(nano, monkeypatch, c
     assert told["outside_envelope"] == ["engine graph fell back: operation not permitted"]
 
 
+class SaidToBeCompiled(drawing.TimedSampler):
+    """Draws plainly on an engine that is said to be compiled."""
+
+    def __init__(self, model, engine):
+        super().__init__(model, "eager")
+        self.engine.compiled = True
+
+
 def test_pieces_that_do_not_compile_are_told(nano, monkeypatch):
+    monkeypatch.setattr(drawing, "TimedSampler", SaidToBeCompiled)
+    monkeypatch.setattr(fused, "_plain_because", {})
     nano.warm()
     assert nano.fell_back is None and nano.served[0].differences == ()
     monkeypatch.setattr(fused, "_plain_because", {"modulated_norm": "no C++ compiler"})
-    for sampler, _ in nano._samplers.values():
-        sampler.engine.compiled = True
     nano.draw(orders(nano, (64, 64), 1))
     assert nano.fell_back == "modulated_norm is not compiled: no C++ compiler"
     assert nano.served[0].differences == ("engine eager fell back: modulated_norm is not compiled: no C++ compiler",)

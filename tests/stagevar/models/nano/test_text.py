@@ -30,7 +30,7 @@ def test_unknown_words_are_shortened_and_only_so_many_are_named_and_kept():
     with pytest.warns(UserWarning) as warned:
         encoder.tokenize(["x" * 4000, *(f"word{number}" for number in range(MOST_NAMED + 20))])
     lines = [str(one.message) for one in warned]
-    assert len(lines) == len(encoder._warned) == MOST_NAMED and max(map(len, lines)) < 200
+    assert len(lines) == MOST_NAMED and max(map(len, lines)) < 200
     assert lines[-1].endswith("; further unknown words are not named") and not lines[-2].endswith("named")
 
 
