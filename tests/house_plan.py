@@ -76,7 +76,7 @@ ARROWS = {
         "tuner.statistics",
         "tuner.study",
     },
-    "tuner.cluster": {"tuner.evaluation", "tuner.report"},
+    "tuner.cluster": {"tuner.evaluation", "tuner.report", "tuner.results"},
     "tuner.config": {"tuner.metrics"},
     "tuner.evalkit": {"tuner.metrics"},
     "tuner.evaluation": {"tuner.config", "tuner.metrics"},

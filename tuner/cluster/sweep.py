@@ -1,8 +1,9 @@
 """`stagevar-tune sweep sweep.yaml`: one study per cell of a grid, run as Ray Tune trials; one table, one report.
 
 Each cell is the command that a user would type, with its own resources and run directory (`<out>/cells/<name>/`, with
-profile.yaml and report.html). Ray Tune starts cells as resources allow, restarts a cell whose process dies (the study
-resumes), and continues the sweep after the driver dies. A cell that fails is listed and stops no other.
+profile.yaml and report.html). Ray Tune starts cells as resources allow and restarts a cell whose process dies (the study
+resumes). A cell that fails is listed and stops no other. What a sweep has done is in its cells' folders alone: the same
+command runs every cell that has no verdict yet, whatever ended the run before.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import itertools
 import json
 import pkgutil
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,10 +25,13 @@ from stagevar.profile import plain
 from stagevar.yaml_files import read_yaml
 from tuner.cluster.worker import free_memory
 from tuner.report.sweep_page import write_table
+from tuner.results.run_dir import driver_lock
 
 AXES = {"models": "model", "resolutions": "resolution", "budgets": "budget", "gpus": "gpu", "seeds": "seed"}
 SWEEP_FILE, CELL_FILE = "sweep.json", "cell.json"
-RAY_LOG = "ray_tune.log"
+RAY_FOLDER, RAY_LOG = "tune", "ray_tune.log"
+#: Outcomes that the same command tries again.
+_OPEN = ("failed", "partial")
 #: Options that a cell may not have: with them it would not be a full study in one process, or the sweep sets them.
 _NOT_IN_CELLS = (
     "executor",
@@ -161,42 +166,64 @@ def run_sweep(
         address: of the Ray cluster; None starts one here.
         say: called with a line of progress.
     """
-    from tuner.cluster.connection import check_installed, connect, require
+    from tuner.cluster.connection import check_installed
 
     check_installed()
     out = out.resolve()
     plan = {"cells": [[cell.name, list(cell.argv), dict(cell.resources)] for cell in cells]}
     continued = _claim(out, plan)
+    with driver_lock(out):
+        left = [cell for cell in cells if not _has_verdict(out / "cells" / cell.name)]
+        if continued:
+            say(f"continuing the sweep in {out}: {len(left)} of {len(cells)} cells left")
+        died = _run_cells(left, out, runner, address) if left else {}
+        rows = [_row(cell, out, died.get(cell.name)) for cell in cells]
+        write_table(rows, AXES.values(), out)
+    return rows
+
+
+def _has_verdict(run_dir: Path) -> bool:
+    """Whether a cell is done; forgets the outcome of one that is not, so that it runs again."""
+    path = run_dir / CELL_FILE
+    try:
+        if json.loads(path.read_text(encoding="utf-8"))["verdict"] not in _OPEN:
+            return True
+        path.unlink()
+    except FileNotFoundError:
+        pass
+    except (ValueError, TypeError, KeyError):
+        path.unlink()
+    return False
+
+
+def _run_cells(cells: Sequence[Cell], out: Path, runner: str, address: str | None) -> dict[str, str]:
+    """Runs cells on the cluster; returns the errors of those whose process died, by their names."""
+    from tuner.cluster.connection import connect, require
+
     disconnect = connect(address)
     try:
         tune = require("ray.tune")
-        trainable = _trainable(tune, runner, out)
-        if continued and tune.Tuner.can_restore(str(out / "tune")):
-            say(f"continuing the sweep in {out}")
-            tuner = tune.Tuner.restore(str(out / "tune"), trainable, resume_unfinished=True, restart_errored=True)
-        else:
-            grid = [{"name": c.name, "argv": list(c.argv), "resources": dict(c.resources)} for c in cells]
-            tuner = tune.Tuner(
-                trainable,
-                param_space={"cell": tune.grid_search(grid)},
-                run_config=tune.RunConfig(
-                    name="tune",
-                    storage_path=str(out),
-                    failure_config=tune.FailureConfig(max_failures=RESTARTS),
-                    verbose=0,
-                ),
-                tune_config=tune.TuneConfig(reuse_actors=True),
-            )
+        # Ray Tune would never revisit a trial that ended, so every run is a new experiment.
+        shutil.rmtree(out / RAY_FOLDER, ignore_errors=True)
+        grid = [{"name": c.name, "argv": list(c.argv), "resources": dict(c.resources)} for c in cells]
+        tuner = tune.Tuner(
+            _trainable(tune, runner, out),
+            param_space={"cell": tune.grid_search(grid)},
+            run_config=tune.RunConfig(
+                name=RAY_FOLDER,
+                storage_path=str(out),
+                failure_config=tune.FailureConfig(max_failures=RESTARTS),
+                verbose=0,
+            ),
+            tune_config=tune.TuneConfig(reuse_actors=True),
+        )
         # Ray Tune prints to stdout, which is reserved for our own output.
         with open(out / RAY_LOG, "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
             results = tuner.fit()
         # Ray Tune keeps the errors of processes that died; a study's own messages are in its cell's file.
-        died = {r.config["cell"]["name"]: str(r.error) for r in results if r.error is not None and r.config}
+        return {r.config["cell"]["name"]: str(r.error) for r in results if r.error is not None and r.config}
     finally:
         disconnect()
-    rows = [_row(cell, out, died.get(cell.name)) for cell in cells]
-    write_table(rows, AXES.values(), out)
-    return rows
 
 
 def _claim(out: Path, plan: Mapping[str, object]) -> bool:

@@ -10,9 +10,11 @@ import pytest
 
 from stagevar.errors import UsageError
 from tests import ROOT
+from tests.fakes.ray_tune import FakeTune
 from tuner.cli.sweep import RUNNER, check
 from tuner.cluster.sweep import AXES, CELL_FILE, check_cells, load_sweep, run_sweep
 from tuner.report.sweep_page import write_table
+from tuner.results.run_dir import driver_lock
 
 
 def sweep_file(tmp_path, text):
@@ -143,7 +145,7 @@ def test_a_sweep_that_is_killed_once_and_restored_ends_complete(ray_cluster, tmp
     killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     out = tmp_path / "out"
-    done = {path.parent.name: path.stat().st_mtime_ns for path in out.glob(f"cells/*/{CELL_FILE}")}
+    done = {path.parent.name: path.stat().st_mtime_ns for path in out.glob(f"cells/fake-*/{CELL_FILE}")}
     assert 0 < len(done) < 4 and not (out / "sweep.csv").exists()
 
     restored = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
@@ -160,6 +162,53 @@ def test_a_sweep_that_is_killed_once_and_restored_ends_complete(ray_cluster, tmp
     lines = [json.loads(line) for line in (out / "cells" / "fake-b-60pct-0" / "trials.jsonl").read_text().splitlines()]
     trials = [line["candidate"]["trial"] for line in lines if line["kind"] == "trial"]
     assert len(trials) == len(set(trials)) == 6
+
+
+def outcome(verdict, code=0, reason=""):
+    return {"verdict": verdict, "exit_code": code, "reason": reason}
+
+
+def test_the_same_command_tries_again_what_has_no_verdict_and_keeps_the_rest(tmp_path, monkeypatch):
+    tune = FakeTune().install(monkeypatch)
+    cells = load_sweep(sweep_file(tmp_path, "models: [nano]\nbudgets: [60%]\nseeds: [0, 1, 2, 3, 4]")).cells()
+    names = [cell.name for cell in cells]
+    first = iter(
+        [
+            outcome("verified"),
+            outcome("failed", 2, "is being driven by process 7"),
+            outcome("partial", 130),
+            outcome("failed", 6, "disk full"),
+            outcome("infeasible", 3),
+        ]
+    )
+    monkeypatch.setattr("tuner.cli.sweep.run_cell", lambda argv, run_dir: next(first))
+    rows = run_sweep(cells, tmp_path / "out", RUNNER)
+    assert rows[1]["reason"] == "is being driven by process 7" and rows[3]["exit_code"] == 6
+    (tmp_path / "out" / "tune").mkdir()  # what Ray Tune itself remembers of a run no longer counts
+    tune.ran.clear()
+    said = []
+    monkeypatch.setattr("tuner.cli.sweep.run_cell", lambda argv, run_dir: outcome("verified"))
+    rows = run_sweep(cells, tmp_path / "out", RUNNER, say=said.append)
+    assert tune.ran == names[1:4] and said == [f"continuing the sweep in {tmp_path / 'out'}: 3 of 5 cells left"]
+    assert [row["verdict"] for row in rows] == ["verified"] * 4 + ["infeasible"]
+
+    (tmp_path / "out" / "cells" / names[2] / CELL_FILE).unlink()
+    (tmp_path / "out" / "cells" / names[4] / CELL_FILE).write_text("torn")
+    tune.ran.clear()
+    run_sweep(cells, tmp_path / "out", RUNNER)
+    assert tune.ran == [names[2], names[4]]
+    monkeypatch.setattr("tuner.cluster.connection.connect", None)  # nothing left: no cluster either
+    assert len(run_sweep(cells, tmp_path / "out", RUNNER)) == 5
+
+
+def test_two_drivers_of_one_sweep_are_refused_in_one_line(tmp_path, monkeypatch):
+    FakeTune().install(monkeypatch)
+    cells = load_sweep(sweep_file(tmp_path, "models: [nano]\nbudgets: [60%]")).cells()
+    monkeypatch.setattr("tuner.cli.sweep.run_cell", lambda argv, run_dir: outcome("failed", 2))
+    run_sweep(cells, tmp_path / "out", RUNNER)
+    with driver_lock(tmp_path / "out"), pytest.raises(UsageError, match="is being driven by process"):
+        run_sweep(cells, tmp_path / "out", RUNNER)
+    assert (tmp_path / "out" / "cells" / cells[0].name / CELL_FILE).exists()
 
 
 def test_the_verb_checks_its_file_first(tmp_path, capsys):

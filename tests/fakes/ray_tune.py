@@ -1,0 +1,37 @@
+"""Ray Tune as far as a sweep calls it, in this process: trials run one after another, each once."""
+
+from types import SimpleNamespace
+
+
+class FakeTune:
+    """What `require("ray.tune")` returns. After `stop_after` trials `fit` returns early, as Ray Tune's does at Ctrl-C."""
+
+    Trainable = Callback = object
+    PlacementGroupFactory = staticmethod(lambda bundles, **_: bundles)
+    with_resources = staticmethod(lambda kind, _: kind)
+    grid_search = staticmethod(list)
+    RunConfig = FailureConfig = TuneConfig = staticmethod(lambda **options: SimpleNamespace(**options))
+
+    def __init__(self, stop_after=None):
+        self.stop_after, self.ran = stop_after, []
+
+    def install(self, monkeypatch):
+        monkeypatch.setattr("tuner.cluster.connection.connect", lambda address: lambda: None)
+        monkeypatch.setattr("tuner.cluster.connection.require", lambda name: self)
+        return self
+
+    def Tuner(self, trainable, *, param_space, run_config, tune_config):
+        return SimpleNamespace(fit=lambda: self._fit(trainable, param_space["cell"], run_config))
+
+    def _fit(self, trainable, cells, run_config):
+        results = []
+        for cell in cells[: self.stop_after]:
+            self.ran.append(cell["name"])
+            study = trainable()
+            study.config, error = {"cell": cell}, None
+            try:
+                study.step()
+            except RuntimeError as raised:
+                error = raised
+            results.append(SimpleNamespace(config=study.config, error=error))
+        return results
