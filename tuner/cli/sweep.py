@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from stagevar import console
 from stagevar.cli.arguments import Parser, name_value, path_value
 from stagevar.errors import InfrastructureError
 from tuner.cli import tune
@@ -47,7 +48,7 @@ def check(argv: Sequence[str]) -> Plan:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs or continues a sweep; exit code 4 if every cell failed, 6 if one lost its infrastructure."""
+    """Runs or continues a sweep; exit code 130 at Ctrl-C, 6 if a cell lost its infrastructure, 4 if every one failed."""
     from tuner.cluster import sweep
 
     cells = sweep.load_sweep(args.sweep).cells()
@@ -68,6 +69,9 @@ def run(args: argparse.Namespace) -> int:
             print(f"failed           {row['cell']}: {row.get('reason')}")
         for name in (TABLE_FILE, REPORT_FILE):
             print(f"file             {out / name}")
+    if any(row["verdict"] == "stopped" for row in rows):
+        console.say(f"{PROG} sweep: interrupted; the same command continues the sweep")
+        return console.STOPPED
     if any(row.get("exit_code") == InfrastructureError.exit_code for row in failed):
         return InfrastructureError.exit_code
     return 4 if len(failed) == len(rows) else 0

@@ -13,19 +13,22 @@ import itertools
 import json
 import pkgutil
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stagevar.console import STOPPED
 from stagevar.errors import InfrastructureError, UsageError, first_line
 from stagevar.files import write_text_atomically
 from stagevar.profile import plain
 from stagevar.yaml_files import read_yaml
 from tuner.cluster.worker import free_memory
 from tuner.report.sweep_page import write_table
-from tuner.results.run_dir import driver_lock
+from tuner.results.run_dir import EVIDENCE_FILE, driver_lock
 
 AXES = {"models": "model", "resolutions": "resolution", "budgets": "budget", "gpus": "gpu", "seeds": "seed"}
 SWEEP_FILE, CELL_FILE = "sweep.json", "cell.json"
@@ -218,12 +221,23 @@ def _run_cells(cells: Sequence[Cell], out: Path, runner: str, address: str | Non
             tune_config=tune.TuneConfig(reuse_actors=True),
         )
         # Ray Tune prints to stdout, which is reserved for our own output.
-        with open(out / RAY_LOG, "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+        with open(out / RAY_LOG, "a", encoding="utf-8") as log, contextlib.redirect_stdout(log), _own_interrupts():
             results = tuner.fit()
         # Ray Tune keeps the errors of processes that died; a study's own messages are in its cell's file.
         return {r.config["cell"]["name"]: str(r.error) for r in results if r.error is not None and r.config}
     finally:
         disconnect()
+
+
+@contextlib.contextmanager
+def _own_interrupts() -> Iterator[None]:
+    """Restores the handler of Ctrl-C, which Ray Tune replaces and leaves replaced; its first Ctrl-C lets `fit` return."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
 
 
 def _claim(out: Path, plan: Mapping[str, object]) -> bool:
@@ -287,11 +301,18 @@ def _row(cell: Cell, out: Path, died: str | None) -> dict[str, object]:
     path = run_dir / CELL_FILE
     if path.exists():
         row |= json.loads(path.read_text(encoding="utf-8"))
-    else:
-        lines = [line.strip() for line in (died or "").splitlines() if line.strip()]
-        # Only a process that died, or an infrastructure error, leaves a cell without its file; a rerun tries it again.
-        row |= {"verdict": "failed", "reason": (lines[-1] if lines else "did not run")[:300]}
+    elif died is not None:
+        # A process that died or lost its infrastructure leaves a cell without its file; a rerun tries it again.
+        lines = [line.strip() for line in died.splitlines() if line.strip()]
+        row |= {"verdict": "failed", "reason": (lines[-1] if lines else "its process died")[:300]}
         row |= {"exit_code": InfrastructureError.exit_code}
+    else:
+        # Ray Tune returns before every trial has ended only at Ctrl-C.
+        ran = (run_dir / EVIDENCE_FILE).exists()
+        reason = "while it ran; what it measured is kept" if ran else "before it started"
+        row |= {"exit_code": STOPPED, "reason": reason}
+    if row.get("exit_code") == STOPPED:
+        row["verdict"] = "stopped"
     for name, file in (("profile", "profile.yaml"), ("report", "report.html")):
         if (run_dir / file).exists():
             row[name] = f"cells/{cell.name}/{file}"

@@ -49,7 +49,7 @@ def write_table(rows: Sequence[Row], axes: Iterable[str], out: Path) -> list[Pat
 
 
 def render(rows: Sequence[Row], axes: Iterable[str]) -> str:
-    """One page: what each cell reached, then what failed and why. Everything that users typed is escaped."""
+    """One page: what each cell reached, then what did not finish and why. Everything that users typed is escaped."""
     axes = [axis for axis in axes if any(axis in row for row in rows)]
     head = [*axes, "verdict", "full schedule", "pick", "speed-up", "quality change", "files"]
     body = "".join(
@@ -58,18 +58,23 @@ def render(rows: Sequence[Row], axes: Iterable[str]) -> str:
         + "</tr>"
         for row in rows
     )
-    failed = [row for row in rows if row["verdict"] == "failed"]
-    listed = "".join(f"<li><b>{escape(str(row['cell']))}</b>: {escape(str(row.get('reason')))}</li>" for row in failed)
+    failed, stopped = ([row for row in rows if row["verdict"] == verdict] for verdict in ("failed", "stopped"))
     style = (files("tuner.report") / "report.css").read_text(encoding="utf-8")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>Sweep of {len(rows)} studies: stagevar-tune</title><style>{style}</style></head><body><main>"
-        f"<h1>{len(rows) - len(failed)} of {len(rows)} studies finished</h1>"
+        f"<h1>{len(rows) - len(failed) - len(stopped)} of {len(rows)} studies finished</h1>"
         f"<table><thead><tr>{''.join(f'<th>{name}</th>' for name in head)}</tr></thead><tbody>{body}</tbody></table>"
-        + (f"<h2>Failed</h2><ul>{listed}</ul>" if failed else "")
+        + _listed("Failed", failed)
+        + _listed("Stopped; the same command continues", stopped)
         + "</main></body></html>\n"
     )
+
+
+def _listed(title: str, rows: Sequence[Row]) -> str:
+    lines = "".join(f"<li><b>{escape(str(row['cell']))}</b>: {escape(str(row.get('reason')))}</li>" for row in rows)
+    return f"<h2>{title}</h2><ul>{lines}</ul>" if rows else ""
 
 
 def _shown(row: Row) -> list[str]:

@@ -201,6 +201,33 @@ def test_the_same_command_tries_again_what_has_no_verdict_and_keeps_the_rest(tmp
     assert len(run_sweep(cells, tmp_path / "out", RUNNER)) == 5
 
 
+def test_ctrl_c_leaves_stopped_cells_and_ends_with_130(tmp_path, monkeypatch, capsys):
+    from tuner.cli import main
+
+    out = tmp_path / "out"
+    file = sweep_file(tmp_path, "models: [nano]\nbudgets: [60%]\nseeds: [0, 1, 2, 3]")
+    (out / "cells" / "nano-60pct-2").mkdir(parents=True)
+    cells = load_sweep(file).cells()
+    plan = {"cells": [[cell.name, list(cell.argv), dict(cell.resources)] for cell in cells]}
+    (out / "sweep.json").write_text(json.dumps(plan))
+    (out / "cells" / "nano-60pct-2" / "trials.jsonl").touch()
+    FakeTune(stop_after=2).install(monkeypatch)
+    outcomes = iter([outcome("verified"), outcome("failed", 130, "rerun the same command to resume")])
+    monkeypatch.setattr("tuner.cli.sweep.run_cell", lambda argv, run_dir: next(outcomes))
+    assert main(["sweep", str(file), "--out", str(out)]) == 130
+    said = capsys.readouterr()
+    assert "the same command continues" in said.err and "failed" not in said.out
+    rows = list(csv.DictReader((out / "sweep.csv").open()))
+    assert [row["verdict"] for row in rows] == ["verified", "stopped", "stopped", "stopped"]
+    assert [row["reason"] for row in rows[2:]] == ["while it ran; what it measured is kept", "before it started"]
+    page = (out / "sweep.html").read_text()
+    assert "1 of 4 studies finished" in page and "<h2>Stopped" in page and "<h2>Failed" not in page
+    again = FakeTune().install(monkeypatch)
+    monkeypatch.setattr("tuner.cli.sweep.run_cell", lambda argv, run_dir: outcome("verified"))
+    assert main(["sweep", str(file), "--out", str(out), "--quiet"]) == 0
+    assert again.ran == [row["cell"] for row in rows[1:]]
+
+
 def test_two_drivers_of_one_sweep_are_refused_in_one_line(tmp_path, monkeypatch):
     FakeTune().install(monkeypatch)
     cells = load_sweep(sweep_file(tmp_path, "models: [nano]\nbudgets: [60%]")).cells()
