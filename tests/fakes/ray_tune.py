@@ -12,12 +12,13 @@ class FakeTune:
     grid_search = staticmethod(list)
     RunConfig = FailureConfig = TuneConfig = staticmethod(lambda **options: SimpleNamespace(**options))
 
-    def __init__(self, stop_after=None):
-        self.stop_after, self.ran = stop_after, []
+    def __init__(self, stop_after=None, nodes=({"CPU": 8},)):
+        self.stop_after, self.nodes, self.ran, self.resources = stop_after, nodes, [], {}
 
     def install(self, monkeypatch):
+        ray = SimpleNamespace(nodes=lambda: [{"Alive": True, "Resources": node} for node in self.nodes])
         monkeypatch.setattr("tuner.cluster.connection.connect", lambda address: lambda: None)
-        monkeypatch.setattr("tuner.cluster.connection.require", lambda name: self)
+        monkeypatch.setattr("tuner.cluster.connection.require", lambda name="ray": self if name == "ray.tune" else ray)
         return self
 
     def Tuner(self, trainable, *, param_space, run_config, tune_config):
@@ -27,8 +28,10 @@ class FakeTune:
         results = []
         for cell in cells[: self.stop_after]:
             self.ran.append(cell["name"])
+            self.resources[cell["name"]] = cell["resources"]
             study = trainable()
             study.config, error = {"cell": cell}, None
+            study.setup(study.config)
             try:
                 study.step()
             except RuntimeError as raised:

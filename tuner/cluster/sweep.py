@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import pkgutil
 import shutil
 import signal
@@ -26,6 +27,7 @@ from stagevar.errors import InfrastructureError, UsageError, first_line
 from stagevar.files import write_text_atomically
 from stagevar.profile import plain
 from stagevar.yaml_files import read_yaml
+from tuner.cluster.sweep_placement import with_default_gpus
 from tuner.cluster.worker import free_memory
 from tuner.report.sweep_page import write_table
 from tuner.results.run_dir import EVIDENCE_FILE, driver_lock
@@ -70,14 +72,14 @@ class Sweep:
         axes: values per axis of the grid.
         options: further options of every study, by their names on the command line.
         model_options: the same for the studies of one model, by its name; they take precedence.
-        cpus, gpus: what each cell occupies; gpus may be a fraction.
+        cpus, gpus: what each cell occupies; gpus may be a fraction, None leaves it to the cluster.
     """
 
     axes: Mapping[str, tuple[Any, ...]]
     options: Mapping[str, object] = field(default_factory=dict)
     model_options: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     cpus: float = 1
-    gpus: float = 0
+    gpus: float | None = None
 
     def cells(self) -> list[Cell]:
         """Every combination, in the order of the file."""
@@ -92,10 +94,14 @@ class Sweep:
                     words.append(f"--{option}")
                 elif value is not False and value is not None:
                     words.append(f"--{option}={value}")
-            resources = {"CPU": self.cpus, "GPU": self.gpus}
+            resources: dict[str, float] = {"CPU": self.cpus} if self.cpus else {}
+            if self.gpus is not None:
+                resources["GPU"] = self.gpus
+            elif given.get("device") == "cpu":
+                resources["GPU"] = 0
             if "gpu" in axes:
                 resources[f"accelerator_type:{axes['gpu']}"] = 0.001
-            found.append(Cell(name, axes, tuple(words), {k: v for k, v in resources.items() if v}))
+            found.append(Cell(name, axes, tuple(words), resources))
         return found
 
 
@@ -128,7 +134,9 @@ def load_sweep(path: Path | str) -> Sweep:
     for name, amount in resources.items():
         if isinstance(amount, bool) or not isinstance(amount, int | float) or amount < 0:
             raise UsageError(f"sweep: resources {name} {amount!r} must be a number of at least 0")
-    sweep = Sweep(axes, options, by_model, resources.get("cpus", 1), resources.get("gpus", 1 if "gpus" in axes else 0))
+    sweep = Sweep(
+        axes, options, by_model, resources.get("cpus", 1), resources.get("gpus", 1 if "gpus" in axes else None)
+    )
     if "gpus" in axes and sweep.gpus == 0:
         raise UsageError("sweep: gpus names kinds of GPU, so resources must give each cell a GPU, such as {gpus: 1}")
     return sweep
@@ -173,13 +181,13 @@ def run_sweep(
 
     check_installed()
     out = out.resolve()
-    plan = {"cells": [[cell.name, list(cell.argv), dict(cell.resources)] for cell in cells]}
+    plan = {"cells": [[cell.name, list(cell.argv), _occupied(cell.resources)] for cell in cells]}
     continued = _claim(out, plan)
     with driver_lock(out):
         left = [cell for cell in cells if not _has_verdict(out / "cells" / cell.name)]
         if continued:
             say(f"continuing the sweep in {out}: {len(left)} of {len(cells)} cells left")
-        died = _run_cells(left, out, runner, address) if left else {}
+        died = _run_cells(left, out, runner, address, say) if left else {}
         rows = [_row(cell, out, died.get(cell.name)) for cell in cells]
         write_table(rows, AXES.values(), out)
     return rows
@@ -199,16 +207,29 @@ def _has_verdict(run_dir: Path) -> bool:
     return False
 
 
-def _run_cells(cells: Sequence[Cell], out: Path, runner: str, address: str | None) -> dict[str, str]:
+def _occupied(resources: Mapping[str, float]) -> dict[str, float]:
+    return {name: amount for name, amount in resources.items() if amount}
+
+
+def _run_cells(
+    cells: Sequence[Cell], out: Path, runner: str, address: str | None, say: Callable[[str], None]
+) -> dict[str, str]:
     """Runs cells on the cluster; returns the errors of those whose process died, by their names."""
     from tuner.cluster.connection import connect, require
 
     disconnect = connect(address)
     try:
         tune = require("ray.tune")
+        nodes = [node["Resources"] for node in require().nodes() if node["Alive"]]
+        wanted = {cell.name: cell.resources for cell in cells}
+        placed = with_default_gpus(wanted, nodes)
+        if placed != wanted:
+            say(
+                "the sweep states no gpus, so each cell gets a GPU of its own; resources: {gpus: 0.5} lets two share one"
+            )
         # Ray Tune would never revisit a trial that ended, so every run is a new experiment.
         shutil.rmtree(out / RAY_FOLDER, ignore_errors=True)
-        grid = [{"name": c.name, "argv": list(c.argv), "resources": dict(c.resources)} for c in cells]
+        grid = [{"name": c.name, "argv": list(c.argv), "resources": _occupied(placed[c.name])} for c in cells]
         tuner = tune.Tuner(
             _trainable(tune, runner, out),
             param_space={"cell": tune.grid_search(grid)},
@@ -261,6 +282,11 @@ def _trainable(tune: Any, runner: str, out: Path) -> Any:
     """One study as a Ray Tune trial: a class, so that the study runs in the main thread, where signals are handled."""
 
     class Study(tune.Trainable):
+        def setup(self, config: Mapping[str, Any]) -> None:
+            """Hides all GPUs from a cell without one: Ray does not. A process is only given cells with equal resources."""
+            if not config["cell"]["resources"].get("GPU"):
+                os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
         def step(self) -> dict[str, object]:
             cell = self.config["cell"]
             run_dir = out / "cells" / cell["name"]

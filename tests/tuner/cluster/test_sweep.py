@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -226,6 +227,35 @@ def test_ctrl_c_leaves_stopped_cells_and_ends_with_130(tmp_path, monkeypatch, ca
     monkeypatch.setattr("tuner.cli.sweep.run_cell", lambda argv, run_dir: outcome("verified"))
     assert main(["sweep", str(file), "--out", str(out), "--quiet"]) == 0
     assert again.ran == [row["cell"] for row in rows[1:]]
+
+
+GPU_NODE = {"CPU": 8, "GPU": 2, "accelerator_type:H100": 1}
+
+
+@pytest.mark.parametrize(
+    ("more", "nodes", "occupied", "says", "visible"),
+    [
+        ("", [{"CPU": 8}, GPU_NODE], {"CPU": 1, "GPU": 1}, True, "0"),
+        ("resources: {gpus: 0.5}", [GPU_NODE], {"CPU": 1, "GPU": 0.5}, False, "0"),
+        ("resources: {gpus: 0}", [GPU_NODE], {"CPU": 1}, False, ""),
+        ("options: {device: cpu}", [GPU_NODE], {"CPU": 1}, False, ""),
+        ("", [{"CPU": 8}], {"CPU": 1}, False, ""),
+    ],
+)
+def test_a_cell_has_a_gpu_of_its_own_unless_its_file_says_otherwise(
+    tmp_path, monkeypatch, more, nodes, occupied, says, visible
+):
+    tune = FakeTune(nodes=nodes).install(monkeypatch)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    seen, said = [], []
+    monkeypatch.setattr(
+        "tuner.cli.sweep.run_cell",
+        lambda argv, run_dir: seen.append(os.environ["CUDA_VISIBLE_DEVICES"]) or outcome("verified"),
+    )
+    cells = load_sweep(sweep_file(tmp_path, f"models: [nano]\nbudgets: [60%]\n{more}")).cells()
+    run_sweep(cells, tmp_path / "out", RUNNER, say=said.append)
+    assert tune.resources == {"nano-60pct": occupied} and seen == [visible]
+    assert any("each cell gets a GPU of its own" in line for line in said) == says
 
 
 def test_two_drivers_of_one_sweep_are_refused_in_one_line(tmp_path, monkeypatch):
