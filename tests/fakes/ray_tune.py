@@ -32,9 +32,14 @@ class FakeTune:
             study = trainable()
             study.config, error = {"cell": cell}, None
             study.setup(study.config)
+            event = {"iteration": 0, "trials": [], "trial": study}
+            for callback in run_config.callbacks:
+                callback.on_trial_start(**event)
             try:
                 study.step()
             except RuntimeError as raised:
                 error = raised
+            for callback in run_config.callbacks:
+                (callback.on_trial_error if error else callback.on_trial_complete)(**event)
             results.append(SimpleNamespace(config=study.config, error=error))
         return results

@@ -25,12 +25,13 @@ from typing import Any
 from stagevar.console import STOPPED
 from stagevar.errors import InfrastructureError, UsageError, first_line
 from stagevar.files import write_text_atomically
+from stagevar.folders import visible
 from stagevar.profile import plain
 from stagevar.yaml_files import read_yaml
-from tuner.cluster.sweep_placement import with_default_gpus
+from tuner.cluster.sweep_placement import placed, with_default_gpus
 from tuner.cluster.worker import free_memory
 from tuner.report.sweep_page import write_table
-from tuner.results.run_dir import EVIDENCE_FILE, driver_lock
+from tuner.results.run_dir import EVIDENCE_FILE, LOCK_FILE, driver_lock
 
 AXES = {"models": "model", "resolutions": "resolution", "budgets": "budget", "gpus": "gpu", "seeds": "seed"}
 SWEEP_FILE, CELL_FILE = "sweep.json", "cell.json"
@@ -181,9 +182,9 @@ def run_sweep(
 
     check_installed()
     out = out.resolve()
-    plan = {"cells": [[cell.name, list(cell.argv), _occupied(cell.resources)] for cell in cells]}
-    continued = _claim(out, plan)
+    _check_folder(out)
     with driver_lock(out):
+        continued = _claim(out, cells)
         left = [cell for cell in cells if not _has_verdict(out / "cells" / cell.name)]
         if continued:
             say(f"continuing the sweep in {out}: {len(left)} of {len(cells)} cells left")
@@ -222,14 +223,15 @@ def _run_cells(
         tune = require("ray.tune")
         nodes = [node["Resources"] for node in require().nodes() if node["Alive"]]
         wanted = {cell.name: cell.resources for cell in cells}
-        placed = with_default_gpus(wanted, nodes)
-        if placed != wanted:
+        with_gpus = with_default_gpus(wanted, nodes)
+        resources = placed(with_gpus, nodes)
+        if with_gpus != wanted:
             say(
                 "the sweep states no gpus, so each cell gets a GPU of its own; resources: {gpus: 0.5} lets two share one"
             )
         # Ray Tune would never revisit a trial that ended, so every run is a new experiment.
         shutil.rmtree(out / RAY_FOLDER, ignore_errors=True)
-        grid = [{"name": c.name, "argv": list(c.argv), "resources": _occupied(placed[c.name])} for c in cells]
+        grid = [{"name": c.name, "argv": list(c.argv), "resources": _occupied(resources[c.name])} for c in cells]
         tuner = tune.Tuner(
             _trainable(tune, runner, out),
             param_space={"cell": tune.grid_search(grid)},
@@ -237,6 +239,7 @@ def _run_cells(
                 name=RAY_FOLDER,
                 storage_path=str(out),
                 failure_config=tune.FailureConfig(max_failures=RESTARTS),
+                callbacks=[_announcing(tune, out, say)],
                 verbose=0,
             ),
             tune_config=tune.TuneConfig(reuse_actors=True),
@@ -261,21 +264,56 @@ def _own_interrupts() -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
 
 
-def _claim(out: Path, plan: Mapping[str, object]) -> bool:
-    """Claims the folder for the sweep; returns whether it already held it. Raises UsageError if it holds anything else."""
-    path = out / SWEEP_FILE
+def _check_folder(out: Path) -> None:
+    """Creates the sweep's folder. Raises UsageError if it cannot be used or holds anything but a sweep."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            if json.loads(path.read_text(encoding="utf-8")) != plain(plan):
-                raise UsageError(f"{out} holds another sweep; choose another --out, or restore its sweep file")
-            return True
-        if any(out.iterdir()):
+        strangers = [path.name for path in visible(out.iterdir()) if path.name != LOCK_FILE]
+        if strangers and not (out / SWEEP_FILE).exists():
             raise UsageError(f"output {out} is not empty and holds no sweep; choose another --out")
-        write_text_atomically(path, json.dumps(plain(plan), indent=1) + "\n")
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise UsageError(f"output {out} cannot be used ({error}); choose another --out") from None
-    return False
+
+
+def _claim(out: Path, cells: Sequence[Cell]) -> bool:
+    """Writes the sweep into its folder; returns whether it was begun before. Raises UsageError if another one was.
+
+    A sweep of which nothing ran may be changed, such as one whose cells fit no node; resources may be changed at any time.
+    """
+    path = out / SWEEP_FILE
+    plan = plain({"cells": [[cell.name, list(cell.argv), _occupied(cell.resources)] for cell in cells]})
+    begun = (out / "cells").exists()
+    try:
+        if begun and path.exists():
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            if [cell[:2] for cell in stored["cells"]] != [cell[:2] for cell in plan["cells"]]:
+                raise UsageError(f"{out} holds another sweep; choose another --out, or restore its sweep file")
+        write_text_atomically(path, json.dumps(plan, indent=1) + "\n")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"output {out} cannot be used ({error}); choose another --out") from None
+    return begun
+
+
+def _announcing(tune: Any, out: Path, say: Callable[[str], None]) -> Any:
+    """Ray Tune's callback that says when a cell starts and when it is done."""
+
+    class Announcing(tune.Callback):
+        def on_trial_start(self, iteration: int, trials: Sequence[Any], trial: Any, **info: object) -> None:
+            say(f"cell {trial.config['cell']['name']}: started")
+
+        def on_trial_complete(self, iteration: int, trials: Sequence[Any], trial: Any, **info: object) -> None:
+            name = trial.config["cell"]["name"]
+            path = out / "cells" / name / CELL_FILE
+            if path.exists():  # Ray Tune calls this for a cell that it stops, too
+                say(f"cell {name}: {str(json.loads(path.read_text(encoding='utf-8'))['verdict']).replace('_', ' ')}")
+
+        def on_trial_recover(self, iteration: int, trials: Sequence[Any], trial: Any, **info: object) -> None:
+            say(f"cell {trial.config['cell']['name']}: lost its process or infrastructure; starting it again")
+
+        def on_trial_error(self, iteration: int, trials: Sequence[Any], trial: Any, **info: object) -> None:
+            say(f"cell {trial.config['cell']['name']}: failed")
+
+    return Announcing()
 
 
 def _trainable(tune: Any, runner: str, out: Path) -> Any:

@@ -105,7 +105,7 @@ def test_another_sweep_or_a_strange_folder_is_not_touched(tmp_path):
     with pytest.raises(UsageError, match="is not empty and holds no sweep"):
         run_sweep(cells, strange, RUNNER)
     other = tmp_path / "other"
-    other.mkdir()
+    (other / "cells").mkdir(parents=True)
     (other / "sweep.json").write_text('{"cells": []}')
     with pytest.raises(UsageError, match="holds another sweep"):
         run_sweep(cells, other, RUNNER)
@@ -190,7 +190,8 @@ def test_the_same_command_tries_again_what_has_no_verdict_and_keeps_the_rest(tmp
     said = []
     monkeypatch.setattr("tuner.cli.sweep.run_cell", lambda argv, run_dir: outcome("verified"))
     rows = run_sweep(cells, tmp_path / "out", RUNNER, say=said.append)
-    assert tune.ran == names[1:4] and said == [f"continuing the sweep in {tmp_path / 'out'}: 3 of 5 cells left"]
+    assert tune.ran == names[1:4] and said[0] == f"continuing the sweep in {tmp_path / 'out'}: 3 of 5 cells left"
+    assert said[1:3] == [f"cell {names[1]}: started", f"cell {names[1]}: verified"]
     assert [row["verdict"] for row in rows] == ["verified"] * 4 + ["infeasible"]
 
     (tmp_path / "out" / "cells" / names[2] / CELL_FILE).unlink()
@@ -256,6 +257,56 @@ def test_a_cell_has_a_gpu_of_its_own_unless_its_file_says_otherwise(
     run_sweep(cells, tmp_path / "out", RUNNER, say=said.append)
     assert tune.resources == {"nano-60pct": occupied} and seen == [visible]
     assert any("each cell gets a GPU of its own" in line for line in said) == says
+
+
+@pytest.mark.parametrize(
+    ("more", "nodes", "message"),
+    [
+        (
+            "gpus: [h200]",
+            [GPU_NODE],
+            "cell nano-60pct-h200: no GPU of kind 'h200' in the cluster, which has H100; correct",
+        ),
+        ("gpus: [H100]", [{"CPU": 8}], "no GPU of kind 'H100' in the cluster, which has no GPU of a known kind;"),
+        (
+            "resources: {gpus: 1}",
+            [{"CPU": 8}, {"CPU": 4}],
+            "needs 1 CPU and 1 GPU on one node; the largest node has 8 CPUs and 0 GPUs;",
+        ),
+        (
+            "resources: {cpus: 64}",
+            [GPU_NODE, {"CPU": 16}],
+            "needs 64 CPUs and 1 GPU on one node; the largest node has 8 CPUs and 2 GPUs of kind H100;",
+        ),
+        (  # no single node has both
+            "resources: {cpus: 16, gpus: 1}",
+            [GPU_NODE, {"CPU": 16}],
+            "needs 16 CPUs and 1 GPU on one node; the largest node has 8 CPUs and 2 GPUs of kind H100;",
+        ),
+    ],
+)
+def test_a_cell_that_fits_no_node_is_refused_in_one_line(tmp_path, monkeypatch, more, nodes, message):
+    tune = FakeTune(nodes=nodes).install(monkeypatch)
+    cells = load_sweep(sweep_file(tmp_path, f"models: [nano]\nbudgets: [60%]\n{more}")).cells()
+    with pytest.raises(UsageError, match=message):
+        run_sweep(cells, tmp_path / "out", RUNNER)
+    assert tune.ran == []
+    # Nothing ran yet, so the file may be corrected without another --out.
+    cells = load_sweep(sweep_file(tmp_path, "models: [nano]\nbudgets: [60%]\nresources: {cpus: 4, gpus: 0}")).cells()
+    monkeypatch.setattr("tuner.cli.sweep.run_cell", lambda argv, run_dir: outcome("failed"))
+    run_sweep(cells, tmp_path / "out", RUNNER)
+    monkeypatch.setattr("tuner.cli.sweep.run_cell", lambda argv, run_dir: outcome("verified"))
+    cells = load_sweep(sweep_file(tmp_path, "models: [nano]\nbudgets: [60%]\nresources: {cpus: 2, gpus: 0}")).cells()
+    assert run_sweep(cells, tmp_path / "out", RUNNER)[0]["verdict"] == "verified"
+    assert tune.resources == {"nano-60pct": {"CPU": 2}} and tune.ran == ["nano-60pct"] * 2
+
+
+def test_kinds_of_gpu_are_found_in_any_case(tmp_path, monkeypatch):
+    tune = FakeTune(nodes=[{"CPU": 64}, GPU_NODE]).install(monkeypatch)
+    cells = load_sweep(sweep_file(tmp_path, "models: [nano]\nbudgets: [60%]\ngpus: [h100]")).cells()
+    monkeypatch.setattr("tuner.cli.sweep.run_cell", lambda argv, run_dir: outcome("verified"))
+    run_sweep(cells, tmp_path / "out", RUNNER)
+    assert tune.resources == {"nano-60pct-h100": {"CPU": 1, "GPU": 1, "accelerator_type:H100": 0.001}}
 
 
 def test_two_drivers_of_one_sweep_are_refused_in_one_line(tmp_path, monkeypatch):
