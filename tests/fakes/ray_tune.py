@@ -17,6 +17,7 @@ class FakeTune:
 
     def install(self, monkeypatch):
         ray = SimpleNamespace(nodes=lambda: [{"Alive": True, "Resources": node} for node in self.nodes])
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # cells without a GPU change it
         monkeypatch.setattr("tuner.cluster.connection.connect", lambda address: lambda: None)
         monkeypatch.setattr("tuner.cluster.connection.require", lambda name="ray": self if name == "ray.tune" else ray)
         return self

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stagevar import console
 from stagevar.cli.arguments import Parser, name_value, path_value
@@ -21,6 +24,9 @@ from tuner.config import checks
 from tuner.report.sweep_page import REPORT_FILE, TABLE_FILE, summary
 from tuner.results.result import StudyResult
 from tuner.results.run_dir import STUDY_FILE
+
+if TYPE_CHECKING:
+    from tuner.cluster.sweep import Cell
 
 #: How a worker of the sweep runs a cell.
 RUNNER = "tuner.cli.sweep:run_cell"
@@ -47,17 +53,24 @@ def check(argv: Sequence[str]) -> Plan:
     return plan(tune.build_parser().parse(argv), argv)
 
 
+def with_absolute_paths(cell: Cell) -> Cell:
+    """The cell with a command line that is valid in any working directory: Ray Tune gives each trial one of its own."""
+    return dataclasses.replace(cell, argv=tuple(checks.with_absolute_paths(cell.argv, [Path.cwd()])))
+
+
 def run(args: argparse.Namespace) -> int:
     """Runs or continues a sweep; exit code 130 at Ctrl-C, 6 if a cell lost its infrastructure, 4 if every one failed."""
     from tuner.cluster import sweep
 
-    cells = sweep.load_sweep(args.sweep).cells()
+    cells = [with_absolute_paths(cell) for cell in sweep.load_sweep(args.sweep).cells()]
     if args.ray_address is not None:
         checks.check_ray_address(args.ray_address)
     sweep.check_cells(cells, check)
     out = args.out or Path("outputs") / args.sweep.stem
     say = (lambda line: None) if args.quiet else (lambda line: print(line, file=sys.stderr))
-    rows = sweep.run_sweep(cells, out, RUNNER, args.ray_address, say=say)
+    store = os.environ.get("STAGEVAR_STORE")
+    environment = {"STAGEVAR_STORE": os.path.abspath(store)} if store else {}
+    rows = sweep.run_sweep(cells, out, RUNNER, args.ray_address, say, environment)
     failed = [row for row in rows if row["verdict"] == "failed"]
     if args.json:
         print(json.dumps(rows, indent=2))

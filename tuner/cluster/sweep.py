@@ -144,13 +144,13 @@ def load_sweep(path: Path | str) -> Sweep:
 
 
 def _options(given: Any, where: str) -> dict[str, object]:
-    """Options with their values, with absolute paths. Raises UsageError."""
+    """Options with their values. Raises UsageError."""
     if not isinstance(given, dict) or not all(isinstance(v, str | int | float | bool) for v in given.values()):
         raise UsageError(f"sweep: {where} must be options of stagevar-tune with their values, such as {{trials: 30}}")
     for name in given:
         if name in _NOT_IN_CELLS:
             raise UsageError(f"sweep: option {name!r} cannot be set for all cells; axes: {', '.join(AXES)}")
-    return {k: str(Path(v).resolve()) if isinstance(v, str) and Path(v).exists() else v for k, v in given.items()}
+    return dict(given)
 
 
 def check_cells(cells: Sequence[Cell], check: Callable[[Sequence[str]], object]) -> None:
@@ -168,6 +168,7 @@ def run_sweep(
     runner: str,
     address: str | None = None,
     say: Callable[[str], None] = lambda line: None,
+    environment: Mapping[str, str] | None = None,
 ) -> list[dict[str, object]]:
     """Runs or continues a sweep in `out`; returns a row per cell, in order. Raises UsageError.
 
@@ -177,6 +178,7 @@ def run_sweep(
         runner: "module:function" that takes a cell's command line and run directory and returns its row.
         address: of the Ray cluster; None starts one here.
         say: called with a line of progress.
+        environment: variables of every cell's process, beyond those of its node.
     """
     from tuner.cluster.connection import check_installed
 
@@ -188,7 +190,7 @@ def run_sweep(
         left = [cell for cell in cells if not _has_verdict(out / "cells" / cell.name)]
         if continued:
             say(f"continuing the sweep in {out}: {len(left)} of {len(cells)} cells left")
-        died = _run_cells(left, out, runner, address, say) if left else {}
+        died = _run_cells(left, out, runner, address, say, environment) if left else {}
         rows = [_row(cell, out, died.get(cell.name)) for cell in cells]
         write_table(rows, AXES.values(), out)
     return rows
@@ -213,7 +215,12 @@ def _occupied(resources: Mapping[str, float]) -> dict[str, float]:
 
 
 def _run_cells(
-    cells: Sequence[Cell], out: Path, runner: str, address: str | None, say: Callable[[str], None]
+    cells: Sequence[Cell],
+    out: Path,
+    runner: str,
+    address: str | None,
+    say: Callable[[str], None],
+    environment: Mapping[str, str] | None,
 ) -> dict[str, str]:
     """Runs cells on the cluster; returns the errors of those whose process died, by their names."""
     from tuner.cluster.connection import connect, require
@@ -233,7 +240,7 @@ def _run_cells(
         shutil.rmtree(out / RAY_FOLDER, ignore_errors=True)
         grid = [{"name": c.name, "argv": list(c.argv), "resources": _occupied(resources[c.name])} for c in cells]
         tuner = tune.Tuner(
-            _trainable(tune, runner, out),
+            _trainable(tune, runner, out, environment),
             param_space={"cell": tune.grid_search(grid)},
             run_config=tune.RunConfig(
                 name=RAY_FOLDER,
@@ -316,12 +323,13 @@ def _announcing(tune: Any, out: Path, say: Callable[[str], None]) -> Any:
     return Announcing()
 
 
-def _trainable(tune: Any, runner: str, out: Path) -> Any:
+def _trainable(tune: Any, runner: str, out: Path, environment: Mapping[str, str] | None = None) -> Any:
     """One study as a Ray Tune trial: a class, so that the study runs in the main thread, where signals are handled."""
 
     class Study(tune.Trainable):
         def setup(self, config: Mapping[str, Any]) -> None:
             """Hides all GPUs from a cell without one: Ray does not. A process is only given cells with equal resources."""
+            os.environ.update(environment or {})
             if not config["cell"]["resources"].get("GPU"):
                 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

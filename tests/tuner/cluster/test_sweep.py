@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -247,7 +248,6 @@ def test_a_cell_has_a_gpu_of_its_own_unless_its_file_says_otherwise(
     tmp_path, monkeypatch, more, nodes, occupied, says, visible
 ):
     tune = FakeTune(nodes=nodes).install(monkeypatch)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     seen, said = [], []
     monkeypatch.setattr(
         "tuner.cli.sweep.run_cell",
@@ -307,6 +307,33 @@ def test_kinds_of_gpu_are_found_in_any_case(tmp_path, monkeypatch):
     monkeypatch.setattr("tuner.cli.sweep.run_cell", lambda argv, run_dir: outcome("verified"))
     run_sweep(cells, tmp_path / "out", RUNNER)
     assert tune.resources == {"nano-60pct-h100": {"CPU": 1, "GPU": 1, "accelerator_type:H100": 0.001}}
+
+
+def test_relative_paths_are_those_of_the_folder_where_the_command_was_typed(tmp_path, monkeypatch):
+    from tuner.cli import main
+
+    FakeTune().install(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STAGEVAR_STORE", "shared")
+    (tmp_path / "nano").mkdir()
+    shutil.copy(ROOT / "search_spaces" / "nano.yaml", tmp_path / "mine.yaml")
+    text = """
+models: [nano, infinity-tiny]
+budgets: [60%]
+options: {storage: "sqlite:///rel.db", prompts: nano, max-drop: 0.6}
+model_options: {nano: {space: mine.yaml}, infinity-tiny: {store: mine, prompts: geneval, weights: random}}
+"""
+    seen = []
+    monkeypatch.setattr(
+        "tuner.cli.sweep.run_cell",
+        lambda argv, run_dir: seen.append((argv, os.environ["STAGEVAR_STORE"])) or outcome("verified"),
+    )
+    assert main(["sweep", str(sweep_file(tmp_path, text)), "--out", "out", "--quiet"]) == 0
+    (first, store), (second, _) = seen
+    assert store == str(tmp_path / "shared")
+    assert f"--storage=sqlite:///{tmp_path}/rel.db" in first and "--prompts=nano" in first
+    assert f"--space={tmp_path / 'mine.yaml'}" in first
+    assert f"--store={tmp_path / 'mine'}" in second and "--weights=random" in second
 
 
 def test_two_drivers_of_one_sweep_are_refused_in_one_line(tmp_path, monkeypatch):
