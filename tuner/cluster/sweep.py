@@ -327,10 +327,10 @@ def _trainable(tune: Any, runner: str, out: Path, environment: Mapping[str, str]
     """One study as a Ray Tune trial: a class, so that the study runs in the main thread, where signals are handled."""
 
     class Study(tune.Trainable):
-        def setup(self, config: Mapping[str, Any]) -> None:
+        def setup(self, config: Mapping[str, object]) -> None:
             """Hides all GPUs from a cell without one: Ray does not. A process is only given cells with equal resources."""
             os.environ.update(environment or {})
-            if not config["cell"]["resources"].get("GPU"):
+            if not self.config["cell"]["resources"].get("GPU"):
                 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
         def step(self) -> dict[str, object]:

@@ -31,7 +31,7 @@ def with_default_gpus(wanted: Mapping[str, Resources], nodes: Sequence[Resources
 
 def placed(wanted: Mapping[str, Resources], nodes: Sequence[Resources]) -> dict[str, Resources]:
     """The cells' resources with kinds of GPU spelled as Ray spells them. Raises UsageError for a cell that fits no node."""
-    found = {}
+    found: dict[str, Resources] = {}
     for name, resources in wanted.items():
         found[name] = {_spelled(resource, name, nodes): amount for resource, amount in resources.items()}
         if not any(_fits(found[name], node) for node in nodes):
