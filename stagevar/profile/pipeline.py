@@ -31,7 +31,7 @@ class DeployedSchedule(Protocol):
 
     def expand(self, model: LoadedModel) -> Steps: ...
 
-    def warnings_here(self, present: Envelope) -> list[str]: ...
+    def warnings_here(self, model: LoadedModel, present: Envelope) -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Pipeline:
         self.threads = self.threads or envelope.threads
         engine = self.sampler.engine.name
         present = present_envelope(self.sampler.model, batch=self.batch, threads=self.threads, engine=engine)
-        for line in self.profile.warnings_here(present):
+        for line in self.profile.warnings_here(self.sampler.model, present):
             warnings.warn(line, stacklevel=3)
 
     def generate(self, prompts: Any, seeds: Any = None, negative: Any = None, **options: Any) -> list[Image]:

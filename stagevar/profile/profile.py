@@ -187,10 +187,18 @@ class Profile:
             now = here.get(part, "not among those loaded")
             raise ProfileError(f"the profile was made with other weights: {part:.99} is {now}, not {digest:.99}")
 
-    def warnings_here(self, present: Envelope) -> list[str]:
-        """One line if quality was never measured, and one for each way in which this place differs from the envelope."""
+    def differences(self, model: LoadedModel, present: Envelope) -> list[str]:
+        """How a loaded model and its place differ from what the profile was measured under, one phrase each."""
+        found = self.envelope.differences(present)
+        kv_cache = self.model.load.kv_cache or "model"
+        if model.kv_cache != kv_cache:
+            found.append(f"kv_cache {model.kv_cache!r} instead of {kv_cache!r}")
+        return found
+
+    def warnings_here(self, model: LoadedModel, present: Envelope) -> list[str]:
+        """One line if quality was never measured, and one for each of the `differences`."""
         told = [] if self.verified or self.quality.measured is not False else [f"not verified: {self.quality.why}"]
-        return told + [f"outside the measured envelope: {text}" for text in self.envelope.differences(present)]
+        return told + [f"outside the measured envelope: {text}" for text in self.differences(model, present)]
 
     def pipeline(
         self,

@@ -298,7 +298,7 @@ def load_artist(loading: Loading) -> ModelArtist:
                 digest,
                 profile.verdict,
                 profile.verified,
-                tuple(profile.envelope.differences(present)),
+                tuple(profile.differences(model, present)),
             )
         ]
         if loading.compare:

@@ -144,7 +144,8 @@ def recheck(
     evaluator = ModelEvaluator(
         model, prompts, composite_specs(space.quality, metrics), space.floors, threads=threads, engine=engine
     )
-    warnings = profile.warnings_here(present_envelope(model, profile.envelope.batch, threads, evaluator.engine))
+    present = present_envelope(model, profile.envelope.batch, threads, evaluator.engine)
+    warnings = profile.warnings_here(model, present)
     progress.phase("verification", 100)
     timing = evaluator.latency({BASELINE: evaluator.full}, 9)[BASELINE]
     limits = Limits(terms.budget, timing.median_ms, metrics, space.floors, not model.random_weights)

@@ -9,6 +9,7 @@ import yaml
 
 from stagevar.errors import EXIT_CODES as MEANINGS
 from stagevar.profile import Profile
+from stagevar.testing.tiny import tiny_infinity
 from tests.fakes.studies import FULL_TOKENS, SPACE, FakeEvaluator, study, tokens
 from tuner.cli.console import write_derived
 from tuner.config.space_file import parse_space
@@ -92,7 +93,9 @@ def test_profile_report_and_last_lines_say_that_nothing_was_verified(tmp_path):
     profile = Profile.load(tmp_path / "profile.yaml")
     assert profile.verified is False and profile.verdict.startswith("unverified: ")
     assert profile.quality.measured is False
-    assert profile.warnings_here(profile.envelope) == ["not verified: no image was judged (--effort instant)"]
+    assert profile.warnings_here(tiny_infinity(), profile.envelope) == [
+        "not verified: no image was judged (--effort instant)"
+    ]
     assert yaml.safe_load((tmp_path / "pareto.yaml").read_text())
     assert "Unverified" in (tmp_path / "report.html").read_text()
     said = next_steps(result, tmp_path, result.command.split())
