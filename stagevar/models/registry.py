@@ -24,6 +24,7 @@ from stagevar.models.request import LoadRequest, ModelRequest
 from stagevar.models.spec import ModelSpec
 from stagevar.schedule.grids import STAR_SIDES, VAR_SIDES, Grid, infinity_grids, square
 from stagevar.schedule.published import HART_SETTINGS, INFINITY_SETTINGS, STAR_SETTINGS, PublishedSettings
+from stagevar.sections import shown
 
 if TYPE_CHECKING:
     import torch
@@ -298,7 +299,7 @@ def resolve(model: str | ModelRequest, **options: Any) -> LoadRequest:
     if kv_cache not in KV_CACHES:
         raise UsageError(f"unknown kv cache {kv_cache!r:.60}; use {' or '.join(KV_CACHES)}")
     place = resolve_device(asked.device)
-    dtype, guidance, temperature = asked.dtype, asked.guidance, asked.temperature
+    dtype = asked.dtype
     return LoadRequest(
         spec=spec,
         resolution=chosen,
@@ -309,12 +310,26 @@ def resolve(model: str | ModelRequest, **options: Any) -> LoadRequest:
         tokenizer=None if asked.tokenizer is None else Path(asked.tokenizer),
         text=None if asked.text is None else Path(asked.text),
         seed=asked.seed,
-        guidance=tuple(guidance) if isinstance(guidance, Sequence) else guidance,
-        temperature=tuple(temperature) if isinstance(temperature, Sequence) else temperature,
+        guidance=_per_scale("guidance", asked.guidance),
+        temperature=_per_scale("temperature", asked.temperature),
         batch=asked.batch,
         kv_cache=kv_cache,
         schedule=asked.schedule,
     )
+
+
+def _per_scale(name: str, value: Any) -> float | tuple[float, ...] | None:
+    """A setting of the sampling: a number or one per scale, of any kind. Raises UsageError for what cannot be drawn with."""
+    if value is None:
+        return None
+    given = value.tolist() if hasattr(value, "tolist") else value  # numpy's and torch's numbers and arrays
+    numbers = list(given) if isinstance(given, Sequence) and not isinstance(given, str | bytes) else [given]
+    usable = all(isinstance(one, int | float) and not isinstance(one, bool) and 0 <= one < math.inf for one in numbers)
+    if not numbers or not usable:
+        raise UsageError(f"{name} {shown(value)} must be a finite number of at least 0, or a list with one per scale")
+    if name == "temperature" and 0 in numbers:
+        raise UsageError(f"temperature {shown(value)} must be above 0: the logits are divided by it")
+    return tuple(map(float, numbers)) if isinstance(given, Sequence) else float(given)
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

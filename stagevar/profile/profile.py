@@ -193,7 +193,7 @@ class Profile:
         kv_cache = self.model.load.kv_cache or "model"
         if model.kv_cache != kv_cache:
             found.append(f"kv_cache {model.kv_cache!r} instead of {kv_cache!r}")
-        return found
+        return found + self.sampling.differences(model.sampling)
 
     def warnings_here(self, model: LoadedModel, present: Envelope) -> list[str]:
         """One line if quality was never measured, and one for each of the `differences`."""

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from stagevar.models.request import ModelRequest
+from stagevar.sections import shown
+
+if TYPE_CHECKING:
+    from stagevar.models.base import Sampling
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,22 @@ class SamplingSection:
     temperature: tuple[float, ...] = ()
     top_k: int | None = None
     top_p: float | None = None
+
+    def differences(self, other: Sampling) -> list[str]:
+        """What a model samples with otherwise, one phrase each; what the profile does not state is left out."""
+        found = []
+        for name in ("guidance", "temperature", "top_k", "top_p"):
+            here, there = getattr(self, name), getattr(other, name)
+            if here not in (None, ()) and here != there:
+                found.append(f"{name} {_brief(there)} instead of {_brief(here)}")
+        return found
+
+
+def _brief(value: Any) -> str:
+    """A number, or one per scale, for a message: once if all are equal."""
+    if isinstance(value, tuple):
+        return _brief(value[0]) if len(set(value)) == 1 else shown([float(f"{one:.4g}") for one in value])
+    return f"{value:.6g}" if isinstance(value, float) else shown(value)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,17 @@
 """What is loaded differs from what a profile was verified under: said once per difference, or refused."""
 
+import dataclasses
 import warnings
 
+import numpy as np
 import pytest
 
+from stagevar.errors import UsageError
 from stagevar.models.registry import load_model
 from stagevar.models.request import ModelRequest
 from stagevar.profile import Profile
+from stagevar.profile.sections import SamplingSection
+from stagevar.sections import shown
 from stagevar.serving.drawing import Loading, load_artist
 from tests.fakes.serving import save_profile
 
@@ -42,3 +47,35 @@ def test_another_kv_cache_is_said_by_the_pipeline_and_by_the_server(profile, tmp
     assert said(Profile.load(eight_bit), kv_cache="model") == [
         "outside the measured envelope: kv_cache 'model' instead of 'int8'"
     ]
+
+
+def test_other_sampling_is_said_field_by_field(nano, profile):
+    assert said(profile, guidance=7.0) == [], "this profile does not state its sampling"
+    sampling = {name: getattr(nano.sampling, name) for name in ("guidance", "temperature", "top_k", "top_p")}
+    stated = dataclasses.replace(profile, sampling=SamplingSection(**sampling))
+    assert said(stated) == []
+    assert said(stated, guidance=7.0) == ["outside the measured envelope: guidance 7 instead of 3"]
+    assert said(stated, temperature=[0.5, 0.25]) == [
+        "outside the measured envelope: temperature [0.5, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25] "
+        "instead of [1.0, 1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2]"
+    ]
+    # What a later version's other default looks like.
+    other = dataclasses.replace(stated, sampling=dataclasses.replace(stated.sampling, top_k=20, top_p=0.5))
+    assert said(other) == [
+        "outside the measured envelope: top_k 0 instead of 20", "outside the measured envelope: top_p 0 instead of 0.5",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["guidance", "temperature"])
+@pytest.mark.parametrize("value", [[], -1.0, float("nan"), float("inf"), [3.0, -2], "x", ["x"], True, "3"], ids=str)
+def test_sampling_that_cannot_be_drawn_with_is_refused_before_loading(profile, name, value):
+    with pytest.raises(UsageError) as caught:
+        profile.pipeline(device="cpu", **{name: value})
+    assert str(caught.value).startswith(f"{name} {shown(value)} must be a finite number of at least 0")
+
+
+def test_a_temperature_of_zero_is_refused_and_numbers_of_numpy_are_taken():
+    with pytest.raises(UsageError, match="temperature 0 must be above 0"):
+        load_model("nano", device="cpu", temperature=0)
+    model = load_model("nano", device="cpu", guidance=np.array([2, 3]), temperature=np.float32(0.5))
+    assert model.sampling.guidance[:3] == (2.0, 3.0, 3.0) and set(model.sampling.temperature) == {0.5}
