@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from stagevar.choices import check_threads, processors
 from stagevar.errors import UsageError
 from stagevar.profile.envelope import Envelope, present_envelope
 from stagevar.prompts.requests import check_negatives, check_prompts, check_seeds
@@ -55,7 +57,10 @@ class Pipeline:
         profile: what tuning wrote.
         sampler: runs on the profile's model.
         batch: images per pass, instead of the profile's.
-        threads: CPU threads, instead of the profile's.
+        threads: CPU threads, instead of the profile's, or of as many of these as this process may use.
+
+    Raises:
+        UsageError: for more threads than this process may use.
 
     Warns:
         UserWarning: for each difference from where the profile was measured.
@@ -71,7 +76,7 @@ class Pipeline:
         envelope = self.profile.envelope
         self.steps = self.profile.expand(self.sampler.model)
         self.batch = self.batch or envelope.batch
-        self.threads = self.threads or envelope.threads
+        self.threads = self._usable_threads()
         engine = self.sampler.engine.name
         present = present_envelope(self.sampler.model, batch=self.batch, threads=self.threads, engine=engine)
         for line in self.profile.warnings_here(self.sampler.model, present):
@@ -172,6 +177,16 @@ class Pipeline:
         seeds = check_seeds(seed if generator is None else generator, count)
         repeated = None if negatives is None else _repeat(negatives, num_images_per_prompt)
         return PipelineOutput(self.generate(_repeat(texts, num_images_per_prompt), seeds, repeated), seeds)
+
+    def _usable_threads(self) -> int | None:
+        """Those given, or the profile's, of which a CPU has no more than its processors: torch dies of far too many."""
+        recorded, device = self.profile.envelope.threads, self.sampler.model.device.type
+        if self.threads is not None:
+            check_threads(self.threads, device)
+            return self.threads
+        if recorded is None or device != "cpu":
+            return recorded
+        return min(recorded, len(processors()) or os.cpu_count() or 1)
 
     def _threads(self) -> contextlib.AbstractContextManager[None]:
         """Uses the thread count that latency was measured with during a call; a GPU does not depend on it."""

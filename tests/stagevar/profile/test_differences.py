@@ -10,7 +10,9 @@ from stagevar.errors import UsageError
 from stagevar.models.registry import load_model
 from stagevar.models.request import ModelRequest
 from stagevar.profile import Profile
+from stagevar.profile.pipeline import Pipeline
 from stagevar.profile.sections import SamplingSection
+from stagevar.sampling.sampler import Sampler
 from stagevar.sections import shown
 from stagevar.serving.drawing import Loading, load_artist
 from tests.fakes.serving import save_profile
@@ -79,3 +81,22 @@ def test_a_temperature_of_zero_is_refused_and_numbers_of_numpy_are_taken():
         load_model("nano", device="cpu", temperature=0)
     model = load_model("nano", device="cpu", guidance=np.array([2, 3]), temperature=np.float32(0.5))
     assert model.sampling.guidance[:3] == (2.0, 3.0, 3.0) and set(model.sampling.temperature) == {0.5}
+
+
+def test_a_profile_of_more_threads_than_there_are_is_drawn_with_those_and_says_so(nano, profile, monkeypatch):
+    monkeypatch.setattr("stagevar.profile.pipeline.processors", lambda: [0])
+    for recorded in (16, 100_000):
+        wide = dataclasses.replace(profile, envelope=dataclasses.replace(profile.envelope, threads=recorded))
+        with pytest.warns(UserWarning, match=f"^outside the measured envelope: threads 1 instead of {recorded}$"):
+            pipeline = Pipeline(wide, Sampler(nano))
+        assert pipeline.threads == 1
+    monkeypatch.setattr("stagevar.profile.pipeline.processors", list)  # a system that does not say
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    with pytest.warns(UserWarning, match="threads 3 instead of 100000"):
+        assert Pipeline(wide, Sampler(nano)).threads == 3
+
+
+@pytest.mark.parametrize("threads", [0, -1, 100_000])
+def test_threads_given_are_those_of_this_process_or_refused(nano, profile, threads):
+    with pytest.raises(UsageError, match=f"threads {threads} must be between 1 and"):
+        Pipeline(profile, Sampler(nano), threads=threads)
