@@ -153,7 +153,17 @@ class Profile:
             data["schedule"] = StageSchedule.from_dict(data["schedule"])
         except StagevarError as error:
             raise ProfileError(shortened(error)) from None
-        return cls(**data)
+        profile = cls(**data)
+        profile._check_verified()
+        return profile
+
+    def _check_verified(self) -> None:
+        """Raises ProfileError if the profile claims to be verified although one of its own verdicts says otherwise."""
+        for verdict in self.constraints.verdicts if self.verified else ():
+            if verdict.status != "met":
+                raise ProfileError(
+                    f"verified is true, but the verdict of {shown(verdict.name)} is {verdict.status}; it was edited by hand"
+                )
 
     # ------------------------------------------------------------ use
 
@@ -196,9 +206,14 @@ class Profile:
         return found + self.sampling.differences(model.sampling)
 
     def warnings_here(self, model: LoadedModel, present: Envelope) -> list[str]:
-        """One line if quality was never measured, and one for each of the `differences`."""
-        told = [] if self.verified or self.quality.measured is not False else [f"not verified: {self.quality.why}"]
+        """One line if nothing was verified, with the verdict, and one for each of the `differences`."""
+        told = [] if self.verified else [self._unverified()]
         return told + [f"outside the measured envelope: {text}" for text in self.differences(model, present)]
+
+    def _unverified(self) -> str:
+        why = self.quality.why if self.quality.measured is False and self.quality.why else self.verdict
+        why = " ".join(why.split()) or "the profile has no verdict"
+        return why if why.lower().startswith("not verified") else f"not verified: {why}"
 
     def pipeline(
         self,
@@ -217,7 +232,7 @@ class Profile:
             load_options: passed to `load_model`.
 
         Warns:
-            UserWarning: if quality was never measured, and for each difference from where the profile was measured.
+            UserWarning: if the profile is not verified, and for each difference from what it was measured under.
         """
         request = ModelRequest(self.model.name, device=device, **load_options)
         return self.pipeline_of(request.over(self.model.request), engine=engine, batch=batch, threads=threads)

@@ -6,12 +6,12 @@ import warnings
 import numpy as np
 import pytest
 
-from stagevar.errors import UsageError
+from stagevar.errors import ProfileError, UsageError
 from stagevar.models.registry import load_model
 from stagevar.models.request import ModelRequest
 from stagevar.profile import Profile
 from stagevar.profile.pipeline import Pipeline
-from stagevar.profile.sections import SamplingSection
+from stagevar.profile.sections import QualitySection, SamplingSection
 from stagevar.sampling.sampler import Sampler
 from stagevar.sections import shown
 from stagevar.serving.drawing import Loading, load_artist
@@ -100,3 +100,27 @@ def test_a_profile_of_more_threads_than_there_are_is_drawn_with_those_and_says_s
 def test_threads_given_are_those_of_this_process_or_refused(nano, profile, threads):
     with pytest.raises(UsageError, match=f"threads {threads} must be between 1 and"):
         Pipeline(profile, Sampler(nano), threads=threads)
+
+
+def test_a_profile_that_is_not_verified_says_why(profile):
+    verdict = "not verified: geneval drops by up to 9 %"
+    assert said(dataclasses.replace(profile, verified=False, verdict=verdict)) == [verdict]
+    assert said(dataclasses.replace(profile, verified=False, verdict="inconclusive: too few prompts")) == [
+        "not verified: inconclusive: too few prompts"
+    ]
+    assert said(dataclasses.replace(profile, verified=False, verdict="")) == [
+        "not verified: the profile has no verdict"
+    ]
+    unjudged = QualitySection(measured=False, why="no image was judged")
+    assert said(dataclasses.replace(profile, verified=False, quality=unjudged)) == ["not verified: no image was judged"]
+
+
+@pytest.mark.parametrize("status", ["broken", "open"])
+def test_a_claim_that_its_own_verdicts_deny_is_refused(profile, status):
+    data = profile.to_dict()
+    data["constraints"] = {"verdicts": [{"name": "latency", "status": "met"}, {"name": "geneval", "status": status}]}
+    with pytest.raises(
+        ProfileError, match=f"verified is true, but the verdict of 'geneval' is {status}; it was edited"
+    ):
+        Profile.from_dict(data)
+    Profile.from_dict({**data, "verified": False})
