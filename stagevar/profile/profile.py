@@ -29,6 +29,7 @@ from stagevar.profile.sections import (
     ProvenanceSection,
     QualitySection,
     SamplingSection,
+    TextSection,
 )
 from stagevar.profile.step_data import StepData, steps_to_data
 from stagevar.schedule import StageSchedule, Steps
@@ -179,6 +180,7 @@ class Profile:
             here, there = ("x".join(map(str, pixels)) for pixels in (model.pixels, self.model.pixels))
             raise ProfileError(f"the profile is for images of {there} pixels, not {here}; leave out --resolution")
         self._check_weights(model)
+        self._check_text(model)
         try:
             steps = self.schedule.expand(model.grids, len(model.transformer.chunk_layers))
         except StagevarError as error:
@@ -197,12 +199,30 @@ class Profile:
             now = here.get(part, "not among those loaded")
             raise ProfileError(f"the profile was made with other weights: {part:.99} is {now}, not {digest:.99}")
 
+    def _check_text(self, model: LoadedModel) -> None:
+        """Compares text encoders like weights: another one draws other images. Older profiles record none."""
+        recorded, loaded = self.model.text, model.provenance.get("text")
+        if recorded is None:
+            return
+        if loaded is None:
+            raise ProfileError(
+                f"the profile was made with the text encoder {recorded!s:.99}, but none was loaded; give --text"
+            )
+        if recorded.same_as(here := TextSection.of(loaded)) is False:
+            raise ProfileError(
+                f"the profile was made with another text encoder: {here!s:.99} is loaded, not {recorded!s:.99}; give --text"
+            )
+
     def differences(self, model: LoadedModel, present: Envelope) -> list[str]:
         """How a loaded model and its place differ from what the profile was measured under, one phrase each."""
         found = self.envelope.differences(present)
         kv_cache = self.model.load.kv_cache or "model"
         if model.kv_cache != kv_cache:
             found.append(f"kv_cache {model.kv_cache!r} instead of {kv_cache!r}")
+        recorded, loaded = self.model.text, model.provenance.get("text")
+        if recorded is not None and loaded is not None and recorded.same_as(here := TextSection.of(loaded)) is None:
+            # Nothing says whether the files are those of the repository.
+            found.append(f"text encoder {here!s:.99} instead of {recorded!s:.99}")
         return found + self.sampling.differences(model.sampling)
 
     def warnings_here(self, model: LoadedModel, present: Envelope) -> list[str]:

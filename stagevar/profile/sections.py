@@ -5,12 +5,13 @@ A field that may be absent has a default. Figures are None if a measurement gave
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from stagevar.models.request import ModelRequest
-from stagevar.sections import shown
+from stagevar.sections import read_section, shown
 
 if TYPE_CHECKING:
     from stagevar.models.base import Sampling
@@ -26,14 +27,46 @@ class LoadOptions:
 
 
 @dataclass(frozen=True)
+class TextSection:
+    """A large text encoder: its repository with the revision, or SHA-256 of each file of a local folder."""
+
+    repo: str | None = None
+    revision: str | None = None
+    sha256: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, record: Mapping[str, object]) -> TextSection:
+        """What a loaded model says of its encoder; where the folder lies does not matter."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        return read_section(cls, {name: value for name, value in record.items() if name in known}, "model.text")
+
+    def __str__(self) -> str:
+        if self.repo is not None:
+            return f"{self.repo}@{self.revision}" if self.revision else self.repo
+        return ", ".join(f"{name} {digest}" for name, digest in sorted(self.sha256.items()))
+
+    def same_as(self, other: TextSection) -> bool | None:
+        """Whether both are the same encoder; None if one is a repository and the other one files."""
+        if (self.repo is None) != (other.repo is None):
+            return None
+        mine, others = ((one.repo, one.revision, sorted(one.sha256.values())) for one in (self, other))
+        return mine == others
+
+
+@dataclass(frozen=True)
 class ModelSection:
-    """Which model: registered name, image [height, width] in pixels, SHA-256 per part, options to load it."""
+    """Which model: registered name, image [height, width] in pixels, SHA-256 per part, options to load it.
+
+    Attributes:
+        text: the large text encoder; None in older profiles, and for models that have none.
+    """
 
     name: str
     pixels: tuple[int, ...] = ()
     random_weights: bool = False
     weights: Mapping[str, str] = field(default_factory=dict)
     load: LoadOptions = field(default_factory=LoadOptions)
+    text: TextSection | None = None
 
     @property
     def request(self) -> ModelRequest:

@@ -68,6 +68,12 @@ def code_digest() -> str:
     return found.hexdigest()[:16]
 
 
+def text_identity(facts: EvaluationInfo) -> Mapping[str, object] | None:
+    """Which large text encoder a model has, wherever its folder lies; None without one."""
+    text = facts.provenance.get("text")
+    return {name: value for name, value in text.items() if name != "path"} if isinstance(text, Mapping) else None
+
+
 def quality_context(facts: EvaluationInfo, space: SearchSpace, split: str) -> Context:
     """What quality results of a split depend on, besides schedule and prompts; metrics' weights and limits do not matter."""
     engine = facts.heldout_engine if split == "heldout" else "eager"
@@ -78,6 +84,7 @@ def quality_context(facts: EvaluationInfo, space: SearchSpace, split: str) -> Co
             "model": facts.model,
             "weights": facts.provenance.get("weights"),
             "load": facts.provenance.get("load"),
+            "text": text_identity(facts),
             "pixels": facts.pixels,
             "grids": facts.grids,
             "sampling": facts.sampling,

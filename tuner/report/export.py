@@ -16,9 +16,9 @@ import yaml
 from stagevar.errors import UsageError
 from stagevar.files import write_text_atomically
 from stagevar.profile import PROFILE_JSON_SCHEMA, Envelope, Profile, card_section, plain
-from stagevar.profile.sections import BaselineSection, ConstraintsSection, LatencySection, QualitySection
+from stagevar.profile.sections import BaselineSection, ConstraintsSection, LatencySection, QualitySection, TextSection
 from stagevar.schedule import StageSchedule
-from stagevar.sections import read_section
+from stagevar.sections import read_section, section_data
 from tuner.config.quality import MetricLimit, limited
 from tuner.report.words import PICK_ORDER, describe, latency_of, name_of
 from tuner.results.candidate import (
@@ -87,6 +87,8 @@ def profile_of(result: StudyResult, candidate: Candidate) -> Profile:
     }
     if result.provenance.get("load"):
         model["load"] = result.provenance["load"]
+    if text := result.provenance.get("text"):
+        model["text"] = section_data(TextSection.of(cast(Any, text)))
     full = latency_of(result, result.baseline)
     return Profile(
         model=plain(model),

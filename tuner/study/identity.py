@@ -15,7 +15,7 @@ from tuner.config.prompts import PromptSet
 from tuner.config.quality import MetricLimit
 from tuner.config.space import PromptSource, SearchSpace
 from tuner.evaluation.evaluator import EvaluationInfo
-from tuner.evaluation.store import Context
+from tuner.evaluation.store import Context, text_identity
 from tuner.results.run_dir import CONFIG_FILE, EvidenceLog
 from tuner.study.options import Options
 
@@ -38,6 +38,7 @@ def identity_of(
         "max_drop": {m.metric: m.max_drop for m in metrics},
         "model": facts.model,
         "weights": facts.provenance.get("weights", "random" if facts.random_weights else None),
+        **({} if (text := text_identity(facts)) is None else {"text encoder": text}),
         "pixels": facts.pixels,
         "device": facts.device,
         "engine": facts.engine,
@@ -84,6 +85,8 @@ class RunConfig:
             # Where the prompts are and how they were requested does not matter: their contents are compared.
             for name in ("source", "added"):
                 compared.get("space", {}).get("prompts", {}).pop(name, None)
+        if "text encoder" not in theirs:  # an older run, which did not record it
+            mine.pop("text encoder", None)
         differing = difference(theirs, mine)
         if not differing:
             return True

@@ -1,6 +1,7 @@
 """What is loaded differs from what a profile was verified under: said once per difference, or refused."""
 
 import dataclasses
+import shutil
 import warnings
 
 import numpy as np
@@ -9,13 +10,15 @@ import pytest
 from stagevar.errors import ProfileError, UsageError
 from stagevar.models.registry import load_model
 from stagevar.models.request import ModelRequest
-from stagevar.profile import Profile
+from stagevar.profile import Profile, present_envelope, steps_to_data
 from stagevar.profile.pipeline import Pipeline
-from stagevar.profile.sections import QualitySection, SamplingSection
+from stagevar.profile.sections import QualitySection, SamplingSection, TextSection
 from stagevar.sampling.sampler import Sampler
-from stagevar.sections import shown
+from stagevar.schedule import paper
+from stagevar.sections import section_data, shown
 from stagevar.serving.drawing import Loading, load_artist
 from tests.fakes.serving import save_profile
+from tests.fakes.weights import infinity_weights
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +127,45 @@ def test_a_claim_that_its_own_verdicts_deny_is_refused(profile, status):
     ):
         Profile.from_dict(data)
     Profile.from_dict({**data, "verified": False})
+
+
+@pytest.fixture(scope="module")
+def infinity(tmp_path_factory):
+    """A folder of infinity-tiny with a T5, and the model that it loads."""
+    folder = infinity_weights(tmp_path_factory.mktemp("weights"))
+    return folder, load_model("infinity-tiny", device="cpu", weights=folder)
+
+
+def test_another_text_encoder_is_refused_like_other_weights(infinity, tmp_path):
+    folder, model = infinity
+    record = model.provenance["text"]
+    schedule = paper(model.grids)
+    section = {"name": model.name, "text": section_data(TextSection.of(record))}
+    assert section["text"] == {"sha256": record["sha256"]}, "where the folder lies is not recorded"
+    steps = steps_to_data(schedule.expand(model.grids, len(model.transformer.chunk_layers)))
+    profile = Profile(section, schedule, steps, {}, present_envelope(model, 1, 1), True, "verified: made by a test")
+    profile.save(tmp_path / "profile.yaml")
+    profile = Profile.load(tmp_path / "profile.yaml")
+
+    shutil.copytree(folder / "text", tmp_path / "moved")
+    assert said(profile, weights=folder, text=tmp_path / "moved") == [], "the same files elsewhere"
+    config = tmp_path / "moved" / "config.json"
+    config.write_text(config.read_text() + "\n")
+    with pytest.raises(ProfileError, match=r"made with another text encoder: config\.json .*; give --text"):
+        profile.pipeline(device="cpu", weights=folder, text=tmp_path / "moved")
+    without = dataclasses.replace(model, provenance={**model.provenance, "text": None})
+    with pytest.raises(ProfileError, match="but none was loaded"):
+        profile.expand(without)
+
+    public = dataclasses.replace(profile.model, text=TextSection("google/flan-t5-xl", "7d63"))
+    phrase = "text encoder config.json .* instead of google/flan-t5-xl@7d63"
+    with pytest.warns(UserWarning, match=phrase):
+        Pipeline(dataclasses.replace(profile, model=public), Sampler(model))
+    older = dataclasses.replace(profile.model, text=None)
+    dataclasses.replace(profile, model=older).expand(without)
+
+
+def test_a_revision_is_another_encoder():
+    assert TextSection("a/b", "1").same_as(TextSection("a/b", "1"))
+    assert TextSection("a/b", "1").same_as(TextSection("a/b", "2")) is False
+    assert TextSection("a/b").same_as(TextSection(sha256={"a": "00"})) is None

@@ -23,6 +23,7 @@ from tuner.evaluation.local import LocalExecutor
 from tuner.evaluation.store import Store, StoredCosts, StoredExecutor, cost_context, quality_context
 from tuner.metrics.quality_spec import QualitySpec
 from tuner.metrics.registry import CompositeQuality
+from tuner.study.identity import RunConfig, identity_of
 from tuner.testing.formulas import FormulaEvaluator
 
 
@@ -118,6 +119,28 @@ def test_another_version_of_the_code_other_prompts_and_other_metrics_are_not_reu
     facts = first.executor.evaluator.facts
     other = dataclasses.replace(space, quality={"geneval_nano": QualitySpec(), "ssim": QualitySpec()})
     assert quality_context(facts, space, "search") != quality_context(facts, other, "search")
+
+
+def test_another_text_encoder_is_not_reused_nor_resumed_with_but_another_folder_is(tmp_path):
+    one = study(tmp_path / "a")
+
+    def reading(path, digest):
+        text = {"path": path, "sha256": {"model.safetensors": digest}}
+        return dataclasses.replace(one.facts, provenance={**one.facts.provenance, "text": text})
+
+    here, moved, other = reading("/a", "00"), reading("/b", "00"), reading("/a", "11")
+    contexts = [quality_context(facts, one.space, "search") for facts in (here, moved, other)]
+    assert contexts[0] == contexts[1] != contexts[2]
+    identities = [identity_of(f, one.space, one.prompts, one.metrics, one.options) for f in (here, moved, other)]
+    assert identities[0] == identities[1] != identities[2]
+    asked, heldout = one.space.prompts, one.prompts["heldout"]
+    (tmp_path / "old").mkdir(exist_ok=True)
+    (tmp_path / "new").mkdir(exist_ok=True)
+    RunConfig(tmp_path / "old", "").claim(one.identity(), asked, heldout, None)
+    assert RunConfig(tmp_path / "old", "").claim(identities[0], asked, heldout, None), "older runs do not say"
+    RunConfig(tmp_path / "new", "").claim(identities[0], asked, heldout, None)
+    with pytest.raises(UsageError, match="text encoder"):
+        RunConfig(tmp_path / "new", "").claim(identities[2], asked, heldout, None)
 
 
 def test_limits_and_weights_change_no_result_and_the_composite_is_computed_anew(tmp_path):

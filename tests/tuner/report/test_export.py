@@ -107,6 +107,14 @@ def test_unproved_picks_are_not_called_verified(runs):
     assert profile.quality.prompt_set == "search prompts"
 
 
+def test_profiles_name_the_text_encoder_but_not_its_folder(runs):
+    result, _ = runs["full"]
+    record = {"path": "/somewhere/text", "sha256": {"model.safetensors": "00"}}
+    read = dataclasses.replace(result, provenance={**result.provenance, "text": record})
+    assert profile_of(read, result.pick).to_dict()["model"]["text"] == {"sha256": record["sha256"]}
+    assert profile_of(result, result.pick).model.text is None
+
+
 def test_random_weights_leave_no_quality_figure(runs):
     result, directory = runs["latency_only"]
     export(result, directory)
