@@ -60,7 +60,8 @@ class ModelRequest:
         stated = {
             field.name: value
             for field in dataclasses.fields(self)
-            if (value := getattr(self, field.name)) != field.default
+            # Types first: numpy's arrays compare entry by entry.
+            if type(value := getattr(self, field.name)) is not type(field.default) or value != field.default
         }
         return dataclasses.replace(other, **stated)
 

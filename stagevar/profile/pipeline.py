@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Protocol
 
 from stagevar.choices import check_threads, processors
@@ -60,7 +61,7 @@ class Pipeline:
         threads: CPU threads, instead of the profile's, or of as many of these as this process may use.
 
     Raises:
-        UsageError: for more threads than this process may use.
+        UsageError: for a batch or threads that are no such number, and for more threads than this process may use.
 
     Warns:
         UserWarning: for each difference from where the profile was measured.
@@ -73,6 +74,7 @@ class Pipeline:
     steps: Any = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        check_numbers(self.batch, self.threads)
         envelope = self.profile.envelope
         self.steps = self.profile.expand(self.sampler.model)
         self.batch = self.batch or envelope.batch
@@ -193,6 +195,14 @@ class Pipeline:
         from stagevar.timing import threads_of
 
         return threads_of(self.threads if self.sampler.model.device.type == "cpu" else None)
+
+
+def check_numbers(batch: Any, threads: Any) -> None:
+    """Raises UsageError for a batch that is no whole number of at least 0 (the profile's), and for threads that are none."""
+    if isinstance(batch, bool) or not isinstance(batch, Integral) or batch < 0:
+        raise UsageError(f"batch {shown(batch)} must be a whole number of at least 1, or 0 for the profile's")
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, Integral)):
+        raise UsageError(f"threads {shown(threads)} must be a whole number, or None for the profile's")
 
 
 def warm_sampler(sampler: Sampler, steps: Steps, lengths: Sequence[int], batches: Sequence[int]) -> None:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from stagevar.errors import ProfileError, StagevarError, hint
+from stagevar.choices import check_engine, check_threads
+from stagevar.errors import ProfileError, StagevarError, UsageError, hint
 from stagevar.files import write_text_atomically
 from stagevar.models.request import ModelRequest
 from stagevar.profile.envelope import Envelope
@@ -251,9 +252,17 @@ class Profile:
             engine, batch, threads: used instead of the profile's own.
             load_options: passed to `load_model`.
 
+        Raises:
+            UsageError: before anything is loaded, for an unknown option or a value that cannot be used.
+
         Warns:
             UserWarning: if the profile is not verified, and for each difference from what it was measured under.
         """
+        known = [f.name for f in dataclasses.fields(ModelRequest) if f.name not in ("name", "device")]
+        for name in load_options:
+            if name not in known:
+                options = ["engine", "batch", "threads", *known]
+                raise UsageError(f"unknown option {shown(name)} of a profile's pipeline{hint(name, options)}")
         request = ModelRequest(self.model.name, device=device, **load_options)
         return self.pipeline_of(request.over(self.model.request), engine=engine, batch=batch, threads=threads)
 
@@ -261,11 +270,16 @@ class Profile:
         self, request: ModelRequest, *, engine: str = "auto", batch: int = 0, threads: int | None = None
     ) -> Pipeline:
         """Like `pipeline`, for the model that a request describes, usually `request.over(profile.model.request)`."""
-        from stagevar.models.registry import load_model
-        from stagevar.profile.pipeline import Pipeline
+        from stagevar.models.registry import load_model, resolve
+        from stagevar.profile.pipeline import Pipeline, check_numbers
         from stagevar.sampling.sampler import Sampler
 
+        check_numbers(batch, threads)
         self.check_drawing(request)
+        kind = resolve(request).device.type
+        check_engine(engine, kind)
+        if threads is not None:
+            check_threads(threads, kind)
         model = load_model(request if request.schedule else dataclasses.replace(request, schedule=self.schedule))
         if engine != "auto":
             return Pipeline(self, Sampler(model, engine=engine), batch, threads)

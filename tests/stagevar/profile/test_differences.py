@@ -169,3 +169,33 @@ def test_a_revision_is_another_encoder():
     assert TextSection("a/b", "1").same_as(TextSection("a/b", "1"))
     assert TextSection("a/b", "1").same_as(TextSection("a/b", "2")) is False
     assert TextSection("a/b").same_as(TextSection(sha256={"a": "00"})) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"batch": "a"}, "batch 'a' must be a whole number of at least 1, or 0"),
+        ({"batch": 2.5}, r"batch 2\.5 must be"),
+        ({"batch": -1}, "batch -1 must be"),
+        ({"batch": True}, "batch True must be"),
+        ({"threads": "2"}, "threads '2' must be a whole number"),
+        ({"threads": 1.5}, r"threads 1\.5 must be a whole number"),
+        ({"threads": 0}, "threads 0 must be between 1 and"),
+        ({"engine": None}, "unknown engine None; use auto, eager"),
+        ({"engine": "graph"}, "engine graph needs a CUDA device, not cpu"),
+        ({"guidance": "x"}, "guidance 'x' must be a finite number"),
+        ({"guidence": 3}, "unknown option 'guidence' of a profile's pipeline, did you mean guidance"),
+        ({"name": "nano"}, "unknown option 'name'"),
+    ],
+    ids=str,
+)
+def test_a_wrong_option_of_the_pipeline_is_named_before_loading(profile, monkeypatch, options, match):
+    monkeypatch.setattr("stagevar.models.registry.load_model", lambda request: pytest.fail("the model was loaded"))
+    with pytest.raises(UsageError, match=match) as caught:
+        profile.pipeline(device="cpu", **options)
+    assert type(caught.value) is UsageError and "\n" not in str(caught.value)
+
+
+def test_an_array_of_numpy_sets_the_guidance_of_a_pipeline(profile):
+    pipeline = profile.pipeline(device="cpu", guidance=np.array([2, 3]), batch=np.int64(2))
+    assert pipeline.sampler.model.sampling.guidance[:3] == (2.0, 3.0, 3.0) and pipeline.batch == 2
