@@ -102,7 +102,7 @@ class Pipeline:
         texts = check_prompts(prompts)
         numbers, negatives = check_seeds(seeds, len(texts)), check_negatives(negative, len(texts))
         images: list[Image.Image] = []
-        with self._threads():
+        with self.own_threads():
             for first in range(0, len(texts), self.batch):
                 part = slice(first, first + self.batch)
                 chosen = {} if negatives is None else {"negative": negatives[part]}
@@ -133,7 +133,7 @@ class Pipeline:
                 if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                     raise UsageError(f"warm: {name} {shown(number)} must be a whole number of at least 1")
         began = time.perf_counter()
-        with self._threads():
+        with self.own_threads():
             warm_sampler(self.sampler, self.steps, lengths, batches)
         return time.perf_counter() - began
 
@@ -190,8 +190,8 @@ class Pipeline:
             return recorded
         return min(recorded, len(processors()) or os.cpu_count() or 1)
 
-    def _threads(self) -> contextlib.AbstractContextManager[None]:
-        """Uses the thread count that latency was measured with during a call; a GPU does not depend on it."""
+    def own_threads(self) -> contextlib.AbstractContextManager[None]:
+        """Runs torch on as many CPU threads as a call of the pipeline does; a GPU does not depend on them."""
         from stagevar.timing import threads_of
 
         return threads_of(self.threads if self.sampler.model.device.type == "cpu" else None)

@@ -120,6 +120,22 @@ def test_comparing_gives_both_images_and_both_latencies(nodes, pipeline, nano):
     assert re.fullmatch(r"tuned \d+ ms, full \d+ ms: [\d.]+x, one run each after a warm-up run", line)
 
 
+def test_both_schedules_of_a_comparison_run_on_the_profiles_threads(nodes, pipeline, monkeypatch):
+    before, during, generate = torch.get_num_threads(), [], Sampler.generate
+
+    def counting(self, *args, **options):
+        during.append(torch.get_num_threads())
+        return generate(self, *args, **options)
+
+    monkeypatch.setattr(Sampler, "generate", counting)
+    torch.set_num_threads(2)
+    try:
+        nodes["StageVarCompare"].execute(pipeline=pipeline, prompt=PROMPT, seed=4)
+    finally:
+        torch.set_num_threads(before)
+    assert pipeline.threads == 1 and during == [1, 1, 1, 1]
+
+
 def test_the_folder_can_be_published():
     project = tomllib.loads((FOLDER / "pyproject.toml").read_text())
     assert "comfyui" not in project["project"]["name"].lower(), "the registry's rule"
