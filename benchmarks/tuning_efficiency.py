@@ -92,6 +92,15 @@ VARIANTS: dict[str, tuple[str, SearchShortcuts]] = {
 WARM = ("all, sensitivity known",)
 #: Compared at equal wall time, with more seeds.
 PLOTTED = ("all", "plain, TPE", "plain, random")
+#: What the figure calls the variants that it shows.
+DRAWN = {
+    "all, sensitivity known": "with an earlier study's table (--from)",
+    "all, sensitivity, few": "table first (--effort quick)",
+    "all": "all savings, no table",
+    "plain, Gaussian process": "plain loop, Gaussian process",
+    "plain, TPE": "plain loop, TPE",
+    "plain, random": "plain loop, random",
+}
 
 
 class Bench:
@@ -471,27 +480,29 @@ def summarize(runs: Sequence[Mapping[str, Any]], floor: float, share: float = 0.
 
 
 def draw_volumes(results: Mapping[str, Any], path: Path) -> None:
-    """Hypervolume gain over wall time: median and range over seeds of every variant."""
+    """Hypervolume gain over wall time: medians of every variant, at the right the range over seeds at the end."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(7.2, 4.4), layout="constrained")
-    shown = [n for n in (*PLOTTED, "plain, Gaussian process") if n in results["summary"]]
+    figure, axis = pyplot.subplots(figsize=(7.6, 4.4), layout="constrained")
+    shown = [name for name in DRAWN if name in results["summary"]]
     end = max(r["seconds"] for r in results["runs"])
     grid = np.linspace(0, end, 400)
-    for color, name in zip(("#0072B2", "#D55E00", "#009E73", "#777777"), shown, strict=False):
+    colors = ("#0072B2", "#56B4E9", "#009E73", "#777777", "#D55E00", "#CC79A7")
+    for place, (color, name) in enumerate(zip(colors, shown, strict=False), 1):
         lines = []
         for run in (r for r in results["runs"] if r["variant"] == name):
             seconds = [0.0, *(s for s, _ in run["volume"])]
             gains = [0.0, *(max(0.0, v - results["presets"]) for _, v in run["volume"])]
             lines.append([gains[np.searchsorted(seconds, t, side="right") - 1] for t in grid])
-        axis.plot(grid, np.median(lines, axis=0), color=color, lw=1.8, label=f"{name} ({len(lines)} seeds)")
-        axis.fill_between(grid, np.min(lines, axis=0), np.max(lines, axis=0), color=color, alpha=0.13, lw=0)
-    axis.set_xlabel("wall time of the search, s")
+        axis.plot(grid, np.median(lines, axis=0), color=color, lw=1.8, label=f"{DRAWN[name]} ({len(lines)} seeds)")
+        last = [line[-1] for line in lines]
+        axis.vlines(end * (1 + 0.012 * place), min(last), max(last), color=color, lw=3)
+    axis.set_xlabel("wall time of the search, s (bars: range over seeds at the end)")
     axis.set_ylabel("hypervolume gained over the presets\n(held-out prompts, own timings)")
-    axis.set_xlim(0, end)
+    axis.set_xlim(0, end * (1 + 0.012 * (len(shown) + 1)))
     axis.set_ylim(bottom=0)
     axis.legend(loc="lower right", frameon=False)
     axis.grid(alpha=0.3)
