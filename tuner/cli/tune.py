@@ -291,7 +291,7 @@ def build_study(checked: Plan, progress: Any, stop: Callable[[], bool]) -> Study
     executor: Executor | None = None
     evaluator: Evaluator
     if args.executor == "ray":
-        cluster = _ray_executor(checked, parts, progress)
+        cluster = _ray_executor(checked, parts, progress, stop)
         executor, evaluator = cluster, cluster.evaluator
     else:
         drawing = max(args.threads, min(MOST_DRAWING_THREADS, len(processors()) or 1))
@@ -343,7 +343,7 @@ def kept_engine(run_dir: Path, asked: str) -> Any:
     return choice if choice.asked == asked == "auto" else asked
 
 
-def _ray_executor(checked: Plan, parts: Mapping[str, object], progress: Any) -> RayExecutor:
+def _ray_executor(checked: Plan, parts: Mapping[str, object], progress: Any, stop: Callable[[], bool]) -> RayExecutor:
     """Workers that load the same model; paths must exist on every node."""
     from tuner.cluster.executor import RayExecutor
     from tuner.cluster.worker import Recipe
@@ -359,6 +359,7 @@ def _ray_executor(checked: Plan, parts: Mapping[str, object], progress: Any) -> 
         threads=args.threads,
         run_dir=checked.run_dir,
         say=progress.say,
+        stop=stop,
     )
 
 

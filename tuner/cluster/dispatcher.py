@@ -17,6 +17,8 @@ from tuner.evaluation.executor import QualityTask
 
 #: Failures in a row after which a worker gets no more jobs.
 QUARANTINE_AFTER = 3
+#: States of a worker that is on its way: Ray places its process, it has a process, it loads.
+BUILDING = ("placing", "placed", "loading")
 #: Workers that a tree of schedules may crash before each schedule is tried alone, and that one schedule may before it fails.
 TREE_ATTEMPTS, SINGLE_ATTEMPTS = 2, 3
 
@@ -52,8 +54,10 @@ class WorkerSlot:
     Attributes:
         node: Ray's id.
         host: the machine, which may have several nodes.
-        state: "held" (to be built), "loading", "ready", "quarantined" or "gone".
+        state: "held" (to be built), one of BUILDING, "waiting" (Ray has found no room for it so far), "ready",
+            "quarantined" or "gone".
         failures: what each failure since the last success was about.
+        tries: how often it was built.
     """
 
     id: str
@@ -62,11 +66,17 @@ class WorkerSlot:
     state: str = "held"
     job: Job | None = None
     failures: list[Any] = field(default_factory=list)
+    tries: int = 0
 
     @property
     def busy(self) -> bool:
-        """Whether its process is working, including loading."""
-        return self.job is not None or self.state == "loading"
+        """Whether its process is working, including starting and loading."""
+        return self.job is not None or self.state in BUILDING
+
+    @property
+    def alive(self) -> bool:
+        """Whether it works or soon will; one that waits for somebody else's GPU may do so for hours."""
+        return self.state == "ready" or self.state in BUILDING
 
 
 Ended = tuple[Job, Any]
@@ -117,16 +127,28 @@ class Dispatcher:
         self.slots[slot.id] = slot
 
     def to_build(self, one_at_a_time: bool) -> list[WorkerSlot]:
-        """Slots whose worker to build now; `one_at_a_time` until one has chosen the engine for all."""
+        """Slots whose worker to build now; `one_at_a_time` until one has chosen the engine for all.
+
+        Slots that failed or were tried less often come first.
+        """
         held = [slot for slot in self.slots.values() if slot.state == "held"]
+        held.sort(key=lambda slot: (len(slot.failures), slot.tries))
         if one_at_a_time:
-            return [] if any(slot.state == "loading" for slot in self.slots.values()) else held[:1]
+            return [] if any(slot.state in BUILDING for slot in self.slots.values()) else held[:1]
         return held
+
+    def to_load(self, one_at_a_time: bool) -> list[WorkerSlot]:
+        """Slots with a process that may load its evaluator now: not while a worker of the machine times."""
+        placed = [slot for slot in self.slots.values() if slot.state == "placed"]
+        if one_at_a_time:
+            return [] if any(slot.state == "loading" for slot in self.slots.values()) else placed[:1]
+        timing = {slot.host for slot in self.slots.values() if slot.job is not None and slot.job.exclusive}
+        return [slot for slot in placed if slot.host not in timing]
 
     @property
     def workers(self) -> int:
         """How many workers exist or are being built."""
-        return sum(slot.state in ("ready", "loading") for slot in self.slots.values())
+        return sum(slot.alive for slot in self.slots.values())
 
     @property
     def timers(self) -> int:
@@ -171,7 +193,7 @@ class Dispatcher:
 
         A job avoids workers on which it failed, as long as there are others.
         """
-        alive = {s.id for s in self.slots.values() if s.state in ("ready", "loading")}
+        alive = {s.id for s in self.slots.values() if s.alive}
         beside = [s for s in self.slots.values() if s.host == slot.host and s.busy and s is not slot]
 
         def fits(job: Job) -> bool:

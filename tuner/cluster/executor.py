@@ -28,6 +28,8 @@ from tuner.evaluation.executor import Executor, Failed, Outcome, QualityTask, Wo
 
 #: How often the list of nodes is read while jobs run.
 NODES_EVERY_S = 3.0
+#: Seconds after which a worker without a process counts as waiting for a GPU that somebody else uses.
+PLACING_S = 60.0
 #: What the driver needs as soon as a timing arrives. Importing it, and torch with it, takes seconds, so this happens at the
 #: start, while the workers load.
 NEEDED_LATER = ("stagevar.timing",)
@@ -56,6 +58,7 @@ class RayExecutor(Executor):
         threads: CPUs per worker if there are no GPUs.
         run_dir: where `measurements.jsonl` goes; None writes nothing.
         say: called with a line whenever a worker joins, leaves or is rebuilt.
+        stop: whether the user asked to stop; raises KeyboardInterrupt where there is no worker whose round could end first.
 
     Attributes:
         evaluator: the study's view of the workers.
@@ -80,8 +83,10 @@ class RayExecutor(Executor):
         threads: int = 1,
         run_dir: Path | None = None,
         say: Callable[[str], None] = lambda line: None,
+        stop: Callable[[], bool] = lambda: False,
     ):
-        self.recipe, self.gpu_kind, self.threads, self.run_dir, self.say = recipe, gpu_kind, threads, run_dir, say
+        self.recipe, self.gpu_kind, self.threads, self.run_dir = recipe, gpu_kind, threads, run_dir
+        self.say, self.stop = say, stop
         self.task_timeout_s, self.load_timeout_s, self.patience_s = task_timeout_s, load_timeout_s, patience_s
         self.facts: EvaluationInfo | None = None
         self._workers: dict[str, _Process] = {}
@@ -185,6 +190,8 @@ class RayExecutor(Executor):
             process.deadline = time.monotonic() + self.task_timeout_s
             process.ref = getattr(process.actor, job.method).remote(*job.arguments)
         slots = self.dispatcher.slots
+        if self.stop() and (self.facts is None or not any(slot.alive for slot in slots.values())):
+            raise KeyboardInterrupt
         busy = {process.ref: slots[id_] for id_, process in self._workers.items() if process.ref is not None}
         if not busy:
             self._wait_for_nodes()
@@ -199,6 +206,9 @@ class RayExecutor(Executor):
         for id_, process in list(self._workers.items()):
             if process.ref is not None and process.ref not in ready and now >= process.deadline:
                 slot = slots[id_]
+                if slot.state in ("placing", "waiting"):
+                    self._keep_waiting(slot)
+                    continue
                 self.dispatcher.counts["timeouts"] += 1
                 limit = self.load_timeout_s if slot.state == "loading" else self.task_timeout_s
                 ended += self._fail(slot, f"no answer within {limit:g} s")
@@ -213,7 +223,7 @@ class RayExecutor(Executor):
             value = answer.value
         except errors.RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else RuntimeError(first_line(error))
-            if slot.state == "loading":
+            if slot.job is None:
                 if isinstance(cause, StagevarError) and self.facts is None:
                     raise cause from None
                 return self._fail(slot, first_line(cause))
@@ -223,7 +233,9 @@ class RayExecutor(Executor):
         process.ref = None
         if slot.job is not None:
             return self.dispatcher.answered(slot, value)
-        if slot.state == "loading":
+        if slot.state in ("placing", "waiting"):
+            slot.state = "placed"
+        elif slot.state == "loading":
             self._admit(slot, *value)
         return []
 
@@ -288,6 +300,12 @@ class RayExecutor(Executor):
         choosing = self.facts is None and self._resource == "GPU" and self.recipe.arguments.get("engine") == "auto"
         for slot in self.dispatcher.to_build(one_at_a_time=choosing):
             self._build(slot)
+        for slot in self.dispatcher.to_load(one_at_a_time=choosing):
+            slot.state, process = "loading", self._workers[slot.id]
+            process.ref, process.deadline = (
+                process.actor.load.remote(self.recipe),
+                time.monotonic() + self.load_timeout_s,
+            )
 
     def chosen(self, nodes: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[str, float]]:
         """Nodes to use. Raises UsageError if they have several kinds of GPU and none was chosen."""
@@ -313,10 +331,10 @@ class RayExecutor(Executor):
         for node in kinds.keys() - chosen - self._left_out:
             self._left_out.add(node)
             self.say(f"ignoring node {node[:8]} ({kinds[node]}): this study runs on {self.gpu_kind}")
-        return {n: nodes[n] for n in chosen}
+        return {n: nodes[n] for n in nodes if n in chosen}
 
     def _build(self, slot: WorkerSlot) -> None:
-        """Starts a worker on its node and has it load. At most one call is ever in flight, and Ray repeats none."""
+        """Asks Ray for a worker on its node. At most one call is ever in flight, and Ray repeats none."""
         strategies = importlib.import_module("ray.util.scheduling_strategies")
         wanted = {"num_gpus": 1, "num_cpus": 0} if self._resource == "GPU" else {"num_cpus": self.threads}
         actor = self._actor_class.options(
@@ -325,8 +343,23 @@ class RayExecutor(Executor):
             max_task_retries=0,
             scheduling_strategy=strategies.NodeAffinitySchedulingStrategy(slot.node, soft=False),
         ).remote(self.recipe, slot.node)
-        slot.state = "loading"
-        self._workers[slot.id] = _Process(actor, actor.load.remote(), time.monotonic() + self.load_timeout_s)
+        slot.state, slot.tries = "placing", slot.tries + 1
+        self._workers[slot.id] = _Process(actor, actor.started.remote(), time.monotonic() + PLACING_S)
+
+    def _keep_waiting(self, slot: WorkerSlot) -> None:
+        """Handles a worker that Ray has no room for: it stays in Ray's queue, and the study goes on with the others.
+
+        Raises WorkersLost once all have waited for `patience_s`.
+        """
+        if slot.state == "placing":
+            slot.state = "waiting"
+            self.say(f"worker {slot.id} waits for a free {self._resource}")
+        elif not any(other.alive or other.state == "held" for other in self.dispatcher.slots.values()):
+            raise WorkersLost(
+                f"the cluster has no free {self._resource}: worker {slot.id} waited for {self.patience_s:g} s; once one is "
+                "free, the same command resumes"
+            )
+        self._workers[slot.id].deadline = time.monotonic() + max(self.patience_s, NODES_EVERY_S)
 
     def _wait_for_nodes(self) -> None:
         """Waits for nodes to join when no worker is left. Raises WorkersLost if none does."""
@@ -336,9 +369,11 @@ class RayExecutor(Executor):
         until = time.monotonic() + self.patience_s
         self.say(f"no workers left; waiting up to {self.patience_s:g} s for nodes to join")
         while time.monotonic() < until:
+            if self.stop():
+                raise KeyboardInterrupt
             self._nodes_read = -float("inf")
             self.read_nodes(grow=True)
-            if any(slot.state in ("held", "loading") for slot in self.dispatcher.slots.values()):
+            if any(slot.state == "held" for slot in self.dispatcher.slots.values()):
                 return
             time.sleep(min(1.0, self.patience_s))
         raise WorkersLost(f"no workers left ({reasons}); fix the cluster and rerun the command to resume")

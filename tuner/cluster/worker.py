@@ -81,9 +81,16 @@ class Worker:
         logs.listening(self.messages).__enter__()  # until the process ends
 
     @_with_messages
-    def load(self) -> tuple[EvaluationInfo, Place]:
-        """Builds the evaluator, with models from disk; must be the first call."""
-        self.evaluator = self.recipe.build()
+    def started(self) -> None:
+        """Answers as soon as this process runs, so that the driver knows that Ray had room for it."""
+
+    @_with_messages
+    def load(self, recipe: Recipe | None = None) -> tuple[EvaluationInfo, Place]:
+        """Builds the evaluator, with models from disk; must be the first call but `started`.
+
+        The recipe, if given, replaces the one from when the process was asked for: others may have chosen the engine since.
+        """
+        self.evaluator = (recipe or self.recipe).build()
         return self.evaluator.facts, self._place()
 
     @_with_messages

@@ -194,6 +194,28 @@ def test_one_worker_is_built_at_a_time_while_none_has_chosen_the_engine():
     assert [slot.id for slot in dispatcher.to_build(one_at_a_time=False)] == ["b", "c"]
 
 
+def test_the_slot_that_failed_least_is_built_next_and_a_waiting_one_holds_up_nobody():
+    dispatcher = Dispatcher(own_gpus=True)
+    for name in "abc":
+        dispatcher.add(WorkerSlot(name, "node", "host"))
+    dispatcher.slots["a"].tries = 1
+    dispatcher.slots["b"].failures.append("load")
+    assert [slot.id for slot in dispatcher.to_build(one_at_a_time=True)] == ["c"]
+    dispatcher.slots["c"].state = "waiting"
+    assert [slot.id for slot in dispatcher.to_build(one_at_a_time=True)] == ["a"]
+    assert dispatcher.workers == 0 and not dispatcher.slots["c"].busy
+
+
+def test_a_worker_loads_once_no_timing_runs_on_its_machine():
+    dispatcher, _ = ready()
+    dispatcher.begin([Job("timed", (), None, exclusive=True)])
+    handed(dispatcher)
+    dispatcher.slots["b"].state = "placed"
+    assert dispatcher.to_load(one_at_a_time=False) == []
+    dispatcher.answered(dispatcher.slots["a"], "timing")
+    assert dispatcher.to_load(one_at_a_time=False) == [dispatcher.slots["b"]]
+
+
 def test_timers_are_workers_with_gpus_or_machines_without():
     assert ready("abc")[0].timers == 3
     assert ready("abc", own_gpus=False, hosts={"c": "another machine"})[0].timers == 2

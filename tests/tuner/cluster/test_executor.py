@@ -1,0 +1,75 @@
+"""Where workers are started and what a study waits for, with a cluster and a clock that are told what happens."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from tests.fakes.ray import Affinity, FakeRay
+from tests.fakes.studies import CHUNKS, GRIDS
+from tuner.cluster import executor as executor_module
+from tuner.cluster.executor import PLACING_S, RayExecutor
+from tuner.cluster.worker import Recipe
+from tuner.evaluation.evaluator import EvaluationInfo
+from tuner.evaluation.executor import WorkersLost
+
+FACTS = EvaluationInfo("fake", GRIDS, CHUNKS, (48, 48), {})
+
+
+@pytest.fixture
+def begin(monkeypatch):
+    """Starts an executor on a fake cluster; its lines are kept in `lines`."""
+
+    def started(listed, free, arguments=None, events=(), **options):
+        ray = FakeRay(listed, FACTS, free, list(events))
+        monkeypatch.setattr(executor_module, "connect", lambda address: lambda: None)
+        monkeypatch.setattr(executor_module, "require", lambda: ray)
+        monkeypatch.setattr(executor_module, "time", ray)
+        monkeypatch.setitem(
+            sys.modules, "ray.util.scheduling_strategies", SimpleNamespace(NodeAffinitySchedulingStrategy=Affinity)
+        )
+        started.ray, started.lines = ray, []
+        return RayExecutor(Recipe("a:b", arguments or {}), say=started.lines.append, **options)
+
+    return started
+
+
+def states(executor):
+    return [slot.state for slot in executor.dispatcher.slots.values()]
+
+
+@pytest.mark.parametrize("engine", ["eager", "auto"])
+def test_a_study_starts_on_the_gpu_that_is_free_and_times_there(begin, engine):
+    """The first of two GPUs is somebody else's."""
+    executor = begin({"taken": {"GPU": 1}, "free": {"GPU": 1}}, {"taken": 0, "free": 1}, {"engine": engine})
+    assert executor.time("latency", [()])[0][1].node == "free"
+    while executor.dispatcher.slots["taken:0"].state == "placing":
+        executor.advance(grow=True)
+    assert states(executor) == ["waiting", "ready"]
+    for _ in range(100):
+        executor.advance(grow=True)
+    assert [line for line in begin.lines if "waits" in line] == ["worker taken:0 waits for a free GPU"]
+    assert not executor.dispatcher.counts, "a worker that waits has not failed"
+    begin.ray.free["taken"] = 1
+    while states(executor) != ["ready", "ready"]:
+        executor.advance(grow=True)
+
+
+def test_a_timing_goes_on_beside_a_worker_that_waits_on_the_same_machine(begin):
+    executor = begin({"node": {"GPU": 2}}, {"node": 1})
+    assert executor.time("latency", [()])[0][0] == "timing"
+    assert sorted(states(executor)) == ["ready", "waiting"] and begin.ray.now < PLACING_S + 5
+
+
+def test_a_cluster_without_a_free_gpu_ends_the_study_with_the_reason(begin):
+    with pytest.raises(
+        WorkersLost, match="the cluster has no free GPU: worker node:0 waited for 300 s; once one is free"
+    ):
+        begin({"node": {"GPU": 1}}, {"node": 0})
+    assert begin.ray.actors == [], "nothing is left in Ray's queue"
+
+
+def test_ctrl_c_is_heard_while_no_gpu_is_free(begin):
+    with pytest.raises(KeyboardInterrupt):
+        begin({"node": {"GPU": 1}}, {"node": 0}, stop=lambda: begin.ray.now > 10)
+    assert begin.ray.now < 20
