@@ -84,9 +84,6 @@ class FakeRay:
             for node, resources in self.listed.items()
         ]
 
-    def cluster_resources(self):
-        return {"GPU": sum(resources.get("GPU", 0) for resources in self.listed.values())}
-
     def remote(self, kind):
         return self
 
@@ -119,7 +116,8 @@ class FakeRay:
 class _Placing:
     ray: FakeRay
 
-    def remote(self, recipe, node):
+    def remote(self, recipe, node, own_gpu):
+        assert own_gpu == ("num_gpus" in self.ray.asked[1])
         assert node == self.ray.asked[0]
         self.ray.actors.append(Actor(*self.ray.asked))
         return self.ray.actors[-1]

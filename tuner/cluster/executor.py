@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from stagevar import logs
 from stagevar.errors import InfrastructureError, StagevarError, UsageError, first_line
 from tuner.cluster.connection import connect, require
 from tuner.cluster.dispatcher import Dispatcher, Ended, Job, WorkerSlot, cut, quality_job
+from tuner.cluster.nodes import gpu_kinds, gpus_listed
 from tuner.cluster.remote_evaluator import RemoteEvaluator
 from tuner.cluster.worker import Place, Recipe, Worker
 from tuner.evaluation.evaluator import EvaluationInfo
@@ -33,7 +33,6 @@ PLACING_S = 60.0
 #: What the driver needs as soon as a timing arrives. Importing it, and torch with it, takes seconds, so this happens at the
 #: start, while the workers load.
 NEEDED_LATER = ("stagevar.timing",)
-_KIND_PREFIX = "accelerator_type:"
 
 
 @dataclass(eq=False)
@@ -93,13 +92,13 @@ class RayExecutor(Executor):
         self._nodes_read = -float("inf")
         self._known_nodes: set[str] = set()
         self._left_out: set[str] = set()
+        self._resource: str | None = None  # until a node can be used
         self._disconnect = connect(address)
         self._ray = require()
         self._actor_class = self._ray.remote(Worker)
         self.dispatcher = Dispatcher(own_gpus=False)
         try:
-            self._resource = "GPU" if self._ray.cluster_resources().get("GPU") else "CPU"
-            self.dispatcher = Dispatcher(self._resource == "GPU", lambda line: self.say(line))
+            self.dispatcher = Dispatcher(own_gpus=False, say=lambda line: self.say(line))
             self.read_nodes(grow=True)
             self._start()
         except BaseException:
@@ -308,22 +307,19 @@ class RayExecutor(Executor):
             )
 
     def chosen(self, nodes: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[str, float]]:
-        """Nodes to use. Raises UsageError if they have several kinds of GPU and none was chosen."""
+        """Nodes to use. Raises UsageError if they have several kinds of GPU and none was chosen, or only others."""
+        if self._resource is None:
+            self._choose_resource(nodes)
+        if self._resource is None:
+            return {}
         if self._resource == "CPU":
             return dict(nodes)
-        kinds: dict[str, str] = {}
-        for node, resources in nodes.items():
-            if resources.get("GPU"):
-                names = [name.removeprefix(_KIND_PREFIX) for name in resources if name.startswith(_KIND_PREFIX)]
-                kinds[node] = names[0] if names else "unnamed"
-        totals = Counter(dict.fromkeys(kinds.values(), 0))
-        for node, kind in kinds.items():
-            totals[kind] += int(nodes[node]["GPU"])
-        listed = ", ".join(f"{count} x {kind}" for kind, count in sorted(totals.items()))
+        kinds = gpu_kinds(nodes)
+        listed = gpus_listed(nodes, kinds)
         if self.gpu_kind is None:
-            if len(totals) > 1:
+            if len({*kinds.values()}) > 1:
                 raise UsageError(f"the cluster has several kinds of GPU ({listed}); choose one with --gpu-kind")
-            [self.gpu_kind] = totals
+            [self.gpu_kind] = {*kinds.values()}
         chosen = {n for n, kind in kinds.items() if kind.lower() == self.gpu_kind.lower()}
         if not chosen and not self.dispatcher.slots:
             raise UsageError(f"no GPU of kind {self.gpu_kind!r} in the cluster ({listed})")
@@ -332,6 +328,15 @@ class RayExecutor(Executor):
             self._left_out.add(node)
             self.say(f"ignoring node {node[:8]} ({kinds[node]}): this study runs on {self.gpu_kind}")
         return {n: nodes[n] for n in nodes if n in chosen}
+
+    def _choose_resource(self, nodes: Mapping[str, Mapping[str, float]]) -> None:
+        """Decides for the whole study once a node can be used: GPUs if there are any, never CPUs where a kind was asked for."""
+        if any(resources.get("GPU") for resources in nodes.values()):
+            self._resource = "GPU"
+        elif self.gpu_kind is None and any(resources.get("CPU", 0) >= self.threads for resources in nodes.values()):
+            self._resource = "CPU"
+            self.say("no GPU in the cluster: using CPUs")
+        self.dispatcher.own_gpus = self._resource == "GPU"
 
     def _build(self, slot: WorkerSlot) -> None:
         """Asks Ray for a worker on its node. At most one call is ever in flight, and Ray repeats none."""
@@ -342,7 +347,7 @@ class RayExecutor(Executor):
             max_restarts=0,
             max_task_retries=0,
             scheduling_strategy=strategies.NodeAffinitySchedulingStrategy(slot.node, soft=False),
-        ).remote(self.recipe, slot.node)
+        ).remote(self.recipe, slot.node, self._resource == "GPU")
         slot.state, slot.tries = "placing", slot.tries + 1
         self._workers[slot.id] = _Process(actor, actor.started.remote(), time.monotonic() + PLACING_S)
 
@@ -363,11 +368,15 @@ class RayExecutor(Executor):
 
     def _wait_for_nodes(self) -> None:
         """Waits for nodes to join when no worker is left. Raises WorkersLost if none does."""
-        reasons = "; ".join(dict.fromkeys(self.dispatcher.reasons)) or "the cluster has no free " + self._resource
+        lacking = (
+            "CPU" if self._resource == "CPU" else f"GPU of kind {self.gpu_kind!r}" if self.gpu_kind else "GPU or CPU"
+        )
+        reasons = "; ".join(dict.fromkeys(self.dispatcher.reasons)) or f"the cluster has no {lacking}"
         if any(slot.state == "quarantined" for slot in self.dispatcher.slots.values()):
             raise WorkersLost(f"no workers left ({reasons}); fix the cluster and rerun the command to resume")
         until = time.monotonic() + self.patience_s
-        self.say(f"no workers left; waiting up to {self.patience_s:g} s for nodes to join")
+        missing = "no workers left" if self.dispatcher.slots else f"the cluster has no {lacking} yet"
+        self.say(f"{missing}; waiting up to {self.patience_s:g} s for nodes to join")
         while time.monotonic() < until:
             if self.stop():
                 raise KeyboardInterrupt

@@ -74,7 +74,9 @@ def _with_messages(method: Callable[..., Any]) -> Callable[..., Answer]:
 class Worker:
     """One evaluator in one process, built once; Ray runs its calls one at a time."""
 
-    def __init__(self, recipe: Recipe, node: str):
+    def __init__(self, recipe: Recipe, node: str, own_gpu: bool = True):
+        if not own_gpu:  # Ray shows every GPU of the node to a process that asked for none
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
         self.recipe, self.node = recipe, node
         self.evaluator: Evaluator
         self.messages = logs.Kept()

@@ -1,15 +1,17 @@
 """Where workers are started and what a study waits for, with a cluster and a clock that are told what happens."""
 
+import os
 import sys
 from types import SimpleNamespace
 
 import pytest
 
+from stagevar.errors import UsageError
 from tests.fakes.ray import Affinity, FakeRay
 from tests.fakes.studies import CHUNKS, GRIDS
 from tuner.cluster import executor as executor_module
 from tuner.cluster.executor import PLACING_S, RayExecutor
-from tuner.cluster.worker import Recipe
+from tuner.cluster.worker import Recipe, Worker
 from tuner.evaluation.evaluator import EvaluationInfo
 from tuner.evaluation.executor import WorkersLost
 
@@ -73,3 +75,38 @@ def test_ctrl_c_is_heard_while_no_gpu_is_free(begin):
     with pytest.raises(KeyboardInterrupt):
         begin({"node": {"GPU": 1}}, {"node": 0}, stop=lambda: begin.ray.now > 10)
     assert begin.ray.now < 20
+
+
+def test_gpus_that_join_before_any_worker_could_start_are_used(begin):
+    """The head has no CPUs to offer, and the first node with GPUs is late."""
+    nodes = {"head": {"memory": 1.0}}
+    late = [(10.0, lambda: nodes.update(gpus={"GPU": 2, "CPU": 8}))]
+    executor = begin(nodes, {"gpus": 2}, events=late)
+    while states(executor) != ["ready", "ready"]:
+        executor.advance(grow=True)
+    assert {actor.wanted["num_gpus"] for actor in begin.ray.actors} == {1} and executor.dispatcher.own_gpus
+    assert begin.lines[0] == "the cluster has no GPU or CPU yet; waiting up to 300 s for nodes to join"
+
+
+def test_a_kind_of_gpu_is_waited_for_and_never_replaced_by_cpus(begin):
+    with pytest.raises(WorkersLost, match="the cluster has no GPU of kind 'H100'") as lost:
+        begin({"head": {"CPU": 8}}, {"head": 8}, gpu_kind="H100")
+    assert lost.value.exit_code == 6 and 300 <= begin.ray.now < 310
+    nodes = {"head": {"CPU": 8}}
+    late = [(10.0, lambda: nodes.update(gpu={"GPU": 1, "accelerator_type:H100": 1}))]
+    executor = begin(nodes, {"head": 8, "gpu": 1}, events=late, gpu_kind="H100")
+    assert list(executor.dispatcher.slots) == ["gpu:0"]
+    with pytest.raises(UsageError, match=r"no GPU of kind 'H100' in the cluster \(1 x L40\)"):
+        begin({"node": {"GPU": 1, "accelerator_type:L40": 1}}, {"node": 1}, gpu_kind="H100")
+
+
+def test_a_cluster_without_gpus_is_used_and_a_line_says_so(begin):
+    executor = begin({"head": {"CPU": 3}}, {"head": 2}, threads=2)
+    assert list(executor.dispatcher.slots) == ["head:0"] and begin.lines[0] == "no GPU in the cluster: using CPUs"
+
+
+def test_workers_on_cpus_see_no_gpu(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    for own_gpu, visible in ((True, "0,1"), (False, "")):
+        Worker(Recipe("a:b"), "node", own_gpu)
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == visible
