@@ -57,7 +57,7 @@ def plan(args: argparse.Namespace, argv: Sequence[str]) -> Plan:
     run_dir = args.out or Path("outputs") / checks.run_name(args.model, args.budget.text, args.seed)
     check_effort(args)
     check_placement(args, run_dir)
-    checks.check_running(model, threads=args.threads if args.executor == "local" else None, engine=args.engine)
+    checks.check_running(model, threads=args.threads, engine=args.engine, here=args.executor == "local")
     findings = checked_findings(args)
     space = checked_space(args.model, args.space, args.prompts, args.heldout, args.seed, args.resolution, findings)
     space = with_earlier(space, args.start_from, args.resolution)

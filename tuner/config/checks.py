@@ -36,16 +36,23 @@ _SQLITE = b"SQLite format 3\0"
 _LONG_SEED = 24
 
 
-def check_running(model: ModelRequest, *, threads: int | None, engine: str | None) -> None:
-    """Model, device, threads, engine, resolution, and that local weights hold the model's files."""
+def check_running(model: ModelRequest, *, threads: int | None, engine: str | None, here: bool = True) -> None:
+    """Model, device, threads, engine, resolution, and that local weights hold the model's files.
+
+    Unless the model runs `here`, nothing is compared with this machine's devices and processors: workers check that.
+    """
     registry.find(model.name)
     check_weights(model.weights)
     registry.resolution_of(model.name, model.resolution)
     device = str(model.device)
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", device):
         raise UsageError(f"unknown device {shown(device)}; use auto, cpu, cuda or cuda:N")
+    if not here:
+        if engine is not None:
+            check_engine(engine, "cuda")
+        threads = engine = None
     too_many = threads is not None and threads > len(processors()) > 0
-    if device.startswith("cuda") or too_many or (engine or "").startswith("graph"):
+    if (here and device.startswith("cuda")) or too_many or (engine or "").startswith("graph"):
         # Only now, since torch takes seconds to import.
         kind = registry.resolve(dataclasses.replace(model, weights=None)).device.type
         if engine is not None:

@@ -7,11 +7,14 @@ from types import SimpleNamespace
 import pytest
 
 from stagevar.errors import UsageError
+from stagevar.models.request import ModelRequest
 from tests.fakes.ray import Affinity, FakeRay
 from tests.fakes.studies import CHUNKS, GRIDS
+from tuner import cli
 from tuner.cluster import executor as executor_module
 from tuner.cluster.executor import PLACING_S, RayExecutor
 from tuner.cluster.worker import Recipe, Worker
+from tuner.config import checks
 from tuner.evaluation.evaluator import EvaluationInfo
 from tuner.evaluation.executor import WorkersLost
 
@@ -110,3 +113,26 @@ def test_workers_on_cpus_see_no_gpu(monkeypatch):
     for own_gpu, visible in ((True, "0,1"), (False, "")):
         Worker(Recipe("a:b"), "node", own_gpu)
         assert os.environ["CUDA_VISIBLE_DEVICES"] == visible
+
+
+@pytest.mark.parametrize("words", [["--engine", "graph"], ["--device", "cuda"], ["--device", "cuda:3"]])
+def test_a_driver_without_a_gpu_accepts_what_workers_with_one_can_do(monkeypatch, tmp_path, words):
+    """`Worker.load` refuses what its own machine lacks, and a worker's UsageError ends the study (test_ray.py)."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    request = ModelRequest("nano", device="auto" if "--engine" in words else words[1])
+    engine = words[1] if "--engine" in words else None
+    checks.check_running(request, threads=1, engine=engine, here=False)
+    with pytest.raises(UsageError, match=r"needs a CUDA device|does not exist"):
+        checks.check_running(request, threads=1, engine=engine)
+    with pytest.raises(UsageError, match="unknown engine"):
+        checks.check_running(request, threads=1, engine="grph", here=False)
+
+
+def test_the_command_with_ray_checks_no_device_of_the_driver(monkeypatch):
+    asked = []
+    monkeypatch.setattr(checks, "check_running", lambda *args, here, **options: asked.append(here))
+    words = ["--model", "nano", "--weights", "random", "--budget", "60%", "--dry-run"]
+    for executor in ("ray", "local"):
+        assert cli.main([*words, "--executor", executor]) == 0
+    assert asked == [False, True]
