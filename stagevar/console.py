@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import logging
 import os
@@ -18,6 +19,13 @@ from stagevar import extras, logs
 from stagevar.errors import InfrastructureError, StagevarError, UsageError
 from stagevar.files import gave_way, write_error
 
+#: What the system says when a limit of processes, threads, memory or open files is reached, and what raises it.
+_LIMITS = {
+    errno.EAGAIN: "raise the limit of processes and threads (ulimit -u)",
+    errno.ENOMEM: "free some memory or raise its limit (ulimit -v)",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "raise the system's limit of open files (sysctl fs.file-max)",
+}
 #: Exit code after Ctrl-C.
 STOPPED = 130
 #: The longest line on stderr; a longer one would repeat a value of any length.
@@ -96,12 +104,17 @@ def _known(error: BaseException) -> StagevarError | None:
     """An error that is not a bug: this project's own, or the system's about files and memory."""
     if isinstance(error, StagevarError):
         return error
+    if isinstance(error, OSError) and error.errno in _LIMITS:
+        what = _about_file(error) if error.filename else error.strerror or str(error)
+        return InfrastructureError(f"{what}; {_LIMITS[error.errno]}, then the same command resumes")
     if isinstance(error, OSError) and error.errno is not None:
         if gave_way(error) or error.filename is not None:
             return write_error(None, error) if gave_way(error) else UsageError(_about_file(error))
         return UsageError(error.strerror or str(error))
     if isinstance(error, ModuleNotFoundError) and error.name and extras.extra_of(error.name) is not None:
         return extras.missing(error.name.partition(".")[0], "this command")
+    if isinstance(error, RuntimeError) and str(error) == "can't start new thread":
+        return InfrastructureError(f"{error}; {_LIMITS[errno.EAGAIN]}, then the same command resumes")
     if isinstance(error, MemoryError):
         return InfrastructureError("out of memory; free some, then the same command resumes")
     return None

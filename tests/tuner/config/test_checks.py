@@ -333,3 +333,22 @@ def test_eval_lists_metrics_without_a_folder_and_checks_its_output_first(tmp_pat
     words = ["--images", str(tmp_path), "--metric", "psnr", "--out", str(tmp_path / "no" / "r.json")]
     assert eval_cli.main(words) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "fix"),
+    [
+        (OSError(errno.EAGAIN, "Resource temporarily unavailable"), "ulimit -u"),
+        (RuntimeError("can't start new thread"), "ulimit -u"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "ulimit -v"),
+        (OSError(errno.EMFILE, "Too many open files", "a/file"), "ulimit -n"),
+        (OSError(errno.ENFILE, "Too many open files in system"), "fs.file-max"),
+    ],
+)
+def test_a_limit_of_the_system_is_infrastructure_and_the_line_names_it(capsys, error, fix):
+    def run():
+        raise error
+
+    assert report_errors("stagevar-tune", run) == 6
+    line = capsys.readouterr().err
+    assert fix in line and "the same command resumes" in line and line.count("\n") == 1
