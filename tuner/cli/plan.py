@@ -48,8 +48,11 @@ class Plan:
     command: str
 
 
-def plan(args: argparse.Namespace, argv: Sequence[str]) -> Plan:
-    """Checks everything that can be checked without loading a model. Raises UsageError."""
+def plan(args: argparse.Namespace, argv: Sequence[str], here: bool = True) -> Plan:
+    """Checks everything that can be checked without loading a model. Raises UsageError.
+
+    Unless the study runs `here`, as a sweep's cells do not, this machine's devices and processors do not matter.
+    """
     args.budget = parse_budget(args.budget)
     args.time_budget = parse_time(args.time_budget) if args.time_budget else None
     model = model_request(args)
@@ -57,7 +60,7 @@ def plan(args: argparse.Namespace, argv: Sequence[str]) -> Plan:
     run_dir = args.out or Path("outputs") / checks.run_name(args.model, args.budget.text, args.seed)
     check_effort(args)
     check_placement(args, run_dir)
-    checks.check_running(model, threads=args.threads, engine=args.engine, here=args.executor == "local")
+    checks.check_running(model, threads=args.threads, engine=args.engine, here=here and args.executor == "local")
     findings = checked_findings(args)
     space = checked_space(args.model, args.space, args.prompts, args.heldout, args.seed, args.resolution, findings)
     space = with_earlier(space, args.start_from, args.resolution)

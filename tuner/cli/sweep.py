@@ -50,7 +50,7 @@ def add_options(parser: Parser) -> None:
 
 def check(argv: Sequence[str]) -> Plan:
     """A tuning command line checked without running it. Raises UsageError."""
-    return plan(tune.build_parser().parse(argv), argv)
+    return plan(tune.build_parser().parse(argv), argv, here=False)
 
 
 def with_absolute_paths(cell: Cell) -> Cell:

@@ -290,6 +290,7 @@ class RayExecutor(Executor):
             if node in self._known_nodes:
                 continue
             self._known_nodes.add(node)
+            assert self._resource is not None  # or no node would be chosen
             size = 1 if self._resource == "GPU" else self.threads
             for index in range(int(resources.get(self._resource, 0)) // size):
                 self.dispatcher.add(WorkerSlot(f"{node[:8]}:{index}", node, listed[node]["NodeManagerHostname"]))

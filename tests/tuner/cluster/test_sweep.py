@@ -52,6 +52,13 @@ def test_options_of_one_model_win_over_those_of_all(tmp_path):
     check_cells(cells, check)
 
 
+def test_what_only_the_nodes_have_is_not_asked_of_the_machine_that_starts_the_sweep(tmp_path):
+    text = GRID.replace("trials: 6", "trials: 6, engine: graph, device: cuda, threads: 512")
+    check_cells(load_sweep(sweep_file(tmp_path, text)).cells(), check)
+    with pytest.raises(UsageError, match="'warp'"):
+        check_cells(load_sweep(sweep_file(tmp_path, text.replace("engine: graph", "engine: warp"))).cells(), check)
+
+
 def test_kinds_of_gpu_and_resolutions_are_axes(tmp_path):
     text = "models: [infinity-2b]\nbudgets: [1s]\nresolutions: [0.25M, 1M]\ngpus: [H100, L40]\nresources: {cpus: 4}"
     cells = load_sweep(sweep_file(tmp_path, text)).cells()
