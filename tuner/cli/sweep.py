@@ -10,26 +10,29 @@ import json
 import os
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stagevar import console
 from stagevar.cli.arguments import Parser, name_value, path_value
-from stagevar.errors import InfrastructureError
+from stagevar.errors import InfrastructureError, UsageError
 from tuner.cli import tune
 from tuner.cli.options import PROG
 from tuner.cli.plan import Plan, plan
 from tuner.config import checks
 from tuner.report.sweep_page import REPORT_FILE, TABLE_FILE, summary
 from tuner.results.result import StudyResult
-from tuner.results.run_dir import STUDY_FILE
+from tuner.results.run_dir import STUDY_FILE, driver_lock
 
 if TYPE_CHECKING:
     from tuner.cluster.sweep import Cell
 
 #: How a worker of the sweep runs a cell.
 RUNNER = "tuner.cli.sweep:run_cell"
+#: Seconds that a cell waits for the process of a killed sweep to end.
+ENDING_S = 60.0
 
 
 def add_options(parser: Parser) -> None:
@@ -90,12 +93,26 @@ def run(args: argparse.Namespace) -> int:
     return 4 if len(failed) == len(rows) else 0
 
 
+def _wait_for_earlier_driver(run_dir: Path) -> None:
+    """Waits up to ENDING_S for a cell's process of a sweep that was killed: Ray ends it, but not at once."""
+    until = time.monotonic() + ENDING_S
+    while run_dir.is_dir():
+        try:
+            with driver_lock(run_dir):
+                return
+        except UsageError:
+            if time.monotonic() >= until:
+                return  # the study itself says who holds it
+        time.sleep(0.5)
+
+
 def run_cell(argv: Sequence[str], run_dir: Path) -> dict[str, object]:
     """Runs one study as the command line does; its output goes to `<run_dir>.log`."""
     from tuner.cli.command import main
 
     words = [*argv, f"--out={run_dir}", "--quiet"]
     run_dir.parent.mkdir(parents=True, exist_ok=True)
+    _wait_for_earlier_driver(run_dir)
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         code = main(words)

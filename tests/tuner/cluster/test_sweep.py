@@ -1,5 +1,6 @@
 """Sweeps: what a sweep file may say, cells, table and report, and a sweep whose driver is killed and restored."""
 
+import contextlib
 import csv
 import json
 import os
@@ -13,7 +14,7 @@ import pytest
 from stagevar.errors import UsageError
 from tests import ROOT
 from tests.fakes.ray_tune import FakeTune
-from tuner.cli.sweep import RUNNER, check
+from tuner.cli.sweep import RUNNER, check, run_cell
 from tuner.cluster.sweep import AXES, CELL_FILE, check_cells, load_sweep, run_sweep
 from tuner.report.sweep_page import write_table
 from tuner.results.run_dir import driver_lock
@@ -394,3 +395,29 @@ def test_a_cell_that_lost_its_infrastructure_is_not_done_and_the_sweep_ends_with
         sweep, "run_sweep", lambda *_, **__: [{**row, "cell": "a"}, {"cell": "b", "verdict": "verified"}]
     )
     assert cli.main(["sweep", "s.yaml", "--out", str(tmp_path), "--quiet"]) == 6
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_cell_waits_for_the_process_of_a_killed_sweep(tmp_path, monkeypatch, ends):
+    run_dir, held, waits = tmp_path / "cell", contextlib.ExitStack(), []
+    run_dir.mkdir()
+    held.enter_context(driver_lock(run_dir))
+
+    def sleep(seconds):
+        waits.append(seconds)
+        if ends and len(waits) == 2:
+            held.close()
+
+    def study(words):
+        with driver_lock(run_dir):
+            return 5
+
+    monkeypatch.setattr("tuner.cli.sweep.time.sleep", sleep)
+    monkeypatch.setattr("tuner.cli.sweep.ENDING_S", 1e6 if ends else 0.0)
+    monkeypatch.setattr("tuner.cli.command.main", study)
+    with held:
+        if ends:
+            assert run_cell(["--model=nano"], run_dir)["exit_code"] == 5 and len(waits) == 2
+        else:
+            with pytest.raises(UsageError, match="is being driven by process"):
+                run_cell(["--model=nano"], run_dir)
