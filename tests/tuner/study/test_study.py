@@ -430,7 +430,7 @@ def test_results_survive_json_with_infinite_bounds(tmp_path):
     assert build(type(candidate), record_of(odd)).processed_tokens == float("inf")
     with pytest.raises(UsageError, match="schema"):
         StudyResult.from_json('{"schema": 99}')
-    with pytest.raises(UsageError, match="not a study result"):
+    with pytest.raises(UsageError, match="not JSON"):
         StudyResult.from_json("{")
 
 
