@@ -116,7 +116,7 @@ class FakeRay:
 class _Placing:
     ray: FakeRay
 
-    def remote(self, recipe, node, own_gpu):
+    def remote(self, node, own_gpu):
         assert own_gpu == ("num_gpus" in self.ray.asked[1])
         assert node == self.ray.asked[0]
         self.ray.actors.append(Actor(*self.ray.asked))

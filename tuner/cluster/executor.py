@@ -96,9 +96,8 @@ class RayExecutor(Executor):
         self._disconnect = connect(address)
         self._ray = require()
         self._actor_class = self._ray.remote(Worker)
-        self.dispatcher = Dispatcher(own_gpus=False)
+        self.dispatcher = Dispatcher(own_gpus=False, say=lambda line: self.say(line))
         try:
-            self.dispatcher = Dispatcher(own_gpus=False, say=lambda line: self.say(line))
             self.read_nodes(grow=True)
             self._start()
         except BaseException:
@@ -348,7 +347,7 @@ class RayExecutor(Executor):
             max_restarts=0,
             max_task_retries=0,
             scheduling_strategy=strategies.NodeAffinitySchedulingStrategy(slot.node, soft=False),
-        ).remote(self.recipe, slot.node, self._resource == "GPU")
+        ).remote(slot.node, self._resource == "GPU")
         slot.state, slot.tries = "placing", slot.tries + 1
         self._workers[slot.id] = _Process(actor, actor.started.remote(), time.monotonic() + PLACING_S)
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-_KIND_PREFIX = "accelerator_type:"
+#: What Ray puts before a GPU's kind in the name of a resource.
+KIND_PREFIX = "accelerator_type:"
+
+
+def kind_of(resources: Iterable[str]) -> str | None:
+    """The kind of GPU among the names of a node's resources, or of those that are asked for; None if none is named."""
+    return next((name.removeprefix(KIND_PREFIX) for name in resources if name.startswith(KIND_PREFIX)), None)
 
 
 def gpu_kinds(nodes: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
     """The kind of GPU of every node that has any, by Ray's accelerator type."""
-    kinds: dict[str, str] = {}
-    for node, resources in nodes.items():
-        if resources.get("GPU"):
-            names = [name.removeprefix(_KIND_PREFIX) for name in resources if name.startswith(_KIND_PREFIX)]
-            kinds[node] = names[0] if names else "unnamed"
-    return kinds
+    return {node: kind_of(resources) or "unnamed" for node, resources in nodes.items() if resources.get("GPU")}
 
 
 def gpus_listed(nodes: Mapping[str, Mapping[str, float]], kinds: Mapping[str, str]) -> str:

@@ -28,6 +28,7 @@ from stagevar.files import write_text_atomically
 from stagevar.folders import visible
 from stagevar.profile import plain
 from stagevar.yaml_files import read_yaml
+from tuner.cluster.nodes import KIND_PREFIX
 from tuner.cluster.sweep_placement import placed, with_default_gpus
 from tuner.cluster.worker import free_memory
 from tuner.report.sweep_page import write_table
@@ -101,7 +102,7 @@ class Sweep:
             elif given.get("device") == "cpu":
                 resources["GPU"] = 0
             if "gpu" in axes:
-                resources[f"accelerator_type:{axes['gpu']}"] = 0.001
+                resources[f"{KIND_PREFIX}{axes['gpu']}"] = 0.001
             found.append(Cell(name, axes, tuple(words), resources))
         return found
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from stagevar.errors import UsageError
+from tuner.cluster.nodes import KIND_PREFIX, kind_of
 
 #: Amounts by Ray's names of resources.
 Resources = Mapping[str, float]
-_KIND_PREFIX = "accelerator_type:"
 
 
 def with_default_gpus(wanted: Mapping[str, Resources], nodes: Sequence[Resources]) -> dict[str, Resources]:
@@ -46,15 +46,16 @@ def placed(wanted: Mapping[str, Resources], nodes: Sequence[Resources]) -> dict[
 
 def _spelled(resource: str, cell: str, nodes: Sequence[Resources]) -> str:
     """A resource by Ray's name, which distinguishes upper and lower case. Raises UsageError for a kind that no node has."""
-    if not resource.startswith(_KIND_PREFIX):
+    asked = kind_of([resource])
+    if asked is None:
         return resource
-    kinds = {name for node in nodes if node.get("GPU") for name in node if name.startswith(_KIND_PREFIX)}
-    for kind in sorted(kinds):
-        if kind.lower() == resource.lower():
-            return kind
-    known = ", ".join(sorted(kind.removeprefix(_KIND_PREFIX) for kind in kinds)) or "no GPU of a known kind"
+    kinds = sorted({kind for node in nodes if node.get("GPU") and (kind := kind_of(node)) is not None})
+    for kind in kinds:
+        if kind.lower() == asked.lower():
+            return KIND_PREFIX + kind
+    known = ", ".join(kinds) or "no GPU of a known kind"
     raise UsageError(
-        f"sweep cell {cell}: no GPU of kind {resource.removeprefix(_KIND_PREFIX)!r} in the cluster, which has {known}; "
+        f"sweep cell {cell}: no GPU of kind {asked!r} in the cluster, which has {known}; "
         "correct gpus in the sweep file, or start such a node first"
     )
 
@@ -70,7 +71,7 @@ def _met(resources: Resources, node: Resources) -> int:
 
 def _words(resources: Resources) -> str:
     """Such as "4 CPUs and 1 GPU of kind H100"."""
-    kinds = [name.removeprefix(_KIND_PREFIX) for name in resources if name.startswith(_KIND_PREFIX)]
+    kind = kind_of(resources)
     cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
     text = f"{cpus:g} CPU{'' if cpus == 1 else 's'} and {gpus:g} GPU{'' if gpus == 1 else 's'}"
-    return text + (f" of kind {kinds[0]}" if kinds and gpus else "")
+    return text + (f" of kind {kind}" if kind and gpus else "")

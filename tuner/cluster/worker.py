@@ -74,10 +74,10 @@ def _with_messages(method: Callable[..., Any]) -> Callable[..., Answer]:
 class Worker:
     """One evaluator in one process, built once; Ray runs its calls one at a time."""
 
-    def __init__(self, recipe: Recipe, node: str, own_gpu: bool = True):
+    def __init__(self, node: str, own_gpu: bool = True):
         if not own_gpu:  # Ray shows every GPU of the node to a process that asked for none
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        self.recipe, self.node = recipe, node
+        self.node = node
         self.evaluator: Evaluator
         self.messages = logs.Kept()
         logs.listening(self.messages).__enter__()  # until the process ends
@@ -87,12 +87,12 @@ class Worker:
         """Answers as soon as this process runs, so that the driver knows that Ray had room for it."""
 
     @_with_messages
-    def load(self, recipe: Recipe | None = None) -> tuple[EvaluationInfo, Place]:
+    def load(self, recipe: Recipe) -> tuple[EvaluationInfo, Place]:
         """Builds the evaluator, with models from disk; must be the first call but `started`.
 
-        The recipe, if given, replaces the one from when the process was asked for: others may have chosen the engine since.
+        Only now is the recipe given: another worker may have chosen the engine since this process was asked for.
         """
-        self.evaluator = (recipe or self.recipe).build()
+        self.evaluator = recipe.build()
         return self.evaluator.facts, self._place()
 
     @_with_messages

@@ -111,7 +111,7 @@ def test_a_cluster_without_gpus_is_used_and_a_line_says_so(begin):
 def test_workers_on_cpus_see_no_gpu(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     for own_gpu, visible in ((True, "0,1"), (False, "")):
-        Worker(Recipe("a:b"), "node", own_gpu)
+        Worker("node", own_gpu)
         assert os.environ["CUDA_VISIBLE_DEVICES"] == visible
 
 

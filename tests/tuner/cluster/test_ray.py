@@ -387,8 +387,8 @@ def test_a_killed_driver_loses_and_doubles_no_trial(ray_cluster, tmp_path):
 def test_a_broken_cuda_context_ends_the_process(monkeypatch, tmp_path):
     left = []
     monkeypatch.setattr(worker_module.os, "_exit", left.append)
-    worker = Worker(cluster_fakes.recipe(tmp_path, broken_skips=True), "node")
-    worker.load()
+    worker = Worker("node")
+    worker.load(cluster_fakes.recipe(tmp_path, broken_skips=True))
     assert isinstance(worker.quality(QualityTask((SKIP,), "search", 0)).value[0], Failed)
     assert left == [], "the schedule failed, not the device"
 
